@@ -1,0 +1,1 @@
+"""Training CLIP-style models on a preemptible SLURM cluster, from one recipe."""
