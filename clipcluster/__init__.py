@@ -1,1 +1,0 @@
-"""Training CLIP-style models on a preemptible SLURM cluster, from one recipe."""

@@ -1,0 +1,39 @@
+# make demo       set everything up and train on handwritten digits, on this machine
+# make test       set everything up and pass the tests, on a real SLURM cluster of one machine where possible
+# make test-all   the same with the long repetitions and the whole matrix of endings
+
+PYTHON ?= python3
+VENV ?= .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all slurm lint clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	clipcluster shards convert digits --out data/digits
+	clipcluster submit recipes/digits.yaml --executor local --follow
+
+slurm:
+	@tests/install-slurm
+
+lint: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+test: $(INSTALLED) slurm
+	python -m pytest -m "not long" --cov --cov-report=
+
+test-all: $(INSTALLED) slurm
+	python -m pytest --cov --cov-report=
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
