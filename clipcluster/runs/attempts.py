@@ -1,0 +1,180 @@
+"""One attempt at a run: its claim, what it writes, and whether it still owns the run.
+
+A writer is stale as soon as the next attempt exists. A node that the scheduler calls dead may run its ranks
+on: so every rename, deletion and append asks first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipcluster.runs import files
+
+
+class StaleAttempt(Exception):
+    """A later attempt owns the run; this one must write nothing more and leave with code 88."""
+
+
+class Attempt:
+    """`attempts/N` of a run.
+
+    `step` is where this writer stands (the trainer keeps it current); events and the outcome carry it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = int(path.name)
+        self.step: int | None = None
+        self._next = str(path.parent / str(self.number + 1))
+        self._job: str | None = None
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.path.parent.parent
+
+    def __repr__(self) -> str:
+        return f"Attempt({str(self.path)!r})"
+
+    def is_stale(self) -> bool:
+        """Whether the next attempt has claimed the run. One look at the file system."""
+        return os.path.exists(self._next)
+
+    def check(self) -> None:
+        """Raises StaleAttempt where a later attempt owns the run; called before every change to the run."""
+        if self.is_stale():
+            raise StaleAttempt(f"attempt {self.number} of {self.run.name}: a later attempt owns the run")
+
+    def claim(self) -> dict[str, Any]:
+        """`job` (id), `host`, `time` (seconds since 1970); empty for a folder that holds no claim."""
+        return self._read("claim.json") or {}
+
+    @property
+    def job(self) -> str | None:
+        """The id of the job that claimed this attempt."""
+        if self._job is None:
+            self._job = self.claim().get("job")
+        return self._job
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in force, as copied when the attempt was claimed."""
+        return yaml.safe_load((self.path / "settings.yaml").read_text()) or {}
+
+    def outcome(self) -> dict[str, Any] | None:
+        """`outcome.json`, or None while there is none."""
+        return self._read("outcome.json")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            value: dict[str, Any] = files.read_json(self.path / name)
+        except FileNotFoundError:
+            return None
+        return value
+
+    def event(self, kind: str, *, writer: str, **fields: Any) -> None:
+        """Append to `events-WRITER.jsonl`: start, resume, stop_requested, checkpoint, requeue, finish, ….
+
+        `writer` is "rank-R", or the name of the program on the batch side: one writer per file. The line has
+        `event`, `attempt`, `time` (seconds since 1970), `job`, `step` where known, and `fields`.
+        Raises StaleAttempt.
+        """
+        line: dict[str, Any] = {"event": kind, **self._stamp(), "job": self.job}
+        if self.step is not None:
+            line["step"] = self.step
+        self._append(f"events-{writer}.jsonl", [{**line, **fields}])
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one log step (it needs `step`) to `metrics.jsonl`; rank 0 alone may. Raises StaleAttempt."""
+        if not isinstance(line.get("step"), int):
+            raise ValueError(f"a line of metrics needs a whole number as its step, got {line.get('step')!r}")
+        self._append("metrics.jsonl", [{**self._stamp(), **line}])
+
+    def bad_sample(self, rank: int, shard: str, key: str, reason: str, **extra: Any) -> None:
+        """Append a sample that could not be decoded to `bad_samples-RANK.jsonl`. Raises StaleAttempt."""
+        line = {**self._stamp(), "shard": shard, "key": key, "reason": reason, **extra}
+        self._append(f"bad_samples-{rank}.jsonl", [line])
+
+    def samples(self, rank: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append samples as consumed (`step`, `slot`, `shard`, `key`) to `samples-RANK.jsonl`.
+
+        Raises StaleAttempt.
+        """
+        self._append(f"samples-{rank}.jsonl", [{"attempt": self.number, **line} for line in lines])
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"attempt": self.number, "time": round(time.time(), 3)}
+
+    def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        self.check()
+        if lines:
+            files.append_lines(self.path / name, lines)
+
+    def write_outcome(
+        self,
+        *,
+        outcome_name: str,
+        code: int,
+        rank: int,
+        host: str,
+        step: int | None = None,
+        reason: str = "",
+        advice: str = "",
+        go_on: bool = False,
+    ) -> bool:
+        """Make `outcome.json` unless it exists; returns whether this call did. Raises StaleAttempt.
+
+        `outcome_name` is "finished", "stopped" or "failed"; `go_on`: whether another attempt should follow.
+        """
+        if outcome_name not in ("finished", "stopped", "failed"):
+            raise ValueError(f"an outcome is finished, stopped or failed, not {outcome_name!r}")
+        self.check()
+        outcome = {
+            "outcome": outcome_name,
+            "code": code,
+            "step": self.step if step is None else step,
+            "rank": rank,
+            "host": host,
+            "reason": reason,
+            "advice": advice,
+            "go_on": go_on,
+            **self._stamp(),
+        }
+        return files.link_once(self.path / "outcome.json", outcome)
+
+    def wait_for_outcome(self, timeout_s: float) -> dict[str, Any] | None:
+        """The outcome once some rank has made it, or None after `timeout_s` seconds. Raises StaleAttempt."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            outcome = self.outcome()
+            if outcome is not None or time.monotonic() >= deadline:
+                return outcome
+            self.check()
+            time.sleep(0.05)
+
+    def publish(self, address: str, port: int, token: str) -> None:
+        """Tell the other ranks where rank 0 listens (`rendezvous.json`). Raises StaleAttempt."""
+        self.check()
+        files.write_json(
+            self.path / "rendezvous.json", {"address": address, "port": port, "token": token, **self._stamp()}
+        )
+
+    def find(self, timeout_s: float) -> tuple[str, int, str]:
+        """(address, port, token) as rank 0 published them, waiting up to `timeout_s` seconds.
+
+        Raises TimeoutError, and StaleAttempt where a later attempt owns the run.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = self._read("rendezvous.json")
+            if found is not None:
+                return found["address"], found["port"], found["token"]
+            self.check()
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"rank 0 published no address in {self.path} within {timeout_s:g} s")
+            time.sleep(0.05)

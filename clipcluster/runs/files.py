@@ -1,0 +1,151 @@
+"""Durable files: a name holds either the old content or the new one, whatever dies in between.
+
+Whole files are written aside, fsynced and renamed into place, and the folder is fsynced; lines are appended
+with one write. A full disk leaves nothing half under the final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames, links and deletions inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_aside(path: Path, content: bytes) -> Path:
+    """Write and fsync `content` beside `path`; returns the aside's path. Nothing stays behind on an error."""
+    aside = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            _write_all(descriptor, content)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)  # a quota may be told only here
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return aside
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace or create `path` with `content`, durably and in one step. On OSError the old file stays."""
+    aside = _write_aside(path, content)
+    try:
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of one JSON document, indented, with a newline at its end."""
+    write_bytes(path, _document(value))
+
+
+def _document(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document in `path`. Raises FileNotFoundError, and ValueError with the path for broken JSON."""
+    content = path.read_bytes()
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON: {error}") from error
+
+
+def link_once(path: Path, value: Any) -> bool:
+    """Make `path` with the JSON of `value` unless it exists; the first caller of all machines wins.
+
+    Returns whether it was this caller. The file appears whole, over NFS too.
+    """
+    aside = _write_aside(path, _document(value))
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        # NFS may repeat a request whose answer was lost: two names for the aside mean that it was ours.
+        return os.stat(aside).st_nlink == 2
+    finally:
+        aside.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+    return True
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON lines to `path` with a single write, making the file if needed.
+
+    A torn line that a killed writer left is closed first, so that it spoils no other. On a full disk the file
+    is cut back to what it was and OSError raised. One writer a file.
+    """
+    text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+    append_text(path, text)
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """`append_lines` of one line."""
+    append_lines(path, [line])
+
+
+def append_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Append `text` with a single write; `durable` fsyncs it. See `append_lines`."""
+    # Opened and closed each time: closing makes the lines visible on other machines of a network file system.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        if before and os.pread(descriptor, 1, before - 1) != b"\n":
+            text = "\n" + text
+        try:
+            _write_all(descriptor, text.encode())
+            if durable:
+                os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of `path`, torn ones left out; an absent file has none."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for text in content.split(b"\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # empty, or torn by a kill
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines

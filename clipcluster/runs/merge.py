@@ -1,0 +1,59 @@
+"""Reading what all attempts wrote as one run.
+
+Per step the highest attempt wins, within one the later line: an attempt that resumed from an earlier
+checkpoint repeats steps that the one before had already logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from clipcluster.runs import files
+from clipcluster.runs.folder import Run
+
+
+def _lines(run: Run, pattern: str) -> Iterator[dict[str, Any]]:
+    """Lines of all files that fit `pattern`, attempt by attempt, each with its `attempt`."""
+    for attempt in run.attempts():
+        for path in sorted(attempt.path.glob(pattern)):
+            for line in files.read_lines(path):
+                yield {"attempt": attempt.number, **line}
+
+
+def merged_metrics(run: Run) -> list[dict[str, Any]]:
+    """The run's metrics, one line a step, by step."""
+    merged: dict[int, dict[str, Any]] = {}
+    for line in _lines(run, "metrics.jsonl"):
+        known = merged.get(line["step"])
+        if known is None or line["attempt"] >= known["attempt"]:
+            merged[line["step"]] = line
+    return [merged[step] for step in sorted(merged)]
+
+
+def merged_samples(run: Run) -> list[dict[str, Any]]:
+    """The samples consumed (`train.record_samples`), one line a slot, by step and slot.
+
+    A step belongs wholly to the highest attempt that consumed it.
+    """
+    merged: dict[tuple[int, int], dict[str, Any]] = {}
+    owner: dict[int, int] = {}
+    for line in _lines(run, "samples-*.jsonl"):
+        owner[line["step"]] = max(owner.get(line["step"], 0), line["attempt"])
+        known = merged.get((line["step"], line["slot"]))
+        if known is None or line["attempt"] >= known["attempt"]:
+            merged[line["step"], line["slot"]] = line
+    return [line for place, line in sorted(merged.items()) if line["attempt"] == owner[place[0]]]
+
+
+def events(run: Run) -> list[dict[str, Any]]:
+    """Every event of the run, by attempt, then by time."""
+    return sorted(_lines(run, "events-*.jsonl"), key=lambda line: (line["attempt"], line.get("time", 0)))
+
+
+def bad_samples(run: Run) -> list[dict[str, Any]]:
+    """The run's distinct bad samples (shard and key), each as it was first written down."""
+    distinct: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in _lines(run, "bad_samples-*.jsonl"):
+        distinct.setdefault((line["shard"], line["key"]), line)
+    return list(distinct.values())

@@ -1,0 +1,172 @@
+"""Where this process stands among its peers, read from the environment. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from clipcluster.errors import UserError
+
+Manager = Literal["slurm", "local", "torchrun", "single"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process of `size`: its rank, its node among `nodes`, and who started it.
+
+    `job_id` is what the manager calls the job; a member of a SLURM array is "ARRAYJOB_TASK".
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node: int
+    nodes: int
+    job_id: str
+    manager: Manager
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] | None = None) -> Place:
+        """Ask the innermost manager first: torchrun, submitit's local executor, a SLURM step; else one process.
+
+        A shell inside `salloc` or a batch script carries SLURM_* too, but no step started this process there:
+        a step is known by SLURM_PROCID together with SLURM_STEP_ID.
+
+        Raises UserError where a manager's variables are incomplete or contradict each other.
+        """
+        environ = os.environ if environ is None else environ
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            place = _torchrun(environ)
+        elif "SUBMITIT_LOCAL_GLOBALID" in environ:
+            place = _local(environ)
+        elif _in_slurm_step(environ):
+            place = _slurm(environ)
+        else:
+            place = Place(0, 1, 0, 1, 0, 1, local_job_id(), "single")
+        if not 0 <= place.rank < place.size or not 0 <= place.local_rank < place.local_size:
+            raise UserError(
+                f"The environment says rank {place.rank} of {place.size} "
+                f"(local {place.local_rank} of {place.local_size}), as set by {place.manager}: "
+                "ranks run from 0 to the size less one. Unset the variables of an outer launcher."
+            )
+        return place
+
+
+def _in_slurm_step(environ: Mapping[str, str]) -> bool:
+    # SLURM_STEP_ID is also set for `srun --pty bash`; its processes are real tasks of that step.
+    return all(name in environ for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_ID"))
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        given = "is not set" if text is None else f"is {text!r}"
+        raise UserError(f"The environment variable {name} {given}; it must be a whole number here.") from None
+
+
+def _slurm(environ: Mapping[str, str]) -> Place:
+    node = _number(environ, "SLURM_NODEID", 0)
+    size = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1))
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(size)
+    return Place(
+        rank=_number(environ, "SLURM_PROCID"),
+        size=size,
+        local_rank=_number(environ, "SLURM_LOCALID", 0),
+        local_size=_tasks_of_node(per_node, node),
+        node=node,
+        nodes=_number(environ, "SLURM_STEP_NUM_NODES", _number(environ, "SLURM_JOB_NUM_NODES", 1)),
+        job_id=slurm_job_id(environ),
+        manager="slurm",
+    )
+
+
+def slurm_job_id(environ: Mapping[str, str]) -> str:
+    """The job as `scontrol requeue` must be told it: "ARRAYJOB_TASK" for a member of an array.
+
+    A member's plain id would requeue the whole array.
+    """
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"{array}_{task}"
+    return environ["SLURM_JOB_ID"]
+
+
+def _tasks_of_node(text: str, node: int) -> int:
+    """Tasks on node number `node` from SLURM's short form, for example "2(x3),1"."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def _local(environ: Mapping[str, str]) -> Place:
+    size = _number(environ, "SUBMITIT_LOCAL_NTASKS", 1)
+    return Place(
+        rank=_number(environ, "SUBMITIT_LOCAL_GLOBALID"),
+        size=size,
+        local_rank=_number(environ, "SUBMITIT_LOCAL_LOCALID", 0),
+        local_size=size,
+        node=0,
+        nodes=1,
+        job_id=environ.get("SUBMITIT_LOCAL_JOB_ID", ""),
+        manager="local",
+    )
+
+
+def _torchrun(environ: Mapping[str, str]) -> Place:
+    size = _number(environ, "WORLD_SIZE")
+    local_size = _number(environ, "LOCAL_WORLD_SIZE", size)
+    return Place(
+        rank=_number(environ, "RANK"),
+        size=size,
+        local_rank=_number(environ, "LOCAL_RANK", 0),
+        local_size=local_size,
+        node=_number(environ, "GROUP_RANK", 0),
+        nodes=_number(environ, "GROUP_WORLD_SIZE", max(1, size // local_size)),
+        job_id=local_job_id(),
+        manager="torchrun",
+    )
+
+
+def local_job_id() -> str:
+    """A name for this process where no scheduler names the job: "local-HOST-PID-START".
+
+    START (clock ticks since boot) tells the process from a later one with the same pid.
+    """
+    pid = os.getpid()
+    return f"local-{socket.gethostname()}-{pid}-{_start_ticks(pid) or 0}"
+
+
+def local_job_runs(job_id: str) -> bool | None:
+    """Whether the process named by `local_job_id` still runs; None where this machine cannot know."""
+    prefix, _, start = job_id.rpartition("-")
+    prefix, _, pid = prefix.rpartition("-")
+    if prefix != f"local-{socket.gethostname()}" or not pid.isdigit() or not start.isdigit():
+        return None
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's process: it runs, and the start time says whether it is the one meant
+    ticks = _start_ticks(int(pid))
+    return ticks is None or int(start) in (0, ticks)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat (proc(5)); None where there is no such file or the process is a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            fields = stream.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[19])

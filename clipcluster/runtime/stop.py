@@ -1,0 +1,139 @@
+"""Being asked to stop: signals, what a rank wishes for, and the codes it leaves with. Standard library only.
+
+The handlers set a flag and do nothing else, and may be installed before torch is imported: a signal that
+arrives during the imports would otherwise kill the process.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from enum import IntEnum, IntFlag
+from types import FrameType
+from typing import ClassVar
+
+
+class Outcome(IntEnum):
+    """How a rank ended; the value is its exit code. Never 1, the code of an interpreter that crashed."""
+
+    FINISHED = 0
+    STOPPED = 85  # asked to stop, and saved
+    ERROR = 86  # an unexpected exception
+    LOST_PEERS = 87  # another rank is gone or silent
+    STALE = 88  # a later attempt owns the run
+    RECIPE = 89
+    DATA = 90
+    OUT_OF_MEMORY = 91
+    NON_FINITE = 92
+    CHECKPOINT = 93
+    CANCELLED = 130
+
+
+class Wish(IntFlag):
+    """What a rank asks of all ranks at a step boundary; the ranks reduce it with a bitwise OR."""
+
+    NONE = 0
+    STOP = 1
+    SAVE = 2
+    ABORT = 4
+
+
+class Failure(Exception):
+    """Ends the run for good: `reason` and `advice` go into `outcome.json`, and the code is `outcome`.
+
+    `agreed` says that all ranks raise it together at a step boundary, so that rank 0 speaks for them.
+    """
+
+    outcome: ClassVar[Outcome] = Outcome.ERROR
+
+    def __init__(self, reason: str, advice: str = "", *, agreed: bool = False) -> None:
+        super().__init__(reason)
+        self.advice = advice
+        self.agreed = agreed
+
+    @property
+    def reason(self) -> str:
+        return str(self)
+
+
+class RecipeFailure(Failure):
+    """The recipe asks for something that cannot be built here."""
+
+    outcome = Outcome.RECIPE
+
+
+class DataError(Failure):
+    """The data is not what it was, is broken beyond the limit, or is missing."""
+
+    outcome = Outcome.DATA
+
+
+class OutOfMemory(Failure):
+    """The device or the host has too little memory for the step."""
+
+    outcome = Outcome.OUT_OF_MEMORY
+
+
+class NonFiniteError(Failure):
+    """Loss or gradients stayed non-finite."""
+
+    outcome = Outcome.NON_FINITE
+
+
+class CheckpointError(Failure):
+    """No checkpoint could be written, or none of those there verifies."""
+
+    outcome = Outcome.CHECKPOINT
+
+
+class LostPeers(Exception):
+    """Another rank is gone or silent. Never the run's outcome: whoever went first knows the reason."""
+
+
+class Stop:
+    """The flag that a signal or a caller sets, read at step boundaries."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self.reason: str | None = None
+        self.time: float | None = None
+
+    def install(self, *, interactive: bool) -> None:
+        """Let TERM, USR1 and USR2 set the flag, and INT too when `interactive` (outside SLURM).
+
+        Only the main thread may call this. A signal that was ignored before is handled from now on.
+        """
+        names = ["SIGTERM", "SIGUSR1", "SIGUSR2"]
+        if interactive:
+            names.append("SIGINT")
+        for name in names:
+            signal.signal(getattr(signal, name), self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number).name
+        self._set(self.signal)
+
+    def _set(self, reason: str) -> None:
+        if self.time is None:
+            self.time = time.time()
+        if self.reason is None:
+            self.reason = reason
+
+    def request(self, reason: str) -> None:
+        """Set the flag without a signal, for example when the recipe's own time is up."""
+        self._set(reason)
+
+    @property
+    def requested(self) -> bool:
+        return self.reason is not None
+
+    def wishes(self) -> Wish:
+        """`Wish.STOP` once asked to stop, else `Wish.NONE`."""
+        return Wish.STOP if self.requested else Wish.NONE
+
+
+def ignore_signals() -> None:
+    """Keep a loader worker alive through the signals that stop its rank; the rank ends its workers."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
