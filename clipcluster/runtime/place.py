@@ -31,7 +31,7 @@ class Place:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] | None = None) -> Place:
-        """Ask the innermost manager first: torchrun, submitit's local executor, a SLURM step; else one process.
+        """Ask the innermost manager: torchrun, submitit's local executor, a SLURM step, or none.
 
         A shell inside `salloc` or a batch script carries SLURM_* too, but no step started this process there:
         a step is known by SLURM_PROCID together with SLURM_STEP_ID.
