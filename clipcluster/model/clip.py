@@ -1,0 +1,101 @@
+"""Two towers into one space."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipcluster.model.losses import widen
+from clipcluster.model.towers import ImageTower, TextTower, build_image_tower, build_text_tower
+from clipcluster.model.weights import Coverage
+
+if TYPE_CHECKING:
+    from clipcluster.model.towers import TextTokens
+
+
+class Clip(nn.Module):
+    """An image tower, a text tower, a bias-free linear projection of each, and the scale of the logits.
+
+    embed_dim: width of the common space. scale: the factor of the logits at the start; max_scale: its bound.
+    `starting_weights` says what the files brought, one entry a file.
+    """
+
+    def __init__(
+        self,
+        image: ImageTower,
+        text: TextTower,
+        *,
+        embed_dim: int,
+        scale: float = 1 / 0.07,
+        max_scale: float = 100.0,
+    ) -> None:
+        super().__init__()
+        self.image = image
+        self.text = text
+        self.image_projection = _projection(image.width, embed_dim)
+        self.text_projection = _projection(text.width, embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.embed_dim = embed_dim
+        self.max_scale = max_scale
+        self.starting_weights: tuple[Coverage, ...] = ()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
+        return functional.normalize(widen(self.image_projection(self.image(images))), dim=-1)
+
+    def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) int64 and (B, L) bool, true on real tokens -> (B, E) of length one, float32 or wider."""
+        return functional.normalize(widen(self.text_projection(self.text(tokens, mask))), dim=-1)
+
+    def forward(self, images: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image features (B, E), text features (B, E), and the scale of the logits ()."""
+        return self.encode_image(images), self.encode_text(tokens, mask), self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the scale at or below its bound; after every optimizer step (Radford et al. 2021, section 2.5)."""
+        self.logit_scale.clamp_(max=math.log(self.max_scale))
+
+
+def build_clip(
+    config: Any,
+    *,
+    image_size: int,
+    tokenizer: TextTokens,
+    assets: Path | None = None,
+    starting_weights: bool = True,
+) -> Clip:
+    """The model of a recipe's `model` section, in float32 on the CPU.
+
+    Fresh weights are drawn from torch's default generator: seed it first. With `starting_weights=False` no
+    weight file is read: for a model that is about to take a checkpoint's.
+    `assets` is the run's folder of tokenizers and configurations fetched at submission.
+
+    Raises UserError for an unknown tower, a setting it does not take, or weights that do not match.
+    """
+    image, image_coverage = build_image_tower(
+        config.image, image_size=image_size, starting_weights=starting_weights
+    )
+    text, text_coverage = build_text_tower(
+        config.text, tokenizer=tokenizer, assets=assets, starting_weights=starting_weights
+    )
+    clip = Clip(
+        image,
+        text,
+        embed_dim=config.embed_dim,
+        scale=config.logit_scale.init,
+        max_scale=config.logit_scale.max,
+    )
+    clip.starting_weights = tuple(c for c in (image_coverage, text_coverage) if c is not None)
+    return clip
+
+
+def _projection(width: int, embed_dim: int) -> nn.Linear:
+    projection = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(projection.weight, std=width**-0.5)
+    return projection

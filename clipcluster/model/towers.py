@@ -1,0 +1,286 @@
+"""Image towers from timm and text towers from transformers, by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from clipcluster.errors import UserError
+from clipcluster.model.weights import Coverage, load_weights
+
+# How a caption's vector is taken from its tokens' when the recipe does not say.
+_POOLS = {
+    "last": "gpt2 gpt_neo gpt_neox gptj opt llama mistral qwen2 qwen3 gemma gemma2 phi",
+    "first": "bert roberta xlm-roberta distilbert electra albert camembert mpnet ernie roberta-prelayernorm "
+    "deberta deberta-v2 modernbert",
+}
+POOL_OF_ARCH = {arch: pool for pool, archs in _POOLS.items() for arch in archs.split()}
+# These count positions from the padding token's id + 1.
+_POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm"}
+_OWN_IMAGE_ARGS = ("pretrained", "num_classes", "img_size", "checkpoint_path", "features_only")
+
+
+class TextTokens(Protocol):
+    """What a text tower needs to know about the tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+
+class ImageTower(nn.Module):
+    """A timm network without its classifier: (B, 3, S, S) float -> (B, width)."""
+
+    def __init__(self, trunk: nn.Module, width: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.width = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.trunk(images)
+
+
+class TextTower(nn.Module):
+    """A transformers network without its head: (B, L) int64 tokens, (B, L) bool mask -> (B, width).
+
+    pool: `last` real token, `first` token, or `mean` over the real tokens.
+    """
+
+    def __init__(self, transformer: nn.Module, width: int, pool: str) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.width = width
+        self.pool = pool
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        # A caption without a real token keeps its first one: attention over nothing is not a number.
+        first = torch.zeros_like(mask)
+        first[:, 0] = ~mask.any(dim=1)
+        mask = mask | first
+        states = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        if self.pool == "first":
+            return states[:, 0]
+        if self.pool == "mean":
+            weights = mask.unsqueeze(-1).to(states.dtype)
+            return (states * weights).sum(dim=1) / weights.sum(dim=1)
+        places = torch.arange(mask.shape[1], device=mask.device)
+        last = (places * mask).argmax(dim=1)
+        return states[torch.arange(len(states), device=states.device), last]
+
+
+def build_image_tower(
+    config: Any, *, image_size: int, starting_weights: bool = True
+) -> tuple[ImageTower, Coverage | None]:
+    """The tower of `model.image`: `timm` (name), `args` (mapping), `weights` (file, folder or None).
+
+    Raises UserError for a name that timm does not know (with the nearest), for arguments the tower does not
+    take, and for weights that do not match.
+    """
+    name, args = config.timm, dict(config.args)
+    if not timm.is_model(name):
+        raise UserError(
+            _unknown(f"model.image.timm: timm {timm.__version__} knows no tower", name, timm.list_models())
+        )
+    for key in _OWN_IMAGE_ARGS:
+        if key in args:
+            raise UserError(
+                f"model.image.args.{key} is decided by the recipe's other keys (data.image.size, model.image.weights): "
+                "take it out."
+            )
+    trunk = _timm_trunk(name, args, image_size)
+    width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    coverage = None
+    if starting_weights and config.weights:
+        coverage = load_weights(trunk, Path(config.weights), name="image")
+    return ImageTower(trunk, int(width)), coverage
+
+
+def _timm_trunk(name: str, args: Mapping[str, Any], image_size: int) -> Any:
+    """With `img_size` where the tower has positions to lay out, without it where it takes any size."""
+    try:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, **args)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, pretrained=False, num_classes=0, **args)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"model.image: timm cannot build {name} for images of {image_size} pixels with {dict(args)}: {error}"
+        ) from error
+
+
+def build_text_tower(
+    config: Any, *, tokenizer: TextTokens, assets: Path | None = None, starting_weights: bool = True
+) -> tuple[TextTower, Coverage | None]:
+    """The tower of `model.text`: `hf` or `arch` with `config`, `weights` (None, file or "pretrained"), `pool`.
+
+    Raises UserError for an unknown architecture or setting, a vocabulary smaller than the tokenizer's, a
+    context longer than the tower's positions, and for weights that do not match.
+    """
+    folder = None
+    if config.hf is not None:
+        settings, folder = _config_from_hf(config.hf, assets)
+    else:
+        settings = _config_from_arch(config.arch, dict(config.config), tokenizer)
+    settings.use_cache = False
+    _check_fits(settings, tokenizer)
+    transformer = _transformer(settings)
+    pool = config.pool or POOL_OF_ARCH.get(settings.model_type)
+    if pool is None:
+        raise UserError(
+            f"model.text.pool: which token stands for a caption is not known for {settings.model_type}; "
+            "say last, first or mean."
+        )
+    coverage = None
+    if starting_weights and config.weights:
+        source = Path(config.weights)
+        if config.weights == "pretrained":
+            if config.hf is None:
+                raise UserError("model.text.weights: pretrained needs model.text.hf; with arch, name a file.")
+            source = folder or _fetch_weights(config.hf)
+        coverage = load_weights(transformer, source, name="text")
+    return TextTower(transformer, int(settings.hidden_size), pool), coverage
+
+
+def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: TextTokens) -> Any:
+    """A configuration from a model type and sizes; vocabulary, positions and special tokens from the tokenizer."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if arch not in CONFIG_MAPPING:
+        raise UserError(
+            _unknown("model.text.arch: transformers knows no model type", arch, list(CONFIG_MAPPING))
+        )
+    kind = CONFIG_MAPPING[arch]
+    known = set(kind().to_dict()) | set(kind.attribute_map)
+    for key in given:
+        if key not in known:
+            raise UserError(_unknown(f"model.text.config: {arch} has no setting", key, sorted(known)))
+    special = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id, "bos_token_id": None}
+    chosen = {"vocab_size": tokenizer.vocab_size, **special} | given
+    positions = next((k for k, v in kind.attribute_map.items() if k == "max_position_embeddings" and v), None)
+    own_name = kind.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if own_name in known and not {positions, own_name} & set(given):
+        before = int(chosen["pad_token_id"]) + 1 if arch in _POSITIONS_AFTER_PADDING else 0
+        chosen[own_name] = tokenizer.context_length + before
+    with _quiet_transformers():
+        try:
+            return AutoConfig.for_model(arch, **chosen)
+        except Exception as error:  # each configuration class validates in its own way
+            raise UserError(f"model.text.config: {arch} does not take {given}: {error}") from error
+
+
+def _config_from_hf(name: str, assets: Path | None) -> tuple[Any, Path | None]:
+    """The configuration of a local folder, of a folder fetched at submission, or of a name on the hub."""
+    from transformers import AutoConfig
+
+    folder = next((f for f in _local_folders(name, assets) if (f / "config.json").is_file()), None)
+    try:
+        return AutoConfig.from_pretrained(str(folder or name)), folder
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.text.hf: {name} is neither a folder with a config.json nor a name on the hub that can be "
+            f"reached from here: {error}"
+        ) from error
+
+
+def _local_folders(name: str, assets: Path | None) -> list[Path]:
+    fetched = [assets / name.replace("/", "--")] if assets is not None else []
+    return [*fetched, Path(name)]
+
+
+def _fetch_weights(name: str) -> Path:
+    """The weight file of a name on the hub, from its cache or fetched."""
+    from transformers.utils import cached_file
+
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise UserError(
+                f"model.text.weights: {name} cannot be reached on the hub from here: {error}"
+            ) from error
+        if found is not None:
+            return Path(found)
+    raise UserError(f"model.text.weights: {name} has neither a model.safetensors nor a pytorch_model.bin.")
+
+
+def _check_fits(settings: Any, tokenizer: TextTokens) -> None:
+    if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "vocab_size"):
+        raise UserError(
+            f"model.text: {settings.model_type} is not one text network (encoder-decoders and pairs of towers are "
+            "not taken); name a model such as gpt2, bert or roberta."
+        )
+    if settings.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.text: the tower knows {settings.vocab_size} tokens, the tokenizer has {tokenizer.vocab_size}. "
+            "Name the tokenizer the tower was made with (data.text.tokenizer), or leave vocab_size out."
+        )
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if settings.model_type in _POSITIONS_AFTER_PADDING:
+        positions -= settings.pad_token_id + 1
+    if tokenizer.context_length > positions:
+        raise UserError(
+            f"data.text.context_length: {tokenizer.context_length} is longer than the text tower's {positions} "
+            f"positions; at most {positions} fit."
+        )
+
+
+def _transformer(settings: Any) -> nn.Module:
+    """The network without pooler or head, in float32, from random weights."""
+    from transformers import AutoModel
+
+    try:
+        kind = AutoModel._model_mapping[type(settings)]
+    except KeyError as error:
+        raise UserError(
+            f"model.text: transformers has no plain network for {settings.model_type}."
+        ) from error
+    takes = inspect.signature(kind.__init__).parameters
+    no_pooler = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+    # Attention by PyTorch where the network has it: the attention mask is honoured in both.
+    attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
+    with _quiet_transformers():
+        network = AutoModel.from_config(
+            settings, dtype=torch.float32, attn_implementation=attention, **no_pooler
+        )
+    if not isinstance(network.get_input_embeddings(), nn.Embedding):
+        raise UserError(f"model.text: {settings.model_type} does not read tokens.")
+    return network
+
+
+class _quiet_transformers:
+    """Warnings about special tokens of a class's default vocabulary concern no tower built here."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("transformers")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exception: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def _unknown(what: str, given: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=5, cutoff=0.5)
+    hint = f"Nearest: {', '.join(near)}." if near else "Nothing known is near it."
+    return f"{what} {given!r}. {hint}"

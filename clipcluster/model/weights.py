@@ -1,0 +1,208 @@
+"""Starting weights from a file into a tower, with proof of what was loaded.
+
+A file and a tower differ by a prefix, and a load that skips what it does not know takes nothing and says
+nothing. Here the prefix is found, the coverage is counted, and too little of it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipcluster.errors import UserError
+
+LEAST_COVERAGE = 0.9
+"""Share of the tower's tensors, and of their elements, that a file must bring."""
+
+# A prefix is any run of these words: `module.`, `_orig_mod.module.`, `visual.trunk.`, `text.transformer.`, …
+_WRAPPERS = frozenset(
+    "module _orig_mod model backbone trunk encoder visual image base_model "
+    "text text_model transformer bert roberta distilbert electra".split()
+)
+_STATE_DICT_KEYS = ("state_dict", "model", "module")
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Classifiers, language-model heads and poolers: a tower has no place for them.
+_HEADS = re.compile(
+    r"^(head|head_dist|fc|classifier|head\.fc|head\.l|last_linear|lm_head|cls|score|pooler|pre_classifier"
+    r"|vocab_[a-z_]+|discriminator_predictions|generator_[a-z_]+|qa_outputs)\.(weight|bias|.*\.(weight|bias)|bias)$"
+)
+# What a module computes for itself: written by some versions, ignored by others.
+_COMPUTED = re.compile(
+    r"(^|\.)(num_batches_tracked|position_ids|attn\.bias|attn\.masked_bias|relative_position_index"
+    r"|relative_coords_table|attn_mask|inv_freq)$"
+)
+_OLD_LAYER_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What one file brought to one tower.
+
+    `loaded` of `tensors` tensors hold `share` of the tower's elements; `missing` kept their random start;
+    `left_out` are the file's own tensors (under `prefix`) that the tower has no place for.
+    """
+
+    tower: str
+    file: str
+    prefix: str
+    loaded: int
+    tensors: int
+    share: float
+    missing: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.tower} tower: {self.loaded} of {self.tensors} tensors ({self.share:.1%}) from {self.file}"
+        )
+        if self.prefix:
+            text += f", prefix {self.prefix!r} removed"
+        if self.missing:
+            text += f"; left at their random start: {_some(self.missing)}"
+        if self.left_out:
+            text += f"; not used: {_some(self.left_out)}"
+        return text
+
+
+def load_weights(tower: nn.Module, source: Path, *, name: str) -> Coverage:
+    """Copy the tensors of a file, or of a model folder, into a tower; parameters and buffers, any dtype.
+
+    `name` is the tower's name in messages (`image`, `text`).
+
+    Raises UserError where the file is missing or unreadable, matches less than LEAST_COVERAGE of the tower,
+    or holds a larger tower than the one built.
+    """
+    state = {_OLD_LAYER_NORM.sub(_new_name, key): value for key, value in read_state_dict(source).items()}
+    own = {key: value for key, value in tower.state_dict().items() if not _COMPUTED.search(key)}
+    prefix = _best_prefix(state, own)
+    inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    fitting = {key: value for key, value in inside.items() if key in own and value.shape == own[key].shape}
+    left_out = tuple(k for k in inside if k not in fitting and k not in own and not _COMPUTED.search(k))
+    elements = sum(value.numel() for value in own.values())
+    coverage = Coverage(
+        tower=name,
+        file=str(source),
+        prefix=prefix,
+        loaded=len(fitting),
+        tensors=len(own),
+        share=sum(value.numel() for value in fitting.values()) / elements,
+        missing=tuple(key for key in own if key not in fitting),
+        left_out=left_out,
+    )
+    _check_coverage(coverage, state, inside, own)
+    with torch.no_grad():
+        for key, value in fitting.items():
+            own[key].copy_(value)
+    return coverage
+
+
+def read_state_dict(source: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file, or of a folder in Hugging Face's layout.
+
+    Pickles are read with `weights_only`; of a training checkpoint the model's part is taken.
+    Raises UserError where nothing readable is there.
+    """
+    if source.is_dir():
+        source = _file_in(source)
+    if not source.is_file():
+        raise UserError(
+            f"No weights at {source}: name a .safetensors, .pth or .bin file, or a model's folder."
+        )
+    if source.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(source.read_text())["weight_map"].values()))
+        return {
+            key: value for shard in shards for key, value in read_state_dict(source.parent / shard).items()
+        }
+    try:
+        content = _read(source)
+    except Exception as error:  # every reader has its own exceptions for a broken file
+        raise UserError(f"The weights {source} cannot be read ({error}): is the file whole?") from error
+    for key in _STATE_DICT_KEYS:
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"The file {source} holds no tensors; its keys are {_some(tuple(content))}.")
+    return state
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(file))
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__} where a dictionary of tensors was expected")
+    return content
+
+
+def _file_in(folder: Path) -> Path:
+    for name in _FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"The folder {folder} holds no weights: expected one of {', '.join(_FOLDER_FILES)}.")
+
+
+def _new_name(match: re.Match[str]) -> str:
+    return {"gamma": "weight", "beta": "bias"}[match.group(0)]
+
+
+def _best_prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """The prefix under which most tensors of the file have the tower's names and shapes; the shortest of equals."""
+    prefixes = {""}
+    for key in state:
+        words = key.split(".")
+        for count in range(1, len(words)):
+            if words[count - 1] not in _WRAPPERS:
+                break
+            prefixes.add(".".join(words[:count]) + ".")
+
+    def matches(prefix: str) -> int:
+        return sum(prefix + key in state and state[prefix + key].shape == own[key].shape for key in own)
+
+    return max(sorted(prefixes, key=lambda prefix: (len(prefix), prefix)), key=matches)
+
+
+def _check_coverage(
+    coverage: Coverage, state: dict[str, Tensor], inside: dict[str, Tensor], own: dict[str, Tensor]
+) -> None:
+    name, file = coverage.tower, coverage.file
+    wrong = [key for key in own if key in inside and key in coverage.missing]
+    shapes = "".join(
+        f"\n  {key}: {tuple(inside[key].shape)} in the file, {tuple(own[key].shape)} in the tower"
+        for key in wrong[:5]
+    )
+    if min(coverage.loaded / coverage.tensors, coverage.share) < LEAST_COVERAGE or wrong:
+        raise UserError(
+            f"{file} brings {coverage.loaded} of the {name} tower's {coverage.tensors} tensors "
+            f"({coverage.share:.1%} of its elements), which is not this tower's file.\n"
+            f"  The tower lacks: {_some(coverage.missing)}\n"
+            f"  The file holds: {_some(tuple(state))}"
+            + (f"\n  Shapes that differ:{shapes}" if shapes else "")
+            + f"\nName the tower the file was made for, or leave model.{name}.weights out to start from scratch."
+        )
+    parts = {key.split(".")[0] for key in own}
+    larger = [key for key in coverage.left_out if key.split(".")[0] in parts and not _HEADS.match(key)]
+    if larger:
+        raise UserError(
+            f"{file} holds a larger tower than the {name} tower built: {len(larger)} of its tensors have no place "
+            f"({_some(tuple(larger))}). Name the tower the file was made for."
+        )
+
+
+def _some(names: tuple[str, ...], count: int = 6) -> str:
+    shown = ", ".join(names[:count])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > count else shown or "nothing"
