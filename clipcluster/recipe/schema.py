@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -64,25 +65,24 @@ Int = Annotated[int, BeforeValidator(_whole)]
 Float = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 
 
-def _named(names: dict[str, tuple[float, float, float]]) -> Any:
-    def replace(value: object) -> object:
-        if isinstance(value, str):
-            if value not in names:
-                raise ValueError(f"should be one of {', '.join(names)}, or three numbers (red, green, blue)")
-            return names[value]
+def _replace(names: dict[str, tuple[float, float, float]], value: object) -> object:
+    if not isinstance(value, str):
         return value
+    if value not in names:
+        raise ValueError(f"should be one of {', '.join(names)}, or three numbers (red, green, blue)")
+    return names[value]
 
-    schema = {
+
+_COLOURS = WithJsonSchema(
+    {
         "anyOf": [
-            {"enum": list(names)},
+            {"enum": list(MEANS)},
             {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3},
         ]
     }
-    return Annotated[tuple[Float, Float, Float], BeforeValidator(replace), WithJsonSchema(schema)]
-
-
-Mean = _named(MEANS)
-Deviation = _named(DEVIATIONS)
+)
+Mean = Annotated[tuple[Float, Float, Float], BeforeValidator(partial(_replace, MEANS)), _COLOURS]
+Deviation = Annotated[tuple[Float, Float, Float], BeforeValidator(partial(_replace, DEVIATIONS)), _COLOURS]
 
 
 def _one_or_more(value: object) -> object:
@@ -157,7 +157,7 @@ class Source(Section):
 
     shards: Paths = key(
         "result",
-        "Folder with indexed shards; or a glob, braces ({00..09}), an address (http, s3, pipe:), or a list of these.",
+        "Folder with indexed shards; or a glob, braces ({00..09}), an address (http, s3, pipe:), or a list.",
         path="path",
     )
     weight: Float | None = key(
@@ -240,7 +240,8 @@ class Text(Section):
 
     tokenizer: str = key(
         "result",
-        "'bytes' (one token a byte, no file needed), a folder with a Hugging Face tokenizer, or its name on the hub.",
+        "'bytes' (one token a byte, no file needed), a folder with a Hugging Face tokenizer, or its name on "
+        "the hub.",
         "bytes",
         path="name",
         min_length=1,
@@ -248,8 +249,8 @@ class Text(Section):
     context_length: Int = key("result", "Tokens of a caption; longer ones are cut.", 77, ge=2)
     captions: Literal["all", "random", "first"] = key(
         "result",
-        "all: every caption makes a sample of its own (an epoch counts pairs); random: one of an image's captions "
-        "at each draw; first: always the first.",
+        "all: every caption makes a sample of its own (an epoch counts pairs); random: one of an image's "
+        "captions at each draw; first: always the first.",
         "random",
     )
 
@@ -259,8 +260,8 @@ class Order(Section):
 
     lanes: Int = key(
         "result",
-        "Upper bound of the lanes a pass is cut into (the largest divisor of the batch size up to it is used). "
-        "At least ranks x workers keeps reading cheap.",
+        "Upper bound of the lanes a pass is cut into (the largest divisor of the batch size up to it is "
+        "used). At least ranks x workers keeps reading cheap.",
         64,
         ge=1,
     )
@@ -358,7 +359,7 @@ class TextTower(Section):
     def _one_origin(self) -> TextTower:
         if (self.hf is None) == (self.arch is None):
             raise ValueError(
-                "should have exactly one of hf (a folder or a name on the hub) and arch (a model type, from scratch)"
+                "should have exactly one of hf (a folder or a hub name) and arch (a model type, from scratch)"
             )
         if self.config and self.arch is None:
             raise ValueError("config goes with arch; a tower named by hf brings its own configuration")
@@ -428,8 +429,8 @@ class NonFinite(Section):
 
     limit: Int = key(
         "result",
-        "More skipped steps in a row than this: once back to the last good checkpoint, leaving the range out; "
-        "then the run stops.",
+        "More skipped steps in a row than this: once back to the last good checkpoint, leaving the range "
+        "out; then the run stops.",
         10,
         ge=0,
     )
@@ -568,7 +569,7 @@ class Recipe(Section):
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section class behind a field, also of an optional one and of a list of sections; None for a plain key."""
+    """The section behind a field, also of an optional one and of a list of sections; None for a plain key."""
     candidates = [field.annotation]
     while candidates:
         annotation = candidates.pop()

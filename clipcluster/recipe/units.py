@@ -1,4 +1,4 @@
-"""Durations, times, memory and node counts as a recipe writes them: ``26 epochs``, ``15 min``, ``200 GB``, ``2-4``.
+"""Durations, times, memory and node counts of a recipe: ``26 epochs``, ``15 min``, ``200 GB``, ``2-4``.
 
 Each class reads its own text (`parse`), prints it back in one canonical form (`str`), and tells pydantic and
 JSON Schema about itself. No torch.
@@ -204,7 +204,7 @@ class Memory(_Text):
 
 @dataclass(frozen=True)
 class Nodes(_Text):
-    """How many nodes a run asks for: a count (`least` equals `most`) or a range, of which SLURM grants what it has."""
+    """The nodes a run asks for: a count (`least` equals `most`), or a range of which SLURM grants some."""
 
     least: int
     most: int

@@ -1,0 +1,247 @@
+"""From a YAML file to a validated recipe: extends, overrides, environment, paths; and back from a run folder.
+
+A path (shards, weights, a tokenizer's folder, …) belongs to the recipe as it is written, ``${NAME}``
+unexpanded, so that a run moved to another disk is the same run. What it resolves to here and now is kept
+apart (`Loaded.paths`); relative paths start from the working directory, as in a shell. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.environment import expanded, plain, resolve_paths
+from clipcluster.recipe.problems import validated
+from clipcluster.recipe.schema import Recipe, Section, extra_of, is_list_of_sections, section_of, walk
+from clipcluster.recipe.sites import find_site
+from clipcluster.recipe.tree import (
+    Branch,
+    Leaf,
+    Loc,
+    assign,
+    dotted,
+    merge,
+    nearest,
+    origin_of,
+    parse_file,
+    parse_override,
+    shown,
+)
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe that was read and found right.
+
+    Attributes:
+        recipe: ready for use; its paths are absolute.
+        written: the same with the paths as they were written; what a run is named and remembered by.
+        paths: dotted path of a key -> its absolute path here (hub names and addresses are absent).
+        file: the file it was read from.
+        site: name of the site profile below it, or None.
+        tree: every entry with the place that wrote it.
+    """
+
+    recipe: Recipe
+    written: Recipe
+    paths: dict[str, str]
+    file: Path
+    site: str | None
+    tree: Branch
+
+    def place(self, key: str) -> str:
+        """Where a key was written (``recipes/x.yaml:12``), for messages of later checks."""
+        loc = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        origin = origin_of(self.tree, loc)
+        return origin.place if origin.override is None else f"{origin.place}: {origin.override}"
+
+
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    site: str | None = None,
+) -> Loaded:
+    """Read a recipe, its parents, a site profile and the command line's overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: ``a.b.0.c=value``, the value in YAML.
+        environ: the environment for ``${NAME}``; default `os.environ`.
+        site: name of the site profile; default the only one of the user's, if there is exactly one.
+
+    Raises:
+        UserError: everything that is wrong, each with file, line, dotted path and what is allowed.
+    """
+    environ = os.environ if environ is None else environ
+    file = _existing(Path(path))
+    tree = _with_parents(file, environ, ())
+    profile = find_site(site, environ)
+    if profile is not None:
+        tree = merge(profile.tree, tree)
+    for text in overrides:
+        keys, value = parse_override(text)
+        if keys == ["extends"]:
+            raise UserError(f"from the command line: {text}: extends can only be written in a file")
+        assign(tree, keys, value)
+    problems: dict[Loc, str] = {}
+    resolved = plain(tree, (), environ, problems, keep_paths=False)
+    written = plain(tree, (), environ, problems, keep_paths=True)
+    paths: dict[str, str] = {}
+    resolve_paths(resolved, (), paths)
+    recipe = validated(resolved, tree, problems, shown(file))
+    return Loaded(
+        recipe, Recipe.model_validate(written), paths, file, profile.name if profile else None, tree
+    )
+
+
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a recipe is a YAML file")
+    near = nearest(path.name, _yaml_names(path.parent)) or nearest(
+        path.name + ".yaml", _yaml_names(path.parent)
+    )
+    if near:
+        hint = f"did you mean {path.parent / near}?"
+    else:
+        names = sorted(_yaml_names(path.parent))
+        hint = (
+            f"in {path.parent} there is {', '.join(names[:10])}" if names else "there is no recipe beside it"
+        )
+    raise UserError(f"{path}: no such recipe; {hint}")
+
+
+def _yaml_names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else []
+
+
+def _with_parents(file: Path, environ: Mapping[str, str], children: tuple[Path, ...]) -> Branch:
+    """The file's tree over that of the file it extends, and so on."""
+    if file.resolve() in children:
+        chain = " -> ".join(shown(step) for step in (*children, file.resolve()))
+        raise UserError(f"{shown(file)}: extends goes in a circle: {chain}")
+    tree = parse_file(file)
+    parent = tree.entries.pop("extends", None)
+    origin = tree.marks.pop("extends", None)
+    if parent is None or origin is None:
+        return tree
+    if not isinstance(parent, Leaf) or not isinstance(expanded(parent, environ, "extends"), str):
+        raise UserError(origin.problem("extends", "should be the name of one file"))
+    name = str(expanded(parent, environ, "extends"))
+    for folder in (file.parent, RECIPES):
+        if (folder / name).is_file():
+            return merge(_with_parents(folder / name, environ, (*children, file.resolve())), tree)
+    near = nearest(name, {*_yaml_names(file.parent), *_yaml_names(RECIPES)})
+    hint = f"; did you mean {near}?" if near else ""
+    where = (
+        f"{shown(file.parent)} and {shown(RECIPES)}" if file.parent.resolve() != RECIPES else shown(RECIPES)
+    )
+    raise UserError(origin.problem("extends", f"{name} is not there (looked in {where}){hint}"))
+
+
+def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dict[str, Any]:
+    """The keys of a section whose mark is kept; those at their defaults only if `full`."""
+    chosen: dict[str, Any] = {}
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        inner = section_of(field)
+        if inner is None:
+            at_default = not field.is_required() and value == field.get_default(call_default_factory=True)
+            if keep(extra_of(field)["mark"]) and (full or not at_default):
+                chosen[name] = values[name]
+        elif is_list_of_sections(field):
+            chosen[name] = [_select(entry, keep, full=full) for entry in value]
+        elif value is None:
+            # Left out: a full account says so, since a later version may have another default.
+            if full and any(
+                keep(extra_of(leaf)["mark"]) for _, leaf in walk(inner) if section_of(leaf) is None
+            ):
+                chosen[name] = None
+        else:
+            below = _select(value, keep, full=full)
+            if below or (field.default is None and _decides(inner, keep)):
+                chosen[name] = below
+    return chosen
+
+
+def _decides(section: type[Section], keep: Callable[[str], bool]) -> bool:
+    """Whether a section has a key whose mark is kept."""
+    return any(keep(extra_of(leaf)["mark"]) for _, leaf in walk(section) if section_of(leaf) is None)
+
+
+def result_keys(loaded: Loaded) -> dict[str, Any]:
+    """The result keys that differ from their defaults, paths as written: what a run's name is the hash of."""
+    return _select(loaded.written, lambda mark: mark == "result", full=False)
+
+
+def recipe_keys(loaded: Loaded) -> dict[str, Any]:
+    """All result keys and the task's name, paths as written: what a run folder's recipe.yaml holds."""
+    return _select(loaded.written, lambda mark: mark == "result", full=True)
+
+
+def settings_keys(loaded: Loaded) -> dict[str, Any]:
+    """All speed and record keys, and ``paths`` (dotted path -> absolute path): settings.yaml."""
+    return {**_select(loaded.written, lambda mark: mark != "result", full=True), "paths": dict(loaded.paths)}
+
+
+def from_run(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
+    """The recipe as a job reads it back from recipe.yaml and settings.yaml, with absolute paths.
+
+    Keys of the settings that are no recipe's (which code folder, …) are left aside.
+
+    Raises:
+        UserError: a file was edited into something that is no recipe, or is of a newer version.
+    """
+    known = {name: value for name, value in settings.items() if name in Recipe.model_fields}
+    merged = _merged(recipe, known)
+    for name, path in settings.get("paths", {}).items():
+        _put(merged, name.split("."), path)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        lines = [
+            f"  {dotted(tuple(entry['loc']))}: {entry['msg']}" for entry in error.errors(include_url=False)
+        ]
+        raise UserError(
+            "the run's recipe.yaml and settings.yaml do not make a recipe:\n" + "\n".join(lines)
+        ) from None
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Two halves of one recipe put together again; lists of sections place by place."""
+    if isinstance(below, Mapping) and isinstance(above, Mapping):
+        names = [*below, *(name for name in above if name not in below)]
+        return {name: _merged(below.get(name, _ABSENT), above.get(name, _ABSENT)) for name in names}
+    if isinstance(below, list) and isinstance(above, list) and len(below) == len(above):
+        return [_merged(one, other) for one, other in zip(below, above, strict=True)]
+    chosen = below if above is _ABSENT else above
+    if isinstance(chosen, Mapping):
+        return {name: _merged(value, _ABSENT) for name, value in chosen.items()}
+    return [_merged(value, _ABSENT) for value in chosen] if isinstance(chosen, list) else chosen
+
+
+_ABSENT = object()
+
+
+def _put(value: Any, path: list[str], text: str) -> None:
+    """Set one path of a run's recipe, if the place is still there."""
+    for part in path[:-1]:
+        value = value[int(part)] if isinstance(value, list) else value.get(part)
+        if value is None:
+            return
+    if isinstance(value, list):
+        value[int(path[-1])] = text
+    else:
+        value[path[-1]] = text

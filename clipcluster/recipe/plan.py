@@ -1,0 +1,182 @@
+"""The arithmetic of a run: ranks, their share of the batch, steps an epoch, steps in all, warm-up. No torch.
+
+The science does not depend on the cluster: the batch is global, so the plan only says how it is shared out,
+or why it cannot be, with the values that would do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.units import Duration
+
+LONG_WARMUP = 0.2  # of the run; above it the check warns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to with so many ranks and samples. Counts are whole; periods are in steps."""
+
+    world_size: int
+    nodes: int
+    batch_size: int
+    per_rank_batch: int
+    micro_batch: int
+    accumulation: int
+    epoch_samples: int
+    steps_per_epoch: int
+    total_steps: int
+    total_samples: int
+    warmup_steps: int
+    log_every: int
+    evaluate_every: int | None
+    checkpoint_every: int | None  # None: by the clock
+    keep_every: int | None
+    warnings: tuple[str, ...]
+
+
+def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
+    """Share a recipe's work among `world_size` ranks.
+
+    Args:
+        recipe: the validated recipe.
+        source_samples: samples (with captions: all, pairs) of one pass through all sources.
+        world_size: ranks in all.
+
+    Raises:
+        UserError: the batch does not divide, accumulation would be needed, no step is left to do, or the
+            warm-up takes the whole run; with the arithmetic and the values that would do.
+    """
+    batch = recipe.data.batch_size
+    per_rank = share(batch, world_size)
+    accumulation = micro_batches(per_rank, recipe.train.micro_batch)
+    if accumulation > 1:
+        raise UserError(_needs_accumulation(recipe, world_size, per_rank, accumulation))
+    epoch_samples = recipe.data.epoch_samples or source_samples
+    steps_per_epoch = epoch_samples // batch
+    if steps_per_epoch == 0:
+        given = "data.epoch_samples is" if recipe.data.epoch_samples else "the samples of the sources are"
+        raise UserError(
+            f"an epoch has no step: {given} {epoch_samples:,}, data.batch_size is {batch:,}; "
+            f"set data.batch_size to at most {epoch_samples:,}, or data.epoch_samples to at least {batch:,}"
+        )
+
+    def steps(duration: Duration) -> int:
+        return duration.steps(steps_per_epoch, batch)
+
+    def period(duration: Duration | None) -> int | None:
+        return None if duration is None else duration.period(steps_per_epoch, batch)
+
+    total = steps(recipe.train.duration)
+    if total == 0:
+        raise UserError(
+            f"train.duration {recipe.train.duration} is no step at all: an epoch has {steps_per_epoch:,} "
+            f"steps of {batch:,} samples"
+        )
+    warmup = steps(recipe.optim.warmup)
+    every = recipe.checkpoint.every
+    return Plan(
+        world_size=world_size,
+        nodes=max(1, world_size // recipe.cluster.ranks_per_node),
+        batch_size=batch,
+        per_rank_batch=per_rank,
+        micro_batch=per_rank // accumulation,
+        accumulation=accumulation,
+        epoch_samples=epoch_samples,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        total_samples=total * batch,
+        warmup_steps=warmup,
+        log_every=recipe.train.log_every.period(steps_per_epoch, batch),
+        evaluate_every=period(recipe.evaluate.every),
+        checkpoint_every=period(every) if isinstance(every, Duration) else None,
+        keep_every=period(recipe.checkpoint.keep.every),
+        warnings=_warmup_fits(recipe, warmup, total),
+    )
+
+
+def _warmup_fits(recipe: Recipe, warmup: int, total: int) -> tuple[str, ...]:
+    """Warnings about the warm-up; UserError where training would end while still warming up."""
+    given = recipe.optim.warmup
+    text = f"optim.warmup {given}" + ("" if given.unit == "steps" else f" ({warmup:,} steps)")
+    if warmup and warmup >= total:
+        raise UserError(
+            f"{text} takes the whole run of {total:,} steps ({recipe.train.duration}), which would end while "
+            f"still warming up; set optim.warmup to at most {int(total * LONG_WARMUP):,} steps, or train longer"
+        )
+    if warmup > LONG_WARMUP * total:
+        return (f"{text} is {warmup / total:.1%} of the run's {total:,} steps; 2% to 10% is usual",)
+    return ()
+
+
+def share(batch: int, world_size: int) -> int:
+    """Each rank's part of the global batch; where it does not divide, UserError with what would do."""
+    if batch % world_size == 0:
+        return batch // world_size
+    lower, upper = batch - batch % world_size, batch + world_size - batch % world_size
+    batches = [str(value) for value in (lower, upper) if value > 0]
+    raise UserError(
+        f"data.batch_size {batch} does not divide by {world_size} ranks; set it to {' or '.join(batches)}, "
+        f"or use {_either(_near_divisors(batch, world_size))} ranks"
+    )
+
+
+def _near_divisors(batch: int, world_size: int) -> list[int]:
+    """The largest rank count below `world_size` that divides the batch, and the smallest above."""
+    below = next(ranks for ranks in range(min(world_size, batch), 0, -1) if batch % ranks == 0)
+    above = next((ranks for ranks in range(world_size + 1, batch + 1) if batch % ranks == 0), None)
+    return [below] if above is None else [below, above]
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def micro_batches(per_rank: int, bound: int | None) -> int:
+    """The smallest count of equal micro-batches of `per_rank` samples that are no larger than `bound`."""
+    if bound is None or per_rank <= bound:
+        return 1
+    return next(count for count in range(-(-per_rank // bound), per_rank + 1) if per_rank % count == 0)
+
+
+def _needs_accumulation(recipe: Recipe, world_size: int, per_rank: int, count: int) -> str:
+    batch, bound = recipe.data.batch_size, recipe.train.micro_batch
+    enough = range(-(-batch // (bound or 1)), batch + 1)
+    ranks = next(ranks for ranks in enough if batch % ranks == 0)
+    return (
+        f"{batch} / {world_size} ranks = {per_rank} a rank, micro_batch {bound} -> {count} micro-batches: "
+        f"accumulation is not supported yet: set train.micro_batch to {per_rank} or use {ranks} ranks"
+    )
+
+
+def usable_nodes(recipe: Recipe, granted: int) -> int:
+    """How many of the granted nodes are used: the largest count by which the batch divides; the rest idle.
+
+    Raises:
+        UserError: with none of the counts from cluster.nodes' least to `granted` the batch divides.
+    """
+    least, tasks = recipe.cluster.nodes.least, recipe.cluster.ranks_per_node
+    for nodes in range(granted, min(least, granted) - 1, -1):
+        if recipe.data.batch_size % (nodes * tasks) == 0:
+            return nodes
+    share(recipe.data.batch_size, granted * tasks)
+    raise AssertionError("unreachable: share() raised")
+
+
+def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int | None = None) -> Plan:
+    """The plan with so many granted nodes (default: the most that the recipe asks for).
+
+    Idle nodes are said in the plan's warnings. UserError as `plan` and `usable_nodes`.
+    """
+    granted = granted or recipe.cluster.nodes.most
+    nodes = usable_nodes(recipe, granted)
+    found = plan(recipe, source_samples, nodes * recipe.cluster.ranks_per_node)
+    if nodes == granted:
+        return found
+    idle = (
+        f"of {granted} nodes {nodes} are used and {granted - nodes} idle: data.batch_size "
+        f"{recipe.data.batch_size} does not divide by {granted * recipe.cluster.ranks_per_node} ranks"
+    )
+    return Plan(**{**vars(found), "warnings": (*found.warnings, idle)})

@@ -1,0 +1,69 @@
+"""Site profiles: what a cluster wants said in every recipe (partition, account, setup lines, …). No torch.
+
+A profile is a YAML file with a `cluster` section, `NAME.yaml` in the user's folder
+(``$XDG_CONFIG_HOME/clipcluster/sites``, usually ``~/.config/clipcluster/sites``) or among the shipped recipes
+(``recipes/sites``). It lies under the recipe: the recipe and the command line may say otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.tree import Branch, nearest, parse_file
+
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes" / "sites"
+_EXAMPLE = "example"  # shows the keys; never taken unasked
+
+
+@dataclass(frozen=True)
+class Site:
+    """A profile: its name, its file, and its keys with the places that wrote them."""
+
+    name: str
+    file: Path
+    tree: Branch
+
+
+def user_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """The folder of the user's own profiles."""
+    environ = os.environ if environ is None else environ
+    config = environ.get("XDG_CONFIG_HOME") or os.path.join(
+        environ.get("HOME") or os.path.expanduser("~"), ".config"
+    )
+    return Path(config) / "clipcluster" / "sites"
+
+
+def known_sites(environ: Mapping[str, str] | None = None) -> dict[str, Path]:
+    """Every profile by name; the user's own hide shipped ones of the same name."""
+    found: dict[str, Path] = {}
+    for folder in (SHIPPED, user_folder(environ)):
+        if folder.is_dir():
+            found.update({file.stem: file for file in sorted(folder.glob("*.yaml"))})
+    return found
+
+
+def find_site(name: str | None, environ: Mapping[str, str] | None = None) -> Site | None:
+    """The profile called `name`; without a name the only one there is (the example aside), else None.
+
+    Raises:
+        UserError: no such profile, or a profile that sets something else than the cluster section.
+    """
+    known = known_sites(environ)
+    if name is None:
+        names = [site for site in known if site != _EXAMPLE]
+        if len(names) != 1:
+            return None
+        name = names[0]
+    if name not in known:
+        near = nearest(name, known)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
+        raise UserError(f"no site profile is called {name}; {hint} (profiles live in {user_folder(environ)})")
+    tree = parse_file(known[name])
+    for entry in tree.entries:
+        if entry != "cluster":
+            raise UserError(tree.marks[entry].problem(entry, "a site profile holds the section cluster only"))
+    return Site(name, known[name], tree)
