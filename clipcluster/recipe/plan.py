@@ -104,7 +104,7 @@ def _warmup_fits(recipe: Recipe, warmup: int, total: int) -> tuple[str, ...]:
     if warmup and warmup >= total:
         raise UserError(
             f"{text} takes the whole run of {total:,} steps ({recipe.train.duration}), which would end while "
-            f"still warming up; set optim.warmup to at most {int(total * LONG_WARMUP):,} steps, or train longer"
+            f"still warming up; set optim.warmup to at most {int(total * LONG_WARMUP):,} steps, or train on"
         )
     if warmup > LONG_WARMUP * total:
         return (f"{text} is {warmup / total:.1%} of the run's {total:,} steps; 2% to 10% is usual",)

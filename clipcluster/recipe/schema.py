@@ -467,11 +467,16 @@ class Best(Section):
 class Keep(Section):
     """Which checkpoints stay; the others go once a newer one is in place."""
 
-    last: Int = key(
-        "record", "The newest so many; at least 2, since the newest may be found broken.", 3, ge=2
-    )
+    last: Int = key("record", "The newest so many; at least 2, since the newest may be found broken.", 3)
     every: Duration | None = key("record", "Also one every so often, for good.", None)
     best: Best | None = section("Also the best by a metric.", None)
+
+    @field_validator("last")
+    @classmethod
+    def _two_at_least(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("keep at least 2: the newest may be found broken, or still be being written")
+        return value
 
 
 class Checkpoint(Section):
