@@ -57,8 +57,8 @@ def serve(
     `start` is written before the trainee is imported.
 
     The attempt is $CLIPCLUSTER_ATTEMPT where the batch script claimed it. Under torchrun, or alone, rank 0
-    claims (`still_running` says whether another job still runs; by default this machine's processes are asked)
-    and tells the others. The caller flushes its streams and leaves through `os._exit` with the code: 2 where
+    claims and tells the others (`still_running` says whether another job still runs; by default this
+    machine's processes are asked). The caller flushes its streams and leaves through `os._exit` with the code: 2 where
     the run cannot be joined, else a value of `Outcome`.
     """
     run = Run(run_dir)
@@ -122,7 +122,7 @@ def _claim(run: Run, place: Place, still_running: Callable[[str], bool]) -> Atte
 
 
 def _runs_here(job_id: str) -> bool:
-    """Whether a process of this machine still runs; what it cannot know (a cluster's job) counts as running."""
+    """Whether a process of this machine still runs; a job that it cannot know of counts as running."""
     return local_job_runs(job_id) is not False
 
 
@@ -149,7 +149,7 @@ def _claim_together(
 
 
 def _torchrun_store(place: Place) -> Any:
-    """The store at MASTER_ADDR:MASTER_PORT, which torchrun's agent holds, or rank 0 where there is no agent."""
+    """The store at MASTER_ADDR:MASTER_PORT, held by torchrun's agent, or by rank 0 without one."""
     from datetime import timedelta
 
     from torch.distributed import TCPStore
