@@ -1,0 +1,70 @@
+"""The shares of several sources in the draws: integer weights, and one period of draws laid out."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from clipcluster.errors import UserError
+
+LARGEST_PERIOD = 65_536
+
+
+def integer_weights(weights: Sequence[float]) -> list[int]:
+    """The smallest integers in exactly the proportions of `weights`, read as the decimals they are written.
+
+    Raises UserError for a weight that is not a positive number, and where the integers' sum would exceed
+    65,536; the message then names the nearest weights that would do.
+    """
+    for number, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(
+                f"data.train.{number}.weight is {weight:g}; a weight is a positive number, the source's share"
+                " of the draws. Give a positive one, or leave the source out."
+            )
+    # repr, because 0.1 stands for one tenth and not for the binary fraction nearest to it
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    scale = math.lcm(*(fraction.denominator for fraction in exact))
+    whole = [int(fraction * scale) for fraction in exact]
+    divisor = math.gcd(*whole)
+    whole = [number // divisor for number in whole]
+    if sum(whole) > LARGEST_PERIOD:
+        nearest = " : ".join(str(number) for number in _nearest(exact))
+        given = " : ".join(f"{weight:.12g}" for weight in weights)
+        raise UserError(
+            f"the weights {given} repeat only after {sum(whole):,} draws; at most {LARGEST_PERIOD:,} are laid"
+            f" out, so that every share is exact. The nearest that would do are {nearest}: give these as"
+            " data.train.N.weight."
+        )
+    return whole
+
+
+def lay_out(weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """One period of D = sum(weights) draws: each one's source, (D,) int32, and how many of it came before, (D,).
+
+    Draw j of a source with weight w falls due at (j + 1/2) / w of the period, and the draws follow each other
+    as they fall due (Webster's method): the sources are spread evenly and each has exactly w of D draws.
+    """
+    sources = np.repeat(np.arange(len(weights), dtype=np.int32), weights)
+    ordinals = np.concatenate([np.arange(weight, dtype=np.int64) for weight in weights])
+    # halves of integers below 2^17: unequal quotients differ by more than a float64 rounds off
+    due = (2 * ordinals + 1) / np.asarray(weights, dtype=np.float64)[sources]
+    order = np.argsort(due, kind="stable")
+    return sources[order], ordinals[order]
+
+
+def _nearest(exact: Sequence[Fraction]) -> list[int]:
+    """The integers >= 1 with a sum up to 65,536 and the smallest largest error of a share; of equals the smallest."""
+    total = sum(exact)
+    shares = np.array([float(fraction / total) for fraction in exact])
+    sums = np.arange(len(shares), LARGEST_PERIOD + 1)[:, None]
+    ideal = shares * sums
+    whole = np.maximum(np.floor(ideal).astype(np.int64), 1)
+    missing = sums[:, 0] - whole.sum(axis=1)
+    rank = np.argsort(np.argsort(whole - ideal, axis=1, kind="stable"), axis=1)
+    whole += rank < missing[:, None]
+    errors = np.abs(whole / sums - shares).max(axis=1)
+    errors[missing < 0] = np.inf  # a tiny share rounded up to one: the sum is too small for it
+    best = whole[int(np.argmin(np.round(errors, 15)))]
+    return [int(number) for number in best // math.gcd(*best.tolist())]
