@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from clipcluster.model.weights import Coverage
 
 if TYPE_CHECKING:
     from clipcluster.model.towers import TextTokens
+    from clipcluster.recipe.schema import Model
 
 
 class Clip(nn.Module):
@@ -58,12 +59,12 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the scale at or below its bound; after every optimizer step (Radford et al. 2021, section 2.5)."""
+        """Keep the scale at or below its bound, after every step (Radford et al. 2021, section 2.5)."""
         self.logit_scale.clamp_(max=math.log(self.max_scale))
 
 
 def build_clip(
-    config: Any,
+    config: Model,
     *,
     image_size: int,
     tokenizer: TextTokens,

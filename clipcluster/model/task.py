@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """The loss to differentiate and what to log, all on the device; each is a rank's, their mean the batch's."""
+    """The loss to differentiate and what to log, on the device: a rank's own, the batch's is their mean."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class ContrastiveTask(nn.Module):
         self.register_buffer("std", torch.tensor(tuple(std)), persistent=False)
 
     def forward(self, batch: Batch) -> Report:
-        """batch: on the module's device, images (B, 3, S, S) uint8. The loss covers the batches of all ranks."""
+        """batch: a rank's share, on the module's device. The loss is over the shares of all ranks."""
         images = normalise(batch.images, self.mean, self.std)
         image, text, scale = self.model(images, batch.tokens, batch.mask)
         loss, accuracy = contrastive(image, text, scale, self.ranks)

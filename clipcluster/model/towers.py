@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import timm
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from clipcluster.errors import UserError
 from clipcluster.model.weights import Coverage, load_weights
+
+if TYPE_CHECKING:
+    from clipcluster.recipe import schema
 
 # How a caption's vector is taken from its tokens' when the recipe does not say.
 _POOLS = {
@@ -85,7 +88,7 @@ class TextTower(nn.Module):
 
 
 def build_image_tower(
-    config: Any, *, image_size: int, starting_weights: bool = True
+    config: schema.ImageTower, *, image_size: int, starting_weights: bool = True
 ) -> tuple[ImageTower, Coverage | None]:
     """The tower of `model.image`: `timm` (name), `args` (mapping), `weights` (file, folder or None).
 
@@ -100,8 +103,8 @@ def build_image_tower(
     for key in _OWN_IMAGE_ARGS:
         if key in args:
             raise UserError(
-                f"model.image.args.{key} is decided by the recipe's other keys (data.image.size, model.image.weights): "
-                "take it out."
+                f"model.image.args.{key} is decided by the recipe's other keys "
+                "(data.image.size, model.image.weights): take it out."
             )
     trunk = _timm_trunk(name, args, image_size)
     width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
@@ -122,14 +125,19 @@ def _timm_trunk(name: str, args: Mapping[str, Any], image_size: int) -> Any:
             return timm.create_model(name, pretrained=False, num_classes=0, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(
-            f"model.image: timm cannot build {name} for images of {image_size} pixels with {dict(args)}: {error}"
+            f"model.image: timm cannot build {name} for images of {image_size} pixels "
+            f"with {dict(args)}: {error}"
         ) from error
 
 
 def build_text_tower(
-    config: Any, *, tokenizer: TextTokens, assets: Path | None = None, starting_weights: bool = True
+    config: schema.TextTower,
+    *,
+    tokenizer: TextTokens,
+    assets: Path | None = None,
+    starting_weights: bool = True,
 ) -> tuple[TextTower, Coverage | None]:
-    """The tower of `model.text`: `hf` or `arch` with `config`, `weights` (None, file or "pretrained"), `pool`.
+    """The tower of `model.text`: by `hf`, or by `arch` and `config`; with its weights and pooling.
 
     Raises UserError for an unknown architecture or setting, a vocabulary smaller than the tokenizer's, a
     context longer than the tower's positions, and for weights that do not match.
@@ -137,8 +145,10 @@ def build_text_tower(
     folder = None
     if config.hf is not None:
         settings, folder = _config_from_hf(config.hf, assets)
-    else:
+    elif config.arch is not None:
         settings = _config_from_arch(config.arch, dict(config.config), tokenizer)
+    else:
+        raise UserError("model.text: name a tower by hf or by arch.")
     settings.use_cache = False
     _check_fits(settings, tokenizer)
     transformer = _transformer(settings)
@@ -160,7 +170,7 @@ def build_text_tower(
 
 
 def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: TextTokens) -> Any:
-    """A configuration from a model type and sizes; vocabulary, positions and special tokens from the tokenizer."""
+    """A configuration from a model type and sizes; vocabulary and positions are the tokenizer's."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -175,11 +185,10 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: TextTokens) -
             raise UserError(_unknown(f"model.text.config: {arch} has no setting", key, sorted(known)))
     special = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id, "bos_token_id": None}
     chosen = {"vocab_size": tokenizer.vocab_size, **special} | given
-    positions = next((k for k, v in kind.attribute_map.items() if k == "max_position_embeddings" and v), None)
-    own_name = kind.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    if own_name in known and not {positions, own_name} & set(given):
+    positions = kind.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if positions in known and not {positions, "max_position_embeddings"} & set(given):
         before = int(chosen["pad_token_id"]) + 1 if arch in _POSITIONS_AFTER_PADDING else 0
-        chosen[own_name] = tokenizer.context_length + before
+        chosen[positions] = tokenizer.context_length + before
     with _quiet_transformers():
         try:
             return AutoConfig.for_model(arch, **chosen)
@@ -225,13 +234,14 @@ def _fetch_weights(name: str) -> Path:
 def _check_fits(settings: Any, tokenizer: TextTokens) -> None:
     if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "vocab_size"):
         raise UserError(
-            f"model.text: {settings.model_type} is not one text network (encoder-decoders and pairs of towers are "
-            "not taken); name a model such as gpt2, bert or roberta."
+            f"model.text: {settings.model_type} is not one text network (encoder-decoders and pairs "
+            "of towers are not taken); name a model such as gpt2, bert or roberta."
         )
     if settings.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.text: the tower knows {settings.vocab_size} tokens, the tokenizer has {tokenizer.vocab_size}. "
-            "Name the tokenizer the tower was made with (data.text.tokenizer), or leave vocab_size out."
+            f"model.text: the tower knows {settings.vocab_size} tokens, "
+            f"the tokenizer has {tokenizer.vocab_size}. Name the tokenizer the tower was made with "
+            "(data.text.tokenizer), or leave vocab_size out."
         )
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is None:
@@ -240,8 +250,8 @@ def _check_fits(settings: Any, tokenizer: TextTokens) -> None:
         positions -= settings.pad_token_id + 1
     if tokenizer.context_length > positions:
         raise UserError(
-            f"data.text.context_length: {tokenizer.context_length} is longer than the text tower's {positions} "
-            f"positions; at most {positions} fit."
+            f"data.text.context_length: {tokenizer.context_length} is longer than the text tower's "
+            f"{positions} positions; at most {positions} fit."
         )
 
 
@@ -250,12 +260,12 @@ def _transformer(settings: Any) -> nn.Module:
     from transformers import AutoModel
 
     try:
-        kind = AutoModel._model_mapping[type(settings)]
+        kind: Any = AutoModel._model_mapping[type(settings)]
     except KeyError as error:
         raise UserError(
             f"model.text: transformers has no plain network for {settings.model_type}."
         ) from error
-    takes = inspect.signature(kind.__init__).parameters
+    takes = inspect.signature(kind).parameters
     no_pooler = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
     # Attention by PyTorch where the network has it: the attention mask is honoured in both.
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"

@@ -21,10 +21,10 @@ LEAST_COVERAGE = 0.9
 """Share of the tower's tensors, and of their elements, that a file must bring."""
 
 # A prefix is any run of these words: `module.`, `_orig_mod.module.`, `visual.trunk.`, `text.transformer.`, …
-_WRAPPERS = frozenset(
-    "module _orig_mod model backbone trunk encoder visual image base_model "
-    "text text_model transformer bert roberta distilbert electra".split()
-)
+_WRAPPERS = {
+    *("module", "_orig_mod", "model", "base_model", "backbone", "trunk", "encoder", "visual", "image"),
+    *("text", "text_model", "transformer", "bert", "roberta", "distilbert", "electra"),
+}
 _STATE_DICT_KEYS = ("state_dict", "model", "module")
 _FOLDER_FILES = (
     "model.safetensors",
@@ -161,7 +161,7 @@ def _new_name(match: re.Match[str]) -> str:
 
 
 def _best_prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """The prefix under which most tensors of the file have the tower's names and shapes; the shortest of equals."""
+    """The prefix under which most of the file's tensors fit the tower; the shortest of equals."""
     prefixes = {""}
     for key in state:
         words = key.split(".")
@@ -192,14 +192,15 @@ def _check_coverage(
             f"  The tower lacks: {_some(coverage.missing)}\n"
             f"  The file holds: {_some(tuple(state))}"
             + (f"\n  Shapes that differ:{shapes}" if shapes else "")
-            + f"\nName the tower the file was made for, or leave model.{name}.weights out to start from scratch."
+            + f"\nName the tower the file was made for, or leave "
+            f"model.{name}.weights out to start from scratch."
         )
     parts = {key.split(".")[0] for key in own}
     larger = [key for key in coverage.left_out if key.split(".")[0] in parts and not _HEADS.match(key)]
     if larger:
         raise UserError(
-            f"{file} holds a larger tower than the {name} tower built: {len(larger)} of its tensors have no place "
-            f"({_some(tuple(larger))}). Name the tower the file was made for."
+            f"{file} holds a larger tower than the {name} tower built: {len(larger)} of its tensors "
+            f"have no place ({_some(tuple(larger))}). Name the tower the file was made for."
         )
 
 

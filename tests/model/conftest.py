@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clipcluster.model.clip import Clip, build_clip
+from clipcluster.recipe import schema
 
 SIZE = 32
 WORDS = {
@@ -37,23 +38,18 @@ class Ranks:
     size: int = 1
 
 
-def image_section(timm: str = "test_vit", weights: str | None = None, **args: object) -> SimpleNamespace:
-    return SimpleNamespace(timm=timm, weights=weights, args=args)
+def image_section(timm: str = "test_vit", weights: str | None = None, **args: object) -> schema.ImageTower:
+    return schema.ImageTower(timm=timm, weights=weights, args=args)
 
 
-def text_section(arch: str | None = "gpt2", **changes: object) -> SimpleNamespace:
-    section = {"hf": None, "arch": arch, "config": WORDS.get(arch or "", {}), "weights": None, "pool": None}
-    return SimpleNamespace(**(section | changes))
+def text_section(arch: str | None = "gpt2", **keys: object) -> schema.TextTower:
+    keys = {"config": WORDS.get(arch or "", {})} | keys
+    return schema.TextTower(arch=arch, **keys)
 
 
-def model_section(**changes: object) -> SimpleNamespace:
-    section = {
-        "image": image_section(),
-        "text": text_section(),
-        "embed_dim": 8,
-        "logit_scale": SimpleNamespace(init=1 / 0.07, max=100.0),
-    }
-    return SimpleNamespace(**(section | changes))
+def model_section(**changes: object) -> schema.Model:
+    section = {"image": image_section(), "text": text_section(), "embed_dim": 8}
+    return schema.Model(**(section | changes))
 
 
 def tiny_clip(seed: int = 0, **changes: object) -> Clip:

@@ -30,7 +30,7 @@ def test_gradients_equal_those_of_one_process(steps: dict[int, dict], size: int)
     for name, expected in alone["gradients"].items():
         found = together["gradients"][name]
         assert found.dtype == torch.float64
-        # Relative to the tensor, for every tensor by itself: single entries near zero have no scale of their own.
+        # Relative to the whole tensor: single entries near zero have no scale of their own.
         assert (found - expected).norm() <= 1e-6 * expected.norm(), name
 
 
