@@ -1,0 +1,91 @@
+"""Number formats of a step: float32, bfloat16 or float16 under autocast, float16 with a loss scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clipcluster.errors import UserError
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast and loss scale; the loss scale is what a checkpoint keeps (empty without one).
+
+    The scale follows Micikevicius et al. 2018, section 3.2, as torch's GradScaler does (start 65,536,
+    halved at an overflow, doubled after 2,000 steps without one), with a floor: at `SMALLEST` an overflow is
+    no longer the scale's fault. Everything stays on the device.
+    """
+
+    START, SMALLEST, LARGEST, GROWTH_INTERVAL = 65536.0, 1.0, 2.0**24, 2000
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        """Raises UserError where the device cannot compute in that format."""
+        self.name, self.device, self.dtype = name, device, DTYPES[name]
+        self._check_device()
+        self.scales = name == "fp16"
+        self.scale = torch.tensor(self.START if self.scales else 1.0, dtype=torch.float32, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _check_device(self) -> None:
+        if self.dtype is torch.float32:
+            return
+        try:
+            with self.autocast(), torch.no_grad():
+                x = torch.ones(8, 8, device=self.device)
+                torch.nn.functional.conv2d(x[None, None], x[None, None, :3, :3])
+                works = (x @ x).dtype is self.dtype
+        except RuntimeError:
+            works = False
+        if not works:
+            raise UserError(
+                f"train.precision: {self.name} does not work on {self.device.type} with torch "
+                f"{torch.__version__}; use fp32 (always works) or bf16."
+            )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context for forward passes."""
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def seed_gradient(self, loss: Tensor) -> Tensor:
+        """What `loss.backward` starts from: the scale, or NaN where the loss itself is not finite.
+
+        NaN times anything is NaN, so a bad loss on one rank shows in the reduced gradients of all.
+        """
+        return torch.where(torch.isfinite(loss), self.scale, torch.nan).to(loss.dtype)
+
+    def counts(self) -> Tensor:
+        """Whether a non-finite step counts against the run (0-dimensional bool).
+
+        It does not while the scale can still fall.
+        """
+        return self.scale <= self.SMALLEST
+
+    def update(self, found_inf: Tensor) -> None:
+        """Move the scale after a step whose gradients were (1) or were not (0) all finite."""
+        if not self.scales:
+            return
+        bad = found_inf.bool()
+        good_steps = torch.where(bad, 0, self._good_steps + 1)
+        grow = good_steps >= self.GROWTH_INTERVAL
+        factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
+        self.scale.mul_(factor).clamp_(self.SMALLEST, self.LARGEST)
+        self._good_steps = torch.where(grow, 0, good_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """`scale` and `good_steps` with float16, else nothing."""
+        return {"scale": self.scale.item(), "good_steps": int(self._good_steps)} if self.scales else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved scale."""
+        if self.scales and state:
+            self.scale.fill_(state["scale"])
+            self._good_steps.fill_(state["good_steps"])

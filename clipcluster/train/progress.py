@@ -1,0 +1,52 @@
+"""How far a run is: everything that decides what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipcluster.data.batch import Batch
+
+
+class Progress:
+    """Counts of what was consumed. The whole state of the data is `batches_drawn` and `skipped`.
+
+    step: optimizer steps done (skipped ones included). samples: samples consumed by them.
+    batches_drawn: index of the next batch. evaluated_step: the last step that was evaluated, -1 before.
+    skipped: ranges [first, past the last) of batches left out after a roll-back.
+    """
+
+    def __init__(self, *, steps_per_epoch: int, batch_size: int) -> None:
+        self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
+        self.step = self.samples = self.batches_drawn = 0
+        self.evaluated_step = -1
+        self.skipped: list[tuple[int, int]] = []
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with decimals."""
+        return self.step / self.steps_per_epoch
+
+    def advance(self, batch: Batch) -> None:
+        """Count a batch that a step consumed."""
+        self.step += 1
+        self.samples += self.batch_size
+        self.batches_drawn = batch.index + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, as state.json has them."""
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "epoch": round(self.epoch, 6),
+            "batches_drawn": self.batches_drawn,
+            "evaluated_step": self.evaluated_step,
+            "skipped": [list(pair) for pair in self.skipped],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved counts."""
+        self.step, self.samples = state["step"], state["samples"]
+        self.batches_drawn, self.evaluated_step = state["batches_drawn"], state["evaluated_step"]
+        self.skipped = [(first, past) for first, past in state["skipped"]]

@@ -1,0 +1,97 @@
+"""Finding the checkpoint to go on from, and refusing one that belongs to other data or weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.runs.files import read_json
+from clipcluster.runtime.stop import DataError, Failure, RecipeFailure
+from clipcluster.runtime.world import World
+from clipcluster.train.checkpoint import STATE, CheckpointFolder, Parts, load_parts
+from clipcluster.train.progress import Progress
+
+
+def restore(
+    world: World,
+    folder: CheckpointFolder,
+    progress: Progress,
+    parts: Parts,
+    constants: Mapping[str, Any],
+    usable: Callable[[Mapping[str, Any]], bool] = lambda state: True,
+) -> Path | None:
+    """Load the newest usable checkpoint into `progress` and `parts` on every rank; None where there is none.
+
+    Rank 0 looks and verifies, the others load what it found. Raises, on all ranks together, CheckpointError
+    where nothing verifies, DataError for another index, RecipeFailure for other starting weights.
+    """
+    found: Path | None = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            found = folder.newest(usable)
+            if found:
+                check_same(read_json(found / STATE), constants, found)
+        except (Failure, StaleAttempt) as refusal:
+            error = refusal
+    found, error = world.broadcast_object((found, error))
+    if error:
+        if isinstance(error, Failure):
+            error.agreed = True
+        raise error
+    if found is None:
+        return None
+    state = read_json(found / STATE)
+    load_parts(found, state, parts)
+    progress.load_state_dict(state)
+    evaluated = folder.evaluation(progress.step)
+    if evaluated:
+        progress.evaluated_step = progress.step
+    return found
+
+
+def check_same(state: Mapping[str, Any], constants: Mapping[str, Any], folder: Path) -> None:
+    """Raises DataError or RecipeFailure where a checkpoint was made from other shards or starting weights.
+
+    `index` is a list of sources, each with `name` and `fingerprint`, and `shards` (name -> hash) where they
+    are few; `starting_weights` maps a tower to the SHA-256 of its file.
+    """
+    before, now = state.get("index", []), constants.get("index", [])
+    if _fingerprints(before) != _fingerprints(now):
+        raise DataError(
+            f"The shards are not those that {folder.name} was trained on: {_difference(before, now)}.",
+            "Bring back the shards as they were (clipcluster shards verify names what changed), or submit "
+            "the changed data as a run of its own, with another name or seed.",
+        )
+    then, here = state.get("starting_weights", {}), constants.get("starting_weights", {})
+    if then != here:
+        towers = sorted(tower for tower in {*then, *here} if then.get(tower) != here.get(tower))
+        raise RecipeFailure(
+            f"The starting weights of {', '.join(towers)} are not those that {folder.name} was trained from.",
+            "Put the file back as it was, or submit a run of its own with the new one.",
+        )
+
+
+def _fingerprints(index: list[Mapping[str, Any]]) -> list[Any]:
+    return [source["fingerprint"] for source in index]
+
+
+def _difference(before: list[Mapping[str, Any]], now: list[Mapping[str, Any]]) -> str:
+    """What differs, as precisely as the checkpoint can tell."""
+    if len(before) != len(now):
+        return f"there were {len(before)} sources, now there are {len(now)}"
+    for old, new in zip(before, now, strict=True):
+        if old["fingerprint"] == new["fingerprint"]:
+            continue
+        shards, others = old.get("shards") or {}, new.get("shards") or {}
+        for name in sorted({*shards, *others}):
+            if name not in others:
+                return f"shard {name} of {new['name']} is gone"
+            if name not in shards:
+                return f"shard {name} of {new['name']} is new"
+            if shards[name] != others[name]:
+                return f"shard {name} of {new['name']} has changed"
+        return f"source {new['name']} has changed"
+    return "they come in another order"

@@ -1,0 +1,216 @@
+"""When checkpoints are written, by which thread, and what happens when that fails."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.runtime.stop import CheckpointError, Wish
+from clipcluster.train.checkpoint import CheckpointFolder, Contents, Dropped, Parts, take_copy
+from clipcluster.train.progress import Progress
+from clipcluster.train.rotation import Keep
+
+logger = logging.getLogger("clipcluster")
+ATTEMPTS = 2
+"""Failed saves in a row that end the run."""
+
+
+class _Write(threading.Thread):
+    """One checkpoint on its way to the disk."""
+
+    def __init__(self, folder: CheckpointFolder, contents: Contents) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.step = contents.step
+        self.drop = threading.Event()
+        self.began = time.monotonic()
+        self.seconds = 0.0
+        self.path: Path | None = None
+        self.error: BaseException | None = None
+        self._folder, self._contents = folder, contents
+
+    def run(self) -> None:
+        try:
+            self.path = self._folder.write(self._contents, self.drop.is_set)
+        except BaseException as error:  # handed to the training thread by Saver._collect
+            self.error = error
+        self.seconds = time.monotonic() - self.began
+
+
+class Saver:
+    """Saves on rank 0: a copy between steps, then a thread writes; on the other ranks it does nothing.
+
+    Args:
+        folder: where checkpoints go; None on the ranks that do not write.
+        keep: the rotation policy.
+        constants: what state.json says besides the progress: index, starting weights, plan.
+        every_steps, every_seconds: when to save; one of them.
+        event: told of every checkpoint in place, set aside or failed.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder | None,
+        *,
+        keep: Keep,
+        constants: Mapping[str, Any],
+        every_steps: int | None = None,
+        every_seconds: float | None = None,
+        event: Callable[..., None] = lambda kind, **fields: None,
+    ) -> None:
+        self._folder, self._keep, self._constants, self._event = folder, keep, constants, event
+        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._write: _Write | None = None
+        self._clock = time.monotonic()
+        self._asked_at = -1
+        self._failures = 0
+        self._failed = False
+        self._evaluations: dict[int, Mapping[str, float]] = {}
+        self.durable_step = -1
+        self.last_seconds = 0.0
+        self.failure: Exception | None = None
+
+    def resumed_from(self, step: int) -> None:
+        """The checkpoint of `step` is in place: it need not be written again."""
+        self.durable_step = self._asked_at = step
+
+    def wishes(self, progress: Progress) -> Wish:
+        """SAVE when a save is due or must be repeated, ABORT (with `failure` set) when saving is hopeless."""
+        if self._folder is None:
+            return Wish.NONE
+        if self._write and not self._write.is_alive():
+            self._collect()
+        if self.failure:
+            return Wish.ABORT
+        return Wish.SAVE if self._failed or self._due(progress) else Wish.NONE
+
+    def _due(self, progress: Progress) -> bool:
+        if progress.step in (self._asked_at, self.durable_step):
+            return False
+        if progress.step == progress.evaluated_step and self._keep.metric:
+            return True
+        if self._every_steps:
+            return progress.step % self._every_steps == 0
+        return self._every_seconds is not None and time.monotonic() - self._clock >= self._every_seconds
+
+    def save(self, progress: Progress, parts: Parts) -> None:
+        """Copy the parts now and let a thread write them; waits for the write before it, if there is one."""
+        if self._folder is None:
+            return
+        self._collect()
+        if self.failure is None and progress.step != self.durable_step:
+            self._start(progress, parts)
+
+    def _start(self, progress: Progress, parts: Parts) -> None:
+        assert self._folder is not None
+        contents = take_copy(progress.step, {**progress.state_dict(), **self._constants}, parts)
+        self._asked_at, self._failed = progress.step, False
+        self._write = _Write(self._folder, contents)
+        self._write.start()
+
+    def save_and_wait(self, progress: Progress, parts: Parts, seconds_left: float | None = None) -> None:
+        """Have this step durable on return, or `failure` set after the second try.
+
+        A write under way is finished first, unless both cannot fit into `seconds_left` (seconds, by the
+        duration of the last save): then it is dropped.
+        """
+        if self._folder is None:
+            return
+        self._finish_or_drop(progress.step, seconds_left)
+        while self.failure is None and self.durable_step != progress.step:
+            self._start(progress, parts)
+            self._collect()
+
+    def _finish_or_drop(self, step: int, seconds_left: float | None) -> None:
+        write = self._write
+        if write and write.step != step and seconds_left is not None:
+            rest = max(0.0, self.last_seconds - (time.monotonic() - write.began))
+            if rest + self.last_seconds > seconds_left:
+                logger.warning("step %d: its save is dropped, the time left is for step %d", write.step, step)
+                write.drop.set()
+        self._collect()
+
+    def finish(self) -> None:
+        """Wait for a write under way."""
+        self._collect()
+
+    def _collect(self) -> None:
+        """Wait for the write under way, if any, and take its result."""
+        write, self._write = self._write, None
+        if write is None:
+            return
+        write.join()
+        self._clock = time.monotonic()
+        if write.error is None:
+            self._in_place(write)
+        elif isinstance(write.error, OSError):
+            self._note_failure(write.step, write.error)
+        elif not isinstance(write.error, Dropped):
+            self.failure = (
+                write.error if isinstance(write.error, Exception) else RuntimeError(str(write.error))
+            )
+
+    def _in_place(self, write: _Write) -> None:
+        self._failures, self.durable_step, self.last_seconds = 0, write.step, write.seconds
+        try:
+            self._event("checkpoint", step=write.step, seconds=round(write.seconds, 3))
+        except StaleAttempt as stale:
+            self.failure = stale
+        except OSError as error:
+            logger.warning("the event of the checkpoint of step %d: %s", write.step, error)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Record what was measured of the newest checkpoint, then rotate."""
+        assert self._folder is not None
+        try:
+            if self.durable_step in self._evaluations:
+                self._folder.record_evaluation(self.durable_step, self._evaluations.pop(self.durable_step))
+            self._rotate()
+        except StaleAttempt as stale:
+            self.failure = stale
+        except OSError as error:  # the checkpoint is in place; this can wait for the next one
+            logger.warning("after the checkpoint of step %d: %s", self.durable_step, error)
+
+    def _note_failure(self, step: int, error: OSError) -> None:
+        self._failures += 1
+        self._failed = True
+        logger.error("the save of step %d failed (%d of %d): %s", step, self._failures, ATTEMPTS, error)
+        try:
+            self._event("checkpoint_failed", step=step, reason=str(error))
+        except StaleAttempt as stale:
+            self.failure = stale
+            return
+        except OSError as second:  # events lie on the same full disk
+            logger.error("and its event could not be written: %s", second)
+        if self._failures >= ATTEMPTS:
+            self.failure = CheckpointError(
+                f"{self._failures} saves in a row failed, the last at step {step}: {error}",
+                "Make room on the disk of the run folder, or mend it, and submit again: the run goes on from "
+                "its last checkpoint, and no older one was removed.",
+            )
+
+    def record_evaluation(self, step: int, results: Mapping[str, float]) -> None:
+        """Keep the results of an evaluation with the checkpoint of its step, there or to come."""
+        if self._folder is None:
+            return
+        self._evaluations = {step: dict(results)}
+        if self._write is None and self.durable_step == step:
+            self._settle()
+
+    def _rotate(self) -> None:
+        assert self._folder is not None
+        steps = self._folder.steps()
+        metric = self._keep.metric
+        values = {
+            step: results[metric]
+            for step in (steps if metric else [])
+            if metric in (results := self._folder.evaluation(step))
+        }
+        pinned = [step for step in steps if self._folder.pinned(step)]
+        for step in sorted(set(steps) - self._keep.chosen(steps, values, pinned)):
+            self._folder.delete(step)

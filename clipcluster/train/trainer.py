@@ -1,0 +1,326 @@
+"""The loop: fetch, step, log, save, evaluate, stop. It receives finished parts and knows no cluster."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clipcluster.runs.attempts import Attempt, StaleAttempt
+from clipcluster.runtime.stop import Failure, LostPeers, NonFiniteError, Outcome, Stop, Wish
+from clipcluster.runtime.world import World, is_lost_peer
+from clipcluster.train.bad_samples import BadSamples
+from clipcluster.train.checkpoint import CheckpointFolder, Parts
+from clipcluster.train.evaluations import Evaluations, Interrupted
+from clipcluster.train.guard import Streak
+from clipcluster.train.metrics import Metrics
+from clipcluster.train.progress import Progress
+from clipcluster.train.resume import restore
+from clipcluster.train.saver import Saver
+from clipcluster.train.step import Step
+
+if TYPE_CHECKING:
+    from clipcluster.data.batch import Batch
+    from clipcluster.model.task import Report
+
+logger = logging.getLogger("clipcluster")
+
+
+class Batches(Protocol):
+    """Batches in their order, from some batch on."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Trains until the last step, or until all ranks agree to stop.
+
+    Ranks act together: whatever one of them wishes is reduced at every step boundary before anyone acts.
+
+    Args:
+        open_batches: batches from where a progress stands, without the ranges it skips.
+        parts: what a checkpoint holds, by name.
+        constants: what state.json holds besides; a resume with another index or starting weights is refused.
+        grace_seconds: time between the request to stop and the kill.
+    """
+
+    world: World
+    attempt: Attempt
+    stop: Stop
+    progress: Progress
+    total_steps: int
+    step: Step
+    open_batches: Callable[[Progress], Batches]
+    parts: Parts
+    constants: dict[str, Any]
+    checkpoints: CheckpointFolder
+    saver: Saver
+    evaluations: Evaluations
+    metrics: Metrics
+    bad_samples: BadSamples
+    record_samples: bool = False
+    grace_seconds: float = 30.0
+    _loader: Batches | None = None
+    _batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
+    _ahead: Batch | None = None
+    _failure: Exception | None = None
+
+    def run(self) -> Outcome:
+        """Train. Returns FINISHED or STOPPED, `outcome.json` written and everything durable.
+
+        Raises a Failure (on all ranks together, `agreed`, where it was found at a boundary), StaleAttempt,
+        LostPeers.
+        """
+        try:
+            return self._run()
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                raise LostPeers(f"rank {self.world.rank} lost its peers: {error}") from error
+            raise
+        finally:
+            self._close_batches()
+            self.saver.finish()  # a checkpoint on its way is worth the wait, whatever ended the run
+            self.metrics.close()
+
+    def _run(self) -> Outcome:
+        self._resume()
+        wishes = self._rehearse()
+        if wishes & Wish.STOP:
+            return self._stopped()
+        while self._more():
+            if self.evaluations.owed(self.progress):
+                self._evaluate()
+            else:
+                batch = self._fetch()
+                report = self.step(batch, self.progress)
+                self._count(batch)
+                if self.metrics.due(self.progress):
+                    self._log(report)
+            wishes = self.world.agree(self._wishes())
+            if wishes & Wish.ABORT:
+                self._abort()
+            if wishes & Wish.STOP and self._more():
+                return self._stopped()
+            if wishes & Wish.SAVE:
+                self.saver.save(self.progress, self.parts)
+        return self._finished()
+
+    def _more(self) -> bool:
+        return self.progress.step < self.total_steps or self.evaluations.owed(self.progress)
+
+    def _wishes(self) -> Wish:
+        wishes = self.stop.wishes() | self.saver.wishes(self.progress)
+        return wishes | (Wish.ABORT if self._failure else Wish.NONE)
+
+    def _resume(self) -> None:
+        if self.world.is_main:
+            self.checkpoints.prepare()
+        found = restore(self.world, self.checkpoints, self.progress, self.parts, self.constants)
+        self.attempt.step = self.progress.step
+        if found:
+            self.saver.resumed_from(self.progress.step)
+            self._event("resume", checkpoint=found.name)
+        self.metrics.open(self.progress)
+        self._open_batches()
+
+    def _open_batches(self) -> None:
+        self._close_batches()
+        if self.progress.step < self.total_steps:
+            self._loader = self.open_batches(self.progress)
+            self._batches = iter(self._loader)
+
+    def _close_batches(self) -> None:
+        if self._loader:
+            self._loader.close()
+        self._loader, self._ahead, self._batches = None, None, iter(())
+
+    def _rehearse(self) -> Wish:
+        """Two discarded passes over the first batch, so that restarts round as an uninterrupted run does."""
+        wishes = self.world.agree(self.stop.wishes())
+        if not self.step.needs_rehearsal or self.progress.step >= self.total_steps:
+            return wishes
+        for _ in range(2):
+            if wishes & Wish.STOP:
+                break
+            batch = self._fetch()
+            self.step.rehearse(batch, self.progress)
+            self._ahead = batch
+            wishes = self.world.agree(self.stop.wishes())
+        self.metrics.restart_clock(self.progress.samples)
+        return wishes
+
+    def _fetch(self) -> Batch:
+        """The next batch, on the device."""
+        batch, self._ahead = self._ahead, None
+        if batch is None:
+            began = time.monotonic()
+            batch = next(self._batches).to(self.world.device)
+            self.metrics.waited(time.monotonic() - began)
+        return batch
+
+    def _count(self, batch: Batch) -> None:
+        """Count what the step consumed, and write down what was asked for."""
+        self.progress.advance(batch)
+        self.attempt.step = self.progress.step
+        with self._noting_failures():
+            self.bad_samples.note(batch.bad)
+            if self.record_samples:
+                lines = [{"slot": slot, "shard": shard, "key": key} for slot, shard, key in batch.keys]
+                self.attempt.samples(
+                    self.world.rank, [{"step": self.progress.step, **line} for line in lines]
+                )
+
+    def _log(self, report: Report) -> None:
+        """A line of metrics, and the tests that wait for the device."""
+        streak = self.step.guard.read()
+        lr = self.step.schedule(self.progress.step - 1)
+        skipped = {"skipped_steps": streak.total} if streak.total else {}
+        with self._noting_failures():
+            self.attempt.check()
+        with self._noting_failures():
+            bad = self.metrics.write(self.progress, report, lr=lr, bad=self.bad_samples.take_new(), **skipped)
+            if bad and self.world.is_main:
+                self.bad_samples.judge()
+        if streak.length > self.step.guard.limit:
+            self._roll_back(streak)
+
+    def _roll_back(self, streak: Streak) -> None:
+        """Back to the last checkpoint before a row of non-finite steps, once; the row is left out then."""
+        row = (
+            f"{streak.length} steps in a row had a loss or gradient that is not finite "
+            f"(batches {streak.first_batch} to {streak.last_batch})"
+        )
+        advice = (
+            "Lower optim.lr, lengthen optim.warmup, set optim.clip_norm, or use train.precision bf16 or fp32."
+        )
+        if self.progress.skipped:
+            self._failure = NonFiniteError(f"{row}, although the run went back once already.", advice)
+            return
+        self.saver.finish()
+        found = restore(
+            self.world,
+            self.checkpoints,
+            self.progress,
+            self.parts,
+            self.constants,
+            usable=lambda state: state["batches_drawn"] <= streak.first_batch,
+        )
+        if found is None:
+            self._failure = NonFiniteError(f"{row}, and no checkpoint is older.", advice)
+            return
+        self.progress.skipped = [(streak.first_batch, streak.last_batch + 1)]
+        self.attempt.step = self.progress.step
+        with self._noting_failures():
+            if self.world.is_main:
+                for step in self.checkpoints.steps():
+                    if step > self.progress.step:
+                        self.checkpoints.set_aside(
+                            step, f"the run went back to step {self.progress.step}: {row}"
+                        )
+        self.saver.resumed_from(self.progress.step)
+        self._event("roll_back", reason=row, checkpoint=found.name)
+        self.metrics.say(f"{row}; back to {found.name}, without these batches")
+        self.step.guard.reset()
+        self._open_batches()
+        self.metrics.restart_clock(self.progress.samples)
+
+    def _evaluate(self) -> None:
+        try:
+            results = self.evaluations.measure(self.progress, self._stop_evaluating)
+        except Interrupted:
+            return  # still owed; the boundary that follows agrees on the stop again
+        self.progress.evaluated_step = self.progress.step
+        with self._noting_failures():
+            self.evaluations.write(self.progress, results)
+            self.metrics.write_results(self.progress, results)
+        self.saver.record_evaluation(self.progress.step, results)
+        self.metrics.restart_clock(self.progress.samples)
+
+    def _stop_evaluating(self) -> None:
+        if self.world.agree(self.stop.wishes()) & Wish.STOP:
+            raise Interrupted
+
+    def _stopped(self) -> Outcome:
+        """Make the current step durable, then leave with the wish to go on."""
+        if self.stop.requested:
+            with self._noting_failures():
+                writer = f"rank-{self.world.rank}"
+                self.attempt.event("stop_requested", writer=writer, reason=self.stop.reason)
+        if self.progress.step:
+            left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
+            self.saver.save_and_wait(self.progress, self.parts, left)
+        reasons = self.world.broadcast_object(self.stop.reason) or "another rank was asked to stop"
+        return self._leave(Outcome.STOPPED, reasons, go_on=True)
+
+    def _finished(self) -> Outcome:
+        self.saver.save_and_wait(self.progress, self.parts)
+        return self._leave(Outcome.FINISHED, "all steps done", go_on=False)
+
+    def _leave(self, outcome: Outcome, reason: str, *, go_on: bool) -> Outcome:
+        """Write the outcome once everything is durable, and leave together."""
+        failed = self.saver.failure or self._failure
+        if self.world.agree(Wish.ABORT if failed else Wish.NONE) & Wish.ABORT:
+            self._abort()
+        if self.world.is_main:
+            name = outcome.name.lower()
+            self._event("finish" if outcome is Outcome.FINISHED else "stop", reason=reason)
+            self.attempt.write_outcome(
+                outcome_name=name,
+                code=int(outcome),
+                step=self.progress.step,
+                rank=0,
+                host=socket.gethostname(),
+                reason=reason,
+                go_on=go_on,
+            )
+        self.world.barrier()
+        return outcome
+
+    def _abort(self) -> None:
+        """Raise, on all ranks, the first failure that any of them has."""
+        own = self.saver.failure or self._failure
+        if own is not None and not isinstance(own, (Failure, StaleAttempt)):
+            own = RuntimeError(f"{type(own).__name__}: {own}")
+        every = (self.world.broadcast_object(own, src=rank) for rank in range(self.world.size))
+        failure = next(error for error in list(every) if error is not None)
+        if isinstance(failure, Failure):
+            failure.agreed = True
+        raise failure
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        """An event of rank 0."""
+        if self.world.is_main:
+            with self._noting_failures():
+                self.attempt.event(kind, writer="rank-0", **fields)
+
+    def _noting_failures(self) -> NotingFailures:
+        return NotingFailures(self)
+
+
+class NotingFailures:
+    """Keeps what one rank finds between boundaries until all ranks can act on it.
+
+    A record that cannot be written (a full disk) is said and does not end the run; a checkpoint that cannot
+    be written does, by the saver's count.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, (Failure, StaleAttempt)):
+            self._trainer._failure = error
+            return True
+        if isinstance(error, OSError):
+            logger.warning("a record of step %d is lost: %s", self._trainer.progress.step, error)
+            return True
+        return False
