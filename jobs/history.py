@@ -1,0 +1,138 @@
+"""What earlier endings left in the run folder: verdicts, whole checkpoints, blamed nodes. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clipcluster.runs import files
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.place import local_job_runs
+from tools.slurm import ENDED, Slurm, SlurmRefused, SlurmUnavailable
+
+WRITER = "verdict"  # of events-verdict.jsonl: the batch script, or its local twin
+VERDICTS = frozenset({"finish", "cancel", "stop", "note", "requeue", "fail"})
+FINAL = frozenset({"finish", "cancel", "stop", "fail"})
+NEUTRAL = frozenset({"preempted", "requeued already"})  # never count against a run, and break no row
+
+
+def batch_events(attempt: Attempt) -> list[dict[str, Any]]:
+    """What the batch side wrote about an attempt, in order."""
+    return files.read_lines(attempt.path / f"events-{WRITER}.jsonl")
+
+
+def last_verdict(attempt: Attempt) -> dict[str, Any] | None:
+    """The attempt's verdict, or None while it has none."""
+    verdicts = [event for event in batch_events(attempt) if event.get("event") in VERDICTS]
+    return verdicts[-1] if verdicts else None
+
+
+def newest_checkpoint(run: Run) -> int | None:
+    """The step of the newest whole checkpoint, or None.
+
+    Whole: its manifest can be read and every file has the size it names. Contents are hashed by whoever loads
+    it; the verdict has no time for that.
+    """
+    try:
+        folders = sorted(run.checkpoints.glob("step-*"), reverse=True)
+    except OSError:
+        return None
+    for folder in folders:
+        step = folder.name.removeprefix("step-")
+        if step.isdecimal() and _is_whole(folder):
+            return int(step)
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        named = json.loads((folder / "manifest.json").read_bytes())["files"]
+        return bool(named) and all(
+            (folder / name).stat().st_size == entry["bytes"] for name, entry in named.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def fruitless(run: Run, attempt: Attempt, checkpoint: int | None) -> int:
+    """Endings in a row just before `attempt` that count, with no newer checkpoint than `checkpoint` since.
+
+    Only those of the attempt's own job: who submits again begins a new row.
+    """
+    count = 0
+    for verdict in _earlier(run, attempt):
+        if verdict["ending"] in NEUTRAL:
+            continue
+        then = verdict.get("checkpoint")
+        if not verdict.get("counts") or (checkpoint is not None and (then is None or checkpoint > then)):
+            break
+        count += 1
+    return count
+
+
+def broken_before(run: Run, attempt: Attempt) -> bool:
+    """Whether the ending just before `attempt`, of the same job, was one in which no rank started."""
+    endings = [verdict["ending"] for verdict in _earlier(run, attempt) if verdict["ending"] not in NEUTRAL]
+    return bool(endings) and endings[0] == "never started"
+
+
+def blamed_twice(run: Run, attempt: Attempt, node: str) -> list[str]:
+    """The nodes to exclude when `node` is blamed for this attempt's crash: those blamed twice by now."""
+    counts = Counter(verdict.get("blamed") for verdict in _earlier(run, attempt))
+    counts[node] += 1
+    return sorted(name for name, count in counts.items() if name and count >= 2)
+
+
+def _earlier(run: Run, attempt: Attempt) -> list[dict[str, Any]]:
+    """Verdicts of the same job's attempts before this one, the newest first; those lost say nothing."""
+    found = []
+    for earlier in reversed(run.attempts()):
+        if earlier.number < attempt.number and earlier.job == attempt.job:
+            verdict = last_verdict(earlier)
+            if verdict is not None and "ending" in verdict:
+                found.append(verdict)
+    return found
+
+
+def job_runs(run: Run, job_id: str, slurm: Slurm) -> bool:
+    """Whether a job still has processes that may write to the run.
+
+    One of which nobody here can know (another machine's, or SLURM is silent) counts as running until the run
+    folder says that it ended.
+    """
+    if job_id.startswith("local-"):
+        runs = local_job_runs(job_id)
+        return _not_ended(run, job_id) if runs is None else runs
+    try:
+        state = slurm.job(job_id)
+    except (SlurmUnavailable, SlurmRefused):
+        return _not_ended(run, job_id)
+    return state is not None and state.state not in ENDED and state.state != "PENDING"
+
+
+def _not_ended(run: Run, job_id: str) -> bool:
+    if job_id in run.cancelled_jobs():
+        return False
+    attempts = [attempt for attempt in run.attempts() if attempt.job == job_id]
+    verdict = last_verdict(attempts[-1]) if attempts else None
+    return verdict is None or verdict["event"] not in FINAL
+
+
+def tail(paths: Sequence[Path], *, after: str = "", lines: int = 15, limit: int = 65536) -> str:
+    """The last lines of each file, of what follows the last line with `after`; absent files are empty."""
+    parts = []
+    for path in paths:
+        try:
+            with path.open("rb") as stream:
+                stream.seek(max(0, path.stat().st_size - limit))
+                text = stream.read().decode(errors="replace")
+        except OSError:
+            continue
+        if after and after in text:
+            text = text.rpartition(after)[2].partition("\n")[2]
+        parts.extend([line for line in text.splitlines() if line.strip()][-lines:])
+    return "\n".join(parts)

@@ -1,0 +1,190 @@
+"""Which ending was this, and what follows: a pure function of what the batch side sees.
+
+An ending is decided on the batch side, never by a rank: a rank that dies decides nothing, and only the batch
+side sees what SLURM thinks of the job. The first line of the table in `decide` that fits is the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from clipcluster.runtime.stop import Outcome
+from tools.slurm import expand_nodes
+
+Action = Literal["leave", "finish", "cancel", "stop", "note", "requeue", "fail"]
+Ending = Literal[
+    "superseded",
+    "finished",
+    "cancelled",
+    "told to stop",
+    "requeued already",
+    "out of time",
+    "preempted",
+    "stopped",
+    "failed",
+    "crashed",
+    "never started",
+]
+FRUITLESS = 3  # endings in a row without a newer checkpoint that end a run
+REPEATED = 1  # exit code of a run that such a row ended
+ADVICE = {
+    Outcome.ERROR: "The traceback is in attempts/*/rank-*.out: clipcluster logs RUN",
+    Outcome.RECIPE: "Mend the recipe (clipcluster check RECIPE --deep) and submit it again.",
+    Outcome.DATA: "Mend or re-index the shards named (clipcluster shards verify DIR), then submit again.",
+    Outcome.OUT_OF_MEMORY: "Lower train.micro_batch or ask for more memory or ranks, then submit again.",
+    Outcome.NON_FINITE: "Lower optim.lr, lengthen optim.warmup or clip gradients, then submit again.",
+    Outcome.CHECKPOINT: "See checkpoints/ in the run folder and the disk's free space, then submit again.",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the scheduler says of the job now."""
+
+    running: bool
+    time_limit: bool = False  # not running because its time is over
+    restarts: int = 0
+    preempted: bool = False  # it runs still, with a time at which it will be evicted
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the ranks said in `outcome.json`."""
+
+    outcome: str  # finished | stopped | failed
+    code: int
+    reason: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the verdict rests on, gathered once."""
+
+    code: int  # of srun, or the largest of the local ranks'
+    superseded: bool = False  # a later attempt owns the run
+    said: Said | None = None
+    cancelled: bool = False  # marks/cancelled names this job
+    told: str = ""  # the local twin alone: the signal somebody sent it
+    job: Job | None = None  # None: the scheduler gave no answer
+    restart_count: int = 0  # restarts when this attempt began
+    time_nearly_over: bool = False  # within the lead time before the limit
+    started: bool = False  # some rank wrote `start`
+    fruitless: int = 0  # endings in a row just before this one that count, with no newer checkpoint since
+    broken_before: bool = False  # the ending just before was "never started"
+    errors: Sequence[str] = ()  # lines of srun about tasks and nodes
+    tail: str = ""  # the last lines of srun and the ranks
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows. `code` is the batch script's exit code; `counts`: a row of these ends the run."""
+
+    action: Action
+    ending: Ending
+    code: int
+    reason: str = ""
+    advice: str = ""
+    counts: bool = False
+    mark: bool = False  # bind the job in marks/cancelled
+
+
+def decide(facts: Facts) -> Verdict:
+    """The first line that fits; see the table in the documentation."""
+    if facts.superseded:
+        return Verdict("leave", "superseded", Outcome.STALE)
+    if facts.said and facts.said.outcome == "finished":
+        return Verdict("finish", "finished", Outcome.FINISHED)
+    if facts.cancelled:
+        return Verdict("cancel", "cancelled", Outcome.CANCELLED, "cancelled with clipcluster cancel")
+    if facts.told:
+        return Verdict("stop", "told to stop", Outcome.STOPPED, f"told to stop by {facts.told}")
+    return _by_scheduler(facts) or _by_ranks(facts)
+
+
+def _by_scheduler(facts: Facts) -> Verdict | None:
+    """The lines that rest on what the scheduler says; None where none fits, or it says nothing."""
+    job = facts.job
+    if job is None:
+        return None
+    if job.restarts > facts.restart_count:
+        return Verdict("note", "requeued already", Outcome.STOPPED, "the scheduler requeued the job itself")
+    if not job.running and job.time_limit:
+        return _unless_fruitless(facts, _requeue("out of time", "the time limit ended the attempt"))
+    if not job.running:
+        return Verdict(
+            "cancel", "cancelled", Outcome.CANCELLED, "cancelled with scancel or by the site", mark=True
+        )
+    if job.preempted:
+        return Verdict("requeue", "preempted", Outcome.STOPPED, "preempted")
+    return None
+
+
+def _by_ranks(facts: Facts) -> Verdict:
+    said = facts.said
+    if said and said.outcome == "stopped":
+        verdict = Verdict("requeue", "stopped", Outcome.STOPPED, said.reason or "asked to stop")
+        if facts.time_nearly_over:
+            return _unless_fruitless(facts, replace(verdict, counts=True))
+        return verdict
+    if said:
+        return Verdict("fail", "failed", said.code, said.reason, said.advice or _advice(said.code))
+    if facts.started:
+        reason = "; ".join(facts.errors[:3]) or f"a rank or a node died without a word (code {facts.code})"
+        return _unless_fruitless(facts, _requeue("crashed", reason))
+    reason = f"no rank started (code {facts.code}):\n{facts.tail}".rstrip(":\n")
+    if facts.broken_before:
+        advice = "Mend the environment (cluster.setup, the Python of the submission), then submit again."
+        return Verdict("fail", "never started", REPEATED, reason, advice)
+    return _unless_fruitless(facts, _requeue("never started", reason))
+
+
+def _requeue(ending: Ending, reason: str) -> Verdict:
+    return Verdict("requeue", ending, Outcome.STOPPED, reason, counts=True)
+
+
+def _unless_fruitless(facts: Facts, verdict: Verdict) -> Verdict:
+    if facts.fruitless + 1 < FRUITLESS:
+        return verdict
+    reason = f"{FRUITLESS} endings in a row with no newer checkpoint; the last: {verdict.ending}"
+    return Verdict(
+        "fail",
+        verdict.ending,
+        REPEATED,
+        f"{reason} ({verdict.reason})" if verdict.reason else reason,
+        "Look at clipcluster logs RUN; save more often (checkpoint.every) or ask for more time, then submit.",
+    )
+
+
+def _advice(code: int) -> str:
+    known = {outcome.value for outcome in ADVICE}
+    return ADVICE[Outcome(code)] if code in known else ""
+
+
+# "srun: error: n2: task 1: Killed", "srun: error: n[2-3]: tasks 0-3: …", "srun: error: Node failure on n3"
+_OF_TASKS = re.compile(r"srun: error: ([A-Za-z0-9.,\[\]_-]+): tasks? [0-9,\-]+: (.*)")
+_OF_NODE = re.compile(r"srun: error: Node failure on ([A-Za-z0-9.,\[\]_-]+)")
+_SURVIVOR = re.compile(rf"exit code ({Outcome.STOPPED:d}|{Outcome.LOST_PEERS:d})\b")
+
+
+def error_lines(text: str) -> list[str]:
+    """The lines in which srun tells of tasks and nodes that went wrong."""
+    return [line.strip() for line in text.splitlines() if _OF_TASKS.search(line) or _OF_NODE.search(line)]
+
+
+def blamed(errors: Sequence[str], down: Sequence[str]) -> str | None:
+    """The node a crash is blamed on: one that the scheduler calls down, else the first in srun's errors.
+
+    Ranks that stopped or lost their peers are survivors and blame nobody. Of a list of nodes the first.
+    """
+    if down:
+        return down[0]
+    for line in errors:
+        match = _OF_NODE.search(line) or _OF_TASKS.search(line)
+        if match and not _SURVIVOR.search(line):
+            nodes = expand_nodes(match[1])
+            return nodes[0] if nodes else None
+    return None

@@ -1,0 +1,155 @@
+"""A training without torch: steps of a tenth of a second, real checkpoints, real signals, real exits.
+
+The ranks exchange their wishes at every step over TCP through rank 0, as a training does over gloo. How it
+misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the attempts named, else for all:
+
+    steps: how many there are (default 20)       seconds: of a step (default 0.1)
+    save_every: steps between checkpoints (default 5)
+    crash: {step, rank, attempts}                os._exit(1)
+    raises: {step, rank, error, attempts}        an exception of that name, or "DataError"
+    hang: {step, rank, attempts}                 never comes to the next step, and ignores the stop
+    imports: seconds                             of what stands for the import of torch
+    deaf: {attempts}                             all ranks ignore what they agreed on
+    save_seconds: seconds                        that the save of a stop takes
+"""
+
+import builtins
+import hashlib
+import json
+import os
+import secrets
+import socket
+import time
+
+from clipcluster.runs import files
+from clipcluster.runtime.stop import DataError, LostPeers, Outcome, Wish
+
+
+class Peers:
+    """A star of TCP connections around rank 0: everyone's wishes are OR-ed there."""
+
+    def __init__(self, place, attempt):
+        self.place = place
+        if place.size == 1:
+            return
+        if place.rank == 0:
+            server = socket.create_server(("127.0.0.1", 0))
+            attempt.publish("127.0.0.1", server.getsockname()[1], secrets.token_hex(8))
+            server.settimeout(60)
+            self.ends = [server.accept()[0] for _ in range(place.size - 1)]
+        else:
+            address, port, _ = attempt.find(60)
+            self.ends = [socket.create_connection((address, port), timeout=60)]
+        for end in self.ends:
+            end.settimeout(60)
+
+    def agree(self, wish):
+        if self.place.size == 1:
+            return wish
+        try:
+            if self.place.rank == 0:
+                for end in self.ends:
+                    wish |= self._receive(end)
+                for end in self.ends:
+                    end.sendall(bytes([wish]))
+            else:
+                self.ends[0].sendall(bytes([wish]))
+                wish = self._receive(self.ends[0])
+        except OSError as error:
+            raise LostPeers(f"rank {self.place.rank}: {error}") from error
+        return Wish(wish)
+
+    @staticmethod
+    def _receive(end):
+        got = end.recv(1)
+        if not got:
+            raise LostPeers("a peer closed its connection")
+        return got[0]
+
+
+def save(run, attempt, step):
+    """A whole checkpoint in the trainer's layout: files, a manifest with sizes and hashes, renamed last."""
+    target = run.checkpoints / f"step-{step:08d}"
+    if target.exists():
+        return
+    attempt.check()
+    run.checkpoints.mkdir(exist_ok=True)
+    aside = run.checkpoints / f".step-{step:08d}.{secrets.token_hex(4)}.tmp"
+    aside.mkdir()
+    content = json.dumps({"step": step}).encode()
+    files.write_bytes(aside / "state.json", content)
+    manifest = {"state.json": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    files.write_json(aside / "manifest.json", {"files": manifest})
+    aside.rename(target)
+    files.fsync_folder(run.checkpoints)
+    attempt.event("checkpoint", writer="rank-0", step=step)
+
+
+def newest(run):
+    steps = sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*"))
+    return steps[-1] if steps else 0
+
+
+def applies(entry, place, attempt, step):
+    if not entry:
+        return False
+    here = entry.get("rank", 0) == place.rank and entry.get("step", 0) == step
+    return here and applies_to_attempt(entry, attempt)
+
+
+def applies_to_attempt(entry, attempt):
+    return entry is not None and attempt.number in entry.get("attempts", [attempt.number])
+
+
+def misbehave(orders, place, attempt, step):
+    if applies(orders.get("crash"), place, attempt, step):
+        os._exit(1)
+    if applies(orders.get("hang"), place, attempt, step):
+        while True:
+            time.sleep(1)
+    if applies(orders.get("raises"), place, attempt, step):
+        name = orders["raises"]["error"]
+        raise (
+            DataError("shard 00003.tar changed")
+            if name == "DataError"
+            else getattr(builtins, name)("on purpose")
+        )
+
+
+def nap(seconds):
+    """Sleep as an import does: signals do not shorten it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(min(0.05, max(0.0, end - time.monotonic())))
+
+
+def train(run, attempt, place, stop):
+    orders = json.loads(os.environ.get("TRAINEE", "{}"))
+    nap(orders.get("imports", 0))
+    peers = Peers(place, attempt)
+    attempt.step = step = newest(run)
+    if place.rank == 0:
+        attempt.event("resume", writer="rank-0", step=step)
+    last = orders.get("steps", 20)
+    every = orders.get("save_every", 5)
+    while step < last:
+        misbehave(orders, place, attempt, step)
+        nap(orders.get("seconds", 0.1))
+        step += 1
+        attempt.step = step
+        attempt.samples(place.rank, [{"step": step, "slot": place.rank, "shard": "s", "key": str(step)}])
+        if place.rank == 0:
+            attempt.metrics({"step": step, "loss": 1 / step, "samples_per_second": 10.0})
+        agreed = peers.agree(stop.wishes())
+        if agreed & Wish.STOP and not applies_to_attempt(orders.get("deaf"), attempt):
+            if place.rank == 0:
+                nap(orders.get("save_seconds", 0))
+                save(run, attempt, step)
+            peers.agree(Wish.NONE)
+            return Outcome.STOPPED
+        if place.rank == 0 and step % every == 0:
+            save(run, attempt, step)
+    if place.rank == 0:
+        save(run, attempt, step)
+    peers.agree(Wish.NONE)
+    return Outcome.FINISHED
