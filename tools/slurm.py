@@ -1,0 +1,402 @@
+"""Asking SLURM: jobs, the queue, partitions, nodes and settings, each parsed once, here.
+
+Standard library only and quick to import, because the verdict after a job has less than half a second.
+Parsers are pure functions over the text the programs print; `Slurm` runs the programs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+QUEUE_FORMAT = "%i|%T|%P|%u|%M|%l|%S|%N|%r|%j"  # the name last: it is the only field that may hold a bar
+NODE_FORMAT = "%N|%T|%P|%c|%m|%E"
+SILENT = (
+    "unable to contact slurm controller",
+    "unable to connect to slurm controller",
+    "connection refused",
+    "connection timed out",
+    "socket timed out",
+    "slurm backup controller in standby mode",
+    "zero bytes were transmitted or received",
+    "unable to establish configuration source",
+    "could not establish a configuration source",
+)
+# What these hold would change what the programs print.
+REFORMATTING = ("SQUEUE_", "SINFO_", "SCONTROL_", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_CLUSTERS")
+ENDED = frozenset(
+    ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"]
+)
+
+
+class SlurmUnavailable(Exception):
+    """SLURM gave no answer: a program is missing, the controller is silent, or the call took too long."""
+
+
+class SlurmRefused(Exception):
+    """SLURM answered, and said no; the message is its own."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job (or one member of an array) as `scontrol show job` tells it; times are local and naive."""
+
+    job_id: str  # "17", or "17_3" for a member of an array: what scontrol and scancel take
+    name: str
+    state: str  # RUNNING, PENDING, COMPLETING, COMPLETED, FAILED, CANCELLED, TIMEOUT, …
+    reason: str  # "None" when there is none
+    partition: str
+    restarts: int
+    requeue: bool
+    exit_code: int
+    signal: int
+    submit_time: datetime | None
+    start_time: datetime | None
+    end_time: datetime | None
+    preempt_time: datetime | None
+    nodes: tuple[str, ...]  # () while it has none
+    batch_host: str | None
+    excluded: tuple[str, ...]
+    work_dir: str
+    command: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will not run again by itself."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """One line of squeue: a job that waits, runs or is completing."""
+
+    job_id: str  # "17" or "17_3"
+    state: str
+    partition: str
+    user: str
+    elapsed: str  # as squeue writes it: [days-]hours:minutes:seconds
+    time_limit: str
+    start_time: datetime | None  # the expected one while it waits
+    nodes: tuple[str, ...]
+    reason: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition; times in seconds, None where there is no limit."""
+
+    name: str
+    default: bool
+    state: str
+    nodes: tuple[str, ...]
+    grace_seconds: int
+    max_seconds: int | None
+    preempt_mode: str
+    priority_tier: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node as sinfo sees it."""
+
+    name: str
+    state: str  # idle, mixed, allocated, completing, down, …; without sinfo's mark
+    responding: bool
+    partitions: tuple[str, ...]
+    cpus: int
+    memory_mb: int
+    reason: str
+
+
+class Slurm:
+    """The cluster that the environment names, or the one whose configuration file is given.
+
+    Every call raises SlurmUnavailable when there is no answer within `timeout` seconds.
+    """
+
+    def __init__(self, conf: Path | None = None, *, timeout: float = 10.0) -> None:
+        self.timeout = timeout
+        self._environment = plain_environment(os.environ)
+        if conf is not None:
+            self._environment["SLURM_CONF"] = str(conf)
+
+    def job(self, job_id: str) -> JobState | None:
+        """What SLURM knows of one job or array member; None when it knows it not (any more)."""
+        try:
+            text = self._ask("scontrol", "show", "job", job_id)
+        except SlurmRefused as refusal:
+            if "invalid job id" in str(refusal).lower():
+                return None
+            raise
+        found = parse_jobs(text)
+        exact = [state for state in found if state.job_id == job_id]
+        return (exact or found or [None])[0]
+
+    def queue(self, *, user: str | None = None, job_ids: Iterable[str] | None = None) -> list[QueuedJob]:
+        """The jobs that wait, run or complete; of one user, or with these ids (array members apart)."""
+        wanted = ["squeue", "--noheader", "--array", f"--format={QUEUE_FORMAT}"]
+        if user is not None:
+            wanted.append(f"--user={user}")
+        if job_ids is not None:
+            ids = list(job_ids)
+            if not ids:
+                return []
+            wanted.append(f"--jobs={','.join(ids)}")
+        try:
+            return parse_queue(self._ask(*wanted))
+        except SlurmRefused as refusal:
+            if "invalid job id" in str(refusal).lower():
+                return []
+            raise
+
+    def partitions(self) -> list[Partition]:
+        """All partitions that this user may see."""
+        return parse_partitions(self._ask("scontrol", "show", "partition"))
+
+    def nodes(self) -> list[Node]:
+        """All nodes, by name."""
+        return parse_nodes(self._ask("sinfo", "--Node", "--noheader", f"--format={NODE_FORMAT}"))
+
+    def config(self) -> dict[str, str]:
+        """The cluster's settings as `scontrol show config` prints them: KillWait -> "30 sec"."""
+        return parse_config(self._ask("scontrol", "show", "config"))
+
+    def kill_wait(self) -> int:
+        """Seconds between SIGTERM and SIGKILL when a job's time is over or it is cancelled."""
+        return seconds_of(self.config()["KillWait"])
+
+    def requeue(self, job_id: str) -> None:
+        """Ask for the job to run again; raises SlurmRefused, e.g. when it was submitted without --requeue."""
+        self._ask("scontrol", "requeue", job_id)
+
+    def release(self, job_id: str) -> None:
+        """Let a requeued job start now instead of about two minutes later (Reason=BeginTime)."""
+        self._ask("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+    def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Keep a pending job away from exactly these nodes; SLURM refuses it for a running one."""
+        self._ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+
+    def cancel(self, job_ids: Iterable[str]) -> None:
+        """scancel; jobs that ended already are no error."""
+        ids = list(job_ids)
+        if ids:
+            self._ask("scancel", "--quiet", *ids)
+
+    def submit(self, *arguments: str) -> str:
+        """sbatch with these arguments; returns the job's id."""
+        return self._ask("sbatch", "--parsable", *arguments).strip().split(";")[0]
+
+    def _ask(self, *command: str) -> str:
+        try:
+            done = subprocess.run(
+                command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=self.timeout,
+            )
+        except FileNotFoundError:
+            raise SlurmUnavailable(f"no {command[0]} on the PATH") from None
+        except subprocess.TimeoutExpired:
+            raise SlurmUnavailable(f"{command[0]} gave no answer in {self.timeout:g} s") from None
+        if done.returncode == 0:
+            return done.stdout
+        message = (done.stderr or done.stdout).strip() or f"{command[0]} ended with {done.returncode}"
+        if any(sign in message.lower() for sign in SILENT):
+            raise SlurmUnavailable(message)
+        raise SlurmRefused(message)
+
+
+def plain_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables that change what SLURM's programs print."""
+    kept = {name: value for name, value in environment.items() if not name.startswith(REFORMATTING)}
+    return {**kept, "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+
+
+def parse_jobs(text: str) -> list[JobState]:
+    """The jobs in the output of `scontrol show job` (many lines a job, an empty line between)."""
+    return [_job(fields) for fields in _records(text, "JobId")]
+
+
+def parse_queue(text: str) -> list[QueuedJob]:
+    """The jobs in squeue's output in QUEUE_FORMAT."""
+    jobs = []
+    for line in text.splitlines():
+        parts = line.split("|", 9)
+        if len(parts) == 10:
+            job_id, state, partition, user, elapsed, limit, start, nodes, reason, name = parts
+            jobs.append(
+                QueuedJob(
+                    job_id=job_id,
+                    state=state,
+                    partition=partition,
+                    user=user,
+                    elapsed=elapsed,
+                    time_limit=limit,
+                    start_time=parse_time(start),
+                    nodes=expand_nodes(nodes),
+                    reason=reason,
+                    name=name,
+                )
+            )
+    return jobs
+
+
+def parse_partitions(text: str) -> list[Partition]:
+    """The partitions in the output of `scontrol show partition`."""
+    return [
+        Partition(
+            name=fields["PartitionName"],
+            default=fields.get("Default") == "YES",
+            state=fields.get("State", "UP"),
+            nodes=expand_nodes(fields.get("Nodes", "")),
+            grace_seconds=int(fields.get("GraceTime", "0")),
+            max_seconds=parse_duration(fields.get("MaxTime", "UNLIMITED")),
+            preempt_mode=fields.get("PreemptMode", "OFF"),
+            priority_tier=int(fields.get("PriorityTier", "1")),
+        )
+        for fields in _records(text, "PartitionName")
+    ]
+
+
+def parse_nodes(text: str) -> list[Node]:
+    """The nodes in sinfo's output in NODE_FORMAT: one line for each node in each partition."""
+    nodes: dict[str, Node] = {}
+    for line in text.splitlines():
+        parts = line.split("|", 5)
+        if len(parts) != 6:
+            continue
+        name, state, partition, cpus, memory, reason = parts
+        seen = nodes[name].partitions if name in nodes else ()
+        nodes[name] = Node(
+            name=name,
+            state=state.rstrip("*~#!%$@^-+"),
+            responding="*" not in state,
+            partitions=(*seen, partition.rstrip("*")),
+            cpus=int(cpus),
+            memory_mb=int(memory),
+            reason="" if reason == "none" else reason,
+        )
+    return sorted(nodes.values(), key=lambda node: _natural(node.name))
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """The `key = value` lines of `scontrol show config`."""
+    lines = (line.partition(" = ") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, bar, value in lines if bar}
+
+
+def parse_time(text: str) -> datetime | None:
+    """A time as SLURM writes it (local, "2026-11-21T02:23:32"); None for None, Unknown and N/A."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+def parse_duration(text: str) -> int | None:
+    """Seconds of SLURM's [days-]hours:minutes:seconds or minutes:seconds; None for UNLIMITED and the like."""
+    matched = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if matched is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in matched.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def seconds_of(setting: str) -> int:
+    """The number in a setting such as "30 sec"."""
+    matched = re.match(r"\d+", setting)
+    return int(matched.group()) if matched else 0
+
+
+def expand_nodes(text: str) -> tuple[str, ...]:
+    """The names in a host list: "n[1-3,07],gpu2" -> n1 n2 n3 n07 gpu2; several brackets multiply."""
+    if text in ("", "(null)", "None", "None assigned", "N/A"):
+        return ()
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text)
+    return tuple(name for part in parts for name in _expand(part))
+
+
+def _expand(part: str) -> Iterator[str]:
+    head, bracket, rest = part.partition("[")
+    if not bracket:
+        yield head
+        return
+    inner, _, tail = rest.partition("]")
+    for span in inner.split(","):
+        first, dash, last = span.partition("-")
+        numbers = range(int(first), int(last) + 1) if dash else [int(first)]
+        for number in numbers:
+            for ending in _expand(tail):
+                yield f"{head}{number:0{len(first)}d}{ending}"
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _records(text: str, first_key: str) -> Iterator[dict[str, str]]:
+    """The `key=value` fields of each record; a value that may hold blanks takes the rest of its line."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.startswith(f"{first_key}="):
+            if fields:
+                yield fields
+            fields = {}
+        for key, value in _fields(line.strip()):
+            fields.setdefault(key, value)
+    if fields.get(first_key) is not None:
+        yield fields
+
+
+TO_THE_END = re.compile(
+    r"(?:^|(?<= ))(JobName|Command|WorkDir|Comment|AdminComment|SystemComment|StdErr|StdIn|StdOut)=(.*)$"
+)
+
+
+def _fields(line: str) -> Iterator[tuple[str, str]]:
+    whole = TO_THE_END.search(line)
+    if whole is not None:
+        line = line[: whole.start()]
+        yield whole.group(1), whole.group(2)
+    for word in line.split():
+        key, equals, value = word.partition("=")
+        if equals:
+            yield key, value
+
+
+def _job(fields: Mapping[str, str]) -> JobState:
+    code, _, signal = fields.get("ExitCode", "0:0").partition(":")
+    job_id = fields["JobId"]
+    if "ArrayTaskId" in fields and "ArrayJobId" in fields:
+        job_id = f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"
+    host = fields.get("BatchHost")
+    return JobState(
+        job_id=job_id,
+        name=fields.get("JobName", ""),
+        state=fields.get("JobState", "UNKNOWN"),
+        reason=fields.get("Reason", "None"),
+        partition=fields.get("Partition", ""),
+        restarts=int(fields.get("Restarts", "0")),
+        requeue=fields.get("Requeue") == "1",
+        exit_code=int(code),
+        signal=int(signal or 0),
+        submit_time=parse_time(fields.get("SubmitTime", "")),
+        start_time=parse_time(fields.get("StartTime", "")),
+        end_time=parse_time(fields.get("EndTime", "")),
+        preempt_time=parse_time(fields.get("PreemptTime", "")),
+        nodes=expand_nodes(fields.get("NodeList", "")),
+        batch_host=None if host in (None, "(null)") else host,
+        excluded=expand_nodes(fields.get("ExcNodeList", "")),
+        work_dir=fields.get("WorkDir", ""),
+        command=fields.get("Command", ""),
+    )
