@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from clipcluster.data.tokenizer import asset_folder
 from clipcluster.errors import UserError
 from clipcluster.model.weights import Coverage, load_weights
 
@@ -200,7 +201,8 @@ def _config_from_hf(name: str, assets: Path | None) -> tuple[Any, Path | None]:
     """The configuration of a local folder, of a folder fetched at submission, or of a name on the hub."""
     from transformers import AutoConfig
 
-    folder = next((f for f in _local_folders(name, assets) if (f / "config.json").is_file()), None)
+    folders = [Path(name)] if assets is None else [asset_folder(assets, name), Path(name)]
+    folder = next((f for f in folders if (f / "config.json").is_file()), None)
     try:
         return AutoConfig.from_pretrained(str(folder or name)), folder
     except (OSError, ValueError) as error:
@@ -208,11 +210,6 @@ def _config_from_hf(name: str, assets: Path | None) -> tuple[Any, Path | None]:
             f"model.text.hf: {name} is neither a folder with a config.json nor a name on the hub that can be "
             f"reached from here: {error}"
         ) from error
-
-
-def _local_folders(name: str, assets: Path | None) -> list[Path]:
-    fetched = [assets / name.replace("/", "--")] if assets is not None else []
-    return [*fetched, Path(name)]
 
 
 def _fetch_weights(name: str) -> Path:

@@ -1,0 +1,137 @@
+"""Features of a whole set, computed by all ranks together and known to each of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from clipcluster.model.clip import Clip
+from clipcluster.model.task import normalise
+from clipcluster.runtime.world import World
+
+if TYPE_CHECKING:
+    from clipcluster.data.batch import EvaluationBatch
+
+logger = logging.getLogger("clipcluster")
+_BAD = ("key", "shard", "reason")
+
+Tick = Callable[[], None]
+"""Called between batches on all ranks equally often: there they agree, and raise when they are to stop."""
+
+
+class Batches(Protocol):
+    """Batches, and the workers behind them."""
+
+    def __iter__(self) -> Iterator[EvaluationBatch]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A folder of shards to evaluate on.
+
+    `batches()` gives this rank's share of the `samples`, in equally many batches on every rank, some of them
+    empty. An image that cannot be decoded is absent from them.
+    """
+
+    name: str
+    folder: str
+    samples: int
+    batches: Callable[[], Batches]
+    classnames: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every evaluation works with.
+
+    tokenizer: list of B captions -> tokens (B, L) int64, mask (B, L) bool. mean, std: of the pixels in 0..1.
+    batch_size: captions that this rank encodes at once.
+    """
+
+    world: World
+    tokenizer: Callable[[list[str]], tuple[Tensor, Tensor]]
+    mean: Sequence[float]
+    std: Sequence[float]
+    batch_size: int
+
+
+@dataclass
+class ImageFeatures:
+    """Features (n, E) and which are `present` (n,), of all ranks; this rank's own captions and classes."""
+
+    features: Tensor
+    present: Tensor
+    captions: dict[int, list[str]] = field(default_factory=dict)
+    classes: dict[int, int] = field(default_factory=dict)
+
+
+def encode_images(model: Clip, images: EvaluationSet, bench: Bench, tick: Tick) -> ImageFeatures:
+    """Every rank encodes its share; `features` and `present` are then those of all. Collective."""
+    world = bench.world
+    features = torch.zeros(images.samples, model.embed_dim, device=world.device)
+    known = ImageFeatures(features, torch.zeros(images.samples, device=world.device))
+    mean, std = (torch.tensor(tuple(values), device=world.device) for values in (bench.mean, bench.std))
+    batches = images.batches()
+    try:
+        for batch in batches:
+            for sample in batch.bad:
+                logger.warning("%s: %s in %s is left out: %s", images.name, *map(sample.get, _BAD))
+            if len(batch):
+                pixels = normalise(batch.images.to(world.device, non_blocking=True), mean, std)
+                _remember(known, batch, model.encode_image(pixels))
+            tick()
+    finally:
+        batches.close()
+    # Rows of other ranks are zero here: the sum is their union, exact for any number of ranks.
+    world.all_reduce_sum(known.features)
+    known.present = world.all_reduce_sum(known.present) > 0
+    return known
+
+
+def _remember(known: ImageFeatures, batch: EvaluationBatch, encoded: Tensor) -> None:
+    rows = batch.positions.to(encoded.device)
+    known.features[rows] = encoded.to(known.features.dtype)
+    known.present[rows] = 1
+    positions = batch.positions.tolist()
+    known.captions.update(zip(positions, batch.captions, strict=True))
+    known.classes.update(zip(positions, batch.classes.tolist(), strict=True))
+
+
+def encode_texts(model: Clip, texts: Sequence[str], bench: Bench, tick: Tick) -> Tensor:
+    """Features of all texts on every rank, (n, E) float32; each rank encodes an equal share. Collective."""
+    world, size = bench.world, bench.batch_size
+    features = torch.zeros(len(texts), model.embed_dim, device=world.device)
+    for start, stop in shares(len(texts), world, size):
+        if start < stop:
+            tokens, mask = bench.tokenizer(list(texts[start:stop]))
+            encoded = model.encode_text(tokens.to(world.device), mask.to(world.device))
+            features[start:stop] = encoded.to(features.dtype)
+        tick()
+    return world.all_reduce_sum(features)
+
+
+def shares(count: int, world: World, rows: int) -> Iterator[tuple[int, int]]:
+    """This rank's contiguous share of `count` rows in pieces of at most `rows`: equally many on every rank.
+
+    The last pieces may be empty.
+    """
+    start, stop = count * world.rank // world.size, count * (world.rank + 1) // world.size
+    largest = -(-count // world.size)
+    for piece in range(0, largest, rows):
+        yield min(start + piece, stop), min(start + piece + rows, stop)
+
+
+def everyones(own: dict[int, Any], world: World) -> dict[int, Any]:
+    """The entries of all ranks by rising key. Collective."""
+    merged: dict[int, Any] = {}
+    for rank in range(world.size):
+        merged.update(world.broadcast_object(own if rank == world.rank else None, src=rank))
+    return dict(sorted(merged.items()))

@@ -1,0 +1,74 @@
+"""Where the right candidate stands: pure functions on features, in bounded memory.
+
+Ties go to the candidate that comes first, as in OpenCLIP 4.2, and scores closer than TIE are ties: so copies
+of one image stand in a fixed order, and a model that gives everything the same vector scores as chance does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TIE = 1e-6
+"""Cosines closer than this are equal: what float32 products of the same vectors differ by."""
+
+CHUNK_ELEMENTS = 1 << 24
+"""Scores held at once (64 MiB of float32)."""
+
+CUTS = (1, 5, 10)
+
+
+class Owners:
+    """For each query the numbers of the candidates that are right, at least one."""
+
+    def __init__(self, lists: list[list[int]]) -> None:
+        counts = [len(right) for right in lists]
+        if not all(counts):
+            raise ValueError("every query needs a right candidate")
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.values = np.fromiter((i for right in lists for i in right), dtype=np.int64, count=sum(counts))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def mask(self, start: int, stop: int, candidates: int, device: torch.device) -> Tensor:
+        """(stop - start, candidates) bool: true where the candidate is right for the query."""
+        rows = np.repeat(np.arange(stop - start), np.diff(self.starts[start : stop + 1]))
+        columns = self.values[self.starts[start] : self.starts[stop]]
+        mask = torch.zeros(stop - start, candidates, dtype=torch.bool, device=device)
+        mask[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)] = True
+        return mask
+
+
+def cosines(queries: Tensor, candidates: Tensor) -> Tensor:
+    """(Q, E) and (C, E), normalised -> (Q, C), in the features' own precision, autocast or not."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries @ candidates.T
+
+
+def first_right(scores: Tensor, right: Tensor) -> Tensor:
+    """The place, from 0, of the best-placed right candidate of every query.
+
+    scores: (Q, C) float, the higher the better. right: (Q, C) bool, at least one true a row.
+    Candidates stand by falling score, ties (within TIE) by rising number. Returns (Q,) int64.
+    """
+    best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+    tied = (scores - best).abs() <= TIE
+    own = (tied & right).to(torch.uint8).argmax(dim=1, keepdim=True)
+    earlier = torch.arange(scores.shape[1], device=scores.device) < own
+    return ((scores > best + TIE) | (tied & earlier)).sum(dim=1)
+
+
+def figures(places: np.ndarray) -> Iterator[tuple[str, float]]:
+    """R@1, R@5, R@10 as fractions, the mean rank, and as median rank OpenCLIP's floor(median) + 1.
+
+    places: (Q,) int, from 0; ranks count from 1.
+    """
+    for cut in CUTS:
+        yield f"r{cut}", float(np.mean(places < cut))
+    yield "mean_rank", float(np.mean(places)) + 1
+    yield "median_rank", float(math.floor(np.median(places)) + 1)

@@ -1,0 +1,126 @@
+"""The evaluations of a recipe, run one after the other by all ranks together."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clipcluster.data.loader import evaluation_batches
+from clipcluster.data.shards import open_folder
+from clipcluster.evals.features import Bench, EvaluationSet, Tick
+from clipcluster.evals.retrieval import retrieval
+from clipcluster.evals.zero_shot import zero_shot
+from clipcluster.model.clip import Clip
+
+if TYPE_CHECKING:
+    from clipcluster.data.tokenizer import Tokenizer
+    from clipcluster.recipe.schema import Recipe
+    from clipcluster.runtime.world import World
+
+logger = logging.getLogger("clipcluster")
+Measure = Callable[[Clip, EvaluationSet, Bench, Tick], Iterator[tuple[str, float]]]
+KINDS: dict[str, Measure] = {"zero_shot": zero_shot, "retrieval": retrieval}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One kind of measure on one set."""
+
+    kind: str
+    images: EvaluationSet
+
+
+class Suite:
+    """All evaluations of a run; every rank holds the same."""
+
+    def __init__(self, evaluations: Sequence[Evaluation], bench: Bench) -> None:
+        self.evaluations = tuple(evaluations)
+        self.bench = bench
+
+    def __bool__(self) -> bool:
+        return bool(self.evaluations)
+
+    @torch.no_grad()
+    def run(self, model: Clip, progress: Any = None, *, wishes: Tick = lambda: None) -> dict[str, float]:
+        """Measure a model (without DDP around it): SET/METRIC -> value, the same on every rank.
+
+        Every rank calls it, with the same weights. `wishes` is called between batches, equally often on all
+        ranks, and leaves the evaluation by raising. The model is left as it was found, training or not.
+        """
+        training = model.training
+        model.eval()
+        results: dict[str, float] = {}
+        try:
+            for evaluation in self.evaluations:
+                wishes()
+                images = evaluation.images
+                if self.bench.world.is_main:
+                    step = f" at step {progress.step}" if progress is not None else ""
+                    logger.info("%s on %s%s: %d images", evaluation.kind, images.name, step, images.samples)
+                measured = KINDS[evaluation.kind](model, images, self.bench, wishes)
+                results.update({f"{images.name}/{name}": value for name, value in measured})
+        finally:
+            model.train(training)
+        return results
+
+
+def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer) -> Suite:
+    """The evaluations named in the recipe's `evaluate` section; its paths are absolute.
+
+    Raises UserError where a folder has no index or cannot be opened.
+    """
+    section = recipe.evaluate
+    folders = list(dict.fromkeys([*section.zero_shot, *section.retrieval]))
+    sets = {
+        folder: _open(folder, name, recipe, world)
+        for folder, name in zip(folders, set_names(folders), strict=True)
+    }
+    chosen = [("zero_shot", folder) for folder in section.zero_shot]
+    chosen += [("retrieval", folder) for folder in section.retrieval]
+    evaluations = [Evaluation(kind, sets[folder]) for kind, folder in dict.fromkeys(chosen)]
+    image, per_rank = recipe.data.image, max(1, section.batch_size // world.size)
+    bench = Bench(world, tokenizer, image.mean, image.std, per_rank)
+    return Suite(evaluations, bench)
+
+
+def set_names(folders: Sequence[str]) -> list[str]:
+    """A name for each folder: its last component, after as many parents as tell it from the others."""
+    parts = [[part for part in Path(folder).parts if part != "/"] or ["root"] for folder in folders]
+    lengths = [1] * len(parts)
+    while True:
+        names = ["-".join(own[-length:]) for own, length in zip(parts, lengths, strict=True)]
+        counts = Counter(names)
+        growing = [i for i, name in enumerate(names) if counts[name] > 1 and lengths[i] < len(parts[i])]
+        if not growing:
+            return names
+        for i in growing:
+            lengths[i] += 1
+
+
+def _open(folder: str, name: str, recipe: Recipe, world: World) -> EvaluationSet:
+    shards = open_folder(folder)
+    batches = partial(
+        evaluation_batches,
+        shards,
+        recipe.data,
+        None,  # captions are tokenized once each, by text
+        rank=world.rank,
+        world_size=world.size,
+        batch_size=recipe.evaluate.batch_size,
+        workers=recipe.data.workers,
+    )
+    return EvaluationSet(
+        name=name,
+        folder=folder,
+        samples=shards.n_samples,
+        batches=batches,
+        classnames=shards.classnames,
+        templates=shards.templates,
+    )
