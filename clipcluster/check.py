@@ -1,8 +1,8 @@
 """Everything about a run that can be known before it queues, at two depths.
 
-`plain` reads the recipe, does its arithmetic and opens the indexes; it needs no torch and is instant. `deep`
-tries what needs torch (towers and their arguments, weights, tokenizer, one sample of every source) in a process
-of its own, `python -m clipcluster.check`, so that the command itself never loads it.
+`plain` reads the recipe, does its arithmetic and opens the indexes; it needs no torch and is instant.
+`deep` tries what needs torch (towers and their arguments, weights, tokenizer, a sample of every source) in a
+process of its own, `python -m clipcluster.check`, so that the command itself never loads it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, load
@@ -25,6 +25,8 @@ from clipcluster.recipe.tree import nearest
 
 if TYPE_CHECKING:
     from clipcluster.data.shards import Shards
+
+T = TypeVar("T")
 
 DEEP_SECONDS = 900  # large towers take minutes to build on a busy login node
 _RETRIEVAL = [
@@ -38,20 +40,20 @@ _ZERO_SHOT = ["zero_shot_top1", "zero_shot_top5"]
 
 @dataclass
 class Findings:
-    """What a check has to say: `errors` stop a submission, `warnings` do not, `summary` is what will happen."""
+    """What a check found: `errors` stop a submission, `warnings` do not, `summary` is what will happen."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
 
-    def attempt(self, key: str, action: Callable[[], Any]) -> Any:
-        """The result of `action`, or None with its message for a person among the errors."""
+    def attempt(self, key: str, action: Callable[..., T], *args: Any) -> T | None:
+        """The result of `action(*args)`, or None with its message for a person among the errors."""
         from clipcluster.runtime.stop import Failure
 
         try:
-            return action()
+            return action(*args)
         except (UserError, Failure) as error:
-            text = str(error)
+            text = "; ".join(filter(None, (str(error), getattr(error, "advice", ""))))
             self.errors.append(text if not key or text.startswith(key) else f"{key}: {text}")
         return None
 
@@ -64,7 +66,7 @@ class Findings:
 
 @dataclass
 class Checked(Findings):
-    """The plain check's findings, with what it read: `plan` is None where the data or the arithmetic failed."""
+    """The plain check's findings and what it read; `plan` is None where the data or the arithmetic failed."""
 
     loaded: Loaded | None = None
     plan: Plan | None = None
@@ -126,21 +128,24 @@ def _check_files(loaded: Loaded, findings: Findings) -> None:
 
 def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
     """Samples (with captions: all, pairs) of one pass through all sources; None if one cannot be opened."""
-    from clipcluster.data.shards import open_source
-
     counts: list[int | None] = []
     for place, source in enumerate(loaded.recipe.data.train):
         key = _place(loaded, f"data.train.{place}.shards")
-        counts.append(
-            findings.attempt(key, lambda source=source: _draws(open_source(source, text=True), loaded))
-        )
+        counts.append(findings.attempt(key, _draws, source, loaded.recipe.data.text.captions))
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
-def _draws(shards: Shards, loaded: Loaded) -> int:
+def _open(source: Source, text: bool) -> Shards:
+    from clipcluster.data.shards import open_source
+
+    return open_source(source, text=text)
+
+
+def _draws(source: Source, captions: str) -> int:
     """Draws of one pass through a source."""
-    if loaded.recipe.data.text.captions == "all":
+    shards = _open(source, True)
+    if captions == "all":
         return shards.n_pairs
     drawable = shards.drawable
     return shards.n_samples if drawable is None else len(drawable)
@@ -148,22 +153,17 @@ def _draws(shards: Shards, loaded: Loaded) -> int:
 
 def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
     """The evaluation sets open, and have distinct names, class names and templates."""
-    from clipcluster.data.shards import open_source
-
     evaluate = loaded.recipe.evaluate
     for kind, folders in (("retrieval", evaluate.retrieval), ("zero_shot", evaluate.zero_shot)):
         for place, folder in enumerate(folders):
             key = _place(loaded, f"evaluate.{kind}.{place}")
-            source = Source(shards=folder)
-            shards = findings.attempt(
-                key, lambda source=source, kind=kind: open_source(source, text=kind == "retrieval")
-            )
+            shards = findings.attempt(key, _open, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
                 _check_classes(shards, key, findings)
         names = Counter(Path(folder).name for folder in folders)
         findings.errors += [
-            f"{_place(loaded, f'evaluate.{kind}')}: {count} sets are called {name!r}; the last component of each "
-            "path names its metrics, so they have to differ"
+            f"{_place(loaded, f'evaluate.{kind}')}: {count} sets are called {name!r}; the last component of "
+            "each path names its metrics, so they have to differ"
             for name, count in names.items()
             if count > 1
         ]
@@ -207,7 +207,7 @@ def _check_plans(recipe: Recipe, samples: int, findings: Findings) -> Plan | Non
     nodes = recipe.cluster.nodes
     found = None
     for granted in range(nodes.least, nodes.most + 1):
-        found = findings.attempt("", lambda granted=granted: plan_for_nodes(recipe, samples, granted))
+        found = findings.attempt("", plan_for_nodes, recipe, samples, granted)
         if found is None:
             return None
         findings.warnings += [text for text in found.warnings if text not in findings.warnings]
@@ -271,10 +271,10 @@ def deep(recipe: Recipe, *, world_size: int = 1, assets: Path | None = None) -> 
 def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     """What the process of the deep check does; loads torch."""
     findings = Findings()
-    tokenizer = findings.attempt("data.text.tokenizer", lambda: _tokenizer(recipe, assets))
-    findings.attempt("model.image", lambda: _check_image_tower(recipe, world_size, findings))
+    tokenizer = findings.attempt("data.text.tokenizer", _tokenizer, recipe, assets)
+    findings.attempt("model.image", _check_image_tower, recipe, world_size, findings)
     if tokenizer is not None:
-        findings.attempt("model.text", lambda: _check_text_tower(recipe, tokenizer, assets, findings))
+        findings.attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
     evaluate = recipe.evaluate
     named = [(f"data.train.{place}", source, True) for place, source in enumerate(recipe.data.train)]
     named += [
@@ -284,10 +284,7 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
         (f"evaluate.zero_shot.{i}", Source(shards=path), False) for i, path in enumerate(evaluate.zero_shot)
     ]
     for key, source, text in named:
-        findings.attempt(
-            key,
-            lambda source=source, text=text, key=key: _check_sample(key, source, text, tokenizer, findings),
-        )
+        findings.attempt(key, _check_sample, key, source, text, tokenizer, findings)
     return findings
 
 
@@ -311,8 +308,8 @@ def _check_image_tower(recipe: Recipe, world_size: int, findings: Findings) -> N
     if any(isinstance(module, _BatchNorm) for module in tower.modules()):
         if world_size > 1:
             findings.warnings.append(
-                f"model.image: {recipe.model.image.timm} has batch norms, which see each rank's share of the batch "
-                f"alone: with another number of ranks than {world_size} the run comes out differently"
+                f"model.image: {recipe.model.image.timm} has batch norms, which see each rank's share of the "
+                f"batch alone: with another number of ranks than {world_size} the run comes out differently"
             )
         if recipe.train.precision == "bf16":
             findings.warnings.append(
@@ -341,9 +338,8 @@ def _millions(parameters: Iterable[Any]) -> str:
 def _check_sample(key: str, source: Source, text: bool, tokenizer: Any, findings: Findings) -> None:
     """The shards are as indexed; the first sample that decodes is decoded, and its caption tokenized."""
     from clipcluster.data.decode import BadImage, decode
-    from clipcluster.data.shards import open_source
 
-    shards = open_source(source, text=text)
+    shards = _open(source, text)
     shards.check_unchanged()
     reasons = []
     for position in range(min(8, shards.n_samples)):
@@ -373,7 +369,7 @@ def _first(sample: Any) -> str:
 
 
 def main() -> None:
-    """Read the question on stdin, answer in JSON on what was stdout: libraries may print, so theirs is stderr."""
+    """Read the question on stdin, answer in JSON on what was stdout; libraries that print get stderr."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     question = json.load(sys.stdin)

@@ -52,13 +52,20 @@ def _message(loc: Loc, entry: Mapping[str, Any], tree: Branch) -> str:
         return origin.problem(
             dotted(loc), f"got {_got(entry['input'])}; should be a section with the keys {keys}"
         )
-    text = entry["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    text = (
+        entry["msg"]
+        .removeprefix("Value error, ")
+        .replace("Input should", "should")
+        .replace("String should", "should")
+    )
     text = text.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     text = text.replace("a valid integer", "a whole number").replace("a valid", "a")
     if kind == "string_type":
         text = "should be text; write it in quotes"
     if kind == "string_pattern_mismatch":
-        text = f"{text} (letters, digits, '.', '_' and '-', a letter or digit first)"
+        text = "should be letters, digits, '.', '_' and '-', a letter or digit first"
+    if kind in ("bool_type", "bool_parsing"):
+        text = "should be true or false"
     if isinstance(entry["input"], dict):
         return origin.problem(dotted(loc), text)
     return origin.problem(dotted(loc), f"got {_given(loc, entry['input'], tree)}; {text}")
@@ -75,7 +82,8 @@ def _given(loc: Loc, value: Any, tree: Branch) -> str:
 
 
 def _got(value: Any) -> str:
-    text = "nothing" if value is None else repr(list(value) if isinstance(value, tuple) else value)
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    text = {"None": "nothing", "True": "true", "False": "false"}.get(text, text)
     return text if len(text) <= 80 else text[:77] + "…"
 
 

@@ -61,13 +61,21 @@ def _real(value: object) -> object:
     return value
 
 
+def _list_of(count: int, value: object) -> object:
+    """Exactly so many entries, else one message about the list instead of one about each place."""
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        raise ValueError(f"should be a list of {count} numbers")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_whole)]
 Float = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
+Pair = Annotated[tuple[Float, Float], BeforeValidator(partial(_list_of, 2))]
 
 
 def _replace(names: dict[str, tuple[float, float, float]], value: object) -> object:
     if not isinstance(value, str):
-        return value
+        return _list_of(3, value)
     if value not in names:
         raise ValueError(f"should be one of {', '.join(names)}, or three numbers (red, green, blue)")
     return names[value]
@@ -157,7 +165,7 @@ class Source(Section):
 
     shards: Paths = key(
         "result",
-        "Folder with indexed shards; or a glob, braces ({00..09}), an address (http, s3, pipe:), or a list.",
+        "Folder with indexed shards; or a tar, a glob or braces ({00..09}) of either, or a list of these.",
         path="path",
     )
     weight: Float | None = key(
@@ -192,10 +200,10 @@ class Image(Section):
     """How an image becomes the tower's input."""
 
     size: Int = key("result", "Side of the square input, in pixels.", 224, ge=1)
-    crop_scale: tuple[Float, Float] = key(
+    crop_scale: Pair = key(
         "result", "Area of the random training crop, as shares of the image: smallest, largest.", (0.9, 1.0)
     )
-    crop_ratio: tuple[Float, Float] = key(
+    crop_ratio: Pair = key(
         "result", "Width over height of the random training crop: smallest, largest.", (0.75, 4 / 3)
     )
     flip: bool = key("result", "Mirror every second training image left to right, by chance.", False)
@@ -398,7 +406,7 @@ class Optim(Section):
     weight_decay: Float = key(
         "result", "Decoupled weight decay; norms, biases and the logit scale have none.", 0.2, ge=0
     )
-    betas: tuple[Float, Float] = key("result", "Decay of the two moments.", (0.9, 0.98))
+    betas: Pair = key("result", "Decay of the two moments.", (0.9, 0.98))
     eps: Float = key("result", "Added to the root of the second moment.", 1e-6, gt=0)
     clip_norm: Float | None = key(
         "result", "Largest norm of the whole gradient. Default: not clipped.", None, gt=0

@@ -1,0 +1,254 @@
+"""The reference page and the JSON Schema of recipes: ``python -m clipcluster.recipe.reference`` makes both.
+
+Editors that know JSON Schema complete and check recipes with docs/recipe.schema.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from clipcluster.recipe.schema import (
+    DEVIATIONS,
+    MEANS,
+    Recipe,
+    Section,
+    extra_of,
+    is_list_of_sections,
+    section_of,
+    walk,
+)
+from clipcluster.recipe.units import Duration, Nodes, Time
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = "recipe.md"
+SCHEMA = "recipe.schema.json"
+_COMMAND = "python -m clipcluster.recipe.reference"
+_VARIABLE = {"type": "string", "pattern": r"\$\{"}  # any value may come from the environment
+_WORDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
+
+_INTRODUCTION = f"""\
+# The recipe
+
+<!-- Made by `{_COMMAND}` from clipcluster/recipe/schema.py. Do not edit. -->
+
+A recipe is one YAML file that says what is trained. `clipcluster check RECIPE` tells whether it is right,
+`clipcluster submit RECIPE` runs it. Unknown keys are refused. Editors complete and check recipes with
+[`{SCHEMA}`]({SCHEMA}): put `# yaml-language-server: $schema=PATH/TO/{SCHEMA}` in the first line.
+
+## How a recipe is written
+
+- **`extends: FILE`** starts from another recipe, found beside this one or else among the shipped ones.
+  Mappings are merged, everything else, lists included, is replaced.
+- **`key=value` on the command line** goes over everything: `optim.lr=3e-4`, `data.train.0.shards=/data/coco`
+  (a number steps into a list), `train.ema=null`. The value is YAML.
+- **`${{NAME}}`** comes from the environment, `${{NAME:-default}}` has a default for a variable that is unset
+  or empty, and `$${{NAME}}` stays as `${{NAME}}`. Without quotes the result is read as YAML, so that
+  `batch_size: ${{BATCH}}` is a number. The lines of `cluster.setup` are left to the shell.
+- **Paths** belong to the recipe as they are written, `${{NAME}}` unexpanded: a run whose data moved to
+  another disk is the same run. Relative paths start from the directory in which the command is typed. A
+  tokenizer or a model named by `hf` is a folder if there is one, or if it begins with `/`, `./`, `../` or
+  `~`; else a name on the hub.
+- **Numbers** may be written `7e-4` and `1_000_000`. `no`, `on` and `1:30` are text.
+- **Durations** are `N steps`, `N samples` or `N epochs` (`0.5 epochs` too), turned into steps once and
+  rounded to the nearest. **Times** are `90 s`, `15 min`, `4 h`, `2 d`. **Memory** is `500 MB`, `200 GB`,
+  `1.5 TB`, with 1 GB = 1024 MB as SLURM counts.
+- **Site profiles** say what a cluster wants in every recipe: a file with a `cluster` section, `NAME.yaml` in
+  `~/.config/clipcluster/sites` or in `recipes/sites`. `--site NAME` takes one; without it the only one there
+  is (the example aside). Profiles lie under the recipe, which may say otherwise.
+
+## What a key decides
+
+- **result**: the trained weights. These keys, where they differ from their defaults, name the run: the same
+  result keys are the same run.
+- **speed**: how fast the weights come, never which.
+- **record**: what is kept and measured, and where the run lives.
+
+Speed and record keys may change when a run is submitted again.
+
+"""
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file, for editors: values may be variables, `extends` may come first."""
+    made = _made()
+    sections = [made, *made["$defs"].values()]
+    for entry in sections:
+        entry["properties"] = {name: _for_editors(value) for name, value in entry["properties"].items()}
+    made["properties"] = {
+        "extends": {"type": "string", "description": "Another recipe that this one starts from."},
+        **made["properties"],
+    }
+    # A recipe that extends another need not say everything itself.
+    for entry in sections:
+        entry.pop("required", None)
+        entry.pop("title", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "clipcluster recipe", **made}
+
+
+def _made() -> dict[str, Any]:
+    """Pydantic's JSON Schema, with defaults as a recipe writes them (``15 min``, not seconds)."""
+    made = Recipe.model_json_schema(mode="validation")
+    models = {Recipe} | {inner for _, field in walk() if (inner := section_of(field)) is not None}
+    for model in models:
+        properties = (made if model is Recipe else made["$defs"][model.__name__])["properties"]
+        for name, field in model.model_fields.items():
+            if isinstance(field.default, (Duration, Time, Nodes)):
+                properties[name]["default"] = str(field.default)
+            for choice in properties[name].get("anyOf", ()):
+                if choice.get("type") in ("integer", "number"):
+                    choice.update(_limits(field))
+    return made
+
+
+def _limits(field: FieldInfo) -> dict[str, Any]:
+    """The bounds of an optional number, which pydantic leaves out of its schema."""
+    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    return {
+        names[bound]: getattr(entry, bound)
+        for entry in field.metadata
+        for bound in names
+        if hasattr(entry, bound)
+    }
+
+
+def _for_editors(value: dict[str, Any]) -> dict[str, Any]:
+    """A key's schema with ``${NAME}`` allowed, and with what it decides in its description."""
+    value = {name: entry for name, entry in value.items() if name not in ("title", "path", "shell")}
+    mark = value.pop("mark", None)
+    if mark is None:
+        return value
+    about = {"description": f"{value.pop('description')} (decides: {mark})"}
+    if "default" in value:
+        about["default"] = value.pop("default")
+    choices = value.pop("anyOf", None) or [value]
+    if not any(choice == {"type": "string"} for choice in choices):
+        choices = [*choices, _VARIABLE]
+    return {**about, "anyOf": choices} if len(choices) > 1 else {**about, **choices[0]}
+
+
+def page() -> str:
+    """The reference page in Markdown."""
+    made = _made()
+    parts = [_INTRODUCTION, "## Keys\n\n", _table(Recipe, made["properties"], "")]
+    parts += _sections(Recipe, made["$defs"], "")
+    return "".join(parts).rstrip() + "\n"
+
+
+def _sections(model: type[Section], definitions: dict[str, Any], prefix: str) -> list[str]:
+    """The parts of the page for the sections below one."""
+    parts = []
+    for name, field in model.model_fields.items():
+        inner = section_of(field)
+        if inner is None:
+            continue
+        title = f"{prefix}{name}"
+        kind = "A list; each entry has:" if is_list_of_sections(field) else ""
+        if not field.is_required() and field.default is None:
+            kind = "Left out unless it is written."
+        parts.append(f"\n### {title}\n\n{(field.description or '').rstrip('.')}. {kind}".rstrip() + "\n\n")
+        table = _table(inner, definitions[inner.__name__]["properties"], title)
+        parts.append(table)
+        parts += _sections(inner, definitions, f"{title}.N." if is_list_of_sections(field) else f"{title}.")
+    return parts
+
+
+def _table(model: type[Section], properties: dict[str, Any], title: str) -> str:
+    """One section's keys as a table; "" if it has only sections."""
+    rows = []
+    for name, field in model.model_fields.items():
+        if section_of(field) is not None:
+            continue
+        cells = (
+            f"`{name}`",
+            _type(properties[name]),
+            "*required*" if field.is_required() else _default(properties[name].get("default"), model, name),
+            extra_of(field)["mark"],
+            field.description or "",
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+    head = "| key | value | default | decides | meaning |\n|---|---|---|---|---|\n"
+    return head + "".join(rows) if rows else ""
+
+
+def _type(value: dict[str, Any]) -> str:
+    """A key's type in words."""
+    if "enum" in value or "const" in value:
+        return ", ".join(f"`{choice}`" for choice in value.get("enum", [value.get("const")]))
+    if "anyOf" in value:
+        words = dict.fromkeys(_type(choice) for choice in value["anyOf"] if choice.get("type") != "null")
+        return " or ".join(words)
+    kind = value.get("type")
+    if kind == "string" and "steps" in value.get("pattern", ""):
+        return "duration"
+    if kind == "string" and "minutes" in value.get("pattern", ""):
+        return "time"
+    if kind == "string" and "MGT" in value.get("pattern", ""):
+        return "memory"
+    if kind == "string" and r"\d" in value.get("pattern", ""):
+        return "range"
+    if kind == "array":
+        return _list_type(value)
+    if kind == "object":
+        return "mapping"
+    return _WORDS[str(kind)] + _bounds(value)
+
+
+def _list_type(value: dict[str, Any]) -> str:
+    if "prefixItems" in value:
+        return f"{len(value['prefixItems'])} numbers"
+    if value.get("minItems") and value.get("minItems") == value.get("maxItems"):
+        return f"{value['minItems']} numbers"
+    return f"list of {_WORDS[value['items']['type']]}"
+
+
+def _bounds(value: dict[str, Any]) -> str:
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [
+        f"{sign} {value[name]}" for name, sign in signs.items() if name in value and value[name] < 2**62
+    ]
+    return f" ({', '.join(bounds)})" if bounds else ""
+
+
+def _default(value: Any, model: type[Section], name: str) -> str:
+    """A default in the words of a recipe."""
+    if value is None:
+        default = model.model_fields[name].get_default(call_default_factory=True)
+        if default is None:
+            return ""
+        value = list(default) if isinstance(default, tuple) else default
+    for names in (MEANS, DEVIATIONS):
+        for word, numbers in names.items():
+            if value == list(numbers):
+                return f"`{word}`"
+    if isinstance(value, float):
+        return f"`{value:.6g}`"
+    if isinstance(value, list):
+        return (
+            f"`[{', '.join(f'{entry:.6g}' if isinstance(entry, float) else str(entry) for entry in value)}]`"
+        )
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`"
+
+
+def write(folder: Path = DOCS) -> list[Path]:
+    """Write both files; returns those that changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {PAGE: page(), SCHEMA: json.dumps(schema(), indent=1) + "\n"}
+    changed = []
+    for name, text in texts.items():
+        file = folder / name
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+            changed.append(file)
+    return changed
+
+
+if __name__ == "__main__":
+    for path in write(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS):
+        print(path)
