@@ -107,7 +107,7 @@ class Line:
         return captions
 
     def _first_draws(self, passage: np.ndarray) -> np.ndarray:
-        """How far into its rounds each draw's pass begins (n,): else the cut always falls on the last round."""
+        """How far into its rounds each draw's pass begins (n,); else the cut always hit the last round."""
         firsts = np.empty_like(passage)
         for number, _, rows in _stretches_of_equals(passage):
             firsts[rows] = key(*self._name, number, "first draw") % int(self._ends[-1])

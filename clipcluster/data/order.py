@@ -41,13 +41,13 @@ class Order:
     """The order of the samples of `shapes`: `batch(t)` for t = 0, 1, ...
 
     batch_size: global, samples of one optimizer step.
-    captions: "all" (a draw is a pair, a pass shows each caption), "random" or "first" (one a sample and pass).
+    captions: "all" (a draw is a pair, a pass shows each caption), "random" or "first" (one for each sample).
     lanes: upper bound of the places read at once; window: samples shuffled together within a lane;
     full_shuffle_below: sources with up to so many draws a pass are permuted whole.
     epoch_samples: draws of an epoch; None: one pass of every source.
 
     Sources without weights are laid together into one line, and no batch crosses a pass of it. Raises
-    UserError for weights that cannot be laid out, a source with nothing to draw, an epoch of less than a batch.
+    UserError for weights that cannot be laid out, a source with nothing to draw, an epoch without a step.
     Only numpy and the columns it was given are kept: one scan of the caption counts at most, then nothing
     grows with the number of samples except for sources permuted whole.
     """

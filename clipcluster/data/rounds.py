@@ -95,7 +95,7 @@ class Rounds:
         return sources, positions - self._source_starts[sources]
 
     def captions_at(self, sources: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Captions (n,) int64 of the samples `places` (n,) within the shapes `sources` (n,); -1: not known."""
+        """Captions (n,) int64 of the samples `places` (n,) of the shapes `sources` (n,); -1: not known."""
         counts = np.full(len(places), -1, dtype=np.int64)
         for number, captions in enumerate(self._captions):
             if captions is not None:

@@ -41,7 +41,7 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 
 
 def lay_out(weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """One period of D = sum(weights) draws: each one's source, (D,) int32, and how many of it came before, (D,).
+    """One period of D = sum(weights) draws: their sources (D,) int32, and how many of each came before (D,).
 
     Draw j of a source with weight w falls due at (j + 1/2) / w of the period, and the draws follow each other
     as they fall due (Webster's method): the sources are spread evenly and each has exactly w of D draws.
@@ -55,7 +55,7 @@ def lay_out(weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(exact: Sequence[Fraction]) -> list[int]:
-    """The integers >= 1 with a sum up to 65,536 and the smallest largest error of a share; of equals the smallest."""
+    """Integers >= 1 with a sum up to 65,536, their largest error of a share least; of equals the smallest."""
     total = sum(exact)
     shares = np.array([float(fraction / total) for fraction in exact])
     sums = np.arange(len(shares), LARGEST_PERIOD + 1)[:, None]
@@ -64,7 +64,9 @@ def _nearest(exact: Sequence[Fraction]) -> list[int]:
     missing = sums[:, 0] - whole.sum(axis=1)
     rank = np.argsort(np.argsort(whole - ideal, axis=1, kind="stable"), axis=1)
     whole += rank < missing[:, None]
+    # tiny shares rounded up to one take it from the largest
+    whole[:, int(np.argmax(shares))] += np.minimum(missing, 0)
     errors = np.abs(whole / sums - shares).max(axis=1)
-    errors[missing < 0] = np.inf  # a tiny share rounded up to one: the sum is too small for it
+    errors[whole.min(axis=1) < 1] = np.inf
     best = whole[int(np.argmin(np.round(errors, 15)))]
     return [int(number) for number in best // math.gcd(*best.tolist())]
