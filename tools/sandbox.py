@@ -1,7 +1,7 @@
 """A throwaway SLURM cluster of several nodes on this machine, for any user, without root or munge.
 
-One slurmctld and one slurmd a node, all on a loopback address with ports of their own, in a folder of its own;
-an installed SLURM is neither read nor touched. Two partitions over the same nodes: `low` (default,
+One slurmctld and one slurmd a node, all on a loopback address with ports of their own, in a folder of its
+own; an installed SLURM is neither read nor touched. Two partitions over the same nodes: `low` (default,
 preemptible) and `high`, whose jobs evict those of `low`.
 """
 
@@ -246,9 +246,9 @@ def job_of(job: str | Path) -> str:
     if not path.is_dir():
         raise UserError(f"{job} is neither a job id (17, or 17_3 for a member of an array) nor a run folder")
     attempt = Run(path).newest()
-    if attempt is None:
+    if attempt is None or attempt.job is None:
         raise UserError(f"run {path} has not started: no attempt has claimed it yet")
-    return str(attempt.claim()["job_id"])
+    return attempt.job
 
 
 def _make_room(folder: Path) -> None:
@@ -299,7 +299,7 @@ def _await(ready: Callable[[], bool], sandbox: Sandbox, deadline: float) -> None
 
 
 def _dead_daemon(sandbox: Sandbox) -> str | None:
-    """The log name of a daemon that has written its pid and is no more, or whose log ends in a fatal error."""
+    """The log name of a daemon that wrote its pid and is no more, or whose log has a fatal error."""
     alive = {p.node for p in processes.owned(sandbox) if p.kind in ("slurmctld", "slurmd")}
     for log in sorted(sandbox.logs.glob("*.log")):
         if log.stem not in alive and "fatal:" in log.read_text(errors="replace"):

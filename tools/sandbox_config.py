@@ -241,7 +241,8 @@ MinJobAge=3600
 MaxJobCount=20000
 MaxArraySize=1001
 
-NodeName={names} NodeHostname=localhost NodeAddr={sandbox.address} Port={ports} CPUs={sandbox.cpus} RealMemory=8000
+NodeName={names} NodeHostname=localhost NodeAddr={sandbox.address} Port={ports} \
+CPUs={sandbox.cpus} RealMemory=8000
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1 \
 PreemptMode=REQUEUE GraceTime={sandbox.grace_seconds}
 PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 PreemptMode=OFF
@@ -249,7 +250,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTi
 
 
 def launch_line(sandbox: Sandbox, *command: str) -> list[str]:
-    """The command as it must be started: behind the door of a namespace where the machine's name needs one."""
+    """The command as it must be started: in a namespace where the machine's name needs one."""
     if not sandbox.own_host_name:
         return list(command)
     return [sys.executable, str(Path(__file__).with_name("sandbox_hostname.py")), *command]

@@ -30,7 +30,18 @@ SILENT = (
 # What these hold would change what the programs print.
 REFORMATTING = ("SQUEUE_", "SINFO_", "SCONTROL_", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN", "SLURM_CLUSTERS")
 ENDED = frozenset(
-    ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"]
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    }
 )
 
 
@@ -136,7 +147,7 @@ class Slurm:
             raise
         found = parse_jobs(text)
         exact = [state for state in found if state.job_id == job_id]
-        return (exact or found or [None])[0]
+        return next(iter(exact or found), None)
 
     def queue(self, *, user: str | None = None, job_ids: Iterable[str] | None = None) -> list[QueuedJob]:
         """The jobs that wait, run or complete; of one user, or with these ids (array members apart)."""
