@@ -1,0 +1,419 @@
+"""Folders of shards, opened through their index and read by offset. Imports no torch.
+
+A `Shards` is one source: its samples are numbered 0 … n_samples - 1 in the order of the shards' names. It
+can be sent to another process: only paths travel, the index is mapped again there.
+"""
+
+import glob
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from clipcluster.data import captions
+from clipcluster.data import index as indexes
+from clipcluster.data.columns import BrokenColumns, read_columns
+from clipcluster.data.tar import BrokenTar, scan
+from clipcluster.errors import UserError
+from clipcluster.runtime.stop import DataError
+
+CHECKED_SHARDS = 10_000  # more than these are compared only when a worker opens them
+OPEN_SHARDS = 64  # file handles a source keeps open
+RETRIES = (0.1, 1.0, 3.0)  # seconds to wait before another try at a disk that failed
+
+T = TypeVar("T")
+
+
+class SourceSection(Protocol):
+    """What a recipe says of one source; paths are absolute."""
+
+    @property
+    def shards(self) -> Any: ...
+    @property
+    def index(self) -> str | None: ...
+    @property
+    def captions_in(self) -> str | None: ...
+
+
+class Sample(NamedTuple):
+    """One sample as it lies in its shard: `image` are the original bytes, `cls` is -1 if it has no class."""
+
+    key: str
+    shard: str
+    image: bytes
+    captions: list[str]
+    cls: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A folder, its index and the captions asked for; `rows` are the shards taken (None: all)."""
+
+    folder: Path
+    index: Path
+    choice: str | None
+    rows: tuple[int, ...] | None = None
+
+
+class _Open(NamedTuple):
+    fd: int
+    columns: dict[str, np.ndarray]
+
+
+def open_folder(
+    path: str | Path, index: str | Path | None = None, captions_in: str | None = None
+) -> "Shards":
+    """Opens one folder of shards with its captions. UserError as `open_source`."""
+    folder = Path(path)
+    return Shards([Part(folder, Path(index or folder), captions.choice_for(folder, captions_in))])
+
+
+def open_source(source: SourceSection, *, text: bool) -> "Shards":
+    """Opens a source of a recipe: folders, tars, globs and braces of local tars, or a list of them.
+
+    `text` says whether captions are needed. UserError: no folder, no shards, no index, an index for other
+    captions (each with the command that helps), or no caption anywhere.
+    """
+    written = [source.shards] if isinstance(source.shards, str) else list(source.shards)
+    parts = [part for entry in written for part in _parts(entry, source.index, source.captions_in, text)]
+    shards = Shards(parts)
+    if shards.n_samples == 0:
+        raise UserError(f"{', '.join(written)}: the shards hold no sample with an image")
+    if text and shards.n_pairs == 0:
+        raise UserError(
+            f"{', '.join(written)}: no sample has a caption by the choice {parts[0].choice!r}; if they are in a "
+            f"field of the JSON, say captions_in: json:FIELD and run: clipcluster shards index "
+            f"{parts[0].folder} --captions json:FIELD"
+        )
+    return shards
+
+
+def _parts(entry: str, index: str | None, captions_in: str | None, text: bool) -> Iterator[Part]:
+    """The folders that one written entry names, with the shards it takes of each."""
+    if "://" in entry or entry.startswith("pipe:"):
+        raise UserError(
+            f"shards {entry!r}: only local folders and tars can be read so far; copy the shards first"
+        )
+    if entry.endswith(".tar"):
+        paths = [Path(name) for pattern in _braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
+    else:
+        folders = [name for pattern in _braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
+        for folder in map(Path, folders):
+            yield Part(
+                folder, Path(index or folder), captions.choice_for(folder, captions_in) if text else None
+            )
+        return
+    for folder in dict.fromkeys(path.parent for path in paths):
+        part = Part(folder, Path(index or folder), captions.choice_for(folder, captions_in) if text else None)
+        names = {name: row for row, name in enumerate(Shards([part]).shard_names)}
+        wanted = [path.name for path in paths if path.parent == folder]
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise UserError(
+                f"{folder / missing[0]}: not in the index of its folder ({len(missing)} of {len(wanted)} "
+                f"shards are not); make it with: clipcluster shards index {folder}"
+            )
+        yield Part(part.folder, part.index, part.choice, tuple(sorted({names[name] for name in wanted})))
+
+
+def _braces(pattern: str) -> list[str]:
+    """Expands `{000..012}` and `{a,b}` as a shell does."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
+    if span:
+        first, last = span.groups()
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        choices = match.group(1).split(",")
+    return [
+        full
+        for choice in choices
+        for full in _braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+class Shards:
+    """A source of samples. Files are opened on first use, `OPEN_SHARDS` at most at once.
+
+    Attributes: `name` (last component of the first folder), `fingerprint` (hash over shard names and
+    contents), `sample_counts` (n_shards,) int64, `caption_counts` (n_samples,) integer, `n_samples`,
+    `n_pairs` (captions of all samples).
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self.name = self.parts[0].folder.resolve().name
+        self._tables = [indexes.read_table(p.folder, p.index, captions_choice=p.choice) for p in self.parts]
+        self._rows = [
+            np.arange(len(table.arrays["samples"])) if part.rows is None else np.array(part.rows, np.int64)
+            for part, table in zip(self.parts, self._tables, strict=True)
+        ]
+        self._part_ends = np.cumsum([len(rows) for rows in self._rows])
+        self.sample_counts: np.ndarray = np.concatenate(
+            [table.arrays["samples"][rows] for table, rows in zip(self._tables, self._rows, strict=True)]
+        )
+        self._sample_ends = np.cumsum(self.sample_counts, dtype=np.int64)
+        self.n_samples = int(self._sample_ends[-1]) if len(self._sample_ends) else 0
+        self.fingerprint = self._fingerprint()
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"parts": self.parts, "fingerprint": self.fingerprint}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Shards.__init__(self, state["parts"])
+        if self.fingerprint != state["fingerprint"]:
+            raise DataError(f"the index of {self.parts[0].folder} was made anew while it was in use")
+
+    def _fingerprint(self) -> str:
+        if len(self.parts) == 1 and self.parts[0].rows is None:
+            return str(self._tables[0].meta["fingerprint"])
+        return indexes.fingerprint(
+            [(self.shard_name(i), bytes.fromhex(self.sha256(i))) for i in range(len(self))]
+        )
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        return len(self.sample_counts)
+
+    @cached_property
+    def caption_counts(self) -> np.ndarray:
+        """Captions of every sample, (n_samples,); mapped where the source is one whole folder."""
+        pieces = []
+        for part, table, rows in zip(self.parts, self._tables, self._rows, strict=True):
+            counts = table.arrays["caption_counts"]
+            if part.rows is None:
+                pieces.append(counts)
+                continue
+            ends = np.cumsum(table.arrays["samples"])
+            pieces += [counts[ends[row] - table.arrays["samples"][row] : ends[row]] for row in rows]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    @cached_property
+    def n_pairs(self) -> int:
+        """Captions of all samples."""
+        if all(part.rows is None for part in self.parts):
+            return sum(int(table.meta["captions"]) for table in self._tables)
+        return int(self.caption_counts.sum(dtype=np.int64))
+
+    @cached_property
+    def drawable(self) -> np.ndarray | None:
+        """Positions of the samples with a caption, int64; None if every sample has one."""
+        if self.caption_counts.size == 0 or self.caption_counts.min() > 0:
+            return None
+        return np.flatnonzero(self.caption_counts)
+
+    @property
+    def shard_names(self) -> list[str]:
+        return [self.shard_name(shard) for shard in range(len(self))]
+
+    @property
+    def classnames(self) -> list[str] | None:
+        """The lines of `classnames.txt` beside the tars or in the folder above; None if there is none."""
+        return self._lines("classnames.txt")
+
+    @property
+    def templates(self) -> list[str] | None:
+        """The lines of `zeroshot_classification_templates.txt`, each with `{c}`; None if there is none."""
+        return self._lines("zeroshot_classification_templates.txt")
+
+    def _lines(self, name: str) -> list[str] | None:
+        folder = self.parts[0].folder
+        for path in (folder / name, folder.parent / name):
+            if path.is_file():
+                return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return None
+
+    def _place(self, shard: int) -> tuple[int, int]:
+        """Part, and row in its table."""
+        part = int(np.searchsorted(self._part_ends, shard, side="right"))
+        first = int(self._part_ends[part - 1]) if part else 0
+        return part, int(self._rows[part][shard - first])
+
+    def shard_name(self, shard: int) -> str:
+        part, row = self._place(shard)
+        arrays = self._tables[part].arrays
+        begin = int(arrays["name_ends"][row - 1]) if row else 0
+        name = arrays["names"][begin : int(arrays["name_ends"][row])].tobytes()
+        return name.decode("utf-8", "surrogateescape")
+
+    def shard_path(self, shard: int) -> Path:
+        return self.parts[self._place(shard)[0]].folder / self.shard_name(shard)
+
+    def sha256(self, shard: int) -> str:
+        """The hash of a shard's bytes when it was indexed, in hex."""
+        part, row = self._place(shard)
+        return self._tables[part].arrays["sha256"][row].tobytes().hex()
+
+    def record(self, position: int) -> tuple[int, int]:
+        """Shard number and sample number within it."""
+        if not 0 <= position < self.n_samples:
+            raise IndexError(f"{self.name} has {self.n_samples} samples; there is no sample {position}")
+        shard = int(np.searchsorted(self._sample_ends, position, side="right"))
+        return shard, int(position - self._sample_ends[shard] + self.sample_counts[shard])
+
+    def read(self, position: int, *, text: bool = True) -> Sample:
+        """Reads one sample; without its captions if not `text`.
+
+        Raises DataError if the shard is gone or has changed since it was indexed, OSError if the disk still
+        fails after the retries.
+        """
+        shard, row = self.record(position)
+        return self._patiently(shard, lambda: self._read(shard, row, text))
+
+    def _read(self, shard: int, row: int, text: bool) -> Sample:
+        fd, columns = self._handle(shard)
+        try:
+            member = next(scan(fd, int(columns["offset"][row])))
+        except (BrokenTar, StopIteration):
+            raise self._changed(shard) from None
+        name = indexes.sample_name(member.name)
+        image = _bytes(fd, int(columns["image_offset"][row]), int(columns["image_size"][row]))
+        texts = self._captions(shard, fd, columns, row) if text else []
+        return Sample(
+            name[0] if name else member.name, self.shard_name(shard), image, texts, int(columns["class"][row])
+        )
+
+    def _captions(self, shard: int, fd: int, columns: dict[str, np.ndarray], row: int) -> list[str]:
+        kind = int(columns["text_kind"][row])
+        if kind == indexes.NO_TEXT:
+            return []
+        choice = self._tables[self._place(shard)[0]].meta["captions_choice"]
+        data = _bytes(fd, int(columns["text_offset"][row]), int(columns["text_size"][row]))
+        texts = captions.from_json(data, choice) if kind == indexes.JSON else captions.from_txt(data, choice)
+        if len(texts) != int(columns["captions"][row]):
+            raise self._changed(shard)
+        return texts
+
+    def announce(self, positions: Iterable[int]) -> None:
+        """Tells the kernel which images and captions will be read soon."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        places: dict[int, list[int]] = {}
+        for position in positions:
+            shard, row = self.record(position)
+            places.setdefault(shard, []).append(row)
+        for shard, rows in places.items():
+            fd, columns = self._patiently(shard, lambda shard=shard: self._handle(shard))  # type: ignore[misc]
+            for row in rows:
+                begin = int(columns["offset"][row])
+                end = max(
+                    int(columns["image_offset"][row] + columns["image_size"][row]),
+                    int(columns["text_offset"][row] + columns["text_size"][row]),
+                )
+                os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def check_unchanged(self) -> None:
+        """Compares size and mtime of every shard with the index, the hash where they differ.
+
+        Raises DataError naming the first shard that is gone or has changed. A source of more than
+        `CHECKED_SHARDS` shards is compared only shard by shard, when each is opened.
+        """
+        if len(self) > CHECKED_SHARDS:
+            return
+        for shard in range(len(self)):
+            self._patiently(shard, lambda shard=shard: self._compare(shard, os.stat(self.shard_path(shard))))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Closes the files that are open; reading opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1].fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+    def _handle(self, shard: int) -> _Open:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        part, _ = self._place(shard)
+        fd = os.open(self.shard_path(shard), os.O_RDONLY)
+        try:
+            self._compare(shard, os.fstat(fd))
+            columns = self._columns(self.parts[part].index, shard)
+        except BaseException:
+            os.close(fd)
+            raise
+        while len(self._open) >= OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1].fd)
+        self._open[shard] = _Open(fd, columns)
+        return self._open[shard]
+
+    def _columns(self, index: Path, shard: int) -> dict[str, np.ndarray]:
+        """The rows of a shard; they must be those of the content that the folder's list names."""
+        path = indexes.shard_index(index, self.shard_name(shard))
+        part, _ = self._place(shard)
+        try:
+            meta, arrays = read_columns(path)
+        except (BrokenColumns, FileNotFoundError) as error:
+            raise DataError(f"the index is damaged: {error}", self._advice(shard)) from None
+        if (
+            meta["sha256"] != self.sha256(shard)
+            or meta["captions"] != self._tables[part].meta["captions_choice"]
+        ):
+            raise DataError(f"{path} is not what the folder's list says", self._advice(shard))
+        return arrays
+
+    def _compare(self, shard: int, state: os.stat_result) -> None:
+        part, row = self._place(shard)
+        arrays = self._tables[part].arrays
+        size, mtime = int(arrays["bytes"][row]), int(arrays["mtime_ns"][row])
+        if (state.st_size, state.st_mtime_ns) == (size, mtime):
+            return
+        path = self.shard_path(shard)
+        if state.st_size != size or indexes.file_sha256(path) != self.sha256(shard):
+            raise self._changed(shard)
+
+    def _changed(self, shard: int) -> DataError:
+        return DataError(f"shard {self.shard_path(shard)} changed since it was indexed", self._advice(shard))
+
+    def _advice(self, shard: int) -> str:
+        part = self.parts[self._place(shard)[0]]
+        place = "" if part.index == part.folder else f" --index {part.index}"
+        return (
+            "bring the shard back as it was, or index the folder again and start a new run: "
+            f"clipcluster shards index {part.folder}{place}"
+        )
+
+    def _patiently(self, shard: int, action: Callable[[], T]) -> T:
+        """Tries again when the disk fails; a file that stays away is a DataError."""
+        for wait in (*RETRIES, None):
+            try:
+                return action()
+            except OSError as error:
+                if wait is None:
+                    if isinstance(error, FileNotFoundError):
+                        raise DataError(
+                            f"shard {self.shard_path(shard)} is gone", self._advice(shard)
+                        ) from None
+                    raise OSError(error.errno, f"{error.strerror or error} (tried {len(RETRIES) + 1} times)",
+                                  str(self.shard_path(shard))) from error  # fmt: skip
+                self._forget(shard)
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _forget(self, shard: int) -> None:
+        """Closes a shard's handle, so that the next try opens it anew."""
+        if shard in self._open:
+            os.close(self._open.pop(shard).fd)
+
+
+def _bytes(fd: int, offset: int, size: int) -> bytes:
+    """All the bytes asked for; one pread returns 2 GiB at most. OSError if the file ends before."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(5, f"the file ends at byte {offset + len(data)}")
+        data += more
+    return data

@@ -1,0 +1,31 @@
+"""`clipcluster shards index DIR …`: makes the index of folders of shards."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from clipcluster.data.index import IndexSummary, write_index
+from clipcluster.errors import UserError
+
+
+def index_folders(
+    folders: Sequence[Path],
+    *,
+    index: Path | None = None,
+    captions: str | None = None,
+    again: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[IndexSummary]:
+    """Indexes each folder; `index` puts it elsewhere, and goes with one folder alone.
+
+    `captions` is default, lines or json:FIELD; None: lines where `dataset_type.txt` says retrieval, else
+    default. `again` scans what looks unchanged too. UserError as `write_index`.
+    """
+    if index is not None and len(folders) != 1:
+        raise UserError(
+            f"--index {index} holds the index of one folder, and {len(folders)} were given; run one by one"
+        )
+    return [
+        write_index(folder, index, captions, again=again, workers=workers, progress=progress)
+        for folder in folders
+    ]
