@@ -267,9 +267,14 @@ def _transformer(settings: Any) -> nn.Module:
     # Attention by PyTorch where the network has it: the attention mask is honoured in both.
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
     with _quiet_transformers():
-        network = AutoModel.from_config(
-            settings, dtype=torch.float32, attn_implementation=attention, **no_pooler
-        )
+        try:
+            network = AutoModel.from_config(
+                settings, dtype=torch.float32, attn_implementation=attention, **no_pooler
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"model.text: transformers cannot build {settings.model_type} of these sizes: {error}"
+            ) from error
     if not isinstance(network.get_input_embeddings(), nn.Embedding):
         raise UserError(f"model.text: {settings.model_type} does not read tokens.")
     return network

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from conftest import Ranks, tiny_batch, tiny_clip
+from tiny_model import Ranks, tiny_batch, tiny_clip
 from torch.nn.parallel import DistributedDataParallel
 
 from clipcluster.model.task import ContrastiveTask
