@@ -21,6 +21,7 @@ from pathlib import Path
 from clipcluster.errors import UserError
 from tools import sandbox_processes as processes
 from tools.sandbox_config import Sandbox, find_programs, launch_line, plan, slurm_conf
+from tools.sandbox_hostname import REFUSED
 from tools.slurm import JobState, Node, QueuedJob, SlurmRefused, SlurmUnavailable
 
 POLL_SECONDS = 0.1
@@ -50,6 +51,7 @@ class Preemption:
     state: str
     evicted_after: float  # until the job had left its nodes
     high_started_after: float | None  # until the high-priority job ran on them, if it did
+    neighbours: tuple[str, ...]  # other jobs of low that shared a node and were evicted with it
 
 
 def default_folder() -> Path:
@@ -155,14 +157,16 @@ def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_secon
     """Evict a running job by a real one of higher priority on the same nodes, and let it come back.
 
     `job` is a job id ("17", "17_3" for a member of an array) or a run folder. The high-priority job holds the
-    nodes `hold_seconds` longer than the eviction takes, then ends. With `come_back` the requeued job may
-    start at once instead of about two minutes later. Raises UserError when the job is not running in `low`,
-    or has not left its nodes long after the grace time.
+    nodes `hold_seconds` longer than the eviction takes, then ends. Whole nodes are taken: jobs that share one
+    go too, and are named. With `come_back` the requeued jobs may start at once instead of about two minutes
+    later. Raises UserError when the job is not running in `low`, or has not left its nodes long after the
+    grace time.
     """
     sandbox = find(folder)
     slurm = sandbox.slurm
     job_id = job_of(job)
     before = _running_job(sandbox, job_id)
+    neighbours = _neighbours(sandbox, before)
     begin = time.monotonic()
     high = slurm.submit(
         "--partition=high",
@@ -182,9 +186,11 @@ def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_secon
     finally:
         slurm.cancel([high])
     _await_gone(sandbox, high)
-    if come_back and not after.ended:
-        release(folder, job_id)
-    return Preemption(job_id, high, before.nodes, not after.ended, after.state, evicted, started)
+    if come_back:
+        for evictee in (job_id, *neighbours):
+            with suppress(UserError):  # it ended instead
+                release(folder, evictee)
+    return Preemption(job_id, high, before.nodes, not after.ended, after.state, evicted, started, neighbours)
 
 
 def release(folder: Path, job: str | Path, *, seconds: float = 10) -> None:
@@ -284,6 +290,14 @@ def _launch(sandbox: Sandbox, program: str, *arguments: str) -> None:
             start_new_session=True,
             timeout=60,
         )
+    if sandbox.own_host_name and done.returncode == REFUSED:
+        name = socket.gethostname()
+        raise UserError(
+            f"this machine's name {name} does not resolve to {sandbox.address}, so SLURM would listen on the "
+            "network without authentication, and the system allows no host name of its own to the sandbox. "
+            f"Make {name} resolve to {sandbox.address}: a first line `{sandbox.address} {name}` in /etc/hosts, "
+            "or, for a container, `--hostname localhost`"
+        )
     if done.returncode != 0:
         raise UserError(_obituary(sandbox, f"{Path(program).name} refused to start ({done.returncode})"))
 
@@ -347,8 +361,10 @@ def _cancel_everything(sandbox: Sandbox, patience: float) -> None:
     deadline = time.monotonic() + patience
     slurm = sandbox.slurm
     with suppress(SlurmUnavailable, SlurmRefused):
-        slurm.cancel(sorted({job.job_id for job in slurm.queue()}))
-        while slurm.queue() and time.monotonic() < deadline:
+        slurm.cancel([job.job_id for job in slurm.queue()])
+        while (left := slurm.queue()) and time.monotonic() < deadline:
+            # A job that requeued itself in its last breath has risen again.
+            slurm.cancel([job.job_id for job in left if job.state != "COMPLETING"])
             time.sleep(POLL_SECONDS)
 
 
@@ -367,6 +383,18 @@ def _running_job(sandbox: Sandbox, job_id: str) -> JobState:
     if state.partition != "low":
         raise UserError(f"job {job_id} runs in partition {state.partition}; only those in low are preempted")
     return state
+
+
+def _neighbours(sandbox: Sandbox, job: JobState) -> tuple[str, ...]:
+    """The other running jobs of low on any of the job's nodes."""
+    return tuple(
+        other.job_id
+        for other in sandbox.slurm.queue()
+        if other.job_id != job.job_id
+        and other.partition == "low"
+        and other.state == "RUNNING"
+        and set(other.nodes) & set(job.nodes)
+    )
 
 
 def _await_eviction(sandbox: Sandbox, before: JobState, begin: float) -> JobState:

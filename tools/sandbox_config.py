@@ -23,6 +23,7 @@ ADMIN_FOLDERS = ("/usr/sbin", "/sbin", "/usr/local/sbin")  # not on every user's
 PORTS = range(20000, 32000)  # below the range from which systems give outgoing connections theirs
 SOCKET_ROOM = 107 - len("/n999/n999_4294967295.4294967295")  # a Unix socket's path ends at 107 characters
 STATE_FILE = "sandbox.json"
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -107,31 +108,31 @@ def find_programs() -> dict[str, str]:
     return {name: place for name, place in found.items() if place is not None}
 
 
-def loopback_address() -> str | None:
-    """The loopback address SLURM would listen on, None if it would listen elsewhere.
+def listens_on_loopback() -> bool:
+    """Whether SLURM, told NoInAddrAny, would listen on LOOPBACK.
 
-    With NoInAddrAny SLURM binds to whatever the machine's own name resolves to, so that name decides.
+    It binds to whatever the machine's own name resolves to. 127.0.1.1 would not do either: srun would listen
+    there, and the nodes answer to the address its connection came from, which is 127.0.0.1.
     """
     try:
-        address = socket.gethostbyname(socket.gethostname())
+        return socket.gethostbyname(socket.gethostname()) == LOOPBACK
     except OSError:
-        return None
-    return address if address.startswith("127.") else None
+        return False
 
 
-def free_ports(count: int, address: str) -> list[int]:
-    """`count` ports on this address that nobody listens on now, in a row where possible."""
+def free_ports(count: int) -> list[int]:
+    """`count` ports in a row that nobody listens on now; raises UserError if there are none."""
     for _ in range(200):
         first = random.randrange(PORTS.start, PORTS.stop - count)
-        if all(_is_free(address, port) for port in range(first, first + count)):
+        if all(_is_free(port) for port in range(first, first + count)):
             return list(range(first, first + count))
-    raise UserError(f"no {count} free ports in a row between {PORTS.start} and {PORTS.stop} on {address}")
+    raise UserError(f"no {count} free ports in a row between {PORTS.start} and {PORTS.stop}")
 
 
-def _is_free(address: str, port: int) -> bool:
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         try:
-            probe.bind((address, port))
+            probe.bind((LOOPBACK, port))
         except OSError:
             return False
     return True
@@ -161,8 +162,7 @@ def plan(
             f"the sandbox folder {folder} has characters that SLURM's files cannot hold; "
             "give a folder of plain letters, digits and . _ - +"
         )
-    address = loopback_address()
-    control_port, *node_ports = free_ports(nodes + 1, address or "127.0.0.1")
+    control_port, *node_ports = free_ports(nodes + 1)
     spool = folder / "spool"
     if len(str(spool)) > SOCKET_ROOM:
         spool = Path(tempfile.mkdtemp(prefix="clipcluster-sandbox-", dir="/tmp"))
@@ -174,11 +174,11 @@ def plan(
         grace_seconds=grace_seconds,
         kill_wait_seconds=kill_wait_seconds,
         user_signal=user_signal,
-        address=address or "127.0.0.1",
+        address=LOOPBACK,
         control_port=control_port,
         node_ports=tuple(node_ports),
         spool=spool,
-        own_host_name=address is None,
+        own_host_name=not listens_on_loopback(),
     )
 
 

@@ -1,8 +1,8 @@
 """Runs a command under the host name "localhost": `python sandbox_hostname.py COMMAND …`.
 
 SLURM listens on the address of the machine's own name. Where that is not loopback, the sandbox's daemons
-start behind this door: a namespace of their own for the host name, seen by nobody else. Root needs none
-for users; anybody else takes one in which he stays himself. Exits with 71 where the system allows neither.
+start behind this door: a namespace of their own for the host name, seen by nobody else. Who may not have
+that alone takes one for users with it, and stays the same user in it. Exits with 71 where the system allows neither.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ def enter(name: str = "localhost") -> None:
     """Give this process a host name of its own; raises OSError if the system does not allow it."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
-    flags = CLONE_NEWUTS if user == 0 else CLONE_NEWUTS | CLONE_NEWUSER
-    if libc.unshare(flags) != 0:
-        raise OSError(ctypes.get_errno(), "unshare")
-    if flags & CLONE_NEWUSER:
+    if libc.unshare(CLONE_NEWUTS) != 0:
+        if libc.unshare(CLONE_NEWUTS | CLONE_NEWUSER) != 0:
+            raise OSError(ctypes.get_errno(), "no namespace")
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
     encoded = name.encode()
     if libc.sethostname(encoded, len(encoded)) != 0:
-        raise OSError(ctypes.get_errno(), "sethostname")
+        raise OSError(ctypes.get_errno(), "no host name")
 
 
 if __name__ == "__main__":
