@@ -50,15 +50,19 @@ class Step:
         self.optimizer, self.schedule, self.precision = optimizer, schedule, precision
         self.guard, self.ema = guard, ema
         self._clip_norm, self._seed, self._slot = clip_norm, seed, slot
+        saved = bare_task.state_dict(keep_vars=True)  # without what is constant
+        self._buffers = [buffer for name, buffer in bare_task.named_buffers() if name in saved]
 
     def __call__(self, batch: Batch, progress: Progress) -> Report:
         """Train on a batch, which lies on the device; returns what the task reports, still on the device."""
+        before = self._copy_buffers()
         self.optimizer.clear()
         report = self._gradients(batch, progress)
         norm = gradient_norm(self.optimizer.gradients()) / self.precision.scale
         found_inf = self.guard.judge(norm)
         divisor = self.precision.scale / self._clipping(norm)
         self.optimizer.step(self.schedule(progress.step), divisor=divisor, found_inf=found_inf)
+        self._restore_buffers(before, found_inf)
         self.bare_task.after_step()
         if self.ema:
             self.ema.update(found_inf)
@@ -89,13 +93,20 @@ class Step:
         DDP rebuilds its buckets after its first backward pass, so that sums over ranks round differently
         from then on; two such passes after every wrapping make all real steps alike.
         """
-        buffers = {name: buffer.clone() for name, buffer in self.bare_task.named_buffers()}
+        before = self._copy_buffers()
         self.optimizer.clear()
         self._gradients(batch, progress)
         self.optimizer.clear()
-        with torch.no_grad():
-            for name, buffer in self.bare_task.named_buffers():
-                buffer.copy_(buffers[name])
+        self._restore_buffers(before, torch.ones((), device=self.precision.device))
+
+    def _copy_buffers(self) -> list[Tensor]:
+        """Running statistics before a pass: a batch that is skipped must not stay in them."""
+        return [buffer.clone() for buffer in self._buffers]
+
+    def _restore_buffers(self, before: list[Tensor], found_inf: Tensor) -> None:
+        """Put the running statistics back where `found_inf` is 1."""
+        for buffer, old in zip(self._buffers, before, strict=True):
+            buffer.copy_(torch.where(found_inf.bool(), old, buffer))
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

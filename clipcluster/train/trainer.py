@@ -48,6 +48,7 @@ class Trainer:
         parts: what a checkpoint holds, by name.
         constants: what state.json holds besides; a resume with another index or starting weights is refused.
         grace_seconds: time between the request to stop and the kill.
+        results: of the last evaluation in this attempt.
     """
 
     world: World
@@ -66,6 +67,7 @@ class Trainer:
     bad_samples: BadSamples
     record_samples: bool = False
     grace_seconds: float = 30.0
+    results: dict[str, float] = field(default_factory=dict)
     _loader: Batches | None = None
     _batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
     _ahead: Batch | None = None
@@ -235,7 +237,7 @@ class Trainer:
             results = self.evaluations.measure(self.progress, self._stop_evaluating)
         except Interrupted:
             return  # still owed; the boundary that follows agrees on the stop again
-        self.progress.evaluated_step = self.progress.step
+        self.progress.evaluated_step, self.results = self.progress.step, results
         with self._noting_failures():
             self.evaluations.write(self.progress, results)
             self.metrics.write_results(self.progress, results)

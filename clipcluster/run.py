@@ -1,0 +1,317 @@
+"""Builds everything that a run folder describes, and acts: one place that knows all the parts.
+
+Nothing here loads torch until `train` or `evaluate` is called: a rank's signal handlers come first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipcluster.recipe.load import from_run
+from clipcluster.recipe.plan import Plan, plan
+from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.units import Time
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.place import Place
+from clipcluster.runtime.stop import Outcome, Stop
+
+if TYPE_CHECKING:
+    from clipcluster.data.order import Order
+    from clipcluster.data.shards import Shards
+    from clipcluster.data.tokenizer import Tokenizer
+    from clipcluster.model.clip import Clip
+    from clipcluster.runtime.world import World
+    from clipcluster.train.saver import Saver
+    from clipcluster.train.trainer import Trainer
+
+logger = logging.getLogger("clipcluster")
+SILENCE_S = 600.0
+"""Seconds after which a silent rank is lost."""
+GRACE_S = 30.0
+"""Seconds between the request to stop and the kill, where the recipe does not say."""
+NAMED_SHARDS = 1000
+"""Sources of at most so many shards have their hashes in every checkpoint, so that a refusal names one."""
+
+
+def train(run: Run, attempt: Attempt, place: Place, stop: Stop) -> Outcome:
+    """One rank of one attempt: train from the newest checkpoint until the end or an agreed stop.
+
+    Raises what `Trainer.run` raises, and UserError or DataError where a part cannot be built.
+    """
+    from clipcluster.runtime.devices import pick_device
+    from clipcluster.runtime.world import World
+
+    recipe = from_run(run.recipe(), attempt.settings())
+    device = pick_device(place.local_rank)
+    use_processors(recipe, place)
+    world = World.join(place, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
+    began = time.monotonic()
+    trainer = build_trainer(run, attempt, world, stop, recipe)
+    outcome = trainer.run()
+    if world.is_main:
+        _summarise(run, trainer, outcome, time.monotonic() - began)
+    world.leave()
+    return outcome
+
+
+def use_processors(recipe: Recipe, place: Place) -> None:
+    """Give this rank its share of the node's cores, and arithmetic that repeats."""
+    import torch
+
+    from clipcluster.runtime.devices import set_threads
+
+    usable = min(len(os.sched_getaffinity(0)), max(1, (os.cpu_count() or 1) // place.local_size))
+    set_threads(min(recipe.cluster.cpus_per_task, usable))
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is trained on: shards, the order of their samples, the tokenizer."""
+
+    shards: Sequence[Shards]
+    order: Order
+    tokenizer: Tokenizer
+
+    @property
+    def samples(self) -> int:
+        """Of all sources."""
+        return sum(source.n_samples for source in self.shards)
+
+    def index(self) -> list[dict[str, Any]]:
+        """What a checkpoint remembers of them: names, fingerprints, and hashes where there are few shards."""
+        return [
+            {
+                "name": source.name,
+                "fingerprint": source.fingerprint,
+                "samples": source.n_samples,
+                "shards": _hashes(source),
+            }
+            for source in self.shards
+        ]
+
+
+def _hashes(source: Shards) -> dict[str, str]:
+    if len(source) > NAMED_SHARDS:
+        return {}
+    return {source.shard_name(number): source.sha256(number) for number in range(len(source))}
+
+
+def open_sources(recipe: Recipe, assets: Path) -> Sources:
+    """Open the recipe's sources. Raises UserError where one cannot be opened."""
+    from clipcluster.data.order import Order, SourceShape
+    from clipcluster.data.shards import open_source
+    from clipcluster.data.tokenizer import load_tokenizer
+
+    data = recipe.data
+    shards = [open_source(source, text=True) for source in data.train]
+    shapes = [
+        SourceShape(opened.sample_counts, opened.caption_counts, source.weight, name=opened.name)
+        for opened, source in zip(shards, data.train, strict=True)
+    ]
+    order = Order(
+        shapes,
+        batch_size=data.batch_size,
+        seed=recipe.seed,
+        captions=data.text.captions,
+        lanes=data.order.lanes,
+        window=data.order.window,
+        full_shuffle_below=data.order.full_shuffle_below,
+        epoch_samples=data.epoch_samples,
+    )
+    return Sources(shards, order, load_tokenizer(data.text, assets))
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, assets: Path) -> Clip:
+    """The model at its start, on the CPU; fresh weights are a function of the recipe's seed."""
+    import torch
+
+    from clipcluster.model.clip import build_clip
+
+    torch.manual_seed(recipe.seed)
+    return build_clip(recipe.model, image_size=recipe.data.image.size, tokenizer=tokenizer, assets=assets)
+
+
+def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe) -> Trainer:
+    """All parts of a run, put together; every rank builds the same."""
+    from clipcluster.evals.suite import build_suite
+    from clipcluster.model.task import ContrastiveTask
+    from clipcluster.train.bad_samples import BadSamples
+    from clipcluster.train.checkpoint import CheckpointFolder, versions
+    from clipcluster.train.ema import Ema
+    from clipcluster.train.evaluations import Evaluations
+    from clipcluster.train.guard import Guard
+    from clipcluster.train.metrics import Metrics
+    from clipcluster.train.optimizer import Optimizer
+    from clipcluster.train.precision import Precision
+    from clipcluster.train.progress import Progress
+    from clipcluster.train.schedule import make_schedule
+    from clipcluster.train.step import Step
+    from clipcluster.train.trainer import Trainer
+
+    sources = open_sources(recipe, run.assets)
+    plan_ = plan(recipe, sources.order.samples, world.size)
+    precision = Precision(recipe.train.precision, world.device)
+    model = build_model(recipe, sources.tokenizer, run.assets)
+    weights = _check_start(sources, model) if world.is_main else {}
+    task = ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, world).to(world.device)
+    optim = recipe.optim
+    optimizer = Optimizer(
+        model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
+    )
+    ema = Ema(model, recipe.train.ema.decay) if recipe.train.ema else None
+    step = Step(
+        _wrapped(task, world),
+        task,
+        optimizer,
+        make_schedule(optim.schedule, peak=optim.lr, warmup=plan_.warmup_steps, total=plan_.total_steps),
+        precision,
+        Guard(world.device, recipe.train.non_finite.limit),
+        ema,
+        clip_norm=optim.clip_norm,
+        seed=recipe.seed,
+        slot=world.rank * plan_.per_rank_batch,
+    )
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision}
+    if ema:
+        parts["ema"] = ema
+    constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
+    about = {"versions": versions(), "commit": _commit(attempt), "world_size": world.size}
+    checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about=about)
+    return Trainer(
+        world=world,
+        attempt=attempt,
+        stop=stop,
+        progress=Progress(steps_per_epoch=plan_.steps_per_epoch, batch_size=plan_.batch_size),
+        total_steps=plan_.total_steps,
+        step=step,
+        open_batches=lambda at: _loader(recipe, sources, world, at.batches_drawn, at.skipped),
+        parts=parts,
+        constants=constants,
+        checkpoints=checkpoints,
+        saver=_saver(recipe, plan_, world, attempt, checkpoints, constants),
+        evaluations=Evaluations(
+            build_suite(recipe, world=world, tokenizer=sources.tokenizer) or None,
+            ema.model if ema else model,
+            every=plan_.evaluate_every,
+            total_steps=plan_.total_steps,
+            run=run,
+            attempt=attempt,
+            world=world,
+            precision=precision,
+            averaged=ema is not None,
+        ),
+        metrics=Metrics(run, attempt, world, every=plan_.log_every, total_steps=plan_.total_steps),
+        bad_samples=BadSamples(
+            run, attempt, rank=world.rank, samples=sources.samples, limit=recipe.data.bad_samples.limit
+        ),
+        record_samples=recipe.train.record_samples,
+        grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_S,
+    )
+
+
+def _check_start(sources: Sources, model: Clip) -> dict[str, str]:
+    """Rank 0's look at what a run starts from: the shards as indexed, and the starting weights' hashes."""
+    for source in sources.shards:
+        source.check_unchanged()
+    for coverage in model.starting_weights:
+        logger.info("%s", coverage)
+    return {coverage.tower: hash_of(Path(coverage.file)) for coverage in model.starting_weights}
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 in hex of a file, or of a folder's weight files, names included."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+        return hashlib.sha256(
+            "".join(f"{file.name} {hash_of(file)}\n" for file in files).encode()
+        ).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(4 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _wrapped(task: Any, world: World) -> Any:
+    """The task under DDP where there are peers."""
+    if world.size == 1:
+        return task
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(task)
+
+
+def _loader(
+    recipe: Recipe, sources: Sources, world: World, start: int, skipped: Sequence[tuple[int, int]]
+) -> Any:
+    from clipcluster.data.loader import Loader
+
+    return Loader(
+        sources.shards,
+        sources.order,
+        recipe.data,
+        tokenizer=sources.tokenizer,
+        seed=recipe.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=recipe.data.workers,
+        start=start,
+        skipped=skipped,
+    )
+
+
+def _saver(
+    recipe: Recipe, plan_: Plan, world: World, attempt: Attempt, folder: Any, constants: Mapping[str, Any]
+) -> Saver:
+    from clipcluster.train.rotation import Keep
+    from clipcluster.train.saver import Saver
+
+    every, keep = recipe.checkpoint.every, recipe.checkpoint.keep
+    best = keep.best
+    return Saver(
+        folder if world.is_main else None,
+        keep=Keep(
+            last=keep.last,
+            every=plan_.keep_every,
+            metric=best.metric if best else None,
+            count=best.count if best else 0,
+        ),
+        constants=constants,
+        every_steps=plan_.checkpoint_every,
+        every_seconds=every.seconds if isinstance(every, Time) else None,
+        event=lambda kind, **fields: attempt.event(kind, writer="rank-0", **fields),
+    )
+
+
+def _commit(attempt: Attempt) -> str | None:
+    """The commit of the code, where the settings name it."""
+    commit = attempt.settings().get("commit")
+    return str(commit) if commit else None
+
+
+def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> None:
+    """What rank 0 says last."""
+    done = trainer.progress
+    logger.info(
+        "%s at step %s of %s (%s samples, %.2f epochs) after %.1f s of this attempt",
+        outcome.name.lower(),
+        f"{done.step:,}",
+        f"{trainer.total_steps:,}",
+        f"{done.samples:,}",
+        done.epoch,
+        seconds,
+    )
+    if trainer.results:
+        for name, value in trainer.results.items():
+            logger.info("  %-32s %.4f", name, value)
+    logger.info("run folder: %s", run.path)

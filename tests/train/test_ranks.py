@@ -1,0 +1,104 @@
+"""The loop over real ranks: what stops and goes on equals what never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipcluster.runs.merge import events, merged_metrics, merged_samples
+
+VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
+
+
+def losses(run: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in merged_metrics(run)]
+
+
+def samples(run: Any) -> list[tuple[int, int, str]]:
+    return [(line["step"], line["slot"], line["key"]) for line in merged_samples(run)]
+
+
+def differing_tensors(one: Path, other: Path) -> list[str]:
+    differing = []
+    for name in ("model", "ema", "optimizer"):
+        left, right = load_file(one / f"{name}.safetensors"), load_file(other / f"{name}.safetensors")
+        assert left.keys() == right.keys()
+        differing += [f"{name}: {key}" for key in left if not torch.equal(left[key], right[key])]
+    return differing
+
+
+def ranked_run(toy: ModuleType, path: Path) -> Any:
+    run = toy.new_run(path)
+    toy.claim(run)
+    return run
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_stopped_and_resumed_equals_uninterrupted(
+    toy: ModuleType, tmp_path: Path, start_ranks: Any, finish_ranks: Any, size: int
+) -> None:
+    whole, stopped = ranked_run(toy, tmp_path / "whole"), ranked_run(toy, tmp_path / "stopped")
+    script = {"evaluate_every": 6}
+    finish_ranks(start_ranks(whole, size, script), 0)
+    attempts = [
+        {**script, "stop_at": 2, "stop_rank": size - 1},
+        {**script, "stop_in_evaluation": True},
+        {**script, "stop_at": 9},
+        script,
+    ]
+    finish_ranks(start_ranks(stopped, size, *attempts), 0)
+    assert [stopped.attempt(n).outcome()["step"] for n in (1, 2, 3, 4)] == [3, 6, 10, 12]
+    assert losses(stopped) == losses(whole)
+    assert samples(stopped) == samples(whole)
+    assert len(samples(whole)) == 12 * 16
+    end = "checkpoints/step-00000012"
+    assert differing_tensors(stopped.path / end, whole.path / end) == []
+    asked = [event for event in events(stopped) if event["event"] == "stop_requested"]
+    assert {event["attempt"] for event in asked} == {1, 2, 3}
+
+
+def test_ranks_agree_on_what_one_of_them_found(
+    toy: ModuleType, tmp_path: Path, start_ranks: Any, finish_ranks: Any
+) -> None:
+    """A loss that is not finite on rank 1 alone is skipped on both; the weights stay the same everywhere."""
+    run = ranked_run(toy, tmp_path / "run")
+    script = {"poison": [4], "poison_rank": 1, "save_every": 1, "keep_last": 12}
+    finish_ranks(start_ranks(run, 2, script), 0)
+    assert differing_tensors(run.checkpoints / "step-00000004", run.checkpoints / "step-00000005") == []
+    assert differing_tensors(run.checkpoints / "step-00000005", run.checkpoints / "step-00000006") != []
+    assert merged_metrics(run)[-1]["skipped_steps"] == 1
+
+
+def test_a_signal_to_one_rank_stops_all(
+    toy: ModuleType, tmp_path: Path, start_ranks: Any, finish_ranks: Any
+) -> None:
+    run = ranked_run(toy, tmp_path / "run")
+    ranks = start_ranks(run, 2, {"steps": 5000, "save_every": 7, "pause": 0.01, "record": False})
+    deadline = time.monotonic() + 60
+    while not list(run.checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGTERM)
+    finish_ranks(ranks, 85)
+    outcome = run.newest().outcome()
+    assert outcome["outcome"] == "stopped"
+    assert "SIGTERM" in outcome["reason"] or "another rank" in outcome["reason"]
+    assert (run.checkpoints / f"step-{outcome['step']:08d}" / "manifest.json").is_file()
+
+
+def test_a_rank_whose_peer_is_killed_says_so(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
+    run = ranked_run(toy, tmp_path / "run")
+    ranks = start_ranks(run, 2, {"steps": 5000, "save_every": 7, "pause": 0.01, "record": False})
+    deadline = time.monotonic() + 60
+    while not list(run.checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks[1].kill()
+    output = ranks[0].communicate(timeout=60)[0]
+    assert "LostPeers" in output
+    assert run.newest().outcome() is None

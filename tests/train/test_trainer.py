@@ -1,0 +1,311 @@
+"""The loop in one process: it trains, stops, goes on, evaluates, and gives up for the right reasons."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.runs.files import read_json, read_lines
+from clipcluster.runs.merge import bad_samples, events, merged_metrics, merged_samples
+from clipcluster.runtime.stop import CheckpointError, DataError, NonFiniteError, Outcome, RecipeFailure, Stop
+
+VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
+
+
+def losses(run: Any) -> list[dict[str, Any]]:
+    """All that a run logged, without what a clock decides."""
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in merged_metrics(run)]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Every tensor of two checkpoints is the same, bit for bit."""
+    for name in ("model", "ema", "optimizer"):
+        left, right = load_file(one / f"{name}.safetensors"), load_file(other / f"{name}.safetensors")
+        assert left.keys() == right.keys()
+        for key in left:
+            assert torch.equal(left[key], right[key]), f"{name}: {key}"
+
+
+def fresh(toy: ModuleType, run: Any, name: str) -> Any:
+    return toy.new_run(run.path.parent / name)
+
+
+def test_a_run_leaves_metrics_checkpoints_and_an_outcome(toy: ModuleType, run: Any) -> None:
+    trainer = toy.go(run, evaluate_every=5)
+    assert trainer.outcome is Outcome.FINISHED
+    assert [line["step"] for line in merged_metrics(run)] == list(range(1, 13))
+    first = merged_metrics(run)[0]
+    expected = {"step", "samples", "epoch", "loss", "lr", "logit_scale", "samples_per_second"}
+    assert expected | {"data_wait_seconds", "time"} <= first.keys()
+    assert first["samples"] == 16
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
+    state = read_json(run.checkpoints / "step-00000008" / "state.json")
+    assert state["step"] == state["batches_drawn"] == 8
+    assert (state["samples"], state["evaluated_step"], state["skipped"]) == (128, 5, [])
+    assert run.newest().outcome()["outcome"] == "finished"
+    assert run.newest().outcome()["code"] == 0
+    assert sorted(path.name for path in run.evals.iterdir()) == [
+        "step-00000005.json",
+        "step-00000010.json",
+        "step-00000012.json",
+    ]
+    kinds = [event["event"] for event in events(run)]
+    assert kinds.count("checkpoint") == 3
+    assert kinds[-1] == "finish"
+    assert list(run.tensorboard.iterdir())
+    keys = [(line["step"], line["slot"], line["key"]) for line in merged_samples(run)]
+    assert keys == [(t + 1, slot, f"{t}-{slot}") for t in range(12) for slot in range(16)]
+
+
+@pytest.mark.parametrize("stops", [[0], [4], [5], [10], [2, 3, 9]])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    toy: ModuleType, run: Any, stops: list[int], precision: str
+) -> None:
+    toy.go(run, precision=precision)
+    other = fresh(toy, run, "stopped")
+    for stop_at in stops:
+        trainer = toy.go(other, precision=precision, stop_at=stop_at)
+        assert trainer.outcome is Outcome.STOPPED
+        assert trainer.progress.step == stop_at + 1
+        outcome = other.newest().outcome()
+        assert (outcome["outcome"], outcome["code"], outcome["go_on"]) == ("stopped", 85, True)
+        assert outcome["step"] == stop_at + 1
+    assert toy.go(other, precision=precision).outcome is Outcome.FINISHED
+    assert losses(other) == losses(run)
+    assert_same_weights(other.checkpoints / "step-00000012", run.checkpoints / "step-00000012")
+
+
+def test_a_stop_before_the_first_step_leaves_nothing_and_ends_cleanly(toy: ModuleType, run: Any) -> None:
+    stop = Stop()
+    stop.request("at once")
+    trainer = toy.build(run, toy.claim(run), toy.alone(), stop, toy.Script())
+    assert trainer.run() is Outcome.STOPPED
+    assert list(run.checkpoints.iterdir()) == []
+    assert run.newest().outcome()["outcome"] == "stopped"
+    assert toy.go(run).outcome is Outcome.FINISHED
+
+
+def test_a_stop_in_an_evaluation_leaves_it_owed(toy: ModuleType, run: Any) -> None:
+    trainer = toy.go(run, evaluate_every=6, stop_in_evaluation=True)
+    assert (trainer.outcome, trainer.progress.step) == (Outcome.STOPPED, 6)
+    assert list(run.evals.iterdir()) == []
+    trainer = toy.go(run, evaluate_every=6)
+    assert trainer.outcome is Outcome.FINISHED
+    assert trainer.evaluations._suite.steps == [6, 12]
+
+
+def test_an_evaluation_is_not_repeated_by_a_resume_and_keeps_the_losses(toy: ModuleType, run: Any) -> None:
+    toy.go(run, evaluate_every=4, stop_at=4)  # the save at step 4 came before the evaluation, the stop after
+    for checkpoint in run.checkpoints.iterdir():
+        if checkpoint.name != "step-00000004":
+            checkpoint.rename(run.path / checkpoint.name)
+    trainer = toy.go(run, evaluate_every=4)
+    assert trainer.evaluations._suite.steps == [8, 12]
+    line = next(line for line in merged_metrics(run) if line["step"] == 4)
+    assert line["toy/step"] == 4.0
+    assert line["loss"] > 0
+
+
+def test_an_owed_evaluation_keeps_the_loss_that_an_earlier_attempt_logged(toy: ModuleType, run: Any) -> None:
+    toy.go(run, evaluate_every=6, stop_in_evaluation=True)
+    before = next(line for line in merged_metrics(run) if line["step"] == 6)
+    toy.go(run, evaluate_every=6)
+    after = next(line for line in merged_metrics(run) if line["step"] == 6)
+    assert after["loss"] == before["loss"]
+    assert after["toy/step"] == 6.0
+
+
+def test_averaged_weights_are_evaluated(toy: ModuleType, run: Any) -> None:
+    trainer = toy.go(run, evaluate_every=12)
+    results = read_json(run.evals / "step-00000012.json")
+    averaged = load_file(run.checkpoints / "step-00000012" / "ema.safetensors")
+    assert results["metrics"]["toy/size"] == pytest.approx(float(averaged["first.weight"].abs().sum()))
+    assert results["ema"] is True
+    assert trainer.step.ema.model.training is False
+
+
+def test_the_best_checkpoint_stays(toy: ModuleType, run: Any) -> None:
+    toy.go(run, evaluate_every=1, steps=9, save_every=100, keep_last=2, keep_best="toy/size")
+    sizes = {
+        step: read_json(run.evals / f"step-{step:08d}.json")["metrics"]["toy/size"] for step in range(1, 10)
+    }
+    best = max(sizes, key=sizes.get)
+    assert {path.name for path in run.checkpoints.iterdir()} == {f"step-{step:08d}" for step in {best, 8, 9}}
+    kept = read_json(run.checkpoints / f"step-{best:08d}" / "evaluation.json")
+    assert kept["metrics"]["toy/size"] == sizes[best]
+
+
+def test_a_finished_run_started_again_does_nothing(toy: ModuleType, run: Any) -> None:
+    toy.go(run)
+    before = {path: path.stat().st_mtime_ns for path in run.checkpoints.rglob("*")}
+    assert toy.go(run).outcome is Outcome.FINISHED
+    assert {path: path.stat().st_mtime_ns for path in run.checkpoints.rglob("*")} == before
+    assert not (run.newest().path / "metrics.jsonl").exists()
+
+
+def test_another_index_is_refused_by_the_name_of_the_shard(toy: ModuleType, run: Any) -> None:
+    toy.go(run, stop_at=5)
+    with pytest.raises(DataError, match=r"shard shard-0 of toy has changed"):
+        toy.go(run, index="xyz")
+
+
+def test_other_starting_weights_are_refused(toy: ModuleType, run: Any) -> None:
+    toy.go(run, stop_at=5)
+    with pytest.raises(RecipeFailure, match="starting weights of image"):
+        toy.go(run, weights="others")
+
+
+def test_a_state_that_does_not_fit_is_refused(toy: ModuleType, run: Any) -> None:
+    toy.go(run, stop_at=5)
+    with pytest.raises(CheckpointError, match="holds ema, model, optimizer, scaler; this run has model"):
+        toy.go(run, ema=False)
+
+
+def test_a_non_finite_step_is_skipped(toy: ModuleType, run: Any) -> None:
+    trainer = toy.go(run, poison=[5], save_every=1, keep_last=12)
+    assert trainer.outcome is Outcome.FINISHED
+    assert_same_weights(run.checkpoints / "step-00000005", run.checkpoints / "step-00000006")
+    last = merged_metrics(run)[-1]
+    assert last["skipped_steps"] == 1
+    assert all(
+        torch.isfinite(value).all()
+        for value in load_file(run.checkpoints / "step-00000012" / "model.safetensors").values()
+    )
+
+
+def test_a_row_of_non_finite_steps_goes_back_once_and_leaves_it_out(toy: ModuleType, run: Any) -> None:
+    trainer = toy.go(run, poison=[5, 6, 7], save_every=3, limit=2)
+    assert trainer.outcome is Outcome.FINISHED
+    assert trainer.progress.skipped == [(5, 8)]
+    assert trainer.progress.batches_drawn == 15
+    consumed = [int(line["key"].split("-")[0]) for line in merged_samples(run) if line["slot"] == 0]
+    assert consumed == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]
+    assert [event["event"] for event in events(run)].count("roll_back") == 1
+    # What was saved during the row is out of the way: the same steps are saved anew.
+    assert (run.checkpoints / "step-00000012").is_dir()
+    # The same batches without ever having met the bad ones give the same weights.
+    clean = fresh(toy, run, "clean")
+    trainer = toy.build(clean, toy.claim(clean), toy.alone(), Stop(), toy.Script())
+    trainer.progress.skipped = [(5, 8)]
+    trainer.run()
+    assert_same_weights(clean.checkpoints / "step-00000012", run.checkpoints / "step-00000012")
+
+
+def test_checkpoints_of_a_row_of_non_finite_steps_are_set_aside(toy: ModuleType, run: Any) -> None:
+    toy.go(run, poison=[4, 5, 6, 7, 8, 9], save_every=3, limit=2, log_every=9, steps=18)
+    aside = sorted(path.name for path in run.checkpoints.iterdir() if path.name.startswith("broken-"))
+    assert aside == ["broken-step-00000006-1"]
+    assert "went back to step 3" in read_json(run.checkpoints / aside[0] / "why.json")["reason"]
+
+
+def test_a_second_row_of_non_finite_steps_ends_the_run(toy: ModuleType, run: Any) -> None:
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row .* once already") as raised:
+        toy.go(run, poison=[5, 6, 7, 9, 10, 11], save_every=3, limit=2)
+    assert raised.value.agreed
+    assert "optim.lr" in raised.value.advice
+    with pytest.raises(NonFiniteError):
+        toy.go(run, poison=[5, 6, 7, 9, 10, 11], save_every=3, limit=2)
+
+
+def test_a_row_of_non_finite_steps_before_any_checkpoint_ends_the_run(toy: ModuleType, run: Any) -> None:
+    with pytest.raises(NonFiniteError, match="no checkpoint is older"):
+        toy.go(run, poison=[0, 1, 2], limit=2)
+
+
+def test_an_overflow_of_the_loss_scale_does_not_count(toy: ModuleType, run: Any) -> None:
+    trainer = toy.go(run, precision="fp16", poison=[3, 4, 5, 6, 7], limit=2)
+    assert trainer.outcome is Outcome.FINISHED
+    assert float(trainer.step.precision.scale) == 65536 / 2**5
+    assert "skipped_steps" not in merged_metrics(run)[-1]
+
+
+def test_bad_samples_are_written_once_and_too_many_end_the_run(toy: ModuleType, run: Any) -> None:
+    assert toy.go(run, bad=[1, 2]).outcome is Outcome.FINISHED
+    assert [sample["key"] for sample in bad_samples(run)] == ["bad-1", "bad-2"]
+    other = fresh(toy, run, "worse")
+    with pytest.raises(DataError, match=r"3 samples cannot be decoded.*0.002 of 1,000.*shard-1 \(3\)"):
+        toy.go(other, bad=[1, 2, 3])
+    # The limit is on the run, not on an attempt.
+    with pytest.raises(DataError, match="4 samples cannot be decoded"):
+        toy.go(other, bad=[5])
+
+
+def test_a_stale_attempt_writes_nothing_more(toy: ModuleType, run: Any) -> None:
+    attempt = toy.claim(run)
+    trainer = toy.build(run, attempt, toy.alone(), Stop(), toy.Script(stop_at=None, log_every=1))
+    fetch = trainer._fetch
+
+    def fetch_and_lose() -> Any:
+        if trainer.progress.step == 5:
+            trainer.saver.finish()
+            toy.claim(run, "2")
+        return fetch()
+
+    trainer._fetch = fetch_and_lose
+    with pytest.raises(StaleAttempt):
+        trainer.run()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000004"]
+    lines = read_lines(attempt.path / "metrics.jsonl")
+    assert lines[-1]["step"] == 5
+    assert attempt.outcome() is None
+
+
+def test_the_newest_checkpoint_broken_is_set_aside_and_the_one_before_used(toy: ModuleType, run: Any) -> None:
+    toy.go(run)
+    whole = fresh(toy, run, "whole")
+    toy.go(whole)
+    file = run.checkpoints / "step-00000012" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    trainer = toy.go(run)
+    assert trainer.outcome is Outcome.FINISHED
+    resumed = [event for event in events(run) if event["event"] == "resume"]
+    assert resumed[0]["checkpoint"] == "step-00000008"
+    assert_same_weights(run.checkpoints / "step-00000012", whole.checkpoints / "step-00000012")
+
+
+def test_a_run_never_starts_from_scratch_over_checkpoints(toy: ModuleType, run: Any) -> None:
+    toy.go(run)
+    for manifest in run.checkpoints.glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(CheckpointError, match=r"No checkpoint .* verifies .*manifest.json is missing"):
+        toy.go(run)
+    assert len(list(run.checkpoints.glob("step-*"))) == 3
+
+
+def test_a_save_that_fails_twice_ends_the_run_and_rotates_nothing(
+    toy: ModuleType, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(save_every=2, keep_last=2))
+    fetch = trainer._fetch
+
+    def fetch_until_full() -> Any:
+        if trainer.progress.step == 7:
+            trainer.saver.finish()
+            run.checkpoints.rename(run.path / "hidden")  # as a file system that went away
+            run.checkpoints.write_text("")
+        return fetch()
+
+    trainer._fetch = fetch_until_full
+    with pytest.raises(CheckpointError, match="2 saves in a row failed"):
+        trainer.run()
+    kinds = [event["event"] for event in events(run)]
+    assert kinds.count("checkpoint_failed") == 2
+    assert sorted(path.name for path in (run.path / "hidden").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_metrics_are_json_that_others_can_read(toy: ModuleType, run: Any) -> None:
+    toy.go(run, steps=2)
+    text = (run.newest().path / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]

@@ -1,0 +1,268 @@
+"""A small run for the trainer's tests: real ranks, real checkpoints, a task of two layers a tower.
+
+Also a program: `python toy.py RUN_DIR ATTEMPT SCRIPT…` is one rank, placed by torchrun's variables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipcluster.data.batch import Batch
+from clipcluster.model.losses import contrastive
+from clipcluster.model.task import Report
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.place import Place
+from clipcluster.runtime.stop import Stop
+from clipcluster.runtime.world import World
+from clipcluster.train.bad_samples import BadSamples
+from clipcluster.train.checkpoint import CheckpointFolder
+from clipcluster.train.ema import Ema
+from clipcluster.train.evaluations import Evaluations
+from clipcluster.train.guard import Guard
+from clipcluster.train.metrics import Metrics
+from clipcluster.train.optimizer import Optimizer
+from clipcluster.train.precision import Precision
+from clipcluster.train.progress import Progress
+from clipcluster.train.rotation import Keep
+from clipcluster.train.saver import Saver
+from clipcluster.train.schedule import make_schedule
+from clipcluster.train.step import Step
+from clipcluster.train.trainer import Trainer
+
+BATCH, WORDS, LENGTH = 16, 50, 6
+
+
+@dataclass
+class Script:
+    """What a test asks of a run."""
+
+    steps: int = 12
+    save_every: int | None = 4
+    log_every: int = 1
+    evaluate_every: int | None = None
+    stop_at: int | None = None  # request a stop while batch number stop_at is fetched
+    stop_rank: int = 0
+    stop_in_evaluation: bool = False
+    poison: list[int] = field(default_factory=list)  # batches whose loss is not finite
+    poison_rank: int = 0
+    bad: list[int] = field(default_factory=list)  # batches that bring a bad sample each
+    precision: str = "fp32"
+    ema: bool = True
+    record: bool = True
+    keep_last: int = 3
+    keep_best: str | None = None
+    rehearse: bool = True
+    limit: int = 2
+    index: str = "abc"
+    weights: str = "w"
+    lr: float = 0.05
+    pause: float = 0.0
+
+
+class Towers(nn.Module):
+    """Layers registered in another order than they are used, as real towers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.last = nn.Linear(24, 16)
+        self.norm = nn.BatchNorm1d(24)
+        self.first = nn.Linear(3 * 4 * 4, 24)
+        self.words = nn.Embedding(WORDS, 16)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.dropout(self.norm(self.first(images.flatten(1).float() / 255)).relu())
+        text = self.words(tokens).mean(1)
+        return nn.functional.normalize(self.last(hidden).float()), nn.functional.normalize(text.float())
+
+
+class ToyTask(nn.Module):
+    def __init__(self, model: Towers, world: World, script: Script) -> None:
+        super().__init__()
+        self.model, self.world, self.script = model, world, script
+
+    def forward(self, batch: Batch) -> Report:
+        image, text = self.model(batch.images, batch.tokens)
+        loss, accuracy = contrastive(image, text, self.model.logit_scale.exp(), self.world)
+        if batch.index in self.script.poison and self.world.rank == self.script.poison_rank:
+            loss = loss * torch.inf
+        scale = self.model.logit_scale.detach().exp()
+        return Report(loss, {"loss": loss.detach(), "logit_scale": scale, "accuracy": accuracy})
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=4.6)
+
+
+class ToyBatches:
+    """Batch t is a function of t; a rank takes its slots."""
+
+    def __init__(self, script: Script, world: World, stop: Stop, progress: Progress) -> None:
+        self.script, self.world, self.stop = script, world, stop
+        self.start, self.skipped = progress.batches_drawn, progress.skipped
+        self.closed = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        share = BATCH // self.world.size
+        own = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        t = self.start
+        while True:
+            if not any(first <= t < past for first, past in self.skipped):
+                if t == self.script.stop_at and self.world.rank == self.script.stop_rank:
+                    self.stop.request(f"the test's wish at batch {t}")
+                if self.script.pause:
+                    time.sleep(self.script.pause)
+                yield self.batch(t, own)
+            t += 1
+
+    def batch(self, t: int, own: slice) -> Batch:
+        generator = torch.Generator().manual_seed(1000 + t)
+        images = torch.randint(0, 256, (BATCH, 3, 4, 4), generator=generator, dtype=torch.uint8)
+        tokens = torch.randint(0, WORDS, (BATCH, LENGTH), generator=generator)
+        slots = range(BATCH)[own]
+        keys = [(slot, f"shard-{slot % 3}", f"{t}-{slot}") for slot in slots]
+        bad = [{"shard": "shard-1", "key": f"bad-{t}", "reason": "truncated"}] if t in self.script.bad else []
+        mask = torch.ones_like(tokens[own], dtype=torch.bool)
+        return Batch(t, images[own], tokens[own], mask, None, keys, bad)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ToySuite:
+    """Reads a number off the weights, asking between its batches whether to go on."""
+
+    def __init__(self, script: Script, stop: Stop) -> None:
+        self.script, self.stop = script, stop
+        self.steps: list[int] = []
+
+    def run(self, model: Any, progress: Progress, *, wishes: Any) -> dict[str, float]:
+        assert not model.training
+        if self.script.stop_in_evaluation:
+            self.stop.request("the test's wish in an evaluation")
+        for _ in range(3):
+            wishes()
+        self.steps.append(progress.step)
+        return {"toy/size": float(model.first.weight.abs().sum()), "toy/step": float(progress.step)}
+
+
+class Unrehearsed(Step):
+    needs_rehearsal = False
+
+
+def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> Trainer:
+    torch.manual_seed(7)
+    model = Towers()
+    task = ToyTask(model, world, script)
+    wrapped = DistributedDataParallel(task) if world.size > 1 else task
+    optimizer = Optimizer(model, lr=script.lr, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
+    precision = Precision(script.precision, world.device)  # type: ignore[arg-type]
+    guard = Guard(world.device, script.limit)
+    ema = Ema(model, 0.9) if script.ema else None
+    schedule = make_schedule("cosine", peak=script.lr, warmup=3, total=script.steps)
+    progress = Progress(steps_per_epoch=5, batch_size=BATCH)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision}
+    if ema:
+        parts["ema"] = ema
+    constants = {
+        "index": [{"name": "toy", "fingerprint": script.index, "shards": {"shard-0": script.index}}],
+        "starting_weights": {"image": script.weights},
+        "plan": {"total_steps": script.steps},
+    }
+    checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about={"world_size": world.size})
+    saver = Saver(
+        checkpoints if world.is_main else None,
+        keep=Keep(last=script.keep_last, metric=script.keep_best, count=1 if script.keep_best else 0),
+        constants=constants,
+        every_steps=script.save_every,
+        event=lambda kind, **fields: attempt.event(kind, writer="rank-0", **fields),
+    )
+    slot = world.rank * (BATCH // world.size)
+    kind = Step if script.rehearse else Unrehearsed
+    step = kind(wrapped, task, optimizer, schedule, precision, guard, ema, clip_norm=1.0, seed=3, slot=slot)
+    evaluations = Evaluations(
+        ToySuite(script, stop) if script.evaluate_every else None,
+        ema.model if ema else model,
+        every=script.evaluate_every,
+        total_steps=script.steps,
+        run=run,
+        attempt=attempt,
+        world=world,
+        precision=precision,
+        averaged=ema is not None,
+    )
+    return Trainer(
+        world=world,
+        attempt=attempt,
+        stop=stop,
+        progress=progress,
+        total_steps=script.steps,
+        step=step,
+        open_batches=lambda at: ToyBatches(script, world, stop, at),
+        parts=parts,
+        constants=constants,
+        checkpoints=checkpoints,
+        saver=saver,
+        evaluations=evaluations,
+        metrics=Metrics(run, attempt, world, every=script.log_every, total_steps=script.steps),
+        bad_samples=BadSamples(run, attempt, rank=world.rank, samples=100, limit=0.002),
+        record_samples=script.record,
+        grace_seconds=30.0,
+    )
+
+
+def new_run(path: Path) -> Run:
+    return Run.create(path, {"name": "toy"}, {})
+
+
+def claim(run: Run, job: str = "1") -> Any:
+    return run.claim(job, host="here", still_running=lambda job_id: False)
+
+
+def alone() -> World:
+    return World(0, 1, 0, torch.device("cpu"))
+
+
+def go(run: Run, world: World | None = None, **wishes: Any) -> Trainer:
+    """Claim the next attempt and train in this process; the trainer, with its `outcome`."""
+    trainer = build(run, claim(run), world or alone(), Stop(), Script(**wishes))
+    trainer.outcome = trainer.run()  # type: ignore[attr-defined]
+    return trainer
+
+
+def main() -> None:
+    """One rank of a run of several attempts: every argument after RUN_DIR is one attempt's Script as JSON."""
+    torch.set_num_threads(1)
+    place = Place.from_environment()
+    run = Run(sys.argv[1])
+    first = run.attempt(1)
+    world = World.join(
+        place, publish=first.publish, find=first.find, device=torch.device("cpu"), timeout_s=60
+    )
+    for number, text in enumerate(sys.argv[2:], start=1):
+        if number > 1:
+            if world.is_main:
+                claim(run)
+            world.barrier()
+        stop = Stop()
+        stop.install(interactive=False)
+        trainer = build(run, run.attempt(number), world, stop, Script(**json.loads(text)))
+        outcome = trainer.run()
+    sys.stdout.flush()
+    os._exit(int(outcome))
+
+
+if __name__ == "__main__":
+    main()
