@@ -44,7 +44,7 @@ _log = logging.getLogger(logs.NAME)
 
 
 def serve(
-    run_dir: Path,
+    run_dir: Path | str,
     trainee: str,
     stop: Stop,
     *,
@@ -58,8 +58,8 @@ def serve(
 
     The attempt is $CLIPCLUSTER_ATTEMPT where the batch script claimed it. Under torchrun, or alone, rank 0
     claims and tells the others (`still_running` says whether another job still runs; by default this
-    machine's processes are asked). The caller flushes its streams and leaves through `os._exit` with the code: 2 where
-    the run cannot be joined, else a value of `Outcome`.
+    machine's processes are asked). The caller flushes its streams and leaves through `os._exit` with the
+    code: 2 where the run cannot be joined, else a value of `Outcome`.
     """
     run = Run(run_dir)
     try:
@@ -93,7 +93,13 @@ def _open_attempt(run: Run, place: Place, still_running: Callable[[str], bool]) 
     if given:
         if not given.isdecimal():
             raise UserError(f"{ATTEMPT} is {given!r}; it must be the number of an attempt of {run.name}.")
-        return run.attempt(int(given)), None
+        attempt = run.attempt(int(given))
+        if place.manager == "slurm" and attempt.job != place.job_id:
+            raise UserError(
+                f"{ATTEMPT} is {given}, which job {attempt.job} claimed; this is job {place.job_id}. "
+                "Start jobs with: clipcluster submit"
+            )
+        return attempt, None
     if place.manager in ("slurm", "local"):
         raise UserError(
             f"{ATTEMPT} is not set, and only the batch script may claim an attempt for a whole job. "
@@ -195,9 +201,9 @@ def _returned(outcome: Outcome, attempt: Attempt, place: Place) -> int:
     if outcome in (Outcome.FINISHED, Outcome.STOPPED):
         name = outcome.name.lower()
         if place.rank == 0:
-            _write_outcome(attempt, place, name, outcome, go_on=outcome is Outcome.STOPPED)
-            if outcome is Outcome.FINISHED:
-                attempt.event("finish", writer="rank-0")
+            # A trainer makes the outcome itself, before its last barrier; then this makes none.
+            if _write_outcome(attempt, place, name, outcome, go_on=outcome is Outcome.STOPPED):
+                attempt.event("finish" if outcome is Outcome.FINISHED else "stop", writer="rank-0")
         elif attempt.wait_for_outcome(_OUTCOME_WAIT_S) is None:
             # Leaving before rank 0 would let the launcher kill it before the outcome is made.
             _log.warning("rank 0 made no outcome within %g s", _OUTCOME_WAIT_S)
@@ -295,8 +301,8 @@ def _write_outcome(
     reason: str = "",
     advice: str = "",
     go_on: bool = False,
-) -> None:
-    attempt.write_outcome(
+) -> bool:
+    return attempt.write_outcome(
         outcome_name=name,
         code=int(outcome),
         rank=place.rank,

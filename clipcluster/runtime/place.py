@@ -143,7 +143,8 @@ def local_job_id() -> str:
     START (clock ticks since boot) tells the process from a later one with the same pid.
     """
     pid = os.getpid()
-    return f"local-{socket.gethostname()}-{pid}-{_start_ticks(pid) or 0}"
+    process = _process(pid)
+    return f"local-{socket.gethostname()}-{pid}-{process[1] if process else 0}"
 
 
 def local_job_runs(job_id: str) -> bool | None:
@@ -158,15 +159,18 @@ def local_job_runs(job_id: str) -> bool | None:
         return False
     except PermissionError:
         pass  # somebody else's process: it runs, and the start time says whether it is the one meant
-    ticks = _start_ticks(int(pid))
-    return ticks is None or int(start) in (0, ticks)
+    process = _process(int(pid))
+    if process is None:
+        return True  # no /proc here: the pid alone must do
+    state, ticks = process
+    return state not in "ZX" and int(start) in (0, ticks)
 
 
-def _start_ticks(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat (proc(5)); None where there is no such file or the process is a zombie."""
+def _process(pid: int) -> tuple[str, int] | None:
+    """State and start time (clock ticks since boot): fields 3 and 22 of /proc/PID/stat, proc(5)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stream:
             fields = stream.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return int(fields[19])
+    return fields[0].decode(), int(fields[19])

@@ -12,7 +12,8 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -27,19 +28,17 @@ INTERFACE = "CLIPCLUSTER_INTERFACE"  # network interface of the site, as the bat
 _LOOPBACK = "127.0.0.1"
 # What gloo, NCCL and the store say of a peer that is gone or silent, in lower case.
 _LOST = (
+    "/gloo/transport/",  # gloo names the source file that noticed
+    "gloo connectfullmesh failed",
     "connection closed by peer",
+    "connection closed by remote peer",
     "connection reset by peer",
-    "connection was likely closed",
     "connection refused",
     "broken pipe",
     "timed out waiting",
     "wait timeout",
     "socket timeout",
-    "application timeout caused pair closure",
-    "failed to recv, got",
-    "failed to send",
-    "gloo connectfullmesh failed",
-    "gloo/transport/",
+    "ncclremoteerror",
     "nccl communicator was aborted",
     "remote process exited",
     "watchdog caught collective operation timeout",
@@ -92,27 +91,27 @@ class World:
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        timeout = timedelta(seconds=timeout_s)
-        try:
-            store = _meet(place, interface, publish, find, timeout_s)
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        on_cuda = device.type == "cuda"
+        with world._telling("did not meet the others"):
             dist.init_process_group(
-                backend,
-                store=store,
+                "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+                store=_meet(place, interface, publish, find, timeout_s),
                 rank=place.rank,
                 world_size=place.size,
-                timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if on_cuda else None,
             )
-        except (TimeoutError, dist.DistError) as error:
-            raise LostPeers(f"rank {place.rank} of {place.size} did not meet the others: {error}") from error
-        except RuntimeError as error:
-            if is_lost_peer(error):
-                raise LostPeers(
-                    f"rank {place.rank} of {place.size} did not meet the others: {error}"
-                ) from error
-            raise
         return world
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """Turn what a collective says of a dead or silent peer into LostPeers."""
+        try:
+            yield
+        except (RuntimeError, TimeoutError) as error:
+            if isinstance(error, TimeoutError) or is_lost_peer(error):
+                raise LostPeers(f"rank {self.rank} of {self.size} {what}: {error}") from error
+            raise
 
     def agree(self, wishes: Wish) -> Wish:
         """The bitwise OR of all ranks' wishes, called by all at the same point. Never waits for the device.
@@ -122,10 +121,8 @@ class World:
         if self.size == 1:
             return wishes
         mask = torch.tensor([int(wishes)], dtype=torch.int64)
-        try:
+        with self._telling("lost its peers"):
             dist.all_reduce(mask, op=dist.ReduceOp.BOR)
-        except RuntimeError as error:
-            raise LostPeers(f"rank {self.rank} of {self.size} lost its peers: {error}") from error
         return Wish(int(mask.item()))
 
     def barrier(self) -> None:
@@ -137,12 +134,8 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        try:
+        with self._telling("lost its peers"):
             dist.broadcast_object_list(box, src=src, device=torch.device("cpu"))
-        except RuntimeError as error:
-            if is_lost_peer(error):
-                raise LostPeers(f"rank {self.rank} of {self.size} lost its peers: {error}") from error
-            raise
         return box[0]
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -152,12 +145,8 @@ class World:
         """
         if self.size == 1:
             return tensor
-        try:
+        with self._telling("lost its peers"):
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-        except RuntimeError as error:
-            if is_lost_peer(error):
-                raise LostPeers(f"rank {self.rank} of {self.size} lost its peers: {error}") from error
-            raise
         return tensor
 
     def leave(self) -> None:
