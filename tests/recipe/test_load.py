@@ -1,0 +1,414 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.load import RECIPES, Loaded, from_run, load, recipe_keys, result_keys, settings_keys
+
+Small = Callable[..., Loaded]
+
+
+def message_of(small: Small, *overrides: str, **environ: str) -> str:
+    with pytest.raises(UserError) as caught:
+        small(*overrides, **environ)
+    return str(caught.value)
+
+
+# What is read.
+
+
+def test_a_recipe_is_read(small: Small) -> None:
+    loaded = small()
+    assert loaded.recipe.name == "small"
+    assert loaded.recipe.optim.lr == 1e-3
+    assert loaded.recipe.train.non_finite.limit == 10
+    assert loaded.site is None
+
+
+@pytest.mark.parametrize("text", ["7e-4", "7.0e-4", '"7e-4"', ".0007", "0.000_7"])
+def test_numbers_however_written(small: Small, recipe_file: Path, text: str) -> None:
+    assert small(f"optim.lr={text}").recipe.optim.lr == 7e-4
+    recipe_file.write_text(recipe_file.read_text().replace("1e-3", text))
+    assert small().recipe.optim.lr == 7e-4
+
+
+def test_numbers_within_free_arguments_are_numbers(small: Small) -> None:
+    args = small("model.image.args={drop_path_rate: 1e-1, depths: [1_0, 2]}").recipe.model.image.args
+    assert args == {"drop_path_rate": 0.1, "depths": [10, 2]}
+
+
+def test_overrides_reach_lists_and_absent_sections(small: Small) -> None:
+    recipe = small(
+        "data.train.0.captions_in=lines",
+        "checkpoint.keep.best={metric: val/t2i_r1}",
+        "train.ema.decay=0.9",
+        "cluster.nodes=2-4",
+        "optim.betas=[0.8, 0.9]",
+        "evaluate.zero_shot=[a, b]",
+    ).recipe
+    assert recipe.data.train[0].captions_in == "lines"
+    assert recipe.checkpoint.keep.best is not None
+    assert recipe.train.ema is not None
+    assert recipe.train.ema.decay == 0.9
+    assert (recipe.cluster.nodes.least, recipe.cluster.nodes.most) == (2, 4)
+    assert recipe.optim.betas == (0.8, 0.9)
+    assert len(recipe.evaluate.zero_shot) == 2
+
+
+def test_a_later_override_wins(small: Small) -> None:
+    assert small("seed=1", "seed=2").recipe.seed == 2
+    assert small("train.ema.decay=0.9", "train.ema=null").recipe.train.ema is None
+
+
+# What is refused.
+
+
+def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text() + "checkpoint: {evry: 15 min}\n")
+    assert message_of(small) == "small.yaml:11: checkpoint.evry: unknown key; did you mean checkpoint.every?"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lrr=3", "unknown key; did you mean optim.lr?"),
+        ("optm.lr=3", "unknown key; did you mean optim?"),
+        ("lr=3", "unknown key; did you mean optim.lr?"),
+        ("data.train.0.shard=x", "unknown key; did you mean data.train.0.shards?"),
+        ("train.weight_decay=1", "unknown key; did you mean optim.weight_decay?"),
+        (
+            "optim.zzz=1",
+            "unknown key; optim knows name, lr, weight_decay, betas, eps, clip_norm, schedule, warmup",
+        ),
+        ("optim.lr=high", "got 'high'; should be a number"),
+        ("data.batch_size=1.5", "got 1.5; should be a whole number"),
+        ("data.batch_size=true", "got true; should be a whole number"),
+        ("data.image.flip=7", "got 7; should be true or false"),
+        ("name=2024", "got 2024; should be text; write it in quotes"),
+        ("optim=3", "got 3; should be a section with the keys name, lr"),
+        ("optim.warmup=100", "got 100; a duration is 'N steps', 'N samples' or 'N epochs'"),
+        ("checkpoint.every=5 weeks", "a time is 'N s'"),
+        ("cluster.mem=200", "got 200; memory is"),
+        ("evaluate.zero_shot=abc", "got 'abc'; should be a list"),
+        ("optim.betas=[0.9]", "got [0.9]; should be a list of 2 numbers"),
+        ("optim.betas=[0.9, x]", "got 'x'; should be a number"),
+        ("train.precision=fp8", "should be 'fp32', 'bf16' or 'fp16'"),
+        ("data.train.3.shards=x", "data.train is a list: '3' should be 0"),
+        ("seed.x=1", "seed is a value"),
+        ("extends=base.yaml", "extends can only be written in a file"),
+    ],
+)
+def test_an_override_that_is_wrong(small: Small, override: str, said: str) -> None:
+    message = message_of(small, *(("seed=0",) if override.startswith("seed") else ()), override)
+    assert message.startswith(f"from the command line: {override}: ")
+    assert said in message
+
+
+def test_all_mistakes_come_at_once_in_the_order_of_the_lines(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("batch_size: 12", "batch_sise: ${NOPE}"))
+    lines = message_of(small, "optim.lr=x").splitlines()
+    assert lines[0] == "small.yaml: 3 mistakes"
+    assert lines[
+        1
+    ] == "  small.yaml:2: data: the key data.batch_size is missing (Global batch: samples of one " + (
+        "optimizer step, whatever the cluster's size)"
+    )
+    assert lines[2].startswith(
+        "  small.yaml:5: data.batch_sise: the environment variable NOPE is not set; export"
+    )
+    assert lines[3].startswith("  from the command line: optim.lr=x: got 'x'")
+
+
+def test_an_empty_recipe_says_what_is_missing(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text("")
+    message = message_of(small)
+    for key in ("name", "data", "model", "optim", "train"):
+        assert f"small.yaml:1: the key {key} is missing" in message
+
+
+def test_a_missing_recipe_names_the_nearest(small: Small, recipe_file: Path) -> None:
+    with pytest.raises(UserError, match=r"smal\.yaml: no such recipe; did you mean .*small\.yaml\?"):
+        load(recipe_file.parent / "smal.yaml")
+    with pytest.raises(UserError, match=r"did you mean .*small\.yaml\?"):
+        load(recipe_file.parent / "small")
+    with pytest.raises(UserError, match=r"there is small\.yaml"):
+        load(recipe_file.parent / "entirely-different.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        load(recipe_file.parent)
+    with pytest.raises(UserError, match="there is no recipe beside it"):
+        load(recipe_file.parent / "nowhere" / "x.yaml")
+
+
+# Extends.
+
+
+def test_extends_merges_and_remembers_the_file(small: Small, recipe_file: Path) -> None:
+    child = recipe_file.parent / "sub" / "child.yaml"
+    child.parent.mkdir()
+    child.write_text("extends: ../small.yaml\nname: child\nmodel:\n  text: {config: {n_head: 2}}\n")
+    recipe = load(child, (), {}).recipe
+    assert recipe.name == "child"
+    assert recipe.model.text.config == {"n_layer": 1, "n_head": 2}
+    recipe_file.write_text(recipe_file.read_text().replace("lr: 1e-3", "lr: fast"))
+    with pytest.raises(UserError, match=r"^small\.yaml:9: optim\.lr: got 'fast'"):
+        load(child, (), {})
+
+
+def test_extends_finds_the_shipped_recipes(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text("extends: base.yaml\n" + recipe_file.read_text())
+    assert small().recipe.checkpoint.keep.last == 3
+    (recipe_file.parent / "base.yaml").write_text("checkpoint: {keep: {last: 7}}\n")
+    assert small().recipe.checkpoint.keep.last == 7
+
+
+def test_extends_of_a_missing_file_names_the_nearest(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text("# a comment\nextends: bas.yaml\n" + recipe_file.read_text())
+    message = message_of(small)
+    assert message.startswith("small.yaml:2: extends: bas.yaml is not there")
+    assert message.endswith("did you mean base.yaml?")
+
+
+def test_extends_in_a_circle(small: Small, recipe_file: Path) -> None:
+    (recipe_file.parent / "other.yaml").write_text("extends: small.yaml\n")
+    recipe_file.write_text("extends: other.yaml\n")
+    assert "extends goes in a circle: small.yaml -> other.yaml -> small.yaml" in message_of(small)
+
+
+@pytest.mark.parametrize("value", ["[a.yaml, b.yaml]", "{a: b}", "3", ""])
+def test_extends_names_one_file(small: Small, recipe_file: Path, value: str) -> None:
+    recipe_file.write_text(f"extends: {value}\n")
+    assert "extends: should be the name of one file" in message_of(small)
+
+
+# The environment.
+
+
+def test_the_environment_fills_in(small: Small) -> None:
+    assert small("data.batch_size=${BATCH}", BATCH="1_2").recipe.data.batch_size == 12
+    assert small("data.batch_size=${BATCH:-24}").recipe.data.batch_size == 24
+    assert small("data.batch_size=${BATCH:-24}", BATCH="").recipe.data.batch_size == 24
+    assert small("name=a-${A}-${B:-b}", A="x").recipe.name == "a-x-b"
+    assert small("cluster.partition=${P:-null}").recipe.cluster.partition is None
+    assert small(
+        "cluster.environment={HF_HOME: '${SCRATCH}/hf'}", SCRATCH="/s"
+    ).recipe.cluster.environment == {"HF_HOME": "/s/hf"}
+
+
+def test_shell_lines_are_left_to_the_shell(small: Small) -> None:
+    assert small("cluster.setup=['source ${HOME}/x']").recipe.cluster.setup == ("source ${HOME}/x",)
+    assert small("cluster.environment={A: '$${SLURM_JOB_ID}'}").recipe.cluster.environment == {
+        "A": "${SLURM_JOB_ID}"
+    }
+
+
+def test_an_unset_variable_is_named(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("shards/train", '"${DATA}/train"'))
+    assert message_of(small) == (
+        "small.yaml:4: data.train.0.shards: the environment variable DATA is not set; export DATA=… first, "
+        "or write ${DATA:-default}"
+    )
+
+
+@pytest.mark.parametrize("text", ["${", "${}", "${A", "${A-b}", "${1}", "${A:-${B}}"])
+def test_a_reference_that_is_not_understood(small: Small, text: str) -> None:
+    assert "is not understood: write ${NAME} or ${NAME:-default}" in message_of(
+        small, f"name='x{text}'", A="a"
+    )
+
+
+def test_a_wrong_value_from_the_environment_names_the_variable(small: Small) -> None:
+    assert "got 'many' (from ${BATCH})" in message_of(small, "data.batch_size=${BATCH}", BATCH="many")
+
+
+# Paths.
+
+
+def test_paths_are_kept_as_written_and_resolved_apart(small: Small, tmp_path: Path) -> None:
+    loaded = small(
+        "data.train.0.shards=['${DATA}/a', '../b/{00..09}.tar', 's3://bucket/c', '~/d']",
+        "model.image.weights=${DATA}/w.safetensors",
+        DATA="/disk",
+    )
+    assert loaded.written.data.train[0].shards == ("${DATA}/a", "../b/{00..09}.tar", "s3://bucket/c", "~/d")
+    assert loaded.recipe.data.train[0].shards == (
+        "/disk/a",
+        f"{tmp_path.parent}/b/{{00..09}}.tar",
+        "s3://bucket/c",
+        f"{os.path.expanduser('~')}/d",
+    )
+    assert loaded.paths["data.train.0.shards.0"] == "/disk/a"
+    assert "data.train.0.shards.2" not in loaded.paths
+    assert loaded.paths["model.image.weights"] == loaded.recipe.model.image.weights == "/disk/w.safetensors"
+
+
+def test_names_on_a_hub_are_no_paths(small: Small, tmp_path: Path) -> None:
+    text = ("model.text.arch=null", "model.text.config={}")
+    loaded = small(
+        *text, "model.text.hf=org/gpt2", "model.text.weights=pretrained", "data.text.tokenizer=gpt2"
+    )
+    assert loaded.recipe.model.text.hf == "org/gpt2"
+    assert set(loaded.paths) == {"data.train.0.shards"}
+    (tmp_path / "org" / "gpt2").mkdir(parents=True)
+    loaded = small(*text, "model.text.hf=org/gpt2", "data.text.tokenizer=./gpt2")
+    assert loaded.recipe.model.text.hf == loaded.paths["model.text.hf"] == str(tmp_path / "org" / "gpt2")
+    assert loaded.paths["data.text.tokenizer"] == str(tmp_path / "gpt2")
+
+
+# Names of runs, and run folders.
+
+
+def test_only_result_keys_that_differ_name_a_run(small: Small) -> None:
+    assert result_keys(small()) == {
+        "data": {"train": [{"shards": "shards/train"}], "batch_size": 12},
+        "model": {"image": {"timm": "convnext_atto"}, "text": {"arch": "gpt2", "config": {"n_layer": 1}}},
+        "optim": {"lr": 0.001},
+        "train": {"duration": "2 epochs"},
+    }
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=0",
+        "name=other",
+        "data.workers=9",
+        "train.micro_batch=12",
+        "train.log_every=1 step",
+        "train.duration=2.0 epoch",
+        "data.batch_size=1.2e1",
+        "data.image.mean=openai",
+        "data.image.mean=[0.48145466, 0.4578275, 0.40821073]",
+        "checkpoint.keep.best={metric: val/t2i_r1}",
+        "evaluate.zero_shot=[x]",
+        "cluster={nodes: 4, gpus_per_node: 8}",
+        "data.train.0.index=/elsewhere",
+        "data.bad_samples.limit=0.5",
+        "train.non_finite={}",
+    ],
+)
+def test_what_changes_no_name(small: Small, override: str) -> None:
+    assert result_keys(small(override)) == result_keys(small())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "data.batch_size=24",
+        "train.ema={}",
+        "train.ema={decay: 0.9}",
+        "train.non_finite.limit=3",
+        "data.train.0.shards=shards/other",
+        "data.train.0.weight=1",
+        "data.image.flip=true",
+        "data.order.window=7",
+        "model.image.args={drop_path_rate: 0.1}",
+        "train.precision=bf16",
+    ],
+)
+def test_what_changes_a_name(small: Small, override: str) -> None:
+    assert result_keys(small(override)) != result_keys(small())
+
+
+def test_moving_the_data_changes_no_name(small: Small) -> None:
+    override = "data.train.0.shards=${DATA}/train"
+    here, there = small(override, DATA="/here"), small(override, DATA="/there")
+    assert result_keys(here) == result_keys(there)
+    assert here.paths != there.paths
+
+
+RICH = (
+    "data.train=[{shards: ['${DATA}/a', b], weight: 3, captions_in: lines},"
+    " {shards: c, weight: 1, index: i}]",
+    "data.image={mean: imagenet, crop_scale: [0.5, 1.0]}",
+    "model.image.weights=${DATA}/w",
+    "train={duration: 0.5 epochs, ema: {}, micro_batch: 6, log_every: 1 epoch}",
+    "checkpoint={every: 90 s, keep: {best: {metric: test/t2i_r1}}}",
+    "evaluate={every: 1 epoch, retrieval: ['${DATA}/test'], zero_shot: [z]}",
+    "cluster={nodes: 2-4, mem: 1.5 GB, environment: {A: 1}, setup: ['echo ${X}'], grace: 60 s}",
+)
+
+
+def test_a_run_folder_gives_the_recipe_back(small: Small) -> None:
+    loaded = small(*RICH, DATA="/disk")
+    settings = settings_keys(loaded)
+    assert settings["paths"]["data.train.0.shards.0"] == "/disk/a"
+    assert from_run(recipe_keys(loaded), {**settings, "code": "code-1"}) == loaded.recipe
+    assert from_run(result_keys(loaded), settings) == loaded.recipe
+
+
+def test_a_run_folder_gives_the_recipe_back_through_yaml(small: Small) -> None:
+    import yaml
+
+    loaded = small(*RICH, DATA="/disk")
+    recipe, settings = (
+        yaml.safe_load(yaml.safe_dump(keys)) for keys in (recipe_keys(loaded), settings_keys(loaded))
+    )
+    assert from_run(recipe, settings) == loaded.recipe
+
+
+def test_recipe_and_settings_share_no_key(small: Small) -> None:
+    def leaves(value: Any, prefix: str = "") -> set[str]:
+        if isinstance(value, dict) and value:
+            return {leaf for name, entry in value.items() for leaf in leaves(entry, f"{prefix}.{name}")}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return {leaf for place, entry in enumerate(value) for leaf in leaves(entry, f"{prefix}.{place}")}
+        return {prefix}
+
+    loaded = small(*RICH, DATA="/disk")
+    settings = settings_keys(loaded)
+    del settings["paths"]
+    assert not leaves(recipe_keys(loaded)) & leaves(settings)
+    assert set(recipe_keys(loaded)) | set(settings) == {
+        "name", "task", "seed", "data", "model", "optim", "train", "checkpoint", "evaluate", "cluster",
+    }  # fmt: skip
+
+
+def test_settings_may_move_the_paths(small: Small) -> None:
+    loaded = small(*RICH, DATA="/disk")
+    settings = settings_keys(loaded)
+    settings["paths"]["data.train.0.shards.0"] = "/new/a"
+    settings["paths"]["data.text.tokenizer"] = "/run/assets/tokenizer"
+    recipe = from_run(recipe_keys(loaded), settings)
+    assert recipe.data.train[0].shards[0] == "/new/a"
+    assert recipe.data.text.tokenizer == "/run/assets/tokenizer"
+
+
+def test_a_run_folder_that_was_edited_is_refused(small: Small) -> None:
+    loaded = small()
+    with pytest.raises(UserError, match=r"do not make a recipe:\n  optim\.lr"):
+        from_run({**recipe_keys(loaded), "optim": {"lr": "x"}}, settings_keys(loaded))
+
+
+def test_places_of_keys(small: Small) -> None:
+    loaded = small("optim.lr=3")
+    assert loaded.place("data.train.0.shards") == "small.yaml:4"
+    assert loaded.place("optim.lr") == "from the command line: optim.lr=3"
+    assert loaded.place("evaluate.every") == "small.yaml:1"
+
+
+# The shipped recipes, and what reading one costs.
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_recipes_are_right(file: Path) -> None:
+    if file.name == "base.yaml":
+        pytest.skip("no recipe by itself")
+    loaded = load(file, (), {"DATA": "/data", "WEIGHTS": "/weights", "XDG_CONFIG_HOME": "/nowhere"})
+    assert loaded.recipe.name == file.stem
+
+
+def test_reading_a_recipe_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, clipcluster.recipe.load, clipcluster.recipe.plan, clipcluster.recipe.reference;"
+        f"clipcluster.recipe.load.load({str(RECIPES / 'digits.yaml')!r});"
+        "heavy = {'torch', 'timm', 'transformers', 'numpy'};"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & heavy))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,200 @@
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.load import Loaded
+from clipcluster.recipe.plan import micro_batches, plan, plan_for_nodes, share, usable_nodes
+from clipcluster.recipe.schema import Recipe
+
+Small = Callable[..., Loaded]
+
+
+def recipe_of(batch: int, duration: str = "2 epochs", warmup: str = "0 steps", **cluster: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "small",
+            "data": {"train": [{"shards": "shards"}], "batch_size": batch},
+            "model": {"image": {"timm": "convnext_atto"}, "text": {"arch": "gpt2"}},
+            "optim": {"lr": 1e-3, "warmup": warmup},
+            "train": {"duration": duration},
+            "cluster": {"gpus_per_node": 0, **cluster},
+        }
+    )
+
+
+def test_the_arithmetic_of_coco() -> None:
+    recipe = recipe_of(384, "26 epochs", "2200 steps")
+    found = plan(recipe, 591_753, 2)
+    assert (found.steps_per_epoch, found.total_steps, found.per_rank_batch) == (1541, 40_066, 192)
+    assert found.total_samples == 40_066 * 384
+    assert found.warmup_steps / found.total_steps == pytest.approx(0.055, abs=5e-4)
+    assert found.warnings == ()
+    # With one caption an image the same numbers are another experiment.
+    (warning,) = plan(recipe, 118_287, 2).warnings
+    assert warning == "optim.warmup 2200 steps is 27.5% of the run's 8,008 steps; 2% to 10% is usual"
+
+
+@given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 10**7), st.integers(1, 40))
+def test_a_plan_adds_up(batch: int, ranks: int, samples: int, epochs: int) -> None:
+    recipe = recipe_of(batch, f"{epochs} epochs")
+    if batch % ranks or samples < batch:
+        with pytest.raises(UserError):
+            plan(recipe, samples, ranks)
+        return
+    found = plan(recipe, samples, ranks)
+    assert found.per_rank_batch * ranks == batch
+    assert found.accumulation == 1
+    assert found.micro_batch == found.per_rank_batch
+    assert found.steps_per_epoch * batch <= samples < (found.steps_per_epoch + 1) * batch
+    assert found.total_steps == epochs * found.steps_per_epoch
+    assert found.total_samples == found.total_steps * batch
+
+
+@given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 300))
+def test_the_ranks_change_nothing_but_the_share(batch: int, one: int, other: int) -> None:
+    assume(batch % one == 0)
+    assume(batch % other == 0)
+    first, second = (plan(recipe_of(batch), 10**6, ranks) for ranks in (one, other))
+    assert (first.steps_per_epoch, first.total_steps, first.warmup_steps) == (
+        second.steps_per_epoch,
+        second.total_steps,
+        second.warmup_steps,
+    )
+
+
+@given(st.integers(1, 3000), st.integers(1, 300))
+def test_what_does_not_divide_names_what_would(batch: int, ranks: int) -> None:
+    assume(batch % ranks)
+    with pytest.raises(UserError) as caught:
+        share(batch, ranks)
+    sizes, _, counts = str(caught.value).partition("set it to ")[2].partition(", or use ")
+    for size in map(int, sizes.split(" or ")):
+        assert size % ranks == 0
+        assert 0 < abs(size - batch) < ranks
+    for count in map(int, counts.removesuffix(" ranks").split(" or ")):
+        assert batch % count == 0
+
+
+def test_the_message_of_a_batch_that_does_not_divide() -> None:
+    with pytest.raises(UserError) as caught:
+        share(100, 48)
+    assert str(caught.value) == (
+        "data.batch_size 100 does not divide by 48 ranks; set it to 96 or 144, or use 25 or 50 ranks"
+    )
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000))
+def test_micro_batches_are_whole_and_as_few_as_can_be(per_rank: int, bound: int) -> None:
+    count = micro_batches(per_rank, bound)
+    assert per_rank % count == 0
+    assert per_rank // count <= bound
+    fewer = [n for n in range(1, count) if per_rank % n == 0 and per_rank // n <= bound]
+    assert not fewer
+
+
+def test_accumulation_is_refused_with_its_arithmetic(small: Small) -> None:
+    recipe = small("data.batch_size=384", "train.micro_batch=64").recipe
+    with pytest.raises(UserError) as caught:
+        plan(recipe, 10_000, 2)
+    assert str(caught.value) == (
+        "384 / 2 ranks = 192 a rank, micro_batch 64 -> 3 micro-batches: accumulation is not supported yet: "
+        "set train.micro_batch to 192 or use 6 ranks"
+    )
+    assert plan(recipe, 10_000, 6).micro_batch == 64
+
+
+@given(st.integers(1, 2000), st.integers(1, 64), st.integers(1, 300))
+def test_the_ranks_named_against_accumulation_would_do(batch: int, ranks: int, bound: int) -> None:
+    assume(batch % ranks == 0)
+    assume(batch // ranks > bound)
+    recipe = recipe_of(batch)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": bound})})
+    with pytest.raises(UserError) as caught:
+        plan(recipe, 10**6, ranks)
+    named = int(str(caught.value).rsplit("use ", 1)[1].removesuffix(" ranks"))
+    assert plan(recipe, 10**6, named).accumulation == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "samples", "message"),
+    [
+        (
+            "seed=0",
+            11,
+            "the samples of the sources are 11, data.batch_size is 12; set data.batch_size to at most 11",
+        ),
+        ("data.epoch_samples=5", 100, "data.epoch_samples is 5, data.batch_size is 12"),
+        ("train.duration=0 steps", 100, "train.duration 0 steps is no step at all"),
+        ("train.duration=0.01 epochs", 100, "an epoch has 8 steps of 12 samples"),
+        ("optim.warmup=16 steps", 100, "takes the whole run of 16 steps"),
+        ("optim.warmup=2 epochs", 100, r"optim.warmup 2 epochs \(16 steps\) takes the whole run"),
+        ("optim.warmup=900 steps", 100, "set optim.warmup to at most 3 steps, or train on"),
+    ],
+)
+def test_runs_that_cannot_be(small: Small, override: str, samples: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(small(override).recipe, samples, 2)
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_warm_up_above_a_fifth_is_warned_of(warmup: int, total: int) -> None:
+    recipe = recipe_of(4, f"{total} steps", f"{warmup} steps")
+    if warmup >= total:
+        if warmup:
+            with pytest.raises(UserError, match="takes the whole run"):
+                plan(recipe, 100, 1)
+        return
+    assert bool(plan(recipe, 100, 1).warnings) == (warmup > 0.2 * total)
+
+
+def test_epoch_samples_set_the_epoch(small: Small) -> None:
+    found = plan(
+        small("data.epoch_samples=121", "evaluate.every=0.5 epochs", "checkpoint.every=1 sample").recipe,
+        99,
+        1,
+    )
+    assert found.steps_per_epoch == 10
+    assert found.evaluate_every == 5
+    assert found.checkpoint_every == 1
+
+
+def test_periods_are_in_steps_or_by_the_clock(small: Small) -> None:
+    found = plan(small("checkpoint.keep.every=1 epoch").recipe, 120, 1)
+    assert (found.log_every, found.evaluate_every, found.checkpoint_every, found.keep_every) == (
+        10,
+        None,
+        None,
+        10,
+    )
+
+
+@given(st.integers(1, 4096), st.integers(1, 8), st.integers(1, 12), st.integers(0, 12))
+def test_the_largest_count_of_nodes_that_divides_is_used(
+    batch: int, tasks: int, least: int, more: int
+) -> None:
+    recipe = recipe_of(batch, nodes=f"{least}-{least + 12}", tasks_per_node=tasks)
+    granted = least + more
+    fit = [nodes for nodes in range(least, granted + 1) if batch % (nodes * tasks) == 0]
+    if not fit:
+        with pytest.raises(UserError, match="does not divide"):
+            usable_nodes(recipe, granted)
+        return
+    assert usable_nodes(recipe, granted) == max(fit)
+
+
+def test_idle_nodes_are_said() -> None:
+    found = plan_for_nodes(recipe_of(128, nodes="2-4", tasks_per_node=2), 1437, granted=3)
+    assert (found.nodes, found.world_size, found.per_rank_batch) == (2, 4, 32)
+    assert found.warnings == (
+        "of 3 nodes 2 are used and 1 idle: data.batch_size 128 does not divide by 6 ranks",
+    )
+    assert plan_for_nodes(recipe_of(128, nodes="2-4", tasks_per_node=2), 1437).nodes == 4
+
+
+def test_a_plan_is_instant_for_any_size() -> None:
+    found = plan(recipe_of(65_536, "12_800_000_000 samples"), 12_800_000_000, 1024)
+    assert found.total_steps == math.floor(12_800_000_000 / 65_536 + 0.5)

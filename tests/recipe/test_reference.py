@@ -1,0 +1,65 @@
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from clipcluster.recipe.load import RECIPES
+from clipcluster.recipe.reference import DOCS, PAGE, SCHEMA, page, schema, write
+from clipcluster.recipe.schema import section_of, walk
+
+
+def test_the_committed_files_are_up_to_date() -> None:
+    command = "run python -m clipcluster.recipe.reference"
+    assert (DOCS / PAGE).read_text() == page(), command
+    assert json.loads((DOCS / SCHEMA).read_text()) == schema(), command
+
+
+def test_writing_again_changes_nothing(tmp_path: Path) -> None:
+    assert [file.name for file in write(tmp_path)] == [PAGE, SCHEMA]
+    assert write(tmp_path) == []
+
+
+def test_every_key_is_on_the_page() -> None:
+    text = page()
+    for path, field in walk():
+        if section_of(field) is None:
+            assert f"| `{path[-1]}` |" in text
+        else:
+            assert f"### {'.'.join(path).replace('*', 'N')}\n" in text
+
+
+def test_defaults_are_in_the_words_of_a_recipe() -> None:
+    text = page()
+    assert "| `every` | duration or time | `15 min` |" in text
+    assert "| `nodes` | whole number (>= 1) or range | `1` |" in text
+    assert "| `mean` | `openai`, `imagenet` or 3 numbers | `openai` |" in text
+    assert "{'" not in text
+
+
+def test_the_schema_knows_the_keys_that_the_shipped_recipes_use() -> None:
+    made = schema()
+
+    def known(value: object, section: dict, path: str) -> None:
+        if "$ref" in section:
+            section = made["$defs"][section["$ref"].rsplit("/", 1)[1]]
+        for choice in section.get("anyOf", ()):
+            if "$ref" in choice:
+                return known(value, choice, path)
+        if isinstance(value, dict) and "properties" in section:
+            for name, entry in value.items():
+                assert name in section["properties"], f"{path}.{name}"
+                known(entry, section["properties"][name], f"{path}.{name}")
+        elif isinstance(value, list) and "$ref" in section.get("items", {}):
+            for entry in value:
+                known(entry, section["items"], path)
+        return None
+
+    for file in RECIPES.glob("*.yaml"):
+        known(yaml.safe_load(file.read_text()), made, file.name)
+
+
+def test_numbers_may_be_variables_in_the_schema() -> None:
+    choices = schema()["$defs"]["Data"]["properties"]["batch_size"]["anyOf"]
+    assert {"type": "integer", "minimum": 1} in choices
+    assert any(re.search(choice.get("pattern", "^$"), "${BATCH}") for choice in choices)

@@ -1,0 +1,180 @@
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from clipcluster.recipe.schema import (
+    MEANS,
+    Cluster,
+    Image,
+    Mark,
+    Recipe,
+    Source,
+    TextTower,
+    extra_of,
+    section_of,
+    walk,
+)
+
+KEYS = [pytest.param(field, id=".".join(path)) for path, field in walk() if section_of(field) is None]
+SECTIONS = [pytest.param(field, id=".".join(path)) for path, field in walk() if section_of(field) is not None]
+
+
+def recipe_of(**changes: Any) -> dict[str, Any]:
+    """A valid recipe as a mapping, with sections replaced."""
+    return {
+        "name": "small",
+        "data": {"train": [{"shards": "shards"}], "batch_size": 4},
+        "model": {"image": {"timm": "convnext_atto"}, "text": {"arch": "gpt2"}},
+        "optim": {"lr": 1e-3},
+        "train": {"duration": "2 epochs"},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("field", KEYS)
+def test_every_key_is_described_and_marked(field: FieldInfo) -> None:
+    assert field.description is not None
+    assert field.description.endswith(".")
+    assert extra_of(field)["mark"] in get_args(Mark)
+
+
+@pytest.mark.parametrize("field", SECTIONS)
+def test_every_section_is_described(field: FieldInfo) -> None:
+    assert field.description is not None
+    assert field.description.endswith(".")
+
+
+def test_the_walk_sees_nested_keys() -> None:
+    paths = {".".join(path) for path, _ in walk()}
+    assert {"data.train.*.shards", "train.ema.decay", "checkpoint.keep.best.metric", "cluster.nodes"} <= paths
+    assert len(KEYS) > 60
+
+
+@pytest.mark.parametrize(
+    ("path", "mark"),
+    [
+        ("seed", "result"),
+        ("data.batch_size", "result"),
+        ("data.train.*.shards", "result"),
+        ("data.train.*.index", "record"),
+        ("data.text.captions", "result"),
+        ("data.order.lanes", "result"),
+        ("data.workers", "speed"),
+        ("model.image.weights", "result"),
+        ("optim.warmup", "result"),
+        ("train.precision", "result"),
+        ("train.ema.decay", "result"),
+        ("train.non_finite.limit", "result"),
+        ("train.micro_batch", "speed"),
+        ("train.log_every", "record"),
+        ("name", "record"),
+        ("checkpoint.every", "record"),
+        ("evaluate.batch_size", "record"),
+        ("cluster.nodes", "record"),
+    ],
+)
+def test_what_a_key_decides(path: str, mark: str) -> None:
+    marks = {".".join(keys): extra_of(field).get("mark") for keys, field in walk()}
+    assert marks[path] == mark
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = Recipe.model_validate(recipe_of())
+    with pytest.raises(ValidationError):
+        recipe.seed = 3
+    with pytest.raises(ValidationError):
+        recipe.optim.lr = 3.0
+
+
+def test_a_recipe_survives_json() -> None:
+    recipe = Recipe.model_validate(
+        recipe_of(
+            checkpoint={"every": "15 min", "keep": {"every": "5 epochs", "best": {"metric": "val/t2i_r1"}}},
+            cluster={"nodes": "2-4", "mem": "200 GB", "time": "4 h", "environment": {"A": 1}},
+            train={"duration": "0.5 epochs", "ema": {"decay": 0.99}},
+        )
+    )
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert recipe.cluster.environment == {"A": "1"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("openai", MEANS["openai"]), ("imagenet", MEANS["imagenet"]), ([0, 0.5, 1], (0, 0.5, 1))],
+)
+def test_colours_by_name_or_number(value: Any, expected: tuple[float, ...]) -> None:
+    assert Image(mean=value).mean == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tasks", "ranks"), [(4, None, 4), (0, None, 1), (0, 2, 2), (8, 4, 4), (1, None, 1)]
+)
+def test_ranks_of_a_node(gpus: int, tasks: int | None, ranks: int) -> None:
+    assert Cluster(gpus_per_node=gpus, tasks_per_node=tasks).ranks_per_node == ranks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"duration": "2 epochs", "ema": {"decay": 1.0}}}, "less than 1"),
+        ({"checkpoint": {"keep": {"last": 1}}}, "keep at least 2"),
+        ({"data": {"train": [], "batch_size": 4}}, "at least one source"),
+        (
+            {"data": {"train": [{"shards": "a", "weight": 2}, {"shards": "b"}], "batch_size": 4}},
+            "source 1 has no weight",
+        ),
+        ({"data": {"train": [{"shards": []}], "batch_size": 4}}, "a path, or a list of paths"),
+        ({"data": {"train": [{"shards": "a", "captions_in": "yaml"}], "batch_size": 4}}, "json:FIELD"),
+        ({"optim": {"lr": 1e-3, "betas": [0.9, 1.0]}}, "below 1"),
+        ({"optim": {"lr": float("inf")}}, "finite"),
+        ({"optim": {"lr": float("nan")}}, "greater than or equal"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"name": "a/b"}, "pattern"),
+        ({"name": ".hidden"}, "pattern"),
+    ],
+)
+def test_values_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate(recipe_of(**changes))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_scale": [0, 1]},
+        {"crop_scale": [0.5, 1.5]},
+        {"crop_scale": [0.9, 0.5]},
+        {"crop_ratio": [2, 1]},
+        {"std": [0, 1, 1]},
+        {"size": 0},
+        {"size": 1.5},
+        {"size": True},
+        {"mean": "clip"},
+        {"interpolation": "nearest"},
+    ],
+)
+def test_images_that_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Image(**change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "exactly one of hf"),
+        ({"hf": "gpt2", "arch": "gpt2"}, "exactly one of hf"),
+        ({"hf": "gpt2", "config": {"n_layer": 2}}, "config goes with arch"),
+        ({"arch": "gpt2", "weights": "pretrained"}, "pretrained goes with hf"),
+    ],
+)
+def test_text_towers_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TextTower(**changes)
+
+
+def test_numbers_may_be_written_as_text() -> None:
+    assert Source(shards="a", weight="7e-1").weight == 0.7  # type: ignore[arg-type]
+    assert Image(size="2e2").size == 200  # type: ignore[arg-type]
+    assert Image(size="1_000").size == 1000  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from clipcluster.recipe.units import Duration, Memory, Nodes, Period, Time, parse_period
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("2200 steps", 2200),
+        ("1 step", 1),
+        ("1_000 steps", 1000),
+        ("1e3steps", 1000),
+        ("26 epochs", 26 * 1541),
+        ("0.5 epochs", 771),  # 770.5 goes up
+        ("1 epoch", 1541),
+        ("1000 samples", 3),  # 2.6
+        ("0 steps", 0),
+    ],
+)
+def test_a_duration_becomes_steps(text: str, steps: int) -> None:
+    assert Duration.parse(text).steps(steps_per_epoch=1541, batch_size=384) == steps
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", 5, None, "five steps", "-1 steps", "1.5 steps", "3 hours", "1 steps x", True]
+)
+def test_what_is_no_duration(text: object) -> None:
+    with pytest.raises(ValueError, match=r"epochs"):
+        Duration.parse(text)
+
+
+@given(st.integers(0, 10**12), st.sampled_from(["steps", "samples", "epochs"]))
+def test_a_duration_is_read_back_as_it_was(count: int, unit: str) -> None:
+    duration = Duration(Fraction(count), unit)
+    assert Duration.parse(str(duration)) == duration
+
+
+@given(st.decimals(min_value=0, max_value=10**5, places=3, allow_nan=False))
+def test_a_decimal_of_epochs_is_read_back_as_it_was(count: object) -> None:
+    duration = Duration.parse(f"{count} epochs")
+    assert Duration.parse(str(duration)) == duration
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**5), st.integers(1, 10**6))
+def test_a_duration_in_samples_is_the_nearest_step(samples: int, batch: int, steps_per_epoch: int) -> None:
+    steps = Duration(Fraction(samples), "samples").steps(steps_per_epoch, batch)
+    assert abs(steps * batch - samples) * 2 <= batch
+    assert Duration(Fraction(samples), "samples").period(steps_per_epoch, batch) >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "shown"),
+    [
+        ("90 s", 90, "90 s"),
+        ("15 min", 900, "15 min"),
+        ("120 min", 7200, "2 h"),
+        ("4h", 14400, "4 h"),
+        ("2 days", 172800, "2 d"),
+        ("1.5 h", 5400, "90 min"),
+        ("0.25 s", 0.25, "0.25 s"),
+    ],
+)
+def test_a_time_becomes_seconds(text: str, seconds: float, shown: str) -> None:
+    time = Time.parse(text)
+    assert time.seconds == seconds
+    assert str(time) == shown
+    assert Time.parse(str(time)) == time
+
+
+def test_minutes_of_a_time_are_rounded_up() -> None:
+    assert Time.parse("61 s").minutes == 2
+    assert Time.parse("60 s").minutes == 1
+
+
+@pytest.mark.parametrize("text", ["15", 15, "0 s", "15 m", "1:30", "4 epochs", None])
+def test_what_is_no_time(text: object) -> None:
+    with pytest.raises(ValueError, match="time"):
+        Time.parse(text)
+
+
+def test_a_period_is_a_duration_or_a_time() -> None:
+    assert parse_period("15 min") == Time(900.0)
+    assert parse_period("3 epochs") == Duration(Fraction(3), "epochs")
+    with pytest.raises(ValueError, match=r"duration.*time"):
+        parse_period("3 weeks")
+    with pytest.raises(ValidationError):
+        TypeAdapter(Period).validate_python(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "megabytes", "shown"),
+    [
+        ("200 GB", 204800, "200 GB"),
+        ("500MB", 500, "500 MB"),
+        ("1.5 TB", 1572864, "1536 GB"),
+        ("2G", 2048, "2 GB"),
+    ],
+)
+def test_memory_counts_as_slurm_does(text: str, megabytes: int, shown: str) -> None:
+    assert Memory.parse(text).megabytes == megabytes
+    assert str(Memory.parse(text)) == shown
+
+
+@pytest.mark.parametrize("text", ["200", 200, "0 GB", "4 KB", None])
+def test_what_is_no_memory(text: object) -> None:
+    with pytest.raises(ValueError, match="memory"):
+        Memory.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"), [(2, 2, 2), ("2", 2, 2), ("2-4", 2, 4), (" 1 - 16 ", 1, 16)]
+)
+def test_nodes_are_a_count_or_a_range(text: object, least: int, most: int) -> None:
+    assert Nodes.parse(text) == Nodes(least, most)
+    assert Nodes.parse(str(Nodes(least, most))) == Nodes(least, most)
+
+
+@pytest.mark.parametrize("text", [0, "4-2", "2-", -1, True, None, 1.5, "many"])
+def test_what_is_no_count_of_nodes(text: object) -> None:
+    with pytest.raises(ValueError, match="nodes"):
+        Nodes.parse(text)
