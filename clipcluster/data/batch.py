@@ -66,12 +66,14 @@ class EvaluationBatch:
 def normalise(
     images: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
 ) -> torch.Tensor:
-    """(B, 3, H, W) uint8 to float32: (pixel / 255 - mean) / std for each colour, on the images' device."""
+    """(B, 3, H, W) uint8 to float: (pixel / 255 - mean) / std for each colour, on the images' device.
+
+    float32, or the dtype of `mean` and `std` where they are tensors.
+    """
     centre, width = (
-        torch.as_tensor(values, dtype=torch.float32, device=images.device).view(1, 3, 1, 1) * 255
-        for values in (mean, std)
+        torch.as_tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std)
     )
-    return (images.float() - centre) / width
+    return (images.to(width.dtype) - centre) / width
 
 
 def _moved(batch: Any, names: Sequence[str], device: torch.device | str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from clipcluster.data.batch import normalise
 from clipcluster.model.clip import Clip
-from clipcluster.model.task import normalise
 from clipcluster.runtime.world import World
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from clipcluster.data.batch import normalise
 from clipcluster.model.clip import Clip
 from clipcluster.model.losses import Ranks, contrastive
 
@@ -52,8 +53,3 @@ class ContrastiveTask(nn.Module):
     def after_step(self) -> None:
         """What follows every optimizer step."""
         self.model.clamp_logit_scale()
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> mean's dtype, (pixel / 255 - mean) / std for each channel."""
-    return (images.to(mean.dtype) / 255 - mean[:, None, None]) / std[:, None, None]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from clipcluster.model.clip import build_clip
 from clipcluster.model.losses import contrastive
-from clipcluster.model.task import ContrastiveTask, normalise
+from clipcluster.model.task import ContrastiveTask
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -70,12 +70,14 @@ def test_equal_features_lose_the_logarithm_of_the_batch() -> None:
     assert loss.item() == pytest.approx(math.log(6), rel=1e-5)
 
 
-def test_pixels_are_normalised_by_channel() -> None:
-    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    found = normalise(images, torch.tensor(MEAN), torch.tensor(STD))
-    for channel in range(3):
-        expected = (images[:, channel].double() / 255 - MEAN[channel]) / STD[channel]
-        torch.testing.assert_close(found[:, channel].double(), expected, rtol=1e-5, atol=1e-6)
+def test_the_model_sees_normalised_pixels() -> None:
+    clip, batch = tiny_clip().eval(), tiny_batch(4)
+    pixels = (batch.images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
+        3, 1, 1
+    )
+    image, text, scale = clip(pixels.float(), batch.tokens, batch.mask)
+    expected, _ = contrastive(image, text, scale, Ranks())
+    torch.testing.assert_close(ContrastiveTask(clip, MEAN, STD, Ranks())(batch).loss, expected)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -1,0 +1,69 @@
+"""The place of the right candidate against the definition, spelled out."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipcluster.evals.ranking import Owners, figures, first_right
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
+    """Whole-number scores, so that ties abound, and for every query the right candidates."""
+    candidates = draw(st.integers(1, 7))
+    row = st.lists(st.integers(-2, 2), min_size=candidates, max_size=candidates)
+    right = st.lists(st.integers(0, candidates - 1), min_size=1, max_size=candidates, unique=True)
+    queries = draw(st.integers(1, 5))
+    return (
+        draw(st.lists(row, min_size=queries, max_size=queries)),
+        draw(st.lists(right, min_size=queries, max_size=queries)),
+    )
+
+
+@given(questions())
+def test_the_place_is_that_in_the_sorted_list(question: tuple[list[list[int]], list[list[int]]]) -> None:
+    scores, right = question
+    candidates = len(scores[0])
+    found = first_right(
+        torch.tensor(scores, dtype=torch.float32),
+        Owners(right).mask(0, len(scores), candidates, torch.device("cpu")),
+    )
+    for query, own in enumerate(right):
+        order = sorted(range(candidates), key=lambda candidate: (-scores[query][candidate], candidate))
+        assert found[query] == min(order.index(candidate) for candidate in own)
+
+
+@given(questions(), st.data())
+def test_any_piece_of_the_owners_is_that_piece_of_the_mask(
+    question: tuple[list[list[int]], list[list[int]]], data: st.DataObject
+) -> None:
+    scores, right = question
+    start = data.draw(st.integers(0, len(right)))
+    stop = data.draw(st.integers(start, len(right)))
+    mask = Owners(right).mask(start, stop, len(scores[0]), torch.device("cpu"))
+    assert [row.nonzero().flatten().tolist() for row in mask] == [sorted(own) for own in right[start:stop]]
+
+
+def test_a_query_without_a_right_candidate_is_refused() -> None:
+    with pytest.raises(ValueError, match="right candidate"):
+        Owners([[1], []])
+
+
+def test_differences_of_rounding_are_ties() -> None:
+    scores = torch.tensor([[0.5, 0.5 + 5e-7, 0.5 - 5e-7]])
+    for own in range(3):
+        right = torch.zeros(1, 3, dtype=torch.bool)
+        right[0, own] = True
+        assert first_right(scores, right) == own
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20))
+def test_figures_are_those_of_openclip(places: list[int]) -> None:
+    found = dict(figures(np.array(places)))
+    for cut in (1, 5, 10):
+        assert found[f"r{cut}"] == pytest.approx(sum(place < cut for place in places) / len(places))
+    assert found["mean_rank"] == pytest.approx(sum(places) / len(places) + 1)
+    assert found["median_rank"] == np.floor(np.median(places)) + 1
