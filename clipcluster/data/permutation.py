@@ -34,8 +34,8 @@ def permutations(keys: np.ndarray, size: int) -> np.ndarray:
     broken by the index, so that no sorting algorithm can change the result.
     """
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
-    counters = (np.arange(size, dtype=np.uint64) + np.uint64(1)) * _GAMMA
-    words = _finalise(keys[:, None] + counters)
+    words = keys[:, None] + (np.arange(size, dtype=np.uint64) + np.uint64(1)) * _GAMMA
+    words = _finalise(words)
     words &= ~low
     words |= np.arange(size, dtype=np.uint64)
     words.sort(axis=-1)

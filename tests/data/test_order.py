@@ -197,7 +197,7 @@ def test_what_is_left_over_is_not_always_of_the_last_round(full_shuffle_below):
     counts = np.full(23, 2, dtype=np.uint8)
     counts[:3] = 3  # alone in the last round, and as many as are left over
     shape = SourceShape(np.array([23]), counts)
-    order = Order([shape], batch_size=49, seed=0, captions="all", full_shuffle_below=full_shuffle_below)
+    order = Order([shape], batch_size=46, seed=0, captions="all", full_shuffle_below=full_shuffle_below)
     in_full = 0
     for passage in range(20):
         shown = np.bincount(order.batch(passage).position, minlength=23)
