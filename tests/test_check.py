@@ -1,0 +1,272 @@
+"""Both depths of the check, on shards that are really there."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipcluster import check
+from clipcluster.check import Checked, Findings, deep, plain
+from clipcluster.data.index import write_index
+from clipcluster.errors import UserError
+
+RECIPE = """\
+name: tiny
+data:
+  train:
+    - {shards: data/train}
+  batch_size: 4
+  image: {size: 32}
+  text: {context_length: 16}
+  workers: 1
+model:
+  image: {timm: test_convnext}
+  text: {arch: gpt2, config: {n_layer: 1, n_head: 2, n_embd: 16}}
+  embed_dim: 16
+optim: {lr: 1e-3}
+train: {duration: 10 epochs}
+evaluate: {retrieval: [data/test], zero_shot: [data/test]}
+cluster: {gpus_per_node: 0, tasks_per_node: 2, cpus_per_task: 2}
+"""
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    return out.getvalue()
+
+
+def write_shard(path: Path, count: int, broken: int = 0) -> None:
+    """`count` samples, two captions each (the last one none); the first `broken` of them are no images."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            captions = [f"sample {number}", f"number {number}"] if number < count - 1 else []
+            members = {
+                "png": b"no image" if number < broken else png(number),
+                "json": json.dumps({"captions": captions}).encode(),
+                "cls": str(number % 2).encode(),
+            }
+            for extension, content in members.items():
+                entry = tarfile.TarInfo(f"{number:04d}.{extension}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a recipe, eleven training samples and five test samples."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    write_shard(tmp_path / "data/train/00000.tar", 6)
+    write_shard(tmp_path / "data/train/00001.tar", 5)
+    write_shard(tmp_path / "data/test/00000.tar", 5)
+    (tmp_path / "data/classnames.txt").write_text("even\nodd\n")
+    (tmp_path / "data/zeroshot_classification_templates.txt").write_text("a {c} number\n")
+    for name in ("train", "test"):
+        write_index(tmp_path / "data" / name)
+    return tmp_path
+
+
+@pytest.fixture
+def checked(folder: Path) -> Callable[..., Checked]:
+    """Check the recipe with overrides."""
+    return lambda *overrides: plain("tiny.yaml", overrides)
+
+
+def test_a_right_recipe(checked: Callable[..., Checked]) -> None:
+    found = checked()
+    assert (found.errors, found.warnings) == ([], [])
+    found.raise_errors()
+    assert found.plan is not None
+    assert found.recipe is found.loaded.recipe  # type: ignore[union-attr]
+    assert found.summary == [
+        "data: 9 samples in 1 source",  # two of the eleven have no caption and are never drawn
+        "steps: 2 an epoch, 20 in all (10 epochs, 80 samples)",
+        "warm-up: 0 steps (0.0% of the run)",
+        "batch: 4 = 2 ranks x 2 on 1 node",
+        "checkpoints: every 15 min; evaluations: at the end",
+    ]
+
+
+def test_captions_all_counts_pairs(checked: Callable[..., Checked]) -> None:
+    found = checked("data.text.captions=all", "checkpoint.every=1 epoch", "evaluate.every=2 epochs")
+    assert found.summary[0] == "data: 18 pairs in 1 source"
+    assert found.summary[1] == "steps: 4 an epoch, 40 in all (10 epochs, 160 pairs)"
+    assert found.summary[4] == "checkpoints: every 4 steps; evaluations: every 8 steps and at the end"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.train.0.shards=data/trian"], "data.train.0.shards"),
+        (["data.train.0.shards=data/trian"], "no such folder"),
+        (["data.batch_size=5"], "does not divide by 2 ranks; set it to 4 or 6"),
+        (["data.batch_size=10"], "the samples of the sources are 9, data.batch_size is 10"),
+        (
+            ["train.micro_batch=1"],
+            "accumulation is not supported yet: set train.micro_batch to 2 or use 4 ranks",
+        ),
+        (["optim.warmup=10 epochs"], "takes the whole run of 20 steps"),
+        (["model.image.weights=data/trian"], "data/trian is not there; did you mean"),
+        (["data.text.tokenizer=./nowhere"], "nowhere is not there"),
+        (["evaluate.retrieval=[data/none]"], "evaluate.retrieval=[data/none]: "),
+        (["evaluate.zero_shot=[data/test, data/sub/../test]"], "2 sets are called 'test'"),
+        (
+            ["checkpoint.keep.best={metric: test/t2i_r2}"],
+            "nothing measures 'test/t2i_r2'; did you mean test/t2i_r5?",
+        ),
+        (["checkpoint.keep.best={metric: loss}", "evaluate={}"], "measured: nothing (see evaluate)"),
+    ],
+)
+def test_what_is_wrong_with_a_run(checked: Callable[..., Checked], overrides: list[str], said: str) -> None:
+    found = checked(*overrides)
+    assert said in "\n".join(found.errors)
+    with pytest.raises(UserError):
+        found.raise_errors()
+
+
+def test_every_count_of_a_range_of_nodes_is_tried(checked: Callable[..., Checked]) -> None:
+    found = checked("cluster.nodes=1-3")  # three nodes of two ranks do not divide a batch of 4, two do
+    assert found.errors == []
+    assert found.warnings == [
+        "of 3 nodes 2 are used and 1 idle: data.batch_size 4 does not divide by 6 ranks",
+    ]
+    (message,) = checked("cluster.nodes=3-4").errors
+    assert message.startswith("data.batch_size 4 does not divide by 6 ranks")
+
+
+def test_every_mistake_is_told(checked: Callable[..., Checked]) -> None:
+    found = checked("data.train.0.shards=data/none", "evaluate.zero_shot=[data/nix]", "model.image.weights=w")
+    assert len(found.errors) == 3
+    assert found.plan is None
+    assert found.summary == []
+    with pytest.raises(UserError, match=r"^3 mistakes\n"):
+        found.raise_errors()
+
+
+def test_a_known_metric_keeps_the_best(checked: Callable[..., Checked]) -> None:
+    for metric in ("test/t2i_r1", "test/paired_i2t_mean_rank", "test/zero_shot_top1"):
+        assert checked(f"checkpoint.keep.best={{metric: {metric}}}").errors == []
+
+
+def test_shards_without_an_index_name_the_command(checked: Callable[..., Checked], folder: Path) -> None:
+    write_shard(folder / "data/new/00000.tar", 5)
+    (message,) = checked("data.train.0.shards=data/new").errors
+    assert message.startswith("from the command line: data.train.0.shards=data/new: ")
+    assert f"clipcluster shards index {folder}/data/new" in message
+    (folder / "data/empty").mkdir()
+    (message,) = checked("data.train.0.shards=data/empty").errors
+    assert "data/empty" in message
+
+
+def test_zero_shot_needs_names_and_templates(checked: Callable[..., Checked], folder: Path) -> None:
+    (folder / "data/classnames.txt").unlink()
+    (folder / "data/zeroshot_classification_templates.txt").write_text("a number\n")
+    errors = checked().errors
+    assert errors[0].startswith("tiny.yaml:15: evaluate.zero_shot.0: zero-shot needs classnames.txt")
+    assert errors[1].endswith("needs {c}")
+
+
+def test_warnings_do_not_stop(checked: Callable[..., Checked]) -> None:
+    found = checked("optim.warmup=5 epochs", "data.workers=9")
+    assert found.errors == []
+    assert "50.0% of the run's 20 steps" in found.warnings[0]
+    assert "data.workers 9 share cluster.cpus_per_task 2" in found.warnings[1]
+
+
+def test_a_recipe_that_cannot_be_read_raises(checked: Callable[..., Checked]) -> None:
+    with pytest.raises(UserError, match=r"did you mean optim\.lr\?"):
+        checked("optim.lrr=3")
+
+
+def test_the_plain_check_loads_no_torch(folder: Path) -> None:
+    code = (
+        "import sys; from clipcluster.check import plain; assert not plain('tiny.yaml').errors;"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'timm', 'transformers'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    assert run.stdout.strip() == "[]"
+
+
+# The deep check; torch, timm and transformers take seconds to load, so one process serves several questions.
+
+
+def examined(*overrides: str, world_size: int = 2) -> Findings:
+    return check.examine(plain("tiny.yaml", overrides).recipe, world_size, None)
+
+
+def test_a_right_recipe_in_a_process_of_its_own(folder: Path) -> None:
+    found = deep(plain("tiny.yaml").recipe, world_size=2)
+    assert (found.errors, found.warnings) == ([], [])
+    text = "\n".join(found.summary)
+    assert "image tower: test_convnext" in text
+    assert "text tower: gpt2" in text
+    assert "data.train.0: 00000.tar 0000, 7 x 9 pixels, 'sample 0'" in text
+    assert "evaluate.zero_shot.0: 00000.tar 0000, 7 x 9 pixels" in text
+
+
+def test_a_process_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "broken").mkdir()
+    (folder / "broken" / "torch.py").write_text("raise ImportError('no CUDA here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder / "broken"))
+    (message,) = deep(plain("tiny.yaml").recipe).errors
+    assert "the deep check itself failed" in message
+    assert "no CUDA here" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.image.timm=test_convnex", "test_convnext"),
+        ("model.image.args={no_such_argument: 1}", "no_such_argument"),
+        ("model.text={arch: gpt5}", "gpt5"),
+        ("data.text.tokenizer=./data", "data.text.tokenizer"),
+        ("model.image.weights=tiny.yaml", "tiny.yaml"),
+    ],
+)
+def test_what_only_the_deep_check_finds(folder: Path, override: str, said: str) -> None:
+    assert plain("tiny.yaml", [override]).errors == []
+    assert said in "\n".join(examined(override).errors)
+
+
+def test_batch_norms_over_ranks_are_warned_of(folder: Path) -> None:
+    found = examined("model.image.timm=test_resnet", "train.precision=bf16")
+    assert found.errors == []
+    assert "batch norms, which see each rank's share" in found.warnings[0]
+    assert "statistics suffer in bf16" in found.warnings[1]
+    assert examined("model.image.timm=test_resnet", world_size=1).warnings == []
+
+
+def test_a_sample_that_cannot_be_decoded_is_passed_over(folder: Path) -> None:
+    write_shard(folder / "data/train/00000.tar", 6, broken=2)
+    write_index(folder / "data/train")
+    found = examined()
+    assert found.errors == []
+    assert "00000.tar 0000" in found.warnings[0]
+    assert "data.train.0: 00000.tar 0002" in "\n".join(found.summary)
+    write_shard(folder / "data/only/00000.tar", 3, broken=3)
+    write_index(folder / "data/only")
+    (message,) = examined("data.train.0.shards=data/only", "data.batch_size=2").errors
+    assert "none of the first 3 samples can be decoded" in message
+
+
+def test_a_shard_that_changed_is_named(folder: Path) -> None:
+    shard = folder / "data/train/00001.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, (1, 1))
+    (message,) = examined().errors
+    assert "00001.tar changed since it was indexed" in message
+    assert "clipcluster shards index" in message
