@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -63,50 +64,32 @@ def claim(run: Run, job_id: str, slurm: Slurm) -> Attempt | None:
     return attempt
 
 
-def gather(run: Run, attempt: Attempt, code: int, job: JobState | None, environ: Mapping[str, str]) -> Facts:
-    """The facts of an attempt on SLURM."""
-    job_id = slurm_job_id(environ)
+def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) -> Facts:
+    """The facts of an attempt that the run folder and the logs tell; the scheduler's are for the caller."""
+    first = logs / f"{job_id}_0_log.err"
+    others = [path for path in sorted(logs.glob(f"{job_id}_*_log.err")) if path != first]
     return Facts(
         code=code,
         superseded=attempt.is_stale(),
-        said=said(attempt),
+        said=_said(attempt),
         cancelled=job_id in run.cancelled_jobs(),
-        job=_seen(job),
-        restart_count=int(environ.get("SLURM_RESTART_COUNT") or 0),
-        time_nearly_over=_nearly_over(job, environ),
-        **past(run, attempt),
-        **logs(attempt, Path(environ.get(LOGS) or run.submitit), job_id),
+        started=any(
+            b'"event":"start"' in path.read_bytes() for path in attempt.path.glob("events-rank-*.jsonl")
+        ),
+        fruitless=history.fruitless(run, attempt, history.newest_checkpoint(run)),
+        broken_before=history.broken_before(run, attempt),
+        errors=error_lines(history.tail([first], after=marker(attempt), lines=1000)),
+        tail=history.tail([*others[:1], first], after=marker(attempt)),
     )
 
 
-def said(attempt: Attempt) -> Said | None:
+def _said(attempt: Attempt) -> Said | None:
     """What the ranks said of their ending, if they came to it."""
     outcome = attempt.outcome()
     if outcome is None:
         return None
     speaker = f" (rank {outcome['rank']} on {outcome['host']})" if outcome["outcome"] == "failed" else ""
     return Said(outcome["outcome"], outcome["code"], f"{outcome['reason']}{speaker}", outcome["advice"])
-
-
-def past(run: Run, attempt: Attempt) -> dict[str, int | bool]:
-    """The facts that rest on earlier endings."""
-    return {
-        "fruitless": history.fruitless(run, attempt, history.newest_checkpoint(run)),
-        "broken_before": history.broken_before(run, attempt),
-    }
-
-
-def logs(attempt: Attempt, folder: Path, job_id: str) -> dict[str, object]:
-    """The facts that rest on what ranks, srun and submitit wrote."""
-    first = folder / f"{job_id}_0_log.err"
-    others = [path for path in sorted(folder.glob(f"{job_id}_*_log.err")) if path != first]
-    return {
-        "started": any(
-            b'"event":"start"' in path.read_bytes() for path in attempt.path.glob("events-rank-*.jsonl")
-        ),
-        "errors": tuple(error_lines(history.tail([first], after=marker(attempt), lines=1000))),
-        "tail": history.tail([*others[:1], first], after=marker(attempt)),
-    }
 
 
 def _seen(job: JobState | None) -> Job | None:
@@ -137,7 +120,13 @@ def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mappi
     """Decide, write the verdict down, act on it; returns the batch script's exit code."""
     job_id = slurm_job_id(environ)
     job = ask(slurm, job_id)
-    facts = gather(run, attempt, code, job, environ)
+    logs = Path(environ.get(LOGS) or run.submitit)
+    facts = replace(
+        gather(run, attempt, code, job_id=job_id, logs=logs),
+        job=_seen(job),
+        restart_count=int(environ.get("SLURM_RESTART_COUNT") or 0),
+        time_nearly_over=_nearly_over(job, environ),
+    )
     verdict = decide(facts)
     node = None
     if verdict.action == "requeue" and verdict.ending == "crashed":

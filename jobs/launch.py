@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clipcluster.errors import UserError
@@ -37,7 +38,7 @@ def on_slurm(
     import submitit
     from submitit.core.utils import FailedJobError
 
-    with submitit.helpers.clean_env():  # a submission from inside another job inherits nothing of it
+    with _outside_of_jobs():
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
         executor.update_parameters(**clusters.parameters(cluster, members, name=name, logs=logs, grace=grace))
         jobs = [TrainJob(str(member.run_dir), trainee) for member in members]
@@ -51,18 +52,16 @@ def on_slurm(
     return [job.job_id for job in submitted]
 
 
-def locally(cluster: Cluster, member: Member, *, trainee: str = TRAINEE) -> str:
+def locally(cluster: Cluster, member: Member, *, grace: float, trainee: str = TRAINEE) -> str:
     """Start the twin in a session of its own; returns its job id ("local-HOST-PID-START").
 
     Raises UserError where it ends at once.
     """
-    import submitit
     from submitit.core.utils import DelayedSubmission
 
     run = Run(member.run_dir)
     run.submitit.mkdir(exist_ok=True)
     DelayedSubmission(TrainJob(str(member.run_dir), trainee)).dump(run.submitit / twin.PICKLE)
-    grace = clusters.grace_seconds(cluster, None)
     twin.Order(
         tasks=cluster.ranks_per_node,
         gpus=cluster.gpus_per_node,
@@ -73,7 +72,7 @@ def locally(cluster: Cluster, member: Member, *, trainee: str = TRAINEE) -> str:
         environment=clusters.environment(cluster),
     ).write(run.submitit)
     log = run.submitit / "local.log"
-    with submitit.helpers.clean_env(), log.open("ab") as stream:
+    with _outside_of_jobs(), log.open("ab") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.endings", "local", str(member.run_dir)],
             cwd=member.code,
@@ -99,6 +98,25 @@ def _await_claim(run: Run, process: subprocess.Popen[bytes], log: Path) -> str:
             raise UserError(f"the run could not be started on this machine:\n{said}\nSee {log}")
         time.sleep(0.05)
     raise UserError(f"the run did not start within {START_SECONDS:g} s; see {log}")
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Hide what an outer job or launcher told this process of itself; the user's own settings stay."""
+    import submitit
+
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or (name.startswith("SBATCH_") and "SLURM_JOB_ID" not in os.environ)
+    }
+    with submitit.helpers.clean_env():
+        os.environ.update(kept)
+        try:
+            yield
+        finally:
+            for name in kept:
+                os.environ.pop(name, None)
 
 
 def environment_has_slurm() -> bool:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +24,7 @@ from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime.place import local_job_id
 from clipcluster.runtime.stop import Outcome
 from jobs import endings
-from jobs.verdict import Facts, Job, Verdict, decide
+from jobs.verdict import Job, Verdict, decide
 from tools.slurm import Slurm
 
 ORDER = "local.json"
@@ -172,18 +172,13 @@ def _visible(gpus: int) -> str:
 
 def judge(run: Run, attempt: Attempt, ranks: Ranks, signals: Signals, job_id: str) -> Verdict:
     """The verdict on an attempt whose ranks have all left."""
-    code = ranks.code()
+    facts = endings.gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit)
     return decide(
-        Facts(
-            code=code,
-            superseded=attempt.is_stale(),
-            said=endings.said(attempt),
-            cancelled=job_id in run.cancelled_jobs(),
+        replace(
+            facts,
             told=signals.told,
             job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
             time_nearly_over=ranks.asked,
-            **endings.past(run, attempt),
-            **endings.logs(attempt, run.submitit, job_id),
         )
     )
 

@@ -1,0 +1,68 @@
+"""Tokenizers and configurations that a recipe names on a hub, fetched at submission: nodes may be offline."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.schema import Recipe
+from clipcluster.runs import files
+
+HASHES = "hashes.json"
+TOKENIZER = ("*.json", "*.txt", "*.model", "*.tiktoken")
+WEIGHTS = ("*.safetensors", "pytorch_model.bin")
+
+
+def hub_names(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """What is to be fetched: the name on the hub -> patterns of its files. Local folders are not."""
+    names: dict[str, tuple[str, ...]] = {}
+    tokenizer, tower = recipe.data.text.tokenizer, recipe.model.text
+    if tokenizer != "bytes" and not Path(tokenizer).exists():
+        names[tokenizer] = TOKENIZER
+    if tower.hf is not None and not Path(tower.hf).exists():
+        more = WEIGHTS if tower.weights == "pretrained" else ()
+        names[tower.hf] = (*names.get(tower.hf, ("config.json",)), *more)
+    return names
+
+
+def fetch(recipe: Recipe, folder: Path) -> list[str]:
+    """Fetch what is missing in `folder` (ORG--NAME for each); returns the names that were fetched.
+
+    Raises UserError where the hub cannot be reached or knows no such name.
+    """
+    fetched = []
+    for name, patterns in hub_names(recipe).items():
+        target = folder / name.replace("/", "--")
+        if target.is_dir():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        _fetch(name, target, patterns)
+        fetched.append(name)
+    if fetched:
+        files.write_json(folder / HASHES, hashes(folder))
+    return fetched
+
+
+def _fetch(name: str, target: Path, patterns: tuple[str, ...]) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        snapshot_download(name, local_dir=target, allow_patterns=list(patterns))
+    except (OSError, ValueError, HFValidationError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} is no folder here, and it could not be fetched from the hub: {first}\n"
+            "Give a folder with its files, a name that the hub knows, or submit where the hub can be reached."
+        ) from None
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every fetched file, by its path in the folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        if path.is_file() and ".cache" not in inner.parts and path.name != HASHES:
+            found[str(inner)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found

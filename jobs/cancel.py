@@ -1,0 +1,51 @@
+"""Ending a run for good: the mark first, so that whatever the job does next, no other attempt follows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+from clipcluster.errors import UserError
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.place import local_job_runs
+from jobs.status import Queue, State, job_ids, state_of
+
+
+def cancel(run: Run, queue: Queue) -> str:
+    """Bind the run's jobs in `marks/cancelled`, then end those that wait or run; returns what was done.
+
+    A finished run stays finished. Raises UserError where the job cannot be ended from here (the mark stands).
+    """
+    state = state_of(run, queue)
+    if state.name in ("FINISHED", "NEW"):
+        return f"{run.name} is {state}: nothing to cancel"
+    jobs = job_ids(run)
+    run.mark_cancelled(jobs)
+    if not state.queued:
+        return _not_queued(run, state)
+    ended = [job for job in jobs if _end(job, queue)]
+    return f"{run.name}: cancelled {', '.join(ended)}"
+
+
+def _not_queued(run: Run, state: State) -> str:
+    if state.name == "UNKNOWN":
+        raise UserError(
+            f"{run.name}: {state.detail}. The run is marked as cancelled, so that no attempt follows; "
+            "end the job itself where it can be reached."
+        )
+    return f"{run.name} was {state} and has no job: marked as cancelled"
+
+
+def _end(job: str, queue: Queue) -> bool:
+    """End one job if it waits or runs; the local twin passes TERM on to its ranks, which save and stop."""
+    if job.startswith("local-"):
+        if not local_job_runs(job):
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(job.split("-")[-2]), signal.SIGTERM)
+        return True
+    if queue.state(job) is None:
+        return False
+    queue.slurm.cancel([job])
+    return True

@@ -1,0 +1,31 @@
+"""`clipcluster evaluate`: measure a run's checkpoint again, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipcluster.errors import UserError
+from clipcluster.runs.folder import Run, find_run
+
+
+def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
+    """The results document of a run's newest checkpoint, or of the one named by its folder.
+
+    Raises UserError where there is none.
+    """
+    checkpoint = Path(what).absolute()
+    if (checkpoint / "manifest.json").is_file():
+        run = Run(checkpoint.parent.parent)
+        if not run.exists():
+            raise UserError(f"{what} lies in no run folder: {run.path} has no recipe.yaml")
+        return _measure(run, overrides, checkpoint)
+    return _measure(find_run(what, runs), overrides, None)
+
+
+def _measure(run: Run, overrides: Sequence[str], checkpoint: Path | None) -> dict[str, Any]:
+    from clipcluster import run as running
+
+    measure: Callable[..., dict[str, Any]] = getattr(running, "evaluate")  # noqa: B009
+    return measure(run, overrides=overrides, checkpoint=checkpoint)

@@ -1,0 +1,80 @@
+"""What the ranks and the batch side printed, and a run's metrics as a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from clipcluster.errors import UserError
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import merged_metrics
+
+LOOK_SECONDS = 0.5
+BEFORE_ALL = ("step", "samples", "epoch", "loss")
+AFTER_ALL = ("time", "attempt")
+
+
+def log_files(run: Run, *, rank: int = 0, attempt: int | None = None) -> list[Path]:
+    """The files that tell of one rank in one attempt (default: the newest): its own, else its job's.
+
+    Raises UserError, saying what is there.
+    """
+    chosen = run.attempt(attempt) if attempt is not None else run.newest()
+    if chosen is not None:
+        own = chosen.path / f"rank-{rank}.out"
+        if own.exists():
+            return [own]
+        ranks = sorted(int(path.stem.split("-")[1]) for path in chosen.path.glob("rank-*.out"))
+        if ranks:
+            raise UserError(
+                f"attempt {chosen.number} of {run.name} has no rank {rank}; its ranks: 0 to {ranks[-1]}"
+            )
+    found = _job_logs(run, chosen)
+    if not found:
+        raise UserError(f"{run.name} has printed nothing yet; see: clipcluster status {run.name}")
+    return found
+
+
+def _job_logs(run: Run, attempt: Attempt | None) -> list[Path]:
+    """Where no rank came to its own file: what submitit, srun and the batch script wrote."""
+    pattern = f"{attempt.job}_*_log.err" if attempt else "*_log.err"
+    return [path for path in sorted(run.submitit.glob(pattern)) if path.stat().st_size]
+
+
+def stream(paths: list[Path], *, following: bool, ended: Callable[[], bool] = lambda: True) -> Iterator[str]:
+    """The content of files, one after the other; with `following` what comes, until `ended()`."""
+    for path in paths[:-1]:
+        yield path.read_text(errors="replace")
+    with paths[-1].open(errors="replace") as last:
+        yield last.read()
+        while following and not ended():
+            time.sleep(LOOK_SECONDS)
+            yield last.read()
+        yield last.read()
+
+
+def write_metrics(run: Run, out: IO[str], *, kind: str) -> None:
+    """The merged table as "csv" or "jsonl". Raises UserError where there is none yet."""
+    lines = merged_metrics(run)
+    if not lines:
+        raise UserError(f"{run.name} has no metrics yet; see: clipcluster status {run.name}")
+    if kind == "jsonl":
+        for line in lines:
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return
+    writer = csv.DictWriter(out, columns(lines), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+
+
+def columns(lines: list[dict[str, Any]]) -> list[str]:
+    """Every key that a line has: the step first, bookkeeping last, the others as they came."""
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    first = [key for key in BEFORE_ALL if key in keys]
+    last = [key for key in AFTER_ALL if key in keys]
+    return [*first, *(key for key in keys if key not in (*first, *last)), *last]

@@ -1,0 +1,67 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from jobs.status import Report
+
+
+def status_table(reports: Sequence[Report], *, now: float | None = None) -> Table:
+    """One line a run: state, progress, and when something last happened."""
+    now = time.time() if now is None else now
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "state", "job"):
+        table.add_column(name, overflow="fold")
+    for name in ("attempt", "step", "loss", "samples/s", "checkpoint"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("last event", overflow="fold")
+    for report in reports:
+        table.add_row(
+            report.name,
+            state_text(report),
+            report.job or "",
+            _number(report.attempt),
+            _steps(report),
+            "" if report.loss is None else f"{report.loss:.4f}",
+            "" if report.samples_per_second is None else f"{report.samples_per_second:,.0f}",
+            _number(report.checkpoint),
+            _event(report, now),
+        )
+    return table
+
+
+def state_text(report: Report) -> str:
+    """The state and, in few words, why."""
+    detail = " ".join(report.detail.split())
+    if not detail:
+        return report.state
+    return f"{report.state} ({detail if len(detail) <= 100 else detail[:99] + '…'})"
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _steps(report: Report) -> str:
+    if report.step is None and report.total_steps is None:
+        return ""
+    return f"{report.step or 0:,}" + (f"/{report.total_steps:,}" if report.total_steps else "")
+
+
+def _event(report: Report, now: float) -> str:
+    if report.last_event is None:
+        return ""
+    ago = "" if report.last_event_time is None else f" {age(now - report.last_event_time)} ago"
+    return f"{report.last_event.replace('_', ' ')}{ago}"
+
+
+def age(seconds: float) -> str:
+    """A span in the largest unit that it fills: 42 s, 7 min, 3 h, 2 d."""
+    for name, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {name}"
+    return f"{max(0.0, seconds):.0f} s"
