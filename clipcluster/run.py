@@ -21,7 +21,7 @@ from clipcluster.recipe.units import Time
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import Place
-from clipcluster.runtime.stop import Outcome, Stop
+from clipcluster.runtime.stop import Outcome, Stop, Wish
 
 if TYPE_CHECKING:
     from clipcluster.data.order import Order
@@ -54,6 +54,10 @@ def train(run: Run, attempt: Attempt, place: Place, stop: Stop) -> Outcome:
     use_processors(recipe, place)
     world = World.join(place, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
     began = time.monotonic()
+    if world.agree(stop.wishes()) & Wish.STOP:
+        return (
+            Outcome.STOPPED
+        )  # while starting up: nothing to save, and building may take longer than there is
     trainer = build_trainer(run, attempt, world, stop, recipe)
     outcome = trainer.run()
     if world.is_main:
@@ -246,8 +250,12 @@ def _wrapped(task: Any, world: World) -> Any:
     """The task under DDP where there are peers."""
     if world.size == 1:
         return task
+    import warnings
+
     from torch.nn.parallel import DistributedDataParallel
 
+    # Said of 1x1 convolutions whose gradient comes with another stride: a copy, and no matter for a user.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(task)
 
 

@@ -257,8 +257,13 @@ class Trainer:
         if self.progress.step:
             left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
             self.saver.save_and_wait(self.progress, self.parts, left)
-        reasons = self.world.broadcast_object(self.stop.reason) or "another rank was asked to stop"
-        return self._leave(Outcome.STOPPED, reasons, go_on=True)
+        return self._leave(Outcome.STOPPED, self._reason_to_stop(), go_on=True)
+
+    def _reason_to_stop(self) -> str:
+        """What the first of the ranks that were asked to stop was told."""
+        own = f"rank {self.world.rank} got {self.stop.reason}" if self.stop.requested else None
+        reasons = [self.world.broadcast_object(own, src=rank) for rank in range(self.world.size)]
+        return next(reason for reason in reasons if reason)
 
     def _finished(self) -> Outcome:
         self.saver.save_and_wait(self.progress, self.parts)

@@ -1,0 +1,524 @@
+"""Checkpoints on disk: whole or not there, verified, set aside, never silently replaced by nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load
+
+from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.runs.files import read_json
+from clipcluster.runtime.stop import CheckpointError, Wish
+from clipcluster.train.checkpoint import Broken, CheckpointFolder, Contents, load_parts, take_copy, verify
+from clipcluster.train.progress import Progress
+from clipcluster.train.rotation import Keep
+from clipcluster.train.saver import Saver
+from clipcluster.train.tensorfile import safetensors_bytes
+
+
+class Part:
+    """A part with two tensors and a number."""
+
+    def __init__(self, value: float = 0.0, size: int = 1000) -> None:
+        self.tensor, self.count, self.number = torch.full((size,), value), torch.tensor(3), value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensor": self.tensor, "count": self.count, "number": self.number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tensor, self.count, self.number = state["tensor"], state["count"], state["number"]
+
+
+def contents(step: int, size: int = 1000) -> Contents:
+    return take_copy(step, {"step": step, "batches_drawn": step}, {"model": Part(float(step), size)})
+
+
+def folder_at(path: Path, check: Callable[[], None] = lambda: None) -> CheckpointFolder:
+    folder = CheckpointFolder(path, check=check, about={"world_size": 1})
+    folder.prepare()
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    """Three checkpoints, steps 1 to 3."""
+    made = folder_at(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        made.write(contents(step))
+    return made
+
+
+# The format
+
+
+dtypes = st.sampled_from(
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    ]
+)
+shapes = st.lists(st.integers(0, 5), max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(min_size=1, max_size=12), st.tuples(dtypes, shapes), max_size=6))
+def test_the_tensor_file_is_safetensors(layout: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    layout.pop("__metadata__", None)
+    tensors = {name: torch.randint(0, 2, shape).to(dtype) for name, (dtype, shape) in layout.items()}
+    read = load(b"".join(bytes(piece) for piece in safetensors_bytes(tensors)))
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype is tensor.dtype
+        assert read[name].shape == tensor.shape
+        assert torch.equal(read[name], tensor)
+
+
+def test_a_tensor_that_is_no_block_of_memory_is_written_by_value() -> None:
+    tensor = torch.arange(12).reshape(3, 4).T
+    read = load(b"".join(bytes(piece) for piece in safetensors_bytes({"t": tensor})))
+    assert torch.equal(read["t"], tensor)
+
+
+def test_parts_go_round(folder: CheckpointFolder) -> None:
+    state = verify(folder.path(2))
+    part = Part()
+    load_parts(folder.path(2), state, {"model": part})
+    assert (float(part.tensor[5]), int(part.count), part.number) == (2.0, 3, 2.0)
+    manifest = read_json(folder.path(2) / "manifest.json")
+    assert manifest["world_size"] == 1
+    assert set(manifest["files"]) == {"model.safetensors", "state.json"}
+
+
+def test_later_steps_change_nothing_in_the_copy(tmp_path: Path) -> None:
+    part = Part(1.0)
+    copied = take_copy(1, {}, {"model": part})
+    part.tensor.fill_(9.0)
+    assert float(copied.tensors["model"]["tensor"][0]) == 1.0
+
+
+# Broken ones
+
+
+def truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    file = path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+
+
+def flip_state(path: Path) -> None:
+    content = (path / "state.json").read_text()
+    (path / "state.json").write_text(content.replace('"step": 3', '"step": 4'))
+
+
+def lose_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def tear_manifest(path: Path) -> None:
+    os.truncate(path / "manifest.json", 40)
+
+
+def lose_file(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+BREAKS = {
+    truncate: "has 4,1.. bytes, the manifest says",
+    flip: "content of model.safetensors is not what was written",
+    flip_state: "content of state.json is not what was written",
+    lose_manifest: "manifest.json is missing",
+    tear_manifest: "manifest.json .*(whole JSON|understood)",
+    lose_file: "model.safetensors is missing",
+}
+
+
+@pytest.mark.parametrize("harm", list(BREAKS), ids=lambda harm: harm.__name__)
+def test_a_broken_one_is_set_aside_and_the_one_before_used(
+    folder: CheckpointFolder, harm: Callable[[Path], None]
+) -> None:
+    harm(folder.path(3))
+    with pytest.raises(Broken, match=BREAKS[harm]):
+        verify(folder.path(3))
+    assert folder.newest() == folder.path(2)
+    assert folder.steps() == [1, 2]
+    why = read_json(folder.folder / "broken-step-00000003-1" / "why.json")
+    assert why["reason"]
+    # The step is saved anew, and breaks anew: both broken ones stay to be looked at.
+    folder.write(contents(3))
+    harm(folder.path(3))
+    assert folder.newest() == folder.path(2)
+    assert (folder.folder / "broken-step-00000003-2").is_dir()
+
+
+def test_all_broken_is_refused_and_touches_nothing(folder: CheckpointFolder) -> None:
+    for step in (1, 2, 3):
+        lose_manifest(folder.path(step))
+    with pytest.raises(
+        CheckpointError, match=r"step-00000003: manifest.json is missing.*step-00000001"
+    ) as raised:
+        folder.newest()
+    assert "move the folder" in raised.value.advice
+    assert folder.steps() == [1, 2, 3]
+
+
+def test_only_set_aside_ones_left_is_refused_too(folder: CheckpointFolder) -> None:
+    for step in (1, 2, 3):
+        folder.set_aside(step, "for the test")
+    with pytest.raises(CheckpointError, match="set aside before"):
+        folder.newest()
+
+
+def test_none_at_all_is_a_fresh_start(tmp_path: Path) -> None:
+    assert folder_at(tmp_path / "checkpoints").newest() is None
+
+
+def test_an_unusable_newest_is_passed_over_and_stays(folder: CheckpointFolder) -> None:
+    assert folder.newest(lambda state: state["batches_drawn"] <= 1) == folder.path(1)
+    assert folder.newest(lambda state: False) is None
+    assert folder.steps() == [1, 2, 3]
+
+
+def test_another_format_is_refused_not_set_aside(folder: CheckpointFolder) -> None:
+    newer = Contents(4, {}, {"format": 99, "step": 4})
+    folder.write(newer)
+    with pytest.raises(CheckpointError, match="format 99"):
+        folder.newest()
+    assert 4 in folder.steps()
+
+
+def test_an_evaluation_beside_a_checkpoint_breaks_nothing(folder: CheckpointFolder) -> None:
+    folder.record_evaluation(2, {"val/t2i_r1": 0.5})
+    verify(folder.path(2))
+    assert folder.evaluation(2) == {"val/t2i_r1": 0.5}
+    assert folder.evaluation(1) == {}
+
+
+# Writing
+
+
+def test_a_whole_one_that_is_there_stays(folder: CheckpointFolder) -> None:
+    before = folder.path(2).stat().st_ino
+    folder.write(contents(2))
+    assert folder.path(2).stat().st_ino == before
+    flip(folder.path(2))
+    folder.write(contents(2))
+    verify(folder.path(2))
+    assert (folder.folder / "broken-step-00000002-1").is_dir()
+
+
+def test_a_stale_writer_renames_and_deletes_nothing(folder: CheckpointFolder) -> None:
+    def stale() -> None:
+        raise StaleAttempt("a later attempt owns the run")
+
+    late = CheckpointFolder(folder.folder, check=stale, about={})
+    for act in (
+        lambda: late.write(contents(4)),
+        lambda: late.delete(1),
+        lambda: late.set_aside(1, "no"),
+        lambda: late.record_evaluation(1, {"m": 1.0}),
+    ):
+        with pytest.raises(StaleAttempt):
+            act()
+    assert sorted(path.name for path in folder.folder.iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+        "step-00000003",
+    ]
+
+
+def test_what_kills_left_behind_is_removed(folder: CheckpointFolder) -> None:
+    (folder.folder / ".writing-step-00000004-ab12").mkdir()
+    (folder.folder / ".writing-step-00000004-ab12" / "model.safetensors").write_bytes(b"half")
+    (folder.folder / ".deleting-step-00000000-ab12").mkdir()
+    assert folder.newest() == folder.path(3)
+    folder.prepare()
+    assert sorted(path.name for path in folder.folder.iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+        "step-00000003",
+    ]
+
+
+def save_for_ever(path: Path) -> None:
+    """What a killed process was doing: saving and rotating, one step after the other."""
+    folder = folder_at(path)
+    saver = Saver(folder, keep=Keep(last=2), constants={}, every_steps=1)
+    progress = Progress(steps_per_epoch=10, batch_size=1)
+    progress.step = max(folder.steps(), default=0)
+    while True:
+        progress.step += 1
+        progress.batches_drawn = progress.step
+        saver.save(progress, {"model": Part(float(progress.step), 300_000)})
+
+
+def kill_while_saving(path: Path, tries: int) -> int:
+    """Kill -9 a saving process `tries` times, each at a random moment; returns the last step saved."""
+    random.seed(5)
+    newest = 0
+    for _ in range(tries):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                save_for_ever(path)
+            os._exit(1)
+        time.sleep(random.uniform(0.005, 0.12))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        there = max((int(p.name[5:]) for p in path.glob("step-*")), default=0)
+        folder = CheckpointFolder(path, check=lambda: None, about={})
+        found = folder.newest() if path.exists() else None
+        if there:
+            # Whatever has a checkpoint's name is whole: nothing was set aside, nothing lost.
+            assert found == folder.path(there)
+            part = Part()
+            load_parts(found, verify(found), {"model": part})
+            assert float(part.tensor[0]) == there
+            assert len(folder.steps()) >= min(2, there)
+        assert there >= newest
+        newest = there
+    assert not list(path.glob("broken-*"))
+    folder_at(path)
+    assert not list(path.glob(".*"))
+    return newest
+
+
+def test_killed_while_saving_a_whole_one_is_always_found(tmp_path: Path) -> None:
+    assert kill_while_saving(tmp_path / "checkpoints", 8) > 0
+
+
+@pytest.mark.long
+def test_killed_while_saving_fifty_times(tmp_path: Path) -> None:
+    assert kill_while_saving(tmp_path / "checkpoints", 60) > 10
+
+
+# Saving in the background
+
+
+class SlowFolder(CheckpointFolder):
+    """A disk that takes its time: every write waits for `go`, or until it is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, check=lambda: None, about={})
+        self.prepare()
+        self.go = threading.Event()
+        self.seconds = 0.0
+
+    def _write_files(self, aside: Path, contents: Contents, dropped: Callable[[], bool]) -> None:
+        while not self.go.wait(0.005) and not dropped():
+            pass
+        time.sleep(self.seconds)
+        super()._write_files(aside, contents, dropped)
+
+
+def at(step: int) -> Progress:
+    progress = Progress(steps_per_epoch=10, batch_size=1)
+    progress.step = progress.batches_drawn = step
+    return progress
+
+
+def test_training_goes_on_while_a_thread_writes(tmp_path: Path) -> None:
+    folder = SlowFolder(tmp_path / "checkpoints")
+    told: list[tuple[str, int]] = []
+    saver = Saver(
+        folder,
+        keep=Keep(),
+        constants={},
+        every_steps=2,
+        event=lambda kind, **fields: told.append((kind, fields["step"])),
+    )
+    part = Part(1.0)
+    assert saver.wishes(at(1)) == Wish.NONE
+    assert saver.wishes(at(2)) == Wish.SAVE
+    saver.save(at(2), {"model": part})
+    part.tensor.fill_(9.0)  # the next step
+    assert saver.wishes(at(2)) == Wish.NONE
+    assert saver.wishes(at(3)) == Wish.NONE
+    assert folder.steps() == []
+    folder.go.set()
+    saver.finish()
+    load_parts(folder.path(2), verify(folder.path(2)), {"model": part})
+    assert float(part.tensor[0]) == 1.0
+    assert told == [("checkpoint", 2)]
+
+
+def test_a_stop_finishes_the_write_under_way_and_saves_the_current_step(tmp_path: Path) -> None:
+    folder = SlowFolder(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2)
+    saver.save(at(2), {"model": Part()})
+    threading.Timer(0.1, folder.go.set).start()
+    saver.save_and_wait(at(3), {"model": Part()}, seconds_left=30.0)
+    assert folder.steps() == [2, 3]
+    assert saver.failure is None
+
+
+def test_a_stop_drops_the_older_one_where_both_cannot_fit(tmp_path: Path) -> None:
+    folder = SlowFolder(tmp_path / "checkpoints")
+    folder.go.set()
+    folder.seconds = 0.3
+    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2)
+    saver.save(at(2), {"model": Part()})
+    saver.finish()
+    assert saver.last_seconds >= 0.3
+    folder.go.clear()
+    saver.save(at(4), {"model": Part()})
+    threading.Timer(0.2, folder.go.set).start()
+    saver.save_and_wait(at(5), {"model": Part()}, seconds_left=0.5)
+    assert folder.steps() == [2, 5]
+    assert not list(folder.folder.glob(".*"))
+
+
+def test_a_stop_at_the_step_under_way_writes_it_once(tmp_path: Path) -> None:
+    folder = SlowFolder(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2)
+    saver.last_seconds = 100.0
+    saver.save(at(2), {"model": Part()})
+    threading.Timer(0.1, folder.go.set).start()
+    saver.save_and_wait(at(2), {"model": Part()}, seconds_left=1.0)
+    assert folder.steps() == [2]
+
+
+def test_saves_come_by_the_clock(tmp_path: Path) -> None:
+    saver = Saver(folder_at(tmp_path / "checkpoints"), keep=Keep(), constants={}, every_seconds=0.2)
+    assert saver.wishes(at(1)) == Wish.NONE
+    time.sleep(0.25)
+    assert saver.wishes(at(2)) == Wish.SAVE
+    saver.save(at(2), {"model": Part()})
+    saver.finish()
+    assert saver.wishes(at(3)) == Wish.NONE
+
+
+def test_the_other_ranks_save_nothing() -> None:
+    saver = Saver(None, keep=Keep(), constants={}, every_steps=1)
+    saver.save(at(1), {})
+    saver.save_and_wait(at(1), {})
+    saver.record_evaluation(1, {})
+    assert saver.wishes(at(1)) == Wish.NONE
+
+
+def test_a_stale_save_is_told_at_the_next_boundary(tmp_path: Path) -> None:
+    def stale() -> None:
+        raise StaleAttempt("a later attempt owns the run")
+
+    path = tmp_path / "checkpoints"
+    path.mkdir()
+    saver = Saver(CheckpointFolder(path, check=stale, about={}), keep=Keep(), constants={}, every_steps=1)
+    saver.save(at(1), {"model": Part()})
+    saver.finish()
+    assert saver.wishes(at(2)) == Wish.ABORT
+    assert isinstance(saver.failure, StaleAttempt)
+
+
+def test_rotation_deletes_after_the_new_one_is_there(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(last=2, every=3), constants={}, every_steps=1)
+    for step in range(1, 8):
+        saver.save(at(step), {"model": Part()})
+        saver.finish()
+        assert step in folder.steps()
+    assert folder.steps() == [3, 6, 7]
+
+
+# Disks that are full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    if mount is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root: the limit on file sizes is tested instead")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_is_said_retried_and_touches_no_older_one(small_disk: Path) -> None:
+    told: list[tuple[str, int]] = []
+    folder = folder_at(small_disk / "checkpoints")
+    saver = Saver(
+        folder,
+        keep=Keep(last=2),
+        constants={},
+        every_steps=1,
+        event=lambda kind, **fields: told.append((kind, fields["step"])),
+    )
+    part = Part(1.0, 150_000)
+    for step in (1, 2, 3):
+        saver.save(at(step), {"model": part})
+        saver.finish()
+    (small_disk / "ballast").write_bytes(bytes(2_500_000))
+    saver.save(at(4), {"model": part})
+    saver.finish()
+    assert saver.wishes(at(5)) == Wish.SAVE  # at once, not at the next period
+    assert folder.steps() == [2, 3]
+    assert not list(folder.folder.glob(".*"))
+    (small_disk / "ballast").unlink()
+    saver.save(at(5), {"model": part})
+    saver.finish()
+    assert saver.wishes(at(5)) == Wish.NONE
+    assert folder.steps() == [3, 5]
+    (small_disk / "ballast").write_bytes(bytes(2_500_000))
+    saver.save_and_wait(at(6), {"model": part}, seconds_left=30.0)  # both tries
+    assert saver.wishes(at(6)) == Wish.ABORT
+    assert isinstance(saver.failure, CheckpointError)
+    assert "No space left on device" in str(saver.failure)
+    assert folder.steps() == [3, 5]
+    assert [kind for kind, _ in told].count("checkpoint_failed") == 3
+    assert folder.newest() == folder.path(5)
+
+
+def write_beyond_a_limit(path: Path) -> int:
+    """In a process whose files may have 100 kB: save twice, and tell in the exit code what happened."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    folder = folder_at(path)
+    saver = Saver(folder, keep=Keep(last=2), constants={}, every_steps=1)
+    saver.save(at(4), {"model": Part(1.0, 150_000)})
+    saver.finish()
+    once = saver.wishes(at(4)) == Wish.SAVE
+    saver.save(at(5), {"model": Part(1.0, 150_000)})
+    saver.finish()
+    said = isinstance(saver.failure, CheckpointError) and os.strerror(errno.EFBIG) in str(saver.failure)
+    return 0 if once and said and saver.wishes(at(5)) == Wish.ABORT else 1
+
+
+def test_a_write_that_the_system_refuses_ends_the_run_after_two(folder: CheckpointFolder) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            code = write_beyond_a_limit(folder.folder)
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert folder.steps() == [1, 2, 3]
+    assert folder.newest() == folder.path(3)

@@ -1,0 +1,150 @@
+"""Averages, loss scale, and the guard over numbers that are not finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from clipcluster.errors import UserError
+from clipcluster.train.ema import Ema
+from clipcluster.train.guard import Guard
+from clipcluster.train.precision import Precision
+from clipcluster.train.step import gradient_norm
+
+CPU = torch.device("cpu")
+
+
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value)
+
+
+def test_the_average_follows_the_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ema = Ema(model, 0.9)
+    expected = {name: value.clone().double() for name, value in model.named_parameters()}
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(8, 3))
+        ema.update(number(0.0))
+        for name, value in model.named_parameters():
+            expected[name] += 0.1 * (value.detach().double() - expected[name])
+    for name, value in ema.model.named_parameters():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+        assert not value.requires_grad
+    assert torch.equal(ema.model[1].running_mean, model[1].running_mean)
+    assert not ema.model.training
+
+
+def test_the_average_stays_at_a_skipped_step() -> None:
+    model = nn.Linear(3, 3)
+    ema = Ema(model, 0.5)
+    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update(number(1.0))
+    assert all(torch.equal(before[name], value) for name, value in ema.state_dict().items())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.booleans(), max_size=60))
+def test_the_loss_scale_is_torchs_with_a_floor(overflows: list[bool]) -> None:
+    ours = Precision("fp16", CPU)
+    ours.GROWTH_INTERVAL = 3  # type: ignore[misc]
+    scale, tracker = torch.tensor(65536.0), torch.tensor(0, dtype=torch.int32)
+    for overflow in overflows:
+        found = number(float(overflow))
+        ours.update(found)
+        torch._amp_update_scale_(scale, tracker, found, 2.0, 0.5, 3)
+        scale.clamp_(1.0, 2.0**24)
+        assert float(ours.scale) == float(scale)
+    resumed = Precision("fp16", CPU)
+    resumed.load_state_dict(ours.state_dict())
+    assert resumed.state_dict() == ours.state_dict()
+
+
+def test_an_overflow_counts_only_at_the_smallest_scale() -> None:
+    precision = Precision("fp16", CPU)
+    for _ in range(16):
+        assert not precision.counts()
+        precision.update(number(1.0))
+    assert precision.counts()
+    assert Precision("fp32", CPU).counts()
+    assert Precision("bf16", CPU).state_dict() == {}
+
+
+def test_a_loss_that_is_not_finite_spoils_every_gradient() -> None:
+    precision = Precision("fp32", CPU)
+    model = nn.Linear(3, 1)
+    loss = model(torch.ones(2, 3)).sum() * 0 + torch.inf
+    loss.backward(precision.seed_gradient(loss.detach()))
+    assert all(torch.isnan(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_autocast_computes_in_its_format(name: str) -> None:
+    precision = Precision(name, CPU)  # type: ignore[arg-type]
+    with precision.autocast():
+        assert nn.Linear(3, 3)(torch.ones(1, 3)).dtype is precision.dtype
+
+
+def test_a_format_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
+    with pytest.raises(UserError, match=r"train.precision: fp16 does not work on cpu .* use fp32"):
+        Precision("fp16", CPU)
+
+
+def test_the_norm_is_of_all_gradients_together() -> None:
+    gradients = [torch.randn(3, 4), torch.randn(5)]
+    expected = torch.cat([g.flatten() for g in gradients]).norm()
+    torch.testing.assert_close(gradient_norm(gradients), expected)
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        gradient_norm([])
+
+
+def rows(pattern: list[tuple[bool, bool]]) -> tuple[int, int, int]:
+    """The longest row by plain counting: (length, first, last); a step is (bad, counts)."""
+    best, length, first = (0, 0, 0), 0, 0
+    for index, (bad, counts) in enumerate(pattern):
+        if not bad:
+            length = 0
+        elif counts:
+            first = index if length == 0 else first
+            length += 1
+            best = max(best, (length, first, index), key=lambda row: row[0])
+    return best
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
+def test_the_guard_counts_rows(pattern: list[tuple[bool, bool]]) -> None:
+    guard = Guard(CPU, 3)
+    for index, (bad, counts) in enumerate(pattern):
+        found = guard.judge(number(float("inf") if bad else 1.0))
+        guard.observe(found, torch.tensor(counts), index)
+    streak = guard.read()
+    length, first, last = rows(pattern)
+    assert streak.length == length
+    assert streak.total == sum(bad and counts for bad, counts in pattern)
+    if length:
+        assert (streak.first_batch, streak.last_batch) == (first, last)
+
+
+def test_a_row_is_seen_across_readings() -> None:
+    guard = Guard(CPU, 3)
+    for index in range(3):
+        guard.observe(number(1.0), torch.tensor(True), index)
+    assert guard.read().length == 3
+    guard.observe(number(1.0), torch.tensor(True), 3)
+    assert guard.read() == type(guard.read())(4, 0, 3, 4)
+    guard.observe(number(0.0), torch.tensor(True), 4)
+    guard.read()
+    assert guard.read().length == 0

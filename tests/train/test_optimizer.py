@@ -1,0 +1,128 @@
+"""Groups, skipped steps and a state by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clipcluster.train.optimizer import Optimizer, trained_parameters
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.position = nn.Parameter(torch.zeros(1, 4, 8))
+        self.linear = nn.Linear(8, 8)
+        self.shared = self.linear
+        self.norm = nn.LayerNorm((4, 8))
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.unused = nn.Linear(3, 3)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x + self.position)).sum() * self.logit_scale
+
+
+def optimizer_of(model: nn.Module, **changes: Any) -> Optimizer:
+    return Optimizer(model, **({"lr": 0.1, "weight_decay": 0.5, "betas": (0.9, 0.99), "eps": 1e-8} | changes))
+
+
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value)
+
+
+def test_what_decays_and_what_does_not() -> None:
+    groups = {name: decay for name, (_, decay) in trained_parameters(Tower()).items()}
+    assert groups == {
+        "logit_scale": False,
+        "position": True,
+        "linear.weight": True,
+        "linear.bias": False,
+        "norm.weight": False,  # two dimensions, but a norm
+        "norm.bias": False,
+        "conv.weight": True,
+        "conv.bias": False,
+        "unused.weight": True,
+        "unused.bias": False,
+    }
+
+
+def test_it_is_adamw() -> None:
+    torch.manual_seed(0)
+    ours, reference = nn.Linear(4, 3), nn.Linear(4, 3)
+    reference.load_state_dict(ours.state_dict())
+    optimizer = optimizer_of(ours)
+    groups = [
+        {"params": [reference.weight], "weight_decay": 0.5},
+        {"params": [reference.bias], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.99), eps=1e-8, foreach=False, fused=False)
+    for step in range(5):
+        for model in (ours, reference):
+            model.zero_grad()
+            model(torch.full((2, 4), float(step + 1))).pow(2).sum().backward()
+        optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+        theirs.step()
+    for one, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_without_gradient_does_not_move() -> None:
+    model = Tower()
+    before = model.unused.weight.clone()
+    optimizer = optimizer_of(model)
+    model(torch.randn(4, 8)).backward()
+    assert len(optimizer.gradients()) == 6
+    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    assert torch.equal(model.unused.weight, before)
+    assert not any(key.startswith(("unused", "conv", "frozen")) for key in optimizer.state_dict())
+
+
+def test_found_inf_skips_the_step_and_its_count() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = optimizer_of(model)
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in optimizer.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad.fill_(float("nan"))
+    optimizer.step(0.1, divisor=number(1.0), found_inf=number(1.0))
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(state[name], value) for name, value in optimizer.state_dict().items())
+
+
+def test_gradients_are_divided() -> None:
+    torch.manual_seed(0)
+    plain, scaled = nn.Linear(4, 3), nn.Linear(4, 3)
+    scaled.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4)
+    plain(x).pow(2).sum().backward()
+    (scaled(x).pow(2).sum() * 1024).backward()
+    optimizer_of(plain).step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    optimizer_of(scaled).step(0.1, divisor=number(1024.0), found_inf=number(0.0))
+    assert torch.equal(plain.weight, scaled.weight)
+
+
+def test_a_state_goes_round_by_name() -> None:
+    model = Tower()
+    optimizer = optimizer_of(model)
+    model(torch.randn(4, 8)).backward()
+    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    state = optimizer.state_dict()
+    other = optimizer_of(Tower())
+    other.load_state_dict(state)
+    assert {k: v.tolist() for k, v in other.state_dict().items()} == {k: v.tolist() for k, v in state.items()}
+    # What was loaded is a copy.
+    other.state_dict()["linear.weight.exp_avg"].fill_(7)
+    assert not (optimizer.state_dict()["linear.weight.exp_avg"] == 7).any()
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    optimizer = optimizer_of(nn.Linear(2, 2))
+    with pytest.raises(KeyError, match=r"elsewhere\.weight"):
+        optimizer.load_state_dict({"elsewhere.weight.exp_avg": torch.zeros(2, 2)})

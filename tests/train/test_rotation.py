@@ -1,0 +1,52 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipcluster.train.rotation import Keep, smaller_is_better
+
+steps = st.sets(st.integers(0, 500), max_size=30)
+
+
+@given(steps, st.integers(2, 5), st.one_of(st.none(), st.integers(1, 50)))
+def test_the_newest_always_stay_and_nothing_is_made_up(found: set[int], last: int, every: int | None) -> None:
+    chosen = Keep(last=last, every=every).chosen(found, {})
+    assert chosen <= found
+    assert set(sorted(found)[-last:]) <= chosen
+    assert chosen - set(sorted(found)[-last:]) == {
+        step for step in sorted(found)[:-last] if every and step and step % every == 0
+    }
+
+
+@given(steps, st.dictionaries(st.integers(0, 500), st.floats(0, 1)), st.integers(1, 3))
+def test_the_best_stay(found: set[int], values: dict[int, float], count: int) -> None:
+    chosen = Keep(last=2, metric="val/t2i_r1", count=count).chosen(found, values)
+    known = [step for step in found if step in values]
+    gone = [step for step in known if step not in chosen]
+    if gone and len(known) >= count:
+        kept = sorted((values[step] for step in known if step in chosen), reverse=True)[:count]
+        assert max(values[step] for step in gone) <= min(kept)
+        assert len(kept) == count
+
+
+def test_of_ranks_the_smallest_is_best() -> None:
+    keep = Keep(last=2, metric="val/t2i_mean_rank", count=1)
+    assert keep.chosen([1, 2, 3, 4, 5], {1: 3.0, 2: 1.5, 3: 9.0}) == {2, 4, 5}
+    assert smaller_is_better("val/i2t_median_rank")
+    assert not smaller_is_better("val/zero_shot_top1")
+
+
+def test_a_value_that_is_not_a_number_is_no_value() -> None:
+    assert Keep(last=2, metric="m", count=1).chosen([1, 2, 3, 4], {1: float("nan"), 2: 0.1}) == {2, 3, 4}
+
+
+def test_a_pinned_one_stays() -> None:
+    assert Keep(last=2).chosen([1, 2, 3, 4], {}, pinned=[1, 99]) == {1, 3, 4}
+
+
+def test_fewer_than_two_are_refused() -> None:
+    with pytest.raises(ValueError, match="keep at least 2"):
+        Keep(last=1)
