@@ -25,6 +25,7 @@ from tools.sandbox_hostname import REFUSED
 from tools.slurm import JobState, Node, QueuedJob, SlurmRefused, SlurmUnavailable
 
 POLL_SECONDS = 0.1
+BIRTH_SECONDS = 3  # a daemon that holds no log after this long is gone
 LOG_LINES = 15
 FOLDERS = ("state", "log", "pid")
 JOB_ID = re.compile(r"\d+(_\d+)?")
@@ -97,10 +98,10 @@ def start(
         (folder / "plugstack.conf").touch()
         deadline = time.monotonic() + seconds
         _launch(sandbox, programs["slurmctld"], "-c")
-        _await(lambda: _listens(sandbox), sandbox, deadline)
+        _await(lambda: _listens(sandbox), sandbox, (processes.CONTROL,), deadline)
         for node in sandbox.nodes:
             _launch(sandbox, programs["slurmd"], "-N", node)
-        _await(lambda: _all_idle(sandbox), sandbox, deadline)
+        _await(lambda: _all_idle(sandbox), sandbox, (processes.CONTROL, *sandbox.nodes), deadline)
     except BaseException:
         stop(folder, patience=0)
         raise
@@ -164,8 +165,8 @@ def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_secon
     """
     sandbox = find(folder)
     slurm = sandbox.slurm
-    job_id = job_of(job)
-    before = _running_job(sandbox, job_id)
+    before = _running_job(sandbox, job_of(job))
+    job_id = before.job_id
     neighbours = _neighbours(sandbox, before)
     begin = time.monotonic()
     high = slurm.submit(
@@ -196,24 +197,29 @@ def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_secon
 def release(folder: Path, job: str | Path, *, seconds: float = 10) -> None:
     """Let a requeued job start now instead of about two minutes later; nothing if it has started already.
 
-    Waits up to `seconds` for the job to be pending. Raises UserError if it has ended or is unknown.
+    Returns once it runs or waits for something else than its begin time, after `seconds` at most. Raises
+    UserError if it has ended or is unknown.
     """
     slurm = find(folder).slurm
     job_id = job_of(job)
     deadline = time.monotonic() + seconds
+    asked = False
     while True:
         state = slurm.job(job_id)
         if state is None or state.ended:
             raise UserError(
                 f"job {job_id} will not run again: {state.state if state else 'unknown to SLURM'}"
             )
-        if state.state == "PENDING":
-            with suppress(SlurmRefused):  # it started between the two calls
-                slurm.release(job_id)
-                return
         if state.state == "RUNNING" or time.monotonic() > deadline:
             return
-        time.sleep(POLL_SECONDS)
+        if state.state == "PENDING":
+            # Asked again as long as it is needed: a late end of the old attempt sets the begin time anew.
+            if asked and state.reason != "BeginTime":
+                return
+            with suppress(SlurmRefused):  # it started between the two calls
+                slurm.release(job_id)
+            asked = True
+        time.sleep(3 * POLL_SECONDS)
 
 
 def kill_node(folder: Path, node: str) -> int:
@@ -239,7 +245,7 @@ def restore_node(folder: Path, node: str, *, seconds: float = 60) -> None:
     if not running:
         _launch(sandbox, find_programs()["slurmd"], "-N", node)
     deadline = time.monotonic() + seconds
-    _await(lambda: _usable(sandbox, node), sandbox, deadline)
+    _await(lambda: _usable(sandbox, node), sandbox, (node,), deadline)
 
 
 def job_of(job: str | Path) -> str:
@@ -295,33 +301,26 @@ def _launch(sandbox: Sandbox, program: str, *arguments: str) -> None:
         raise UserError(
             f"this machine's name {name} does not resolve to {sandbox.address}, so SLURM would listen on the "
             "network without authentication, and the system allows no host name of its own to the sandbox. "
-            f"Make {name} resolve to {sandbox.address}: a first line `{sandbox.address} {name}` in /etc/hosts, "
-            "or, for a container, `--hostname localhost`"
+            f"Make {name} resolve to {sandbox.address}: a first line `{sandbox.address} {name}` "
+            "in /etc/hosts, or, for a container, `--hostname localhost`"
         )
     if done.returncode != 0:
         raise UserError(_obituary(sandbox, f"{Path(program).name} refused to start ({done.returncode})"))
 
 
-def _await(ready: Callable[[], bool], sandbox: Sandbox, deadline: float) -> None:
+def _await(ready: Callable[[], bool], sandbox: Sandbox, launched: tuple[str, ...], deadline: float) -> None:
+    """Wait until it is ready; raises UserError when one of these daemons is gone, or time is up."""
+    missing_since: dict[str, float] = {}
     while not ready():
-        dead = _dead_daemon(sandbox)
-        if dead is not None:
-            raise UserError(_obituary(sandbox, f"the daemon of {dead} ended while the sandbox started"))
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        alive = {p.node for p in processes.owned(sandbox) if p.kind in processes.DAEMONS}
+        missing_since = {name: missing_since.get(name, now) for name in launched if name not in alive}
+        gone = [name for name, since in missing_since.items() if now - since > BIRTH_SECONDS]
+        if gone:
+            raise UserError(_obituary(sandbox, f"the daemon of {gone[0]} ended while the sandbox started"))
+        if now > deadline:
             raise UserError(_obituary(sandbox, "the sandbox was not ready in time"))
         time.sleep(POLL_SECONDS)
-
-
-def _dead_daemon(sandbox: Sandbox) -> str | None:
-    """The log name of a daemon that wrote its pid and is no more, or whose log has a fatal error."""
-    alive = {p.node for p in processes.owned(sandbox) if p.kind in ("slurmctld", "slurmd")}
-    for log in sorted(sandbox.logs.glob("*.log")):
-        if log.stem not in alive and "fatal:" in log.read_text(errors="replace"):
-            return log.stem
-    for pid_file in sorted((sandbox.folder / "pid").glob("*.pid")):
-        if pid_file.stem not in alive:
-            return pid_file.stem
-    return None
 
 
 def _obituary(sandbox: Sandbox, what: str) -> str:
@@ -329,7 +328,8 @@ def _obituary(sandbox: Sandbox, what: str) -> str:
     parts = [what]
     for log in sorted(sandbox.logs.iterdir()) if sandbox.logs.is_dir() else []:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        telling = [line for line in lines if "error:" in line or "fatal:" in line] or lines
+        telling = [line for line in lines if "rror:" in line or "fatal:" in line] or lines
+        telling = [line for line in telling if "pmix" not in line.lower()]  # MPI is not used
         if telling:
             parts.append(f"--- {log.name}")
             parts.extend(telling[-LOG_LINES:])

@@ -2,7 +2,8 @@
 
 SLURM listens on the address of the machine's own name. Where that is not loopback, the sandbox's daemons
 start behind this door: a namespace of their own for the host name, seen by nobody else. Who may not have
-that alone takes one for users with it, and stays the same user in it. Exits with 71 where the system allows neither.
+that alone takes one for users with it, and stays the same user in it. Exits with 71 where the system allows
+neither.
 """
 
 from __future__ import annotations

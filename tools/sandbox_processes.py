@@ -19,6 +19,7 @@ from tools.sandbox_config import Sandbox
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmstepd")
 CONTROL = "slurmctld"
+DAEMONS = ("slurmctld", "slurmd")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,18 @@ def need_slurm() -> None:
     if not any(places):
         warnings.warn(MISSING, stacklevel=2)
         pytest.skip(MISSING)
+
+
+@pytest.fixture
+def cluster(sandbox: Sandbox) -> Iterator[Sandbox]:
+    """The same sandbox, left without jobs and with all its nodes up, whatever the test did to it."""
+    yield sandbox
+    for node in sandbox.nodes:
+        sandboxes.restore_node(sandbox.folder, node)
+    deadline = time.monotonic() + 30
+    while (jobs := sandbox.slurm.queue()) and time.monotonic() < deadline:
+        sandbox.slurm.cancel([job.job_id for job in jobs if job.state != "COMPLETING"])
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")
