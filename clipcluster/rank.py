@@ -5,6 +5,7 @@ Nothing here loads torch, so that a trainee without torch ends by the same rules
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import logging
@@ -64,7 +65,7 @@ def serve(
     run = Run(run_dir)
     try:
         place = Place.from_environment()
-        attempt, kept = _open_attempt(run, place, still_running or _runs_here)
+        attempt = _open_attempt(run, place, still_running or _runs_here)
     except UserError as error:
         print(f"clipcluster: {error}", file=sys.stderr, flush=True)
         return 2
@@ -81,12 +82,11 @@ def serve(
         code = _returned(Outcome(outcome), attempt, place)
     except BaseException as error:
         code = _raised(error, attempt, place)
-    del kept
     return code
 
 
-def _open_attempt(run: Run, place: Place, still_running: Callable[[str], bool]) -> tuple[Attempt | None, Any]:
-    """This process's attempt (None: the run is finished), and what must live as long as the rank."""
+def _open_attempt(run: Run, place: Place, still_running: Callable[[str], bool]) -> Attempt | None:
+    """This process's attempt; None where the run is finished already."""
     if not run.exists():
         raise UserError(f"{run.path} is no run folder: it has no recipe.yaml.")
     given = os.environ.get(ATTEMPT)
@@ -99,14 +99,14 @@ def _open_attempt(run: Run, place: Place, still_running: Callable[[str], bool]) 
                 f"{ATTEMPT} is {given}, which job {attempt.job} claimed; this is job {place.job_id}. "
                 "Start jobs with: clipcluster submit"
             )
-        return attempt, None
+        return attempt
     if place.manager in ("slurm", "local"):
         raise UserError(
             f"{ATTEMPT} is not set, and only the batch script may claim an attempt for a whole job. "
             "Start jobs with: clipcluster submit"
         )
     if place.size == 1:
-        return _claim(run, place, still_running), None
+        return _claim(run, place, still_running)
     return _claim_together(run, place, still_running)
 
 
@@ -132,46 +132,62 @@ def _runs_here(job_id: str) -> bool:
     return local_job_runs(job_id) is not False
 
 
-def _claim_together(
-    run: Run, place: Place, still_running: Callable[[str], bool]
-) -> tuple[Attempt | None, Any]:
+def _claim_together(run: Run, place: Place, still_running: Callable[[str], bool]) -> Attempt | None:
     """Under torchrun: rank 0 claims and tells the others the number through torchrun's store."""
-    store = _torchrun_store(place)
-    key = f"clipcluster/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/attempt"
-    if place.rank == 0:
+    try:
+        store = _torchrun_store(place)
+        key = f"clipcluster/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/attempt"
+        if place.rank:
+            told = store.get(key).decode()
+            if store.add(f"{key}/readers", 1) == place.size - 1:
+                store.set(f"{key}/read", "all")
+            return _told(run, told)
         try:
             attempt = _claim(run, place, still_running)
-        except UserError as error:
-            store.set(key, f"error {error}")
+        except UserError:
+            store.set(key, "refused")
+            store.wait([f"{key}/read"])
             raise
         store.set(key, str(attempt.number) if attempt else "finished")
-        return attempt, store
-    told = store.get(key).decode()
-    if told == "finished":
-        return None, store
-    if told.startswith("error "):
-        raise UserError(f"rank 0 could not claim {run.name}")
-    return run.attempt(int(told)), store
+        store.wait([f"{key}/read"])  # where rank 0 holds the store, it must outlive the others' reading
+        return attempt
+    except RuntimeError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"Rank {place.rank} of {place.size} did not meet the others at {address}: {error}"
+        ) from error
+
+
+def _told(run: Run, told: str) -> Attempt | None:
+    if told == "refused":
+        raise UserError(f"Rank 0 could not claim {run.name}; it says why.")
+    return None if told == "finished" else run.attempt(int(told))
 
 
 def _torchrun_store(place: Place) -> Any:
     """The store at MASTER_ADDR:MASTER_PORT, held by torchrun's agent, or by rank 0 without one."""
-    from datetime import timedelta
-
-    from torch.distributed import TCPStore
-
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {place.size}, but {' and '.join(missing)} is not set: start with torchrun."
         )
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    listener = None
+    if is_master and address in ("127.0.0.1", "localhost"):
+        # Left to itself the store would listen on every address of the machine.
+        listener = socket.create_server(("127.0.0.1", port), backlog=4096).detach()
     return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=place.rank == 0 and not agent,
+        address,
+        port,
+        is_master=is_master,
         timeout=timedelta(seconds=300),
         wait_for_workers=False,
+        master_listen_fd=listener,
     )
 
 
@@ -214,33 +230,34 @@ def _returned(outcome: Outcome, attempt: Attempt, place: Place) -> int:
 
 
 def _raised(error: BaseException, attempt: Attempt, place: Place) -> int:
-    """The exit code for an exception, its outcome written where it ends the run, its traceback in the log."""
+    """The exit code for an exception, its outcome made where it ends the run, its traceback in the log."""
+    outcome = _ending(error)
+    if outcome is Outcome.STALE:
+        _log.warning("%s", error)
+        return int(outcome)
     try:
-        outcome = _ending(error)
-        if outcome is Outcome.STALE:
-            _log.warning("%s", error)
-            return int(outcome)
-        ends_run, reason, advice = _explain(error)
-        traceback.print_exception(type(error), error, error.__traceback__)
-        sys.stderr.flush()
-        if ends_run:
-            if isinstance(error, Failure) and error.agreed and place.rank != 0:
-                attempt.wait_for_outcome(_OUTCOME_WAIT_S)
-            _write_outcome(attempt, place, "failed", outcome, reason=reason, advice=advice)
-        attempt.event(
-            "fail",
-            writer=f"rank-{place.rank}",
-            outcome=outcome.name.lower(),
-            code=int(outcome),
-            reason=reason,
-        )
+        _record(error, outcome, attempt, place)
     except StaleAttempt as stale:
+        outcome = Outcome.STALE
         _log.warning("%s", stale)
-        return int(Outcome.STALE)
-    except OSError:
-        # The folder takes nothing more (a full disk): the log has the reason, and the verdict sees a crash.
-        traceback.print_exc()
+    except OSError as refusal:
+        # The folder takes nothing more (a full disk): the code alone tells, and the verdict sees a crash.
+        _log.error("the ending could not be written down: %s", refusal)
+    with contextlib.suppress(OSError):
+        traceback.print_exception(type(error), error, error.__traceback__)
     return int(outcome)
+
+
+def _record(error: BaseException, outcome: Outcome, attempt: Attempt, place: Place) -> None:
+    """Make the outcome at once where `error` ends the run (the peers sit in a collective), then the event."""
+    ends_run, reason, advice = _explain(error, outcome)
+    if ends_run:
+        if isinstance(error, Failure) and error.agreed and place.rank != 0:
+            attempt.wait_for_outcome(_OUTCOME_WAIT_S)  # rank 0 speaks for all
+        _write_outcome(attempt, place, "failed", outcome, reason=reason, advice=advice)
+    attempt.event(
+        "fail", writer=f"rank-{place.rank}", outcome=outcome.name.lower(), code=int(outcome), reason=reason
+    )
 
 
 def _ending(error: BaseException) -> Outcome:
@@ -257,18 +274,16 @@ def _ending(error: BaseException) -> Outcome:
     return Outcome.ERROR
 
 
-def _explain(error: BaseException) -> tuple[bool, str, str]:
+def _explain(error: BaseException, outcome: Outcome) -> tuple[bool, str, str]:
     """Whether `error` ends the run for good, with the reason and an advice for the user."""
     if isinstance(error, Failure):
         return True, error.reason, error.advice
     if isinstance(error, UserError):
         return True, str(error), ""
-    reason = f"{type(error).__name__}: {error}".strip().rstrip(":")
-    if _is_lost_peer(error):
-        return False, reason, ""
-    if _is_out_of_memory(error):
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if outcome is Outcome.OUT_OF_MEMORY:
         return True, reason, "Set a smaller train.micro_batch, or ask for more memory (cluster.mem)."
-    if isinstance(error, _PROGRAMMING_ERRORS):
+    if outcome is Outcome.ERROR and isinstance(error, _PROGRAMMING_ERRORS):
         return True, reason, "The rank's log holds the traceback (clipcluster logs RUN --rank R)."
     return False, reason, ""
 

@@ -25,8 +25,22 @@ def attempt(tmp_path):
     return run.claim("1", host="n1", still_running=lambda job: False)
 
 
+_started = []
+
+
+@pytest.fixture(autouse=True)
+def _none_left():
+    """No rank outlives its test."""
+    yield
+    for process in _started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    _started.clear()
+
+
 def start(attempt, size, collective, mishap="-", timeout=60, ranks=None):
-    return [
+    processes = [
         subprocess.Popen(
             [sys.executable, PEER, str(rank), str(size), attempt.run, collective, mishap, str(timeout)],
             stdout=subprocess.PIPE,
@@ -34,6 +48,8 @@ def start(attempt, size, collective, mishap="-", timeout=60, ranks=None):
         )
         for rank in (range(size) if ranks is None else ranks)
     ]
+    _started.extend(processes)
+    return processes
 
 
 def finish(processes):

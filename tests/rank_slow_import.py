@@ -1,0 +1,13 @@
+"""A trainee whose import takes a second, as torch's does."""
+
+import time
+
+from clipcluster.runtime.stop import Outcome
+
+_end = time.monotonic() + 1
+while time.monotonic() < _end:
+    time.sleep(0.01)
+
+
+def train(run, attempt, place, stop):
+    return Outcome.STOPPED if stop.requested else Outcome.FINISHED
