@@ -320,7 +320,7 @@ def convert(
             {"out": str(out), "made": done.made, "splits": {n: asdict(s) for n, s in done.splits.items()}}
         )
         return
-    for name, summary in done.splits.items():
+    for summary in done.splits.values():
         _print(_summary(summary))
     _print(f"{out}: " + ("made" if done.made else "was there already, whole"))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +48,31 @@ class State:
 
 
 class Queue:
-    """SLURM's queue, asked once; `silent` where there is no SLURM here or it gives no answer."""
+    """SLURM's queue, asked once, when first needed: runs of this machine need no SLURM."""
 
     def __init__(self, slurm: Slurm | None = None) -> None:
         self.slurm = slurm or Slurm()
-        self.silent = False
+
+    @cached_property
+    def _jobs(self) -> dict[str, tuple[str, str]] | None:
         try:
-            self._states = {job.job_id: (job.state, job.reason) for job in self.slurm.queue(user=_user())}
+            return {job.job_id: (job.state, job.reason) for job in self.slurm.queue(user=getpass.getuser())}
         except (SlurmUnavailable, SlurmRefused):
-            self.silent = True
-            self._states = {}
+            return None
+
+    @property
+    def silent(self) -> bool:
+        """Whether there is no SLURM here, or it gives no answer."""
+        return self._jobs is None
 
     def state(self, job_id: str) -> str | None:
         """PENDING, RUNNING, COMPLETING, …; None for a job that the queue does not show."""
-        found = self._states.get(job_id)
+        found = (self._jobs or {}).get(job_id)
         return found[0] if found else None
 
     def reason(self, job_id: str) -> str:
         """Why a job waits, in SLURM's words; empty where it has none."""
-        reason = self._states.get(job_id, ("", ""))[1]
+        reason = (self._jobs or {}).get(job_id, ("", ""))[1]
         return "" if reason == "None" else reason
 
     def afterwards(self, job_id: str) -> str | None:
@@ -74,12 +82,6 @@ class Queue:
         except (SlurmUnavailable, SlurmRefused):
             return None
         return job.state if job else None
-
-
-def _user() -> str:
-    import getpass
-
-    return getpass.getuser()
 
 
 def submissions(run: Run) -> list[dict[str, Any]]:
