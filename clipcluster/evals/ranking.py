@@ -20,6 +20,7 @@ CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB of float32)."""
 
 CUTS = (1, 5, 10)
+_LAST = -1e30  # below every score, and equal to itself
 
 
 class Owners:
@@ -54,8 +55,10 @@ def first_right(scores: Tensor, right: Tensor) -> Tensor:
     """The place, from 0, of the best-placed right candidate of every query.
 
     scores: (Q, C) float, the higher the better. right: (Q, C) bool, at least one true a row.
-    Candidates stand by falling score, ties (within TIE) by rising number. Returns (Q,) int64.
+    Candidates stand by falling score, ties (within TIE) by rising number, what is not a number at the end.
+    Returns (Q,) int64.
     """
+    scores = scores.nan_to_num(nan=_LAST)
     best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     tied = (scores - best).abs() <= TIE
     own = (tied & right).to(torch.uint8).argmax(dim=1, keepdim=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clipcluster.data.tokenizer import asset_folder
 from clipcluster.errors import UserError
-from clipcluster.model.weights import Coverage, load_weights
+from clipcluster.model.weights import FOLDER_FILES, Coverage, load_weights, shard_names
 
 if TYPE_CHECKING:
     from clipcluster.recipe import schema
@@ -165,7 +165,7 @@ def build_text_tower(
         if config.weights == "pretrained":
             if config.hf is None:
                 raise UserError("model.text.weights: pretrained needs model.text.hf; with arch, name a file.")
-            source = folder or _fetch_weights(config.hf)
+            source = _pretrained(config.hf, folder)
         coverage = load_weights(transformer, source, name="text")
     return TextTower(transformer, int(settings.hidden_size), pool), coverage
 
@@ -180,7 +180,10 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: TextTokens) -
             _unknown("model.text.arch: transformers knows no model type", arch, list(CONFIG_MAPPING))
         )
     kind = CONFIG_MAPPING[arch]
-    known = set(kind().to_dict()) | set(kind.attribute_map)
+    try:
+        known = set(kind().to_dict()) | set(kind.attribute_map)
+    except Exception as error:  # pairs of models have no sizes of their own
+        raise UserError(f"model.text.arch: {arch} cannot be built from sizes alone: {error}") from error
     for key in given:
         if key not in known:
             raise UserError(_unknown(f"model.text.config: {arch} has no setting", key, sorted(known)))
@@ -212,20 +215,24 @@ def _config_from_hf(name: str, assets: Path | None) -> tuple[Any, Path | None]:
         ) from error
 
 
-def _fetch_weights(name: str) -> Path:
-    """The weight file of a name on the hub, from its cache or fetched."""
+def _pretrained(name: str, folder: Path | None) -> Path:
+    """The weights that belong to a configuration: in its folder, else in the hub's cache, else fetched."""
     from transformers.utils import cached_file
 
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        try:
+    if folder is not None and (folder == Path(name) or any((folder / f).is_file() for f in FOLDER_FILES)):
+        return folder
+    try:
+        for file in FOLDER_FILES:
             found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        except OSError as error:
-            raise UserError(
-                f"model.text.weights: {name} cannot be reached on the hub from here: {error}"
-            ) from error
-        if found is not None:
-            return Path(found)
-    raise UserError(f"model.text.weights: {name} has neither a model.safetensors nor a pytorch_model.bin.")
+            if found is not None:
+                for shard in shard_names(Path(found)):
+                    cached_file(name, shard)
+                return Path(found)
+    except OSError as error:
+        raise UserError(
+            f"model.text.weights: the weights of {name} cannot be reached on the hub from here: {error}"
+        ) from error
+    raise UserError(f"model.text.weights: {name} has none of {', '.join(FOLDER_FILES)}.")
 
 
 def _check_fits(settings: Any, tokenizer: TextTokens) -> None:

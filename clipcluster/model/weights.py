@@ -26,7 +26,7 @@ _WRAPPERS = {
     *("text", "text_model", "transformer", "bert", "roberta", "distilbert", "electra"),
 }
 _STATE_DICT_KEYS = ("state_dict", "model", "module")
-_FOLDER_FILES = (
+FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -119,8 +119,8 @@ def read_state_dict(source: Path) -> dict[str, Tensor]:
         raise UserError(
             f"No weights at {source}: name a .safetensors, .pth or .bin file, or a model's folder."
         )
-    if source.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(source.read_text())["weight_map"].values()))
+    shards = shard_names(source)
+    if shards:
         return {
             key: value for shard in shards for key, value in read_state_dict(source.parent / shard).items()
         }
@@ -138,6 +138,13 @@ def read_state_dict(source: Path) -> dict[str, Tensor]:
     return state
 
 
+def shard_names(file: Path) -> list[str]:
+    """The files beside it that an `….index.json` puts together; none for any other file."""
+    if not file.name.endswith(".index.json"):
+        return []
+    return sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
 def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -150,10 +157,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _file_in(folder: Path) -> Path:
-    for name in _FOLDER_FILES:
+    for name in FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"The folder {folder} holds no weights: expected one of {', '.join(_FOLDER_FILES)}.")
+    raise UserError(f"The folder {folder} holds no weights: expected one of {', '.join(FOLDER_FILES)}.")
 
 
 def _new_name(match: re.Match[str]) -> str:

@@ -59,6 +59,13 @@ def test_differences_of_rounding_are_ties() -> None:
         assert first_right(scores, right) == own
 
 
+def test_what_is_not_a_number_comes_last() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[0.5, nan, 0.1], [nan, nan, nan], [nan, 0.9, 0.8]])
+    right = torch.tensor([[False, True, False], [False, False, True], [True, False, True]])
+    assert first_right(scores, right).tolist() == [2, 2, 1]
+
+
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=20))
 def test_figures_are_those_of_openclip(places: list[int]) -> None:

@@ -50,6 +50,12 @@ def test_a_collapsed_model_scores_as_chance_does() -> None:
     assert found["t2i_mean_rank"] == pytest.approx((images + 1) / 2)
 
 
+def test_a_broken_model_scores_no_better_than_chance() -> None:
+    broken = torch.full((60, 4), float("nan"))
+    found = measure(Oracle(broken[:12], broken), five_each(12))
+    assert found["i2t_r1"] == found["t2i_r1"] == pytest.approx(1 / 12)
+
+
 def test_identical_captions_are_one_that_belongs_to_all_their_images() -> None:
     captions = [["a digit 0", "seen 2"], ["a digit 0"], ["a digit 1"]]
     texts = torch.eye(3)

@@ -1,12 +1,14 @@
 """Towers by name: what they give, what they refuse."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from tiny_model import SIZE, WORDS, Tokens, image_section, text_section
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from clipcluster.errors import UserError
 from clipcluster.model.towers import build_image_tower, build_text_tower
@@ -126,6 +128,7 @@ def test_a_text_tower_has_neither_pooler_nor_cache() -> None:
         ("gpt2", {"config": {"n_positions": 11}}, "12 is longer than the text tower's 11 positions"),
         ("roberta", {"config": {"max_position_embeddings": 12}}, "text tower's 11 positions"),
         ("gpt2", {"config": {"n_embd": 16, "n_head": 3}}, "cannot build gpt2.*divisible by num_heads"),
+        ("nougat", {"config": {}}, r"model\.text\.arch.*nougat"),
         ("t5", {"config": {}}, "not one text network"),
         ("vit", {"config": {"num_hidden_layers": 1}}, "does not read tokens"),
     ],
@@ -147,8 +150,6 @@ def folder(tmp_path: Path) -> Path:
     torch.manual_seed(5)
     config = AutoConfig.for_model("gpt2", **WORDS["gpt2"], vocab_size=40, n_positions=12, eos_token_id=1)
     config.bos_token_id = None
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
@@ -181,6 +182,28 @@ def test_what_was_fetched_at_submission_comes_first(folder: Path, tmp_path: Path
     _, coverage = build_text_tower(section, tokenizer=Tokens(), assets=tmp_path / "assets")
     assert coverage is not None
     assert "somebody--gpt2" in coverage.file
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "8KB"])
+def test_a_name_on_the_hub_is_read_from_its_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str
+) -> None:
+    cached = tmp_path / "hub" / "models--somebody--gpt2"
+    AutoModel.from_pretrained(folder).save_pretrained(cached / "snapshots" / "a1", max_shard_size=shard_size)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    section = text_section(None, hf="somebody/gpt2", weights="pretrained")
+    # The folder fetched at submission may hold the configuration alone.
+    (tmp_path / "assets" / "somebody--gpt2").mkdir(parents=True)
+    shutil.copy(folder / "config.json", tmp_path / "assets" / "somebody--gpt2")
+    for assets in (None, tmp_path / "assets"):
+        _, coverage = build_text_tower(section, tokenizer=Tokens(), assets=assets)
+        assert coverage is not None
+        assert coverage.share == 1
+    section = text_section(None, hf="somebody/other", weights="pretrained")
+    with pytest.raises(UserError, match="neither a folder"):
+        build_text_tower(section, tokenizer=Tokens())
 
 
 def test_a_name_that_cannot_be_reached_is_refused() -> None:
