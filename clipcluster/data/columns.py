@@ -5,6 +5,7 @@ for every column its dtype, shape and offset), then the columns, each aligned to
 """
 
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,20 +65,16 @@ def read_columns(path: Path) -> Columns:
         except ValueError:
             raise BrokenColumns(f"{path} is damaged") from None
         base = _aligned(16 + length)
+        # one mapping for all columns: each holds a file handle of its own
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays = {}
         for name, column in header["columns"].items():
             dtype, shape = np.dtype(column["dtype"]), tuple(column["shape"])
             end = base + column["offset"] + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
             if end > size:
                 raise BrokenColumns(f"{path} is cut: {size} bytes of at least {end}")
-            arrays[name] = _mapped(file, dtype, base + column["offset"], shape)
+            arrays[name] = np.ndarray(shape, dtype, memory, base + column["offset"])
     return Columns(header["meta"], arrays)
-
-
-def _mapped(file: Any, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    if 0 in shape:  # an empty range cannot be mapped
-        return np.zeros(shape, dtype)
-    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
 def _aligned(size: int) -> int:

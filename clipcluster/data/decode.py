@@ -1,14 +1,20 @@
 """Image bytes to pixels. The kind is decided by content, never by a file's name."""
 
 import io
-import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 
-_PILLOW_KINDS = ("BMP", "TIFF", "AVIF", "PPM", "JPEG2000")  # what torchvision refuses and people have
+_TORCHVISION = {"JPEG": ImageReadMode.RGB, "GIF": ImageReadMode.RGB, "WebP": ImageReadMode.UNCHANGED}
+# Pillow reads what torchvision refuses, and PNG: there torchvision crashes on damaged files and, asked for
+# alpha, gets palettes and transparent colours wrong.
+_PILLOW = {"PNG": ["PNG"], "animated WebP": ["WEBP"], "other": ["BMP", "TIFF", "AVIF", "PPM", "JPEG2000"]}
+_LARGEST = 2**27  # pixels of an image that Pillow may unpack
+
+Image.init()  # all kinds of this installation, not only the usual ones
 
 
 class BadImage(Exception):
@@ -24,7 +30,12 @@ def decode(data: bytes) -> torch.Tensor:
     if not data:
         raise BadImage("empty file")
     try:
-        pixels = _torchvision(data) if _kind(data) in _TORCHVISION_MODES else _pillow(data)
+        kind = _kind(data)
+        if kind == "PNG" and b"IEND" not in data[-4096:]:
+            raise BadImage("truncated PNG: no end chunk")
+        pixels = (
+            _torchvision(data, _TORCHVISION[kind]) if kind in _TORCHVISION else _pillow(data, _PILLOW[kind])
+        )
     except BadImage:
         raise
     except Exception as error:  # decoders raise RuntimeError, OSError, SyntaxError, struct.error and more
@@ -45,22 +56,7 @@ def _kind(data: bytes) -> str:
     return "other"
 
 
-_TORCHVISION_MODES = {
-    "JPEG": ImageReadMode.RGB,
-    "PNG": ImageReadMode.RGB_ALPHA,
-    "GIF": ImageReadMode.RGB,
-    "WebP": ImageReadMode.UNCHANGED,
-}
-
-
-def _torchvision(data: bytes) -> torch.Tensor:
-    kind = _kind(data)
-    mode = _TORCHVISION_MODES[kind]
-    if kind == "PNG":
-        if b"IEND" not in data[-4096:] and b"IEND" not in data:
-            raise BadImage("truncated PNG: no end chunk")
-        if data[25:26] in (b"\0", b"\2") and data.find(b"tRNS", 0, data.find(b"IDAT")) < 0:
-            mode = ImageReadMode.RGB
+def _torchvision(data: bytes, mode: ImageReadMode) -> torch.Tensor:
     # bytearray: torch wants memory it may write to
     pixels = decode_image(
         torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, apply_exif_orientation=True
@@ -68,25 +64,24 @@ def _torchvision(data: bytes) -> torch.Tensor:
     return pixels[0] if pixels.ndim == 4 else pixels
 
 
-def _pillow(data: bytes) -> torch.Tensor:
-    kinds = None if _kind(data) == "animated WebP" else [name for name in _PILLOW_KINDS if _readable(name)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data), formats=["WEBP"] if kinds is None else kinds) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        return torch.from_numpy(np.asarray(upright).astype(np.uint16))[None]
-    if upright.mode in ("I", "F"):
-        raise BadImage(f"pixels of kind {upright.mode} have no range")
-    alpha = upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info
-    array = np.array(upright.convert("RGBA" if alpha else "RGB"))
+def _pillow(data: bytes, kinds: Sequence[str]) -> torch.Tensor:
+    with Image.open(io.BytesIO(data), formats=[kind for kind in kinds if kind in Image.OPEN]) as image:
+        if image.width * image.height > _LARGEST:
+            raise BadImage(f"{image.width} x {image.height} pixels are too many")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _array(image)
+
+
+def _array(image: Image.Image) -> torch.Tensor:
+    """(1, H, W) uint16, or (3 or 4, H, W) uint8."""
+    if image.mode.startswith("I;16"):
+        return torch.from_numpy(np.asarray(image).astype(np.uint16))[None]
+    if image.mode in ("I", "F"):
+        raise BadImage(f"pixels of kind {image.mode} have no range")
+    alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    array = np.array(image.convert("RGBA" if alpha else "RGB"))
     return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def _readable(kind: str) -> bool:
-    Image.init()
-    return kind in Image.OPEN
 
 
 def _eight_bits(pixels: torch.Tensor) -> torch.Tensor:

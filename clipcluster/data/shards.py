@@ -88,8 +88,8 @@ def open_source(source: SourceSection, *, text: bool) -> "Shards":
         raise UserError(f"{', '.join(written)}: the shards hold no sample with an image")
     if text and shards.n_pairs == 0:
         raise UserError(
-            f"{', '.join(written)}: no sample has a caption by the choice {parts[0].choice!r}; if they are in a "
-            f"field of the JSON, say captions_in: json:FIELD and run: clipcluster shards index "
+            f"{', '.join(written)}: no sample has a caption by the choice {parts[0].choice!r}; if they are "
+            "in a field of the JSON, say captions_in: json:FIELD and run: clipcluster shards index "
             f"{parts[0].folder} --captions json:FIELD"
         )
     return shards

@@ -96,8 +96,8 @@ def load_tokenizer(text: Any, assets: str | Path | None = None) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and the hub's own
         raise UserError(
-            f"tokenizer {name!r} cannot be loaded ({' '.join(str(error).split())[:200]}); give bytes, a folder "
-            "with tokenizer files, or a name on the Hugging Face hub that was fetched before"
+            f"tokenizer {name!r} cannot be loaded ({' '.join(str(error).split())[:200]}); give bytes, a "
+            "folder with tokenizer files, or a name on the Hugging Face hub that was fetched before"
         ) from None
     return HuggingFaceTokenizer(tokenizer, text.context_length)
 

@@ -5,12 +5,13 @@ a fork copies their locks. The server imports torch once, so that a worker start
 """
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
+import threading
+import warnings
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from clipcluster.runtime.stop import ignore_signals
 PREFETCH = 2  # batches in the making ahead of the one in use
 _PRELOAD = ["torch", "torch.utils.data", "torchvision.io", "torchvision.transforms.v2", "PIL.Image", "numpy"]
 _SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
-_PR_SET_PDEATHSIG = 1
 
 
 class WorkerDied(RuntimeError):
@@ -38,16 +38,17 @@ class ShareStream:
         context = multiprocessing.get_context("forkserver") if workers else None
         if context is not None:
             context.set_forkserver_preload(_PRELOAD)
-        self._loader: DataLoader[Any] = DataLoader(
-            reader,  # type: ignore[arg-type]
-            batch_sampler=shares,  # type: ignore[arg-type]
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            multiprocessing_context=context,
-            worker_init_fn=_begin if workers else None,
-            prefetch_factor=prefetch if workers else None,
-            generator=torch.Generator(),  # its seeds must not come from the process-wide generator
-        )
+        with _no_advice():
+            self._loader: DataLoader[Any] = DataLoader(
+                reader,  # type: ignore[arg-type]
+                batch_sampler=shares,  # type: ignore[arg-type]
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                multiprocessing_context=context,
+                worker_init_fn=_begin if workers else None,
+                prefetch_factor=prefetch if workers else None,
+                generator=torch.Generator(),  # its seeds must not come from the process-wide generator
+            )
         self._pieces: Any = None
         self._closed = False
 
@@ -60,7 +61,9 @@ class ShareStream:
             raise ValueError("this loader is closed")
         try:
             if self._pieces is None:
-                with _signals_blocked():
+                if self._loader.num_workers:
+                    _start_servers()
+                with _signals_blocked(), _no_advice():
                     self._pieces = iter(self._loader)
             pieces = [next(self._pieces) for _ in range(count)]
         except StopIteration:
@@ -98,8 +101,31 @@ def _begin(worker: int) -> None:
     ignore_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # the fork server ends with the rank, and its children with it
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank() -> None:
+    """Waits for the rank's end, however it came: the fork server between the two would go on."""
+    rank = multiprocessing.parent_process()
+    if rank is not None:
+        rank.join()
+        os._exit(1)
+
+
+def _start_servers() -> None:
+    """Starts the processes that start the workers, if they are not there yet."""
+    with _signals_blocked():
+        resource_tracker.ensure_running()  # unblocks INT and TERM when it starts: hence a block of its own
+    with _signals_blocked():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without torch's words on the number of workers: the recipe decides it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*worker processes in total", category=UserWarning)
+        yield
 
 
 @contextlib.contextmanager

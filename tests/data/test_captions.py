@@ -1,0 +1,53 @@
+"""Which texts are captions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clipcluster.data.captions import check_choice, choice_for, from_json, from_txt
+from clipcluster.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("record", "choice", "texts"),
+    [
+        ({"captions": ["a", "b"]}, "default", ["a", "b"]),
+        ({"captions": ["a", " ", 3, "b"]}, "lines", ["a", "b"]),
+        ({"captions": "a"}, "default", []),
+        ({"caption": "a"}, "default", []),
+        ({"caption": "a\nb"}, "json:caption", ["a\nb"]),
+        ({"caption": ["a", "b"], "captions": ["c"]}, "json:caption", ["a", "b"]),
+        ({"caption": None}, "json:caption", []),
+        (["captions"], "default", []),
+    ],
+)
+def test_json(record: object, choice: str, texts: list[str]) -> None:
+    assert from_json(json.dumps(record).encode(), choice) == texts
+
+
+def test_broken_json_gives_none() -> None:
+    assert from_json(b'{"captions": ["a"', "default") == []
+    assert from_json(b"\xff\xfe\x00", "default") == []
+
+
+def test_txt_is_one_caption_or_lines() -> None:
+    assert from_txt(b"one\ntwo\n", "default") == ["one\ntwo\n"]
+    assert from_txt(b"one\n\n two\n", "lines") == ["one", " two"]
+    assert from_txt(b"one", "json:caption") == []
+    assert from_txt(b" \n", "default") == []
+    assert from_txt(b"caf\xe9", "default") == []
+
+
+def test_retrieval_folders_split_lines(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    assert choice_for(tmp_path / "train", None) == "default"
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    assert choice_for(tmp_path / "train", None) == "lines"
+    assert choice_for(tmp_path / "train", "json:x") == "json:x"
+
+
+@pytest.mark.parametrize("choice", ["line", "json:", ""])
+def test_an_unknown_choice_is_refused(choice: str) -> None:
+    with pytest.raises(UserError, match=r"default .* lines .* json:FIELD"):
+        check_choice(choice)
