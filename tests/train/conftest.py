@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
+import importlib
+import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-TOY = Path(__file__).with_name("toy.py")
+HERE = str(Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +23,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def toy() -> ModuleType:
-    """The module toy.py."""
-    spec = importlib.util.spec_from_file_location("clipcluster_toy", TOY)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """The module toy_training.py."""
+    if HERE not in sys.path:
+        sys.path.append(HERE)
+    return importlib.import_module("toy_training")
 
 
 @pytest.fixture
@@ -41,41 +35,39 @@ def run(tmp_path: Path, toy: ModuleType) -> Any:
     return toy.new_run(tmp_path / "runs" / "toy-00000000")
 
 
-@pytest.fixture
-def start_ranks() -> Any:
-    """Start N processes of toy.py on a run, a script for each attempt; those still alive are ended after."""
-    started: list[subprocess.Popen[str]] = []
+class Ranks:
+    """Processes of one run, each a rank."""
 
-    def start(run: Any, size: int, *attempts: dict[str, Any]) -> list[subprocess.Popen[str]]:
-        common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(TOY), str(run.path), *(json.dumps(script) for script in attempts)]
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(size)
+    def __init__(self, toy: ModuleType, run: Any, size: int, attempts: tuple[dict[str, Any], ...]) -> None:
+        # From a server that has torch loaded: ten seconds of imports a rank are saved.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["toy_training", "torch.utils.tensorboard"])
+        self.logs = [run.path / f"rank-{rank}.log" for rank in range(size)]
+        self.processes = [
+            context.Process(target=toy.rank, args=(str(run.path), rank, size, str(log), list(attempts)))
+            for rank, log in enumerate(self.logs)
         ]
-        started.extend(ranks)
-        return ranks
+        for process in self.processes:
+            process.start()
+
+    def finish(self, expected: int) -> None:
+        """Wait for all; what they said is shown where one did not leave with the expected code."""
+        for process in self.processes:
+            process.join(120)
+        codes = [process.exitcode for process in self.processes]
+        assert codes == [expected] * len(codes), "\n".join(log.read_text() for log in self.logs)
+
+
+@pytest.fixture
+def start_ranks(toy: ModuleType) -> Iterator[Any]:
+    """Start a run's ranks, a script for each attempt; those still alive at the end are killed."""
+    started: list[Ranks] = []
+
+    def start(run: Any, size: int, *attempts: dict[str, Any]) -> Ranks:
+        started.append(Ranks(toy, run, size, attempts))
+        return started[-1]
 
     yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-@pytest.fixture
-def finish_ranks() -> Callable[..., list[int]]:
-    """Wait for ranks and return their codes; their output is shown where one is not as expected."""
-
-    def finish(ranks: list[subprocess.Popen[str]], expected: int) -> None:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-        codes = [rank.returncode for rank in ranks]
-        assert codes == [expected] * len(ranks), "\n".join(outputs)
-
-    return finish
+    for process in (process for ranks in started for process in ranks.processes):
+        process.kill()
+        process.join()

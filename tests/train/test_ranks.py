@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -42,53 +43,51 @@ def ranked_run(toy: ModuleType, path: Path) -> Any:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_stopped_and_resumed_equals_uninterrupted(
-    toy: ModuleType, tmp_path: Path, start_ranks: Any, finish_ranks: Any, size: int
+    toy: ModuleType, tmp_path: Path, start_ranks: Any, size: int
 ) -> None:
     whole, stopped = ranked_run(toy, tmp_path / "whole"), ranked_run(toy, tmp_path / "stopped")
     script = {"evaluate_every": 6}
-    finish_ranks(start_ranks(whole, size, script), 0)
+    start_ranks(whole, size, script).finish(0)
     attempts = [
+        {**script, "stop_at": 0},  # in the discarded passes before the first step
         {**script, "stop_at": 2, "stop_rank": size - 1},
+        {**script, "stop_at": 3},  # in those after a resume
         {**script, "stop_in_evaluation": True},
         {**script, "stop_at": 9},
         script,
     ]
-    finish_ranks(start_ranks(stopped, size, *attempts), 0)
-    assert [stopped.attempt(n).outcome()["step"] for n in (1, 2, 3, 4)] == [3, 6, 10, 12]
+    start_ranks(stopped, size, *attempts).finish(0)
+    assert [stopped.attempt(n).outcome()["step"] for n in range(1, 7)] == [0, 3, 3, 6, 10, 12]
     assert losses(stopped) == losses(whole)
     assert samples(stopped) == samples(whole)
     assert len(samples(whole)) == 12 * 16
     end = "checkpoints/step-00000012"
     assert differing_tensors(stopped.path / end, whole.path / end) == []
     asked = [event for event in events(stopped) if event["event"] == "stop_requested"]
-    assert {event["attempt"] for event in asked} == {1, 2, 3}
+    assert {event["attempt"] for event in asked} == {1, 2, 3, 4, 5}
 
 
-def test_ranks_agree_on_what_one_of_them_found(
-    toy: ModuleType, tmp_path: Path, start_ranks: Any, finish_ranks: Any
-) -> None:
+def test_ranks_agree_on_what_one_of_them_found(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
     """A loss that is not finite on rank 1 alone is skipped on both; the weights stay the same everywhere."""
     run = ranked_run(toy, tmp_path / "run")
     script = {"poison": [4], "poison_rank": 1, "save_every": 1, "keep_last": 12}
-    finish_ranks(start_ranks(run, 2, script), 0)
+    start_ranks(run, 2, script).finish(0)
     assert differing_tensors(run.checkpoints / "step-00000004", run.checkpoints / "step-00000005") == []
     assert differing_tensors(run.checkpoints / "step-00000005", run.checkpoints / "step-00000006") != []
     assert merged_metrics(run)[-1]["skipped_steps"] == 1
 
 
-def test_a_signal_to_one_rank_stops_all(
-    toy: ModuleType, tmp_path: Path, start_ranks: Any, finish_ranks: Any
-) -> None:
+def test_a_signal_to_one_rank_stops_all(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
     run = ranked_run(toy, tmp_path / "run")
     ranks = start_ranks(run, 2, {"steps": 5000, "save_every": 7, "pause": 0.01, "record": False})
     deadline = time.monotonic() + 60
     while not list(run.checkpoints.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    ranks[1].send_signal(signal.SIGTERM)
-    finish_ranks(ranks, 85)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    ranks.finish(85)
     outcome = run.newest().outcome()
     assert outcome["outcome"] == "stopped"
-    assert "SIGTERM" in outcome["reason"] or "another rank" in outcome["reason"]
+    assert outcome["reason"] == "rank 1 got SIGTERM"
     assert (run.checkpoints / f"step-{outcome['step']:08d}" / "manifest.json").is_file()
 
 
@@ -98,7 +97,7 @@ def test_a_rank_whose_peer_is_killed_says_so(toy: ModuleType, tmp_path: Path, st
     deadline = time.monotonic() + 60
     while not list(run.checkpoints.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    ranks[1].kill()
-    output = ranks[0].communicate(timeout=60)[0]
-    assert "LostPeers" in output
+    ranks.processes[1].kill()
+    ranks.processes[0].join(60)
+    assert "LostPeers" in ranks.logs[0].read_text()
     assert run.newest().outcome() is None

@@ -1,13 +1,8 @@
-"""A small run for the trainer's tests: real ranks, real checkpoints, a task of two layers a tower.
-
-Also a program: `python toy.py RUN_DIR ATTEMPT SCRIPT…` is one rank, placed by torchrun's variables.
-"""
+"""A small run for the trainer's tests: real ranks, real checkpoints, a task of two layers a tower."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -242,27 +237,30 @@ def go(run: Run, world: World | None = None, **wishes: Any) -> Trainer:
     return trainer
 
 
-def main() -> None:
-    """One rank of a run of several attempts: every argument after RUN_DIR is one attempt's Script as JSON."""
+def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, Any]]) -> None:
+    """One rank of a run, in a process of its own: a script for each attempt; leaves with the last one's code."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(
+        RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(size)
+    )
     torch.set_num_threads(1)
-    place = Place.from_environment()
-    run = Run(sys.argv[1])
+    run = Run(path)
     first = run.attempt(1)
     world = World.join(
-        place, publish=first.publish, find=first.find, device=torch.device("cpu"), timeout_s=60
+        Place.from_environment(),
+        publish=first.publish,
+        find=first.find,
+        device=torch.device("cpu"),
+        timeout_s=60,
     )
-    for number, text in enumerate(sys.argv[2:], start=1):
-        if number > 1:
+    for attempt, script in enumerate(attempts, start=1):
+        if attempt > 1:
             if world.is_main:
                 claim(run)
             world.barrier()
         stop = Stop()
         stop.install(interactive=False)
-        trainer = build(run, run.attempt(number), world, stop, Script(**json.loads(text)))
-        outcome = trainer.run()
-    sys.stdout.flush()
+        outcome = build(run, run.attempt(attempt), world, stop, Script(**script)).run()
     os._exit(int(outcome))
-
-
-if __name__ == "__main__":
-    main()
