@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clipcluster.data.index import IndexSummary, write_index
+from clipcluster.data.index import IndexSummary, find_shards, write_index
 from clipcluster.errors import UserError
 
 
@@ -25,6 +25,8 @@ def index_folders(
         raise UserError(
             f"--index {index} holds the index of one folder, and {len(folders)} were given; run one by one"
         )
+    for folder in folders:
+        find_shards(folder)
     return [
         write_index(folder, index, captions, again=again, workers=workers, progress=progress)
         for folder in folders
