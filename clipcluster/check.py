@@ -48,6 +48,13 @@ class Findings:
 
     def attempt(self, key: str, action: Callable[..., T], *args: Any) -> T | None:
         """The result of `action(*args)`, or None with its message for a person among the errors."""
+        return self._attempt(key, False, action, *args)
+
+    def attempt_foreign(self, key: str, action: Callable[..., T], *args: Any) -> T | None:
+        """The same for what ends in other people's code: whatever it raises is an error of the recipe."""
+        return self._attempt(key, True, action, *args)
+
+    def _attempt(self, key: str, foreign: bool, action: Callable[..., T], *args: Any) -> T | None:
         from clipcluster.runtime.stop import Failure
 
         try:
@@ -55,6 +62,10 @@ class Findings:
         except (UserError, Failure) as error:
             text = "; ".join(filter(None, (str(error), getattr(error, "advice", ""))))
             self.errors.append(text if not key or text.startswith(key) else f"{key}: {text}")
+        except Exception as error:
+            if not foreign:
+                raise
+            self.errors.append(f"{key}: {type(error).__name__}: {error}")
         return None
 
     def raise_errors(self) -> None:
@@ -271,10 +282,10 @@ def deep(recipe: Recipe, *, world_size: int = 1, assets: Path | None = None) -> 
 def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     """What the process of the deep check does; loads torch."""
     findings = Findings()
-    tokenizer = findings.attempt("data.text.tokenizer", _tokenizer, recipe, assets)
-    findings.attempt("model.image", _check_image_tower, recipe, world_size, findings)
+    tokenizer = findings.attempt_foreign("data.text.tokenizer", _tokenizer, recipe, assets)
+    findings.attempt_foreign("model.image", _check_image_tower, recipe, world_size, findings)
     if tokenizer is not None:
-        findings.attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
+        findings.attempt_foreign("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
     evaluate = recipe.evaluate
     named = [(f"data.train.{place}", source, True) for place, source in enumerate(recipe.data.train)]
     named += [
@@ -284,7 +295,7 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
         (f"evaluate.zero_shot.{i}", Source(shards=path), False) for i, path in enumerate(evaluate.zero_shot)
     ]
     for key, source, text in named:
-        findings.attempt(key, _check_sample, key, source, text, tokenizer, findings)
+        findings.attempt_foreign(key, _check_sample, key, source, text, tokenizer, findings)
     return findings
 
 

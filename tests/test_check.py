@@ -230,6 +230,7 @@ def test_a_process_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyP
     [
         ("model.image.timm=test_convnex", "test_convnext"),
         ("model.image.args={no_such_argument: 1}", "no_such_argument"),
+        ("model.image.args={depths: [1, 1], dims: [8, 8]}", "model.image"),
         ("model.text={arch: gpt5}", "gpt5"),
         ("data.text.tokenizer=./data", "data.text.tokenizer"),
         ("model.image.weights=tiny.yaml", "tiny.yaml"),
