@@ -25,6 +25,8 @@ from tools.sandbox_hostname import REFUSED
 from tools.slurm import JobState, Node, QueuedJob, SlurmRefused, SlurmUnavailable
 
 POLL_SECONDS = 0.1
+# A job that starts again in the second of its end is refused its steps: its nodes revoked it by the second.
+SETTLE_SECONDS = 1.5
 BIRTH_SECONDS = 3  # a daemon that holds no log after this long is gone
 LOG_LINES = 15
 FOLDERS = ("state", "log", "pid")
@@ -213,9 +215,10 @@ def release(folder: Path, job: str | Path, *, seconds: float = 10) -> None:
         if state.state == "RUNNING" or time.monotonic() > deadline:
             return
         if state.state == "PENDING":
-            # Asked again as long as it is needed: a late end of the old attempt sets the begin time anew.
             if asked and state.reason != "BeginTime":
                 return
+            if not asked:
+                time.sleep(SETTLE_SECONDS)
             with suppress(SlurmRefused):  # it started between the two calls
                 slurm.release(job_id)
             asked = True

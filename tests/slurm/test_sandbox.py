@@ -141,7 +141,7 @@ class TestPreempt:
         assert result.requeued
         assert result.evicted_after < cluster.grace_seconds
         assert result.high_started_after is not None
-        wait_for(lambda: runs(cluster, job), "the job to come back")
+        started(cluster, job, 4)
         assert cluster.slurm.job(job).restarts == 1
         assert cluster.slurm.queue(job_ids=[result.high_job_id]) == []
 
