@@ -1,0 +1,238 @@
+"""Real training on a real cluster, through real preemptions and kills: it equals the uninterrupted run.
+
+Two nodes x two ranks over gloo train the small towers of the digits recipe. Compared are the keys of all
+samples in the order in which they were consumed, and the losses of all steps, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clipcluster.runs.folder import Run, all_runs
+from clipcluster.runs.merge import events, merged_metrics, merged_samples
+from jobs.status import Queue, state_of
+from tools import sandbox as sandboxes
+from tools.convert import convert
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT, LENGTHY = 33, 150  # steps; an epoch has 22
+SECONDS = 240
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    convert("digits", folder)
+    return folder
+
+
+class Site:
+    """The sandbox with the digits beside it: submits runs, watches them, and knows the uninterrupted ones."""
+
+    def __init__(self, sandbox, digits: Path, room: Path) -> None:
+        self.sandbox, self.digits, self.room = sandbox, digits, room
+        self.runs: list[Run] = []
+        self.references: dict[int, tuple[list, dict]] = {}
+
+    def submit(self, steps: int, *overrides: str) -> Run:
+        """The digits recipe on 2 nodes x 2 ranks, unless told otherwise."""
+        runs = self.room / f"runs-{len(self.runs)}"
+        self.runs.append(self._submit(runs, steps, overrides))
+        return self.runs[-1]
+
+    def _submit(self, runs: Path, steps: int, overrides: tuple[str, ...]) -> Run:
+        command = [
+            *(sys.executable, "-m", "jobs.cli", "submit", str(ROOT / "recipes/digits.yaml")),
+            *("--executor", "slurm", "--quick", "--runs", str(runs)),
+            *("cluster.partition=low", "cluster.nodes=2", "cluster.tasks_per_node=2", "cluster.time=15 min"),
+            *(f"train.duration={steps} steps", "train.log_every=1 steps", "train.record_samples=true"),
+            *("checkpoint.every=8 steps", "evaluate.every=null", "data.workers=1"),
+            *overrides,
+        ]
+        environment = {**os.environ, **self.sandbox.environment, "DIGITS": str(self.digits)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (run,) = all_runs(runs)
+        return run
+
+    def resubmit(self, run: Run, steps: int, *overrides: str) -> None:
+        assert self._submit(run.path.parent, steps, overrides).path == run.path
+
+    def job(self, run: Run):
+        newest = run.newest()
+        return self.sandbox.slurm.job(newest.job) if newest and newest.job else None
+
+    def wait_for_end(self, run: Run) -> None:
+        """Wait for the end, letting every requeued attempt start at once."""
+
+        def ended() -> bool:
+            job = self.job(run)
+            if job is not None and job.state == "PENDING":
+                sandboxes.release(self.sandbox.folder, job.job_id)
+            return run.finished()
+
+        wait_until(ended, run, "the end")
+
+    def uninterrupted(self, steps: int) -> tuple[list, dict]:
+        """Keys and losses of a run of so many steps that nothing disturbs."""
+        if steps not in self.references:
+            run = self.submit(steps)
+            self.wait_for_end(run)
+            assert len(run.attempts()) == 1
+            assert len(consumed(run)) == steps * 64
+            assert sorted(losses(run)) == list(range(1, steps + 1))
+            self.references[steps] = consumed(run), losses(run)
+        return self.references[steps]
+
+    def assert_as_uninterrupted(self, run: Run, steps: int) -> None:
+        keys, table = self.uninterrupted(steps)
+        assert consumed(run) == keys
+        assert losses(run) == table
+        finished = lambda: state_of(run, Queue(self.sandbox.slurm)).name == "FINISHED"  # noqa: E731
+        wait_until(finished, run, "the status FINISHED", 30)
+
+
+@pytest.fixture(scope="module")
+def site(sandbox, digits, tmp_path_factory):
+    site = Site(sandbox, digits, tmp_path_factory.mktemp("runs"))
+    yield site
+    left = [run.newest().job for run in site.runs if run.newest() and not run.finished()]
+    sandbox.slurm.cancel([job for job in left if job])
+
+
+def wait_until(true, run: Run, what: str, seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            logs = "\n".join(
+                f"== {path}\n{path.read_text(errors='replace')[-2000:]}"
+                for path in [*run.path.glob("attempts/*/rank-0.out"), *run.submitit.glob("*_0_log.err")]
+            )
+            pytest.fail(f"{run.name}: {what} did not come within {seconds:g} s\n{logs}")
+        time.sleep(0.05)
+
+
+def wait_for_step(run: Run, step: int) -> None:
+    wait_until(lambda: max(losses(run), default=0) >= step, run, f"step {step}")
+
+
+def consumed(run: Run) -> list[tuple[int, int, str, str]]:
+    return [(line["step"], line["slot"], line["shard"], line["key"]) for line in merged_samples(run)]
+
+
+def losses(run: Run) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in merged_metrics(run) if "loss" in line}
+
+
+def of_kind(run: Run, kind: str) -> list[dict]:
+    return [line for line in events(run) if line["event"] == kind]
+
+
+def kill_rank(run: Run, rank: int) -> None:
+    """SIGKILL one rank, found by its log."""
+    log = os.path.realpath(run.newest().path / f"rank-{rank}.out")
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            found = os.readlink(folder / "fd/1") == log and b"submitit" in (folder / "cmdline").read_bytes()
+        except OSError:
+            continue  # it ended meanwhile
+        if found:
+            os.kill(int(folder.name), signal.SIGKILL)
+            return
+    pytest.fail(f"no rank writes to {log}")
+
+
+def test_preempted_mid_epoch(site):
+    run = site.submit(SHORT)
+    wait_for_step(run, 15)
+    told = time.time()
+    preemption = sandboxes.preempt(site.sandbox.folder, run.path)
+    assert preemption.requeued
+    saved = of_kind(run, "checkpoint")[-1]
+    assert saved["time"] - told < 10, "saved within the grace time"
+    assert told + preemption.evicted_after - saved["time"] < 5, "the nodes are free within 5 s of the save"
+    site.wait_for_end(run)
+    assert len(run.attempts()) == 2
+    (resumed,) = of_kind(run, "resume")
+    assert resumed["step"] == saved["step"]
+    assert resumed["step"] % 22, "in the middle of an epoch"
+    site.assert_as_uninterrupted(run, SHORT)
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(site):
+    run = site.submit(SHORT)
+    wait_for_step(run, 12)
+    kill_rank(run, rank=3)
+    site.wait_for_end(run)
+    assert len(run.attempts()) == 2
+    (resumed,) = of_kind(run, "resume")
+    assert resumed["step"] in (8, 16, 24)
+    site.assert_as_uninterrupted(run, SHORT)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_preempted_at_random_moments_onto_other_numbers_of_workers(site, seed):
+    moments = random.Random(seed)
+    run = site.submit(LENGTHY)
+    for workers in (2, 0, 1):
+        at_least = max(losses(run), default=0) + moments.randrange(1, LENGTHY // 5)
+        wait_for_step(run, at_least)
+        time.sleep(moments.random())
+        run.update_settings(with_workers(run.settings(), workers))
+        assert sandboxes.preempt(site.sandbox.folder, run.path).requeued
+    site.wait_for_end(run)
+    assert len(run.attempts()) == 4
+    site.assert_as_uninterrupted(run, LENGTHY)
+
+
+def with_workers(settings: dict, workers: int) -> dict:
+    """The settings as a submission with another number of loader workers writes them."""
+    return {
+        **settings,
+        "recipe": {**settings["recipe"], "data": {**settings["recipe"]["data"], "workers": workers}},
+    }
+
+
+@pytest.mark.long
+def test_a_killed_node(site):
+    run = site.submit(LENGTHY)
+    wait_for_step(run, 20)
+    node = site.job(run).nodes[1]
+    sandboxes.kill_node(site.sandbox.folder, node)
+    try:
+        site.wait_for_end(run)
+    finally:
+        sandboxes.restore_node(site.sandbox.folder, node)
+    assert len(run.attempts()) >= 2
+    site.assert_as_uninterrupted(run, LENGTHY)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_lost_node(site, nodes):
+    """SLURM gives the run to another node while the old ranks of the lost one go on."""
+    run = site.submit(LENGTHY, f"cluster.nodes={nodes}", f"cluster.tasks_per_node={4 // nodes}")
+    wait_for_step(run, 10)
+    node = site.job(run).nodes[-1]
+    sandboxes.lose_node(site.sandbox.folder, node)
+    try:
+        site.wait_for_end(run)
+    finally:
+        sandboxes.restore_node(site.sandbox.folder, node)
+    claimed = run.attempt(2).claim()["time"]
+    late = [line for line in events(run) if line["attempt"] == 1 and line["time"] > claimed + 1]
+    assert late == []
+    site.assert_as_uninterrupted(run, LENGTHY)
