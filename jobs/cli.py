@@ -491,6 +491,15 @@ def sandbox_lose_node(node: NodeName, folder: SandboxFolder = None) -> None:
     _print(f"{node}: slurmd killed, its ranks live on; SLURM notices after about 25 s")
 
 
+@sandbox.command("restore-node")
+def sandbox_restore_node(node: NodeName, folder: SandboxFolder = None) -> None:
+    """Start a node's slurmd again, and wait until SLURM can use it."""
+    from tools import sandbox as sandboxes
+
+    sandboxes.restore_node(_sandbox_folder(folder), node)
+    _print(f"{node}: up")
+
+
 def main() -> NoReturn:
     """Run the command; a mistake of the user is one message on stderr and code 2."""
     try:
