@@ -1,11 +1,15 @@
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import RECIPES, Loaded, from_run, load, recipe_keys, result_keys, settings_keys
@@ -390,6 +394,33 @@ def test_places_of_keys(small: Small) -> None:
     assert loaded.place("data.train.0.shards") == "small.yaml:4"
     assert loaded.place("optim.lr") == "from the command line: optim.lr=3"
     assert loaded.place("evaluate.every") == "small.yaml:1"
+
+
+# Whatever is written, the answer is a recipe or a message.
+
+NOWHERE = {"XDG_CONFIG_HOME": "/nowhere"}
+
+
+@given(
+    st.sampled_from(
+        ["name", "seed", "data", "data.train", "data.train.0.shards", "model.image.args", "optim.betas"]
+    ),
+    st.text(max_size=30)
+    | st.sampled_from(["1e999", "[[]]", "{1: 2}", "&a [*a]", "!!int 3", ".nan", "9" * 400]),
+)
+def test_no_value_breaks_the_reading(key: str, value: str) -> None:
+    with contextlib.suppress(UserError):
+        load(RECIPES / "digits.yaml", [f"{key}={value}"], NOWHERE)
+
+
+@given(st.integers(0, 1200), st.integers(0, 40), st.text("{}[]:,&*!|>'\"%@#- \n\t?~$0e_x", max_size=6))
+def test_no_damage_breaks_the_reading(at: int, length: int, text: str) -> None:
+    whole = (RECIPES / "digits.yaml").read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "damaged.yaml"
+        file.write_text(whole[:at] + text + whole[at + length :])
+        with contextlib.suppress(UserError):
+            load(file, (), NOWHERE)
 
 
 # The shipped recipes, and what reading one costs.
