@@ -305,6 +305,21 @@ def test_a_save_that_fails_twice_ends_the_run_and_rotates_nothing(
     assert sorted(path.name for path in (run.path / "hidden").iterdir()) == ["step-00000004", "step-00000006"]
 
 
+def test_the_loader_is_closed_whatever_ends_the_run(toy: ModuleType, run: Any) -> None:
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(poison=[0, 1, 2]))
+    loaders: list[Any] = []
+    open_batches = trainer.open_batches
+
+    def opened(progress: Any) -> Any:
+        loaders.append(open_batches(progress))
+        return loaders[-1]
+
+    trainer.open_batches = opened
+    with pytest.raises(NonFiniteError):
+        trainer.run()
+    assert [loader.closed for loader in loaders] == [True]
+
+
 def test_metrics_are_json_that_others_can_read(toy: ModuleType, run: Any) -> None:
     toy.go(run, steps=2)
     text = (run.newest().path / "metrics.jsonl").read_text()

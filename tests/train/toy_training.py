@@ -238,7 +238,7 @@ def go(run: Run, world: World | None = None, **wishes: Any) -> Trainer:
 
 
 def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, Any]]) -> None:
-    """One rank of a run, in a process of its own: a script for each attempt; leaves with the last one's code."""
+    """One rank of a run, in a process of its own: a script for each attempt; leaves with the last code."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,0 +1,197 @@
+"""A run folder into a trained model, on real digits and with all real parts, in one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipcluster.recipe.load import load, recipe_keys, settings_keys
+from clipcluster.run import hash_of, train
+from clipcluster.runs.files import read_json
+from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import merged_metrics, merged_samples
+from clipcluster.runtime.place import Place
+from clipcluster.runtime.stop import DataError, Outcome, RecipeFailure, Stop
+from tools.convert import convert
+
+RECIPE = """
+name: tiny
+data:
+  train: [{{shards: {digits}/train}}]
+  batch_size: 32
+  workers: 0
+  image: {{size: 32}}
+  text: {{tokenizer: bytes, context_length: 24, captions: random}}
+model:
+  image:
+    timm: convnext_atto
+    args: {{depths: [1, 1, 1, 1], dims: [8, 16, 24, 32], patch_size: 2, drop_path_rate: 0.2}}
+  text: {{arch: gpt2, config: {{n_layer: 1, n_head: 2, n_embd: 32}}}}
+  embed_dim: 16
+optim: {{lr: 1e-3, clip_norm: 1.0, warmup: 2 steps}}
+train: {{duration: 8 steps, log_every: 1 steps, record_samples: true, ema: {{decay: 0.9}}}}
+checkpoint: {{every: 3 steps}}
+evaluate: {{retrieval: [{digits}/test], zero_shot: [{digits}/test], batch_size: 120}}
+cluster: {{gpus_per_node: 0, cpus_per_task: 1}}
+"""
+ALONE = Place(0, 1, 0, 1, 0, 1, "test", "single")
+VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The handwritten digits as shards."""
+    return convert("digits", tmp_path_factory.mktemp("data") / "digits").out
+
+
+class Tiny:
+    """Runs of one small recipe."""
+
+    def __init__(self, digits: Path, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "tiny.yaml"
+        self.file.write_text(RECIPE.format(digits=digits))
+
+    def make(self, name: str, *overrides: str) -> Run:
+        loaded = load(self.file, overrides, {})
+        return Run.create(self.folder / "runs" / name, recipe_keys(loaded), settings_keys(loaded))
+
+    def change(self, run: Run, *overrides: str) -> None:
+        run.update_settings(settings_keys(load(self.file, overrides, {})))
+
+    def go(self, run: Run, stop: Stop | None = None) -> Outcome:
+        attempt = run.claim("test", host="here", still_running=lambda job: False)
+        return train(run, attempt, ALONE, stop or Stop())
+
+
+@pytest.fixture
+def tiny(digits: Path, tmp_path: Path) -> Tiny:
+    return Tiny(digits, tmp_path)
+
+
+class StopAfter(Stop):
+    """Asks to stop at the n-th question."""
+
+    def __init__(self, questions: int) -> None:
+        super().__init__()
+        self.questions = questions
+
+    def wishes(self) -> Any:
+        self.questions -= 1
+        if self.questions == 0:
+            self.request("the test's wish")
+        return super().wishes()
+
+
+def logged(run: Run) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in merged_metrics(run)]
+
+
+def test_loading_it_loads_no_torch() -> None:
+    code = "import sys, clipcluster.run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny.make("whole")
+    assert tiny.go(run) is Outcome.FINISHED
+    lines = merged_metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(line["loss"] > 0 and 0 < line["lr"] <= 1e-3 for line in lines)
+    results = read_json(run.evals / "step-00000008.json")["metrics"]
+    assert results["test/zero_shot_images"] == 360
+    assert {
+        "test/zero_shot_top1",
+        "test/t2i_r1",
+        "test/paired_i2t_r1",
+        "test/distinct_captions",
+    } <= results.keys()
+    newest = run.checkpoints / "step-00000008"
+    state = read_json(newest / "state.json")
+    assert state["plan"]["total_steps"] == 8
+    assert state["index"][0]["name"] == "train"
+    assert len(state["index"][0]["shards"]) > 1
+    assert {"image_projection.weight", "logit_scale"} <= load_file(newest / "model.safetensors").keys()
+    assert read_json(newest / "manifest.json")["versions"]["torch"] == torch.__version__
+    assert run.newest().outcome()["outcome"] == "finished"  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, workers: int) -> None:
+    whole, stopped = tiny.make("whole"), tiny.make("stopped")
+    assert tiny.go(whole) is Outcome.FINISHED
+    assert tiny.go(stopped, StopAfter(4)) is Outcome.STOPPED
+    tiny.change(stopped, f"data.workers={workers}")
+    assert tiny.go(stopped, StopAfter(6)) is Outcome.STOPPED
+    assert tiny.go(stopped) is Outcome.FINISHED
+    assert len(stopped.attempts()) == 3
+    assert logged(stopped) == logged(whole)
+    keys = [(line["step"], line["slot"], line["shard"], line["key"]) for line in merged_samples(stopped)]
+    assert keys == [
+        (line["step"], line["slot"], line["shard"], line["key"]) for line in merged_samples(whole)
+    ]
+    assert len(keys) == 8 * 32
+    for name in ("model", "ema", "optimizer"):
+        one = load_file(whole.checkpoints / "step-00000008" / f"{name}.safetensors")
+        other = load_file(stopped.checkpoints / "step-00000008" / f"{name}.safetensors")
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_stop_while_starting_builds_nothing(tiny: Tiny) -> None:
+    run = tiny.make("early")
+    stop = Stop()
+    stop.request("before the first step")
+    assert tiny.go(run, stop) is Outcome.STOPPED
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_shards_made_anew_are_refused_at_a_resume(tiny: Tiny, digits: Path, tmp_path: Path) -> None:
+    from clipcluster.data.index import write_index
+
+    copy = tmp_path / "digits"
+    subprocess.run(["cp", "-a", str(digits), str(copy)], check=True)
+    moved = Tiny(copy, tmp_path)
+    run = moved.make("moved")
+    assert moved.go(run, StopAfter(4)) is Outcome.STOPPED
+    shard = sorted((copy / "train").glob("*.tar"))[2]
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1  # inside the first sample
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=shard.name):
+        moved.go(run)  # the index still tells of the shard as it was
+    write_index(copy / "train")
+    with pytest.raises(DataError, match=f"shard {shard.name} of train has changed"):
+        moved.go(run)
+
+
+def test_other_starting_weights_are_refused_at_a_resume(tiny: Tiny, tmp_path: Path) -> None:
+    first = tiny.make("first", "evaluate.zero_shot=[]", "evaluate.retrieval=[]", "train.duration=3 steps")
+    assert tiny.go(first) is Outcome.FINISHED
+    weights = tmp_path / "weights.safetensors"
+    state = load_file(first.checkpoints / "step-00000003" / "model.safetensors")
+    from safetensors.torch import save_file
+
+    tower = {
+        k.removeprefix("image.").removeprefix("trunk."): v for k, v in state.items() if k.startswith("image.")
+    }
+    save_file(tower, weights)
+    run = tiny.make("second", f"model.image.weights={weights}")
+    assert tiny.go(run, StopAfter(5)) is Outcome.STOPPED
+    save_file({key: value + 1 for key, value in tower.items()}, weights)
+    with pytest.raises(RecipeFailure, match="starting weights of image"):
+        tiny.go(run)
+
+
+def test_the_hash_of_weights_is_of_their_content(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"one")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    before = hash_of(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"{ }")
+    assert hash_of(tmp_path) == before
+    (tmp_path / "a.bin").write_bytes(b"two")
+    assert hash_of(tmp_path) != before
