@@ -1,10 +1,8 @@
-"""Endings on a real SLURM cluster: TrainJob, batch script and verdict as users get them, a trainee without torch."""
+"""Endings on a real SLURM cluster: the real TrainJob, batch script and verdict, a trainee without torch."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -102,8 +100,12 @@ class Bench:
         return self.until(lambda: folder.exists() and history.last_verdict(run.attempt(attempt)), seconds)
 
     def come_back(self, job):
-        """Let a requeued job start now, once it has left its nodes."""
+        """Let a requeued job start now, once it has left its nodes.
+
+        SLURM holds it back for two minutes so that the end of its old script cannot be taken for its new one's.
+        """
         self.until(lambda: self.slurm.job(job).state == "PENDING")
+        time.sleep(1)
         sandboxes.release(self.sandbox.folder, job)
 
     def gone(self, job):
@@ -131,7 +133,7 @@ def bench(sandbox, tmp_path, code, monkeypatch):
         time.sleep(0.2)
 
 
-# Each scenario is one line of the table. They run on one job or on a member of an array (the other member must
+# Each scenario is one line of the table. They run on one job or on a member of an array (the others must
 # not notice), on one node or two, on sites that send USR2 at a preemption and on those that do not.
 
 
@@ -139,7 +141,7 @@ def preempted(bench, nodes, members):
     runs, jobs = bench.submit({"steps": 40}, nodes=nodes, members=members)
     run, job = runs[-1], jobs[-1]
     bench.at_step(run, 7)
-    done = sandboxes.preempt(bench.sandbox.folder, job)
+    done = sandboxes.preempt(bench.sandbox.folder, job, come_back=False)
     assert done.requeued
     verdict = bench.verdict(run, 1)
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "preempted", False)
@@ -147,6 +149,7 @@ def preempted(bench, nodes, members):
     assert saved["outcome"] == "stopped"
     assert verdict["checkpoint"] == saved["step"] >= 7
     assert done.evicted_after < bench.sandbox.grace_seconds
+    bench.come_back(job)
     finished(bench, run, job, 2, 40, nodes)
     assert history.newest_checkpoint(run) == 40
 
@@ -168,7 +171,6 @@ def crashed(bench, nodes, members):
     verdict = bench.verdict(run, 1)
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "crashed", True)
     assert verdict["checkpoint"] == 5
-    assert f"task{'' if nodes == 2 else ''}" in verdict["reason"]
     assert verdict["blamed"] in bench.sandbox.nodes
     bench.come_back(job)
     finished(bench, run, job, 2, 15, nodes)
