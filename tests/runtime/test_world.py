@@ -1,9 +1,10 @@
 """Real processes meet, agree, and notice each other's death."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,52 +26,53 @@ def attempt(tmp_path):
     return run.claim("1", host="n1", still_running=lambda job: False)
 
 
-_started = []
+@pytest.fixture
+def start(attempt):
+    """Starts ranks in the background; none outlives its test."""
+    started = []
 
-
-@pytest.fixture(autouse=True)
-def _none_left():
-    """No rank outlives its test."""
-    yield
-    for process in _started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-    _started.clear()
-
-
-def start(attempt, size, collective, mishap="-", timeout=60, ranks=None):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, PEER, str(rank), str(size), attempt.run, collective, mishap, str(timeout)],
+    def begin(size, collective, mishap="-", timeout=60, ranks=None):
+        arguments = [json.dumps(ranks or list(range(size))), size, attempt.run, collective, mishap, timeout]
+        process = subprocess.Popen(
+            [sys.executable, PEER, *map(str, arguments)],
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
-        for rank in (range(size) if ranks is None else ranks)
-    ]
-    _started.extend(processes)
-    return processes
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
-def finish(processes):
-    """What each process said, and how it ended."""
-    texts = [process.communicate(timeout=120)[0] for process in processes]
-    return [json.loads(text) if text else None for text in texts], [p.returncode for p in processes]
+def finish(process):
+    """What each rank said and how it ended, by rank."""
+    said = {}
+    for line in process.communicate(timeout=120)[0].splitlines():
+        fields = json.loads(line)
+        said.setdefault(fields.pop("rank"), {}).update(fields)
+    return [said[rank] for rank in sorted(said)]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_meet_and_agree(attempt, size):
-    said, codes = finish(start(attempt, size, "values"))
-    assert codes == [0] * size
+def test_ranks_meet_and_agree(attempt, start, size):
+    said = finish(start(size, "values"))
     wishes = Wish.STOP | Wish.SAVE | (Wish.ABORT if size == 3 else Wish.NONE)
     for rank, values in enumerate(said):
+        del values["ended"]
         assert values == {
             "agree": int(wishes),
             "none": 0,
             "object": {"from": size - 1},
             "sum": [size * (size + 1) / 2] * 2,
             "main": rank == 0,
+            "code": 0,
         }
+    assert len(said) == size
     address, _, token = attempt.find(1)
     assert address == "127.0.0.1"
     assert token
@@ -80,34 +82,50 @@ def test_ranks_meet_and_agree(attempt, size):
     ("size", "collective"),
     [(2, "agree"), (3, "agree"), (3, "backward"), (3, "broadcast"), (2, "gather")],
 )
-def test_a_killed_peer_is_noticed_at_once(attempt, size, collective):
-    processes = start(attempt, size, collective, "kill")
-    processes[-1].wait(timeout=60)
-    died = time.time()
-    said, codes = finish(processes)
-    assert codes == [0] * (size - 1) + [-9]
-    for values in said[:-1]:
-        assert values["lost"]
-        assert values["at"] - died < 5
-    if collective in ("agree", "broadcast"):
-        assert {values["kind"] for values in said[:-1]} == {"LostPeers"}
+def test_a_killed_peer_is_noticed_at_once(start, size, collective):
+    *others, killed = finish(start(size, collective, "kill"))
+    assert killed["code"] == -9
+    assert len(others) == size - 1
+    for rank in others:
+        assert rank["lost"]
+        assert rank["code"] == 0
+        assert rank["at"] - killed["ended"] < 5
+        if collective in ("agree", "broadcast"):
+            assert rank["kind"] == "LostPeers"
 
 
-@pytest.mark.parametrize("collective", ["agree", "backward"])
-def test_a_silent_peer_is_noticed_after_the_timeout(attempt, collective):
-    processes = start(attempt, 2, collective, "sleep", timeout=6)
-    said, codes = finish(processes[:1])
-    processes[1].kill()
-    processes[1].communicate()
-    assert codes == [0]
-    assert said[0]["lost"]
-    assert 5 < said[0]["seconds"] < 12
+def test_the_death_of_rank_0_is_noticed_too(start):
+    killed, *others = finish(start(3, "agree", "kill rank 0"))
+    assert killed["code"] == -9
+    assert [rank["kind"] for rank in others] == ["LostPeers"] * 2
+    assert all(rank["at"] - killed["ended"] < 5 for rank in others)
 
 
-def test_a_peer_that_never_comes(attempt):
-    said, codes = finish(start(attempt, 2, "agree", timeout=3, ranks=[0]))
-    assert codes == [0]
-    assert said[0]["kind"] == "LostPeers"
+def test_a_rank_of_another_attempt_meets_nobody(attempt, start):
+    process = start(2, "agree", timeout=8, ranks=[0])
+
+    def find(timeout_s):
+        address, port, _ = attempt.find(30)
+        return address, port, "another attempt's token"
+
+    with pytest.raises(LostPeers, match="rank 1 of 2 did not meet the others"):
+        World.join(
+            Place(1, 2, 1, 2, 0, 1, "1", "single"),
+            publish=attempt.publish,
+            find=find,
+            device=torch.device("cpu"),
+            timeout_s=1,
+        )
+    (rank_0,) = finish(process)
+    assert rank_0["kind"] == "LostPeers"
+
+
+@pytest.mark.parametrize("collective", ["agree", pytest.param("backward", marks=pytest.mark.long)])
+def test_a_silent_peer_is_noticed_after_the_timeout(start, collective):
+    first, sleeper = finish(start(2, collective, "sleep", timeout=6))
+    assert first["lost"]
+    assert 5 < first["seconds"] < 50  # the silence would last 60 s
+    assert sleeper["code"] == -9
 
 
 def test_rank_0_never_comes(attempt):

@@ -1,7 +1,7 @@
-"""One rank of a world: joins over the run folder, does one collective again and again, says how it ended.
+"""Ranks of a world: each joins over the run folder, does one collective again and again, says how it ended.
 
-Arguments: rank, size, run folder, collective, what the last rank does at its tenth round (kill, sleep, -),
-timeout in seconds.
+Arguments: ranks (JSON), size, run folder, collective, what happens at the tenth round (kill or sleep: to the
+last rank; kill rank 0; -), timeout in seconds.
 """
 
 import json
@@ -21,7 +21,7 @@ from clipcluster.runtime.world import World, is_lost_peer
 
 
 def say(**fields):
-    print(json.dumps(fields), flush=True)
+    os.write(1, json.dumps(fields).encode() + b"\n")  # in one piece: the ranks share the pipe
 
 
 def collectives(world):
@@ -48,39 +48,58 @@ def values(world):
 def rounds(world, name, mishap):
     collective = collectives(world)[name]
     for number in range(10_000):
-        if number == 10 and world.rank == world.size - 1:
-            if mishap == "kill":
+        last = world.rank == world.size - 1
+        if number == 10:
+            if (mishap == "kill" and last) or (mishap == "kill rank 0" and world.is_main):
                 os.kill(os.getpid(), signal.SIGKILL)
-            if mishap == "sleep":
+            if mishap == "sleep" and last:
                 time.sleep(60)
         collective()
 
 
-def main():
-    rank, size, folder, name, mishap, timeout = sys.argv[1:]
-    torch.set_num_threads(1)
+def serve(rank, size, folder, name, mishap, timeout):
+    """One rank to its end; returns its exit code."""
     attempt = Run(folder).newest()
-    place = Place(int(rank), int(size), int(rank), int(size), 0, 1, "1", "single")
     began = time.monotonic()
     try:
         world = World.join(
-            place,
+            Place(rank, size, rank, size, 0, 1, "1", "single"),
             publish=attempt.publish,
             find=attempt.find,
             device=torch.device("cpu"),
-            timeout_s=float(timeout),
+            timeout_s=timeout,
         )
         if name == "values":
-            say(**values(world))
+            say(rank=rank, **values(world))
             world.barrier()
             world.leave()
-            return
+            return 0
         began = time.monotonic()
         rounds(world, name, mishap)
     except (LostPeers, RuntimeError) as error:
         lost = is_lost_peer(error)
-        say(lost=lost, kind=type(error).__name__, seconds=time.monotonic() - began, at=time.time())
-        os._exit(0 if lost else 3)
+        kind = type(error).__name__
+        say(rank=rank, lost=lost, kind=kind, seconds=time.monotonic() - began, at=time.time())
+        return 0 if lost else 3
+    return 4
+
+
+def main():
+    ranks, size, folder, name, mishap, timeout = sys.argv[1:]
+    torch.set_num_threads(1)
+    children = {}
+    for rank in json.loads(ranks):  # forked: importing torch once is enough
+        child = os.fork()
+        if child == 0:
+            os._exit(serve(rank, int(size), folder, name, mishap, float(timeout)))
+        children[child] = rank
+    while children:
+        child, status = os.wait()
+        rank = children.pop(child)
+        say(rank=rank, code=os.waitstatus_to_exitcode(status), ended=time.time())
+        if mishap == "sleep":
+            for sleeper in children:
+                os.kill(sleeper, signal.SIGKILL)
 
 
 if __name__ == "__main__":
