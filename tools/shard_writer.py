@@ -66,7 +66,10 @@ class ShardWriter:
         self.add_members(key, members)
 
     def add_members(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Adds a sample of any members, by extension, in the order given."""
+        """Adds a sample of any members, by extension, in the order given. ValueError for a key with dots."""
+        for extension in members:
+            if indexes.sample_name(f"{key}.{extension}") != (key, extension):
+                raise ValueError(f"{key!r} and {extension!r} cannot be told apart again in {key}.{extension}")
         if self._shard is None:
             self._shard = _OpenShard(self.folder / f"{len(self.entries):05d}.tar", self.choice)
         for extension, data in members.items():

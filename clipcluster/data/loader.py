@@ -72,7 +72,7 @@ class Loader:
         classes = torch.tensor([number for piece in pieces for number in piece.classes], dtype=torch.int64)
         return Batch(
             index=pieces[0].index,
-            images=torch.cat([piece.images for piece in pieces]),
+            images=_laid_together([piece.images for piece in pieces]),
             tokens=_joined([piece.tokens for piece in pieces]),
             mask=_joined([piece.mask for piece in pieces]),
             classes=classes if (classes >= 0).any() else None,
@@ -154,7 +154,7 @@ class EvaluationLoader:
         return EvaluationBatch(
             index=pieces[0].index,
             positions=torch.tensor(positions, dtype=torch.int64),
-            images=torch.cat([piece.images for piece in pieces]),
+            images=_laid_together([piece.images for piece in pieces]),
             classes=torch.tensor([number for piece in pieces for number in piece.classes], dtype=torch.int64),
             captions=captions,
             tokens=tokens,
@@ -180,4 +180,8 @@ def evaluation_batches(
 
 def _joined(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(present) if present else None
+    return _laid_together(present) if present else None
+
+
+def _laid_together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

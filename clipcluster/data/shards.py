@@ -165,6 +165,7 @@ class Shards:
         self.n_samples = int(self._sample_ends[-1]) if len(self._sample_ends) else 0
         self.fingerprint = self._fingerprint()
         self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._hashed: set[tuple[int, int]] = set()  # shard and mtime of what was found to be the same bytes
 
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": self.parts, "fingerprint": self.fingerprint}
@@ -368,11 +369,12 @@ class Shards:
         part, row = self._place(shard)
         arrays = self._tables[part].arrays
         size, mtime = int(arrays["bytes"][row]), int(arrays["mtime_ns"][row])
-        if (state.st_size, state.st_mtime_ns) == (size, mtime):
+        if (state.st_size, state.st_mtime_ns) == (size, mtime) or (shard, state.st_mtime_ns) in self._hashed:
             return
         path = self.shard_path(shard)
         if state.st_size != size or indexes.file_sha256(path) != self.sha256(shard):
             raise self._changed(shard)
+        self._hashed.add((shard, state.st_mtime_ns))
 
     def _changed(self, shard: int) -> DataError:
         return DataError(f"shard {self.shard_path(shard)} changed since it was indexed", self._advice(shard))

@@ -158,6 +158,25 @@ def test_without_a_tokenizer_there_are_no_tokens(shards: Shards, section: Data) 
     assert batch.mask is None
 
 
+@pytest.mark.parametrize("captions", ["all", "random", "first"])
+def test_a_sample_without_a_caption_is_never_drawn(
+    tmp_path: Path, make_shards: Callable[..., Path], section: Data, captions: str
+) -> None:
+    silent = {0, 4, 5, 13}
+    folder = make_shards(
+        tmp_path / "s",
+        21,
+        bad={3},
+        texts=lambda number: [] if number in silent else [f"of {number}", "another"],
+    )
+    shards = open_folder(folder)
+    order = order_of([shards], captions=captions)
+    batches = take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0), 8)
+    used = {int(key[1:]) for batch in batches for _, _, key in batch.keys}
+    assert used == set(range(21)) - silent - {3}
+    assert all(int(real.sum()) > 2 for batch in batches for real in batch.mask)
+
+
 def test_a_bad_sample_is_replaced_by_the_next_good_one_and_told_once(
     tmp_path: Path, make_shards: Callable[..., Path], section: Data
 ) -> None:

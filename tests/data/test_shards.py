@@ -108,6 +108,27 @@ def test_a_new_time_with_the_same_bytes_is_no_change(folder: Path) -> None:
     assert shards.read(13).key == "s00013"
 
 
+def test_bytes_are_hashed_once_for_each_new_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    real = module.indexes.file_sha256
+
+    def counting(path: Path) -> str:
+        hashed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(module.indexes, "file_sha256", counting)
+    shards = open_folder(folder)
+    os.utime(folder / "00002.tar")
+    for _ in range(3):
+        shards.check_unchanged()
+        shards.read(13)
+        shards.close()
+    assert hashed == [folder / "00002.tar"]
+    (folder / "00002.tar").write_bytes(b"x" * (folder / "00002.tar").stat().st_size)
+    with pytest.raises(DataError):
+        shards.check_unchanged()
+
+
 def test_the_rows_must_belong_to_the_list(folder: Path) -> None:
     shutil.copy(folder / "00001.tar.idx", folder / "00002.tar.idx")
     with pytest.raises(DataError, match=r"00002\.tar\.idx"):

@@ -64,6 +64,14 @@ def test_our_own_reader_reads_it_without_another_scan(tmp_path: Path) -> None:
         assert sample.cls == (-1 if cls is None else cls)
 
 
+@pytest.mark.parametrize(
+    ("key", "extension"), [("a.b", "png"), ("a", "PNG"), ("", "png"), ("__a__/b", "png")]
+)
+def test_a_key_that_cannot_be_read_back_is_refused(tmp_path: Path, key: str, extension: str) -> None:
+    with pytest.raises(ValueError, match="told apart"):
+        ShardWriter(tmp_path).add_members(key, {extension: b"x"})
+
+
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     one, two = _write(tmp_path / "one"), _write(tmp_path / "two")
     for path in one.iterdir():
