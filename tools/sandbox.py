@@ -170,6 +170,7 @@ def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_secon
     before = _running_job(sandbox, job_of(job))
     job_id = before.job_id
     neighbours = _neighbours(sandbox, before)
+    names = tuple(neighbour.job_id for neighbour in neighbours)
     begin = time.monotonic()
     high = slurm.submit(
         "--partition=high",
@@ -184,16 +185,18 @@ def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_secon
     try:
         after = _await_eviction(sandbox, before, begin)
         evicted = time.monotonic() - begin
+        for neighbour in neighbours:
+            _await_eviction(sandbox, neighbour, begin)
         started = _await_high(sandbox, high, begin)
         time.sleep(hold_seconds)
     finally:
         slurm.cancel([high])
     _await_gone(sandbox, high)
     if come_back:
-        for evictee in (job_id, *neighbours):
+        for evictee in (before, *neighbours):
             with suppress(UserError):  # it ended instead
-                release(folder, evictee)
-    return Preemption(job_id, high, before.nodes, not after.ended, after.state, evicted, started, neighbours)
+                release(folder, evictee.job_id)
+    return Preemption(job_id, high, before.nodes, not after.ended, after.state, evicted, started, names)
 
 
 def release(folder: Path, job: str | Path, *, seconds: float = 10) -> None:
@@ -388,16 +391,17 @@ def _running_job(sandbox: Sandbox, job_id: str) -> JobState:
     return state
 
 
-def _neighbours(sandbox: Sandbox, job: JobState) -> tuple[str, ...]:
+def _neighbours(sandbox: Sandbox, job: JobState) -> list[JobState]:
     """The other running jobs of low on any of the job's nodes."""
-    return tuple(
+    ids = [
         other.job_id
         for other in sandbox.slurm.queue()
         if other.job_id != job.job_id
         and other.partition == "low"
         and other.state == "RUNNING"
         and set(other.nodes) & set(job.nodes)
-    )
+    ]
+    return [state for state in map(sandbox.slurm.job, ids) if state is not None]
 
 
 def _await_eviction(sandbox: Sandbox, before: JobState, begin: float) -> JobState:

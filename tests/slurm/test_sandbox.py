@@ -170,7 +170,9 @@ class TestPreempt:
         started(cluster, neighbour, 2)
         assert sandboxes.preempt(cluster.folder, job).neighbours == (neighbour,)
         for evicted in (job, neighbour):
-            wait_for(lambda evicted=evicted: runs(cluster, evicted), "both to come back")
+            wait_for(
+                lambda evicted=evicted: runs(cluster, evicted), f"{evicted}: {cluster.slurm.job(evicted)}"
+            )
 
     @pytest.mark.long
     def test_a_job_that_does_not_listen_is_killed_after_the_grace_time(self, cluster: Sandbox) -> None:
