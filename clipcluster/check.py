@@ -138,28 +138,42 @@ def _check_files(loaded: Loaded, findings: Findings) -> None:
 
 
 def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
-    """Samples (with captions: all, pairs) of one pass through all sources; None if one cannot be opened."""
-    counts: list[int | None] = []
+    """Samples (with captions: all, pairs) of one pass through all sources; None if none can be drawn."""
+    opened: list[Shards] = []
     for place, source in enumerate(loaded.recipe.data.train):
-        key = _place(loaded, f"data.train.{place}.shards")
-        counts.append(findings.attempt(key, _draws, source, loaded.recipe.data.text.captions))
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
+        shards = findings.attempt(_place(loaded, f"data.train.{place}.shards"), _open, source, True)
+        if shards is not None:
+            opened.append(shards)
+    if len(opened) < len(loaded.recipe.data.train):
+        return None
+    return findings.attempt("", _draws, loaded.recipe, opened)
+
+
+def _draws(recipe: Recipe, opened: Sequence[Shards]) -> int:
+    """Draws of one pass through all sources, from the order itself, so that what it refuses is found here."""
+    from clipcluster.data.order import Order, SourceShape
+
+    data = recipe.data
+    order = Order(
+        [
+            SourceShape(shards.sample_counts, shards.caption_counts, source.weight, name=shards.name)
+            for shards, source in zip(opened, data.train, strict=True)
+        ],
+        batch_size=data.batch_size,
+        seed=recipe.seed,
+        captions=data.text.captions,
+        lanes=data.order.lanes,
+        window=data.order.window,
+        full_shuffle_below=data.order.full_shuffle_below,
+        epoch_samples=data.epoch_samples,
+    )
+    return order.samples
 
 
 def _open(source: Source, text: bool) -> Shards:
     from clipcluster.data.shards import open_source
 
     return open_source(source, text=text)
-
-
-def _draws(source: Source, captions: str) -> int:
-    """Draws of one pass through a source."""
-    shards = _open(source, True)
-    if captions == "all":
-        return shards.n_pairs
-    drawable = shards.drawable
-    return shards.n_samples if drawable is None else len(drawable)
 
 
 def _check_evaluations(loaded: Loaded, findings: Findings) -> None:

@@ -112,7 +112,12 @@ def test_captions_all_counts_pairs(checked: Callable[..., Checked]) -> None:
         (["data.train.0.shards=data/trian"], "data.train.0.shards"),
         (["data.train.0.shards=data/trian"], "no such folder"),
         (["data.batch_size=5"], "does not divide by 2 ranks; set it to 4 or 6"),
-        (["data.batch_size=10"], "the samples of the sources are 9, data.batch_size is 10"),
+        (["data.batch_size=10"], "the training data hold 9 samples, less than one batch of 10"),
+        (["data.batch_size=10", "data.epoch_samples=20"], "the training data hold 9 samples; a batch holds"),
+        (
+            ["data.train=[{shards: data/train, weight: 0.333331}, {shards: data/test, weight: 1}]"],
+            "The nearest that would do are",
+        ),
         (
             ["train.micro_batch=1"],
             "accumulation is not supported yet: set train.micro_batch to 2 or use 4 ranks",
@@ -218,11 +223,11 @@ def test_a_right_recipe_in_a_process_of_its_own(folder: Path) -> None:
 
 def test_a_process_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "broken").mkdir()
-    (folder / "broken" / "torch.py").write_text("raise ImportError('no CUDA here')\n")
+    (folder / "broken" / "pydantic.py").write_text("raise ImportError('no such thing here')\n")
     monkeypatch.setenv("PYTHONPATH", str(folder / "broken"))
     (message,) = deep(plain("tiny.yaml").recipe).errors
     assert "the deep check itself failed" in message
-    assert "no CUDA here" in message
+    assert "no such thing here" in message
 
 
 @pytest.mark.parametrize(
