@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipcluster.errors import UserError
 from clipcluster.recipe.load import from_run
 from clipcluster.recipe.plan import Plan, plan
 from clipcluster.recipe.schema import Recipe
@@ -135,14 +136,20 @@ def open_sources(recipe: Recipe, assets: Path) -> Sources:
     return Sources(shards, order, load_tokenizer(data.text, assets))
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, assets: Path) -> Clip:
+def build_model(recipe: Recipe, tokenizer: Tokenizer, assets: Path, *, starting_weights: bool = True) -> Clip:
     """The model at its start, on the CPU; fresh weights are a function of the recipe's seed."""
     import torch
 
     from clipcluster.model.clip import build_clip
 
     torch.manual_seed(recipe.seed)
-    return build_clip(recipe.model, image_size=recipe.data.image.size, tokenizer=tokenizer, assets=assets)
+    return build_clip(
+        recipe.model,
+        image_size=recipe.data.image.size,
+        tokenizer=tokenizer,
+        assets=assets,
+        starting_weights=starting_weights,
+    )
 
 
 def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe) -> Trainer:
@@ -166,7 +173,7 @@ def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: 
     plan_ = plan(recipe, sources.order.samples, world.size)
     precision = Precision(recipe.train.precision, world.device)
     model = build_model(recipe, sources.tokenizer, run.assets)
-    weights = _check_start(sources, model) if world.is_main else {}
+    weights = _check_start(sources, model, plan_) if world.is_main else {}
     task = ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, world).to(world.device)
     optim = recipe.optim
     optimizer = Optimizer(
@@ -223,8 +230,77 @@ def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: 
     )
 
 
-def _check_start(sources: Sources, model: Clip) -> dict[str, str]:
+def evaluate(
+    run: Run, *, step: int | None = None, recipe: Recipe | None = None
+) -> tuple[int, dict[str, float]]:
+    """Measure a checkpoint of a run, also of one that is training, in this process; nothing is written.
+
+    `step`: which checkpoint, default the newest that verifies. `recipe`: default the run's own with the
+    settings last submitted; its `evaluate` section says what is measured. Averaged weights where there are
+    any. Returns the step and SET/METRIC -> value. Raises UserError where there is nothing to measure.
+    """
+    import torch
+
+    from clipcluster.data.tokenizer import load_tokenizer
+    from clipcluster.evals.suite import build_suite
+    from clipcluster.runtime.devices import pick_device
+    from clipcluster.runtime.world import World
+    from clipcluster.train.precision import Precision
+
+    recipe = recipe or from_run(run.recipe(), run.settings())
+    world = World(0, 1, 0, pick_device(0))
+    tokenizer = load_tokenizer(recipe.data.text, run.assets)
+    suite = build_suite(recipe, world=world, tokenizer=tokenizer)
+    if not suite:
+        raise UserError(
+            "There is nothing to measure: name shard folders in evaluate.retrieval or evaluate.zero_shot."
+        )
+    model = build_model(recipe, tokenizer, run.assets, starting_weights=False)
+    found = _load_weights(run, model, step)
+    model.to(world.device)
+    with torch.no_grad(), Precision(recipe.train.precision, world.device).autocast():
+        return found, suite.run(model)
+
+
+def _load_weights(run: Run, model: Clip, step: int | None) -> int:
+    """The newest whole checkpoint's weights (or those of `step`) into the model; returns its step."""
+    from safetensors.torch import load_file
+
+    from clipcluster.train.checkpoint import Broken, CheckpointFolder, reading, verify
+
+    folder = CheckpointFolder(run.checkpoints, check=lambda: None, about={})
+    reasons = []
+    for candidate in [step] if step is not None else reversed(folder.steps()):
+        path = folder.path(candidate)
+        try:
+            with reading(path):
+                verify(path)
+                averaged = path / "ema.safetensors"
+                model.load_state_dict(
+                    load_file(averaged if averaged.exists() else path / "model.safetensors")
+                )
+        except (Broken, FileNotFoundError) as error:
+            reasons.append(f"{path.name}: {error}")
+            continue
+        return candidate
+    there = ", ".join(str(number) for number in folder.steps()) or "none"
+    raise UserError(
+        f"{run.name} has no checkpoint to measure ({'; '.join(reasons) or 'none was written yet'}). "
+        f"Steps with a checkpoint: {there}."
+    )
+
+
+def _check_start(sources: Sources, model: Clip, plan_: Plan) -> dict[str, str]:
     """Rank 0's look at what a run starts from: the shards as indexed, and the starting weights' hashes."""
+    logger.info(
+        "%s ranks x %s samples; %s steps, %s an epoch",
+        plan_.world_size,
+        f"{plan_.per_rank_batch:,}",
+        f"{plan_.total_steps:,}",
+        f"{plan_.steps_per_epoch:,}",
+    )
+    for warning in plan_.warnings:
+        logger.warning("%s", warning)
     for source in sources.shards:
         source.check_unchanged()
     for coverage in model.starting_weights:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
-from clipcluster.run import hash_of, train
+from clipcluster.run import evaluate, hash_of, train
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
@@ -119,6 +120,12 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
     assert {"image_projection.weight", "logit_scale"} <= load_file(newest / "model.safetensors").keys()
     assert read_json(newest / "manifest.json")["versions"]["torch"] == torch.__version__
     assert run.newest().outcome()["outcome"] == "finished"  # type: ignore[union-attr, index]
+    step, measured = evaluate(run)
+    assert step == 8
+    assert measured == pytest.approx(results, rel=1e-6)
+    assert not list(run.checkpoints.glob("*/pinned-*"))
+    with pytest.raises(UserError, match=r"no checkpoint to measure \(step-00000005.* 3, 6, 8"):
+        evaluate(run, step=5)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -19,7 +19,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ from clipcluster.train.tensorfile import safetensors_bytes
 
 FORMAT = 1
 STATE, MANIFEST, EVALUATION = "state.json", "manifest.json", "evaluation.json"
-WRITING, DELETING, BROKEN = ".writing-", ".deleting-", "broken-"
+WRITING, DELETING, BROKEN, PINNED = ".writing-", ".deleting-", "broken-", "pinned-"
+PIN_SECONDS = 3600.0
+"""A pin older than this was left by a reader that died."""
 _NAME = re.compile(r"step-(\d{8,})")
 logger = logging.getLogger("clipcluster")
 
@@ -283,8 +286,8 @@ class CheckpointFolder:
             return {}
 
     def pinned(self, step: int) -> bool:
-        """Whether somebody reads this checkpoint right now (a file `pinned-…` in it)."""
-        return any(self.path(step).glob("pinned-*"))
+        """Whether somebody is reading this checkpoint."""
+        return any(time.time() - _changed(pin) < PIN_SECONDS for pin in self.path(step).glob(f"{PINNED}*"))
 
     def delete(self, step: int) -> None:
         """Remove a checkpoint: renamed first, so that it is never half there under its name."""
@@ -294,6 +297,26 @@ class CheckpointFolder:
         os.rename(source, aside)
         fsync_folder(self.folder)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Keep the rotation of a running run from deleting this checkpoint meanwhile, where it can be pinned."""
+    pin = folder / f"{PINNED}{secrets.token_hex(4)}"
+    with suppress(PermissionError):  # somebody else's run: rotation may come in between
+        pin.touch()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            pin.unlink(missing_ok=True)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

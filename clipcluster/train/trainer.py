@@ -128,6 +128,7 @@ class Trainer:
         if found:
             self.saver.resumed_from(self.progress.step)
             self._event("resume", checkpoint=found.name)
+            self.metrics.say(f"goes on from {found.name}")
         self.metrics.open(self.progress)
         self._open_batches()
 

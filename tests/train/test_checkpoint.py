@@ -25,7 +25,15 @@ from safetensors.torch import load
 from clipcluster.runs.attempts import StaleAttempt
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.stop import CheckpointError, Wish
-from clipcluster.train.checkpoint import Broken, CheckpointFolder, Contents, load_parts, take_copy, verify
+from clipcluster.train.checkpoint import (
+    Broken,
+    CheckpointFolder,
+    Contents,
+    load_parts,
+    reading,
+    take_copy,
+    verify,
+)
 from clipcluster.train.progress import Progress
 from clipcluster.train.rotation import Keep
 from clipcluster.train.saver import Saver
@@ -444,6 +452,29 @@ def test_rotation_deletes_after_the_new_one_is_there(tmp_path: Path) -> None:
         saver.finish()
         assert step in folder.steps()
     assert folder.steps() == [3, 6, 7]
+
+
+def test_what_somebody_reads_is_not_deleted(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(last=2), constants={}, every_steps=1)
+
+    def save(step: int) -> None:
+        saver.save(at(step), {"model": Part()})
+        saver.finish()
+
+    save(1)
+    with reading(folder.path(1)):
+        for step in (2, 3, 4):
+            save(step)
+        assert folder.steps() == [1, 3, 4]
+    save(5)
+    assert folder.steps() == [4, 5]
+    left = folder.path(4) / "pinned-by-one-that-died"
+    left.touch()
+    os.utime(left, (0, 0))
+    save(6)
+    save(7)
+    assert folder.steps() == [6, 7]
 
 
 # Disks that are full
