@@ -56,6 +56,7 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer: Any, context_length: int) -> None:
         self.tokenizer = tokenizer
         self.context_length = context_length
+        self.modules = (type(tokenizer).__module__,)  # heavy: loaded once for all of the loader's workers
         self.vocab_size = len(tokenizer)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end

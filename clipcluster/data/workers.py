@@ -37,7 +37,7 @@ class ShareStream:
     ) -> None:
         context = multiprocessing.get_context("forkserver") if workers else None
         if context is not None:
-            context.set_forkserver_preload(_PRELOAD)
+            context.set_forkserver_preload([*_PRELOAD, *getattr(reader.tokenizer, "modules", ())])
         with _no_advice():
             self._loader: DataLoader[Any] = DataLoader(
                 reader,  # type: ignore[arg-type]
