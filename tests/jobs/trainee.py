@@ -5,7 +5,7 @@ misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the
 
     steps: how many there are (default 20)       seconds: of a step (default 0.1)
     save_every: steps between checkpoints (default 5)
-    crash: {step, rank, attempts}                os._exit(1)
+    crash: {step, rank, attempts}                os._exit(1); or {at, rank}: at one step for each attempt
     raises: {step, rank, error, attempts}        an exception of that name, or "DataError"
     hang: {step, rank, attempts}                 never comes to the next step, and ignores the stop
     imports: seconds                             of what stands for the import of torch
@@ -93,7 +93,11 @@ def newest(run):
 def applies(entry, place, attempt, step):
     if not entry:
         return False
-    here = entry.get("rank", 0) == place.rank and entry.get("step", 0) == step
+    if "at" in entry:
+        steps = entry["at"][attempt.number - 1 : attempt.number]
+    else:
+        steps = [entry.get("step", 0)]
+    here = entry.get("rank", 0) == place.rank and step in steps
     return here and applies_to_attempt(entry, attempt)
 
 
