@@ -23,7 +23,8 @@ from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 pytestmark = pytest.mark.slurm
 
-# Ranks that leave with 85 when asked (their sleep gets the signal too, perhaps first), and a batch script that then requeues its own job.
+# Ranks that leave with 85 when asked (their sleep gets the signal too, perhaps first), and a batch script
+# that then requeues its own job.
 REQUEUES = """#!/bin/bash
 trap : TERM
 srun bash -c 'trap "exit 85" TERM; sleep 300 & wait; exit 85'
