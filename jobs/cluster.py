@@ -128,7 +128,8 @@ def teardown_lines() -> list[str]:
 
 def environment(cluster: Cluster) -> dict[str, str]:
     """The job's variables: nodes may be offline, so nothing is looked for on a hub."""
-    return {"HF_HUB_OFFLINE": "1", **cluster.environment}
+    interface = {"CLIPCLUSTER_INTERFACE": cluster.interface} if cluster.interface else {}
+    return {"HF_HUB_OFFLINE": "1", **interface, **cluster.environment}
 
 
 def python() -> str:

@@ -212,7 +212,15 @@ def _interface(place: Place) -> str | None:
                 f"it has {', '.join(known)}. Name one of them, or leave the key out."
             )
         return named
-    return _loopback_name() if place.nodes == 1 else None
+    return _loopback_name() if place.nodes == 1 or _nodes_are_one_machine() else None
+
+
+def _nodes_are_one_machine() -> bool:
+    """Whether SLURM's nodes all live here, as in a sandbox: srun was started at a loopback address."""
+    try:
+        return ipaddress.ip_address(os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")).is_loopback
+    except ValueError:
+        return False
 
 
 def _loopback_name() -> str | None:
