@@ -41,6 +41,13 @@ def ranked_run(toy: ModuleType, path: Path) -> Any:
     return run
 
 
+def wait_for_checkpoint(run: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not list(run.checkpoints.glob("step-*")):
+        assert time.monotonic() < deadline, "no checkpoint within a minute"
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_stopped_and_resumed_equals_uninterrupted(
     toy: ModuleType, tmp_path: Path, start_ranks: Any, size: int
@@ -80,9 +87,7 @@ def test_ranks_agree_on_what_one_of_them_found(toy: ModuleType, tmp_path: Path, 
 def test_a_signal_to_one_rank_stops_all(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
     run = ranked_run(toy, tmp_path / "run")
     ranks = start_ranks(run, 2, {"steps": 5000, "save_every": 7, "pause": 0.01, "record": False})
-    deadline = time.monotonic() + 60
-    while not list(run.checkpoints.glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(run)
     os.kill(ranks.processes[1].pid, signal.SIGTERM)
     ranks.finish(85)
     outcome = run.newest().outcome()
@@ -91,13 +96,25 @@ def test_a_signal_to_one_rank_stops_all(toy: ModuleType, tmp_path: Path, start_r
     assert (run.checkpoints / f"step-{outcome['step']:08d}" / "manifest.json").is_file()
 
 
-def test_a_rank_whose_peer_is_killed_says_so(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
-    run = ranked_run(toy, tmp_path / "run")
-    ranks = start_ranks(run, 2, {"steps": 5000, "save_every": 7, "pause": 0.01, "record": False})
-    deadline = time.monotonic() + 60
-    while not list(run.checkpoints.glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
+    toy: ModuleType, tmp_path: Path, start_ranks: Any
+) -> None:
+    script = {"steps": 60, "save_every": 7, "pause": 0.01}
+    whole, killed = ranked_run(toy, tmp_path / "whole"), ranked_run(toy, tmp_path / "killed")
+    start_ranks(whole, 2, script).finish(0)
+    ranks = start_ranks(killed, 2, script)
+    wait_for_checkpoint(killed)
     ranks.processes[1].kill()
     ranks.processes[0].join(60)
     assert "LostPeers" in ranks.logs[0].read_text()
-    assert run.newest().outcome() is None
+    assert killed.newest().outcome() is None
+    toy.claim(killed)
+    start_ranks(killed, 2, script).finish(0)
+    resumed = [event["step"] for event in events(killed) if event["event"] == "resume"]
+    assert len(resumed) == 1
+    assert 0 < resumed[0] < 60
+    assert resumed[0] % 7 == 0
+    assert losses(killed) == losses(whole)
+    assert samples(killed) == samples(whole)
+    end = "checkpoints/step-00000060"
+    assert differing_tensors(killed.path / end, whole.path / end) == []

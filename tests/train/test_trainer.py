@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,6 +96,24 @@ def test_a_stop_before_the_first_step_leaves_nothing_and_ends_cleanly(toy: Modul
     assert list(run.checkpoints.iterdir()) == []
     assert run.newest().outcome()["outcome"] == "stopped"
     assert toy.go(run).outcome is Outcome.FINISHED
+
+
+def test_a_stop_while_a_save_is_under_way_leaves_both_checkpoints(toy: ModuleType, run: Any) -> None:
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(stop_at=4))
+    write_files = trainer.checkpoints._write_files
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        write_files(*arguments)
+
+    trainer.checkpoints._write_files = write_slowly
+    assert trainer.run() is Outcome.STOPPED
+    assert trainer.progress.step == 5
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-00000004", "step-00000005"]
+    whole = fresh(toy, run, "whole")
+    toy.go(whole)
+    toy.go(run)
+    assert losses(run) == losses(whole)
 
 
 def test_a_stop_in_an_evaluation_leaves_it_owed(toy: ModuleType, run: Any) -> None:

@@ -247,7 +247,8 @@ def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, A
     )
     torch.set_num_threads(1)
     run = Run(path)
-    first = run.attempt(1)
+    first = run.newest()
+    assert first
     world = World.join(
         Place.from_environment(),
         publish=first.publish,
@@ -255,8 +256,8 @@ def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, A
         device=torch.device("cpu"),
         timeout_s=60,
     )
-    for attempt, script in enumerate(attempts, start=1):
-        if attempt > 1:
+    for attempt, script in enumerate(attempts, start=first.number):
+        if attempt > first.number:
             if world.is_main:
                 claim(run)
             world.barrier()
