@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,54 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, workers: int) -> N
         one = load_file(whole.checkpoints / "step-00000008" / f"{name}.safetensors")
         other = load_file(stopped.checkpoints / "step-00000008" / f"{name}.safetensors")
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+RANK = """
+import sys
+from clipcluster.run import train
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.place import Place
+from clipcluster.runtime.stop import Stop
+
+class StopAfter(Stop):
+    questions = int(sys.argv[2])
+
+    def wishes(self):
+        self.questions -= 1
+        if self.questions == 0:
+            self.request("the test's wish")
+        return super().wishes()
+
+run = Run(sys.argv[1])
+sys.exit(train(run, run.newest(), Place.from_environment(), StopAfter()))
+"""
+
+
+def test_another_number_of_ranks_sees_the_same_samples_and_losses(tiny: Tiny) -> None:
+    plain = ["model.image.args.drop_path_rate=0"]
+    plain += [f"model.text.config.{kind}_pdrop=0" for kind in ("resid", "embd", "attn")]
+    whole, changed = tiny.make("whole", *plain), tiny.make("changed", *plain)
+    assert tiny.go(whole) is Outcome.FINISHED
+    changed.claim("two", host="here", still_running=lambda job: False)
+    environment = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(changed.path), "8" if rank else "99"],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    assert [rank.wait(120) for rank in ranks] == [85, 85]
+    stopped_at = changed.newest().outcome()["step"]  # type: ignore[union-attr, index]
+    assert 0 < stopped_at < 8
+    assert tiny.go(changed) is Outcome.FINISHED
+    keys = [
+        [(line["step"], line["slot"], line["shard"], line["key"]) for line in merged_samples(run)]
+        for run in (whole, changed)
+    ]
+    assert keys[0] == keys[1]
+    for one, other in zip(merged_metrics(whole), merged_metrics(changed), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
 def test_a_stop_while_starting_builds_nothing(tiny: Tiny) -> None:
