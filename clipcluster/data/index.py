@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -188,7 +189,7 @@ def scan_shard(path: Path, choice: str) -> tuple[ShardRows, dict[str, np.ndarray
     try:
         try:
             for member in scan(fd):
-                rows.add(member, lambda member=member: os.pread(fd, member.size, member.offset))  # type: ignore[misc]
+                rows.add(member, partial(os.pread, fd, member.size, member.offset))
         except BrokenTar as error:
             broken = str(error)
         return rows, rows.finish(), broken
@@ -248,6 +249,9 @@ def find_shards(folder: Path) -> list[Path]:
         raise UserError(
             f"{folder}: {packed[0]} is compressed and cannot be read by offset; unpack it to .tar first"
         )
+    below = [name for name in names if next((folder / name).glob("*.tar"), None) is not None]
+    if below:
+        raise UserError(f"{folder}: the shards lie in its folders {', '.join(below[:5])}; give one of them")
     raise UserError(
         f"{folder}: no .tar shards in this folder; shards are made by: clipcluster shards convert"
     )

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -269,7 +269,7 @@ class Shards:
         fails after the retries.
         """
         shard, row = self.record(position)
-        return self._patiently(shard, lambda: self._read(shard, row, text))
+        return self._patiently(shard, partial(self._read, shard, row, text))
 
     def _read(self, shard: int, row: int, text: bool) -> Sample:
         fd, columns = self._handle(shard)
@@ -304,7 +304,7 @@ class Shards:
             shard, row = self.record(position)
             places.setdefault(shard, []).append(row)
         for shard, rows in places.items():
-            fd, columns = self._patiently(shard, lambda shard=shard: self._handle(shard))  # type: ignore[misc]
+            fd, columns = self._patiently(shard, partial(self._handle, shard))
             for row in rows:
                 begin = int(columns["offset"][row])
                 end = max(
@@ -322,7 +322,7 @@ class Shards:
         if len(self) > CHECKED_SHARDS:
             return
         for shard in range(len(self)):
-            self._patiently(shard, lambda shard=shard: self._compare(shard, os.stat(self.shard_path(shard))))  # type: ignore[misc]
+            self._patiently(shard, partial(self._stat_and_compare, shard))
 
     def close(self) -> None:
         """Closes the files that are open; reading opens them again."""
@@ -364,6 +364,9 @@ class Shards:
         ):
             raise DataError(f"{path} is not what the folder's list says", self._advice(shard))
         return arrays
+
+    def _stat_and_compare(self, shard: int) -> None:
+        self._compare(shard, os.stat(self.shard_path(shard)))
 
     def _compare(self, shard: int, state: os.stat_result) -> None:
         part, row = self._place(shard)

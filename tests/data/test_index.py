@@ -90,6 +90,9 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path) -> None:
         open_folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no \.tar shards"):
         open_folder(tmp_path)
+    tar_of(tmp_path / "train" / "0.tar", [("a.jpg", b"i")])
+    with pytest.raises(UserError, match="in its folders train; give one of them"):
+        open_folder(tmp_path)
     (tmp_path / "0.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"0\.tar\.gz is compressed"):
         write_index(tmp_path)
