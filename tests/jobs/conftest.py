@@ -1,6 +1,7 @@
 """Runs, and a trainee without torch, for the tests of this room."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from clipcluster.recipe.schema import Cluster
 from clipcluster.runs.folder import Run
+from clipcluster.runtime.place import local_job_runs
 from jobs import history, launch, snapshot
 from jobs.cluster import Member
 from jobs.status import Queue, state_of
@@ -38,6 +40,23 @@ def no_slurm(monkeypatch, tmp_path):
 def code(tmp_path_factory):
     """One snapshot for all local runs."""
     return snapshot.take(Run.create(tmp_path_factory.mktemp("code") / "run", {"name": "c"}, {"none": 0})).path
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The demo's data, converted once."""
+    from tools.convert import convert
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    convert("digits", folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(digits, monkeypatch):
+    """The demo's recipe, its data in place."""
+    monkeypatch.setenv("DIGITS", str(digits))
+    return HERE.parents[1] / "recipes" / "digits.yaml"
 
 
 class Local:
@@ -87,12 +106,8 @@ class Local:
 
 @pytest.fixture
 def local(code, monkeypatch):
-    import signal
-
     bench = Local(code, monkeypatch)
     yield bench
     for job in bench.jobs:
-        from clipcluster.runtime.place import local_job_runs
-
         if local_job_runs(job):
             os.kill(int(job.split("-")[-2]), signal.SIGTERM)

@@ -1,0 +1,137 @@
+"""What a run is said to be doing, from its folder and the queue alone."""
+
+import pytest
+
+from clipcluster.runs import files
+from jobs import history
+from jobs.show import age, status_table
+from jobs.status import SUBMISSIONS, Queue, last_metrics, report, state_of
+from tools.slurm import SlurmUnavailable
+
+
+class Answers(Queue):
+    """A queue with these jobs: what SLURM would say, told by hand."""
+
+    def __init__(self, waiting=None, *, ended=None, silent=False):
+        self.__dict__["_jobs"] = None if silent else dict(waiting or {})
+        self._ended = ended or {}
+
+    def afterwards(self, job_id):
+        return self._ended.get(job_id)
+
+
+def claimed(run, job="17"):
+    return run.claim(job, host="n1", still_running=lambda job: False)
+
+
+def judged(attempt, event, **fields):
+    attempt.event(event, writer=history.WRITER, **{"ending": "crashed", "code": 85, "reason": "", **fields})
+
+
+def submitted(run, job="17"):
+    run.submitit.mkdir(exist_ok=True)
+    files.append_line(run.submitit / SUBMISSIONS, {"job": job})
+
+
+def test_before_and_while_it_waits(run):
+    assert state_of(run, Answers()).name == "NEW"
+    submitted(run)
+    state = state_of(run, Answers({"17": ("PENDING", "Resources")}))
+    assert (str(state), state.queued, state.ended) == ("PENDING (Resources)", True, False)
+    assert state_of(run, Answers({"17": ("RUNNING", "None")})).detail == "starting"
+    assert state_of(run, Answers()).name == "LOST"
+    assert state_of(run, Answers(silent=True)).name == "UNKNOWN"
+
+
+def test_while_it_runs_and_comes_back(run):
+    attempt = claimed(run)
+    assert str(state_of(run, Answers({"17": ("RUNNING", "None")}))) == "RUNNING"
+    assert state_of(run, Answers({"17": ("COMPLETING", "None")})).name == "COMPLETING"
+    judged(attempt, "requeue")
+    assert str(state_of(run, Answers({"17": ("COMPLETING", "None")}))) == "PENDING (requeued)"
+    assert str(state_of(run, Answers({"17": ("PENDING", "BeginTime")}))) == "PENDING (requeued, BeginTime)"
+
+
+@pytest.mark.parametrize(
+    ("event", "fields", "state", "code"),
+    [
+        ("finish", {"code": 0}, "FINISHED", 0),
+        ("fail", {"code": 90, "reason": "shard 3 changed"}, "FAILED (shard 3 changed)", 90),
+        ("cancel", {"code": 130, "reason": "scancel"}, "CANCELLED (scancel)", 130),
+        ("stop", {"code": 85, "reason": "told"}, "STOPPED (told)", 85),
+    ],
+)
+def test_a_final_verdict(run, event, fields, state, code):
+    judged(claimed(run), event, **fields)
+    for queue in (Answers(), Answers(silent=True)):
+        found = state_of(run, queue)
+        assert (str(found), found.code, found.queued) == (state, code, False)
+    leaving = state_of(run, Answers({"17": ("COMPLETING", "None")}))
+    assert (str(leaving), leaving.queued) == (state, True)
+
+
+def test_what_no_script_could_write(run):
+    claimed(run)
+    assert state_of(run, Answers()).name == "LOST"
+    assert state_of(run, Answers(ended={"17": "CANCELLED"})).name == "CANCELLED"
+    assert state_of(run, Answers(ended={"17": "TIMEOUT"})).name == "TIMEOUT"
+    assert state_of(run, Answers(ended={"17": "NODE_FAIL"})).name == "LOST"
+    run.mark_cancelled(["17"])
+    assert state_of(run, Answers()).name == "CANCELLED"
+    assert state_of(run, Answers({"17": ("RUNNING", "None")})).queued
+
+
+def test_cancelled_while_pending_after_a_requeue(run):
+    judged(claimed(run), "requeue")
+    assert state_of(run, Answers(ended={"17": "CANCELLED"})).name == "CANCELLED"
+    assert state_of(run, Answers()).name == "LOST"
+
+
+def test_a_refused_requeue_is_stopped(run):
+    attempt = claimed(run)
+    judged(attempt, "requeue")
+    attempt.event("requeue_refused", writer=history.WRITER, reason="no")
+    assert state_of(run, Answers()).name == "STOPPED"
+
+
+def test_without_a_batch_script_the_outcome_is_the_verdict(run):
+    attempt = claimed(run, "local-nowhere-1-1")
+    assert state_of(run, Answers()).name == "UNKNOWN"
+    attempt.write_outcome(outcome_name="stopped", code=85, rank=0, host="n1", reason="SIGINT")
+    assert str(state_of(run, Answers())) == "STOPPED (SIGINT)"
+
+
+def test_a_new_submission_after_the_end(run):
+    judged(claimed(run), "fail", code=86, reason="bug")
+    submitted(run, "18")
+    assert state_of(run, Answers({"18": ("PENDING", "Priority")})).name == "PENDING"
+
+
+def test_a_report_reads_the_ends_of_files(run):
+    attempt = claimed(run)
+    for step in (1, 2, 3):
+        attempt.metrics({"step": step, "loss": 1.0 / step, "samples_per_second": 5.0, "epoch": 0.1})
+    with (attempt.path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step":4,"lo')
+    judged(attempt, "finish", code=0)
+    assert last_metrics(run)["step"] == 3
+    found = report(run, Answers())
+    assert (found.state, found.step, found.total_steps, found.attempt) == ("FINISHED", 3, 20, 1)
+    assert found.last_event == "finish"
+    assert status_table([found]).row_count == 1
+
+
+def test_without_slurm(run, no_slurm):
+    claimed(run)
+    queue = Queue()
+    assert queue.silent
+    assert state_of(run, queue).name == "UNKNOWN"
+    with pytest.raises(SlurmUnavailable):
+        queue.slurm.queue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (59, "59 s"), (61, "1 min"), (7200, "2 h"), (9e5, "10 d")]
+)
+def test_age(seconds, text):
+    assert age(seconds) == text
