@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import from_run
+from clipcluster.recipe.load import from_run, load
 from clipcluster.recipe.plan import Plan, plan
 from clipcluster.recipe.schema import Recipe
 from clipcluster.recipe.units import Time
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import Place
 from clipcluster.runtime.stop import Outcome, Stop, Wish
@@ -196,7 +198,7 @@ def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: 
     if ema:
         parts["ema"] = ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
-    about = {"versions": versions(), "commit": _commit(attempt), "world_size": world.size}
+    about = {"versions": versions(), "commit": _commit(run, attempt), "world_size": world.size}
     checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about=about)
     return Trainer(
         world=world,
@@ -230,14 +232,13 @@ def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: 
     )
 
 
-def evaluate(
-    run: Run, *, step: int | None = None, recipe: Recipe | None = None
-) -> tuple[int, dict[str, float]]:
+def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None = None) -> dict[str, Any]:
     """Measure a checkpoint of a run, also of one that is training, in this process; nothing is written.
 
-    `step`: which checkpoint, default the newest that verifies. `recipe`: default the run's own with the
-    settings last submitted; its `evaluate` section says what is measured. Averaged weights where there are
-    any. Returns the step and SET/METRIC -> value. Raises UserError where there is nothing to measure.
+    `checkpoint`: its folder, default the newest that verifies. `overrides`: `key=value` over the run's recipe
+    and its settings as last submitted; the `evaluate` section says what is measured. Averaged weights where
+    there are any. Returns `run`, `checkpoint`, `step`, `ema` and `metrics` (SET/METRIC -> value). Raises
+    UserError where there is nothing to measure.
     """
     import torch
 
@@ -247,7 +248,7 @@ def evaluate(
     from clipcluster.runtime.world import World
     from clipcluster.train.precision import Precision
 
-    recipe = recipe or from_run(run.recipe(), run.settings())
+    recipe = _overridden(from_run(run.recipe(), run.settings()), overrides)
     world = World(0, 1, 0, pick_device(0))
     tokenizer = load_tokenizer(recipe.data.text, run.assets)
     suite = build_suite(recipe, world=world, tokenizer=tokenizer)
@@ -256,37 +257,49 @@ def evaluate(
             "There is nothing to measure: name shard folders in evaluate.retrieval or evaluate.zero_shot."
         )
     model = build_model(recipe, tokenizer, run.assets, starting_weights=False)
-    found = _load_weights(run, model, step)
+    found, averaged = _load_weights(run, model, checkpoint)
     model.to(world.device)
     with torch.no_grad(), Precision(recipe.train.precision, world.device).autocast():
-        return found, suite.run(model)
+        metrics = suite.run(model)
+    step = int(found.name.rpartition("-")[2])
+    return {"run": run.name, "checkpoint": str(found), "step": step, "ema": averaged, "metrics": metrics}
 
 
-def _load_weights(run: Run, model: Clip, step: int | None) -> int:
-    """The newest whole checkpoint's weights (or those of `step`) into the model; returns its step."""
+def _overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` put over it, checked as a recipe from a file is."""
+    if not overrides:
+        return recipe
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(recipe.model_dump_json())  # JSON is YAML
+        return load(file, overrides).recipe
+
+
+def _load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path, bool]:
+    """Weights of a checkpoint, by default the newest whole one; its folder, and whether they are averaged."""
     from safetensors.torch import load_file
 
     from clipcluster.train.checkpoint import Broken, CheckpointFolder, reading, verify
 
     folder = CheckpointFolder(run.checkpoints, check=lambda: None, about={})
+    newest_first = [folder.path(step) for step in reversed(folder.steps())]
     reasons = []
-    for candidate in [step] if step is not None else reversed(folder.steps()):
-        path = folder.path(candidate)
+    for path in [checkpoint] if checkpoint else newest_first:
         try:
             with reading(path):
                 verify(path)
-                averaged = path / "ema.safetensors"
-                model.load_state_dict(
-                    load_file(averaged if averaged.exists() else path / "model.safetensors")
-                )
+                averaged = (path / "ema.safetensors").exists()
+                model.load_state_dict(load_file(path / f"{'ema' if averaged else 'model'}.safetensors"))
         except (Broken, FileNotFoundError) as error:
             reasons.append(f"{path.name}: {error}")
             continue
-        return candidate
-    there = ", ".join(str(number) for number in folder.steps()) or "none"
+        except RuntimeError as error:
+            raise UserError(f"The weights of {path} do not fit the recipe: {error}") from error
+        return path, averaged
+    there = ", ".join(path.name for path in newest_first) or "none"
     raise UserError(
         f"{run.name} has no checkpoint to measure ({'; '.join(reasons) or 'none was written yet'}). "
-        f"Steps with a checkpoint: {there}."
+        f"Its checkpoints: {there}."
     )
 
 
@@ -377,10 +390,13 @@ def _saver(
     )
 
 
-def _commit(attempt: Attempt) -> str | None:
-    """The commit of the code, where the settings name it."""
-    commit = attempt.settings().get("commit")
-    return str(commit) if commit else None
+def _commit(run: Run, attempt: Attempt) -> str | None:
+    """The commit of the code that this attempt runs, as its snapshot knows it."""
+    try:
+        facts = read_json(run.path / str(attempt.settings().get("code")) / "snapshot.json")
+    except (OSError, ValueError):
+        return None
+    return f"{facts.get('commit')}{' and changes' if facts.get('dirty') else ''}"
 
 
 def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> None:

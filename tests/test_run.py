@@ -121,12 +121,20 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
     assert {"image_projection.weight", "logit_scale"} <= load_file(newest / "model.safetensors").keys()
     assert read_json(newest / "manifest.json")["versions"]["torch"] == torch.__version__
     assert run.newest().outcome()["outcome"] == "finished"  # type: ignore[union-attr, index]
-    step, measured = evaluate(run)
-    assert step == 8
-    assert measured == pytest.approx(results, rel=1e-6)
+    document = evaluate(run)
+    assert (document["step"], document["ema"], document["run"]) == (8, True, "whole")
+    assert document["metrics"] == pytest.approx(results, rel=1e-6)
     assert not list(run.checkpoints.glob("*/pinned-*"))
-    with pytest.raises(UserError, match=r"no checkpoint to measure \(step-00000005.* 3, 6, 8"):
-        evaluate(run, step=5)
+    older = evaluate(run, checkpoint=run.checkpoints / "step-00000003", overrides=["evaluate.zero_shot=[]"])
+    assert older["step"] == 3
+    assert "test/t2i_r1" in older["metrics"]
+    assert "test/zero_shot_top1" not in older["metrics"]
+    with pytest.raises(
+        UserError, match=r"no checkpoint to measure \(step-00000005.*Its checkpoints: step-00000008"
+    ):
+        evaluate(run, checkpoint=run.checkpoints / "step-00000005")
+    with pytest.raises(UserError, match="do not fit the recipe"):
+        evaluate(run, overrides=["model.embed_dim=8"])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -58,6 +58,7 @@ def summary(line: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def results_text(results: Mapping[str, float]) -> str:
-    """An evaluation's results in one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in results.items())
+def results_text(results: Mapping[str, float], count: int = 6) -> str:
+    """The first results of an evaluation in one line, and how many there are."""
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in list(results.items())[:count])
+    return shown + (f"  … {len(results)} in all" if len(results) > count else "")
