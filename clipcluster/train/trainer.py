@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -307,28 +308,16 @@ class Trainer:
             with self._noting_failures():
                 self.attempt.event(kind, writer="rank-0", **fields)
 
-    def _noting_failures(self) -> NotingFailures:
-        return NotingFailures(self)
+    @contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        """Keep what this rank finds between boundaries until all ranks can act on it.
 
-
-class NotingFailures:
-    """Keeps what one rank finds between boundaries until all ranks can act on it.
-
-    A record that cannot be written (a full disk) is said and does not end the run; a checkpoint that cannot
-    be written does, by the saver's count.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, (Failure, StaleAttempt)):
-            self._trainer._failure = error
-            return True
-        if isinstance(error, OSError):
-            logger.warning("a record of step %d is lost: %s", self._trainer.progress.step, error)
-            return True
-        return False
+        A record that cannot be written (a full disk) is said and does not end the run; a checkpoint that
+        cannot be written does, by the saver's count.
+        """
+        try:
+            yield
+        except (Failure, StaleAttempt) as error:
+            self._failure = error
+        except OSError as error:
+            logger.warning("a record of step %d is lost: %s", self.progress.step, error)
