@@ -9,7 +9,7 @@ misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the
     raises: {step, rank, error, attempts}        an exception of that name, or "DataError"
     hang: {step, rank, attempts}                 never comes to the next step, and ignores the stop
     imports: seconds                             of what stands for the import of torch
-    deaf: {attempts}                             all ranks ignore what they agreed on
+    deaf: {attempts, until}                      all ranks ignore what they agreed on (till that signal comes)
     save_seconds: seconds                        that the save of a stop takes
 """
 
@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import socket
 import time
 
@@ -105,6 +106,10 @@ def applies_to_attempt(entry, attempt):
     return entry is not None and attempt.number in entry.get("attempts", [attempt.number])
 
 
+def is_deaf(entry, attempt, heard):
+    return applies_to_attempt(entry, attempt) and entry.get("until") not in heard
+
+
 def misbehave(orders, place, attempt, step):
     if applies(orders.get("crash"), place, attempt, step):
         os._exit(1)
@@ -130,6 +135,9 @@ def nap(seconds):
 def train(run, attempt, place, stop):
     orders = json.loads(os.environ.get("TRAINEE", "{}"))
     nap(orders.get("imports", 0))
+    heard = set()
+    if orders.get("deaf"):
+        signal.signal(signal.SIGTERM, lambda number, frame: (stop.request("TERM"), heard.add("SIGTERM")))
     peers = Peers(place, attempt)
     attempt.step = step = newest(run)
     if place.rank == 0:
@@ -145,7 +153,7 @@ def train(run, attempt, place, stop):
         if place.rank == 0:
             attempt.metrics({"step": step, "loss": 1 / step, "samples_per_second": 10.0})
         agreed = peers.agree(stop.wishes())
-        if agreed & Wish.STOP and not applies_to_attempt(orders.get("deaf"), attempt):
+        if agreed & Wish.STOP and not is_deaf(orders.get("deaf"), attempt, heard):
             if place.rank == 0:
                 nap(orders.get("save_seconds", 0))
                 save(run, attempt, step)

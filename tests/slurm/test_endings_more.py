@@ -1,0 +1,185 @@
+"""Rarer endings on a real cluster: limits, nodes that die, a SLURM that refuses or keeps silent."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+
+import pytest
+
+from jobs import history
+from jobs.cancel import cancel
+from jobs.status import Queue
+from tools import sandbox as sandboxes
+
+pytestmark = pytest.mark.slurm
+
+
+def test_a_node_blamed_twice_is_excluded(bench):
+    (run,), (job,) = bench.submit(
+        {"steps": 12, "save_every": 1, "crash": {"rank": 1, "at": [3, 6]}}, nodes=1, tasks=2
+    )
+    first = bench.verdict(run, 1)
+    bench.come_back(job)
+    second = bench.verdict(run, 2)
+    assert [first["ending"], second["ending"]] == ["crashed", "crashed"]
+    if first["blamed"] == second["blamed"]:
+        bench.until(lambda: bench.slurm.job(job).excluded == (first["blamed"],))
+    bench.come_back(job)
+    bench.finished(run, job, 3, 12, 1)
+    assert bench.slurm.job(job).nodes != (first["blamed"],)
+
+
+def test_a_crash_that_repeats_ends_the_run(bench):
+    (run,), (job,) = bench.submit({"crash": {"step": 2, "rank": 0}})
+    for attempt in (1, 2):
+        assert bench.verdict(run, attempt)["event"] == "requeue"
+        bench.come_back(job)
+    verdict = bench.verdict(run, 3)
+    assert (verdict["event"], verdict["code"]) == ("fail", 1)
+    assert "3 endings in a row" in verdict["reason"]
+    assert bench.gone(job) == "FAILED"
+    assert bench.state(run).name == "FAILED"
+
+
+def test_preempted_while_importing(bench):
+    (run,), (job,) = bench.submit({"steps": 10, "imports": 4}, nodes=2)
+    folder = run.attempts_dir / "1"
+    bench.until(lambda: len(list(folder.glob("events-rank-*.jsonl"))) == 4)
+    sandboxes.preempt(bench.sandbox.folder, job, come_back=False)
+    assert bench.verdict(run, 1)["ending"] == "preempted"
+    bench.come_back(job)
+    bench.finished(run, job, 2, 10, 2)
+
+
+def test_submitting_while_the_old_job_still_ends(bench):
+    """A second job leaves, naming the first, as long as that runs; once it was cancelled it goes on."""
+    (run,), (job,) = bench.submit({"steps": 400})
+    bench.at_step(run, 3)
+    (other,) = bench.submit_again([run], {"steps": 12})
+    assert bench.gone(other) == "FAILED"
+    assert bench.slurm.job(other).exit_code == 88
+    assert f"owned by job {job}" in (run.submitit / f"{other}_0_log.err").read_text()
+    cancel(run, Queue(bench.slurm))
+    assert bench.gone(job) == "CANCELLED"
+    saved = history.newest_checkpoint(run)
+    assert saved < 400
+    (third,) = bench.submit_again([run], {"steps": saved + 3})
+    bench.finished(run, third, 2, saved + 3, 1)
+
+
+def test_another_number_of_nodes_goes_on(bench):
+    (run,), (job,) = bench.submit({"steps": 400}, nodes=2)
+    bench.at_step(run, 3)
+    cancel(run, Queue(bench.slurm))
+    bench.gone(job)
+    saved = history.newest_checkpoint(run)
+    (other,) = bench.submit_again([run], {"steps": saved + 5}, nodes=1)
+    assert bench.verdict(run, 2)["event"] == "finish"
+    assert bench.gone(other) == "COMPLETED"
+
+
+@pytest.mark.long
+def test_the_lead_time_before_the_limit(bench):
+    # a limit of two minutes: the signal comes 40 s before it, and up to a minute early
+    (run,), (job,) = bench.submit({"steps": 2000}, time="2 min")
+    verdict = bench.verdict(run, 1, seconds=150)
+    assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "stopped", True)
+    bench.come_back(job)
+    bench.at_step(run, verdict["checkpoint"] + 1, attempt=2)
+
+
+@pytest.mark.long
+def test_out_of_time(bench):
+    (run,), (job,) = bench.submit(
+        {"steps": 5000, "deaf": {"attempts": [1], "until": "SIGTERM"}}, time="1 min"
+    )
+    verdict = bench.verdict(run, 1, seconds=180)
+    assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "out of time", True)
+    bench.come_back(job)
+    bench.at_step(run, verdict["checkpoint"] + 1, attempt=2)
+
+
+@pytest.mark.long
+def test_ranks_that_outlive_the_limit_are_a_timeout(bench):
+    (run,), (job,) = bench.submit({"steps": 5000, "deaf": {}}, time="1 min")
+    assert bench.gone(job, 180) == "TIMEOUT"
+    assert history.last_verdict(run.attempt(1)) is None
+    assert bench.state(run).name == "TIMEOUT"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_node_dies(bench, nodes):
+    """The node without the batch script where there are two, else the only one."""
+    (run,), (job,) = bench.submit({"steps": 600}, nodes=nodes)
+    bench.at_step(run, 12)
+    state = bench.slurm.job(job)
+    victim = next((node for node in state.nodes if node != state.batch_host), state.batch_host)
+    try:
+        sandboxes.kill_node(bench.sandbox.folder, victim)
+        bench.until(lambda: bench.slurm.job(job).restarts == 1, 90)
+        bench.come_back(job)
+        bench.until(lambda: (run.attempts_dir / "2" / "metrics.jsonl").exists(), 60)
+        verdict = history.last_verdict(run.attempt(1))
+        assert verdict is None or verdict["event"] in ("requeue", "note")
+        assert history.newest_checkpoint(run) >= 10
+    finally:
+        sandboxes.restore_node(bench.sandbox.folder, victim)
+
+
+@pytest.mark.long
+def test_a_node_is_lost_and_its_ranks_live_on(bench):
+    (run,), (job,) = bench.submit({"steps": 3000})
+    bench.at_step(run, 12)
+    victim = bench.slurm.job(job).batch_host
+    try:
+        sandboxes.lose_node(bench.sandbox.folder, victim)
+        bench.until(lambda: bench.slurm.job(job).restarts == 1, 90)
+        bench.come_back(job)
+        bench.until(lambda: (run.attempts_dir / "2" / "metrics.jsonl").exists(), 60)
+        logs = [run.attempts_dir / "1" / f"rank-{rank}.out" for rank in (0, 1)]
+        bench.until(lambda: all("a later attempt owns" in log.read_text() for log in logs), 30)
+        before = (run.attempts_dir / "1" / "metrics.jsonl").stat().st_size
+        time.sleep(2)
+        assert (run.attempts_dir / "1" / "metrics.jsonl").stat().st_size == before
+        assert history.last_verdict(run.attempt(1)) is None
+        assert run.newest().number == 2
+    finally:
+        sandboxes.restore_node(bench.sandbox.folder, victim)
+
+
+def wrapped(folder, refuses):
+    """A folder with an scontrol that refuses one verb as a real one would, and passes everything else on."""
+    folder.mkdir()
+    real = subprocess.run(["which", "scontrol"], capture_output=True, text=True, check=True).stdout.strip()
+    program = folder / "scontrol"
+    program.write_text(f'#!/bin/sh\n{refuses}\nexec {real} "$@"\n')
+    program.chmod(0o755)
+    return f"export PATH={folder}:$PATH"
+
+
+@pytest.mark.long
+def test_a_refused_requeue_is_tried_and_then_left_to_the_user(bench, tmp_path):
+    line = wrapped(
+        tmp_path / "bin", 'if [ "$1" = requeue ]; then echo "Requested operation is disabled" >&2; exit 1; fi'
+    )
+    (run,), (job,) = bench.submit({"crash": {"step": 2, "rank": 0}}, setup=[line])
+    assert bench.gone(job, 90) == "FAILED"
+    assert bench.slurm.job(job).exit_code == 85
+    state = bench.state(run)
+    assert (state.name, state.detail) == ("STOPPED", "SLURM refused to requeue the job")
+
+
+@pytest.mark.long
+def test_a_silent_slurm_leaves_mark_and_outcome(bench, tmp_path):
+    silent = 'if [ "$1" = show ]; then echo "Unable to contact slurm controller" >&2; exit 1; fi'
+    line = wrapped(tmp_path / "bin", silent)
+    (run,), (job,) = bench.submit({"raises": {"step": 2, "rank": 1, "error": "DataError"}}, setup=[line])
+    assert bench.verdict(run, 1)["event"] == "fail"
+    (other,), (second,) = bench.submit({"steps": 200}, setup=[line])
+    bench.at_step(other, 3)
+    cancel(other, Queue(bench.slurm))
+    assert bench.verdict(other, 1)["event"] == "cancel"
+    assert bench.gone(job) == "FAILED"
+    assert bench.gone(second) == "CANCELLED"
