@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,18 @@ def lead_seconds(time_seconds: float, grace: float) -> int:
 
 
 def parameters(
-    cluster: Cluster, members: Sequence[Member], *, name: str, logs: Path, grace: float
+    cluster: Cluster,
+    members: Sequence[Member],
+    *,
+    name: str,
+    logs: Path,
+    grace: float,
+    used: Callable[[int], int] = lambda granted: granted,
 ) -> dict[str, Any]:
-    """Parameters for submitit's SlurmExecutor: one job, or an array with a member for each run."""
+    """Parameters for submitit's SlurmExecutor: one job, or an array with a member for each run.
+
+    `used`: of a range of nodes SLURM grants some, of which so many take part; the rest idle.
+    """
     lead = lead_seconds(cluster.time.minutes * 60, grace)
     extra: dict[str, Any] = {"requeue": True, "signal": f"USR1@{lead}"}
     if cluster.nodes.least != cluster.nodes.most:
@@ -82,7 +91,7 @@ def parameters(
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "setup": setup_lines(cluster, members, logs=logs, lead=lead),
+        "setup": setup_lines(cluster, members, logs=logs, lead=lead, used=used),
         "teardown": teardown_lines(),
         # srun no longer takes --cpus-per-task from sbatch (Slurm 22.05)
         "srun_args": [
@@ -95,7 +104,14 @@ def parameters(
     return {key: value for key, value in chosen.items() if value is not None}
 
 
-def setup_lines(cluster: Cluster, members: Sequence[Member], *, logs: Path, lead: int) -> list[str]:
+def setup_lines(
+    cluster: Cluster,
+    members: Sequence[Member],
+    *,
+    logs: Path,
+    lead: int,
+    used: Callable[[int], int] = lambda granted: granted,
+) -> list[str]:
     """What the batch script does before srun: the site's lines, the snapshot, the claim."""
     runs = " ".join(shlex.quote(str(member.run_dir)) for member in members)
     codes = " ".join(shlex.quote(str(member.code)) for member in members)
@@ -113,6 +129,22 @@ def setup_lines(cluster: Cluster, members: Sequence[Member], *, logs: Path, lead
         f'{ATTEMPT}="$({python()} -m jobs.endings claim "$run")" || exit',
         f'[ -n "${ATTEMPT}" ] || exit 0  # finished, or cancelled',
         f"export {ATTEMPT}",
+        *_node_lines(cluster, used),
+    ]
+
+
+def _node_lines(cluster: Cluster, used: Callable[[int], int]) -> list[str]:
+    """For a range of nodes: tell srun how many of the granted ones take part (it reads these variables)."""
+    least, most = cluster.nodes.least, cluster.nodes.most
+    if least == most:
+        return []
+    table = " ".join(f"[{granted}]={used(granted)}" for granted in range(least, most + 1))
+    return [
+        f"used=({table})",
+        'export SLURM_NNODES="${used[$SLURM_JOB_NUM_NODES]}"',
+        "export SLURM_JOB_NUM_NODES=$SLURM_NNODES",
+        f"export SLURM_NTASKS=$((SLURM_NNODES * {cluster.ranks_per_node}))",
+        "export SLURM_NPROCS=$SLURM_NTASKS",
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,5 +27,4 @@ def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
 def _measure(run: Run, overrides: Sequence[str], checkpoint: Path | None) -> dict[str, Any]:
     from clipcluster import run as running
 
-    measure: Callable[..., dict[str, Any]] = getattr(running, "evaluate")  # noqa: B009
-    return measure(run, overrides=overrides, checkpoint=checkpoint)
+    return running.evaluate(run, overrides=overrides, checkpoint=checkpoint)

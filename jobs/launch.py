@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from clipcluster.errors import UserError
@@ -30,6 +30,7 @@ def on_slurm(
     logs: Path,
     grace: float,
     trainee: str = TRAINEE,
+    used: Callable[[int], int] = lambda granted: granted,
 ) -> list[str]:
     """Submit one job, or an array with a member for each run; returns the job ids ("17", or "17_0", …).
 
@@ -40,7 +41,9 @@ def on_slurm(
 
     with _outside_of_jobs():
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
-        executor.update_parameters(**clusters.parameters(cluster, members, name=name, logs=logs, grace=grace))
+        executor.update_parameters(
+            **clusters.parameters(cluster, members, name=name, logs=logs, grace=grace, used=used)
+        )
         jobs = [TrainJob(str(member.run_dir), trainee) for member in members]
         try:
             submitted = executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]

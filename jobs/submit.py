@@ -17,8 +17,8 @@ from typing import Any
 from clipcluster import check
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, result_keys, settings_keys
-from clipcluster.recipe.plan import Plan
-from clipcluster.recipe.schema import Cluster, Recipe
+from clipcluster.recipe.plan import Plan, usable_nodes
+from clipcluster.recipe.schema import Recipe
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run, near_twins, run_name
 from jobs import assets, launch, snapshot
@@ -228,7 +228,7 @@ def _start(run: Run, loaded: Loaded, plan: Plan, executor: str, fetched: Path, w
         if code.new and not code.first:
             wanted.say(f"the code differs from the last submission's: {code.path.name}")
         run.update_settings(settings(loaded, plan, executor, code.path.name, grace=grace))
-        job = _launch(run, cluster, code.path, executor, grace, wanted.trainee)
+        job = _launch(run, loaded.recipe, code.path, executor, grace, wanted.trainee)
     except BaseException:
         if made and run.newest() is None:
             shutil.rmtree(run.path, ignore_errors=True)
@@ -243,13 +243,19 @@ def _start(run: Run, loaded: Loaded, plan: Plan, executor: str, fetched: Path, w
     return Submitted(run, job, executor)
 
 
-def _launch(run: Run, cluster: Cluster, code: Path, executor: str, grace: float, trainee: str) -> str:
+def _launch(run: Run, recipe: Recipe, code: Path, executor: str, grace: float, trainee: str) -> str:
     member = Member(run.path, code)
     if executor == "local":
-        return launch.locally(cluster, member, grace=grace, trainee=trainee)
-    return launch.on_slurm(cluster, [member], name=run.name, logs=run.submitit, grace=grace, trainee=trainee)[
-        0
-    ]
+        return launch.locally(recipe.cluster, member, grace=grace, trainee=trainee)
+    return launch.on_slurm(
+        recipe.cluster,
+        [member],
+        name=run.name,
+        logs=run.submitit,
+        grace=grace,
+        trainee=trainee,
+        used=lambda granted: usable_nodes(recipe, granted),
+    )[0]
 
 
 def settings(loaded: Loaded, plan: Plan, executor: str, code: str | None, *, grace: float) -> dict[str, Any]:

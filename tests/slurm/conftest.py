@@ -94,7 +94,9 @@ class Bench:
             runs, orders, nodes=nodes, tasks=tasks, code=code, environment=environment, **cluster
         )
 
-    def submit_again(self, runs, orders, *, nodes=1, tasks=2, code=None, environment=None, **cluster):
+    def submit_again(
+        self, runs, orders, *, nodes=1, tasks=2, code=None, environment=None, used=None, **cluster
+    ):
         settings = Cluster(
             nodes=nodes,
             gpus_per_node=0,
@@ -104,6 +106,7 @@ class Bench:
             environment={"TRAINEE": json.dumps(orders), **(environment or {})},
             **{"time": "10 min", **cluster},
         )
+        used = {"used": used} if used else {}
         jobs = launch.on_slurm(
             settings,
             [Member(run.path, code or self.code) for run in runs],
@@ -111,6 +114,7 @@ class Bench:
             logs=runs[0].submitit if len(runs) == 1 else self.folder / "sweep" / "submitit",
             grace=5,
             trainee="trainee:train",
+            **used,
         )
         self.jobs += jobs
         return jobs

@@ -52,6 +52,13 @@ def test_preempted_while_importing(bench):
     bench.finished(run, job, 2, 10, 2)
 
 
+def test_of_a_range_of_nodes_the_useful_ones_take_part(bench):
+    (run,), (job,) = bench.submit({"steps": 3}, nodes="2-3", used=lambda granted: {2: 2, 3: 2}[granted])
+    assert bench.verdict(run, 1)["event"] == "finish"
+    assert bench.gone(job) == "COMPLETED"
+    bench.check_whole(run, 3, 4)
+
+
 def test_submitting_while_the_old_job_still_ends(bench):
     """A second job leaves, naming the first, as long as that runs; once it was cancelled it goes on."""
     (run,), (job,) = bench.submit({"steps": 400})
