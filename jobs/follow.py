@@ -18,7 +18,10 @@ from jobs.status import EXIT_CODES, Queue, State, last_metrics, state_of, total_
 LOOK_SECONDS = 0.5
 ASK_SECONDS = 10.0  # between two questions to SLURM
 LINE_SECONDS = 5.0  # between two plain lines of progress
-TOLD = frozenset({"resume", "requeue", "note", "requeue_refused", "fail", "cancel", "stop"})
+TOLD = {
+    "events-rank-0.jsonl": frozenset({"resume"}),
+    "events-verdict.jsonl": frozenset({"requeue", "note", "requeue_refused", "fail", "cancel", "stop"}),
+}
 
 
 class Events:
@@ -33,7 +36,7 @@ class Events:
         """Those that were not there at the last call."""
         found = []
         for attempt in self._run.attempts():
-            for name in ("events-rank-0.jsonl", "events-verdict.jsonl"):
+            for name, told in TOLD.items():
                 path = attempt.path / name
                 size = path.stat().st_size if path.exists() else 0
                 key = str(path)
@@ -41,7 +44,7 @@ class Events:
                     continue
                 lines = files.read_lines(path)
                 known = self._seen.get(f"{key}#", 0)
-                found += [line for line in lines[known:] if line.get("event") in TOLD]
+                found += [line for line in lines[known:] if line.get("event") in told]
                 self._seen[key], self._seen[f"{key}#"] = size, len(lines)
         return found
 

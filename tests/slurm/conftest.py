@@ -182,8 +182,15 @@ class Bench:
 
 
 @pytest.fixture
-def bench(sandbox, tmp_path, code, monkeypatch):
-    bench = Bench(sandbox, tmp_path, code, monkeypatch)
+def bench_on(tmp_path, code, monkeypatch):
+    """Makes a bench on a sandbox; for tests that start one of their own."""
+    need_slurm()
+    return lambda sandbox: Bench(sandbox, tmp_path, code, monkeypatch)
+
+
+@pytest.fixture
+def bench(sandbox, bench_on):
+    bench = bench_on(sandbox)
     yield bench
     bench.slurm.cancel({job.split("_")[0] for job in bench.jobs})
     deadline = time.monotonic() + 30

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -190,3 +193,25 @@ def test_a_silent_slurm_leaves_mark_and_outcome(bench, tmp_path):
     assert bench.verdict(other, 1)["event"] == "cancel"
     assert bench.gone(job) == "FAILED"
     assert bench.gone(second) == "CANCELLED"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("members", [1, 2], ids=["single", "array"])
+def test_preempted_without_grace(bench_on, members):
+    """GraceTime 0: SLURM has requeued the job already when the ranks hear of it."""
+    folder = Path(tempfile.mkdtemp(prefix="clipcluster-test-", dir="/tmp"))
+    try:
+        bench = bench_on(sandboxes.start(folder / "sandbox", nodes=1, grace_seconds=0))
+        runs, jobs = bench.submit({"steps": 40}, members=members)
+        bench.at_step(runs[-1], 7)
+        assert sandboxes.preempt(folder / "sandbox", jobs[-1], come_back=False).requeued
+        verdict = history.last_verdict(runs[-1].attempt(1))
+        assert verdict is None or verdict["ending"] == "requeued already"
+        assert history.newest_checkpoint(runs[-1]) >= 5
+        for job in jobs:
+            bench.come_back(job)
+        for run, job in zip(runs, jobs, strict=True):
+            bench.finished(run, job, 2, 40, 1)
+    finally:
+        sandboxes.stop(folder / "sandbox", patience=0)
+        shutil.rmtree(folder, ignore_errors=True)
