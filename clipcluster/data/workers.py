@@ -11,7 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class ShareStream:
         except StopIteration:
             raise
         except Exception as error:
-            dead = [worker.pid for worker in getattr(self._pieces, "_workers", []) if not worker.is_alive()]
+            dead = self._dead(wait=isinstance(error, OSError | EOFError | RuntimeError))
             self.close()
             if dead:
                 raise WorkerDied(
@@ -81,6 +81,13 @@ class ShareStream:
                 self.close()
                 raise piece.error()
         return pieces
+
+    def _dead(self, *, wait: bool) -> list[int]:
+        """Process ids of dead workers; a broken connection may be seen before the death that broke it."""
+        workers = getattr(self._pieces, "_workers", [])
+        if wait and workers:
+            connection.wait([worker.sentinel for worker in workers], timeout=2)
+        return [worker.pid for worker in workers if not worker.is_alive()]
 
     def close(self) -> None:
         """Ends the workers at once: they hold nothing that is worth keeping."""
