@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -343,11 +345,8 @@ def _write_file(
 
 def versions() -> dict[str, str]:
     """The versions a manifest names."""
-    import platform
-    from importlib.metadata import version
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "clipcluster": version("clipcluster"),
-    }
+    try:
+        own = version("clipcluster")
+    except PackageNotFoundError:  # run from a folder, never installed
+        own = "not installed"
+    return {"python": platform.python_version(), "torch": torch.__version__, "clipcluster": own}
