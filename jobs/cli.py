@@ -216,7 +216,15 @@ def logs(
     from jobs.status import Queue, state_of
 
     found = find_run(run, runs_folder(runs))
-    paths = printing.log_files(found, rank=rank, attempt=attempt)
+
+    first = printing.log_files(found, rank=rank, attempt=attempt)
+
+    def paths() -> list[Path]:
+        try:
+            return printing.log_files(found, rank=rank, attempt=attempt)
+        except UserError:
+            return first  # the next attempt has begun, and this rank has printed nothing in it yet
+
     try:
         for text in printing.stream(paths, following=following, ended=lambda: state_of(found, Queue()).ended):
             typer.echo(text, nl=False)

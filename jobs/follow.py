@@ -179,11 +179,10 @@ def latest_results(run: Run) -> dict[str, Any] | None:
 
 
 def show_end(run: Run, state: State, console: Console) -> None:
-    """The last evaluation as a table, where the run lies, and what to type next."""
+    """The last evaluation as a table, an advice, where the run lies, and what to type next."""
     document = latest_results(run)
     if document and document.get("metrics"):
         console.print(results_table(document))
-    console.print(f"{run.name}: {state}", markup=False, highlight=False, soft_wrap=True)
     if state.advice:
         console.print(state.advice, markup=False, highlight=False, soft_wrap=True)
     console.print(f"run folder: {run.path}", markup=False, highlight=False, soft_wrap=True)
@@ -211,24 +210,38 @@ def where(run: Run) -> str:
 
 
 def results_table(document: Mapping[str, Any]) -> Table:
-    """Results by set and metric: SET/METRIC -> value, shares as percentages."""
+    """Results by set and kind: SET/METRIC -> value, shares as percentages."""
     table = Table(title=f"evaluation at step {document['step']:,}", title_justify="left")
-    for name in ("set", "metric"):
+    for name in ("set", "measured", "metric"):
         table.add_column(name)
     table.add_column("value", justify="right")
-    shown = ""
+    shown = ("", "")
     for name, value in document["metrics"].items():
         group, _, metric = name.rpartition("/")
-        table.add_row(group if group != shown else "", metric, value_text(metric, value))
-        shown = group
+        kind, short = kind_of(metric)
+        same = shown == (group, kind)
+        table.add_row(
+            "" if shown[0] == group else group, "" if same else kind, short, value_text(metric, value)
+        )
+        shown = (group, kind)
     return table
+
+
+def kind_of(metric: str) -> tuple[str, str]:
+    """What a metric belongs to, and its name there."""
+    for prefix, kind in (("zero_shot_", "zero-shot"), ("paired_", "retrieval, paired")):
+        if metric.startswith(prefix):
+            return kind, metric.removeprefix(prefix)
+    if metric.startswith(("i2t_", "t2i_")):
+        return "retrieval, grouped", metric
+    return "counts", metric
 
 
 def value_text(metric: str, value: float) -> str:
     """A share as a percentage, a count whole, a rank with one decimal."""
     if "rank" in metric:
         return f"{value:.1f}"
-    if metric in ("images", "distinct_captions", "captions", "texts", "classes", "samples"):
+    if metric.endswith(("images", "captions", "pairs", "classes")):
         return f"{value:,.0f}"
     if 0 <= value <= 1:
         return f"{100 * value:.2f} %"

@@ -46,16 +46,25 @@ def _job_logs(run: Run, attempt: Attempt | None) -> list[Path]:
     return [path for path in sorted(run.submitit.glob(pattern)) if path.stat().st_size]
 
 
-def stream(paths: list[Path], *, following: bool, ended: Callable[[], bool] = lambda: True) -> Iterator[str]:
-    """The content of files, one after the other; with `following` what comes, until `ended()`."""
-    for path in paths[:-1]:
-        yield path.read_text(errors="replace")
-    with paths[-1].open(errors="replace") as last:
-        yield last.read()
-        while following and not ended():
-            time.sleep(LOOK_SECONDS)
-            yield last.read()
-        yield last.read()
+def stream(
+    paths: Callable[[], list[Path]], *, following: bool, ended: Callable[[], bool] = lambda: True
+) -> Iterator[str]:
+    """The content of `paths()`; with `following` what comes, in later attempts' files too, until `ended()`.
+
+    A file that came to the list only later is read from its beginning.
+    """
+    read: dict[Path, int] = {}
+    while True:
+        last = ended()  # asked before reading: what was written until then is printed
+        for path in paths():
+            with path.open("rb") as file:
+                file.seek(read.get(path, 0))
+                content = file.read()
+            read[path] = read.get(path, 0) + len(content)
+            yield content.decode(errors="replace")
+        if last or not following:
+            return
+        time.sleep(LOOK_SECONDS)
 
 
 def write_metrics(run: Run, out: IO[str], *, kind: str) -> None:

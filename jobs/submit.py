@@ -121,6 +121,8 @@ def checked_for(wanted: Wanted, executor: str) -> check.Checked:
         wanted.say(f"this machine is one node: cluster.nodes=1 instead of {nodes}")
         checked = plain("cluster.nodes=1")
     checked.raise_errors()
+    if executor == "local" and checked.recipe.cluster.setup:
+        wanted.say("cluster.setup belongs to the cluster: its lines are left out on this machine")
     for warning in checked.warnings:
         wanted.say(f"warning: {warning}")
     return checked

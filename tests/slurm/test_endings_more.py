@@ -153,7 +153,9 @@ def test_a_node_is_lost_and_its_ranks_live_on(bench):
         before = (run.attempts_dir / "1" / "metrics.jsonl").stat().st_size
         time.sleep(2)
         assert (run.attempts_dir / "1" / "metrics.jsonl").stat().st_size == before
-        assert history.last_verdict(run.attempt(1)) is None
+        # srun gave up on the node before the next attempt claimed, or after: then nothing may be written
+        verdict = history.last_verdict(run.attempt(1))
+        assert verdict is None or verdict["ending"] == "requeued already"
         assert run.newest().number == 2
     finally:
         sandboxes.restore_node(bench.sandbox.folder, victim)

@@ -1,0 +1,92 @@
+"""Submitting on a real cluster: a recipe twice, after a cancel, and while the old job is still ending."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clipcluster.errors import UserError
+from jobs.cancel import cancel
+from jobs.status import Queue, state_of
+from jobs.submit import Wanted, submit
+from tools.convert import convert
+
+pytestmark = pytest.mark.slurm
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"
+
+
+@pytest.fixture
+def ask(bench, tmp_path, monkeypatch):
+    """Submits the demo's recipe to the sandbox with the torch-free trainee; `ask.said` is what was said."""
+    convert("digits", tmp_path / "digits")
+    monkeypatch.setenv("DIGITS", str(tmp_path / "digits"))
+    said = []
+
+    def ask(orders, **more):
+        said.clear()
+        wanted = Wanted(
+            recipe=RECIPE,
+            overrides=[
+                "cluster.partition=low",
+                "cluster.tasks_per_node=2",
+                "data.batch_size=128",
+                f"cluster.environment.TRAINEE='{json.dumps(orders)}'",
+            ],
+            runs=tmp_path / "runs",
+            trainee="trainee:train",
+            quick=True,
+            say=said.append,
+            **more,
+        )
+        submitted = submit(wanted)
+        if submitted.job:
+            bench.jobs.append(submitted.job)
+        return submitted
+
+    ask.said = said
+    return ask
+
+
+def test_twice_after_a_cancel_and_to_the_end(ask, bench):
+    first = ask({"steps": 400, "save_seconds": 2})
+    assert first.executor == "slurm"
+    assert first.run.settings()["cluster"]["grace"] == "5 s"  # KillWait, less than GraceTime
+    again = ask({"steps": 400})
+    assert again.job == first.job
+    assert f"as job {first.job}" in ask.said[-1]
+    bench.at_step(first.run, 3)
+    assert state_of(first.run, Queue()).name == "RUNNING"
+
+    cancel(first.run, Queue())
+    with pytest.raises(UserError, match="still ending"):
+        ask({"steps": 400})
+    second = ask({"steps": 400}, follow=True)  # waits for the old job
+    assert second.job != first.job
+    assert any("waiting for job" in line for line in ask.said)
+    assert bench.slurm.job(first.job).state == "CANCELLED"
+
+    bench.at_step(second.run, 8, attempt=2)
+    cancel(second.run, Queue())
+    bench.gone(second.job)
+    assert state_of(second.run, Queue()).name == "CANCELLED"
+    third = ask({"steps": 12, "seconds": 0.02})
+    bench.until(lambda: state_of(third.run, Queue()).name == "FINISHED")
+    assert bench.gone(third.job) == "COMPLETED"
+    assert ask({}).job is None
+    assert "is finished" in ask.said[-1]
+
+
+def test_what_slurm_refuses_leaves_nothing(ask, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="SLURM refused the job"):
+        submit(
+            Wanted(
+                recipe=RECIPE,
+                overrides=["cluster.partition=nowhere"],
+                runs=tmp_path / "runs",
+                quick=True,
+                say=lambda text: None,
+            )
+        )
+    assert list((tmp_path / "runs").iterdir()) == []
