@@ -44,6 +44,7 @@ class Executor(str, Enum):
 
     slurm = "slurm"
     local = "local"
+    none = "none"
 
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
@@ -109,7 +110,10 @@ def submit(
     site: Site = None,
     executor: Annotated[
         Executor | None,
-        typer.Option("--executor", help="Where it runs. Default: SLURM where it answers, else this machine."),
+        typer.Option(
+            "--executor",
+            help="Where it runs; none: make the folder only. Default: SLURM if it answers, else here.",
+        ),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Watch until it ends; Ctrl-C stops watching only.")
@@ -183,6 +187,9 @@ def status(
         _watch(console, look)
         return
     console.print(status_table(found))
+    for report in found:
+        if report.advice:
+            _print(f"{report.name}: {report.advice}")
 
 
 def _watch(console: Any, look: Any) -> None:

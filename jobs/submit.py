@@ -39,7 +39,7 @@ class Wanted:
     overrides: Sequence[str] = ()
     runs: Path = Path("runs")
     site: str | None = None
-    executor: str | None = None  # slurm | local; None: slurm where it answers
+    executor: str | None = None  # slurm | local | none (the folder alone); None: slurm where it answers
     follow: bool = False
     dry_run: bool = False
     quick: bool = False
@@ -85,8 +85,8 @@ def choose_executor(wanted: Wanted) -> str:
     Raises UserError for --executor slurm without sbatch.
     """
     there = launch.environment_has_slurm()
-    if wanted.executor == "local":
-        return "local"
+    if wanted.executor in ("local", "none"):
+        return wanted.executor
     if wanted.executor == "slurm":
         if not there:
             raise UserError(
@@ -95,7 +95,7 @@ def choose_executor(wanted: Wanted) -> str:
             )
         return "slurm"
     if wanted.executor is not None:
-        raise UserError(f"--executor {wanted.executor}: allowed are slurm and local")
+        raise UserError(f"--executor {wanted.executor}: allowed are slurm, local and none")
     if not there:
         wanted.say("no sbatch on the PATH: the run goes to this machine (--executor local)")
         return "local"
@@ -178,6 +178,9 @@ def _say_plan(run: Run, checked: check.Checked, executor: str, wanted: Wanted) -
     for line in checked.summary:
         wanted.say(line)
     wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))
+    if executor == "none":
+        wanted.say("would make the folder, and start nothing")
+        return
     if executor == "local":
         cluster = checked.recipe.cluster
         wanted.say(f"would start {cluster.ranks_per_node} ranks on this machine, for {cluster.time} at most")
@@ -225,6 +228,12 @@ def _start(run: Run, loaded: Loaded, plan: Plan, executor: str, fetched: Path, w
     if made:
         Run.create(run.path, recipe_keys(loaded), settings(loaded, plan, executor, None, grace=grace))
         shutil.copytree(fetched, run.assets, dirs_exist_ok=True)
+    if executor == "none":
+        run.update_settings(settings(loaded, plan, executor, None, grace=grace))
+        wanted.say(f"{run.name}: made, and nothing started. Train it with one of:")
+        wanted.say(f"  clipcluster train {run.path}")
+        wanted.say(f"  torchrun --nproc-per-node={plan.world_size} -m jobs.cli train {run.path}")
+        return Submitted(run, None, executor)
     try:
         code = snapshot.take(run)
         if code.new and not code.first:

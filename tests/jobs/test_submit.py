@@ -159,6 +159,14 @@ def test_new_code_is_said(ask, local):
     assert local.end(run).name == "FINISHED"
 
 
+def test_the_folder_alone(ask):
+    submitted = ask(executor="none")
+    assert submitted.job is None
+    assert any("torchrun --nproc-per-node=2" in line for line in ask.said)
+    assert state_of(submitted.run, Queue()).name == "NEW"
+    assert submitted.run.settings()["executor"] == "none"
+
+
 def test_states_without_a_job(run):
     assert state_of(run, Queue()).name == "NEW"
     assert Run(run.path).exists()
