@@ -23,6 +23,7 @@ from clipcluster.recipe.units import Time
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import events
 from clipcluster.runtime.place import Place
 from clipcluster.runtime.stop import Outcome, Stop, Wish
 
@@ -211,7 +212,7 @@ def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: 
         parts=parts,
         constants=constants,
         checkpoints=checkpoints,
-        saver=_saver(recipe, plan_, world, attempt, checkpoints, constants),
+        saver=_saver(run, recipe, plan_, world, attempt, checkpoints, constants),
         evaluations=Evaluations(
             build_suite(recipe, world=world, tokenizer=sources.tokenizer) or None,
             ema.model if ema else model,
@@ -368,7 +369,13 @@ def _loader(
 
 
 def _saver(
-    recipe: Recipe, plan_: Plan, world: World, attempt: Attempt, folder: Any, constants: Mapping[str, Any]
+    run: Run,
+    recipe: Recipe,
+    plan_: Plan,
+    world: World,
+    attempt: Attempt,
+    folder: Any,
+    constants: Mapping[str, Any],
 ) -> Saver:
     from clipcluster.train.rotation import Keep
     from clipcluster.train.saver import Saver
@@ -386,8 +393,15 @@ def _saver(
         constants=constants,
         every_steps=plan_.checkpoint_every,
         every_seconds=every.seconds if isinstance(every, Time) else None,
+        last_seconds=seconds_of_a_save(run),
         event=lambda kind, **fields: attempt.event(kind, writer="rank-0", **fields),
     )
+
+
+def seconds_of_a_save(run: Run) -> float:
+    """How long the slowest of the run's last three saves took; 0.0 before the first."""
+    saves = [event["seconds"] for event in events(run) if event["event"] == "checkpoint"]
+    return max(saves[-3:], default=0.0)
 
 
 def _commit(run: Run, attempt: Attempt) -> str | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
-from clipcluster.run import evaluate, hash_of, train
+from clipcluster.run import evaluate, hash_of, seconds_of_a_save, train
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
@@ -249,6 +249,17 @@ def test_other_starting_weights_are_refused_at_a_resume(tiny: Tiny, tmp_path: Pa
     save_file({key: value + 1 for key, value in tower.items()}, weights)
     with pytest.raises(RecipeFailure, match="starting weights of image"):
         tiny.go(run)
+
+
+def test_the_duration_of_a_save_is_known_to_later_attempts(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {}, {})
+    assert seconds_of_a_save(run) == 0.0
+    for seconds in ([9.0, 1.0, 2.0], [3.0]):
+        attempt = run.claim("test", host="here", still_running=lambda job: False)
+        for step, taken in enumerate(seconds):
+            attempt.event("checkpoint", writer="rank-0", step=step, seconds=taken)
+            attempt.event("checkpoint_failed", writer="rank-0", step=step, reason="full")
+    assert seconds_of_a_save(run) == 3.0
 
 
 def test_the_hash_of_weights_is_of_their_content(tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ class Saver:
         folder: where checkpoints go; None on the ranks that do not write.
         keep: the rotation policy.
         constants: what state.json says besides the progress: index, starting weights, plan.
-        every_steps, every_seconds: when to save; one of them.
+        every_steps, every_seconds: when to save; one of them. Steps that `keep` keeps for good, and with a
+            best metric those that were evaluated, are saved besides.
+        last_seconds: how long a save of this run took last, where an earlier attempt saved.
         event: told of every checkpoint in place, set aside or failed.
     """
 
@@ -60,6 +62,7 @@ class Saver:
         constants: Mapping[str, Any],
         every_steps: int | None = None,
         every_seconds: float | None = None,
+        last_seconds: float = 0.0,
         event: Callable[..., None] = lambda kind, **fields: None,
     ) -> None:
         self._folder, self._keep, self._constants, self._event = folder, keep, constants, event
@@ -71,12 +74,13 @@ class Saver:
         self._failed = False
         self._evaluations: dict[int, Mapping[str, float]] = {}
         self.durable_step = -1
-        self.last_seconds = 0.0
+        self.last_seconds = last_seconds
         self.failure: Exception | None = None
 
     def resumed_from(self, step: int) -> None:
         """The checkpoint of `step` is in place: it need not be written again."""
         self.durable_step = self._asked_at = step
+        self._evaluations.clear()  # of steps that a roll-back undid
 
     def wishes(self, progress: Progress) -> Wish:
         """SAVE when a save is due or must be repeated, ABORT (with `failure` set) when saving is hopeless."""
@@ -93,9 +97,13 @@ class Saver:
             return False
         if progress.step == progress.evaluated_step and self._keep.metric:
             return True
+        if self._keep.every and progress.step % self._keep.every == 0:
+            return True  # else there would be none to keep
         if self._every_steps:
             return progress.step % self._every_steps == 0
-        return self._every_seconds is not None and time.monotonic() - self._clock >= self._every_seconds
+        if self._every_seconds is None or self._write:
+            return False  # by the clock no save waits for the one before it
+        return time.monotonic() - self._clock >= self._every_seconds
 
     def save(self, progress: Progress, parts: Parts) -> None:
         """Copy the parts now and let a thread write them; waits for the write before it, if there is one."""
@@ -109,14 +117,15 @@ class Saver:
         assert self._folder is not None
         contents = take_copy(progress.step, {**progress.state_dict(), **self._constants}, parts)
         self._asked_at, self._failed = progress.step, False
+        self._clock = time.monotonic()
         self._write = _Write(self._folder, contents)
         self._write.start()
 
     def save_and_wait(self, progress: Progress, parts: Parts, seconds_left: float | None = None) -> None:
         """Have this step durable on return, or `failure` set after the second try.
 
-        A write under way is finished first, unless both cannot fit into `seconds_left` (seconds, by the
-        duration of the last save): then it is dropped.
+        A write under way is finished first, unless only this step's fits into `seconds_left` (by the duration
+        of the last save): then it is dropped.
         """
         if self._folder is None:
             return
@@ -129,7 +138,7 @@ class Saver:
         write = self._write
         if write and write.step != step and seconds_left is not None:
             rest = max(0.0, self.last_seconds - (time.monotonic() - write.began))
-            if rest + self.last_seconds > seconds_left:
+            if self.last_seconds <= seconds_left < rest + self.last_seconds:
                 logger.warning("step %d: its save is dropped, the time left is for step %d", write.step, step)
                 write.drop.set()
         self._collect()
@@ -144,7 +153,6 @@ class Saver:
         if write is None:
             return
         write.join()
-        self._clock = time.monotonic()
         if write.error is None:
             self._in_place(write)
         elif isinstance(write.error, OSError):

@@ -423,6 +423,64 @@ def test_saves_come_by_the_clock(tmp_path: Path) -> None:
     assert saver.wishes(at(3)) == Wish.NONE
 
 
+def test_by_the_clock_a_slow_disk_neither_holds_up_training_nor_is_given_two_at_once(tmp_path: Path) -> None:
+    folder = SlowFolder(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(), constants={}, every_seconds=0.1)
+    time.sleep(0.1)
+    saver.save(at(1), {"model": Part()})
+    time.sleep(0.15)
+    assert saver.wishes(at(2)) == Wish.NONE  # due again, but the one before is still being written
+    folder.go.set()
+    assert saver._write
+    saver._write.join()
+    assert saver.wishes(at(3)) == Wish.SAVE  # the time counts from the beginning of the last save
+    saver.save(at(3), {"model": Part()})
+    saver.finish()
+    assert saver.wishes(at(4)) == Wish.NONE
+    assert folder.steps() == [1, 3]
+
+
+@pytest.mark.parametrize("when", [{"every_steps": 7}, {"every_seconds": 1000.0}])
+def test_what_is_kept_for_good_is_saved_whatever_the_period(tmp_path: Path, when: dict[str, Any]) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(last=2, every=10), constants={}, **when)
+    for step in range(1, 50):
+        if saver.wishes(at(step)) & Wish.SAVE:
+            saver.save(at(step), {"model": Part()})
+    saver.finish()
+    assert {10, 20, 30, 40} <= set(folder.steps())
+
+
+def test_a_stop_keeps_the_older_one_where_the_newer_cannot_fit_either(tmp_path: Path) -> None:
+    folder = SlowFolder(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2, last_seconds=50.0)
+    saver.save(at(4), {"model": Part()})
+    threading.Timer(0.1, folder.go.set).start()
+    saver.save_and_wait(at(5), {"model": Part()}, seconds_left=10.0)
+    assert 4 in folder.steps()
+
+
+def test_the_first_save_of_an_attempt_goes_by_the_last_of_the_attempt_before(tmp_path: Path) -> None:
+    folder = SlowFolder(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2, last_seconds=8.0)
+    saver.save(at(4), {"model": Part()})
+    threading.Timer(0.3, folder.go.set).start()
+    saver.save_and_wait(at(5), {"model": Part()}, seconds_left=10.0)
+    assert folder.steps() == [5]
+
+
+def test_measurements_that_a_roll_back_undid_are_not_recorded(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2)
+    saver.save(at(2), {"model": Part()})
+    saver.finish()
+    saver.record_evaluation(3, {"m": 1.0})
+    saver.resumed_from(2)
+    saver.save(at(3), {"model": Part()})
+    saver.finish()
+    assert folder.evaluation(3) == {}
+
+
 def test_the_other_ranks_save_nothing() -> None:
     saver = Saver(None, keep=Keep(), constants={}, every_steps=1)
     saver.save(at(1), {})
