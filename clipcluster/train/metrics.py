@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
+from clipcluster.train.board import Board
 from clipcluster.train.display import Display, results_text
 from clipcluster.train.progress import Progress
 from clipcluster.train.step import plain_metrics
@@ -37,7 +37,7 @@ class Metrics:
         self._run, self._attempt, self._world = run, attempt, world
         self._every, self._total = every, total_steps
         self._last_line: dict[str, Any] = {}
-        self._board: Any = None
+        self._board: Board | None = None
         self._display: Display | None = None
         self.restart_clock(0)
 
@@ -46,7 +46,7 @@ class Metrics:
         self.restart_clock(progress.samples)
         if self._world.is_main:
             self._display = Display(self._total, progress.step)
-            self._board = open_board(self._run.tensorboard, self._attempt.number, progress.step)
+            self._board = Board(self._run.tensorboard, attempt=self._attempt.number, step=progress.step)
 
     def restart_clock(self, samples: int) -> None:
         """Measure rates from here on: what happened between (an evaluation, a roll-back) is not training."""
@@ -113,11 +113,9 @@ class Metrics:
             (self._display.note if self._display else logger.info)(text)
 
     def _scalars(self, line: dict[str, Any], group: str, step: int) -> None:
-        if self._board is None:
-            return
-        for name, value in line.items():
-            if name not in ("step", "samples", "epoch") and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{group}/{name}", value, step)
+        if self._board:
+            counts = ("step", "samples", "epoch")
+            self._board.add(group, {name: value for name, value in line.items() if name not in counts}, step)
 
     def close(self) -> None:
         """Flush TensorBoard's file and leave the terminal as it was."""
@@ -125,11 +123,3 @@ class Metrics:
             self._display.close()
         if self._board:
             self._board.close()
-
-
-def open_board(folder: Path, attempt: int, step: int) -> Any:
-    """TensorBoard's writer, one file an attempt; later points of an earlier attempt are hidden."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge = step + 1 if attempt > 1 else None
-    return SummaryWriter(str(folder), filename_suffix=f".attempt-{attempt}", purge_step=purge)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
 from types import ModuleType
@@ -279,6 +281,66 @@ def test_a_stale_attempt_writes_nothing_more(toy: ModuleType, run: Any) -> None:
     lines = read_lines(attempt.path / "metrics.jsonl")
     assert lines[-1]["step"] == 5
     assert attempt.outcome() is None
+
+
+def test_curves_are_not_written_once_a_later_attempt_owns_the_run(toy: ModuleType, run: Any) -> None:
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script())
+    fetch = trainer._fetch
+    sizes: dict[Path, int] = {}
+
+    def fetch_and_lose() -> Any:
+        if trainer.progress.step == 5:
+            time.sleep(0.2)
+            sizes.update({path: path.stat().st_size for path in run.tensorboard.iterdir()})
+            toy.claim(run, "2")
+        return fetch()
+
+    trainer._fetch = fetch_and_lose
+    with pytest.raises(StaleAttempt):
+        trainer.run()
+    assert len(sizes) == 1
+    assert {path: path.stat().st_size for path in run.tensorboard.iterdir()} == sizes
+
+
+def test_curves_are_written_for_others_to_read(toy: ModuleType, run: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    toy.go(run, stop_at=5, evaluate_every=4)
+    toy.go(run, evaluate_every=4)
+    curves = EventAccumulator(str(run.tensorboard)).Reload()
+    losses = [(point.step, point.value) for point in curves.Scalars("train/loss")]
+    assert losses == [(line["step"], pytest.approx(line["loss"])) for line in merged_metrics(run)]
+    assert [point.step for point in curves.Scalars("evaluation/toy/step")] == [4, 8, 12]
+
+
+def fill_the_disk_of_the_curves(trainer: Any, at_step: int) -> None:
+    """From a step on nothing more can be written to TensorBoard's file."""
+    fetch = trainer._fetch
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fetch_and_fill() -> Any:
+        if trainer.progress.step == at_step:
+            record = trainer.metrics._board._writer.file_writer.event_writer._async_writer._writer
+            record.write = record.flush = full
+        return fetch()
+
+    trainer._fetch = fetch_and_fill
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_room_for_curves_hides_no_failure_and_loses_no_record(toy: ModuleType, run: Any) -> None:
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script())
+    fill_the_disk_of_the_curves(trainer, 2)
+    assert trainer.run() is Outcome.FINISHED
+    assert [line["step"] for line in merged_metrics(run)] == list(range(1, 13))
+    other = fresh(toy, run, "other")
+    trainer = toy.build(other, toy.claim(other), toy.alone(), Stop(), toy.Script(bad=[4, 5, 6, 7]))
+    fill_the_disk_of_the_curves(trainer, 2)
+    with pytest.raises(DataError, match="samples cannot be decoded"):
+        trainer.run()
+    assert trainer.progress.step == 7  # three bad ones are too many
 
 
 def test_the_newest_checkpoint_broken_is_set_aside_and_the_one_before_used(toy: ModuleType, run: Any) -> None:
