@@ -139,8 +139,8 @@ def superseded(bench, nodes, members):
     assert changed <= {f"rank-{rank}.out" for rank in range(2 * nodes)}  # their logs, in which they say why
 
 
-def never_started(bench, nodes, members, tmp_path_factory):
-    broken = tmp_path_factory.mktemp("broken") / "code"
+def never_started(bench, nodes, members):
+    broken = bench.folder / "broken"
     subprocess.run(["cp", "-r", bench.code, broken], check=True)
     (broken / "jobs" / "train.py").write_text("import no_such_module_anywhere\n")
     runs, jobs = bench.submit({}, nodes=nodes, members=members, code=broken)
@@ -167,6 +167,7 @@ SCENARIOS = [
     cancelled_while_pending,
     requeued_already,
     superseded,
+    never_started,
 ]
 
 
@@ -182,6 +183,7 @@ SCENARIOS = [
         (cancelled_while_pending, 1, 2),
         (requeued_already, 1, 1),
         (superseded, 1, 1),
+        (never_started, 1, 1),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -196,7 +198,3 @@ def test_ending(bench, scenario, nodes, members):
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_matrix(bench, scenario, nodes, members):
     scenario(bench, nodes, members)
-
-
-def test_a_snapshot_that_cannot_start(bench, tmp_path_factory):
-    never_started(bench, 1, 1, tmp_path_factory)

@@ -100,10 +100,15 @@ def test_the_lead_time_before_the_limit(bench):
 
 
 @pytest.mark.long
-def test_out_of_time(bench):
-    (run,), (job,) = bench.submit(
-        {"steps": 5000, "deaf": {"attempts": [1], "until": "SIGTERM"}}, time="1 min"
+@pytest.mark.parametrize(("nodes", "members"), [(1, 1), (2, 2)], ids=["1-single", "2-array"])
+def test_out_of_time(bench, nodes, members):
+    runs, jobs = bench.submit(
+        {"steps": 5000, "deaf": {"attempts": [1], "until": "SIGTERM"}},
+        nodes=nodes,
+        members=members,
+        time="1 min",
     )
+    run, job = runs[-1], jobs[-1]
     verdict = bench.verdict(run, 1, seconds=180)
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "out of time", True)
     bench.come_back(job)
