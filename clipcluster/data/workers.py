@@ -25,8 +25,11 @@ _PRELOAD = ["torch", "torch.utils.data", "torchvision.io", "torchvision.transfor
 _SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
 
 
-class WorkerDied(RuntimeError):
-    """A loader worker was killed or crashed; a new attempt may fare better."""
+class WorkerDied(Exception):
+    """A loader worker was killed or crashed; a new attempt may fare better.
+
+    No RuntimeError: what a dead worker leaves ("Connection reset by peer") would be taken for a lost rank.
+    """
 
 
 class ShareStream:

@@ -17,6 +17,7 @@ from clipcluster.data.shards import Shards, open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.data.workers import WorkerDied
 from clipcluster.recipe.schema import Data
+from clipcluster.runtime.world import is_lost_peer
 
 
 @pytest.fixture
@@ -95,6 +96,12 @@ def test_a_killed_worker_is_named(loader: Loader) -> None:
     os.kill(victim, signal.SIGKILL)
     with pytest.raises(WorkerDied, match=str(victim)):
         take(loader, 20)
+
+
+def test_a_dead_worker_is_not_taken_for_a_lost_rank() -> None:
+    error = WorkerDied("loader worker 7 was killed or crashed: [Errno 104] Connection reset by peer")
+    error.__cause__ = ConnectionResetError(104, "Connection reset by peer")
+    assert not is_lost_peer(error)
 
 
 def test_workers_end_with_a_rank_that_is_killed(shards: Shards, tmp_path: Path) -> None:
