@@ -62,7 +62,10 @@ def train(run: Run, attempt: Attempt, place: Place, stop: Stop) -> Outcome:
         return (
             Outcome.STOPPED
         )  # while starting up: nothing to save, and building may take longer than there is
-    trainer = build_trainer(run, attempt, world, stop, recipe)
+    sources = open_sources(recipe, run.assets)
+    if check_shards(sources.shards, world, stop) & Wish.STOP:
+        return Outcome.STOPPED
+    trainer = build_trainer(run, attempt, world, stop, recipe, sources)
     outcome = trainer.run()
     if world.is_main:
         _summarise(run, trainer, outcome, time.monotonic() - began)
@@ -155,7 +158,35 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, assets: Path, *, starting_
     )
 
 
-def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe) -> Trainer:
+def check_shards(sources: Sequence[Shards], world: World, stop: Stop) -> Wish:
+    """Whether the shards are as indexed: the ranks share those that only their hash can tell of.
+
+    They speak after each, so that none is taken for lost meanwhile; returns STOP where one was asked to.
+    Raises DataError on the rank that finds a changed shard.
+    """
+    found = world.broadcast_object([source.touched() for source in sources] if world.is_main else None)
+    turns = [(source, shard) for source, shards in zip(sources, found, strict=True) for shard in shards]
+    if turns and world.is_main:
+        logger.warning(
+            "%d shards have another time than when they were indexed: comparing their content "
+            "(clipcluster shards index DIR spares later attempts that)",
+            len(turns),
+        )
+    wishes = Wish.NONE
+    for first in range(0, len(turns), world.size):
+        for source, shard in turns[first + world.rank : first + world.rank + 1]:
+            source.check(shard)
+        wishes = world.agree(stop.wishes())
+        if wishes & Wish.STOP:
+            return wishes
+    for source, shards in zip(sources, found, strict=True):
+        source.vouch(shards)  # the loader's workers need not compare what the other ranks did
+    return wishes
+
+
+def build_trainer(
+    run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe, sources: Sources
+) -> Trainer:
     """All parts of a run, put together; every rank builds the same."""
     from clipcluster.evals.suite import build_suite
     from clipcluster.model.task import ContrastiveTask
@@ -172,11 +203,10 @@ def build_trainer(run: Run, attempt: Attempt, world: World, stop: Stop, recipe: 
     from clipcluster.train.step import Step
     from clipcluster.train.trainer import Trainer
 
-    sources = open_sources(recipe, run.assets)
     plan_ = plan(recipe, sources.order.samples, world.size)
     precision = Precision(recipe.train.precision, world.device)
     model = build_model(recipe, sources.tokenizer, run.assets)
-    weights = _check_start(sources, model, plan_) if world.is_main else {}
+    weights = _describe_start(model, plan_) if world.is_main else {}
     task = ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, world).to(world.device)
     optim = recipe.optim
     optimizer = Optimizer(
@@ -304,8 +334,8 @@ def _load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path,
     )
 
 
-def _check_start(sources: Sources, model: Clip, plan_: Plan) -> dict[str, str]:
-    """Rank 0's look at what a run starts from: the shards as indexed, and the starting weights' hashes."""
+def _describe_start(model: Clip, plan_: Plan) -> dict[str, str]:
+    """Rank 0's words on what a run starts from; returns the starting weights' hashes by tower."""
     logger.info(
         "%s ranks x %s samples; %s steps, %s an epoch",
         plan_.world_size,
@@ -315,8 +345,6 @@ def _check_start(sources: Sources, model: Clip, plan_: Plan) -> dict[str, str]:
     )
     for warning in plan_.warnings:
         logger.warning("%s", warning)
-    for source in sources.shards:
-        source.check_unchanged()
     for coverage in model.starting_weights:
         logger.info("%s", coverage)
     return {coverage.tower: hash_of(Path(coverage.file)) for coverage in model.starting_weights}

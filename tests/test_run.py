@@ -214,6 +214,56 @@ def test_a_stop_while_starting_builds_nothing(tiny: Tiny) -> None:
     assert list(run.checkpoints.iterdir()) == []
 
 
+SLOW_HASH = """
+import sys, time
+from clipcluster import run
+from clipcluster.data import index
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.place import Place
+from clipcluster.runtime.stop import Stop
+
+hash_of = index.file_sha256
+
+def slowly(path):
+    time.sleep(2)
+    return hash_of(path)
+
+index.file_sha256, run.SILENCE_S = slowly, 8
+folder = Run(sys.argv[1])
+sys.exit(run.train(folder, folder.newest(), Place.from_environment(), Stop()))
+"""
+
+
+def test_ranks_share_the_shards_that_must_be_hashed_and_none_is_taken_for_lost(
+    digits: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "digits"
+    subprocess.run(["cp", "-r", str(digits), str(copy)], check=True)  # other times, the same content
+    assert len(list((copy / "train").glob("*.tar"))) > 4
+    tiny = Tiny(copy, tmp_path)
+    run = tiny.make("copied", "train.duration=3 steps", "evaluate.zero_shot=[]", "evaluate.retrieval=[]")
+    run.claim("two", host="here", still_running=lambda job: False)
+    environment = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_HASH, str(run.path)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+
+
+def test_a_stop_while_shards_are_compared_builds_nothing(digits: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "digits"
+    subprocess.run(["cp", "-r", str(digits), str(copy)], check=True)
+    tiny = Tiny(copy, tmp_path)
+    run = tiny.make("copied")
+    assert tiny.go(run, StopAfter(2)) is Outcome.STOPPED
+    assert list(run.checkpoints.iterdir()) == []
+    assert tiny.go(run) is Outcome.FINISHED
+
+
 def test_shards_made_anew_are_refused_at_a_resume(tiny: Tiny, digits: Path, tmp_path: Path) -> None:
     from clipcluster.data.index import write_index
 

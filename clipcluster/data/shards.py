@@ -1,7 +1,7 @@
 """Folders of shards, opened through their index and read by offset. Imports no torch.
 
 A `Shards` is one source: its samples are numbered 0 … n_samples - 1 in the order of the shards' names. It
-can be sent to another process: only paths travel, the index is mapped again there.
+can be sent to another process: paths travel and which bytes were compared, the index is mapped again there.
 """
 
 import glob
@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -168,12 +168,13 @@ class Shards:
         self._hashed: set[tuple[int, int]] = set()  # shard and mtime of what was found to be the same bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts, "fingerprint": self.fingerprint}
+        return {"parts": self.parts, "fingerprint": self.fingerprint, "hashed": self._hashed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Shards.__init__(self, state["parts"])
         if self.fingerprint != state["fingerprint"]:
             raise DataError(f"the index of {self.parts[0].folder} was made anew while it was in use")
+        self._hashed = state["hashed"]
 
     def _fingerprint(self) -> str:
         if len(self.parts) == 1 and self.parts[0].rows is None:
@@ -319,10 +320,26 @@ class Shards:
         Raises DataError naming the first shard that is gone or has changed. A source of more than
         `CHECKED_SHARDS` shards is compared only shard by shard, when each is opened.
         """
+        for shard in self.touched():
+            self.check(shard)
+
+    def touched(self) -> dict[int, int]:
+        """The shards whose size or mtime is not the index's, each with its mtime (ns).
+
+        Of more than `CHECKED_SHARDS` none is looked at. Raises DataError for one that is gone.
+        """
         if len(self) > CHECKED_SHARDS:
-            return
-        for shard in range(len(self)):
-            self._patiently(shard, partial(self._stat_and_compare, shard))
+            return {}
+        states = ((shard, self._patiently(shard, partial(self._stat, shard))) for shard in range(len(self)))
+        return {shard: state.st_mtime_ns for shard, state in states if not self._is_as_indexed(shard, state)}
+
+    def vouch(self, found: Mapping[int, int]) -> None:
+        """Takes shards with these mtimes (ns) for unchanged: somebody has compared their content."""
+        self._hashed.update(found.items())
+
+    def check(self, shard: int) -> None:
+        """Compares one shard with the index, by its hash where the time differs. DataError if it changed."""
+        self._patiently(shard, partial(self._stat_and_compare, shard))
 
     def close(self) -> None:
         """Closes the files that are open; reading opens them again."""
@@ -365,17 +382,26 @@ class Shards:
             raise DataError(f"{path} is not what the folder's list says", self._advice(shard))
         return arrays
 
-    def _stat_and_compare(self, shard: int) -> None:
-        self._compare(shard, os.stat(self.shard_path(shard)))
+    def _stat(self, shard: int) -> os.stat_result:
+        return os.stat(self.shard_path(shard))
 
-    def _compare(self, shard: int, state: os.stat_result) -> None:
+    def _stat_and_compare(self, shard: int) -> None:
+        self._compare(shard, self._stat(shard))
+
+    def _is_as_indexed(self, shard: int, state: os.stat_result) -> bool:
+        """By size and time; a time whose bytes were found to be the same will do."""
         part, row = self._place(shard)
         arrays = self._tables[part].arrays
-        size, mtime = int(arrays["bytes"][row]), int(arrays["mtime_ns"][row])
-        if (state.st_size, state.st_mtime_ns) == (size, mtime) or (shard, state.st_mtime_ns) in self._hashed:
+        if state.st_size != int(arrays["bytes"][row]):
+            return False
+        return state.st_mtime_ns == int(arrays["mtime_ns"][row]) or (shard, state.st_mtime_ns) in self._hashed
+
+    def _compare(self, shard: int, state: os.stat_result) -> None:
+        if self._is_as_indexed(shard, state):
             return
-        path = self.shard_path(shard)
-        if state.st_size != size or indexes.file_sha256(path) != self.sha256(shard):
+        part, row = self._place(shard)
+        size = int(self._tables[part].arrays["bytes"][row])
+        if state.st_size != size or indexes.file_sha256(self.shard_path(shard)) != self.sha256(shard):
             raise self._changed(shard)
         self._hashed.add((shard, state.st_mtime_ns))
 

@@ -129,6 +129,22 @@ def test_bytes_are_hashed_once_for_each_new_time(folder: Path, monkeypatch: pyte
         shards.check_unchanged()
 
 
+def test_what_another_process_has_compared_is_not_hashed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(folder / "00002.tar")
+    shards = open_folder(folder)
+    found = shards.touched()
+    assert list(found) == [2]
+    shards.vouch(found)
+    assert shards.touched() == {}
+    monkeypatch.setattr(module.indexes, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
+    there = pickle.loads(pickle.dumps(shards))
+    assert there.read(13).key == "s00013"
+    os.utime(folder / "00002.tar", (1, 1))
+    assert list(there.touched()) == [2]  # a later time asks again
+
+
 def test_the_rows_must_belong_to_the_list(folder: Path) -> None:
     shutil.copy(folder / "00001.tar.idx", folder / "00002.tar.idx")
     with pytest.raises(DataError, match=r"00002\.tar\.idx"):
