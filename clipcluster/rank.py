@@ -73,6 +73,7 @@ def serve(
         print(f"{run.name} is finished already: nothing to do", flush=True)
         return int(Outcome.FINISHED)
     writer = f"rank-{place.rank}"
+    terminal = _announce(run, attempt) if ATTEMPT not in os.environ and place.rank == 0 else None
     try:
         attempt.check()
         _redirect(attempt.path / f"{writer}.out")
@@ -82,13 +83,34 @@ def serve(
         code = _returned(Outcome(outcome), attempt, place)
     except BaseException as error:
         code = _raised(error, attempt, place)
+    if terminal is not None:
+        _say_ending(terminal, run, attempt, code)
     return code
+
+
+def _announce(run: Run, attempt: Attempt) -> int:
+    """Say where the output of a run started by hand goes; a descriptor that stays where this was said."""
+    print(f"{run.name}: attempt {attempt.number}; to follow it: clipcluster logs -f {run.path}", flush=True)
+    return os.dup(1)
+
+
+def _say_ending(terminal: int, run: Run, attempt: Attempt, code: int) -> None:
+    """One line on the terminal that a run was started from: how it ended, why, and what to do."""
+    made = attempt.outcome() or {"outcome": f"ended with {code}"}
+    said = "; ".join(filter(None, (made.get("reason"), made.get("advice"))))
+    line = f"{run.name}: {made['outcome']} at step {attempt.step}" + (f" ({said})" if said else "") + "\n"
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        os.write(terminal, line.encode(errors="replace"))
+    os.close(terminal)
 
 
 def _open_attempt(run: Run, place: Place, still_running: Callable[[str], bool]) -> Attempt | None:
     """This process's attempt; None where the run is finished already."""
     if not run.exists():
-        raise UserError(f"{run.path} is no run folder: it has no recipe.yaml.")
+        raise UserError(
+            f"{run.path} is no run folder: it has no recipe.yaml. Make one with: "
+            "clipcluster submit RECIPE --executor none"
+        )
     given = os.environ.get(ATTEMPT)
     if given:
         if not given.isdecimal():

@@ -346,6 +346,22 @@ def test_no_run_folder(tmp_path):
     assert process.returncode == 2
 
 
+def test_who_starts_a_run_by_hand_is_told_where_it_prints_and_how_it_ended(run):
+    process = start(run, "finish")
+    said = process.communicate(timeout=30)[0].splitlines()
+    assert said == [
+        f"{run.name}: attempt 1; to follow it: clipcluster logs -f {run.path}",
+        f"{run.name}: finished at step 7",
+    ]
+    process = start(run, "finish")
+    assert "finished already" in process.communicate(timeout=30)[0]
+
+
+def test_a_rank_of_a_claimed_attempt_prints_into_its_log_alone(run, attempt):
+    environ = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "CLIPCLUSTER_ATTEMPT": "1"}
+    assert start(run, "finish", **environ).communicate(timeout=30) == ("", "")
+
+
 def torchrun(run, trainee, **environ):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
