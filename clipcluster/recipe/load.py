@@ -112,8 +112,11 @@ def _existing(path: Path) -> Path:
     near = nearest(path.name, _yaml_names(path.parent)) or nearest(
         path.name + ".yaml", _yaml_names(path.parent)
     )
-    if near:
-        hint = f"did you mean {path.parent / near}?"
+    shipped = path.parent / "recipes" / path.name
+    if near or shipped.is_file():
+        hint = f"did you mean {shipped if shipped.is_file() else path.parent / str(near)}?"
+    elif not path.parent.is_dir():
+        hint = f"the folder {path.parent} is not there"
     else:
         names = sorted(_yaml_names(path.parent))
         hint = (

@@ -146,8 +146,9 @@ def _needs_accumulation(recipe: Recipe, world_size: int, per_rank: int, count: i
     enough = range(-(-batch // (bound or 1)), batch + 1)
     ranks = next(ranks for ranks in enough if batch % ranks == 0)
     return (
-        f"{batch} / {world_size} ranks = {per_rank} a rank, micro_batch {bound} -> {count} micro-batches: "
-        f"accumulation is not supported yet: set train.micro_batch to {per_rank} or use {ranks} ranks"
+        f"{batch} / {world_size} ranks = {per_rank} a rank, micro_batch {bound} -> {count} micro-batches "
+        f"of {per_rank // count}: accumulation is not supported yet: "
+        f"set train.micro_batch to {per_rank} or use {ranks} ranks"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,7 @@ def _message(loc: Loc, entry: Mapping[str, Any], tree: Branch) -> str:
         .replace("Input should", "should")
         .replace("String should", "should")
     )
+    text = re.sub(r", (unable to parse|got a number with) .*", "", text)  # `got` says it already
     text = text.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     text = text.replace("a valid integer", "a whole number").replace("a valid", "a")
     if kind == "string_type":

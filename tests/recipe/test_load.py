@@ -135,6 +135,11 @@ def test_an_empty_recipe_says_what_is_missing(small: Small, recipe_file: Path) -
         assert f"small.yaml:1: the key {key} is missing" in message
 
 
+def test_a_wrong_type_is_said_once(small: Small) -> None:
+    assert message_of(small, "optim.lr=high").endswith("got 'high'; should be a number")
+    assert message_of(small, "data.batch_size=1.5").endswith("got 1.5; should be a whole number")
+
+
 def test_a_missing_recipe_names_the_nearest(small: Small, recipe_file: Path) -> None:
     with pytest.raises(UserError, match=r"smal\.yaml: no such recipe; did you mean .*small\.yaml\?"):
         load(recipe_file.parent / "smal.yaml")
@@ -144,8 +149,14 @@ def test_a_missing_recipe_names_the_nearest(small: Small, recipe_file: Path) -> 
         load(recipe_file.parent / "entirely-different.yaml")
     with pytest.raises(UserError, match="is a folder"):
         load(recipe_file.parent)
-    with pytest.raises(UserError, match="there is no recipe beside it"):
+    with pytest.raises(UserError, match=r"the folder .*nowhere is not there"):
         load(recipe_file.parent / "nowhere" / "x.yaml")
+    (recipe_file.parent / "recipes").mkdir()
+    with pytest.raises(UserError, match="there is no recipe beside it"):
+        load(recipe_file.parent / "recipes" / "digits.yaml")
+    (recipe_file.parent / "recipes" / "digits.yaml").touch()
+    with pytest.raises(UserError, match=r"did you mean .*/recipes/digits\.yaml\?"):
+        load(recipe_file.parent / "digits.yaml")
 
 
 # Extends.

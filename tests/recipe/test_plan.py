@@ -101,8 +101,8 @@ def test_accumulation_is_refused_with_its_arithmetic(small: Small) -> None:
     with pytest.raises(UserError) as caught:
         plan(recipe, 10_000, 2)
     assert str(caught.value) == (
-        "384 / 2 ranks = 192 a rank, micro_batch 64 -> 3 micro-batches: accumulation is not supported yet: "
-        "set train.micro_batch to 192 or use 6 ranks"
+        "384 / 2 ranks = 192 a rank, micro_batch 64 -> 3 micro-batches of 64: "
+        "accumulation is not supported yet: set train.micro_batch to 192 or use 6 ranks"
     )
     assert plan(recipe, 10_000, 6).micro_batch == 64
 
