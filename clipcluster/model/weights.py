@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -150,7 +151,10 @@ def _read(file: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         return dict(load_file(file))
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # whose words advise to load it without the safeguard
+        raise ValueError("it is no file of tensors alone") from error
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} where a dictionary of tensors was expected")
     return content

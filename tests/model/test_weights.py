@@ -159,9 +159,10 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"weight": Code()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read") as refusal:
         read_state_dict(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
+    assert "weights_only" not in str(refusal.value)
 
 
 def test_a_clip_says_what_its_files_brought(tmp_path: Path) -> None:
