@@ -27,6 +27,7 @@ from tools.slurm import JobState, Node, QueuedJob, SlurmRefused, SlurmUnavailabl
 POLL_SECONDS = 0.1
 # A job that starts again in the second of its end is refused its steps: its nodes revoked it by the second.
 SETTLE_SECONDS = 1.5
+START_SECONDS = 15  # from a run's submission to the claim of its attempt
 BIRTH_SECONDS = 3  # a daemon that holds no log after this long is gone
 LOG_LINES = 15
 FOLDERS = ("state", "log", "pid")
@@ -162,12 +163,12 @@ def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_secon
     `job` is a job id ("17", "17_3" for a member of an array) or a run folder. The high-priority job holds the
     nodes `hold_seconds` longer than the eviction takes, then ends. Whole nodes are taken: jobs that share one
     go too, and are named. With `come_back` the requeued jobs may start at once instead of about two minutes
-    later. Raises UserError when the job is not running in `low`, or has not left its nodes long after the
-    grace time.
+    later. A run that was only just submitted is given `START_SECONDS` to claim its attempt. Raises UserError
+    when the job is not running in `low`, or has not left its nodes long after the grace time.
     """
     sandbox = find(folder)
     slurm = sandbox.slurm
-    before = _running_job(sandbox, job_of(job))
+    before = _job_to_evict(sandbox, job)
     job_id = before.job_id
     neighbours = _neighbours(sandbox, before)
     names = tuple(neighbour.job_id for neighbour in neighbours)
@@ -265,7 +266,7 @@ def job_of(job: str | Path) -> str:
         raise UserError(f"{job} is neither a job id (17, or 17_3 for a member of an array) nor a run folder")
     attempt = Run(path).newest()
     if attempt is None or attempt.job is None:
-        raise UserError(f"run {path} has not started: no attempt has claimed it yet")
+        raise UserError(f"run {path} has not started: no attempt has claimed it yet; try again once it runs")
     return attempt.job
 
 
@@ -389,6 +390,22 @@ def _running_job(sandbox: Sandbox, job_id: str) -> JobState:
     if state.partition != "low":
         raise UserError(f"job {job_id} runs in partition {state.partition}; only those in low are preempted")
     return state
+
+
+def _job_to_evict(sandbox: Sandbox, job: str | Path) -> JobState:
+    """The running job; where it belongs to a run whose job is only starting, it is waited for."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return _running_job(sandbox, job_of(job))
+        except UserError:
+            name = Path(os.path.realpath(job)).name
+            starting = not JOB_ID.fullmatch(str(job)) and any(
+                queued.name == name and queued.state != "COMPLETING" for queued in sandbox.slurm.queue()
+            )
+            if not starting or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def _neighbours(sandbox: Sandbox, job: JobState) -> list[JobState]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from clipcluster.errors import UserError
+from clipcluster.runs.folder import Run
 from tools import sandbox as sandboxes
 from tools import sandbox_config, sandbox_hostname
 from tools.sandbox_config import Sandbox
@@ -157,6 +159,18 @@ class TestPreempt:
         wait_for(lambda: runs(cluster, f"{array}_2"), "the member to come back")
         assert cluster.slurm.job(f"{array}_2").restarts == 1
         assert cluster.slurm.job(f"{array}_1").restarts == 0
+
+    def test_a_run_that_is_only_starting_is_waited_for(self, cluster: Sandbox, tmp_path: Path) -> None:
+        run = Run.create(tmp_path / "late-00000000", {"name": "late"}, {})
+        job = submit(cluster, f"--job-name={run.name}")
+        started(cluster, job, 1)
+        claim = threading.Timer(2, lambda: run.claim(job, host="n1", still_running=lambda job: False))
+        claim.start()
+        assert sandboxes.preempt(cluster.folder, run.path).requeued
+        claim.join()
+        never = Run.create(tmp_path / "never-00000000", {"name": "never"}, {})
+        with pytest.raises(UserError, match="has not started"):
+            sandboxes.preempt(cluster.folder, never.path)
 
     def test_a_job_that_ends_instead_is_said_to_have_ended(self, cluster: Sandbox) -> None:
         job = submit(cluster, script="#!/bin/sh\nsrun sleep 300\n")
