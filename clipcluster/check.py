@@ -185,13 +185,14 @@ def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
             shards = findings.attempt(key, _open, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
                 _check_classes(shards, key, findings)
-        names = Counter(Path(folder).name for folder in folders)
-        findings.errors += [
-            f"{_place(loaded, f'evaluate.{kind}')}: {count} sets are called {name!r}; the last component of "
-            "each path names its metrics, so they have to differ"
-            for name, count in names.items()
-            if count > 1
-        ]
+    retrieval = evaluate.retrieval
+    every = [*retrieval, *(folder for folder in evaluate.zero_shot if folder not in retrieval)]
+    findings.errors += [
+        f"{_place(loaded, 'evaluate')}: {count} sets are called {name!r}; the last component of each path "
+        "names its metrics, so they have to differ"
+        for name, count in Counter(Path(folder).name for folder in every).items()
+        if count > 1
+    ]
 
 
 def _check_classes(shards: Shards, key: str, findings: Findings) -> None:

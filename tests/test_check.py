@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -139,6 +140,12 @@ def test_what_is_wrong_with_a_run(checked: Callable[..., Checked], overrides: li
     assert said in "\n".join(found.errors)
     with pytest.raises(UserError):
         found.raise_errors()
+
+
+def test_sets_of_both_kinds_have_names_of_their_own(checked: Callable[..., Checked], folder: Path) -> None:
+    shutil.copytree(folder / "data", folder / "others")
+    found = checked("evaluate.zero_shot=[others/test]")
+    assert "evaluate: 2 sets are called 'test'" in "\n".join(found.errors)
 
 
 def test_every_count_of_a_range_of_nodes_is_tried(checked: Callable[..., Checked]) -> None:
