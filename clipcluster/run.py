@@ -288,11 +288,10 @@ def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None
             "There is nothing to measure: name shard folders in evaluate.retrieval or evaluate.zero_shot."
         )
     model = build_model(recipe, tokenizer, run.assets, starting_weights=False)
-    found, averaged = _load_weights(run, model, checkpoint)
+    found, step, averaged = _load_weights(run, model, checkpoint)
     model.to(world.device)
     with torch.no_grad(), Precision(recipe.train.precision, world.device).autocast():
         metrics = suite.run(model)
-    step = int(found.name.rpartition("-")[2])
     return {"run": run.name, "checkpoint": str(found), "step": step, "ema": averaged, "metrics": metrics}
 
 
@@ -306,8 +305,8 @@ def _overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         return load(file, overrides).recipe
 
 
-def _load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path, bool]:
-    """Weights of a checkpoint, by default the newest whole one; its folder, and whether they are averaged."""
+def _load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path, int, bool]:
+    """Weights of a checkpoint, by default the newest whole one; its folder, step, and whether averaged."""
     from safetensors.torch import load_file
 
     from clipcluster.train.checkpoint import Broken, CheckpointFolder, reading, verify
@@ -318,7 +317,7 @@ def _load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path,
     for path in [checkpoint] if checkpoint else newest_first:
         try:
             with reading(path):
-                verify(path)
+                step = int(verify(path)["step"])
                 averaged = (path / "ema.safetensors").exists()
                 model.load_state_dict(load_file(path / f"{'ema' if averaged else 'model'}.safetensors"))
         except (Broken, FileNotFoundError) as error:
@@ -326,7 +325,7 @@ def _load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path,
             continue
         except RuntimeError as error:
             raise UserError(f"The weights of {path} do not fit the recipe: {error}") from error
-        return path, averaged
+        return path, step, averaged
     there = ", ".join(path.name for path in newest_first) or "none"
     raise UserError(
         f"{run.name} has no checkpoint to measure ({'; '.join(reasons) or 'none was written yet'}). "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,9 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
     assert not list(run.checkpoints.glob("*/pinned-*"))
     older = evaluate(run, checkpoint=run.checkpoints / "step-00000003", overrides=["evaluate.zero_shot=[]"])
     assert older["step"] == 3
+    shutil.copytree(run.checkpoints / "step-00000003", tiny.folder / "a copy")
+    copied = evaluate(run, checkpoint=tiny.folder / "a copy", overrides=["evaluate.zero_shot=[]"])
+    assert (copied["step"], copied["metrics"]) == (3, older["metrics"])
     assert "test/t2i_r1" in older["metrics"]
     assert "test/zero_shot_top1" not in older["metrics"]
     with pytest.raises(

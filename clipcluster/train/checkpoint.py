@@ -305,7 +305,7 @@ class CheckpointFolder:
 def reading(folder: Path) -> Iterator[None]:
     """Keep the rotation of a running run from deleting this checkpoint meanwhile, where it can be pinned."""
     pin = folder / f"{PINNED}{secrets.token_hex(4)}"
-    with suppress(PermissionError):  # somebody else's run: rotation may come in between
+    with suppress(OSError):  # somebody else's run, or a disk to read from only: rotation may come in between
         pin.touch()
     try:
         yield
