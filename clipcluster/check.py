@@ -185,8 +185,7 @@ def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
             shards = findings.attempt(key, _open, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
                 _check_classes(shards, key, findings)
-    retrieval = evaluate.retrieval
-    every = [*retrieval, *(folder for folder in evaluate.zero_shot if folder not in retrieval)]
+    every = dict.fromkeys([*evaluate.retrieval, *evaluate.zero_shot])
     findings.errors += [
         f"{_place(loaded, 'evaluate')}: {count} sets are called {name!r}; the last component of each path "
         "names its metrics, so they have to differ"
