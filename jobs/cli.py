@@ -72,7 +72,7 @@ def _print(text: str) -> None:
 
 
 def _document(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))  # paths, times
 
 
 @app.command()
@@ -112,7 +112,7 @@ def submit(
         Executor | None,
         typer.Option(
             "--executor",
-            help="Where it runs; none: make the folder only. Default: SLURM if it answers, else here.",
+            help="Where it runs; none: make the folder only. Default: SLURM where there is one, else here.",
         ),
     ] = None,
     follow: Annotated[
@@ -449,7 +449,7 @@ def sandbox_status(folder: SandboxFolder = None, as_json: AsJson = False) -> Non
             "nodes": [asdict(node) for node in found.nodes],
             "jobs": [asdict(job) for job in found.jobs],
         }
-        typer.echo(json.dumps(document, indent=2, default=str))
+        _document(document)
         return
     _print(f"{found.sandbox.folder}: " + ("running" if found.running else "not running"))
     for node in found.nodes:
@@ -540,6 +540,7 @@ def _usage(problem: Any) -> int:
             typer.echo(context.get_help())
         return 2
     message = problem.format_message() if hasattr(problem, "format_message") else str(problem)
+    message = message.replace(": Value error, ", ": ")
     hint = f"\nSee: {context.command_path} --help" if context is not None else ""
     typer.echo(f"error: {message}{hint}", err=True)
     return 2

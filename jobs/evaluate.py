@@ -21,6 +21,9 @@ def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
         if not run.exists():
             raise UserError(f"{what} lies in no run folder: {run.path} has no recipe.yaml")
         return _measure(run, overrides, checkpoint)
+    if (inside := Run(checkpoint.parent.parent)).exists():
+        there = sorted(path.parent.name for path in inside.checkpoints.glob("step-*/manifest.json"))
+        raise UserError(f"{what} is no whole checkpoint; {inside.name} has {', '.join(there) or 'none'}")
     return _measure(find_run(what, runs), overrides, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -45,13 +46,16 @@ def on_slurm(
             **clusters.parameters(cluster, members, name=name, logs=logs, grace=grace, used=used)
         )
         jobs = [TrainJob(str(member.run_dir), trainee) for member in members]
+        said = io.StringIO()
         try:
-            submitted = executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]
+            with contextlib.redirect_stderr(said):  # submitit repeats there what a refusal says
+                submitted = executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]
         except FailedJobError as refusal:
             raise UserError(
                 f"SLURM refused the job: {refusal}\n"
                 "Change the cluster section, for example on the command line: cluster.partition=NAME"
             ) from None
+    sys.stderr.write(said.getvalue())
     return [job.job_id for job in submitted]
 
 

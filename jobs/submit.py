@@ -28,6 +28,7 @@ from jobs.status import SUBMISSIONS, Queue, State, state_of
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 ENDING_SECONDS = 600.0  # how long --follow waits for a job that is still ending
+NO_CLUSTER = "configuration source"  # what SLURM's programs lack where they are installed and nothing else
 PLAN_KEYS = ("world_size", "nodes", "steps_per_epoch", "total_steps", "batch_size", "epoch_samples")
 
 
@@ -39,7 +40,7 @@ class Wanted:
     overrides: Sequence[str] = ()
     runs: Path = Path("runs")
     site: str | None = None
-    executor: str | None = None  # slurm | local | none (the folder alone); None: slurm where it answers
+    executor: str | None = None  # slurm | local | none (the folder alone); None: slurm where there is one
     follow: bool = False
     dry_run: bool = False
     quick: bool = False
@@ -80,9 +81,9 @@ def submit(wanted: Wanted) -> Submitted:
 
 
 def choose_executor(wanted: Wanted) -> str:
-    """The executor asked for, else SLURM where sbatch is on the PATH and SLURM answers, else this machine.
+    """The executor asked for, else SLURM where it is set up, else this machine.
 
-    Raises UserError for --executor slurm without sbatch.
+    Raises UserError for --executor slurm without sbatch, and where SLURM does not answer.
     """
     there = launch.environment_has_slurm()
     if wanted.executor in ("local", "none"):
@@ -93,20 +94,34 @@ def choose_executor(wanted: Wanted) -> str:
                 "--executor slurm: there is no sbatch on the PATH. Submit from a login node of the cluster, "
                 "use --executor local, or start a cluster on this machine with: clipcluster sandbox start"
             )
+        _ask_slurm("--executor slurm: ")
         return "slurm"
     if wanted.executor is not None:
         raise UserError(f"--executor {wanted.executor}: allowed are slurm, local and none")
     if not there:
         wanted.say("no sbatch on the PATH: the run goes to this machine (--executor local)")
         return "local"
-    try:
-        Slurm(timeout=3).config()
-    except (SlurmUnavailable, SlurmRefused):
-        wanted.say(
-            "sbatch is here but SLURM does not answer: the run goes to this machine (--executor local)"
-        )
+    if not _ask_slurm(""):
+        wanted.say("sbatch is here but no cluster: the run goes to this machine (--executor local)")
         return "local"
     return "slurm"
+
+
+def _ask_slurm(asked: str) -> bool:
+    """Whether SLURM answers; False only where no cluster is set up here and none was `asked` for.
+
+    Raises UserError where a cluster is silent: its login node is no place to train on.
+    """
+    try:
+        Slurm().config()
+    except (SlurmUnavailable, SlurmRefused) as error:
+        if NO_CLUSTER in str(error) and not asked:
+            return False
+        raise UserError(
+            f"{asked}SLURM does not answer ({str(error).splitlines()[-1]}). Try again in a moment, see that "
+            "SLURM_CONF is right where you set it, or train on this machine with --executor local."
+        ) from None
+    return True
 
 
 def checked_for(wanted: Wanted, executor: str) -> check.Checked:
@@ -194,7 +209,8 @@ def _say_plan(run: Run, checked: check.Checked, executor: str, wanted: Wanted) -
         grace=clusters.grace_seconds(cluster, Slurm()),
     )
     wanted.say("would submit to SLURM:")
-    for key, value in {**chosen, **chosen.pop("additional_parameters")}.items():
+    additional = chosen.pop("additional_parameters")
+    for key, value in {**chosen, **additional}.items():
         if not isinstance(value, list):
             wanted.say(f"  {key.replace('_', '-')}: {value}")
 

@@ -156,6 +156,21 @@ def test_one_message_for_a_mistake(words, parts, tmp_path):
     fails(clipcluster(*words, env={**os.environ, "CLIPCLUSTER_RUNS": str(tmp_path)}), *parts)
 
 
+def test_a_conversion_as_json_is_one_document(tmp_path):
+    for made in (True, False):
+        done = clipcluster("shards", "convert", "digits", "--out", tmp_path / "digits", "--json")
+        document = json.loads(done.stdout)
+        assert document["made"] is made
+        assert document["splits"]["test"]["samples"] == 360
+
+
+def test_a_checkpoint_that_is_not_there_is_told_beside_those_that_are(run):
+    (run.checkpoints / "step-00000004").mkdir(parents=True)
+    (run.checkpoints / "step-00000004" / "manifest.json").touch()
+    done = clipcluster("evaluate", run.checkpoints / "step-00000005")
+    fails(done, f"is no whole checkpoint; {run.name} has step-00000004")
+
+
 def test_cancel(run):
     assert "nothing to cancel" in clipcluster("cancel", run.path).stdout
     run.claim("17", host="n1", still_running=lambda job: False)

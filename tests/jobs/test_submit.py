@@ -133,6 +133,21 @@ def test_what_is_wrong_leaves_nothing(ask, tmp_path, overrides, more, message):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_silent_cluster_is_no_reason_to_train_on_its_login_node(ask, tmp_path):
+    for program in ("sbatch", "scontrol"):
+        script = tmp_path / "bin" / program
+        script.write_text("#!/bin/sh\necho 'slurm_load_ctl_conf error: Connection refused' >&2; exit 1\n")
+        script.chmod(0o755)
+    for executor in (None, "slurm"):
+        with pytest.raises(UserError, match=r"SLURM does not answer .*Connection refused.*--executor local"):
+            ask(executor=executor)
+    assert ask(executor="local", dry_run=True).executor == "local"
+    script.write_text("#!/bin/sh\necho 'fatal: Could not establish a configuration source' >&2; exit 1\n")
+    assert ask(executor=None, dry_run=True).executor == "local"
+    with pytest.raises(UserError, match="SLURM does not answer"):
+        ask(executor="slurm", dry_run=True)
+
+
 def test_a_broken_snapshot_never_starts(ask, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "submitit.py").write_text("raise ImportError('no submitit here')\n")

@@ -77,7 +77,7 @@ def test_twice_after_a_cancel_and_to_the_end(ask, bench):
     assert "is finished" in ask.said[-1]
 
 
-def test_what_slurm_refuses_leaves_nothing(ask, tmp_path, monkeypatch):
+def test_what_slurm_refuses_is_said_once_and_leaves_nothing(ask, tmp_path, capfd):
     with pytest.raises(UserError, match="SLURM refused the job"):
         submit(
             Wanted(
@@ -89,3 +89,4 @@ def test_what_slurm_refuses_leaves_nothing(ask, tmp_path, monkeypatch):
             )
         )
     assert list((tmp_path / "runs").iterdir()) == []
+    assert capfd.readouterr().err == ""
