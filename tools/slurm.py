@@ -205,6 +205,9 @@ class Slurm:
         return self._ask("sbatch", "--parsable", *arguments).strip().split(";")[0]
 
     def _ask(self, *command: str) -> str:
+        conf = self._environment.get("SLURM_CONF")
+        if conf and not os.path.exists(conf):  # SLURM's programs would wait a minute for it
+            raise SlurmUnavailable(f"SLURM_CONF names {conf}, which is not there")
         try:
             done = subprocess.run(
                 command,

@@ -265,6 +265,11 @@ def test_asking_and_the_sandbox_need_the_standard_library_only() -> None:
     assert not {"torch", "numpy", "yaml", "pydantic", "submitit"} & set(done.stdout.split())
 
 
+def test_a_configuration_that_is_gone_is_told_at_once(tmp_path) -> None:
+    with pytest.raises(slurm.SlurmUnavailable, match=r"SLURM_CONF names .*gone\.conf, which is not there"):
+        slurm.Slurm(tmp_path / "gone.conf").config()
+
+
 def test_what_is_neither_a_job_nor_a_run_is_refused(tmp_path) -> None:
     assert sandbox.job_of("17_3") == "17_3"
     with pytest.raises(UserError, match="neither a job id"):
