@@ -1,6 +1,7 @@
 """The evaluations of a recipe on real shards, by real ranks."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,29 +10,55 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipcluster.data.shards import open_folder
 from clipcluster.evals.suite import set_names
 from tools.convert import convert
+from tools.shard_writer import ShardWriter
 
 SIZES = (1, 2, 3)
 WORKER = Path(__file__).with_name("suite_of_ranks.py")
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict]:
-    """By number of processes and rank: what a run of the suite on the 360 held-out digits reported."""
-    out = tmp_path_factory.mktemp("suite")
-    convert("digits", out / "digits")
-    command = [sys.executable, str(WORKER), str(out), str(out / "digits" / "test"), *map(str, SIZES)]
+Reports = dict[tuple[int, int], dict]
+
+
+def measured(out: Path, shards: Path, sizes: tuple[int, ...]) -> Reports:
+    """By number of processes and rank: what a run of the suite on a folder of shards reported."""
+    command = [sys.executable, str(WORKER), str(out), str(shards), *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return {
         (size, rank): json.loads((out / f"{size}-{rank}.json").read_text())
-        for size in SIZES
+        for size in sizes
         for rank in range(size)
     }
 
 
-def test_the_names_tell_what_was_measured(reports: dict[tuple[int, int], dict]) -> None:
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 360 held-out digits."""
+    return convert("digits", tmp_path_factory.mktemp("data") / "digits").out / "test"
+
+
+@pytest.fixture(scope="module")
+def reports(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    return measured(tmp_path_factory.mktemp("suite"), digits, SIZES)
+
+
+def test_fewer_images_than_ranks(digits: Path, tmp_path: Path) -> None:
+    few, source = tmp_path / "few", open_folder(digits)
+    with ShardWriter(few) as writer:
+        for position in range(2):
+            sample = source.read(position)
+            writer.add(sample.key, sample.image, "png", sample.captions, cls=sample.cls)
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        shutil.copy(digits / name, few)
+    reports = measured(tmp_path, few, (1, 3))
+    assert reports[1, 0]["results"]["few/images"] == 2
+    assert [reports[3, rank]["results"] for rank in range(3)] == [reports[1, 0]["results"]] * 3
+
+
+def test_the_names_tell_what_was_measured(reports: Reports) -> None:
     kinds = ("r1", "r5", "r10", "mean_rank", "median_rank")
     sides = ("i2t", "t2i", "paired_i2t", "paired_t2i")
     counts = ("images", "pairs", "distinct_captions", "zero_shot_images", "zero_shot_top1", "zero_shot_top5")
@@ -44,12 +71,12 @@ def test_the_names_tell_what_was_measured(reports: dict[tuple[int, int], dict]) 
     assert results["test/pairs"] > results["test/distinct_captions"]
 
 
-def test_every_number_of_ranks_measures_the_same(reports: dict[tuple[int, int], dict]) -> None:
+def test_every_number_of_ranks_measures_the_same(reports: Reports) -> None:
     alone = reports[1, 0]["results"]
     assert all(report["results"] == alone for report in reports.values())
 
 
-def test_ranks_ask_for_a_stop_equally_often_and_stop_together(reports: dict[tuple[int, int], dict]) -> None:
+def test_ranks_ask_for_a_stop_equally_often_and_stop_together(reports: Reports) -> None:
     for size in SIZES:
         ranks = [reports[size, rank] for rank in range(size)]
         assert len({report["calls"] for report in ranks}) == 1
@@ -57,7 +84,7 @@ def test_ranks_ask_for_a_stop_equally_often_and_stop_together(reports: dict[tupl
         assert ranks[0]["calls"] > 7
 
 
-def test_the_model_is_left_training(reports: dict[tuple[int, int], dict]) -> None:
+def test_the_model_is_left_training(reports: Reports) -> None:
     assert all(report["training"] for report in reports.values())
 
 
