@@ -101,13 +101,16 @@ class Stop:
     def install(self, *, interactive: bool) -> None:
         """Let TERM, USR1 and USR2 set the flag, and INT too when `interactive` (outside SLURM).
 
-        Only the main thread may call this. A signal that was ignored before is handled from now on.
+        Only the main thread may call this. A signal that was ignored or blocked before, as a parent may hand
+        it down, is handled from now on.
         """
         names = ["SIGTERM", "SIGUSR1", "SIGUSR2"]
         if interactive:
             names.append("SIGINT")
-        for name in names:
-            signal.signal(getattr(signal, name), self._note)
+        numbers = [getattr(signal, name) for name in names]
+        for number in numbers:
+            signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

@@ -26,8 +26,12 @@ print(stop.signal, int(stop.wishes()), "torch" in sys.modules, flush=True)
 """
 
 
-def catch(number, mode):
-    process = subprocess.Popen([sys.executable, "-c", CATCHER, mode], stdout=subprocess.PIPE, text=True)
+def catch(number, mode, blocked=()):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # the child inherits it
+    try:
+        process = subprocess.Popen([sys.executable, "-c", CATCHER, mode], stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     process.stdout.readline()
     process.send_signal(number)
     return process.communicate(timeout=30)[0].strip(), process.returncode
@@ -36,6 +40,10 @@ def catch(number, mode):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_is_noted(name):
     assert catch(getattr(signal, name), "slurm") == (f"{name} 1 False", 0)
+
+
+def test_a_signal_that_the_parent_had_blocked_is_noted():
+    assert catch(signal.SIGTERM, "slurm", blocked=[signal.SIGTERM]) == ("SIGTERM 1 False", 0)
 
 
 def test_interrupt_is_noted_outside_slurm_only():
