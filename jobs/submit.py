@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from clipcluster.recipe.plan import Plan, usable_nodes
 from clipcluster.recipe.schema import Recipe
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run, near_twins, run_name
-from jobs import assets, launch, snapshot
+from jobs import assets, launch, lock, snapshot
 from jobs import cluster as clusters
 from jobs.cluster import TRAINEE, Member
 from jobs.status import SUBMISSIONS, Queue, State, state_of
@@ -77,7 +77,25 @@ def submit(wanted: Wanted) -> Submitted:
     with _fetched(loaded.recipe, run, wanted) as fetched:
         if not wanted.quick:
             _deep(loaded.recipe, plan, fetched, wanted)
-        return _start(run, loaded, plan, executor, fetched, wanted)
+        with _only_submission(run):
+            said: list[str] = []
+            found = _found(run, replace(wanted, say=said.append))
+            if found is not None:  # somebody submitted it during the checks
+                wanted.say("\n".join(said))
+                return Submitted(run, found.job if not found.ended else None, executor)
+            return _start(run, loaded, plan, executor, fetched, wanted)
+
+
+@contextlib.contextmanager
+def _only_submission(run: Run) -> Iterator[None]:
+    """Of several that submit a run at once one does. Raises UserError."""
+    try:
+        with lock.alone(run.path.parent / f".{run.name}.submitting"):
+            yield
+    except lock.Held:
+        raise UserError(
+            f"{run.name} is being submitted by another process right now; see: clipcluster status {run.name}"
+        ) from None
 
 
 def choose_executor(wanted: Wanted) -> str:

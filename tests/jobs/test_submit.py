@@ -3,18 +3,35 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from clipcluster.errors import UserError
-from clipcluster.runs.folder import Run
+from clipcluster.runs.folder import Run, all_runs
 from jobs.cancel import cancel
 from jobs.status import Queue, job_ids, state_of, submissions
 from jobs.submit import Wanted, submit
 
 PLAN = ["data.batch_size=128", "train.duration=15 epochs", "optim.lr=1e-3", "cluster.tasks_per_node=2"]
+
+ROOT = Path(__file__).resolve().parents[2]
+AT_ONCE = """
+import sys
+from pathlib import Path
+from clipcluster.errors import UserError
+from jobs.submit import Wanted, submit
+
+recipe, runs, *overrides = sys.argv[1:]
+try:
+    submit(Wanted(Path(recipe), overrides, Path(runs), trainee="trainee:train", quick=True))
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
 
 
 @pytest.fixture
@@ -73,6 +90,25 @@ def test_twice_is_once(ask, local):
     local.at_step(first.run, 6, attempt=2)
     os.kill(local.pid(), signal.SIGTERM)
     local.end(first.run)
+
+
+def test_of_several_at_once_one_submits(recipe, tmp_path, local, no_slurm, monkeypatch):
+    monkeypatch.setenv("TRAINEE", '{"steps": 200}')
+    words = [sys.executable, "-c", AT_ONCE, str(recipe), str(tmp_path / "runs"), *PLAN]
+    several = [
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        for _ in range(3)
+    ]
+    said = [process.communicate()[0] for process in several]
+    (run,) = all_runs(tmp_path / "runs")
+    local.jobs.extend(job_ids(run))
+    assert len(submissions(run)) == 1, said
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [run.name]
+    for process, words_said in zip(several, said, strict=True):
+        assert process.returncode in (0, 2), words_said
+        assert "Traceback" not in words_said
+    cancel(run, Queue())
+    local.end(run)
 
 
 def test_a_finished_run_says_so(ask, local):
