@@ -13,17 +13,18 @@ from jobs.status import Report
 def status_table(reports: Sequence[Report], *, now: float | None = None) -> Table:
     """One line a run: state, progress, and when something last happened."""
     now = time.time() if now is None else now
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "state", "job"):
-        table.add_column(name, overflow="fold")
-    for name in ("attempt", "step", "loss", "samples/s", "checkpoint"):
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("run", no_wrap=True)
+    table.add_column("state", overflow="fold", min_width=len("CANCELLED"))
+    table.add_column("job", overflow="fold")
+    for name in ("attempt", "step", "loss", "samples/s", "saved"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("last event", overflow="fold")
+    table.add_column("last event", overflow="fold", min_width=6)
     for report in reports:
         table.add_row(
             report.name,
             state_text(report),
-            report.job or "",
+            "local" if (report.job or "").startswith("local-") else report.job or "",
             _number(report.attempt),
             _steps(report),
             "" if report.loss is None else f"{report.loss:.4f}",

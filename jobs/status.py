@@ -225,6 +225,7 @@ def report(run: Run, queue: Queue) -> Report:
     newest = run.newest()
     line = last_metrics(run) or {}
     event = last_event(newest) if newest else None
+    checkpoint = history.newest_checkpoint(run)
     return Report(
         name=run.name,
         path=str(run.path),
@@ -233,12 +234,12 @@ def report(run: Run, queue: Queue) -> Report:
         advice=state.advice,
         job=state.job,
         attempt=newest.number if newest else None,
-        step=line.get("step"),
+        step=max((step for step in (line.get("step"), checkpoint) if step is not None), default=None),
         total_steps=total_steps(run),
         epoch=line.get("epoch"),
         loss=line.get("loss"),
         samples_per_second=line.get("samples_per_second"),
-        checkpoint=history.newest_checkpoint(run),
+        checkpoint=checkpoint,
         last_event=event.get("event") if event else None,
         last_event_time=event.get("time") if event else None,
     )

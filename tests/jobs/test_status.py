@@ -1,6 +1,9 @@
 """What a run is said to be doing, from its folder and the queue alone."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from clipcluster.runs import files
 from jobs import history
@@ -119,6 +122,27 @@ def test_a_report_reads_the_ends_of_files(run):
     assert (found.state, found.step, found.total_steps, found.attempt) == ("FINISHED", 3, 20, 1)
     assert found.last_event == "finish"
     assert status_table([found]).row_count == 1
+
+
+def test_a_report_counts_steps_that_only_a_checkpoint_tells_of(run):
+    attempt = claimed(run)
+    attempt.metrics({"step": 5, "loss": 1.0})
+    folder = run.checkpoints / "step-00000008"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    (folder / "manifest.json").write_text('{"files": {"state.json": {"bytes": 2}}}')
+    found = report(run, Answers())
+    assert (found.step, found.checkpoint) == (8, 8)
+
+
+def test_the_table_keeps_names_and_states_whole_on_a_narrow_terminal(run):
+    console = Console(width=80, file=io.StringIO())
+    job = "local-node-with-a-long-name-123456-7890123"
+    attempt = run.claim(job, host="n1", still_running=lambda job: False)
+    judged(attempt, "cancel", code=130, reason="cancelled with clipcluster cancel")
+    console.print(status_table([report(run, Answers())]))
+    (line,) = (line for line in console.file.getvalue().splitlines() if run.name in line)
+    assert line.split()[:3] == [run.name, "CANCELLED", "local"]
 
 
 def test_without_slurm(run, no_slurm):
