@@ -151,23 +151,9 @@ def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
 
 def _draws(recipe: Recipe, opened: Sequence[Shards]) -> int:
     """Draws of one pass through all sources, from the order itself, so that what it refuses is found here."""
-    from clipcluster.data.order import Order, SourceShape
+    from clipcluster.data.order import order_of
 
-    data = recipe.data
-    order = Order(
-        [
-            SourceShape(shards.sample_counts, shards.caption_counts, source.weight, name=shards.name)
-            for shards, source in zip(opened, data.train, strict=True)
-        ],
-        batch_size=data.batch_size,
-        seed=recipe.seed,
-        captions=data.text.captions,
-        lanes=data.order.lanes,
-        window=data.order.window,
-        full_shuffle_below=data.order.full_shuffle_below,
-        epoch_samples=data.epoch_samples,
-    )
-    return order.samples
+    return order_of(recipe, opened).samples
 
 
 def _open(source: Source, text: bool) -> Shards:

@@ -119,27 +119,13 @@ def _hashes(source: Shards) -> dict[str, str]:
 
 def open_sources(recipe: Recipe, assets: Path) -> Sources:
     """Open the recipe's sources. Raises UserError where one cannot be opened."""
-    from clipcluster.data.order import Order, SourceShape
+    from clipcluster.data.order import order_of
     from clipcluster.data.shards import open_source
     from clipcluster.data.tokenizer import load_tokenizer
 
-    data = recipe.data
-    shards = [open_source(source, text=True) for source in data.train]
-    shapes = [
-        SourceShape(opened.sample_counts, opened.caption_counts, source.weight, name=opened.name)
-        for opened, source in zip(shards, data.train, strict=True)
-    ]
-    order = Order(
-        shapes,
-        batch_size=data.batch_size,
-        seed=recipe.seed,
-        captions=data.text.captions,
-        lanes=data.order.lanes,
-        window=data.order.window,
-        full_shuffle_below=data.order.full_shuffle_below,
-        epoch_samples=data.epoch_samples,
-    )
-    return Sources(shards, order, load_tokenizer(data.text, assets))
+    shards = [open_source(source, text=True) for source in recipe.data.train]
+    tokenizer = load_tokenizer(recipe.data.text, assets)
+    return Sources(shards, order_of(recipe, shards), tokenizer)
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer, assets: Path, *, starting_weights: bool = True) -> Clip:

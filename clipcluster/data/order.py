@@ -12,10 +12,12 @@ import numpy as np
 
 from clipcluster.data.line import Line, Places
 from clipcluster.data.rounds import Rounds, SourceShape
+from clipcluster.data.shards import Shards
 from clipcluster.data.shares import integer_weights, lay_out
 from clipcluster.errors import UserError
+from clipcluster.recipe.schema import Recipe
 
-__all__ = ["Draws", "Order", "SourceShape"]
+__all__ = ["Draws", "Order", "SourceShape", "order_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,4 +192,22 @@ def _steps_per_epoch(samples: int, epoch_samples: int | None, batch_size: int) -
     raise UserError(
         f"{what} {wanted:,} samples, less than one batch of {batch_size:,}: an epoch would have no step."
         f" Give a smaller {remedy}."
+    )
+
+
+def order_of(recipe: Recipe, opened: Sequence[Shards]) -> Order:
+    """The order of a recipe's samples; `opened` are its sources as they are listed. Raises as Order does."""
+    data = recipe.data
+    return Order(
+        [
+            SourceShape(shards.sample_counts, shards.caption_counts, source.weight, name=shards.name)
+            for shards, source in zip(opened, data.train, strict=True)
+        ],
+        batch_size=data.batch_size,
+        seed=recipe.seed,
+        captions=data.text.captions,
+        lanes=data.order.lanes,
+        window=data.order.window,
+        full_shuffle_below=data.order.full_shuffle_below,
+        epoch_samples=data.epoch_samples,
     )
