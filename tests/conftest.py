@@ -1,11 +1,14 @@
 """What every room's tests share: one thread a process, and the summary of time and coverage by room."""
 
 import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+# A shell starts what it puts into the background with INT ignored, and every child would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -191,19 +191,17 @@ def test_preempted_at_random_moments_onto_other_numbers_of_workers(site, seed):
         at_least = max(losses(run), default=0) + moments.randrange(1, LENGTHY // 5)
         wait_for_step(run, at_least)
         time.sleep(moments.random())
-        run.update_settings(with_workers(run.settings(), workers))
+        run.update_settings(with_workers(run.settings(), workers))  # in force from the next attempt on
         assert sandboxes.preempt(site.sandbox.folder, run.path).requeued
     site.wait_for_end(run)
-    assert len(run.attempts()) == 4
+    in_force = [attempt.settings()["data"]["workers"] for attempt in run.attempts()]
+    assert in_force == [1, 2, 0, 1]
     site.assert_as_uninterrupted(run, LENGTHY)
 
 
 def with_workers(settings: dict, workers: int) -> dict:
     """The settings as a submission with another number of loader workers writes them."""
-    return {
-        **settings,
-        "recipe": {**settings["recipe"], "data": {**settings["recipe"]["data"], "workers": workers}},
-    }
+    return {**settings, "data": {**settings["data"], "workers": workers}}
 
 
 @pytest.mark.long
