@@ -23,7 +23,7 @@ from tools import sandbox as sandboxes
 from tools.convert import convert
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT, LENGTHY = 33, 150  # steps; an epoch has 22
+SHORT, LENGTHY = 33, 400  # steps; an epoch has 22, and a lost node is noticed after some 25 s
 SECONDS = 240
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
