@@ -6,6 +6,7 @@ samples in the order in which they were consumed, and the losses of all steps, b
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -138,6 +139,28 @@ def of_kind(run: Run, kind: str) -> list[dict]:
     return [line for line in events(run) if line["event"] == kind]
 
 
+def codes_of_old_ranks(run: Run) -> list[int]:
+    """The codes with which the four ranks of the first attempt left, as they wrote them down."""
+    failed = {line["rank"]: line["code"] for line in ranked(run, "fail")}
+    stopped = [rank for rank in range(4) if "stopped at step" in rank_log(run, rank)]
+    return [failed.get(rank, 85 if rank in stopped else 1) for rank in range(4)]
+
+
+def ranked(run: Run, kind: str) -> list[dict]:
+    """Events of the first attempt's ranks, with the rank that wrote each."""
+    files = run.attempt(1).path.glob("events-rank-*.jsonl")
+    lines = [
+        {**json.loads(line), "rank": int(path.stem.rpartition("-")[2])}
+        for path in files
+        for line in path.read_text().splitlines()
+    ]
+    return [line for line in lines if line["event"] == kind]
+
+
+def rank_log(run: Run, rank: int) -> str:
+    return (run.attempt(1).path / f"rank-{rank}.out").read_text(errors="replace")
+
+
 def kill_rank(run: Run, rank: int) -> None:
     """SIGKILL one rank, found by its log."""
     log = os.path.realpath(run.newest().path / f"rank-{rank}.out")
@@ -230,6 +253,11 @@ def test_a_lost_node(site, nodes):
         site.wait_for_end(run)
     finally:
         sandboxes.restore_node(site.sandbox.folder, node)
+    if nodes == 2:  # the batch script lives, and so does its half of the ranks
+        assert set(codes_of_old_ranks(run)) <= {85, 87}
+        asked = min(line["time"] for line in of_kind(run, "stop_requested") if line["attempt"] == 1)
+        last = max(path.stat().st_mtime for path in run.attempt(1).path.glob("rank-*.out"))
+        assert last - asked < site.sandbox.grace_seconds
     claimed = run.attempt(2).claim()["time"]
     late = [line for line in events(run) if line["attempt"] == 1 and line["time"] > claimed + 1]
     assert late == []
