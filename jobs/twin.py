@@ -77,6 +77,7 @@ class Ranks:
 
     def __init__(self, run: Run, attempt: Attempt, job_id: str, order: Order) -> None:
         self.order = order
+        self.attempt = attempt
         self.began = time.monotonic()
         self.first_exit: float | None = None
         self.termed: float | None = None
@@ -86,6 +87,10 @@ class Ranks:
 
     def running(self) -> bool:
         return any(process.poll() is None for process in self.processes)
+
+    def listening(self) -> bool:
+        """Whether every rank has started: before its handlers stand, a USR1 would kill it."""
+        return len(list(self.attempt.path.glob("events-rank-*.jsonl"))) >= self.order.tasks
 
     def code(self) -> int:
         """The largest exit code, as srun would say it (a signal counts as 128 and its number)."""
@@ -106,7 +111,7 @@ class Ranks:
         """Wait until all ranks have left, sending and killing as time and signals ask."""
         while self.running():
             now = time.monotonic()
-            while signals.passed:
+            while signals.passed and self.listening():
                 self.send(signals.passed.pop(0))
             if signals.told:
                 self.term()
@@ -116,7 +121,7 @@ class Ranks:
             time.sleep(POLL_SECONDS)
 
     def _keep_time(self, elapsed: float) -> None:
-        if elapsed >= self.order.time - self.order.lead and not self.asked:
+        if elapsed >= self.order.time - self.order.lead and not self.asked and self.listening():
             self.asked = True
             self.send(signal.SIGUSR1)
         if elapsed >= self.order.time and not self.out_of_time:

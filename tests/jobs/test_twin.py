@@ -115,15 +115,15 @@ def test_usr1_is_a_stop_that_comes_back(local, run):
 
 
 def test_the_time_limit_stops_and_comes_back(local, run):
-    local.start(run, json.dumps({"steps": 30}), time="3 s")
+    local.start(run, json.dumps({"steps": 60}), time="6 s")
     verdict = local.verdict(run)
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "stopped", True)
-    assert 0 < verdict["checkpoint"] < 30
+    assert 0 < verdict["checkpoint"] < 60
     assert local.verdict(run, 2)
 
 
 def test_ranks_deaf_to_the_lead_time_are_out_of_time(local, run):
-    local.start(run, json.dumps({"steps": 400, "deaf": {"attempts": [1]}}), time="2 s", grace=1)
+    local.start(run, json.dumps({"steps": 400, "deaf": {"attempts": [1]}}), time="6 s", grace=2)
     verdict = local.verdict(run)
     assert (verdict["event"], verdict["ending"]) == ("requeue", "out of time")
     local.at_step(run, verdict["checkpoint"] + 1, attempt=2)
