@@ -33,7 +33,7 @@ test: $(INSTALLED) slurm
 	python -m pytest -m "not long" --cov --cov-report=
 
 test-all: $(INSTALLED) slurm
-	python -m pytest --cov --cov-report=
+	python -m pytest --hypothesis-profile searching --cov --cov-report=
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

@@ -5,12 +5,18 @@ import signal
 from collections import defaultdict
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # A shell starts what it puts into the background with INT ignored, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# `make test` tries the same examples every time; `make test-all` searches for new ones.
+hypothesis.settings.register_profile("settled", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("searching", deadline=None)
+hypothesis.settings.load_profile("settled")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -184,8 +184,21 @@ def _rename_new(source: Path, target: Path) -> None:
     files.fsync_folder(target.parent)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes every text so that reading gives it back."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # PyYAML writes these line breaks as they are, and reads each as a space
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def _yaml(mapping: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
@@ -193,6 +193,8 @@ def test_near_twins_say_which_key(tmp_path):
 
 
 @given(first=trees, second=trees)
+@example(first={}, second={"a": "\x85"})  # a line break to YAML, a character to us
+@example(first={}, second={"a\u2028": "b\u2029c\r\n"})
 def test_twins_differ_both_ways_alike(tmp_path_factory, first, second):
     folder = tmp_path_factory.mktemp("twins")
     first.pop("name", None), second.pop("name", None)
