@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -220,9 +220,33 @@ def write_rows(
     broken: str | None = None,
 ) -> ShardEntry:
     """Writes the rows of the shard at `path`, whose sha256 is `digest`; returns its entry."""
-    state, counts = path.stat(), columns["captions"]
+    return write_columns_of_shard(
+        path, index, choice, digest, columns, without_image=rows.without_image, broken=broken
+    )
+
+
+def write_columns_of_shard(
+    path: Path,
+    index: Path,
+    choice: str,
+    digest: str,
+    columns: Mapping[str, np.ndarray],
+    without_image: int = 0,
+    broken: str | None = None,
+) -> ShardEntry:
+    """Writes the rows of the shard at `path` from columns made in bulk; returns its entry.
+
+    columns: `offset`, `image_offset`, `image_size`, `text_offset`, `text_size` (int64, bytes), `text_kind`
+    (uint8: NO_TEXT, JSON or TXT), `captions` and `class` (int32, -1: none), each (samples,). ValueError
+    where one is missing or has another length.
+    """
+    counts = narrow(np.asarray(columns["captions"], np.int32))
+    if set(columns) != set(_ROW) or any(len(column) != len(counts) for column in columns.values()):
+        raise ValueError(f"the columns are {', '.join(_ROW)}, all of one length")
+    state = path.stat()
     meta = {"format": FORMAT, "shard": path.name, "sha256": digest, "captions": choice}
-    write_columns(shard_index(index, path.name), meta, columns)
+    ready = {name: np.asarray(columns[name], dtype) for name, dtype in _ROW.items()} | {"captions": counts}
+    write_columns(shard_index(index, path.name), meta, ready)
     return ShardEntry(
         name=path.name,
         samples=len(counts),
@@ -231,7 +255,7 @@ def write_rows(
         sha256=digest,
         mtime_ns=state.st_mtime_ns,
         without_caption=int((counts == 0).sum()),
-        without_image=rows.without_image,
+        without_image=without_image,
         broken=broken,
     )
 

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from clipcluster.data.columns import read_columns
-from clipcluster.data.index import LIST, TABLE, read_summary, sample_name, scan_shard, write_index
+from clipcluster.data.index import (
+    LIST,
+    TABLE,
+    file_sha256,
+    read_summary,
+    sample_name,
+    scan_shard,
+    shard_index,
+    write_columns_of_shard,
+    write_index,
+)
 from clipcluster.data.shards import open_folder
 from clipcluster.errors import UserError
 
@@ -183,3 +193,15 @@ def test_many_captions_of_one_image_are_counted(tmp_path: Path) -> None:
     assert shards.caption_counts.dtype == np.int32
     assert not shards.caption_counts.flags.owndata
     assert len(shards.read(1).captions) == 300
+
+
+def test_columns_made_in_bulk_are_those_of_a_scan(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
+    path = make_shards(tmp_path / "s", 5) / "00000.tar"
+    _, columns, _ = scan_shard(path, "default")
+    written = shard_index(path.parent, path.name).read_bytes()
+    bulk = {name: column.astype(np.int64) for name, column in columns.items()}
+    entry = write_columns_of_shard(path, path.parent, "default", file_sha256(path), bulk)
+    assert shard_index(path.parent, path.name).read_bytes() == written
+    assert (entry.samples, entry.captions) == (5, int(columns["captions"].sum()))
+    with pytest.raises(ValueError, match="one length"):
+        write_columns_of_shard(path, path.parent, "default", "", {**bulk, "class": bulk["class"][1:]})
