@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from jobs.cli_convert import convert, summary_line
 from jobs.cli_words import AsJson, group, print_document, say
 
 shards = group("Shards of samples, and their indexes.")
-
-
-def _summary(made: Any) -> str:
-    """One line for the index of one folder."""
-    text = f"{made.folder}: {made.samples:,} samples with {made.captions:,} captions in {made.shards} shards"
-    for count, what in (
-        (made.without_caption, "without a caption"),
-        (made.without_image, "without an image"),
-    ):
-        text += f", {count:,} {what}" if count else ""
-    return text + (f", broken: {', '.join(map(str, made.broken))}" if made.broken else "")
-
-
-@shards.command()
-def convert(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="What is converted: digits.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
-    as_json: AsJson = False,
-) -> None:
-    """Convert data into indexed shards; a finished folder is left as it is."""
-    from dataclasses import asdict
-
-    from tools.convert import convert as make
-
-    done = make(kind, out)
-    if as_json:
-        print_document(
-            {"out": str(out), "made": done.made, "splits": {n: asdict(s) for n, s in done.splits.items()}}
-        )
-        return
-    for summary in done.splits.values():
-        say(_summary(summary))
-    say(f"{out}: " + ("made" if done.made else "was there already, whole"))
+shards.add_typer(convert, name="convert")
 
 
 @shards.command()
@@ -62,7 +31,7 @@ def index(
 
     summaries = index_folders(folders, index=elsewhere, captions=captions, again=again, workers=workers)
     for summary in summaries:
-        say(_summary(summary))
+        say(summary_line(summary))
 
 
 @shards.command()

@@ -1,69 +1,176 @@
-"""`clipcluster shards convert KIND --out DIR`: data of many kinds into indexed shards."""
+"""`clipcluster shards convert KIND [INPUT …] --out DIR`: data of many kinds into indexed shards."""
 
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import importlib
+import json
 import os
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from clipcluster.data.index import LIST, TABLE, IndexSummary, read_summary
+from clipcluster.data.index import IndexSummary, read_summary
 from clipcluster.data.shards import open_folder
 from clipcluster.errors import UserError
-from tools import digits
+from tools import convert_plan, convert_work, convert_workers
+from tools.convert_plan import Plan, Settings
+from tools.records import Kind
+
+# Modules of tools.readers by the name of what they read; imported when asked for.
+KINDS = {
+    "digits": "digits",
+    "folder": "folder",
+    "coco": "coco",
+    "csv": "table",
+    "chinese-clip": "chinese_clip",
+    "lmdb": "lmdb",
+    "parquet": "parquet",
+    "img2dataset": "img2dataset",
+    "datacompdr": "datacompdr",
+}
+_LOCK_PATIENCE = 10.0  # seconds: the workers of a killed conversion leave within them
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """`made` is False if the folder was there already, finished, and nothing was done."""
+    """`made` is False if the folder was there already, finished, and nothing was done.
+
+    `bad` counts the samples left out of each split; `bad_samples.jsonl` in its folder lists them.
+    """
 
     out: Path
     made: bool
     splits: dict[str, IndexSummary]
+    bad: dict[str, int]
+    notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How one kind of data is written, and the splits it makes below the output folder."""
-
-    write: Callable[[Path], dict[str, IndexSummary]]
-    splits: tuple[str, ...]
-
-
-KINDS = {"digits": Kind(digits.write_digits, digits.SPLITS)}
-
-
-def convert(kind: str, out: Path) -> Conversion:
-    """Converts into `out`, which appears wholly or not at all; a finished one is left as it is.
-
-    UserError: an unknown kind, or an output folder that holds something else.
-    """
-    if kind not in KINDS:
-        raise UserError(f"convert {kind!r}: no such kind of input; there are: {', '.join(sorted(KINDS))}")
-    chosen = KINDS[kind]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return Conversion(out, False, _finished(chosen, out))
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+def kind_named(name: str) -> Kind:
+    """The reader of a kind. UserError: there is no such kind."""
+    if name not in KINDS:
+        raise UserError(f"convert {name!r}: no such kind of input; there are: {', '.join(sorted(KINDS))}")
+    module = f"tools.readers.{KINDS[name]}"
     try:
-        chosen.write(aside)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            out.rmdir()  # empty, as seen above
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return Conversion(out, True, _finished(chosen, out))
+        kind = importlib.import_module(module).KIND
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise UserError(f"convert {name!r}: this installation has no reader for it") from None
+    assert isinstance(kind, Kind)
+    return kind
 
 
-def _finished(kind: Kind, out: Path) -> dict[str, IndexSummary]:
-    """The splits of a finished conversion; UserError if it is none, or a shard is not what the index says."""
-    folders = [out / split for split in kind.splits]
-    if not all((folder / LIST).is_file() and (folder / TABLE).is_file() for folder in folders):
+def convert(
+    kind: str,
+    out: Path,
+    inputs: Sequence[Path] = (),
+    options: Any = None,
+    settings: Settings | None = None,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Converts inputs into the shards of `out`, going on where an earlier call stopped.
+
+    A finished conversion is left as it is. `options` are the kind's own (`Kind.options`). `progress(done,
+    total)` is told the samples. UserError: an unknown kind, inputs that are not what they should be, an
+    output folder that holds something else or another conversion, a full disk.
+    """
+    chosen = kind_named(kind)
+    was = convert_plan.read_description(out)
+    if was is None and not _is_free(out):
         raise UserError(f"{out} is there and holds something else; give another --out, or remove it first")
-    return {folder.name: _summary(folder) for folder in folders}
+    settings = settings or Settings()
+    if settings.samples_per_shard is None and settings.bytes_per_shard is None:
+        settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
+    source = chosen.open(inputs, chosen.options() if options is None else options)
+    plan = convert_plan.plan(out, kind, inputs, options or chosen.options(), settings, source)
+    if was is not None:
+        convert_plan.refuse_differences(out, was, plan.description)
+        if was.get("finished"):
+            return _result(plan, made=False, notes=source.notes)
+    with _told_to_people(plan):
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            _sweep(plan)
+            _begin(plan)
+            while True:
+                convert_workers.run(plan, workers, progress)
+                if convert_work.finish(plan):
+                    return _result(plan, made=True, notes=source.notes)
 
 
-def _summary(folder: Path) -> IndexSummary:
-    shards = open_folder(folder)
-    shards.check_unchanged()
-    return read_summary(folder)
+def _is_free(out: Path) -> bool:
+    """Whether a conversion may begin in `out`: nothing there, or only what one leaves before it begins."""
+    return not out.exists() or (out.is_dir() and {*os.listdir(out)} <= {convert_work.STATE})
+
+
+def _begin(plan: Plan) -> None:
+    (plan.out / convert_work.STATE).mkdir(exist_ok=True)
+    text = json.dumps({**plan.description, "finished": False}, indent=1) + "\n"
+    convert_work.replace(plan.out / convert_plan.DESCRIPTION, text.encode(), sync=True)
+
+
+def _sweep(plan: Plan) -> None:
+    """Removes what a killed conversion left aside."""
+    folders = {plan.out, plan.out / convert_work.STATE, *map(plan.folder, range(len(plan.splits)))}
+    for folder in folders:
+        for path in folder.glob(".*.part"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps a second conversion away from `out`. UserError: there is one."""
+    fd = os.open(out, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{out}: another conversion is writing into it; wait for it") from None
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks: two conversions write the same bytes
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _told_to_people(plan: Plan) -> Iterator[None]:
+    """What the file system refuses becomes one message; the same command goes on afterwards."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{plan.out}: no space left to write to ({error.strerror}); make space and give the same "
+                "command again: it goes on where it stopped"
+            ) from None
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(
+            f"convert: {where}{error.strerror or error}; the shards made so far are kept, the same command "
+            "goes on"
+        ) from None
+
+
+def _result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
+    """The splits of a finished conversion; UserError if a shard is not what the index says."""
+    splits, bad = {}, {}
+    for number, split in enumerate(plan.splits):
+        folder = plan.folder(number)
+        if not made:
+            open_folder(folder).check_unchanged()
+        name = split.name or "."
+        splits[name] = read_summary(folder)
+        bad[name] = len(split) - splits[name].samples
+    return Conversion(plan.out, made, splits, bad, notes)

@@ -38,11 +38,16 @@ class Record(NamedTuple):
 
 
 class InputFile(NamedTuple):
-    """A file that was read, as it was: another size or time is a changed input. Times in ns."""
+    """A file that was read, as it was: another size or time is a changed input. Times in ns.
+
+    A folder of many small files may stand for them: the sum of their bytes, the latest time, and in `digest`
+    a hash over their names, sizes and times.
+    """
 
     path: str
     bytes: int
     mtime_ns: int
+    digest: str = ""
 
     @classmethod
     def of(cls, path: Path) -> InputFile:
@@ -59,8 +64,11 @@ class Split(Protocol):
     BadRecord for a sample that cannot be used and OSError where the disk fails.
     """
 
-    name: str
-    files: Mapping[str, str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def files(self) -> Mapping[str, str]: ...
 
     def __len__(self) -> int: ...
 
@@ -92,12 +100,14 @@ class Kind:
     `help` is one line. `options` is a frozen dataclass whose fields are the kind's own options: a field's
     metadata has `help` (and `metavar`), its default is the option's. `inputs` describes INPUT … for the help;
     empty: there are none. `open` raises UserError for inputs that are not what they should be.
+    `samples_per_shard` holds where the user gives none.
     """
 
     help: str
     open: Callable[[Sequence[Path], Any], Source]
     inputs: str = ""
     options: type = NoOptions
+    samples_per_shard: int = 10_000
 
 
 def option(default: Any, help: str, *, metavar: str | None = None) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 from clipcluster.data.index import write_index
 from clipcluster.errors import UserError
-from tools.digits import png
+from tools.readers.digits import png
 from tools.shard_writer import ShardWriter
 from tools.verify import verify
 

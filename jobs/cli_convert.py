@@ -1,0 +1,212 @@
+"""The verb `clipcluster shards convert`: a sub-command for every kind, its options those of its reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from clipcluster.errors import UserError
+from jobs.cli_words import SETTINGS, AsJson, print_document, say
+
+_COMMON = {
+    "out": Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
+    "samples_per_shard": Annotated[
+        int | None,
+        typer.Option("--samples-per-shard", metavar="N", min=1, help="Default: 10,000 (digits: 256)."),
+    ],
+    "bytes_per_shard": Annotated[
+        str | None,
+        typer.Option("--bytes-per-shard", metavar="SIZE", help="Such as '1 GB', by the images' sizes."),
+    ],
+    "shuffle": Annotated[
+        int | None,
+        typer.Option("--shuffle", metavar="SEED", help="Write in a shuffled order. Default: the input's."),
+    ],
+    "workers": Annotated[
+        int | None, typer.Option("--workers", metavar="N", min=1, help="Processes. Default: one a core.")
+    ],
+    "as_json": AsJson,
+}
+
+
+class Kinds(typer.core.TyperGroup):
+    """The kinds as sub-commands, each built from its reader when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The kinds that this installation can read."""
+        from tools.convert import KINDS
+
+        return [name for name in KINDS if _kind(name) is not None]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The sub-command of one kind. UserError: there is no such kind."""
+        from tools.convert import kind_named
+
+        return _command(cmd_name, kind_named(cmd_name))
+
+
+convert = typer.Typer(
+    help="Convert data into indexed shards; goes on where it was stopped, leaves a finished folder as it is.",
+    cls=Kinds,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings=SETTINGS,
+    subcommand_metavar="KIND [INPUT]... --out DIR",
+)
+
+
+@convert.callback()
+def _group() -> None:
+    """Makes typer build a group although no command is registered."""
+
+
+def _kind(name: str) -> Any:
+    from tools.convert import kind_named
+
+    try:
+        return kind_named(name)
+    except UserError:
+        return None
+
+
+def _command(name: str, kind: Any) -> Any:
+    """The command of one kind: inputs, its reader's options, the common ones."""
+    parameters = {**_inputs(kind), **_own_options(kind)}
+    own = [field.name for field in dataclasses.fields(kind.options)]
+    required = inspect.Parameter.empty
+
+    def run(**given: Any) -> None:
+        options = kind.options(**{key: _frozen(given.pop(key)) for key in own})
+        _convert(name, given.pop("inputs", None) or [], options, **given)
+
+    everything = {**parameters, **{key: (annotation, None) for key, annotation in _COMMON.items()}}
+    everything["out"] = (_COMMON["out"], required)
+    everything["as_json"] = (AsJson, False)
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for key, (annotation, default) in everything.items()
+        ]
+    )
+    run.__annotations__ = {key: annotation for key, (annotation, _) in everything.items()}
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
+    app.command(name=name, help=kind.help)(run)
+    return typer.main.get_command(app)
+
+
+def _inputs(kind: Any) -> dict[str, tuple[Any, Any]]:
+    if not kind.inputs:
+        return {}
+    return {"inputs": (Annotated[list[Path], typer.Argument(metavar="INPUT...", help=kind.inputs)], ...)}
+
+
+def _own_options(kind: Any) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each of the reader's options; a tuple becomes an option that may be repeated."""
+    types = typing.get_type_hints(kind.options)
+    found = {}
+    for field in dataclasses.fields(kind.options):
+        default: Any = field.default
+        flag = "--" + field.name.replace("_", "-")
+        kind_of_value = types[field.name]
+        if kind_of_value is bool:
+            flag = f"{flag}/--no-{flag[2:]}"
+        if typing.get_origin(kind_of_value) is tuple:
+            kind_of_value, default = list[typing.get_args(kind_of_value)[0]], list(default)  # type: ignore[misc]
+        option = typer.Option(flag, metavar=field.metadata.get("metavar"), help=field.metadata.get("help"))
+        if default is dataclasses.MISSING:
+            default = inspect.Parameter.empty
+        found[field.name] = (Annotated[kind_of_value, option], default)
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _convert(
+    name: str,
+    inputs: list[Path],
+    options: Any,
+    *,
+    out: Path,
+    bytes_per_shard: str | None,
+    workers: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    from tools import convert as conversion
+
+    with _progress(quiet=as_json) as progress:
+        done = conversion.convert(
+            name,
+            out,
+            inputs,
+            options,
+            conversion.Settings(bytes_per_shard=_bytes(bytes_per_shard), **settings),
+            workers=workers or len(os.sched_getaffinity(0)),
+            progress=progress,
+        )
+    if as_json:
+        splits = {split: dataclasses.asdict(summary) for split, summary in done.splits.items()}
+        print_document({"out": str(out), "made": done.made, "splits": splits, "bad": done.bad})
+        return
+    for note in done.notes:
+        say(note)
+    for split, summary in done.splits.items():
+        bad = f", {done.bad[split]:,} bad ones left out: {summary.folder}/bad_samples.jsonl"
+        say(summary_line(summary) + (bad if done.bad[split] else ""))
+    say(f"{out}: " + ("made" if done.made else "was there already, whole"))
+
+
+def summary_line(made: Any) -> str:
+    """One line for the index of one folder."""
+    text = f"{made.folder}: {made.samples:,} samples with {made.captions:,} captions in {made.shards} shards"
+    for count, what in (
+        (made.without_caption, "without a caption"),
+        (made.without_image, "without an image"),
+    ):
+        text += f", {count:,} {what}" if count else ""
+    return text + (f", broken: {', '.join(map(str, made.broken))}" if made.broken else "")
+
+
+def _bytes(text: str | None) -> int | None:
+    """Bytes of `1 GB`, `500 MB`; the units are those of the recipe."""
+    if text is None:
+        return None
+    from clipcluster.recipe.units import Memory
+
+    try:
+        return int(Memory.parse(text).megabytes) << 20
+    except ValueError as error:
+        raise UserError(f"--bytes-per-shard {text!r}: {str(error).replace('memory', 'a size')}") from None
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(
+        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("samples")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show
