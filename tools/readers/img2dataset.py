@@ -310,8 +310,10 @@ def _repeats(values: np.ndarray) -> np.ndarray:
 
 
 def _first_of_each(values: np.ndarray) -> np.ndarray:
-    """Whether a value came for the first time, (n,) bool."""
-    return _repeats(values) == 0
+    """Whether a value comes here for the first time, (n,) bool."""
+    first = np.zeros(len(values), bool)
+    first[np.unique(values, return_index=True)[1]] = True
+    return first
 
 
 KIND = Kind(

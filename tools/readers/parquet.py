@@ -171,7 +171,8 @@ class Rows:
             table = self._tables[group] = {name: read.column(name) for name in read.column_names}
             while len(self._tables) > 1 and (
                 len(self._tables) > CACHED_GROUPS
-                or self._group_bytes[list(self._tables)].sum() > CACHED_BYTES
+                or sum(column.nbytes for kept in self._tables.values() for column in kept.values())
+                > CACHED_BYTES
             ):
                 self._tables.popitem(last=False)
         self._tables.move_to_end(group)
@@ -227,10 +228,11 @@ def _splits(paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _schema(path: Path) -> Any:
+    parquet = _parquet()
     import pyarrow
 
     try:
-        return _parquet().read_schema(path)
+        return parquet.read_schema(path)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: no parquet file: {str(error).splitlines()[0]}") from None
 
