@@ -12,8 +12,8 @@ import numpy as np
 
 from clipcluster.errors import UserError
 from tools import uids
-from tools.readers.img2dataset import find_parts, record_of, uid_of
-from tools.records import InputFile, Kind, Record, Source, option
+from tools.readers.img2dataset import find_parts, input_of, record_of, uid_of
+from tools.records import Kind, Record, Source, option
 from tools.tar_samples import TarSamples
 
 _UID = f"S{uids.NBYTES}"
@@ -83,7 +83,7 @@ def open_joined(inputs: Sequence[Path], options: Options) -> Source:
     pairs, notes = _join(images, reinforcements, options.same_hash)
     if len(pairs) == 0:
         raise UserError(f"{inputs[0]} and {inputs[1]} have no uid in common; {'; '.join(notes)}")
-    files = [InputFile.of(path) for path in (*paths[0], *paths[1])]
+    files = [input_of(path) for path in (*paths[0], *paths[1])]
     notes = [*images.broken, *reinforcements.broken, *notes]
     images.forget()
     reinforcements.forget()

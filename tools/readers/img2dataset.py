@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def open_downloads(inputs: Sequence[Path], options: Options) -> Source:
     if len(chosen.numbers) == 0:
         raise UserError(f"{', '.join(map(str, inputs))}: no sample is left; " + "; ".join([*notes, *more]))
     samples.forget()
-    files = [InputFile.of(path) for path in paths]
+    files = [input_of(path) for path in paths]
     files += [InputFile.of(Path(options.uids))] if options.uids else []
     return Source([Downloads(samples, chosen, options.caption)], files, [*notes, *more])
 
@@ -165,6 +166,16 @@ def find_parts(folder: Path) -> list[Path]:
     raise UserError(
         f"{folder}: neither NAME.tar nor folders NAME with NAME_stats.json, as img2dataset makes them"
     )
+
+
+def input_of(path: Path) -> InputFile:
+    """The state of a shard; of a folder of files the state of all of them."""
+    if not path.is_dir():
+        return InputFile.of(path)
+    with os.scandir(path) as entries:
+        states = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    return InputFile(str(path), sum(s[1] for s in states), max((s[2] for s in states), default=0), digest)
 
 
 def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:
