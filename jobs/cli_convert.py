@@ -175,9 +175,16 @@ def summary_line(made: Any) -> str:
     for count, what in (
         (made.without_caption, "without a caption"),
         (made.without_image, "without an image"),
+        (made.duplicates, "left out because their key came before"),
     ):
         text += f", {count:,} {what}" if count else ""
-    return text + (f", broken: {', '.join(map(str, made.broken))}" if made.broken else "")
+    for choice, counts in list(made.choices.items())[1:]:
+        text += f"; {choice}: {counts.captions:,} captions, {counts.without_caption:,} samples without"
+    for fault in made.broken:
+        text += f"\n  {fault['shard']}: {fault['reason']}; the samples before it are used"
+    if made.left_out:
+        text += f"\n  compressed, cannot be read by offset, left out: {', '.join(made.left_out)}"
+    return text
 
 
 def _bytes(text: str | None) -> int | None:

@@ -21,15 +21,26 @@ def index(
         Path | None, typer.Option("--index", metavar="FOLDER", help="Put the index elsewhere.")
     ] = None,
     captions: Annotated[
-        str | None, typer.Option("--captions", metavar="CHOICE", help="default, lines or json:FIELD.")
+        list[str] | None,
+        typer.Option(
+            "--captions",
+            metavar="CHOICE",
+            help="Count these too: default, lines, txt, json:FIELD, MEMBER.json:FIELD; repeatable.",
+        ),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Scan what looks unchanged too.")] = False,
     workers: Annotated[int, typer.Option("--workers", metavar="N", help="Processes.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Make the index that training reads samples by."""
     from tools.index import index_folders
 
     summaries = index_folders(folders, index=elsewhere, captions=captions, again=again, workers=workers)
+    if as_json:
+        from dataclasses import asdict
+
+        print_document([asdict(summary) for summary in summaries])
+        return
     for summary in summaries:
         say(summary_line(summary))
 

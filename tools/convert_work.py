@@ -312,8 +312,7 @@ def _write_lists(plan: Plan, split: int, done: Mapping[Shard, Done]) -> None:
     ]
     if bad:
         replace(folder / BAD_SAMPLES, ("\n".join(bad) + "\n").encode(), sync=True)
-    counts = [read_columns(indexes.shard_index(folder, shard.name)).arrays["captions"] for shard in done]
-    indexes.write_list(folder, captions.DEFAULT, [kept.entry for kept in done.values()], counts)
+    indexes.write_list(folder, captions.DEFAULT, [kept.entry for kept in done.values()])
 
 
 def read_left_out(plan: Plan) -> dict[str, dict[str, str]]:

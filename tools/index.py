@@ -11,16 +11,19 @@ def index_folders(
     folders: Sequence[Path],
     *,
     index: Path | None = None,
-    captions: str | None = None,
+    captions: str | Sequence[str] | None = None,
     again: bool = False,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[IndexSummary]:
     """Indexes each folder; `index` puts it elsewhere, and goes with one folder alone.
 
-    `captions` is default, lines or json:FIELD; None: lines where `dataset_type.txt` says retrieval, else
-    default. `again` scans what looks unchanged too. UserError as `write_index`.
+    `captions` are choices (default, lines, txt, json:FIELD, MEMBER.json:FIELD) to stand beside those that an
+    index has; none: what it has, and for a new one lines where `dataset_type.txt` says retrieval, else
+    default. `again` scans what looks unchanged too. UserError as `write_index`, and for no worker.
     """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give the number of processes that index, 1 or more")
     if index is not None and len(folders) != 1:
         raise UserError(
             f"--index {index} holds the index of one folder, and {len(folders)} were given; run one by one"

@@ -183,7 +183,6 @@ class ShardWriter:
         self.samples_per_shard = samples_per_shard
         self.choice = captions_choice
         self.entries: list[indexes.ShardEntry] = []
-        self._counts: list[np.ndarray] = []
         self._behind = Behind()
         self._shard: ShardFile | None = None
         self._rows = indexes.ShardRows(captions_choice)
@@ -242,7 +241,7 @@ class ShardWriter:
             self._close_shard()
         self._behind.wait()
         self._behind.close()
-        indexes.write_list(self.folder, self.choice, self.entries, self._counts)
+        indexes.write_list(self.folder, self.choice, self.entries)
         return indexes.summary(self.folder, self.folder, self.choice, self.entries)
 
     def _put(self, shard: ShardFile, name: str, data: bytes) -> None:
@@ -257,7 +256,6 @@ class ShardWriter:
 
         def complete(entry: indexes.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
             self.entries.append(entry)
-            self._counts.append(columns["captions"])
 
         if shard is not None:
             shard.close(lambda: (rows.finish(), rows.without_image), complete)

@@ -2,21 +2,28 @@
 
 Beside the tars, or in a folder of its own for shards that cannot be written to:
 
-    SHARD.tar.idx   one row a sample: offsets and sizes of image and captions, caption count, class
+    SHARD.tar.idx   one row a sample: offsets and sizes of image and captions, caption counts, class
     index.json      for people: the list of shards with samples, captions, bytes, sha256, mtime_ns
-    index.bin       the same list as mapped columns, and every sample's caption count; written last
+    index.bin       the same list as mapped columns, and every sample's caption counts and class; written last
 
-It is built from the tars themselves: a header scan, the small members, one hash pass.
+It is built from the tars themselves: a header scan, the small members, one hash pass. Captions are counted
+for one choice or for several side by side (`clipcluster.recipe.captions`); another one is added without
+hashing.
+
+Columns of index.bin, S shards and N samples: `samples`, `sample_ends` (their running sum), `bytes`,
+`mtime_ns`, `name_ends` (S,) int64; `sha256` (S, 32), `names` uint8; `classes` (N,) int32, left out where no
+sample has one; and for each choice `captions/CHOICE` (N,) uint8 or int32 and `more_than/CHOICE` (C, S) int32,
+row c the samples of each shard with more than c captions.
 """
 
+import difflib
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,51 +32,78 @@ from typing import Any
 import numpy as np
 
 from clipcluster.data import captions
-from clipcluster.data.columns import BrokenColumns, Columns, read_columns, write_columns
-from clipcluster.data.tar import BrokenTar, Member, scan
+from clipcluster.data.captions import JSON, NO_TEXT, TXT
+from clipcluster.data.columns import BrokenColumns, Columns, Stream, read_columns, write_columns
+from clipcluster.data.rows import (
+    FORMAT,
+    IMAGE_EXTENSIONS,
+    OF_CAPTIONS,
+    ShardRows,
+    column,
+    narrow,
+    sample_name,
+    scan_shard,
+    shard_index,
+    write_columns_of,
+)
 from clipcluster.errors import UserError
 
-FORMAT = 1
+__all__ = [
+    "FORMAT",
+    "IMAGE_EXTENSIONS",
+    "JSON",
+    "NO_TEXT",
+    "TXT",
+    "ShardRows",
+    "column",
+    "narrow",
+    "sample_name",
+    "scan_shard",
+    "shard_index",
+]
+
 LIST = "index.json"
 TABLE = "index.bin"
-IMAGE_EXTENSIONS = frozenset(
-    ["jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "img"]
-)
-NO_TEXT, JSON, TXT = 0, 1, 2  # the member a sample's captions come from
 
-_NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)
-_ABOUT_THE_TAR = re.compile(r"(^|/)__[^/]*__($|/)")
 _HASH_CHUNK = 4 << 20
-_ROW = {
-    "offset": np.int64,
-    "image_offset": np.int64,
-    "image_size": np.int64,
-    "text_offset": np.int64,
-    "text_size": np.int64,
-    "text_kind": np.uint8,
-    "captions": np.int32,
-    "class": np.int32,
-}
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One line of the folder's list. `broken` says from where on the tar could not be read, or is None."""
+    """One line of the folder's list. `broken` says from where on the tar could not be read, or is None.
+
+    `captions` and `without_caption` (samples) are by choice; `duplicates` are samples whose key came before.
+    """
 
     name: str
     samples: int
-    captions: int
+    captions: dict[str, int]
     bytes: int
     sha256: str
     mtime_ns: int
-    without_caption: int = 0
+    without_caption: dict[str, int] = field(default_factory=dict)
     without_image: int = 0
+    duplicates: int = 0
     broken: str | None = None
 
 
 @dataclass(frozen=True)
+class ChoiceCounts:
+    """What one choice of captions finds in a folder: captions, samples with one (`used`) and without."""
+
+    captions: int
+    used: int
+    without_caption: int
+
+
+@dataclass(frozen=True)
 class IndexSummary:
-    """What an index holds, for the command's answer."""
+    """What an index holds, for the command's answer.
+
+    `captions`, `used` and `without_caption` are those of `captions_choice`, the index's first; `choices` has
+    every choice. All the tars hold is samples + without_image + duplicates. `left_out` are compressed tars.
+    """
 
     folder: Path
     index: Path
@@ -78,99 +112,13 @@ class IndexSummary:
     samples: int
     captions: int
     bytes: int
+    used: int
     without_caption: int
     without_image: int
+    duplicates: int
+    choices: dict[str, ChoiceCounts]
     broken: list[dict[str, str]] = field(default_factory=list)
-
-
-def sample_name(member: str) -> tuple[str, str] | None:
-    """Key and lower-case extension of a member, split as WebDataset does; None if it belongs to no sample."""
-    match = _NAME.match(member)
-    if match is None or _ABOUT_THE_TAR.search(member):
-        return None
-    return match.group(1), match.group(2).lower()
-
-
-class ShardRows:
-    """Collects the rows of one shard while its members go by in tar order.
-
-    A sample is a run of members with one key; an extension that comes again begins the next sample. A run
-    without an image is counted, and is no sample.
-    """
-
-    def __init__(self, choice: str) -> None:
-        self.choice = choice
-        self.rows: list[tuple[int, ...]] = []
-        self.without_image = 0
-        self._key = ""
-        self._members: dict[str, tuple[Member, Callable[[], bytes]]] = {}
-
-    def add(self, member: Member, read: Callable[[], bytes]) -> None:
-        """Takes the next member; `read` gives its bytes and is called for the small ones alone."""
-        name = sample_name(member.name)
-        if name is None:
-            return
-        key, extension = name
-        if key != self._key or extension in self._members:
-            self._finish_sample()
-        self._key = key
-        self._members[extension] = (member, read)
-
-    def finish(self) -> dict[str, np.ndarray]:
-        """The columns, each (samples,)."""
-        self._finish_sample()
-        columns = zip(*self.rows, strict=True) if self.rows else repeat((), len(_ROW))
-        arrays = {
-            name: np.array(values, dtype)
-            for (name, dtype), values in zip(_ROW.items(), columns, strict=False)
-        }
-        arrays["captions"] = narrow(arrays["captions"])
-        return arrays
-
-    def _finish_sample(self) -> None:
-        members, self._members = self._members, {}
-        if not members:
-            return
-        image = next((member for name, (member, _) in members.items() if name in IMAGE_EXTENSIONS), None)
-        if image is None:
-            self.without_image += 1
-            return
-        first = next(iter(members.values()))[0]
-        kind, text, count = self._texts(members)
-        at, size = (text.offset, text.size) if text else (0, 0)
-        self.rows.append((first.start, image.offset, image.size, at, size, kind, count, _class(members)))
-
-    def _texts(
-        self, members: dict[str, tuple[Member, Callable[[], bytes]]]
-    ) -> tuple[int, Member | None, int]:
-        for kind, extension, texts_of in (
-            (JSON, "json", captions.from_json),
-            (TXT, "txt", captions.from_txt),
-        ):
-            if extension in members:
-                member, read = members[extension]
-                texts = texts_of(read(), self.choice)
-                if texts:
-                    return kind, member, len(texts)
-        return NO_TEXT, None, 0
-
-
-def _class(members: dict[str, tuple[Member, Callable[[], bytes]]]) -> int:
-    """The decimal number in `cls`, or -1."""
-    if "cls" not in members:
-        return -1
-    text = members["cls"][1]().strip()
-    return int(text) if text.isdigit() and len(text) < 10 else -1
-
-
-def narrow(counts: np.ndarray) -> np.ndarray:
-    """Caption counts as uint8 where they fit, else int32."""
-    return counts.astype(np.uint8 if counts.size == 0 or counts.max() < 256 else np.int32)
-
-
-def shard_index(folder: Path, shard: str) -> Path:
-    """The file of one shard's rows."""
-    return folder / f"{shard}.idx"
+    left_out: list[str] = field(default_factory=list)
 
 
 def file_sha256(path: Path) -> str:
@@ -182,46 +130,49 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def scan_shard(path: Path, choice: str) -> tuple[ShardRows, dict[str, np.ndarray], str | None]:
-    """Rows and columns of a tar, and why it is broken (None if it is whole)."""
-    rows, broken = ShardRows(choice), None
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            for member in scan(fd):
-                rows.add(member, partial(os.pread, fd, member.size, member.offset))
-        except BrokenTar as error:
-            broken = str(error)
-        return rows, rows.finish(), broken
-    finally:
-        os.close(fd)
+def index_shard(
+    path: Path, index: Path, choices: str | Sequence[str], digest: str | None = None
+) -> ShardEntry:
+    """Scans and hashes one tar and writes its rows; returns its entry.
 
-
-def index_shard(path: Path, index: Path, choice: str) -> tuple[ShardEntry, np.ndarray]:
-    """Scans and hashes one tar and writes its rows; returns its entry and caption counts (samples,)."""
+    With `digest`, its known sha256, it is not hashed. UserError: it changed meanwhile, or is compressed.
+    """
     before = path.stat()
-    rows, columns, broken = scan_shard(path, choice)
-    digest = file_sha256(path)
+    rows, columns, broken = scan_shard(path, choices)
+    digest = digest or file_sha256(path)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UserError(
             f"{path} changed while it was being indexed; wait until it is written, then index again"
         )
-    return write_rows(path, index, choice, digest, rows, columns, broken), columns["captions"]
+    return write_rows(path, index, rows.choices, digest, rows, columns, broken)
 
 
 def write_rows(
     path: Path,
     index: Path,
-    choice: str,
+    choices: str | Sequence[str],
     digest: str,
     rows: ShardRows,
-    columns: dict[str, np.ndarray],
+    columns: Mapping[str, np.ndarray],
     broken: str | None = None,
 ) -> ShardEntry:
     """Writes the rows of the shard at `path`, whose sha256 is `digest`; returns its entry."""
-    return write_columns_of_shard(
-        path, index, choice, digest, columns, without_image=rows.without_image, broken=broken
+    choices = (choices,) if isinstance(choices, str) else tuple(choices)
+    write_columns_of(shard_index(index, path.name), path.name, digest, choices, columns)
+    state = path.stat()
+    counts = {choice: columns[column("captions", choice)] for choice in choices}
+    return ShardEntry(
+        name=path.name,
+        samples=len(columns["offset"]),
+        captions={choice: int(of.sum(dtype=np.int64)) for choice, of in counts.items()},
+        bytes=state.st_size,
+        sha256=digest,
+        mtime_ns=state.st_mtime_ns,
+        without_caption={choice: int((of == 0).sum()) for choice, of in counts.items() if not of.all()},
+        without_image=rows.without_image,
+        duplicates=rows.duplicates,
+        broken=broken,
     )
 
 
@@ -240,24 +191,13 @@ def write_columns_of_shard(
     (uint8: NO_TEXT, JSON or TXT), `captions` and `class` (int32, -1: none), each (samples,). ValueError
     where one is missing or has another length.
     """
-    counts = narrow(np.asarray(columns["captions"], np.int32))
-    if set(columns) != set(_ROW) or any(len(column) != len(counts) for column in columns.values()):
-        raise ValueError(f"the columns are {', '.join(_ROW)}, all of one length")
-    state = path.stat()
-    meta = {"format": FORMAT, "shard": path.name, "sha256": digest, "captions": choice}
-    ready = {name: np.asarray(columns[name], dtype) for name, dtype in _ROW.items()} | {"captions": counts}
-    write_columns(shard_index(index, path.name), meta, ready)
-    return ShardEntry(
-        name=path.name,
-        samples=len(counts),
-        captions=int(counts.sum(dtype=np.int64)),
-        bytes=state.st_size,
-        sha256=digest,
-        mtime_ns=state.st_mtime_ns,
-        without_caption=int((counts == 0).sum()),
-        without_image=without_image,
-        broken=broken,
-    )
+    named = {
+        column(name, choice) if name in OF_CAPTIONS else name: np.asarray(values)
+        for name, values in columns.items()
+    }
+    rows = ShardRows(choice)
+    rows.without_image = without_image
+    return write_rows(path, index, choice, digest, rows, named, broken)
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -268,7 +208,7 @@ def find_shards(folder: Path) -> list[Path]:
     tars = [folder / name for name in names if name.endswith(".tar")]
     if tars:
         return tars
-    packed = [name for name in names if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz"))]
+    packed = _packed(folder)
     if packed:
         raise UserError(
             f"{folder}: {packed[0]} is compressed and cannot be read by offset; unpack it to .tar first"
@@ -281,10 +221,16 @@ def find_shards(folder: Path) -> list[Path]:
     )
 
 
+def _packed(folder: Path) -> list[str]:
+    """Names of compressed tars, by name; they cannot be read by offset."""
+    names = (entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    return sorted(name for name in names if name.endswith(_PACKED))
+
+
 def write_index(
     folder: Path,
     index: Path | None = None,
-    captions_choice: str | None = None,
+    captions_choice: str | Sequence[str] | None = None,
     *,
     again: bool = False,
     workers: int = 1,
@@ -292,53 +238,64 @@ def write_index(
 ) -> IndexSummary:
     """Indexes every tar of a folder; into `index` if the folder cannot be written to.
 
-    A shard of the same size, mtime and choice keeps its rows unless `again`. `progress(done, total)` is
-    called after every shard. UserError: no folder, no shards, unknown choice, a place that cannot be written.
+    The choices of captions asked for stand beside those that the index has already; with none asked for it
+    keeps what it has, and a new one takes the folder's own. A shard of the same size and mtime is not hashed
+    again, and keeps its rows if they have every choice, unless `again`. `progress(done, total)` is called
+    after every shard. UserError: no folder, no shards, unknown choice, a place that cannot be written.
     """
+    asked = [captions_choice] if isinstance(captions_choice, str) else list(captions_choice or ())
     shards, target = find_shards(folder), index or folder
-    choice = captions.choice_for(folder, captions_choice)
+    have, known = _list(target)
+    choices = tuple(dict.fromkeys([*have, *map(captions.check_choice, asked)]))
+    choices = choices or (captions.choice_for(folder, None),)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        known = {} if again else _reusable(target, choice)
-        entries, counts = _index_all(shards, target, choice, known, workers, progress)
-        write_list(target, choice, entries, counts)
+        entries = _index_all(shards, target, choices, {} if again else known, workers, progress)
+        write_list(target, choices, entries)
     except PermissionError as error:
         raise UserError(
             f"{target} cannot be written to ({error.strerror}: {error.filename}); put the index elsewhere: "
             f"clipcluster shards index {folder} --index FOLDER"
         ) from None
-    return summary(folder, target, choice, entries)
+    return summary(folder, target, choices, entries)
 
 
 def _index_all(
     shards: Sequence[Path],
     target: Path,
-    choice: str,
+    choices: tuple[str, ...],
     known: dict[str, ShardEntry],
     workers: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[ShardEntry], list[np.ndarray]]:
-    done: dict[str, tuple[ShardEntry, np.ndarray]] = {}
+) -> list[ShardEntry]:
+    done: dict[str, ShardEntry] = {}
+    digests: dict[str, str] = {}
     for path in shards:
-        kept = _kept(path, target, known.get(path.name))
-        if kept is not None:
-            done[path.name] = kept
+        entry = known.get(path.name)
+        state = path.stat()
+        if entry is None or (state.st_size, state.st_mtime_ns) != (entry.bytes, entry.mtime_ns):
+            continue
+        digests[path.name] = entry.sha256
+        if _has_rows(target, entry, choices):
+            done[path.name] = entry
     todo = [path for path in shards if path.name not in done]
-    for count, (path, result) in enumerate(
-        zip(todo, _run(todo, target, choice, workers), strict=True), len(done) + 1
+    for count, (path, made) in enumerate(
+        zip(todo, _run(todo, target, choices, digests, workers), strict=True), len(done) + 1
     ):
-        done[path.name] = result
+        done[path.name] = made
         if progress is not None:
             progress(count, len(shards))
-    results = [done[path.name] for path in shards]
-    return [entry for entry, _ in results], [counts for _, counts in results]
+    return [done[path.name] for path in shards]
 
 
-def _run(todo: Sequence[Path], target: Path, choice: str, workers: int) -> Any:
+def _run(
+    todo: Sequence[Path], target: Path, choices: tuple[str, ...], digests: Mapping[str, str], workers: int
+) -> Iterator[ShardEntry]:
+    known = [digests.get(path.name) for path in todo]
     if workers <= 1 or len(todo) < 2:
-        return map(index_shard, todo, repeat(target), repeat(choice))
+        return map(index_shard, todo, repeat(target), repeat(choices), known)
     pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"))
-    results = pool.map(index_shard, todo, repeat(target), repeat(choice))
+    results = pool.map(index_shard, todo, repeat(target), repeat(choices), known)
     pool.shutdown(wait=False)
     return results
 
@@ -346,72 +303,131 @@ def _run(todo: Sequence[Path], target: Path, choice: str, workers: int) -> Any:
 def read_summary(folder: Path, index: Path | None = None) -> IndexSummary:
     """What an index on disk holds, from its list. UserError if there is none that can be read."""
     target = index or folder
-    choice, entries = _list(target)
-    if choice is None:
+    choices, entries = _list(target)
+    if not choices or any(set(entry.captions) != set(choices) for entry in entries.values()):
         raise UserError(f"{target}: no index there; make it with: clipcluster shards index {folder}")
-    return summary(folder, target, choice, list(entries.values()))
+    return summary(folder, target, choices, list(entries.values()))
 
 
-def _list(target: Path) -> tuple[str | None, dict[str, ShardEntry]]:
-    """Captions choice and entries by name of the list at `target`; (None, {}) if it cannot be read."""
+def read_entries(target: Path) -> dict[str, ShardEntry]:
+    """The shards of the list at `target`, by name; none if it cannot be read."""
+    return _list(target)[1]
+
+
+def _list(target: Path) -> tuple[tuple[str, ...], dict[str, ShardEntry]]:
+    """Choices of captions and entries by name of the list at `target`; ((), {}) if it cannot be read.
+
+    Of a list of format 1 the hashes are taken over, so that the index is made anew without reading all.
+    """
     try:
         document = json.loads((target / LIST).read_text(encoding="utf-8"))
+        if document["format"] == 1:
+            entries = [
+                ShardEntry(**{**entry, "captions": {}, "without_caption": {}}) for entry in document["shards"]
+            ]
+            return (document["captions_choice"],), {entry.name: entry for entry in entries}
         if document["format"] != FORMAT:
-            return None, {}
-        return document["captions_choice"], {
+            return (), {}
+        return tuple(document["captions"]), {
             entry["name"]: ShardEntry(**entry) for entry in document["shards"]
         }
     except (OSError, ValueError, KeyError, TypeError):
-        return None, {}
+        return (), {}
 
 
-def _reusable(target: Path, choice: str) -> dict[str, ShardEntry]:
-    """The entries of an index that is there already, if it was made for this choice."""
-    made_for, entries = _list(target)
-    return entries if made_for == choice else {}
-
-
-def _kept(path: Path, target: Path, entry: ShardEntry | None) -> tuple[ShardEntry, np.ndarray] | None:
-    """An entry and its counts, if the shard looks unchanged and its rows are those of the entry."""
-    state = path.stat()
-    if entry is None or (state.st_size, state.st_mtime_ns) != (entry.bytes, entry.mtime_ns):
-        return None
+def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool:
+    """Whether the rows on disk are those of the entry, for every choice."""
+    if set(entry.captions) != set(choices):
+        return False
     try:
-        rows = read_columns(shard_index(target, path.name))
+        meta = read_columns(shard_index(target, entry.name)).meta
     except (OSError, BrokenColumns):
-        return None
-    if rows.meta.get("format") != FORMAT or rows.meta.get("sha256") != entry.sha256:
-        return None
-    return entry, rows.arrays["captions"]
+        return False
+    return (
+        meta.get("format") == FORMAT
+        and meta.get("sha256") == entry.sha256
+        and set(choices) == set(meta["choices"])
+    )
 
 
 def write_list(
-    target: Path, choice: str, entries: Sequence[ShardEntry], counts: Sequence[np.ndarray]
+    target: Path,
+    choices: str | Sequence[str],
+    entries: Sequence[ShardEntry],
+    counts: Sequence[np.ndarray] | None = None,
 ) -> None:
-    """Writes index.json, then index.bin, each aside and renamed; `counts` are the shards' caption counts."""
+    """Writes index.json, then index.bin, each aside and renamed, from the entries and the rows on disk.
+
+    `counts` is not needed any more. UserError where the rows of a shard are not those of its entry.
+    """
+    choices = (choices,) if isinstance(choices, str) else tuple(choices)
     totals = {
         "format": FORMAT,
-        "captions_choice": choice,
         "fingerprint": fingerprint([(entry.name, bytes.fromhex(entry.sha256)) for entry in entries]),
         "samples": sum(entry.samples for entry in entries),
-        "captions": sum(entry.captions for entry in entries),
+        "captions": {choice: sum(entry.captions[choice] for entry in entries) for choice in choices},
     }
     document = {**totals, "shards": [_plain(entry) for entry in entries]}
     _write_text(target / LIST, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
     names = [entry.name.encode("utf-8", "surrogateescape") for entry in entries]
-    all_counts = (
-        np.concatenate([narrow(np.asarray(c, np.int32)) for c in counts]) if counts else np.zeros(0, np.uint8)
-    )
-    table: dict[str, np.ndarray] = {
-        "samples": np.array([entry.samples for entry in entries], np.int64),
+    samples = np.array([entry.samples for entry in entries], np.int64)
+    table: dict[str, np.ndarray | Stream] = {
+        "samples": samples,
+        "sample_ends": np.cumsum(samples),
         "bytes": np.array([entry.bytes for entry in entries], np.int64),
         "mtime_ns": np.array([entry.mtime_ns for entry in entries], np.int64),
         "sha256": np.frombuffer(b"".join(bytes.fromhex(e.sha256) for e in entries), np.uint8).reshape(-1, 32),
         "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
         "names": np.frombuffer(b"".join(names), np.uint8),
-        "caption_counts": all_counts,
     }
-    write_columns(target / TABLE, totals, table)
+    write_columns(target / TABLE, totals, table | _of_samples(target, choices, entries))
+
+
+def _of_samples(
+    target: Path, choices: tuple[str, ...], entries: Sequence[ShardEntry]
+) -> dict[str, np.ndarray | Stream]:
+    """The columns that are gathered from the shards' rows: streamed, as all samples need not fit memory."""
+    more: dict[str, list[np.ndarray]] = {choice: [] for choice in choices}
+    classes = False
+    for entry in entries:
+        arrays = _rows_of(target, entry)
+        classes = classes or bool((arrays["class"] >= 0).any())
+        for choice in choices:
+            more[choice].append(_more_than(arrays[column("captions", choice)]))
+    samples = sum(entry.samples for entry in entries)
+
+    def stream(name: str, dtype: type) -> Stream:
+        chunks = (_rows_of(target, entry)[name] for entry in entries)
+        return Stream(np.dtype(dtype), (samples,), chunks)
+
+    columns: dict[str, np.ndarray | Stream] = {"classes": stream("class", np.int32)} if classes else {}
+    for choice, rows in more.items():
+        depth = max(map(len, rows), default=1)
+        table = np.zeros((depth, len(entries)), np.int32)
+        for number, row in enumerate(rows):
+            table[: len(row), number] = row
+        columns[f"more_than/{choice}"] = table
+        columns[column("captions", choice)] = stream(
+            column("captions", choice), np.uint8 if depth < 256 else np.int32
+        )
+    return columns
+
+
+def _rows_of(target: Path, entry: ShardEntry) -> dict[str, np.ndarray]:
+    path = shard_index(target, entry.name)
+    try:
+        meta, arrays = read_columns(path)
+    except (OSError, BrokenColumns) as error:
+        raise UserError(f"the rows of {entry.name} cannot be read: {error}; index the folder again") from None
+    if meta.get("format") != FORMAT or meta.get("sha256") != entry.sha256:
+        raise UserError(f"{path} is of other bytes than its shard: somebody else indexes this folder too")
+    return arrays
+
+
+def _more_than(counts: np.ndarray) -> np.ndarray:
+    """Samples with more than c captions, for c = 0, 1, …: (largest count,) int64, one row at least."""
+    exact = np.bincount(counts, minlength=2)
+    return exact[:0:-1].cumsum()[::-1]
 
 
 def _plain(entry: ShardEntry) -> dict[str, Any]:
@@ -419,7 +435,7 @@ def _plain(entry: ShardEntry) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(entry).items()
-        if value not in (None, 0) or name in ("samples", "captions")
+        if value not in (None, 0, {}) or name in ("samples", "captions")
     }
 
 
@@ -440,27 +456,38 @@ def fingerprint(shards: Sequence[tuple[str, bytes]]) -> str:
     return digest.hexdigest()
 
 
-def summary(folder: Path, target: Path, choice: str, entries: Sequence[ShardEntry]) -> IndexSummary:
+def summary(
+    folder: Path, target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]
+) -> IndexSummary:
     """The sums over a list of shards."""
+    choices = (choices,) if isinstance(choices, str) else tuple(choices)
+    samples = sum(entry.samples for entry in entries)
+    counts = {}
+    for choice in choices:
+        without = sum(entry.without_caption.get(choice, 0) for entry in entries)
+        found = sum(entry.captions[choice] for entry in entries)
+        counts[choice] = ChoiceCounts(found, samples - without, without)
     return IndexSummary(
         folder=folder,
         index=target,
-        captions_choice=choice,
+        captions_choice=choices[0],
         shards=len(entries),
-        samples=sum(entry.samples for entry in entries),
-        captions=sum(entry.captions for entry in entries),
+        samples=samples,
+        **vars(counts[choices[0]]),
         bytes=sum(entry.bytes for entry in entries),
-        without_caption=sum(entry.without_caption for entry in entries),
         without_image=sum(entry.without_image for entry in entries),
+        duplicates=sum(entry.duplicates for entry in entries),
+        choices=counts,
         broken=[{"shard": entry.name, "reason": entry.broken} for entry in entries if entry.broken],
+        left_out=_packed(folder) if folder.is_dir() else [],
     )
 
 
-def read_table(folder: Path, target: Path, *, captions_choice: str | None) -> Columns:
+def read_table(folder: Path, target: Path, *, captions_choice: str | Sequence[str] | None) -> Columns:
     """The mapped list of a folder's index at `target`.
 
-    `captions_choice` is the one the source asks for, None if it needs no captions. UserError, with the
-    command that makes it: no index, a damaged or older one, one made for another choice.
+    `captions_choice` is what the source asks for, None if it needs no captions. UserError, with the command
+    that helps: no index, a damaged or older one, one without a choice that is asked for.
     """
     place = "" if target == folder else f" --index {target}"
     command = f"clipcluster shards index {folder}{place}"
@@ -476,9 +503,16 @@ def read_table(folder: Path, target: Path, *, captions_choice: str | None) -> Co
         raise UserError(
             f"{target / TABLE} has another format ({table.meta.get('format')}); make it again with: {command}"
         )
-    if captions_choice is not None and table.meta["captions_choice"] != captions_choice:
+    asked = (captions_choice,) if isinstance(captions_choice, str) else tuple(captions_choice or ())
+    have = list(table.meta["captions"])
+    missing = [choice for choice in asked if choice not in have]
+    if missing:
+        near = difflib.get_close_matches(missing[0], have, 1)
+        options = "".join(f" --captions {shlex.quote(choice)}" for choice in missing)
         raise UserError(
-            f"{folder}: the index counts captions by {table.meta['captions_choice']!r}, the source asks for "
-            f"{captions_choice!r}; make it with: {command} --captions {captions_choice}"
+            f"{folder}: the index counts captions by {', '.join(map(repr, have))}, the source asks for "
+            f"{', '.join(map(repr, missing))}"
+            + (f" (do you mean {near[0]!r}?)" if near else "")
+            + f"; add {'it' if len(missing) == 1 else 'them'} with: {command}{options}"
         )
     return table

@@ -10,22 +10,25 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
 from clipcluster.data import captions
 from clipcluster.data import index as indexes
-from clipcluster.data.columns import BrokenColumns, read_columns
+from clipcluster.data.columns import BrokenColumns, Joined, read_columns
 from clipcluster.data.tar import BrokenTar, scan
 from clipcluster.errors import UserError
+from clipcluster.recipe.captions import shares_of
 from clipcluster.runtime.stop import DataError
 
 CHECKED_SHARDS = 10_000  # more than these are compared only when a worker opens them
 OPEN_SHARDS = 64  # file handles a source keeps open
+_SCAN = 1 << 22  # samples looked at together
+_PIECES = 64  # columns laid together without a copy
 RETRIES = (0.1, 1.0, 3.0)  # seconds to wait before another try at a disk that failed
 
 T = TypeVar("T")
@@ -39,7 +42,7 @@ class SourceSection(Protocol):
     @property
     def index(self) -> str | None: ...
     @property
-    def captions_in(self) -> str | None: ...
+    def captions_in(self) -> str | Mapping[str, float] | None: ...
 
 
 class Sample(NamedTuple):
@@ -54,12 +57,24 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A folder, its index and the captions asked for; `rows` are the shards taken (None: all)."""
+    """A folder, its index and the choices of captions asked for (None: the index's first, none is needed);
+    `rows` are the shards taken (None: all)."""
 
     folder: Path
     index: Path
-    choice: str | None
+    choices: tuple[str, ...] | None
     rows: tuple[int, ...] | None = None
+
+
+class CaptionField(NamedTuple):
+    """One choice of captions of a source, with its probability (None: it is the only one).
+
+    counts: (n_samples,) integers, captions of each sample by this choice.
+    """
+
+    choice: str
+    probability: float | None
+    counts: np.ndarray
 
 
 class _Open(NamedTuple):
@@ -68,11 +83,13 @@ class _Open(NamedTuple):
 
 
 def open_folder(
-    path: str | Path, index: str | Path | None = None, captions_in: str | None = None
+    path: str | Path,
+    index: str | Path | None = None,
+    captions_in: str | Mapping[str, float] | None = None,
 ) -> "Shards":
     """Opens one folder of shards with its captions. UserError as `open_source`."""
-    folder = Path(path)
-    return Shards([Part(folder, Path(index or folder), captions.choice_for(folder, captions_in))])
+    folder, shares = Path(path), shares_of(captions_in)
+    return Shards([Part(folder, Path(index or folder), _choices(folder, shares))], tuple(shares.values()))
 
 
 def open_source(source: SourceSection, *, text: bool) -> "Shards":
@@ -82,20 +99,33 @@ def open_source(source: SourceSection, *, text: bool) -> "Shards":
     captions (each with the command that helps), or no caption anywhere.
     """
     written = [source.shards] if isinstance(source.shards, str) else list(source.shards)
-    parts = [part for entry in written for part in _parts(entry, source.index, source.captions_in, text)]
-    shards = Shards(parts)
+    shares = shares_of(source.captions_in) if text else None
+    parts = [part for entry in written for part in _parts(entry, source.index, shares)]
+    shards = Shards(parts, tuple(shares.values()) if shares else (None,))
     if shards.n_samples == 0:
         raise UserError(f"{', '.join(written)}: the shards hold no sample with an image")
-    if text and shards.n_pairs == 0:
-        raise UserError(
-            f"{', '.join(written)}: no sample has a caption by the choice {parts[0].choice!r}; if they are "
-            "in a field of the JSON, say captions_in: json:FIELD and run: clipcluster shards index "
-            f"{parts[0].folder} --captions json:FIELD"
-        )
+    if text:
+        _require_captions(", ".join(written), shards)
     return shards
 
 
-def _parts(entry: str, index: str | None, captions_in: str | None, text: bool) -> Iterator[Part]:
+def _require_captions(written: str, shards: "Shards") -> None:
+    """Every choice finds a caption somewhere: one that finds none was mistyped, or the data lack it."""
+    for number, choice in enumerate(field.choice for field in shards.fields):
+        if not shards.more_than_of(number)[0].any():
+            raise UserError(
+                f"{written}: no sample has a caption by the choice {choice!r}; if they are in a field of the "
+                "JSON, say captions_in: json:FIELD and run: clipcluster shards index "
+                f"{shards.parts[0].folder} --captions json:FIELD"
+            )
+
+
+def _choices(folder: Path, shares: Mapping[str | None, float | None] | None) -> tuple[str, ...] | None:
+    """The choices in force for a folder."""
+    return None if shares is None else tuple(captions.choice_for(folder, choice) for choice in shares)
+
+
+def _parts(entry: str, index: str | None, shares: Mapping[str | None, float | None] | None) -> Iterator[Part]:
     """The folders that one written entry names, with the shards it takes of each."""
     if "://" in entry or entry.startswith("pipe:"):
         raise UserError(
@@ -106,12 +136,10 @@ def _parts(entry: str, index: str | None, captions_in: str | None, text: bool) -
     else:
         folders = [name for pattern in _braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
         for folder in map(Path, folders):
-            yield Part(
-                folder, Path(index or folder), captions.choice_for(folder, captions_in) if text else None
-            )
+            yield Part(folder, Path(index or folder), _choices(folder, shares))
         return
     for folder in dict.fromkeys(path.parent for path in paths):
-        part = Part(folder, Path(index or folder), captions.choice_for(folder, captions_in) if text else None)
+        part = Part(folder, Path(index or folder), _choices(folder, shares))
         names = {name: row for row, name in enumerate(Shards([part]).shard_names)}
         wanted = [path.name for path in paths if path.parent == folder]
         missing = [name for name in wanted if name not in names]
@@ -120,7 +148,8 @@ def _parts(entry: str, index: str | None, captions_in: str | None, text: bool) -
                 f"{folder / missing[0]}: not in the index of its folder ({len(missing)} of {len(wanted)} "
                 f"shards are not); make it with: clipcluster shards index {folder}"
             )
-        yield Part(part.folder, part.index, part.choice, tuple(sorted({names[name] for name in wanted})))
+        rows = tuple(sorted({names[name] for name in wanted}))
+        yield replace(part, rows=rows if len(rows) < len(names) else None)
 
 
 def _braces(pattern: str) -> list[str]:
@@ -145,33 +174,46 @@ class Shards:
     """A source of samples. Files are opened on first use, `OPEN_SHARDS` at most at once.
 
     Attributes: `name` (last component of the first folder), `fingerprint` (hash over shard names and
-    contents), `sample_counts` (n_shards,) int64, `caption_counts` (n_samples,) integer, `n_samples`,
-    `n_pairs` (captions of all samples).
+    contents), `sample_counts` (n_shards,) int64, `n_samples`, `n_pairs` (captions of all samples),
+    `classes` (n_samples,) int32 (-1: none), `fields` (the choices of captions, with their probabilities and
+    counts), `caption_counts` (n_samples,) the sum over the fields, `more_than` (C, n_shards) samples of each
+    shard with more than c captions (C is 1 where there are several fields). All are mapped, and shared by the
+    processes of a node, where the source is one whole folder; of several folders those by sample are too.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], probabilities: Sequence[float | None] = (None,)) -> None:
         self.parts = tuple(parts)
+        self.probabilities = tuple(probabilities)
         self.name = self.parts[0].folder.resolve().name
-        self._tables = [indexes.read_table(p.folder, p.index, captions_choice=p.choice) for p in self.parts]
-        self._rows = [
-            np.arange(len(table.arrays["samples"])) if part.rows is None else np.array(part.rows, np.int64)
-            for part, table in zip(self.parts, self._tables, strict=True)
-        ]
-        self._part_ends = np.cumsum([len(rows) for rows in self._rows])
-        self.sample_counts: np.ndarray = np.concatenate(
-            [table.arrays["samples"][rows] for table, rows in zip(self._tables, self._rows, strict=True)]
+        self._tables = [indexes.read_table(p.folder, p.index, captions_choice=p.choices) for p in self.parts]
+        # a part that is not cut has no list of its rows: it would be private to every process
+        self._rows = [None if part.rows is None else np.array(part.rows, np.int64) for part in self.parts]
+        self.sample_counts = self._of_shards("samples")
+        self._part_ends = np.cumsum(
+            [
+                len(table.arrays["samples"] if rows is None else rows)
+                for table, rows in zip(self._tables, self._rows, strict=True)
+            ]
         )
-        self._sample_ends = np.cumsum(self.sample_counts, dtype=np.int64)
+        whole = len(self.parts) == 1 and self.parts[0].rows is None
+        self._sample_ends = (
+            self._tables[0].arrays["sample_ends"] if whole else np.cumsum(self.sample_counts, dtype=np.int64)
+        )
         self.n_samples = int(self._sample_ends[-1]) if len(self._sample_ends) else 0
         self.fingerprint = self._fingerprint()
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._hashed: set[tuple[int, int]] = set()  # shard and mtime of what was found to be the same bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts, "fingerprint": self.fingerprint, "hashed": self._hashed}
+        return {
+            "parts": self.parts,
+            "probabilities": self.probabilities,
+            "fingerprint": self.fingerprint,
+            "hashed": self._hashed,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Shards.__init__(self, state["parts"])
+        Shards.__init__(self, state["parts"], state["probabilities"])
         if self.fingerprint != state["fingerprint"]:
             raise DataError(f"the index of {self.parts[0].folder} was made anew while it was in use")
         self._hashed = state["hashed"]
@@ -187,32 +229,112 @@ class Shards:
         """The number of shards."""
         return len(self.sample_counts)
 
+    def _of_shards(self, name: str) -> np.ndarray:
+        """A column of the shards taken, (…, n_shards); the mapped one where that is all of one folder."""
+        columns = [table.arrays[name] for table in self._tables]
+        taken = [
+            column if rows is None else column[..., rows]
+            for column, rows in zip(columns, self._rows, strict=True)
+        ]
+        return taken[0] if len(taken) == 1 else np.concatenate(taken, axis=-1)
+
+    def _of_samples(self, names: Sequence[str | None], absent: int | None = None) -> np.ndarray:
+        """A column of the samples of the shards taken, (n_samples,): `names` by part (None: `absent`)."""
+        pieces = []
+        for table, rows, name in zip(self._tables, self._rows, names, strict=True):
+            ends = table.arrays["sample_ends"]
+            if name is None or name not in table.arrays:
+                column = np.broadcast_to(np.int32(absent or 0), (int(ends[-1]) if len(ends) else 0,))
+            else:
+                column = table.arrays[name]
+            if rows is None:
+                pieces.append(column)
+            else:
+                begins = ends[rows] - table.arrays["samples"][rows]
+                pieces += [column[low:high] for low, high in zip(begins, ends[rows], strict=True)]
+        if len(pieces) == 1:
+            return pieces[0]
+        # shards cut out of a folder are many small pieces: copied, they are as fast as one column
+        if len(pieces) > _PIECES:
+            return np.concatenate(pieces)
+        return cast(np.ndarray, Joined([[piece] for piece in pieces]))
+
+    def _choices_of(self, part: int) -> tuple[str, ...]:
+        """The choices of captions read in a part: those asked for, else the index's first."""
+        choices = self.parts[part].choices
+        return (next(iter(self._tables[part].meta["captions"])),) if choices is None else choices
+
+    @cached_property
+    def fields(self) -> tuple[CaptionField, ...]:
+        """The choices of captions, one or several, in the order in which `read` lays their captions."""
+        by_part = [self._choices_of(part) for part in range(len(self.parts))]
+        return tuple(
+            CaptionField(
+                choices[0],
+                probability,
+                self._of_samples([indexes.column("captions", choice) for choice in choices]),
+            )
+            for choices, probability in zip(zip(*by_part, strict=True), self.probabilities, strict=True)
+        )
+
     @cached_property
     def caption_counts(self) -> np.ndarray:
-        """Captions of every sample, (n_samples,); mapped where the source is one whole folder."""
-        pieces = []
-        for part, table, rows in zip(self.parts, self._tables, self._rows, strict=True):
-            counts = table.arrays["caption_counts"]
-            if part.rows is None:
-                pieces.append(counts)
-                continue
-            ends = np.cumsum(table.arrays["samples"])
-            pieces += [counts[ends[row] - table.arrays["samples"][row] : ends[row]] for row in rows]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        """Captions of every sample over all fields, (n_samples,)."""
+        if len(self.fields) == 1:
+            return self.fields[0].counts
+        return cast(np.ndarray, Joined([[field.counts for field in self.fields]]))
+
+    @cached_property
+    def classes(self) -> np.ndarray:
+        """Class of every sample, (n_samples,) int32; -1 where it has none."""
+        return self._of_samples(["classes"] * len(self.parts), absent=-1)
+
+    @cached_property
+    def more_than(self) -> np.ndarray:
+        """Samples of each shard with more than c captions, (C, n_shards); C is 1 with several fields."""
+        by_field = [self.more_than_of(number) for number in range(len(self.fields))]
+        if len(by_field) == 1:
+            return by_field[0]
+        having = np.max([rows[0] for rows in by_field], axis=0)
+        # shards in which no field alone has a caption for every sample: there the samples are looked at
+        for shard in np.flatnonzero((having > 0) & (having < self.sample_counts)).tolist():
+            end = int(self._sample_ends[shard])
+            counts = self.caption_counts[end - int(self.sample_counts[shard]) : end]
+            having[shard] = np.count_nonzero(counts)
+        return having[None]
+
+    def more_than_of(self, field: int) -> np.ndarray:
+        """Samples of each shard with more than c captions of one field, (C, n_shards)."""
+        tables = []
+        for part, (table, rows) in enumerate(zip(self._tables, self._rows, strict=True)):
+            column = table.arrays[indexes.column("more_than", self._choices_of(part)[field])]
+            tables.append(column if rows is None else column[:, rows])
+        if len(tables) == 1:
+            return tables[0]
+        depth = max(map(len, tables))
+        return np.concatenate([np.pad(t, ((0, depth - len(t)), (0, 0))) for t in tables], axis=1)
 
     @cached_property
     def n_pairs(self) -> int:
-        """Captions of all samples."""
+        """Captions of all samples, of all fields."""
         if all(part.rows is None for part in self.parts):
-            return sum(int(table.meta["captions"]) for table in self._tables)
-        return int(self.caption_counts.sum(dtype=np.int64))
+            return sum(
+                int(table.meta["captions"][choice])
+                for part, table in enumerate(self._tables)
+                for choice in self._choices_of(part)
+            )
+        return sum(
+            int(counts[low : low + _SCAN].sum(dtype=np.int64))
+            for _, _, counts in self.fields
+            for low in range(0, len(counts), _SCAN)
+        )
 
     @cached_property
     def drawable(self) -> np.ndarray | None:
         """Positions of the samples with a caption, int64; None if every sample has one."""
-        if self.caption_counts.size == 0 or self.caption_counts.min() > 0:
+        if int(self.more_than[0].sum(dtype=np.int64)) == self.n_samples:
             return None
-        return np.flatnonzero(self.caption_counts)
+        return np.flatnonzero(np.asarray(self.caption_counts))
 
     @property
     def shard_names(self) -> list[str]:
@@ -239,7 +361,8 @@ class Shards:
         """Part, and row in its table."""
         part = int(np.searchsorted(self._part_ends, shard, side="right"))
         first = int(self._part_ends[part - 1]) if part else 0
-        return part, int(self._rows[part][shard - first])
+        rows = self._rows[part]
+        return part, shard - first if rows is None else int(rows[shard - first])
 
     def shard_name(self, shard: int) -> str:
         part, row = self._place(shard)
@@ -286,15 +409,19 @@ class Shards:
         )
 
     def _captions(self, shard: int, fd: int, columns: dict[str, np.ndarray], row: int) -> list[str]:
-        kind = int(columns["text_kind"][row])
-        if kind == indexes.NO_TEXT:
-            return []
-        choice = self._tables[self._place(shard)[0]].meta["captions_choice"]
-        data = _bytes(fd, int(columns["text_offset"][row]), int(columns["text_size"][row]))
-        texts = captions.from_json(data, choice) if kind == indexes.JSON else captions.from_txt(data, choice)
-        if len(texts) != int(columns["captions"][row]):
-            raise self._changed(shard)
-        return texts
+        """The captions of all fields, laid end to end."""
+        found: list[str] = []
+        for choice in self._choices_of(self._place(shard)[0]):
+            kind, count, at, size = (
+                int(columns[indexes.column(name, choice)][row])
+                for name in ("text_kind", "captions", "text_offset", "text_size")
+            )
+            if kind != indexes.NO_TEXT:
+                texts = captions.texts(kind, _bytes(fd, at, size), choice)
+                if len(texts) != count:
+                    raise self._changed(shard)
+                found += texts
+        return found
 
     def announce(self, positions: Iterable[int]) -> None:
         """Tells the kernel which images and captions will be read soon."""
@@ -306,12 +433,12 @@ class Shards:
             places.setdefault(shard, []).append(row)
         for shard, rows in places.items():
             fd, columns = self._patiently(shard, partial(self._handle, shard))
+            ends = [("image_offset", "image_size")]
+            for choice in self._choices_of(self._place(shard)[0]):
+                ends.append((indexes.column("text_offset", choice), indexes.column("text_size", choice)))
             for row in rows:
                 begin = int(columns["offset"][row])
-                end = max(
-                    int(columns["image_offset"][row] + columns["image_size"][row]),
-                    int(columns["text_offset"][row] + columns["text_size"][row]),
-                )
+                end = max(int(columns[offset][row] + columns[size][row]) for offset, size in ends)
                 os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
@@ -376,8 +503,9 @@ class Shards:
         except (BrokenColumns, FileNotFoundError) as error:
             raise DataError(f"the index is damaged: {error}", self._advice(shard)) from None
         if (
-            meta["sha256"] != self.sha256(shard)
-            or meta["captions"] != self._tables[part].meta["captions_choice"]
+            meta.get("format") != indexes.FORMAT
+            or meta["sha256"] != self.sha256(shard)
+            or not set(self._choices_of(part)) <= set(meta["choices"])
         ):
             raise DataError(f"{path} is not what the folder's list says", self._advice(shard))
         return arrays

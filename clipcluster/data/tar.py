@@ -6,14 +6,23 @@ Writes ustar, with a PAX header only where ustar cannot say it; the same member 
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
 
 _REGULAR = (b"0", b"\0", b"7")
+_SAMPLES_LOST = (b"1", b"2", b"S")  # hard and symbolic links, GNU's sparse files: names without plain bytes
+_NO_BODY = (b"1", b"2", b"3", b"4", b"5", b"6")  # their size, where there is one, is of no bytes here
 _LARGEST_OCTAL = 8**11 - 1
+_ZEROS = bytes(BLOCK)
+_WINDOW = 64 << 10  # bytes read at once where members are small
+_FIRST_WINDOW = 4 * BLOCK  # a header, and what belongs to a small member
+_LONGEST_NAME = 1 << 20  # bytes of a PAX or long-name header
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"PK\3\4": "zip"
+}  # fmt: skip
 
 
 class BrokenTar(Exception):
@@ -34,36 +43,59 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def scan(fd: int, start: int = 0, end: int | None = None) -> Iterator[Member]:
+def compression(fd: int) -> str | None:
+    """What a file is packed with by its first bytes, whatever its name; None: nothing known."""
+    start = os.pread(fd, 6, 0)
+    return next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+
+
+def scan(
+    fd: int, start: int = 0, end: int | None = None, others: Callable[[str], object] | None = None
+) -> Iterator[Member]:
     """Yields the regular files of an open tar in order, reading headers only.
 
-    `end` (bytes) is the file's size unless given. Raises BrokenTar where the tar stops being one; what was
-    yielded before stands.
+    `end` (bytes) is the file's size unless given. `others` is told the names of links and sparse files, whose
+    bytes are not to be had. Raises BrokenTar where the tar stops being one; what was yielded before stands.
     """
     end = os.fstat(fd).st_size if end is None else end
     position, first = start, start
+    window, low, ahead = b"", start, _FIRST_WINDOW
     records: dict[str, str] = {}
     while position < end:
-        header = os.pread(fd, BLOCK, position)
-        if len(header) < BLOCK:
+        at = position - low
+        if at + BLOCK > len(window):
+            # headers close together are read together, far ones each alone
+            ahead = _WINDOW if window and at < _WINDOW // 4 + len(window) else _FIRST_WINDOW
+            window, low, at = os.pread(fd, ahead, position), position, 0
+        block = window[at : at + BLOCK]
+        if len(block) < BLOCK:
             raise BrokenTar(f"cut inside a header at byte {position}")
-        if header[0] == 0 and not any(header):
+        if block == _ZEROS:
+            _require_no_more(fd, position, end)
             return
-        size, kind = _checked(header, position), header[156:157]
+        size, kind = _checked(block, position), block[156:157]
         body = position + BLOCK
-        if kind in (b"x", b"L") or kind in _REGULAR:
-            size = int(records.get("size", size)) if kind in _REGULAR else size
+        if kind in _REGULAR:
+            size = int(records.get("size", size)) if records else size
             if body + size > end:
                 raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
-        if kind == b"x":
-            records |= _pax(os.pread(fd, size, body), position)
-        elif kind == b"L":
-            records["path"] = os.pread(fd, size, body).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif kind in _REGULAR:
-            yield Member(records.get("path") or _name(header), first, body, size)
-        position = body + padded(size)
+            name = records.get("path") or _name(block)
+            if _is_sparse(records):
+                _tell(others, records.get("GNU.sparse.name", name))
+            else:
+                yield Member(name, first, body, size)
+        elif kind in (b"x", b"L"):
+            if body + size > end:
+                raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
+            records |= _long_header(fd, kind, body, size, position)
+        elif kind in _SAMPLES_LOST:
+            _tell(others, records.get("path") or _name(block))
+            body += _sparse_headers(fd, block, body, end) if kind == b"S" else 0
+        position = body + (0 if kind in _NO_BODY else -(-size // BLOCK) * BLOCK)
         if kind not in (b"x", b"L", b"K", b"g"):
-            records, first = {}, position
+            first = position
+            if records:
+                records = {}
     if end > start:
         raise BrokenTar(f"ends at byte {end} without the two zero blocks: cut between two members")
 
@@ -83,18 +115,36 @@ def header(name: str, size: int) -> bytes:
     return extended + _block(plain, min(size, _LARGEST_OCTAL), b"0")
 
 
+def _tell(others: Callable[[str], object] | None, name: str) -> None:
+    if others is not None:
+        others(name)
+
+
+def _require_no_more(fd: int, position: int, end: int) -> None:
+    """After the end come zeros alone: what a second tar laid behind the first holds would be lost."""
+    rest = os.pread(fd, min(end - position, _WINDOW), position)
+    if rest.strip(b"\0"):
+        raise BrokenTar(f"bytes follow the end of the tar at byte {position}: two tars laid end to end?")
+
+
 def _checked(block: bytes, position: int) -> int:
     """The size field of a header whose checksum holds."""
+    checksum = block[148:156]
     try:
-        stored = int(block[148:156].strip(b" \0") or b"0", 8)
+        stored = int(checksum.strip(b" \0") or b"0", 8)
         size = _number(block[124:136])
     except ValueError:
         raise BrokenTar(f"no tar header at byte {position}") from None
-    # Adler-32's low half is 1 + the sum of all bytes modulo 65521: the checksum, many times faster than sum()
-    total = zlib.adler32(block[:148] + b"        " + block[156:]) & 0xFFFF
-    if size < 0 or total != (stored + 1) % 65521:
+    # Adler-32's low half is 1 + the sum of all bytes modulo 65521: the sum, many times faster than sum()
+    total = (zlib.adler32(block) & 0xFFFF) - 1 - sum(checksum) + 8 * 32
+    if size < 0 or ((total - stored) % 65521 and (_signed(block, total) - stored) % 65521):
         raise BrokenTar(f"the header at byte {position} fails its checksum")
     return size
+
+
+def _signed(block: bytes, total: int) -> int:
+    """The checksum as very old programs took it, of signed bytes."""
+    return total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
 
 
 def _number(field: bytes) -> int:
@@ -105,20 +155,44 @@ def _number(field: bytes) -> int:
 
 def _name(block: bytes) -> str:
     name = block[:100].split(b"\0", 1)[0]
-    if block[257:263] == b"ustar\0" and block[345]:
+    if block[345] and block[257:263] == b"ustar\0":
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
     return name.decode("utf-8", "surrogateescape")
+
+
+def _long_header(fd: int, kind: bytes, body: int, size: int, position: int) -> dict[str, str]:
+    """What a PAX header or a GNU long name says of the member that follows it."""
+    if size > _LONGEST_NAME:
+        raise BrokenTar(f"the header at byte {position} announces a name of {size} bytes")
+    data = os.pread(fd, size, body)
+    if kind == b"x":
+        return _pax(data, position)
+    return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
+
+
+def _is_sparse(records: dict[str, str]) -> bool:
+    """PAX's sparse files are regular ones by kind, with a map before the bytes or in the records."""
+    return bool(records) and any(name.startswith("GNU.sparse.") for name in records)
+
+
+def _sparse_headers(fd: int, block: bytes, body: int, end: int) -> int:
+    """Bytes of the blocks that go on with the map of GNU's sparse file."""
+    extra, more = 0, block[482]
+    while more and body + extra < end:
+        following = os.pread(fd, BLOCK, body + extra)
+        extra, more = extra + BLOCK, following[504] if len(following) == BLOCK else 0
+    return extra
 
 
 def _pax(body: bytes, position: int) -> dict[str, str]:
     """The records `LENGTH KEY=VALUE\\n` of a PAX header."""
     records, at = {}, 0
     while at < len(body) and body[at]:
-        length, _, _ = body[at:].partition(b" ")
-        if not length.isdigit() or int(length) <= len(length) + 1:
+        length, space, _ = body[at : at + 20].partition(b" ")
+        if not space or not length.isdigit() or int(length) <= len(length) + 1:
             raise BrokenTar(f"the PAX header at byte {position} is broken")
         key, _, value = body[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
-        if key == b"size" and not value.isdigit():
+        if key == b"size" and not (value.isdigit() and len(value) < 20):
             raise BrokenTar(f"the PAX header at byte {position} is broken")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         at += int(length)

@@ -12,7 +12,6 @@ and which are left to the shell. Sections are frozen and refuse unknown keys. No
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -28,6 +27,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from clipcluster.recipe import captions
 from clipcluster.recipe.units import Duration, Memory, Nodes, Period, Time
 
 Mark = Literal["result", "speed", "record"]
@@ -114,6 +114,36 @@ Paths = Annotated[
 ]
 
 
+def _captions_in(value: object) -> object:
+    if isinstance(value, dict) and all(isinstance(choice, str) for choice in value):
+        for choice, share in value.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise ValueError(f"{choice!r} has the probability {share!r}; should be a positive number")
+        captions.checked_shares(value)
+        return {choice: float(share) for choice, share in value.items()}
+    if isinstance(value, str):
+        return captions.checked(value)
+    raise ValueError(f"should be {captions.CHOICES}, or a mapping of these to probabilities")
+
+
+CaptionsIn = Annotated[
+    str | dict[str, float],
+    BeforeValidator(_captions_in),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "object",
+                    "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
+                    "minProperties": 1,
+                },
+            ]
+        }
+    ),
+]
+
+
 def key(
     mark: Mark,
     description: str,
@@ -181,19 +211,15 @@ class Source(Section):
         None,
         path="path",
     )
-    captions_in: str | None = key(
+    captions_in: CaptionsIn | None = key(
         "result",
-        "Where the captions are: 'lines' (KEY.txt holds one a line) or 'json:FIELD'. Default: the JSON's "
-        "captions, else KEY.txt as one caption.",
+        "Where the captions are: 'default' (the JSON's captions, else KEY.txt as one caption), 'lines' (the "
+        "same, KEY.txt holds one a line), 'txt' (KEY.txt alone), 'json:FIELD' of KEY.json, or "
+        "'MEMBER.json:FIELD' of KEY.MEMBER.json. Or several of them, each with its probability: "
+        "{default: 0.5, 'syn.json:syn_text': 0.5}. Default: 'lines' where dataset_type.txt says retrieval, "
+        "else 'default'.",
         None,
     )
-
-    @field_validator("captions_in")
-    @classmethod
-    def _known_place(cls, value: str | None) -> str | None:
-        if value is not None and value != "lines" and not re.fullmatch(r"json:.+", value):
-            raise ValueError("should be 'lines' or 'json:FIELD'")
-        return value
 
 
 class Image(Section):
@@ -316,6 +342,17 @@ class Data(Section):
         if any(weighted) and not all(weighted):
             raise ValueError(f"source {weighted.index(False)} has no weight: give every source one, or none")
         return value
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> Data:
+        shared = [number for number, source in enumerate(self.train) if isinstance(source.captions_in, dict)]
+        if shared and self.text.captions == "all":
+            raise ValueError(
+                f"source {shared[0]} draws its captions by probabilities (captions_in), while text.captions: "
+                "all shows every caption once a pass: say text.captions: random, or name one choice in "
+                "captions_in"
+            )
+        return self
 
 
 class ImageTower(Section):

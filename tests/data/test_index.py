@@ -69,16 +69,18 @@ def test_runs_of_members_become_samples(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "0.tar", members)
     rows, columns, broken = scan_shard(path, "default")
     assert broken is None
-    assert columns["captions"].tolist() == [1, 2, 0, 0, 0]
-    assert columns["class"].tolist() == [3, -1, -1, -1, -1]
-    assert columns["image_size"].tolist() == [5, 1, 1, 5, 13]
-    assert rows.without_image == 2
+    assert columns["captions/default"].tolist() == [1, 2, 0]
+    assert columns["class"].tolist() == [3, -1, -1]
+    assert columns["image_size"].tolist() == [5, 1, 1]
+    assert (rows.without_image, rows.duplicates) == (2, 2)
     summary = write_index(tmp_path)
-    assert (summary.samples, summary.captions, summary.without_caption, summary.without_image) == (5, 3, 3, 2)
+    assert (summary.samples, summary.used, summary.captions, summary.without_caption) == (3, 2, 3, 1)
+    assert (summary.without_image, summary.duplicates) == (2, 2)
+    assert read_summary(tmp_path) == summary
     shards = open_folder(tmp_path)
     assert shards.drawable is not None
     assert shards.drawable.tolist() == [0, 1]
-    assert [shards.read(i).key for i in range(5)] == ["a", "c", "d", "d", "a"]
+    assert [shards.read(i).key for i in range(3)] == ["a", "c", "d"]
     assert shards.read(1).captions == ["x", "y"]
 
 
@@ -202,6 +204,9 @@ def test_columns_made_in_bulk_are_those_of_a_scan(tmp_path: Path, make_shards: C
     bulk = {name: column.astype(np.int64) for name, column in columns.items()}
     entry = write_columns_of_shard(path, path.parent, "default", file_sha256(path), bulk)
     assert shard_index(path.parent, path.name).read_bytes() == written
-    assert (entry.samples, entry.captions) == (5, int(columns["captions"].sum()))
+    assert (entry.samples, entry.captions) == (5, {"default": int(columns["captions/default"].sum())})
+    plain = {name.removesuffix("/default"): column for name, column in bulk.items()}
+    assert write_columns_of_shard(path, path.parent, "default", file_sha256(path), plain) == entry
+    assert shard_index(path.parent, path.name).read_bytes() == written
     with pytest.raises(ValueError, match="one length"):
         write_columns_of_shard(path, path.parent, "default", "", {**bulk, "class": bulk["class"][1:]})

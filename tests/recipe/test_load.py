@@ -339,7 +339,7 @@ def test_moving_the_data_changes_no_name(small: Small) -> None:
 
 RICH = (
     "data.train=[{shards: ['${DATA}/a', b], weight: 3, captions_in: lines},"
-    " {shards: c, weight: 1, index: i}]",
+    " {shards: c, weight: 1, index: i, captions_in: {default: 1, 'syn.json:syn_text': 2}}]",
     "data.image={mean: imagenet, crop_scale: [0.5, 1.0]}",
     "model.image.weights=${DATA}/w",
     "train={duration: 0.5 epochs, ema: {}, micro_batch: 6, log_every: 1 epoch}",

@@ -127,6 +127,19 @@ def test_ranks_of_a_node(gpus: int, tasks: int | None, ranks: int) -> None:
         ),
         ({"data": {"train": [{"shards": []}], "batch_size": 4}}, "a path, or a list of paths"),
         ({"data": {"train": [{"shards": "a", "captions_in": "yaml"}], "batch_size": 4}}, "json:FIELD"),
+        ({"data": {"train": [{"shards": "a", "captions_in": {"txt": 0}}], "batch_size": 4}}, "a positive"),
+        ({"data": {"train": [{"shards": "a", "captions_in": {"line": 1}}], "batch_size": 4}}, "mean 'lines'"),
+        ({"data": {"train": [{"shards": "a", "captions_in": {}}], "batch_size": 4}}, "at least one choice"),
+        (
+            {
+                "data": {
+                    "train": [{"shards": "a"}, {"shards": "a", "captions_in": {"txt": 1}}],
+                    "batch_size": 4,
+                    "text": {"captions": "all"},
+                }
+            },
+            "source 1 draws its captions by probabilities",
+        ),
         ({"optim": {"lr": 1e-3, "betas": [0.9, 1.0]}}, "below 1"),
         ({"optim": {"lr": float("inf")}}, "finite"),
         ({"optim": {"lr": float("nan")}}, "greater than or equal"),

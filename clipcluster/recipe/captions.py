@@ -1,0 +1,64 @@
+"""How a recipe names the captions of a source: one choice, or several with their probabilities.
+
+A choice is `default` (the list `captions` of KEY.json, else KEY.txt as one caption), `lines` (the same, but
+KEY.txt holds one a line), `txt` (KEY.txt alone, as one caption), `json:FIELD` (a string or a list of strings
+of KEY.json; dots lead into it) or `MEMBER.json:FIELD` (the same of KEY.MEMBER.json). No torch, no pydantic.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+DEFAULT, LINES, TXT = "default", "lines", "txt"
+CHOICES = "default, lines, txt, json:FIELD or MEMBER.json:FIELD"
+
+_FIELD = re.compile(r"((?P<member>[^:/]+)\.)?json:(?P<field>.+)", re.DOTALL)
+
+
+@lru_cache(maxsize=256)
+def field_of(choice: str) -> tuple[str, str] | None:
+    """Extension of the JSON member and field within it; None for default, lines and txt."""
+    match = _FIELD.fullmatch(choice)
+    if match is None:
+        return None
+    member = match["member"]
+    return (f"{member.lower()}.json" if member else "json"), match["field"]
+
+
+def checked(choice: str) -> str:
+    """The choice itself. ValueError, with the nearest, where there is no such one."""
+    if choice in (DEFAULT, LINES, TXT) or field_of(choice) is not None:
+        return choice
+    near = difflib.get_close_matches(choice, (DEFAULT, LINES, TXT), 1)
+    word = choice.removesuffix(":")
+    if not near and re.fullmatch(r"\w+", word):
+        near = ["json:FIELD" if word == "json" else f"json:{word}"]
+    raise ValueError(f"should be {CHOICES}" + (f"; do you mean {near[0]!r}?" if near else ""))
+
+
+def checked_shares(shares: Mapping[str, float]) -> None:
+    """ValueError unless these are choices with positive probabilities."""
+    if not shares:
+        raise ValueError("should name at least one choice with its probability")
+    for choice, share in shares.items():
+        try:
+            checked(choice)
+        except ValueError as error:
+            raise ValueError(f"{choice!r} {error}") from None
+        if not (math.isfinite(share) and share > 0):
+            raise ValueError(f"{choice!r} has the probability {share:g}; should be a positive number")
+
+
+def shares_of(asked: str | Mapping[str, float] | None) -> dict[str | None, float | None]:
+    """Choices to probabilities that sum to 1, sorted by name so that no order of writing matters.
+
+    One choice alone (or None: the folder's own) has the probability None: nothing is drawn.
+    """
+    if asked is None or isinstance(asked, str):
+        return {asked: None}
+    total = math.fsum(asked.values())
+    return {choice: asked[choice] / total for choice in sorted(asked)}
