@@ -1,20 +1,31 @@
-"""Image bytes to pixels. The kind is decided by content, never by a file's name."""
+"""Image bytes to pixels. The kind is decided by content, never by a file's name.
+
+JPEG and still WebP go to torchvision, whose decoders are the fastest and stand damaged files; everything else
+goes to Pillow: torchvision's PNG decoder crashes on damaged files and gets palettes and transparent colours
+wrong, its GIF decoder unpacks every frame, and the other kinds it has not.
+"""
 
 import io
-from collections.abc import Sequence
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
 
-_TORCHVISION = {"JPEG": ImageReadMode.RGB, "GIF": ImageReadMode.RGB, "WebP": ImageReadMode.UNCHANGED}
-# Pillow reads what torchvision refuses, and PNG: there torchvision crashes on damaged files and, asked for
-# alpha, gets palettes and transparent colours wrong.
-_PILLOW = {"PNG": ["PNG"], "animated WebP": ["WEBP"], "other": ["BMP", "TIFF", "AVIF", "PPM", "JPEG2000"]}
-_LARGEST = 2**27  # pixels of an image that Pillow may unpack
+from clipcluster.data import jpeg
+from clipcluster.data.image_kind import kind_of, no_image, pillow_name, size_of
+
+LARGEST = 89_478_485  # pixels; as Pillow: 256 MiB of RGB
+_SIZE_BY_HEADER = {"JPEG", "PNG", "GIF", "WebP", "BMP"}  # told by us, before a decoder sees the bytes
+_ANIMATION, _EXIF = 0x02, 0x08  # flags of a WebP's header
+_GREY = 128  # what a JPEG decoder fills with where the bits end early
 
 Image.init()  # all kinds of this installation, not only the usual ones
+if "AVIF" in Image.OPEN:
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the loader's workers are the parallel part
 
 
 class BadImage(Exception):
@@ -25,58 +36,86 @@ def decode(data: bytes) -> torch.Tensor:
     """Decodes an image to (3, H, W) uint8.
 
     Grey becomes three equal channels, alpha is put on white, 16 bits become 8, of several frames the first
-    is taken, EXIF orientation is applied. BadImage for everything else, truncated files among it.
+    is taken (the others are not looked at), EXIF orientation is applied. BadImage for everything else:
+    truncated files, and images of more than `LARGEST` pixels, which are told by their header.
     """
-    if not data:
-        raise BadImage("empty file")
+    kind = kind_of(data)
+    if kind is None:
+        raise BadImage(no_image(data))
     try:
-        kind = _kind(data)
-        if kind == "PNG" and b"IEND" not in data[-4096:]:
-            raise BadImage("truncated PNG: no end chunk")
-        pixels = (
-            _torchvision(data, _TORCHVISION[kind]) if kind in _TORCHVISION else _pillow(data, _PILLOW[kind])
-        )
+        if kind in _SIZE_BY_HEADER:
+            _refuse_too_large(size_of(data), kind)
+        if kind == "JPEG":
+            return _jpeg(data)
+        return _rgb(_eight_bits(_webp(data) if _is_plain_webp(data, kind) else _pillow(data, kind)))
     except BadImage:
         raise
     except Exception as error:  # decoders raise RuntimeError, OSError, SyntaxError, struct.error and more
-        raise BadImage(_reason(data, error)) from None
-    return _rgb(_eight_bits(pixels))
+        raise BadImage(_reason(kind, error)) from None
 
 
-def _kind(data: bytes) -> str:
-    """JPEG, PNG, GIF, WebP by their first bytes; an animated WebP and everything else is `other`."""
-    if data[:3] == b"\xff\xd8\xff":
-        return "JPEG"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "PNG"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "animated WebP" if b"ANIM" in data[12:64] else "WebP"
-    return "other"
+def _refuse_too_large(size: tuple[int, int] | None, kind: str) -> None:
+    if size is None:
+        raise BadImage(f"{kind}: damaged header")
+    if size[0] * size[1] > LARGEST:
+        raise BadImage(f"{kind}: {size[0]} x {size[1]} pixels are too many (at most {LARGEST:,})")
 
 
-def _torchvision(data: bytes, mode: ImageReadMode) -> torch.Tensor:
-    # bytearray: torch wants memory it may write to
-    pixels = decode_image(
-        torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, apply_exif_orientation=True
-    )
-    return pixels[0] if pixels.ndim == 4 else pixels
+def _jpeg(data: bytes) -> torch.Tensor:
+    doubtful = jpeg.doubtful(data)
+    pixels = decode_jpeg(_writable(data), ImageReadMode.RGB, apply_exif_orientation=True)
+    if (doubtful or _has_grey_corner(pixels)) and _plain(data) != _plain(jpeg.continued(data)):
+        raise BadImage("truncated JPEG: the end marker comes before the last pixels")
+    return pixels
 
 
-def _pillow(data: bytes, kinds: Sequence[str]) -> torch.Tensor:
-    with Image.open(io.BytesIO(data), formats=[kind for kind in kinds if kind in Image.OPEN]) as image:
-        if image.width * image.height > _LARGEST:
-            raise BadImage(f"{image.width} x {image.height} pixels are too many")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _array(image)
+def _has_grey_corner(pixels: torch.Tensor) -> bool:
+    """Any corner: the last pixel of the file may have been turned to each."""
+    _, height, width = pixels.shape
+    corners = pixels[0, :: max(1, height - 1), :: max(1, width - 1)].tolist()  # red alone: most end here
+    return any(_GREY in row for row in corners)
+
+
+def _plain(data: bytes) -> bytes:
+    """The pixels of a JPEG by Pillow, which writes no warnings to stderr."""
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        return image.tobytes()
+
+
+def _is_plain_webp(data: bytes, kind: str) -> bool:
+    """A still WebP that is not to be turned."""
+    return kind == "WebP" and not (data[12:16] == b"VP8X" and data[20] & (_ANIMATION | _EXIF))
+
+
+def _webp(data: bytes) -> torch.Tensor:
+    return decode_webp(_writable(data), ImageReadMode.UNCHANGED)
+
+
+def _writable(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch wants memory it may write to
+
+
+def _pillow(data: bytes, kind: str) -> torch.Tensor:
+    name = pillow_name(kind)
+    if name is None or name not in Image.OPEN:
+        raise BadImage(f"{kind}: no decoder for this kind is installed")
+    if kind == "PNG" and b"IEND" not in data:
+        raise BadImage("truncated PNG: no end chunk")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd tags
+        with Image.open(io.BytesIO(data), formats=[name]) as image:
+            _refuse_too_large(image.size, kind)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _array(image)
 
 
 def _array(image: Image.Image) -> torch.Tensor:
     """(1, H, W) uint16, or (3 or 4, H, W) uint8."""
     if image.mode.startswith("I;16"):
         return torch.from_numpy(np.asarray(image).astype(np.uint16))[None]
+    if image.mode == "I" and image.format == "PNG":  # 16 bits, in older Pillows
+        return torch.from_numpy(np.asarray(image).clip(0, 65535).astype(np.uint16))[None]
     if image.mode in ("I", "F"):
         raise BadImage(f"pixels of kind {image.mode} have no range")
     alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
@@ -99,14 +138,13 @@ def _rgb(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.expand(3, -1, -1) if pixels.shape[0] == 1 else pixels
 
 
-def _reason(data: bytes, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if _kind(data) == "other":
-        begin = data[:12].lstrip()
-        return (
-            "HTML or XML, no image"
-            if begin.startswith(b"<")
-            else f"no known kind of image (begins {data[:8]!r})"
-        )
-    text = text.rpartition(": ")[2] if ".cpp:" in text else text
-    return f"{_kind(data)}: {text.rpartition(', ')[2] if '.cpp' in text else text}"[:200]
+def _reason(kind: str, error: Exception) -> str:
+    """What a decoder says, without its file names and addresses."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"{kind}: damaged header"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{kind}: too many pixels (at most {LARGEST:,})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if ".cpp" in text:
+        text = text.rpartition(": ")[2].rpartition(".cpp")[2].partition(", ")[2] or text.rpartition(", ")[2]
+    return f"{kind}: {text}"[:200]

@@ -4,6 +4,8 @@ import io
 import struct
 import warnings
 
+from clipcluster.data import jpeg
+
 # Our name of a kind, its usual extension, and Pillow's name for it (None: Pillow cannot read it).
 _KINDS: dict[str, tuple[str, str | None]] = {
     "JPEG": ("jpg", "JPEG"),
@@ -34,7 +36,6 @@ _BEGINNINGS = (
 )
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # bytes of the header that follows the first 14
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-_NO_FRAME = (0xC4, 0xC8, 0xCC)  # JPEG markers between C0 and CF that begin no frame
 
 
 def kind_of(data: bytes) -> str | None:
@@ -101,24 +102,11 @@ def size_of(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg(data: bytes) -> tuple[int, int] | None:
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            at += 1  # decoders skip what stands between segments
-            continue
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill
-            at += 1
-        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:
-            at += 2
-        elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        elif marker in (0xD9, 0xDA):  # the end, or pixels before any frame
-            return None
-        else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
-    return None
+    at = jpeg.frame_at(data)
+    if at is None:
+        return None
+    height, width = struct.unpack_from(">HH", data, at + 5)
+    return width, height
 
 
 def _png(data: bytes) -> tuple[int, int]:
