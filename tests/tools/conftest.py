@@ -1,12 +1,16 @@
 """Small data sets in the layouts in which they are published, with real images, and what is in them."""
 
 import base64
+import gzip
+import hashlib
 import io
 import json
 import pickle
+import random
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +183,224 @@ class ChineseClip:
 @pytest.fixture(scope="session")
 def chinese_clip() -> ChineseClip:
     return ChineseClip()
+
+
+class ClipBenchmark:
+    """CLIP_benchmark's WebDataset folders: `classification` (cls) and `retrieval` (txt, a caption a line)."""
+
+    classnames = ("cat", "dog", "sea lion")
+    templates = ("a photo of a {c}.", "a drawing of a {c}.")
+
+    def captions(self, number: int) -> list[str]:
+        return [f"caption {c} of {number}" for c in range(1 + number % 5)]
+
+    def classification(self, root: Path, samples: int = 24, shards: int = 11) -> Path:
+        """`train/0.tar` … `train/10.tar` and `test`, names beside them; no dataset_type.txt."""
+        for split in ("train", "test"):
+            self._tars(root / split, samples, shards, lambda number: {"cls": str(number % 3)})
+        (root / "classnames.txt").write_text("\n".join(self.classnames))
+        (root / "zeroshot_classification_templates.txt").write_text("\n".join(self.templates))
+        return root
+
+    def retrieval(self, root: Path, samples: int = 12) -> Path:
+        self._tars(root / "test", samples, 2, lambda number: {"txt": "\n".join(self.captions(number))})
+        (root / "dataset_type.txt").write_text("retrieval")
+        return root
+
+    def _tars(self, folder: Path, samples: int, shards: int, members: Callable[[int], dict]) -> None:
+        import webdataset
+
+        folder.mkdir(parents=True)
+        for shard in range(shards):
+            with webdataset.TarWriter(str(folder / f"{shard}.tar")) as tar:
+                for number in range(shard * samples // shards, (shard + 1) * samples // shards):
+                    tar.write(
+                        {"__key__": f"s{number:07d}", "webp": _picture(number, "WEBP"), **members(number)}
+                    )
+        (folder / "nshards.txt").write_text(str(shards))
+
+
+@pytest.fixture(scope="session")
+def clip_benchmark() -> ClipBenchmark:
+    return ClipBenchmark()
+
+
+@pytest.fixture(scope="session")
+def timm_imagenet() -> Callable[[Path], Path]:
+    """timm_imagenet(folder): as timm publishes it, two shards of five to train, one of four to validate."""
+
+    def make(folder: Path) -> Path:
+        import webdataset
+
+        folder.mkdir(parents=True)
+        info: dict = {"name": "imagenet1k", "splits": {}}
+        for split, shards, per_shard in (("train", 2, 5), ("validation", 1, 4)):
+            names = [f"imagenet1k-{split}-{shard:04d}.tar" for shard in range(shards)]
+            for shard, name in enumerate(names):
+                with webdataset.TarWriter(str(folder / name)) as tar:
+                    for number in range(shard * per_shard, (shard + 1) * per_shard):
+                        key = (
+                            f"n{number % 3:08d}_{number}"
+                            if split == "train"
+                            else f"ILSVRC2012_val_{number:08d}"
+                        )
+                        meta = {"label": number % 3, "width": 20, "height": 14, "filename": f"{key}.JPEG"}
+                        tar.write({"__key__": key, "jpg": _picture(number), "cls": number % 3, "json": meta})
+            info["splits"][split] = {
+                "name": split,
+                "num_samples": shards * per_shard,
+                "filenames": names,
+                "shard_lengths": [per_shard] * shards,
+            }
+        (folder / "_info.json").write_text(json.dumps(info))
+        return folder
+
+    return make
+
+
+def _uid(number: int) -> str:
+    return hashlib.md5(str(number).encode()).hexdigest()
+
+
+class Downloads:
+    """What img2dataset 1.47 leaves: NAME.tar, NAME.parquet with the failures too, NAME_stats.json.
+
+    Of eight rows the fourth and the sixth fail, and the second has no caption.
+    """
+
+    failures = {  # noqa: RUF012
+        3: ("failed_to_download", "HTTP Error 404: Not Found"),
+        5: ("failed_to_resize", "Image decoding error"),
+    }
+    picture = staticmethod(_picture)
+    uid = staticmethod(_uid)
+
+    def row(self, number: int, key: str) -> dict[str, Any]:
+        """A row of the parquet; the json of a sample that was downloaded."""
+        status, error = self.failures.get(number % 8, ("success", None))
+        good = status == "success"
+        return {
+            "uid": _uid(number),
+            "caption": None if number % 8 == 1 else f"caption {number}\nsecond line",
+            "url": f"http://127.0.0.1/{number}.jpg",
+            "key": key,
+            "status": status,
+            "error_message": error,
+            "width": 20 if good else None,
+            "height": 14 if good else None,
+            "original_width": 40 if good else None,
+            "original_height": 28 if good else None,
+            "exif": "{}" if good else None,
+            "sha256": hashlib.sha256(_picture(number)).hexdigest() if good else None,
+        }
+
+    def make(self, folder: Path, shards: int = 2, rows: int = 8, first: int = 0) -> Path:
+        """Numbers `first` and on, each shard in the order in which its downloads happened to end."""
+        folder.mkdir(parents=True)
+        for shard in range(shards):
+            records = [self.row(first + shard * rows + row, f"{shard:05d}{row:04d}") for row in range(rows)]
+            random.Random(shard).shuffle(records)
+            self._shard(folder / f"{shard:05d}", records)
+        return folder
+
+    def _shard(self, path: Path, records: list[dict[str, Any]]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        import webdataset
+
+        with webdataset.TarWriter(f"{path}.tar") as tar:
+            for record in records:
+                if record["status"] == "success":
+                    number = int(Path(record["url"]).stem)
+                    texts = {"txt": record["caption"] or "", "json": json.dumps(record, indent=4)}
+                    tar.write({"__key__": record["key"], "jpg": _picture(number), **texts})
+        schema = pa.schema(
+            [
+                (name, pa.int32() if "width" in name or "height" in name else pa.string())
+                for name in records[0]
+            ]
+        )
+        pq.write_table(pa.Table.from_pylist(records, schema), f"{path}.parquet", row_group_size=5)
+        statuses = [record["status"] for record in records]
+        stats = {"count": len(records), "successes": statuses.count("success")}
+        path.with_name(f"{path.name}_stats.json").write_text(json.dumps(stats))
+
+
+@pytest.fixture(scope="session")
+def downloads() -> Downloads:
+    return Downloads()
+
+
+class DataCompDR:
+    """DataComp's pool of images, and the reinforcements of other numbers, joined by uid."""
+
+    uid = staticmethod(_uid)
+    picture = staticmethod(_picture)
+
+    def sha256(self, number: int) -> str:
+        return hashlib.sha256(_picture(number)).hexdigest()
+
+    def images(self, folder: Path, shards: dict[int, list[int]], **changed: Any) -> Path:
+        """As img2dataset downloads DataComp's pools: keys of 12 digits, the uid in the json."""
+        import webdataset
+
+        folder.mkdir(parents=True)
+        for shard, numbers in shards.items():
+            with webdataset.TarWriter(str(folder / f"{shard:08d}.tar")) as tar:
+                for row, number in enumerate(numbers):
+                    meta = {
+                        "uid": _uid(number),
+                        "caption": f"caption {number}",
+                        "url": f"http://127.0.0.1/{number}",
+                        "key": f"{shard:08d}{row:04d}",
+                        "width": 20,
+                        "sha256": self.sha256(number),
+                        **changed,
+                    }
+                    texts = {"txt": f"caption {number}", "json": json.dumps(meta, indent=4)}
+                    tar.write({"__key__": meta["key"], "jpg": _picture(number), **texts})
+        return folder
+
+    def members(self, number: int, edition: str = "npz") -> dict[str, bytes]:
+        """What is stored of an image, with the teachers' embeddings in either edition's file."""
+        box = [[1.5, 2.5, 8.0, 8.0], [[6, 0.27], [0, 0.0]]]
+        return {
+            "syn.json": json.dumps({"syn_text": [f"synthetic {i} of {number}" for i in range(5)]}).encode(),
+            "paug.json": json.dumps({"param_aug": [box] * 3}).encode(),
+            edition: self._embeddings(number, edition),
+        }
+
+    def _embeddings(self, number: int, edition: str) -> bytes:
+        arrays = {"image_emb": np.full((3, 8), number, np.float32), "text_emb": np.ones((6, 8), np.float32)}
+        file = io.BytesIO()
+        if edition == "npz":
+            np.savez(file, **arrays)
+            return file.getvalue()
+        import torch
+
+        torch.save({name: torch.from_numpy(array).bfloat16() for name, array in arrays.items()}, file)
+        return gzip.compress(file.getvalue(), mtime=0)
+
+    def reinforcements(self, folder: Path, shards: dict[int, list[int]], edition: str = "npz") -> Path:
+        """DataCompDR's tars: key = uid, neither images nor captions."""
+        import webdataset
+
+        folder.mkdir(parents=True)
+        for shard, numbers in shards.items():
+            with webdataset.TarWriter(str(folder / f"{shard:08d}.tar"), encoder=False) as tar:
+                for number in numbers:
+                    meta = {"uid": _uid(number), "sha256": self.sha256(number)}
+                    tar.write(
+                        {
+                            "__key__": _uid(number),
+                            "url.txt": f"http://elsewhere/{number}".encode(),
+                            "json": json.dumps(meta).encode(),
+                            **self.members(number, edition),
+                        }
+                    )
+        return folder
+
+
+@pytest.fixture(scope="session")
+def datacompdr() -> DataCompDR:
+    return DataCompDR()

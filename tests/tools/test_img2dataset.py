@@ -1,14 +1,12 @@
 """`convert img2dataset`: the layout of img2dataset 1.47, built row by row, and the program itself."""
 
-import hashlib
 import http.server
 import io
-import json
 import multiprocessing
 import os
 import pickle
-import random
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,69 +26,6 @@ from tools.readers.img2dataset import KIND, Options, open_downloads
 from tools.records import BadRecord, Source
 from tools.uids import read_uids
 
-FAILURES = {
-    3: ("failed_to_download", "HTTP Error 404: Not Found"),
-    5: ("failed_to_resize", "Image decoding error"),
-}
-
-
-def _picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (10, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
-
-
-def _uid(number: int) -> str:
-    return hashlib.md5(str(number).encode()).hexdigest()
-
-
-def _row(number: int, key: str) -> dict[str, Any]:
-    status, error = FAILURES.get(number % 8, ("success", None))
-    good = status == "success"
-    return {
-        "uid": _uid(number),
-        "caption": None if number % 8 == 1 else f"caption {number}\nsecond line",
-        "url": f"http://127.0.0.1/{number}.jpg",
-        "key": key,
-        "status": status,
-        "error_message": error,
-        "width": 12 if good else None,
-        "height": 10 if good else None,
-        "original_width": 24 if good else None,
-        "original_height": 20 if good else None,
-        "exif": "{}" if good else None,
-        "sha256": hashlib.sha256(_picture(number)).hexdigest() if good else None,
-    }
-
-
-def _download(folder: Path, shards: int = 2, rows: int = 8, first: int = 0) -> Path:
-    """A folder as img2dataset leaves it: rows in completion order, failures in the parquet alone."""
-    folder.mkdir(parents=True)
-    integer = {"width", "height", "original_width", "original_height"}
-    for shard in range(shards):
-        records = [_row(first + shard * rows + row, f"{shard:05d}{row:04d}") for row in range(rows)]
-        random.Random(shard).shuffle(records)
-        with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
-            for record in records:
-                if record["status"] == "success":
-                    tar.write(
-                        {
-                            "__key__": record["key"],
-                            "jpg": _picture(int(Path(record["url"]).stem)),
-                            "txt": record["caption"] or "",
-                            "json": json.dumps(record, indent=4),
-                        }
-                    )
-        schema = pa.schema([(name, pa.int32() if name in integer else pa.string()) for name in records[0]])
-        pq.write_table(
-            pa.Table.from_pylist(records, schema), folder / f"{shard:05d}.parquet", row_group_size=5
-        )
-        statuses = [record["status"] for record in records]
-        stats = {"count": rows, "successes": statuses.count("success")}
-        (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats))
-    return folder
-
 
 def _open(*folders: Path, **options: Any) -> Source:
     return open_downloads(list(folders), Options(**options))
@@ -102,32 +37,32 @@ def _keys(source: Source) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _download(tmp_path_factory.mktemp("downloads") / "out")
+def folder(downloads: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return downloads.make(tmp_path_factory.mktemp("downloads") / "out")
 
 
-GOOD = [number for number in range(16) if number % 8 not in FAILURES]
+GOOD = [number for number in range(16) if number % 8 not in (3, 5)]
 
 
-def test_every_success_by_key_with_its_fields(folder: Path) -> None:
+def test_every_success_by_key_with_its_fields(downloads: Any, folder: Path) -> None:
     source = _open(folder)
     (split,) = source.splits
     assert (split.name, len(split)) == ("", len(GOOD))
-    assert split.sizes().tolist() == [len(_picture(number)) for number in GOOD]
+    assert split.sizes().tolist() == [len(downloads.picture(number)) for number in GOOD]
     for position, number in enumerate(GOOD):
         record = split.read(position)
-        expected = _row(number, f"{number // 8:05d}{number % 8:04d}")
+        expected = downloads.row(number, f"{number // 8:05d}{number % 8:04d}")
         assert record.key == expected["key"]
-        assert record.image == _picture(number)
+        assert record.image == downloads.picture(number)
         assert list(record.captions) == ([expected["caption"]] if expected["caption"] else [])
         assert record.fields == expected
         assert (record.cls, record.members) == (None, {})
     assert [entry.path for entry in source.inputs] == [str(folder / f"0000{n}.tar") for n in range(2)]
 
 
-def test_failures_are_counted_from_the_parquet(folder: Path, tmp_path: Path) -> None:
+def test_failures_are_counted_from_the_parquet(downloads: Any, folder: Path, tmp_path: Path) -> None:
     assert _open(folder).notes == ["4 of 16 downloads failed: 2 failed_to_download, 2 failed_to_resize"]
-    half = _download(tmp_path / "half")
+    half = downloads.make(tmp_path / "half")
     (half / "00001.parquet").unlink()
     with open(half / "00001.tar", "r+b") as tar:
         tar.truncate(tar.seek(0, os.SEEK_END) - 1024 - 3 * 512)  # killed inside the last sample
@@ -138,8 +73,8 @@ def test_failures_are_counted_from_the_parquet(folder: Path, tmp_path: Path) -> 
     assert notes[2].startswith("2 of 8 downloads failed")
 
 
-def test_a_tar_that_its_parquet_contradicts_is_named(tmp_path: Path) -> None:
-    out = _download(tmp_path / "out")
+def test_a_tar_that_its_parquet_contradicts_is_named(downloads: Any, tmp_path: Path) -> None:
+    out = downloads.make(tmp_path / "out")
     (out / "00000.tar").write_bytes((out / "00001.tar").read_bytes()[: -20 * 512] + bytes(1024))
     assert any("00000.tar" in note and "its parquet says 6" in note for note in _open(out).notes)
 
@@ -162,34 +97,38 @@ def test_the_output_of_files_is_the_same(folder: Path, tmp_path: Path) -> None:
         assert again.splits[0].read(number) == source.splits[0].read(number)
 
 
-def _write_uids(path: Path, numbers: list[int], how: str) -> Path:
-    pairs = [divmod(int(_uid(number), 16), 2**64) for number in numbers]
+def _write_uids(path: Path, uids: list[str], how: str) -> Path:
+    pairs = [divmod(int(uid, 16), 2**64) for uid in uids]
     array = np.array(pairs, np.dtype("u8,u8"))
     if how == "npy":
         np.save(path, array)
         return path.with_name(path.name + ".npy")
     if how == "hex array":
-        np.save(path, np.array([_uid(number) for number in numbers]))
+        np.save(path, np.array(uids))
         return path.with_name(path.name + ".npy")
-    path.write_bytes(array.tobytes() if how == "raw" else "".join(f"{_uid(n)}\n" for n in numbers).encode())
+    path.write_bytes(array.tobytes() if how == "raw" else "".join(f"{uid}\n" for uid in uids).encode())
     return path
 
 
 @pytest.mark.parametrize("how", ["npy", "raw", "text", "hex array"])
-def test_a_subset_by_uid_repeats_what_repeats(folder: Path, tmp_path: Path, how: str) -> None:
+def test_a_subset_by_uid_repeats_what_repeats(downloads: Any, folder: Path, tmp_path: Path, how: str) -> None:
     wanted = [9, 2, 14, 9, 9, 700, 3, 2]  # 700 is nowhere, 3 was not downloaded; not sorted
-    file = _write_uids(tmp_path / "uids", wanted, how)
-    assert [uid.hex().zfill(32) for uid in read_uids(file).tolist()] == [_uid(number) for number in wanted]
+    file = _write_uids(tmp_path / "uids", list(map(downloads.uid, wanted)), how)
+    assert [uid.hex().zfill(32) for uid in read_uids(file).tolist()] == [
+        downloads.uid(number) for number in wanted
+    ]
     source = _open(folder, uids=str(file))
     (split,) = source.splits
     assert _keys(source) == [
-        f"{_uid(2)}-0",
-        f"{_uid(2)}-1",
-        *[f"{_uid(9)}-{j}" for j in range(3)],
-        f"{_uid(14)}-0",
+        f"{downloads.uid(2)}-0",
+        f"{downloads.uid(2)}-1",
+        *[f"{downloads.uid(9)}-{j}" for j in range(3)],
+        f"{downloads.uid(14)}-0",
     ]
-    assert [split.read(number).image for number in range(6)] == [_picture(n) for n in (2, 2, 9, 9, 9, 14)]
-    assert split.sizes().tolist() == [len(_picture(n)) for n in (2, 2, 9, 9, 9, 14)]
+    assert [split.read(number).image for number in range(6)] == [
+        downloads.picture(n) for n in (2, 2, 9, 9, 9, 14)
+    ]
+    assert split.sizes().tolist() == [len(downloads.picture(n)) for n in (2, 2, 9, 9, 9, 14)]
     assert f"3 of the 5 uids of {file} are there, 6 samples with repeats" in source.notes
     assert source.inputs[-1].path == str(file)
 
@@ -202,39 +141,37 @@ def test_uids_with_zeros_at_either_end(tmp_path: Path) -> None:
     assert sorted(uids.tolist()) == [uids[number] for number in np.argsort(np.array(numbers, object))]
 
 
-def test_a_uid_in_two_shards_is_taken_once(folder: Path, tmp_path: Path) -> None:
-    twin = _download(tmp_path / "twin")
-    file = _write_uids(tmp_path / "uids", [1, 1, 2], "raw")
+def test_a_uid_in_two_shards_is_taken_once(downloads: Any, folder: Path, tmp_path: Path) -> None:
+    twin = downloads.make(tmp_path / "twin")
+    file = _write_uids(tmp_path / "uids", list(map(downloads.uid, [1, 1, 2])), "raw")
     source = _open(folder, twin, uids=str(file))
-    assert _keys(source) == [f"{_uid(1)}-0", f"{_uid(1)}-1", f"{_uid(2)}-0"]
+    assert _keys(source) == [f"{downloads.uid(1)}-0", f"{downloads.uid(1)}-1", f"{downloads.uid(2)}-0"]
     assert "2 samples have a uid that came before, and are left out" in source.notes
 
 
-def test_equal_keys_of_two_downloads_get_numbers(folder: Path, tmp_path: Path) -> None:
-    other = _download(tmp_path / "other", first=100)
+def test_equal_keys_of_two_downloads_get_numbers(downloads: Any, folder: Path, tmp_path: Path) -> None:
+    other = downloads.make(tmp_path / "other", first=100)
     source = _open(folder, other)
     keys = _keys(source)
     assert (
-        len(set(keys))
-        == len(keys)
-        == 2 * len(GOOD) + sum(n % 8 not in FAILURES for n in range(100, 116)) - 12
+        len(set(keys)) == len(keys) == 2 * len(GOOD) + sum(n % 8 not in (3, 5) for n in range(100, 116)) - 12
     )
     assert keys[: len(GOOD)] == _keys(_open(folder))
     assert {key.rpartition("-")[2] for key in keys[len(GOOD) :] if "-" in key} == {"1"}
     assert any("have a key that came before" in note for note in source.notes)
 
 
-def test_a_numbered_key_is_never_another_samples(tmp_path: Path) -> None:
+def test_a_numbered_key_is_never_another_samples(downloads: Any, tmp_path: Path) -> None:
     for folder, keys in (("a", ["x", "x-1"]), ("b", ["x"])):
         (tmp_path / folder).mkdir()
         with webdataset.TarWriter(str(tmp_path / folder / "00000.tar")) as tar:
             for key in keys:
-                tar.write({"__key__": key, "jpg": _picture(0)})
+                tar.write({"__key__": key, "jpg": downloads.picture(0)})
     assert _keys(_open(tmp_path / "a", tmp_path / "b")) == ["x", "x-1", "x--1"]
 
 
-def test_once_takes_the_first_of_equal_values(folder: Path, tmp_path: Path) -> None:
-    twin = _download(tmp_path / "twin")
+def test_once_takes_the_first_of_equal_values(downloads: Any, folder: Path, tmp_path: Path) -> None:
+    twin = downloads.make(tmp_path / "twin")
     source = _open(folder, twin, once="sha256")
     assert _keys(source) == _keys(_open(folder))
     assert f"{len(GOOD)} samples with a sha256 that came before are left out" in source.notes
@@ -245,15 +182,15 @@ def test_captions_may_be_a_field_of_the_json(folder: Path) -> None:
     assert list(split.read(0).captions) == ["http://127.0.0.1/0.jpg"]
 
 
-def test_a_sample_that_cannot_be_read_is_bad(tmp_path: Path) -> None:
+def test_a_sample_that_cannot_be_read_is_bad(downloads: Any, tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "00000.tar"), encoder=False) as tar:
-        tar.write({"__key__": "a", "jpg": _picture(0), "json": b"{cut"})
-        tar.write({"__key__": "b", "jpg": _picture(1), "txt": b"\xff\xfe"})
+        tar.write({"__key__": "a", "jpg": downloads.picture(0), "json": b"{cut"})
+        tar.write({"__key__": "b", "jpg": downloads.picture(1), "txt": b"\xff\xfe"})
         tar.write({"__key__": "c", "txt": b"no image"})
         tar.write(
             {
                 "__key__": "d",
-                "png": _picture(2),
+                "png": downloads.picture(2),
                 "cls": b"7",
                 "npy": b"else",
                 "json": b'{"captions": ["x", "y"]}',
@@ -302,9 +239,9 @@ def test_other_folders_are_refused(tmp_path: Path, file: str | None, words: str)
         _open(tmp_path)
 
 
-def test_broken_uid_files_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_broken_uid_files_are_refused(downloads: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(b"\x01" * 17)
-    (tmp_path / "text").write_text(_uid(0) + "\nnot a uid\n")
+    (tmp_path / "text").write_text(downloads.uid(0) + "\nnot a uid\n")
     np.save(tmp_path / "one.npy", np.zeros(4, np.uint64))
     for name, words in (
         ("raw", "17 bytes are no uid file"),
@@ -314,7 +251,7 @@ def test_broken_uid_files_are_refused(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             _open(folder, uids=str(tmp_path / name))
-    none = _write_uids(tmp_path / "none_there", [900], "raw")
+    none = _write_uids(tmp_path / "none_there", list(map(downloads.uid, [900])), "raw")
     with pytest.raises(UserError, match="no sample is left"):
         _open(folder, uids=str(none))
 
@@ -328,17 +265,30 @@ def test_the_folder_can_be_indexed_as_it_is(folder: Path, tmp_path: Path) -> Non
         assert (found[record.key].image, found[record.key].captions) == (record.image, record.captions)
 
 
-def test_the_kind_says_what_it_takes() -> None:
-    assert KIND.options is Options
+def test_the_command_converts_a_subset(downloads: Any, folder: Path, tmp_path: Path) -> None:
     assert KIND.open is open_downloads
+    file = _write_uids(tmp_path / "uids", list(map(downloads.uid, [15, 0, 1, 15])), "npy")
+    command = [sys.executable, "-m", "jobs.cli", "shards", "convert", "img2dataset", str(folder)]
+    command += ["--uids", str(file), "--out", str(tmp_path / "out"), "--samples-per-shard", "3"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "4 of 16 downloads failed: 2 failed_to_download, 2 failed_to_resize\n" in said
+    assert f"3 of the 3 uids of {file} are there, 4 samples with repeats\n" in said
+    assert "4 samples with 3 captions in 2 shards, 1 without a caption" in said
+    shards = open_folder(tmp_path / "out")
+    samples = [shards.read(number) for number in range(4)]
+    assert [sample.key for sample in samples] == [
+        f"{downloads.uid(number)}-{repeat}" for number, repeat in ((0, 0), (1, 0), (15, 0), (15, 1))
+    ]
+    assert [sample.captions for sample in samples][1:] == [[], *[["caption 15\nsecond line"]] * 2]
+    assert [sample.image for sample in samples] == [downloads.picture(number) for number in (0, 1, 15, 15)]
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[str]:
+def web(downloads: Any, tmp_path: Path) -> Iterator[str]:
     """A server of 24 images; /missing-* is 404, /page-* a web page under an image's name."""
     (tmp_path / "web").mkdir()
     for number in range(24):
-        (tmp_path / "web" / f"{number}.jpg").write_bytes(_picture(number))
+        (tmp_path / "web" / f"{number}.jpg").write_bytes(downloads.picture(number))
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -366,18 +316,18 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("output", ["webdataset", "files"])
-def test_what_the_real_img2dataset_downloads(web: str, tmp_path: Path, output: str) -> None:
+def test_what_the_real_img2dataset_downloads(downloads: Any, web: str, tmp_path: Path, output: str) -> None:
     python = os.environ.get("CLIPCLUSTER_IMG2DATASET_PYTHON")
     if not python:
         pytest.skip(
             "CLIPCLUSTER_IMG2DATASET_PYTHON names no Python that has img2dataset (its own environment)"
         )
     rows = [
-        {"url": f"{web}/{n}.jpg", "text": f"picture {n}" if n % 6 else None, "uid": _uid(n)}
+        {"url": f"{web}/{n}.jpg", "text": f"picture {n}" if n % 6 else None, "uid": downloads.uid(n)}
         for n in range(24)
     ]
-    rows[5:5] = [{"url": f"{web}/missing-1.jpg", "text": "gone", "uid": _uid(100)}]
-    rows[9:9] = [{"url": f"{web}/page-1.jpg", "text": "a page", "uid": _uid(101)}]
+    rows[5:5] = [{"url": f"{web}/missing-1.jpg", "text": "gone", "uid": downloads.uid(100)}]
+    rows[9:9] = [{"url": f"{web}/page-1.jpg", "text": "a page", "uid": downloads.uid(101)}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list.parquet")
     options = {
         "url_list": tmp_path / "list.parquet",
@@ -401,9 +351,13 @@ def test_what_the_real_img2dataset_downloads(web: str, tmp_path: Path, output: s
     assert source.notes == ["2 of 26 downloads failed: 1 failed_to_download, 1 failed_to_resize"]
     (split,) = source.splits
     records = [split.read(number) for number in range(len(split))]
-    assert [record.fields["uid"] for record in records] == [_uid(number) for number in range(24)]
+    assert [record.fields["uid"] for record in records] == [downloads.uid(number) for number in range(24)]
     for number, record in enumerate(records):
         assert record.captions == ([f"picture {number}"] if number % 6 else [])
-        assert Image.open(io.BytesIO(record.image)).size == (12, 10)
-    file = _write_uids(tmp_path / "uids", [4, 4, 20], "npy")
-    assert _keys(_open(tmp_path / "out", uids=str(file))) == [f"{_uid(4)}-0", f"{_uid(4)}-1", f"{_uid(20)}-0"]
+        assert Image.open(io.BytesIO(record.image)).size == (20, 14)
+    file = _write_uids(tmp_path / "uids", list(map(downloads.uid, [4, 4, 20])), "npy")
+    assert _keys(_open(tmp_path / "out", uids=str(file))) == [
+        f"{downloads.uid(4)}-0",
+        f"{downloads.uid(4)}-1",
+        f"{downloads.uid(20)}-0",
+    ]

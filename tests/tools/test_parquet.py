@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from clipcluster.data.shards import open_folder
 from clipcluster.errors import UserError
 from tools.readers import parquet
 from tools.readers.parquet import Options, open_rows
@@ -133,6 +134,19 @@ def test_hugging_face_images_classes_and_splits(tmp_path: Path) -> None:
     assert source.splits[0].files == {"classnames.txt": "cat\ndog\nsea lion\n"}
     one = _open(tmp_path / "data" / "test-00000-of-00001.parquet")
     assert [split.name for split in one.splits] == [""]
+
+
+def test_the_command_makes_a_folder_a_split(tmp_path: Path) -> None:
+    _hub(tmp_path / "data" / "train-00000-of-00001.parquet", 5)
+    _hub(tmp_path / "data" / "test-00000-of-00001.parquet", 3, 10)
+    command = [sys.executable, "-m", "jobs.cli", "shards", "convert", "parquet", str(tmp_path / "data")]
+    subprocess.run([*command, "--out", str(tmp_path / "out"), "--workers", "2"], check=True)
+    train = open_folder(tmp_path / "out" / "train")
+    assert (train.n_samples, train.n_pairs) == (5, 10)
+    assert train.read(4).captions == ["first of 4", "second of 4"]
+    assert train.classnames == ["cat", "dog", "sea lion"]
+    assert [train.read(number).cls for number in range(3)] == [0, -1, 2]
+    assert open_folder(tmp_path / "out" / "test").read(2).image == _picture(12)
 
 
 def test_images_behind_paths(tmp_path: Path) -> None:
