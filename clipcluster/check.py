@@ -159,7 +159,10 @@ def _draws(recipe: Recipe, opened: Sequence[Shards]) -> int:
 def _open(source: Source, text: bool) -> Shards:
     from clipcluster.data.shards import open_source
 
-    return open_source(source, text=text)
+    try:
+        return open_source(source, text=text)
+    except OSError as error:  # a server that does not answer; what lies on a disk has its own words
+        raise UserError(f"the index cannot be read: {error}") from None
 
 
 def _check_evaluations(loaded: Loaded, findings: Findings) -> None:

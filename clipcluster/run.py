@@ -119,11 +119,13 @@ def _hashes(source: Shards) -> dict[str, str]:
 
 def open_sources(recipe: Recipe, assets: Path) -> Sources:
     """Open the recipe's sources. Raises UserError where one cannot be opened."""
+    from clipcluster.data.cache import Cache
     from clipcluster.data.order import order_of
     from clipcluster.data.shards import open_source
     from clipcluster.data.tokenizer import load_tokenizer
 
-    shards = [open_source(source, text=True) for source in recipe.data.train]
+    cache = Cache.of(recipe.data.cache)
+    shards = [open_source(source, text=True, cache=cache) for source in recipe.data.train]
     tokenizer = load_tokenizer(recipe.data.text, assets)
     return Sources(shards, order_of(recipe, shards), tokenizer)
 

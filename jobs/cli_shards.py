@@ -16,7 +16,10 @@ shards.add_typer(convert, name="convert")
 
 @shards.command()
 def index(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of shards.")],
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR...", help="Folders of shards; or one address, or pipe:COMMAND."),
+    ],
     elsewhere: Annotated[
         Path | None, typer.Option("--index", metavar="FOLDER", help="Put the index elsewhere.")
     ] = None,

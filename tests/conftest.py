@@ -1,8 +1,13 @@
 """What every room's tests share: one thread a process, and the summary of time and coverage by room."""
 
+import hashlib
+import http.server
 import os
+import re
 import signal
+import threading
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -68,3 +73,88 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("coverage by room")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+class WebServer(http.server.ThreadingHTTPServer):
+    """Serves a folder on 127.0.0.1, with ETag and Range; breaks every `drop_every`-th tar in mid-body.
+
+    `log` holds (method, path, first byte asked for, status) of every request; `status` is what to answer
+    instead, if it is set.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, drop_every: int = 0) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.folder, self.drop_every = folder, drop_every
+        self.log: list[tuple[str, str, int, int]] = []
+        self.bodies = 0
+        self.status: int | None = None
+        self.counting = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that are gone are what these tests are about."""
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    server: WebServer
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        file = self.server.folder / path.lstrip("/")
+        if self.server.status is not None or not file.is_file():
+            status = self.server.status or 404
+            self.server.log.append((self.command, path, 0, status))
+            self.send_error(status)
+            return
+        data = file.read_bytes()
+        tag = f'"{hashlib.md5(data).hexdigest()}"'
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        partial = wanted and self.headers.get("If-Range", tag) == tag
+        first = int(wanted[1]) if partial else 0
+        last = int(wanted[2]) if partial and wanted[2] else len(data) - 1
+        self.server.log.append((self.command, path, first, 206 if partial else 200))
+        self.send_response(206 if partial else 200)
+        self.send_header("ETag", tag)
+        self.send_header("Content-Length", str(last + 1 - first))
+        if partial:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.end_headers()
+        if body:
+            self._send(data[first : last + 1], path.endswith(".tar"))
+
+    def _send(self, data: bytes, may_drop: bool) -> None:
+        with self.server.counting:
+            self.server.bodies += may_drop
+            drop = may_drop and self.server.drop_every and self.server.bodies % self.server.drop_every == 0
+        self.wfile.write(data[: len(data) // 2] if drop else data)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web_server() -> Iterator[Callable[..., WebServer]]:
+    """web_server(folder, drop_every=0): a `WebServer` of that folder, running."""
+    servers: list[WebServer] = []
+
+    def start(folder: Path, drop_every: int = 0) -> WebServer:
+        servers.append(WebServer(folder, drop_every))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.05,), daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

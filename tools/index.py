@@ -1,14 +1,15 @@
-"""`clipcluster shards index DIR …`: makes the index of folders of shards."""
+"""`clipcluster shards index DIR …`: makes the index of folders of shards, here or elsewhere."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clipcluster.data.index import IndexSummary, find_shards, write_index
+from clipcluster.data.remote import is_remote
 from clipcluster.errors import UserError
 
 
 def index_folders(
-    folders: Sequence[Path],
+    folders: Sequence[str | Path],
     *,
     index: Path | None = None,
     captions: str | Sequence[str] | None = None,
@@ -16,7 +17,8 @@ def index_folders(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[IndexSummary]:
-    """Indexes each folder; `index` puts it elsewhere, and goes with one folder alone.
+    """Indexes each folder; `index` puts it elsewhere, and goes with one folder alone. Addresses and commands
+    (`pipe:`) need it.
 
     `captions` are choices (default, lines, txt, json:FIELD, MEMBER.json:FIELD) to stand beside those that an
     index has; none: what it has, and for a new one lines where `dataset_type.txt` says retrieval, else
@@ -29,8 +31,17 @@ def index_folders(
             f"--index {index} holds the index of one folder, and {len(folders)} were given; run one by one"
         )
     for folder in folders:
-        find_shards(folder)
-    return [
-        write_index(folder, index, captions, again=again, workers=workers, progress=progress)
-        for folder in folders
-    ]
+        if not is_remote(folder):
+            find_shards(Path(folder))
+        elif index is None:
+            raise UserError(f"{folder}: say where its index is put on this machine, with --index FOLDER")
+    summaries = []
+    for folder in folders:
+        if is_remote(folder) and index is not None:
+            from tools.remote_index import index_remote
+
+            made = index_remote(str(folder), index, captions, again=again, workers=workers, progress=progress)
+        else:
+            made = write_index(Path(folder), index, captions, again=again, workers=workers, progress=progress)
+        summaries.append(made)
+    return summaries

@@ -34,6 +34,7 @@ import numpy as np
 from clipcluster.data import captions
 from clipcluster.data.captions import JSON, NO_TEXT, TXT
 from clipcluster.data.columns import BrokenColumns, Columns, Stream, read_columns, write_columns
+from clipcluster.data.remote import RemoteFolder
 from clipcluster.data.rows import (
     FORMAT,
     IMAGE_EXTENSIONS,
@@ -483,7 +484,9 @@ def summary(
     )
 
 
-def read_table(folder: Path, target: Path, *, captions_choice: str | Sequence[str] | None) -> Columns:
+def read_table(
+    folder: Path | RemoteFolder, target: Path, *, captions_choice: str | Sequence[str] | None
+) -> Columns:
     """The mapped list of a folder's index at `target`.
 
     `captions_choice` is what the source asks for, None if it needs no captions. UserError, with the command
@@ -494,7 +497,8 @@ def read_table(folder: Path, target: Path, *, captions_choice: str | Sequence[st
     try:
         table = read_columns(target / TABLE)
     except FileNotFoundError:
-        find_shards(folder)
+        if isinstance(folder, Path):
+            find_shards(folder)
         where = f" in {target}" if place else ""
         raise UserError(f"{folder}: these shards have no index{where}; make it with: {command}") from None
     except BrokenColumns as error:

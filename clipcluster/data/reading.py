@@ -130,7 +130,7 @@ class Reader:
         if self._at is None:
             return "before the first sample"
         shards = self.sources[self._at[0]]
-        shard = shards.shard_path(shards.record(self._at[1])[0])
+        shard = shards.shard_place(shards.record(self._at[1])[0])
         try:
             return f"{shard}, key {shards.read(self._at[1], text=False).key}"
         except Exception:
@@ -179,8 +179,8 @@ class TrainReader(Reader):
                 return sample, pixels
             bad.append(self._bad[source, candidate])
         raise DataError(
-            f"no sample of shard {shards.shard_path(shard)} can be decoded: {bad[-1]['reason']}",
-            f"look at its images: clipcluster shards verify {shards.shard_path(shard).parent}",
+            f"no sample of shard {shards.shard_place(shard)} can be decoded: {bad[-1]['reason']}",
+            f"look at its images: clipcluster shards verify {shards.shard_place(shard).parent}",
         )
 
 

@@ -4,32 +4,53 @@ A `Shards` is one source: its samples are numbered 0 … n_samples - 1 in the or
 can be sent to another process: paths travel and which bytes were compared, the index is mapped again there.
 """
 
+from __future__ import annotations
+
 import glob
 import os
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
 from clipcluster.data import captions
 from clipcluster.data import index as indexes
-from clipcluster.data.columns import BrokenColumns, Joined, read_columns
+from clipcluster.data.columns import BrokenColumns, Columns, Joined, read_columns
+from clipcluster.data.remote import (
+    Named,
+    OtherContent,
+    Refused,
+    RemoteFile,
+    RemoteFolder,
+    State,
+    Unreachable,
+    braces,
+    folder_at,
+    is_remote,
+    named,
+)
 from clipcluster.data.tar import BrokenTar, scan
 from clipcluster.errors import UserError
 from clipcluster.recipe.captions import shares_of
 from clipcluster.runtime.stop import DataError
+
+if TYPE_CHECKING:
+    from clipcluster.data.cache import Cache
 
 CHECKED_SHARDS = 10_000  # more than these are compared only when a worker opens them
 OPEN_SHARDS = 64  # file handles a source keeps open
 _SCAN = 1 << 22  # samples looked at together
 _PIECES = 64  # columns laid together without a copy
 RETRIES = (0.1, 1.0, 3.0)  # seconds to wait before another try at a disk that failed
+TALKS = 16  # requests to a server at once
+FETCHES = 4  # shards that one reader fetches at once
+
+_WORDS = "dataset_type.txt"  # says which captions a folder's txt members hold
 
 T = TypeVar("T")
 
@@ -58,12 +79,21 @@ class Sample(NamedTuple):
 @dataclass(frozen=True)
 class Part:
     """A folder, its index and the choices of captions asked for (None: the index's first, none is needed);
-    `rows` are the shards taken (None: all)."""
+    `rows` are the shards taken (None: all).
 
-    folder: Path
+    Of a remote folder `index` is a local one, and `rows_at` where its shards' rows lie (None: in `index`).
+    """
+
+    folder: Path | RemoteFolder
     index: Path
     choices: tuple[str, ...] | None
     rows: tuple[int, ...] | None = None
+    rows_at: RemoteFolder | None = None
+
+    @property
+    def words(self) -> Path:
+        """Where the small texts about the shards lie: beside them, or beside the index of remote ones."""
+        return self.folder if isinstance(self.folder, Path) else self.index
 
 
 class CaptionField(NamedTuple):
@@ -86,30 +116,48 @@ def open_folder(
     path: str | Path,
     index: str | Path | None = None,
     captions_in: str | Mapping[str, float] | None = None,
-) -> "Shards":
-    """Opens one folder of shards with its captions. UserError as `open_source`."""
-    folder, shares = Path(path), shares_of(captions_in)
+    *,
+    cache: Cache | None = None,
+) -> Shards:
+    """Opens one folder of shards, which may be remote, with its captions. UserError as `open_source`."""
+    shares = shares_of(captions_in)
+    if is_remote(path):
+        cache = cache or _default_cache()
+        parts = list(_remote_parts(str(path), None if index is None else str(index), shares, cache))
+        return Shards(parts, tuple(shares.values()), cache)
+    folder = Path(path)
     return Shards([Part(folder, Path(index or folder), _choices(folder, shares))], tuple(shares.values()))
 
 
-def open_source(source: SourceSection, *, text: bool) -> "Shards":
-    """Opens a source of a recipe: folders, tars, globs and braces of local tars, or a list of them.
+def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None) -> Shards:
+    """Opens a source of a recipe: folders, tars, globs and braces, here or remote, or a list of them.
 
-    `text` says whether captions are needed. UserError: no folder, no shards, no index, an index for other
-    captions (each with the command that helps), or no caption anywhere.
+    `text` says whether captions are needed; `cache` is where remote shards are kept. UserError: no folder, no
+    shards, no index, an index for other captions (each with the command that helps), no caption anywhere, or
+    a shard larger than the cache. OSError where a remote index cannot be fetched.
     """
     written = [source.shards] if isinstance(source.shards, str) else list(source.shards)
     shares = shares_of(source.captions_in) if text else None
-    parts = [part for entry in written for part in _parts(entry, source.index, shares)]
-    shards = Shards(parts, tuple(shares.values()) if shares else (None,))
+    if cache is None and any(map(is_remote, written)):
+        cache = _default_cache()
+    parts = [part for entry in written for part in _parts(entry, source.index, shares, cache)]
+    shards = Shards(parts, tuple(shares.values()) if shares else (None,), cache)
     if shards.n_samples == 0:
         raise UserError(f"{', '.join(written)}: the shards hold no sample with an image")
     if text:
         _require_captions(", ".join(written), shards)
+    shards.check_room()
     return shards
 
 
-def _require_captions(written: str, shards: "Shards") -> None:
+def _default_cache() -> Cache:
+    """The user's own; loaded here, because local shards need none of it."""
+    from clipcluster.data.cache import Cache, default_folder
+
+    return Cache(default_folder())
+
+
+def _require_captions(written: str, shards: Shards) -> None:
     """Every choice finds a caption somewhere: one that finds none was mistyped, or the data lack it."""
     for number, choice in enumerate(field.choice for field in shards.fields):
         if not shards.more_than_of(number)[0].any():
@@ -125,16 +173,22 @@ def _choices(folder: Path, shares: Mapping[str | None, float | None] | None) -> 
     return None if shares is None else tuple(captions.choice_for(folder, choice) for choice in shares)
 
 
-def _parts(entry: str, index: str | None, shares: Mapping[str | None, float | None] | None) -> Iterator[Part]:
+def _parts(
+    entry: str, index: str | None, shares: Mapping[str | None, float | None] | None, cache: Cache | None
+) -> Iterator[Part]:
     """The folders that one written entry names, with the shards it takes of each."""
-    if "://" in entry or entry.startswith("pipe:"):
+    if is_remote(entry):
+        assert cache is not None
+        yield from _remote_parts(entry, index, shares, cache)
+        return
+    if index is not None and is_remote(index):
         raise UserError(
-            f"shards {entry!r}: only local folders and tars can be read so far; copy the shards first"
+            f"index {index!r}: the shards {entry!r} are on this machine; their index has to be too"
         )
     if entry.endswith(".tar"):
-        paths = [Path(name) for pattern in _braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
+        paths = [Path(name) for pattern in braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
     else:
-        folders = [name for pattern in _braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
+        folders = [name for pattern in braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
         for folder in map(Path, folders):
             yield Part(folder, Path(index or folder), _choices(folder, shares))
         return
@@ -152,22 +206,42 @@ def _parts(entry: str, index: str | None, shares: Mapping[str | None, float | No
         yield replace(part, rows=rows if len(rows) < len(names) else None)
 
 
-def _braces(pattern: str) -> list[str]:
-    """Expands `{000..012}` and `{a,b}` as a shell does."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
-    if span:
-        first, last = span.groups()
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        choices = match.group(1).split(",")
-    return [
-        full
-        for choice in choices
-        for full in _braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+def _remote_parts(
+    entry: str, index: str | None, shares: Mapping[str | None, float | None] | None, cache: Cache
+) -> Iterator[Part]:
+    """The same of an entry that lies elsewhere: its index is local, or fetched."""
+    for taken in named(entry):
+        place, rows_at = _index_of(taken, entry, index, cache)
+        part = Part(taken.folder, place, _choices(place, shares), None, rows_at)
+        if taken.tars is None:
+            yield part
+            continue
+        names = {name: row for row, name in enumerate(Shards([part]).shard_names)}
+        rows = tuple(sorted(names[name] for name in taken.chosen(list(names))))
+        yield part if len(rows) == len(names) else replace(part, rows=rows)
+
+
+def _index_of(taken: Named, entry: str, index: str | None, cache: Cache) -> tuple[Path, RemoteFolder | None]:
+    """Where the index of remote shards lies here, and where the rows of each shard are fetched from."""
+    command = f"clipcluster shards index {entry!r} --index FOLDER"
+    if index is not None and not is_remote(index):
+        if not (Path(index) / indexes.TABLE).is_file():
+            raise UserError(f"{taken.folder}: there is no index in {index}; make it with: {command}")
+        return Path(index), None
+    at = folder_at(index) if index is not None else taken.folder
+    if at.is_pipe:
+        raise UserError(
+            f"{entry!r}: a command cannot list its shards; make an index with: {command} and say "
+            "index: FOLDER"
+        )
+    place = cache.index(at, indexes.TABLE, _WORDS)
+    if place is None:
+        raise UserError(
+            f"{at}: these shards have no index ({indexes.TABLE}) there; put one beside them, or make one "
+            f"here with: {command} and say index: FOLDER"
+            + (" (an http server cannot list: name the tars by braces)" if taken.tars is None else "")
+        )
+    return place, at
 
 
 class Shards:
@@ -181,10 +255,16 @@ class Shards:
     processes of a node, where the source is one whole folder; of several folders those by sample are too.
     """
 
-    def __init__(self, parts: Sequence[Part], probabilities: Sequence[float | None] = (None,)) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        probabilities: Sequence[float | None] = (None,),
+        cache: Cache | None = None,
+    ) -> None:
         self.parts = tuple(parts)
         self.probabilities = tuple(probabilities)
-        self.name = self.parts[0].folder.resolve().name
+        self.cache = cache
+        self.name = _name_of(self.parts[0])
         self._tables = [indexes.read_table(p.folder, p.index, captions_choice=p.choices) for p in self.parts]
         # a part that is not cut has no list of its rows: it would be private to every process
         self._rows = [None if part.rows is None else np.array(part.rows, np.int64) for part in self.parts]
@@ -208,12 +288,13 @@ class Shards:
         return {
             "parts": self.parts,
             "probabilities": self.probabilities,
+            "cache": self.cache,
             "fingerprint": self.fingerprint,
             "hashed": self._hashed,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Shards.__init__(self, state["parts"], state["probabilities"])
+        Shards.__init__(self, state["parts"], state["probabilities"], state["cache"])
         if self.fingerprint != state["fingerprint"]:
             raise DataError(f"the index of {self.parts[0].folder} was made anew while it was in use")
         self._hashed = state["hashed"]
@@ -352,10 +433,23 @@ class Shards:
 
     def _lines(self, name: str) -> list[str] | None:
         folder = self.parts[0].folder
+        if isinstance(folder, RemoteFolder):
+            return self._remote_lines(name, folder)
         for path in (folder / name, folder.parent / name):
             if path.is_file():
                 return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return None
+
+    def _remote_lines(self, name: str, folder: RemoteFolder) -> list[str] | None:
+        """The same of a remote folder: of the copy beside a local index, else of the server."""
+        local = self.parts[0].index / name
+        if local.is_file():
+            data: bytes | None = local.read_bytes()
+        else:
+            from clipcluster.data.download import read_beside
+
+            data = read_beside(folder, name)
+        return None if data is None else [line for line in data.decode().splitlines() if line.strip()]
 
     def _place(self, shard: int) -> tuple[int, int]:
         """Part, and row in its table."""
@@ -372,6 +466,13 @@ class Shards:
         return name.decode("utf-8", "surrogateescape")
 
     def shard_path(self, shard: int) -> Path:
+        """Where a shard of a local folder lies."""
+        place = self.shard_place(shard)
+        assert isinstance(place, Path), f"{place} lies on no disk of this machine"
+        return place
+
+    def shard_place(self, shard: int) -> Path | RemoteFile:
+        """Where a shard lies, for messages; a remote one shows its address."""
         return self.parts[self._place(shard)[0]].folder / self.shard_name(shard)
 
     def sha256(self, shard: int) -> str:
@@ -431,6 +532,7 @@ class Shards:
         for position in positions:
             shard, row = self.record(position)
             places.setdefault(shard, []).append(row)
+        self._fetch_ahead([shard for shard in places if shard not in self._open])
         for shard, rows in places.items():
             fd, columns = self._patiently(shard, partial(self._handle, shard))
             ends = [("image_offset", "image_size")]
@@ -440,6 +542,14 @@ class Shards:
                 begin = int(columns["offset"][row])
                 end = max(int(columns[offset][row] + columns[size][row]) for offset, size in ends)
                 os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
+        remote = [shard for shard in shards if self._is_remote(shard)]
+        if len(remote) < 2:
+            return
+        for fd in _together(FETCHES, partial(self._fetch, again=False), remote):
+            os.close(fd)
 
     def check_unchanged(self) -> None:
         """Compares size and mtime of every shard with the index, the hash where they differ.
@@ -451,17 +561,24 @@ class Shards:
             self.check(shard)
 
     def touched(self) -> dict[int, int]:
-        """The shards whose size or mtime is not the index's, each with its mtime (ns).
+        """The shards whose size or mtime (a remote one's stamp) is not the index's, each with what it is now.
 
-        Of more than `CHECKED_SHARDS` none is looked at. Raises DataError for one that is gone.
+        Of more than `CHECKED_SHARDS` none is looked at, nor what a command would print. Raises DataError for
+        one that is gone, OSError where a server does not answer.
         """
         if len(self) > CHECKED_SHARDS:
             return {}
-        states = ((shard, self._patiently(shard, partial(self._stat, shard))) for shard in range(len(self)))
-        return {shard: state.st_mtime_ns for shard, state in states if not self._is_as_indexed(shard, state)}
+        remote = [shard for shard in range(len(self)) if self._is_remote(shard)]
+        told = dict(zip(remote, _together(TALKS, self._told, remote), strict=True))
+        found = {}
+        for shard in range(len(self)):
+            state = told.get(shard) or self._patiently(shard, partial(self._stat, shard))
+            if not self._is_as_indexed(shard, state):
+                found[shard] = state.stamp
+        return found
 
     def vouch(self, found: Mapping[int, int]) -> None:
-        """Takes shards with these mtimes (ns) for unchanged: somebody has compared their content."""
+        """Takes shards with these times or stamps for unchanged: somebody has compared their content."""
         self._hashed.update(found.items())
 
     def check(self, shard: int) -> None:
@@ -481,11 +598,14 @@ class Shards:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        part, _ = self._place(shard)
-        fd = os.open(self.shard_path(shard), os.O_RDONLY)
+        if self._is_remote(shard):
+            fd = self._fetch(shard, again=False)
+        else:
+            fd = os.open(self.shard_path(shard), os.O_RDONLY)
         try:
-            self._compare(shard, os.fstat(fd))
-            columns = self._columns(self.parts[part].index, shard)
+            if not self._is_remote(shard):
+                self._compare(shard, _local_state(os.fstat(fd)))
+            columns = self._columns(shard)
         except BaseException:
             os.close(fd)
             raise
@@ -494,47 +614,120 @@ class Shards:
         self._open[shard] = _Open(fd, columns)
         return self._open[shard]
 
-    def _columns(self, index: Path, shard: int) -> dict[str, np.ndarray]:
-        """The rows of a shard; they must be those of the content that the folder's list names."""
-        path = indexes.shard_index(index, self.shard_name(shard))
-        part, _ = self._place(shard)
+    def _is_remote(self, shard: int) -> bool:
+        return isinstance(self.parts[self._place(shard)[0]].folder, RemoteFolder)
+
+    def _bytes_of(self, shard: int) -> int:
+        """The size of a shard when it was indexed."""
+        part, row = self._place(shard)
+        return int(self._tables[part].arrays["bytes"][row])
+
+    def _fetch(self, shard: int, *, again: bool) -> int:
+        """A handle on a remote shard's bytes as they were indexed. DataError if they changed."""
+        place = self.shard_place(shard)
+        assert isinstance(place, RemoteFile)
+        assert self.cache is not None
         try:
-            meta, arrays = read_columns(path)
+            return self.cache.shard(place.address, self._bytes_of(shard), self.sha256(shard), again=again)
+        except OtherContent as error:
+            raise self._changed(shard, str(error)) from None
+
+    def _columns(self, shard: int) -> dict[str, np.ndarray]:
+        """The rows of a shard; they must be those of the content that the folder's list names."""
+        part = self.parts[self._place(shard)[0]]
+        try:
+            if part.rows_at is not None:
+                return self._fetched_columns(shard, part.rows_at)
+            path = indexes.shard_index(part.index, self.shard_name(shard))
+            return self._rows_of(shard, read_columns(path), path)
         except (BrokenColumns, FileNotFoundError) as error:
             raise DataError(f"the index is damaged: {error}", self._advice(shard)) from None
+
+    def _fetched_columns(self, shard: int, at: RemoteFolder) -> dict[str, np.ndarray]:
+        """The rows of a remote shard; what came damaged is fetched once more."""
+        assert self.cache is not None
+        place = at / f"{self.shard_name(shard)}.idx"
+        key = f"{self.sha256(shard)} {self.parts[self._place(shard)[0]].index}"
+        for last in (False, True):
+            fd = self.cache.rows(place.address, key)
+            try:
+                return self._rows_of(shard, read_columns(Path(f"/dev/fd/{fd}")), place)
+            except (BrokenColumns, DataError):
+                self.cache.drop_rows(place.address, key)
+                if last:
+                    raise
+            finally:
+                os.close(fd)
+        raise AssertionError("unreachable")
+
+    def _rows_of(self, shard: int, rows: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
+        """The columns of a shard, if they are those that the folder's list speaks of, else DataError."""
         if (
-            meta.get("format") != indexes.FORMAT
-            or meta["sha256"] != self.sha256(shard)
-            or not set(self._choices_of(part)) <= set(meta["choices"])
+            rows.meta.get("format") != indexes.FORMAT
+            or rows.meta["sha256"] != self.sha256(shard)
+            or not set(self._choices_of(self._place(shard)[0])) <= set(rows.meta["choices"])
         ):
             raise DataError(f"{path} is not what the folder's list says", self._advice(shard))
-        return arrays
+        return rows.arrays
 
-    def _stat(self, shard: int) -> os.stat_result:
-        return os.stat(self.shard_path(shard))
+    def check_room(self) -> None:
+        """UserError where a remote shard is larger than the whole cache."""
+        for part, table, rows in zip(self.parts, self._tables, self._rows, strict=True):
+            if not isinstance(part.folder, RemoteFolder) or self.cache is None:
+                continue
+            largest = int((table.arrays["bytes"] if rows is None else table.arrays["bytes"][rows]).max())
+            if largest > self.cache.size:
+                raise UserError(
+                    f"{part.folder}: its largest shard has {largest:,} bytes and the cache holds "
+                    f"{self.cache.size:,}; set data.cache.size to several times the largest shard"
+                )
+
+    def _stat(self, shard: int) -> State:
+        return _local_state(os.stat(self.shard_path(shard)))
+
+    def _told(self, shard: int) -> State:
+        """What the server says of a remote shard."""
+        from clipcluster.data.download import state_of
+
+        place = self.shard_place(shard)
+        assert isinstance(place, RemoteFile)
+        return self._patiently(shard, partial(state_of, place.address))
 
     def _stat_and_compare(self, shard: int) -> None:
-        self._compare(shard, self._stat(shard))
+        if not self._is_remote(shard):
+            self._compare(shard, self._stat(shard))
+            return
+        state = self._told(shard)
+        if not self._is_as_indexed(shard, state):
+            if state.size not in (None, self._bytes_of(shard)):
+                raise self._changed(shard)
+            os.close(self._fetch(shard, again=True))  # its hash decides
+            self._hashed.add((shard, state.stamp))
 
-    def _is_as_indexed(self, shard: int, state: os.stat_result) -> bool:
-        """By size and time; a time whose bytes were found to be the same will do."""
+    def _is_as_indexed(self, shard: int, state: State) -> bool:
+        """By size and time or stamp, as far as both sides know one; one found to be the same will do."""
         part, row = self._place(shard)
-        arrays = self._tables[part].arrays
-        if state.st_size != int(arrays["bytes"][row]):
+        if state.size not in (None, self._bytes_of(shard)):
             return False
-        return state.st_mtime_ns == int(arrays["mtime_ns"][row]) or (shard, state.st_mtime_ns) in self._hashed
+        known = int(self._tables[part].arrays["mtime_ns"][row])
+        if self._is_remote(shard) and (state.stamp == 0 or known >= 0):
+            return True  # whatever is fetched is hashed
+        return state.stamp == known or (shard, state.stamp) in self._hashed
 
-    def _compare(self, shard: int, state: os.stat_result) -> None:
+    def _compare(self, shard: int, state: State) -> None:
         if self._is_as_indexed(shard, state):
             return
-        part, row = self._place(shard)
-        size = int(self._tables[part].arrays["bytes"][row])
-        if state.st_size != size or indexes.file_sha256(self.shard_path(shard)) != self.sha256(shard):
+        if state.size != self._bytes_of(shard) or indexes.file_sha256(self.shard_path(shard)) != self.sha256(
+            shard
+        ):
             raise self._changed(shard)
-        self._hashed.add((shard, state.st_mtime_ns))
+        self._hashed.add((shard, state.stamp))
 
-    def _changed(self, shard: int) -> DataError:
-        return DataError(f"shard {self.shard_path(shard)} changed since it was indexed", self._advice(shard))
+    def _changed(self, shard: int, how: str = "") -> DataError:
+        told = f" ({how})" if how else ""
+        return DataError(
+            f"shard {self.shard_place(shard)} changed since it was indexed{told}", self._advice(shard)
+        )
 
     def _advice(self, shard: int) -> str:
         part = self.parts[self._place(shard)[0]]
@@ -549,14 +742,17 @@ class Shards:
         for wait in (*RETRIES, None):
             try:
                 return action()
+            except (Unreachable, Refused):
+                raise  # tried often enough
             except OSError as error:
-                if wait is None:
-                    if isinstance(error, FileNotFoundError):
+                gone = isinstance(error, FileNotFoundError)
+                if wait is None or (gone and self._is_remote(shard)):  # a server means what it says
+                    if gone:
                         raise DataError(
-                            f"shard {self.shard_path(shard)} is gone", self._advice(shard)
+                            f"shard {self.shard_place(shard)} is gone", self._advice(shard)
                         ) from None
                     raise OSError(error.errno, f"{error.strerror or error} (tried {len(RETRIES) + 1} times)",
-                                  str(self.shard_path(shard))) from error  # fmt: skip
+                                  str(self.shard_place(shard))) from error  # fmt: skip
                 self._forget(shard)
                 time.sleep(wait)
         raise AssertionError("unreachable")
@@ -565,6 +761,27 @@ class Shards:
         """Closes a shard's handle, so that the next try opens it anew."""
         if shard in self._open:
             os.close(self._open.pop(shard).fd)
+
+
+def _name_of(part: Part) -> str:
+    """What a source is called after: its folder; a command has none, its index has."""
+    if isinstance(part.folder, Path):
+        return part.folder.resolve().name
+    return part.index.name if part.folder.is_pipe else part.folder.name
+
+
+def _together(count: int, action: Callable[[int], T], shards: Sequence[int]) -> list[T]:
+    """The results of `action`, so many at once; the first error is raised after all have ended."""
+    if not shards:
+        return []
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(action, shards))
+
+
+def _local_state(state: os.stat_result) -> State:
+    return State(state.st_size, state.st_mtime_ns)
 
 
 def _bytes(fd: int, offset: int, size: int) -> bytes:

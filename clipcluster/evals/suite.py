@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clipcluster.data.cache import Cache
 from clipcluster.data.loader import evaluation_batches
 from clipcluster.data.shards import open_folder
 from clipcluster.evals.features import Bench, EvaluationSet, Tick
@@ -105,7 +106,7 @@ def set_names(folders: Sequence[str]) -> list[str]:
 
 
 def _open(folder: str, name: str, recipe: Recipe, world: World) -> EvaluationSet:
-    shards = open_folder(folder)
+    shards = open_folder(folder, cache=Cache.of(recipe.data.cache))
     batches = partial(
         evaluation_batches,
         shards,

@@ -98,12 +98,20 @@ def resolve_paths(value: Any, loc: Loc, paths: dict[str, str]) -> None:
             resolve_paths(entry, here, paths)
             continue
         kind = _kind(here, "path")
-        if kind and isinstance(entry, str) and _is_path(entry, kind):
+        if not kind or not isinstance(entry, str):
+            continue
+        if kind == "path" and _is_address(entry):
+            paths[dotted(here)] = entry  # as it is, its variables read
+        elif _is_path(entry, kind):
             value[name] = paths[dotted(here)] = os.path.abspath(os.path.expanduser(entry))
 
 
+def _is_address(text: str) -> bool:
+    return "://" in text or text.startswith("pipe:")
+
+
 def _is_path(text: str, kind: str) -> bool:
-    if not text or "://" in text or text.startswith("pipe:"):
+    if not text or _is_address(text):
         return False
     if kind == "path":
         return text != "pretrained"

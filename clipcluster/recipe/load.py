@@ -44,7 +44,7 @@ class Loaded:
     Attributes:
         recipe: ready for use; its paths are absolute.
         written: the same with the paths as they were written; what a run is named and remembered by.
-        paths: dotted path of a key -> its absolute path here (hub names and addresses are absent).
+        paths: dotted path of a key -> its absolute path here, or its address (hub names are absent).
         file: the file it was read from.
         site: name of the site profile below it, or None.
         tree: every entry with the place that wrote it.

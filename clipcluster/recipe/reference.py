@@ -22,7 +22,7 @@ from clipcluster.recipe.schema import (
     section_of,
     walk,
 )
-from clipcluster.recipe.units import Duration, Nodes, Time
+from clipcluster.recipe.units import Duration, Memory, Nodes, Time
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = "recipe.md"
@@ -97,7 +97,7 @@ def _made() -> dict[str, Any]:
     for model in models:
         properties = (made if model is Recipe else made["$defs"][model.__name__])["properties"]
         for name, field in model.model_fields.items():
-            if isinstance(field.default, (Duration, Time, Nodes)):
+            if isinstance(field.default, (Duration, Memory, Nodes, Time)):
                 properties[name]["default"] = str(field.default)
             for choice in properties[name].get("anyOf", ()):
                 if choice.get("type") in ("integer", "number"):

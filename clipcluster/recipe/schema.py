@@ -195,7 +195,8 @@ class Source(Section):
 
     shards: Paths = key(
         "result",
-        "Folder with indexed shards; or a tar, a glob or braces ({00..09}) of either, or a list of these.",
+        "Folder with indexed shards; or a tar, a glob or braces ({00..09}) of either, or a list of these; "
+        "here, or at http(s)://, s3://, gs://, hf://, or what commands print (pipe:COMMAND).",
         path="path",
     )
     weight: Float | None = key(
@@ -305,6 +306,32 @@ class Order(Section):
     )
 
 
+class Cache(Section):
+    """Where remote shards are kept on a node, shared by its ranks; local ones need none."""
+
+    folder: str | None = key(
+        "speed",
+        "An absolute path, best on a disk of the node itself; $NAME and ~ are read on the node. Default: "
+        "$CLIPCLUSTER_CACHE, else ~/.cache/clipcluster.",
+        None,
+        shell=True,
+        min_length=1,
+    )
+    size: Memory = key(
+        "speed",
+        "Upper bound of what is kept; what was used longest ago goes first. Less is kept "
+        "where the disk is full.",
+        Memory.parse("100 GB"),
+    )
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("/", "$", "~")):
+            raise ValueError("should be an absolute path (or begin with $NAME or ~)")
+        return value
+
+
 class BadSamples(Section):
     """Samples that cannot be decoded are replaced and written down; too many stop the run."""
 
@@ -331,6 +358,7 @@ class Data(Section):
     image: Image = section("How an image becomes the tower's input.", Image)
     text: Text = section("How a caption becomes the tower's input.", Text)
     order: Order = section("In which order samples come.", Order)
+    cache: Cache = section("Where remote shards are kept.", Cache)
     bad_samples: BadSamples = section("What happens to samples that cannot be decoded.", BadSamples)
 
     @field_validator("train")

@@ -204,8 +204,6 @@ def test_sources_as_recipes_write_them(
 def test_sources_that_cannot_be_read(folder: Path, tmp_path: Path, make_shards: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"00009\.tar: not in the index"):
         open_source(_source(shards=f"{folder}/{{00000,00009}}.tar"), text=True)
-    with pytest.raises(UserError, match="only local"):
-        open_source(_source(shards="https://example.org/0.tar"), text=True)
     silent = make_shards(tmp_path / "silent", 3, texts=lambda number: [])
     with pytest.raises(UserError, match="no sample has a caption"):
         open_source(_source(shards=str(silent)), text=True)

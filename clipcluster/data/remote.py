@@ -1,0 +1,265 @@
+"""Shards that lie elsewhere: what a written source names, and where its index is. Imports no torch.
+
+Written like local sources, with `://` or `pipe:` in front: a folder, one tar, braces, a glob of tars
+(compared with the names in the index), or braces of commands that print a tar. A `RemoteFolder` and a
+`RemoteFile` stand where a local source has a `Path`, as far as a source asks.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from clipcluster.errors import UserError
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+PIPE = "pipe:"
+
+_GLOB = re.compile(r"[*?\[]")
+
+
+class Unreachable(OSError):
+    """A file could not be had after all tries."""
+
+
+class Refused(OSError):
+    """The server's answer is final: another try would get the same."""
+
+
+class OtherContent(Exception):
+    """The file is there and whole, and is not what was expected; the message says by what it was told."""
+
+
+class State(NamedTuple):
+    """A file as its disk or its server describes it: size in bytes (None: not told) and a stamp.
+
+    The stamp of a local file is its mtime (ns); of a remote one a negative number made from the ETag, or from
+    the time where there is none; 0: neither.
+    """
+
+    size: int | None
+    stamp: int
+
+
+def is_remote(written: object) -> bool:
+    """Whether a source is an address or a command, not a path on this machine."""
+    return isinstance(written, str) and ("://" in written or written.startswith(PIPE))
+
+
+def braces(pattern: str) -> list[str]:
+    """Expands `{000..012}` and `{a,b}` as a shell does."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
+    if span:
+        first, last = span.groups()
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        choices = match.group(1).split(",")
+    rest = braces(pattern[match.end() :])
+    return [pattern[: match.start()] + choice + end for choice in choices for end in rest]
+
+
+def is_web(address: str) -> bool:
+    """Whether an address is fetched by HTTP; such a server cannot list what it holds."""
+    return address.startswith(("http://", "https://"))
+
+
+def shown(address: str) -> str:
+    """An address for messages and logs: without a password and without a query, which may hold a key."""
+    if address.startswith(PIPE):
+        return address
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a remote folder; its text is for people, `address` for fetching."""
+
+    parent: "RemoteFolder"
+    name: str
+
+    @property
+    def address(self) -> str:
+        return self.parent.address_of(self.name)
+
+    def __str__(self) -> str:
+        return shown(self.address)
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder behind an address, or (`pipe:`) the commands of a pattern, each named by the tar it prints.
+
+    `address` has no slash at its end; `query` (`http://host/x?key`) goes with every file.
+    """
+
+    address: str
+    query: str = ""
+
+    @property
+    def is_pipe(self) -> bool:
+        return self.address.startswith(PIPE)
+
+    @property
+    def name(self) -> str:
+        return unquote(shown(self.address).rpartition("/")[2])
+
+    @property
+    def parent(self) -> "RemoteFolder | None":
+        """The folder above; None above a server, a bucket or a command."""
+        kind, _, path = self.address.partition("://")
+        return None if "/" not in path else RemoteFolder(f"{kind}://{path.rpartition('/')[0]}", self.query)
+
+    def __truediv__(self, name: str) -> RemoteFile:
+        return RemoteFile(self, name)
+
+    def __str__(self) -> str:
+        return shown(self.address)
+
+    @cached_property
+    def commands(self) -> dict[str, str]:
+        """The commands of a pipe by the name of their shard. UserError where one cannot be named."""
+        found: dict[str, str] = {}
+        for command in braces(self.address):
+            words = [word.strip("'\";|&()<>") for word in command[len(PIPE) :].split()]
+            tars = [word for word in words if word.endswith(".tar")]
+            if not tars:
+                raise UserError(
+                    f"{command!r}: no word of this command ends in .tar, so the shard it prints has no name; "
+                    "write the shard's name in it (pipe:cat /x/{00..09}.tar)"
+                )
+            name = tars[-1].rpartition("/")[2]
+            if name in found:
+                raise UserError(f"{self.address!r}: two of its commands print {name}; names have to differ")
+            found[name] = command
+        return found
+
+    def address_of(self, name: str) -> str:
+        if self.is_pipe:
+            return self.commands[name]
+        if not is_web(self.address):
+            return f"{self.address}/{name}"
+        return f"{self.address}/{quote(name, errors='surrogateescape')}" + (
+            f"?{self.query}" * bool(self.query)
+        )
+
+
+def folder_at(written: str) -> RemoteFolder:
+    """The folder that an address names; with `pipe:`, the commands."""
+    if written.startswith(PIPE):
+        return RemoteFolder(written)
+    text, _, query = written.partition("?") if is_web(written) else (written, "", "")
+    return RemoteFolder(text.rstrip("/"), query)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What one written entry takes of one folder: names and globs of tars; None: every tar of its index."""
+
+    folder: RemoteFolder
+    tars: tuple[str, ...] | None
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """The names that it takes, of those that there are. UserError where one is missing."""
+        if self.tars is None:
+            return list(names)
+        known = dict.fromkeys(names)
+        taken: list[str] = []
+        for tar in self.tars:
+            globbed = not is_web(self.folder.address) and _GLOB.search(tar)
+            found = fnmatch.filter(known, tar) if globbed and tar not in known else [tar]
+            missing = [name for name in found if name not in known] or ([] if found else [tar])
+            if missing:
+                raise UserError(
+                    f"{self.folder / missing[0]}: not in the index of its folder, which names {len(known)} "
+                    f"shards; index it with the others: clipcluster shards index {self.folder} --index FOLDER"
+                )
+            taken += found
+        return list(dict.fromkeys(taken))
+
+
+def named(written: str) -> list[Named]:
+    """What a written entry takes of which folders, in the order written; folders' globs are listed.
+
+    UserError: an unknown kind of address, an extra that is missing, a glob that cannot be listed.
+    """
+    if written.startswith(PIPE):
+        folder = RemoteFolder(written)
+        return [Named(folder, tuple(folder.commands))]
+    if not is_web(written):
+        file_system(written)
+    tars: dict[RemoteFolder, list[str]] = {}
+    folders: dict[RemoteFolder, None] = {}
+    for entry in braces(written):
+        at = folder_at(entry)
+        if not at.address.endswith(".tar"):
+            folders.update(dict.fromkeys(_listed(at)))
+            continue
+        address, _, name = at.address.rpartition("/")
+        for folder in _listed(RemoteFolder(address, at.query)):
+            tars.setdefault(folder, []).append(unquote(name) if is_web(written) else name)
+    return [Named(folder, None) for folder in folders] + [
+        Named(folder, tuple(names)) for folder, names in tars.items()
+    ]
+
+
+def _listed(folder: RemoteFolder) -> Iterator[RemoteFolder]:
+    """The folders of a pattern; itself where it is none."""
+    if not _GLOB.search(folder.address):
+        yield folder
+        return
+    if is_web(folder.address):
+        raise UserError(
+            f"{folder}: an http server cannot list its folders; write them out with braces ({{00..09}})"
+        )
+    system, path = file_system(folder.address)
+    found = sorted(system.glob(path))
+    if not found:
+        raise UserError(f"{folder}: nothing there fits this pattern")
+    for entry in found:
+        yield RemoteFolder(str(system.unstrip_protocol(entry)).rstrip("/"))
+
+
+def tars_of(folder: RemoteFolder) -> list[str]:
+    """The names of the tars in a folder, sorted. UserError where it cannot be listed, or has none."""
+    if folder.is_pipe:
+        return list(folder.commands)
+    if is_web(folder.address):
+        raise UserError(
+            f"{folder}: an http server cannot list its shards; name them with braces: "
+            f"{folder}/{{00000..00009}}.tar"
+        )
+    system, path = file_system(folder.address)
+    try:
+        entries = system.ls(path, detail=False)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no such folder") from None
+    names = sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in entries)
+    tars = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
+    if not tars:
+        raise UserError(f"{folder}: no .tar shards in this folder")
+    return tars
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it. UserError: unknown kind, missing package."""
+    import fsspec.core
+
+    protocol = address.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        package = f"'clipcluster[{extra}]'" if extra else f"the package it names ({error})"
+        raise UserError(f"{shown(address)}: reading {protocol}:// needs: pip install {package}") from None
+    except ValueError as error:
+        raise UserError(
+            f"{shown(address)}: {error}; there are http://, https://, s3://, gs://, hf:// and what else "
+            "fsspec knows, and pipe:COMMAND"
+        ) from None

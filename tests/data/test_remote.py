@@ -1,0 +1,154 @@
+"""Sources behind servers and commands read as local ones do, through breaks, and within the cache's bound."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipcluster.data import download
+from clipcluster.data.cache import Cache
+from clipcluster.data.shards import Shards, open_folder, open_source
+from clipcluster.errors import UserError
+from clipcluster.recipe.schema import Source
+from clipcluster.runtime.stop import DataError
+from tools.index import index_folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_shards: Callable[..., Path]) -> Path:
+    return make_shards(tmp_path / "served" / "train", 40, per_shard=2)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(str(tmp_path / "cache"), 1 << 20)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "RETRIES", (0.01, 0.02, 0.03))
+
+
+def _source(**keys: object) -> Source:
+    return Source.model_validate(keys)
+
+
+def all_of(shards: Shards) -> list[Any]:
+    return [shards.read(position) for position in range(shards.n_samples)]
+
+
+def size_of(cache: Cache) -> int:
+    return sum(path.stat().st_size for path in Path(cache.folder).rglob("*") if path.is_file())
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_server_that_breaks_every_fifth_connection(
+    folder: Path, cache: Cache, web_server: Callable[..., Any]
+) -> None:
+    server = web_server(folder.parent, drop_every=5)
+    shards = open_source(_source(shards=f"{server.address}/train"), text=True, cache=cache)
+    local = open_folder(folder)
+    assert (shards.fingerprint, shards.name) == (local.fingerprint, "train")
+    assert all_of(shards) == all_of(local)
+    tars = [entry for entry in server.log if entry[1].endswith(".tar")]
+    assert len(tars) == 20 + 4 + 0  # 20 shards, every fifth body broken
+    assert sum(first > 0 for _, _, first, _ in tars) == 4  # and gone on with where it broke
+
+
+def test_tars_by_braces_through_an_index_on_this_machine(
+    folder: Path,
+    cache: Cache,
+    tmp_path: Path,
+    web_server: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CLIPCLUSTER_CACHE", str(tmp_path / "of the user"))
+    served = tmp_path / "served" / "bare"
+    served.mkdir()
+    for tar in folder.glob("*.tar"):
+        (served / tar.name).write_bytes(tar.read_bytes())
+    server = web_server(served)
+    written = server.address + "/{00000..00009}.tar"
+    with pytest.raises(UserError, match=r"no index .*--index FOLDER"):
+        open_source(_source(shards=written), text=True, cache=cache)
+    with pytest.raises(UserError, match="cannot list"):
+        index_folders([server.address], index=tmp_path / "index")
+    with pytest.raises(UserError, match="--index FOLDER"):
+        index_folders([written])
+    (summary,) = index_folders([written], index=tmp_path / "index", workers=2)
+    assert (summary.shards, summary.samples) == (10, 20)
+    source = _source(shards=written, index=str(tmp_path / "index"))
+    shards = open_source(source, text=True, cache=cache)
+    assert all_of(shards) == all_of(open_folder(folder))[:20]
+    assert shards.touched() == {}
+    assert shards.parts[0].rows is None
+    some = open_source(
+        _source(shards=f"{server.address}/{{00001,00003}}.tar", index=source.index), text=True, cache=cache
+    )
+    assert some.shard_names == ["00001.tar", "00003.tar"]
+    with pytest.raises(UserError, match=r"00011\.tar: not in the index"):
+        open_source(_source(shards=f"{server.address}/00011.tar", index=source.index), text=True, cache=cache)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_server_that_always_fails(folder: Path, cache: Cache, web_server: Callable[..., Any]) -> None:
+    server = web_server(folder)
+    shards = open_source(_source(shards=server.address), text=True, cache=cache)
+    server.status = 503
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"answers 503 .*\(tried 4 times\).*00000\.tar"):
+        shards.read(0)
+    assert time.monotonic() - began < 2
+    assert len([entry for entry in server.log if entry[3] == 503]) == 4
+    server.status = 404
+    with pytest.raises(DataError, match=r"00000\.tar is gone"):
+        shards.read(0)
+    server.status = None
+    assert shards.read(0).key == "s00000"
+    assert not list(Path(cache.folder).glob("*.part"))
+
+
+@pytest.mark.usefixtures("hurried")
+def test_other_content_than_was_indexed(folder: Path, cache: Cache, web_server: Callable[..., Any]) -> None:
+    server = web_server(folder)
+    shards = open_source(_source(shards=server.address), text=True, cache=cache)
+    tar = folder / "00003.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole + bytes(512))
+    with pytest.raises(DataError, match=r"00003\.tar changed .*bytes, was"):
+        shards.read(6)
+    assert list(shards.touched()) == [3]
+    with pytest.raises(DataError, match=r"00003\.tar changed"):
+        shards.check_unchanged()
+    tar.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
+    with pytest.raises(DataError, match=r"00003\.tar changed .*sha256"):
+        shards.read(6)
+    assert len([1 for method, path, *_ in server.log if (method, path) == ("GET", "/00003.tar")]) == 3
+    tar.write_bytes(whole)
+    assert shards.read(6).key == "s00006"
+
+
+def test_commands(folder: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPCLUSTER_CACHE", str(tmp_path / "of the user"))
+    written = f"pipe:cat {folder}/{{00000..00019}}.tar"
+    with pytest.raises(UserError, match="index: FOLDER"):
+        open_source(_source(shards=written), text=True, cache=cache)
+    with pytest.raises(UserError, match=r"ends in \.tar"):
+        open_source(_source(shards="pipe:cat it", index=str(folder)), text=True, cache=cache)
+    index_folders([written], index=tmp_path / "index")
+    shards = open_source(_source(shards=written, index=str(tmp_path / "index")), text=True, cache=cache)
+    assert all_of(shards) == all_of(open_folder(folder))
+    assert shards.touched() == {}
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_command_that_fails(folder: Path, cache: Cache) -> None:
+    shards = open_source(
+        _source(shards="pipe:echo no such bucket >&2; echo x/{00000..00019}.tar; exit 3", index=str(folder)),
+        text=True,
+        cache=cache,
+    )
+    with pytest.raises(OSError, match=r"failed with code 3: no such bucket \(tried 4 times\)"):
+        shards.read(0)
