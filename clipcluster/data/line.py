@@ -3,9 +3,10 @@
 A pass is its rounds one after the other. A round is laid out in one of two ways:
 
 - small sources: all its samples are permuted whole;
-- large ones: its shards are permuted, their samples laid end to end and rotated, the line is cut into L lanes
-  whose lengths differ by one at most, and draw v is place v div L of lane v mod L, shuffled within the lane's
-  windows. So a batch reads from L places of the data at once, each moving on slowly.
+- large ones: its shards (with repeats, their portions) are permuted, their samples laid end to end and
+  rotated, the line is cut into L lanes whose lengths differ by one at most, and draw v is place v div L of
+  lane v mod L, shuffled within the lane's windows. So a batch reads from L places of the data at once, each
+  moving on slowly.
 
 Everything is computed from (seed, source, pass, round) when it is reached; what is kept can be made again.
 """
@@ -21,6 +22,9 @@ import numpy as np
 from clipcluster.data.permutation import key, permutation, permutations, subkeys
 from clipcluster.data.rounds import Rounds
 
+_BLOCK = 16  # portions of shards whose ends are found together, in a line of many
+_MANY = 1 << 16
+
 
 @dataclass(frozen=True, eq=False)
 class Places:
@@ -33,6 +37,19 @@ class Places:
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Places":
         return Places(self.passage[rows], self.turn[rows], self.lane[rows], self.place[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What lies at places of a line, arrays (n,) int64.
+
+    position: counted over all sources. copy: which of the sample's copies.
+    passage: pass x copies + copy: every copy of a sample goes through the source in a pass of its own.
+    """
+
+    position: np.ndarray
+    copy: np.ndarray
+    passage: np.ndarray
 
 
 class Line:
@@ -76,35 +93,57 @@ class Line:
         place, lane = np.divmod(time, self.lanes)
         return Places(passage, turn, lane, place)[np.lexsort((place, lane, turn, passage))]
 
-    def positions(self, places: Places) -> np.ndarray:
-        """Positions (n,) int64 of the samples at `places`, counted over all sources of the line."""
-        positions = np.empty(len(places.place), dtype=np.int64)
+    def samples(self, places: Places) -> Samples:
+        """The samples (n,) at `places`."""
+        positions, copies = np.empty((2, len(places.place)), dtype=np.int64)
         for passage, turn, rows in _stretches_of_equals(places.passage, places.turn):
-            mine = places[rows]
-            positions[rows] = (self._in_whole if self._whole else self._in_lanes)(passage, turn, mine)
-        return positions
+            find = self._in_whole if self._whole else self._in_lanes
+            positions[rows], copies[rows] = find(passage, turn, places[rows])
+        return Samples(positions, copies, places.passage * self.rounds.copies + copies)
 
-    def captions(self, places: Places, positions: np.ndarray, counts: np.ndarray, choice: str) -> np.ndarray:
-        """Which of its captions (n,) int32 each sample shows; -1 where `counts` (n,) is -1, not known.
+    def captions(
+        self,
+        places: Places,
+        samples: Samples,
+        counts: np.ndarray,
+        probabilities: np.ndarray | None,
+        choice: str,
+    ) -> np.ndarray:
+        """Which of its captions (n,) int32 each sample shows; -1 where `counts` is -1, not known.
 
-        choice "first": the first; "random": one by (seed, source, pass, sample); "all": the round's in a
-        permutation of the sample's captions by the same.
+        counts: (n, fields), captions of each sample field by field; captions are numbered through all fields.
+        probabilities: (n, fields), of each field, if there are several. choice "first": the first of the
+        field drawn; "random": one of it by (seed, source, pass, copy, sample); "all": the round's in a
+        permutation of the sample's captions by (seed, source, pass, sample).
         """
-        if choice == "first":
-            return np.where(counts < 0, -1, 0).astype(np.int32)
-        captions = np.full(len(positions), -1, dtype=np.int32)
-        known = counts > 0
-        for passage, _, rows in _stretches_of_equals(places.passage):
-            of_samples = subkeys(key(*self._name, passage, "captions"), positions[rows])
-            if choice == "random":
-                drawn = of_samples % np.maximum(counts[rows], 1).astype(np.uint64)
-                captions[rows] = np.where(known[rows], drawn.astype(np.int32), -1)
-                continue
-            for count in np.unique(counts[rows][known[rows]]).tolist():
-                having = np.flatnonzero(counts[rows] == count)
-                order = permutations(of_samples[having], count)
-                captions[rows][having] = order[np.arange(len(having)), places.turn[rows][having]]
+        known = counts[:, 0] >= 0
+        captions = np.full(len(known), -1, dtype=np.int32)
+        if choice == "all":
+            for passage, _, rows in _stretches_of_equals(places.passage):
+                of_samples = subkeys(key(*self._name, passage, "captions"), samples.position[rows])
+                for count in np.unique(counts[rows, 0][known[rows]]).tolist():
+                    having = np.flatnonzero(counts[rows, 0] == count)
+                    order = permutations(of_samples[having], count)
+                    captions[rows][having] = order[np.arange(len(having)), places.turn[rows][having]]
+            return captions
+        before = np.zeros(len(known), dtype=np.int64)
+        if probabilities is not None:
+            drawn = _draw_fields(self._words(samples, "fields"), counts, probabilities)[:, None]
+            before = np.take_along_axis(np.cumsum(counts, axis=1) - counts, drawn, axis=1)[:, 0]
+            counts = np.take_along_axis(counts, drawn, axis=1)
+        if choice == "random":
+            words = self._words(samples, "captions")
+            before += (words % np.maximum(counts[:, 0], 1).astype(np.uint64)).astype(np.int64)
+        captions[known] = before[known]
         return captions
+
+    def _words(self, samples: Samples, what: str) -> np.ndarray:
+        """A random word (n,) uint64 for each sample by (seed, source, pass, copy, sample)."""
+        passages, rows = np.unique(samples.passage, return_inverse=True)
+        parents = np.array(
+            [key(*self._name, passage, what) for passage in passages.tolist()], dtype=np.uint64
+        )
+        return subkeys(parents[rows], samples.position)
 
     def _first_draws(self, passage: np.ndarray) -> np.ndarray:
         """How far into its rounds each draw's pass begins (n,); else the cut always hit the last round."""
@@ -113,29 +152,27 @@ class Line:
             firsts[rows] = key(*self._name, number, "first draw") % int(self._ends[-1])
         return firsts
 
-    def _in_whole(self, passage: int, turn: int, places: Places) -> np.ndarray:
-        def lay() -> np.ndarray:
-            samples = self.rounds.all_positions(turn)
-            return samples[permutation(key(*self._name, passage, turn, "whole"), len(samples))]
+    def _in_whole(self, passage: int, turn: int, places: Places) -> tuple[np.ndarray, np.ndarray | int]:
+        def lay() -> tuple[np.ndarray, np.ndarray | None]:
+            positions, copies = self.rounds.all_samples(turn)
+            order = permutation(key(*self._name, passage, turn, "whole"), len(positions))
+            return positions[order], None if copies is None else copies[order]
 
-        return self._laid.get((passage, turn), lay)[places.place]
+        positions, copies = self._laid.get((passage, turn), lay)
+        return positions[places.place], 0 if copies is None else copies[places.place]
 
-    def _in_lanes(self, passage: int, turn: int, places: Places) -> np.ndarray:
-        def lay() -> tuple[np.ndarray, np.ndarray]:
-            counts = self.rounds.counts[turn]
-            narrow = np.int32 if len(counts) <= np.iinfo(np.int32).max else np.int64
-            shards = permutation(key(*self._name, passage, turn, "shards"), len(counts)).astype(narrow)
-            return shards, np.cumsum(counts[shards], dtype=np.int64)
+    def _in_lanes(self, passage: int, turn: int, places: Places) -> tuple[np.ndarray, np.ndarray]:
+        def lay() -> _Portions:
+            name = *self._name, passage, turn
+            return _Portions(self.rounds, turn, key(*name, "shards"), key(*name, "portions"))
 
-        shards, ends = self._laid.get((passage, turn), lay)
+        portions = self._laid.get((passage, turn), lay)
         size = int(self.rounds.sizes[turn])
         length, longer = divmod(size, self.lanes)
         starts = places.lane * length + np.minimum(places.lane, longer)
         rotation = key(*self._name, passage, turn, "rotation") % size
         along = (starts + self._shuffled(passage, turn, places, size) + rotation) % size
-        rows = np.searchsorted(ends, along, side="right")
-        here = shards[rows]
-        return self.rounds.positions(turn, here, along - (ends[rows] - self.rounds.counts[turn, here]))
+        return self.rounds.samples(turn, *portions.at(along))
 
     def _shuffled(self, passage: int, turn: int, places: Places, size: int) -> np.ndarray:
         """Places within their lanes after the shuffle in windows, (n,)."""
@@ -151,6 +188,42 @@ class Line:
             laid = self._windows.get((passage, turn, window), lay)
             shuffled[rows] += laid.shuffled(places.lane[rows], within[rows])
         return shuffled
+
+
+class _Portions:
+    """The portions of shards of a round, permuted and laid end to end.
+
+    Of many, only every 16th of the places where they end is kept: of 1.28 million 0.6 MB instead of 10.
+
+    Several portions of one shard each begin at another of its samples: shards of one size may end at the same
+    time in all lanes, and then two portions of a shard side by side would show the same samples together.
+    """
+
+    def __init__(self, rounds: Rounds, turn: int, parent: int, beginnings: int) -> None:
+        self._rounds, self._turn, self._beginnings = rounds, turn, beginnings
+        self._portions = permutation(parent, rounds.n_portions).astype(np.int32)
+        counts = rounds.counts(turn, self._portions)
+        self._block = _BLOCK if len(counts) > _MANY else 1
+        blocks = np.arange(0, len(counts), self._block)
+        self._ends = np.cumsum(np.add.reduceat(counts, blocks, dtype=np.int64))
+
+    def at(self, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The portion (n,) in which each place `along` (n,) of the line lies, and its number there (n,)."""
+        blocks = np.searchsorted(self._ends, along, side="right")
+        rest = along - np.where(blocks > 0, self._ends[blocks - 1], 0)
+        # the last block may be shorter: what is repeated there lies behind every place asked for
+        rows = np.minimum(blocks[:, None] * self._block + np.arange(self._block), len(self._portions) - 1)
+        portions = self._portions[rows]
+        counts = self._rounds.counts(self._turn, portions)
+        ends = np.cumsum(counts, axis=1, dtype=np.int64)
+        column = np.sum(ends <= rest[:, None], axis=1)
+        here = np.arange(len(along)), column
+        found, held = portions[here], counts[here].astype(np.int64)
+        numbers = rest - (ends[here] - held)
+        if self._rounds.copies > 1:
+            firsts = subkeys(self._beginnings, found) % held.astype(np.uint64)
+            numbers = (numbers + firsts.astype(np.int64)) % held
+        return found, numbers
 
 
 class _Window:
@@ -172,6 +245,18 @@ class _Window:
                 self._orders[alike, :length] = permutations(subkeys(self._parent, alike), length)
             self._made[missing] = True
         return self._orders[lanes, within]
+
+
+def _draw_fields(words: np.ndarray, counts: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """A caption field (n,) for each sample: by `probabilities` (n, fields) among those that have captions.
+
+    words: (n,) uint64, random. The arithmetic is exact in its order, so that no machine draws another.
+    """
+    reached = np.cumsum(np.where(counts > 0, probabilities, 0.0), axis=1)
+    chance = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
+    drawn = np.sum(reached <= (chance * reached[:, -1])[:, None], axis=1)
+    # where captions are not known nothing can be reached
+    return np.minimum(drawn, counts.shape[1] - 1)
 
 
 class Recent:

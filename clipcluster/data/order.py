@@ -6,6 +6,7 @@ and the whole state of the data is the number of batches drawn.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,8 @@ class Draws:
     """What n slots of a batch hold, in order of the slots.
 
     source: (n,) int32, number of the source in the recipe.
-    passage: (n,) int64, pass of the source's line, from 0.
+    passage: (n,) int64, pass of the source's line, from 0; where samples are repeated, each copy counts as a
+        pass: pass x `Order.copies` + copy. No two draws agree in source, passage, position and caption.
     position: (n,) int64, sample within the source, counted in the index's order.
     caption: (n,) int32, number of the caption shown; -1 in a source without caption counts.
     """
@@ -79,7 +81,8 @@ class Order:
         rounds = [Rounds([shapes[i] for i in group], every_caption=captions == "all") for group in groups]
         for group, laid in zip(groups, rounds, strict=True):
             _require_draws(group, shapes, laid)
-        self.samples = sum(int(laid.sizes.sum()) for laid in rounds)
+            _require_one_field(group, shapes, captions)
+        self.samples = int(sum(Fraction(int(laid.sizes.sum()), laid.factor) for laid in rounds))
         self.steps_per_epoch = _steps_per_epoch(self.samples, epoch_samples, batch_size)
         self._pattern, self._ordinals = lay_out(self.weights)
         self._lines = []
@@ -100,6 +103,10 @@ class Order:
     def draws_per_pass(self, source: int) -> int:
         """Draws of one pass of the line in which a source lies."""
         return self._lines[self._group_of[source]].pass_draws
+
+    def copies(self, source: int) -> int:
+        """Times that a pass of the line in which a source lies shows its most repeated sample."""
+        return self._lines[self._group_of[source]].rounds.copies
 
     def lanes(self, source: int) -> int:
         """Lanes of the line in which a source lies; 1: it is permuted whole."""
@@ -132,13 +139,14 @@ class Order:
 
     def _fill(self, draws: Draws, slots: np.ndarray, number: int, places: Places) -> None:
         line = self._lines[number]
-        positions = line.positions(places)
-        shapes, within = line.rounds.locate(positions)
+        samples = line.samples(places)
+        shapes, within = line.rounds.locate(samples.position)
         counts = line.rounds.captions_at(shapes, within)
+        probabilities = line.rounds.probabilities_at(shapes)
         draws.source[slots] = shapes + self._first_source[number]
-        draws.passage[slots] = places.passage
+        draws.passage[slots] = samples.passage
         draws.position[slots] = within
-        draws.caption[slots] = line.captions(places, positions, counts, self._captions)
+        draws.caption[slots] = line.captions(places, samples, counts, probabilities, self._captions)
 
 
 def _group(shapes: Sequence[SourceShape]) -> list[list[int]]:
@@ -164,21 +172,36 @@ def _require_draws(group: list[int], shapes: Sequence[SourceShape], laid: Rounds
     if laid.sizes.sum() > 0:
         return
     names = ", ".join(f"data.train.{i} {shapes[i].name}".strip() for i in group)
-    captionless = any(
-        shape.caption_counts is not None and len(shape.caption_counts) for shape in (shapes[i] for i in group)
-    )
+    mine = [shapes[i] for i in group]
+    captionless = any(shape.caption_counts is not None and len(shape.caption_counts) for shape in mine)
+    captionless |= any(len(own.counts) for shape in mine for own in shape.fields)
     reason = "no sample with a caption" if captionless else "no samples"
+    if any(shape.repeats is not None for shape in mine):
+        reason += " and a repeat above zero"
     raise UserError(
-        f"{names}: {reason}. Look at the shards with `clipcluster shards stats`, and at captions_in."
+        f"{names}: {reason}. Look at the shards with `clipcluster shards stats`, and at captions_in"
+        + (", repeat and repeat_classes." if reason.endswith("zero") else ".")
     )
+
+
+def _require_one_field(group: list[int], shapes: Sequence[SourceShape], captions: str) -> None:
+    several = [i for i in group if len(shapes[i].fields) > 1]
+    if captions == "all" and several:
+        names = ", ".join(f"data.train.{i} {shapes[i].name}".strip() for i in several)
+        raise UserError(
+            f"data.text.captions is all, and {names} has its captions in several fields, each with a"
+            " probability: all shows every caption once a pass and leaves nothing to chance. Give"
+            " data.text.captions: random (or first), or name one field in captions_in."
+        )
 
 
 def _whole_batches(size: int, batch_size: int) -> int:
     """Draws of one pass where no batch crosses it."""
     if size < batch_size:
         raise UserError(
-            f"data.batch_size is {batch_size:,} and the training data hold {size:,} samples; a batch holds"
-            f" every sample once at most. Give a data.batch_size of at most {size:,}."
+            f"data.batch_size is {batch_size:,} and a pass through the training data is {size:,} samples; no"
+            f" batch crosses a pass. Give a data.batch_size of at most {size:,}, or a larger"
+            " data.train.N.repeat."
         )
     return size - size % batch_size
 

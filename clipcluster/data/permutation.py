@@ -21,10 +21,13 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def subkeys(parent: int, numbers: np.ndarray) -> np.ndarray:
-    """Keys (n,) uint64 of the children `numbers` (n,) of `parent`: those numbers of its SplitMix64 stream."""
+def subkeys(parent: int | np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Keys (n,) uint64 of the children `numbers` (n,) of `parent`: those numbers of its SplitMix64 stream.
+
+    parent: one key, or (n,) uint64, one for each child.
+    """
     counters = np.asarray(numbers).astype(np.uint64) + np.uint64(1)
-    return _finalise(counters * _GAMMA + np.uint64(parent))
+    return _finalise(counters * _GAMMA + np.asarray(parent, dtype=np.uint64))
 
 
 def permutations(keys: np.ndarray, size: int) -> np.ndarray:

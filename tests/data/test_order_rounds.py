@@ -18,6 +18,10 @@ def shapes(draw, most_captions=6):
     return SourceShape(sample_counts, draw(st.sampled_from([None, caption_counts, caption_counts])))
 
 
+def counts_of(rounds, turn):
+    return rounds.counts(turn, np.arange(rounds.n_portions)).tolist()
+
+
 def samples_by_shard(shape, turn):
     counts = shape.caption_counts
     if counts is None:
@@ -33,36 +37,44 @@ def test_rounds_hold_the_samples_with_more_captions_than_their_number(given_shap
         patch.setattr(rounds_module, "_SCAN", scan)  # small: every boundary of a scan is met
         rounds = Rounds(given_shapes, every_caption=True)
     starts = np.cumsum([0] + [int(shape.sample_counts.sum()) for shape in given_shapes])
-    for turn in range(len(rounds.counts)):
+    for turn in range(len(rounds.sizes)):
         by_shard = [
             [place + start for place in shard]
             for shape, start in zip(given_shapes, starts, strict=False)
             for shard in samples_by_shard(shape, turn)
         ]
-        assert rounds.counts[turn].tolist() == [len(shard) for shard in by_shard]
-        assert rounds.all_positions(turn).tolist() == [place for shard in by_shard for place in shard]
+        assert counts_of(rounds, turn) == [len(shard) for shard in by_shard]
+        everything, copies = rounds.all_samples(turn)
+        assert everything.tolist() == [place for shard in by_shard for place in shard]
+        assert copies is None
         shards = np.array([n for n, shard in enumerate(by_shard) for _ in shard], dtype=int)
         indices = np.array([j for shard in by_shard for j in range(len(shard))], dtype=int)
         mixed = np.random.default_rng(0).permutation(len(shards))
-        found = rounds.positions(turn, shards[mixed], indices[mixed])
-        assert found.tolist() == rounds.all_positions(turn)[mixed].tolist()
-    assert rounds.sizes.tolist() == rounds.counts.sum(axis=1).tolist()
+        found, copies = rounds.samples(turn, shards[mixed], indices[mixed])
+        assert found.tolist() == everything[mixed].tolist()
+        assert not copies.any()
+        assert rounds.sizes[turn] == len(everything)
 
 
 @settings(deadline=None)
 @given(shapes())
 def test_one_round_of_the_samples_with_a_caption(shape):
     rounds = Rounds([shape], every_caption=False)
-    assert rounds.counts.tolist() == [[len(shard) for shard in samples_by_shard(shape, 0)]]
+    assert counts_of(rounds, 0) == [len(shard) for shard in samples_by_shard(shape, 0)]
+    assert len(rounds.sizes) == 1
 
 
 @settings(deadline=None)
 @given(shapes(), st.booleans())
 def test_counts_known_beforehand_are_taken(shape, every_caption):
-    counted = Rounds([shape], every_caption=True).counts
-    told = SourceShape(shape.sample_counts, shape.caption_counts, more_than=counted)
-    expected = Rounds([shape], every_caption=every_caption).counts
-    assert np.array_equal(Rounds([told], every_caption=every_caption).counts, expected)
+    counted = Rounds([shape], every_caption=True)
+    more_than = np.array([counts_of(counted, turn) for turn in range(len(counted.sizes))])
+    told = SourceShape(shape.sample_counts, shape.caption_counts, more_than=more_than)
+    expected = Rounds([shape], every_caption=every_caption)
+    rounds = Rounds([told], every_caption=every_caption)
+    assert rounds.sizes.tolist() == expected.sizes.tolist()
+    for turn in range(len(rounds.sizes)):
+        assert counts_of(rounds, turn) == counts_of(expected, turn)
 
 
 @settings(deadline=None)
@@ -76,7 +88,7 @@ def test_a_position_belongs_to_one_source(given_shapes):
     known = rounds.captions_at(sources, within)
     for number, shape in enumerate(given_shapes):
         expected = -1 if shape.caption_counts is None else shape.caption_counts
-        assert np.all(known[sources == number] == expected)
+        assert np.all(known[sources == number, 0] == expected)
 
 
 def test_what_is_kept_of_partly_captioned_shards_is_bounded(monkeypatch):
@@ -85,7 +97,7 @@ def test_what_is_kept_of_partly_captioned_shards_is_bounded(monkeypatch):
     rounds = Rounds([shape], every_caption=False)
     shards = np.arange(20)
     for _ in range(2):
-        assert rounds.positions(0, shards, np.full(20, 2)).tolist() == (shards * 10 + 5).tolist()
+        assert rounds.samples(0, shards, np.full(20, 2))[0].tolist() == (shards * 10 + 5).tolist()
     assert sum(map(len, rounds._chosen.values())) <= 50
 
 

@@ -1,4 +1,4 @@
-"""Orders of recipes without repeats and with one caption field, as they were before either could be asked for.
+"""Orders without repeats and with one caption field, as they were before either could be asked for.
 
 A run that resumes under a newer version must meet the batches it would have met: no digest here may change.
 """
