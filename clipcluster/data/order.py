@@ -12,13 +12,14 @@ from typing import Literal
 import numpy as np
 
 from clipcluster.data.line import Line, Places
-from clipcluster.data.rounds import Rounds, SourceShape
+from clipcluster.data.repeats import repeats_of
+from clipcluster.data.rounds import Field, Rounds, SourceShape
 from clipcluster.data.shards import Shards
 from clipcluster.data.shares import integer_weights, lay_out
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.schema import Recipe, Source
 
-__all__ = ["Draws", "Order", "SourceShape", "order_of"]
+__all__ = ["Draws", "Field", "Order", "SourceShape", "order_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +89,13 @@ class Order:
         self._lines = []
         for number, laid in enumerate(rounds):
             size = int(laid.sizes.sum())
+            repeated = any(shapes[source].repeats is not None for source in groups[number])
             line = Line(
                 laid,
                 seed=seed,
                 number=number,
                 per_batch=max(1, batch_size * self.weights[number] // len(self._pattern)),
-                pass_draws=size if len(groups) > 1 else _whole_batches(size, batch_size),
+                pass_draws=size if len(groups) > 1 else _whole_batches(size, batch_size, repeated),
                 lanes=lanes,
                 window=window,
                 whole=size <= full_shuffle_below,
@@ -195,15 +197,20 @@ def _require_one_field(group: list[int], shapes: Sequence[SourceShape], captions
         )
 
 
-def _whole_batches(size: int, batch_size: int) -> int:
+def _whole_batches(size: int, batch_size: int, repeated: bool) -> int:
     """Draws of one pass where no batch crosses it."""
-    if size < batch_size:
+    if size >= batch_size:
+        return size - size % batch_size
+    if repeated:
         raise UserError(
-            f"data.batch_size is {batch_size:,} and a pass through the training data is {size:,} samples; no"
-            f" batch crosses a pass. Give a data.batch_size of at most {size:,}, or a larger"
-            " data.train.N.repeat."
+            f"data.batch_size is {batch_size:,} and a pass through the training data, repeats counted, is"
+            f" {size:,} samples; no batch crosses a pass. Give a data.batch_size of at most {size:,}, or"
+            " larger repeats."
         )
-    return size - size % batch_size
+    raise UserError(
+        f"data.batch_size is {batch_size:,} and the training data hold {size:,} samples; a batch holds"
+        f" every sample once at most. Give a data.batch_size of at most {size:,}."
+    )
 
 
 def _steps_per_epoch(samples: int, epoch_samples: int | None, batch_size: int) -> int:
@@ -219,12 +226,15 @@ def _steps_per_epoch(samples: int, epoch_samples: int | None, batch_size: int) -
 
 
 def order_of(recipe: Recipe, opened: Sequence[Shards]) -> Order:
-    """The order of a recipe's samples; `opened` are its sources as they are listed. Raises as Order does."""
+    """The order of a recipe's samples; `opened` are its sources as they are listed.
+
+    Raises UserError as Order does, and for repeats of classes that are not known.
+    """
     data = recipe.data
     return Order(
         [
-            SourceShape(shards.sample_counts, shards.caption_counts, source.weight, name=shards.name)
-            for shards, source in zip(opened, data.train, strict=True)
+            _shape(shards, source, f"data.train.{number}")
+            for number, (shards, source) in enumerate(zip(opened, data.train, strict=True))
         ],
         batch_size=data.batch_size,
         seed=recipe.seed,
@@ -233,4 +243,27 @@ def order_of(recipe: Recipe, opened: Sequence[Shards]) -> Order:
         window=data.order.window,
         full_shuffle_below=data.order.full_shuffle_below,
         epoch_samples=data.epoch_samples,
+    )
+
+
+def _shape(shards: Shards, source: Source, place: str) -> SourceShape:
+    """What the order needs of a source that was opened."""
+    fields = getattr(shards, "fields", ())
+    several = len(fields) > 1
+    repeats = repeats_of(
+        source.repeat,
+        source.repeat_classes,
+        classes=getattr(shards, "classes", None) if source.repeat_classes else None,
+        classnames=shards.classnames if source.repeat_classes else None,
+        place=place,
+        name=shards.name,
+    )
+    return SourceShape(
+        shards.sample_counts,
+        None if several else shards.caption_counts,
+        source.weight,
+        more_than=getattr(shards, "more_than", None),
+        name=shards.name,
+        fields=[Field(own.counts, own.probability) for own in fields] if several else (),
+        repeats=repeats,
     )

@@ -144,6 +144,17 @@ CaptionsIn = Annotated[
 ]
 
 
+def _by_class(value: object) -> object:
+    """Class numbers may be written as numbers."""
+    if not isinstance(value, dict):
+        return value
+    return {str(name) if isinstance(name, int) else name: repeat for name, repeat in value.items()}
+
+
+Repeat = Annotated[Float, Field(ge=0)]
+RepeatByClass = Annotated[dict[str, Repeat], BeforeValidator(_by_class)]
+
+
 def key(
     mark: Mark,
     description: str,
@@ -205,6 +216,18 @@ class Source(Section):
         "their shards together.",
         None,
         gt=0,
+    )
+    repeat: Float = key(
+        "result",
+        "How often an epoch shows each of this source's samples; 0.5: each in every second epoch.",
+        1.0,
+        ge=0,
+    )
+    repeat_classes: RepeatByClass = key(
+        "result",
+        "The same for single classes, in place of `repeat`: {3: 4, cat: 2, dog: 0.5}, by number or by name "
+        "in classnames.txt; 0 leaves a class out.",
+        {},
     )
     index: str | None = key(
         "record",
@@ -352,7 +375,7 @@ class Data(Section):
         "result", "Global batch: samples of one optimizer step, whatever the cluster's size.", ge=1
     )
     epoch_samples: Int | None = key(
-        "result", "Samples of an epoch. Default: the sum of the sources.", None, ge=1
+        "result", "Samples of an epoch. Default: the sum of the sources, repeats counted.", None, ge=1
     )
     workers: Int = key("speed", "Loader processes of each rank; 0 loads in the rank itself.", 4, ge=0)
     image: Image = section("How an image becomes the tower's input.", Image)

@@ -106,7 +106,7 @@ def test_every_copy_of_a_sample_lies_in_a_portion_of_its_own(shapes, scan):
     assert found == everything
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.tuples(source(3.0), source(1.0)),
     st.sampled_from(["all", "random", "first"]),
@@ -126,7 +126,7 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
     order = Order(shapes, **options)
     passes: dict[tuple[int, int], Counter] = {}
     shown: Counter = Counter()
-    for t in range(400 // options["batch_size"]):
+    for t in range(300 // options["batch_size"]):
         batch = order.batch(t)
         for passage, thing in drawn(batch, captions):
             passes.setdefault((thing[0], passage // order.copies(thing[0])), Counter())[thing] += 1
@@ -221,7 +221,7 @@ def test_copies_of_a_sample_are_spread_over_the_pass_and_meet_by_chance_alone(sh
     # 128: shards end together in all lanes, so that their portions would meet sample by sample
     shape = SourceShape(np.full(shards, 250), repeats=Repeats(4))
     met, expected = 0, 0.0
-    for seed in range(3):
+    for seed in range(2):
         order = Order(
             [shape], batch_size=64, seed=seed, lanes=16, window=64, full_shuffle_below=full_shuffle_below
         )
@@ -285,7 +285,7 @@ def test_mistakes_are_named():
         order(Repeats(300))
     with pytest.raises(UserError, match=r"flickr: no samples and a repeat above zero.*repeat_classes"):
         order(Repeats(0))
-    with pytest.raises(UserError, match="a pass through the training data is 160 samples"):
+    with pytest.raises(UserError, match=r"a pass through the training data, repeats counted, is 160 samples"):
         Order([SourceShape(np.array([80]), repeats=Repeats(2))], batch_size=161, seed=0, epoch_samples=999)
     with pytest.raises(UserError, match=r"the repeats of flickr lay 200,000 shards up to 200 times over"):
         Order([SourceShape(np.ones(200_000), name="flickr", repeats=Repeats(200))], batch_size=4, seed=0)
