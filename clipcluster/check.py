@@ -138,7 +138,7 @@ def _check_files(loaded: Loaded, findings: Findings) -> None:
 
 
 def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
-    """Samples (with captions: all, pairs) of one pass through all sources; None if none can be drawn."""
+    """Samples (with captions: all, pairs) of all sources, repeats counted; None if none can be drawn."""
     opened: list[Shards] = []
     for place, source in enumerate(loaded.recipe.data.train):
         shards = findings.attempt(_place(loaded, f"data.train.{place}.shards"), _open, source, True)
@@ -150,7 +150,7 @@ def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
 
 
 def _draws(recipe: Recipe, opened: Sequence[Shards]) -> int:
-    """Draws of one pass through all sources, from the order itself, so that what it refuses is found here."""
+    """Samples of all sources, repeats counted, from the order itself: what it refuses is found here."""
     from clipcluster.data.order import order_of
 
     return order_of(recipe, opened).samples
@@ -232,12 +232,13 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
     """What will happen, a line a subject."""
     what = "pairs" if recipe.data.text.captions == "all" else "samples"
     sources = len(recipe.data.train)
+    repeated = any(source.repeat != 1 or source.repeat_classes for source in recipe.data.train)
     ranks, nodes = plan.world_size, plan.nodes
     saves = f"{plan.checkpoint_every:,} steps" if plan.checkpoint_every else str(recipe.checkpoint.every)
     measures = f"every {plan.evaluate_every:,} steps and at the end" if plan.evaluate_every else "at the end"
     sets = len(recipe.evaluate.retrieval) + len(recipe.evaluate.zero_shot)
     return [
-        f"data: {samples:,} {what} in {sources} source{'s' * (sources > 1)}",
+        f"data: {samples:,} {what} in {sources} source{'s' * (sources > 1)}" + ", repeats counted" * repeated,
         f"steps: {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all ({recipe.train.duration}, "
         f"{plan.total_samples:,} {what})",
         f"warm-up: {plan.warmup_steps:,} steps ({plan.warmup_steps / plan.total_steps:.1%} of the run)",

@@ -108,8 +108,30 @@ def test_captions_all_counts_pairs(checked: Callable[..., Checked]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "samples"),
+    [
+        (["data.train.0.repeat=3"], "27 samples"),
+        (["data.train.0.repeat_classes={odd: 2}"], "13 samples"),
+        (["data.train.0.repeat_classes={1: 2.5, even: 0}"], "10 samples"),
+        (["data.train.0.repeat_classes.even=0.5", "data.train.0.repeat=2"], "10 samples"),
+        (["data.train.0.repeat_classes={odd: 2}", "data.text.captions=all"], "26 pairs"),
+    ],
+)
+def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[str], samples: str) -> None:
+    found = checked(*overrides)
+    assert found.errors == []
+    assert found.summary[0] == f"data: {samples} in 1 source, repeats counted"
+    assert found.plan is not None
+    assert found.plan.steps_per_epoch == int(samples.split()[0]) // 4
+
+
+@pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["data.train.0.repeat_classes={ood: 2}"], "'ood'; did you mean 'odd'?"),
+        (["data.train.0.repeat_classes={2: 2}"], "there is no class 2; the classes are 0 to 1"),
+        (["data.train.0.repeat=0.37"], "The nearest that would do are 0.37037037"),
+        (["data.train.0.repeat=0"], "data.train.0 train: no sample with a caption and a repeat above zero"),
         (["data.train.0.shards=data/trian"], "data.train.0.shards"),
         (["data.train.0.shards=data/trian"], "no such folder"),
         (["data.batch_size=5"], "does not divide by 2 ranks; set it to 4 or 6"),

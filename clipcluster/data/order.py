@@ -248,22 +248,21 @@ def order_of(recipe: Recipe, opened: Sequence[Shards]) -> Order:
 
 def _shape(shards: Shards, source: Source, place: str) -> SourceShape:
     """What the order needs of a source that was opened."""
-    fields = getattr(shards, "fields", ())
-    several = len(fields) > 1
-    repeats = repeats_of(
-        source.repeat,
-        source.repeat_classes,
-        classes=getattr(shards, "classes", None) if source.repeat_classes else None,
-        classnames=shards.classnames if source.repeat_classes else None,
-        place=place,
-        name=shards.name,
-    )
+    by_class = bool(source.repeat_classes)
     return SourceShape(
         shards.sample_counts,
-        None if several else shards.caption_counts,
-        source.weight,
-        more_than=getattr(shards, "more_than", None),
+        weight=source.weight,
+        more_than=shards.more_than,
         name=shards.name,
-        fields=[Field(own.counts, own.probability) for own in fields] if several else (),
-        repeats=repeats,
+        # where there is one field its probability is not asked
+        fields=[Field(own.counts, own.probability or 1.0) for own in shards.fields],
+        repeats=repeats_of(
+            source.repeat,
+            source.repeat_classes,
+            classes=shards.classes if by_class else None,
+            classnames=shards.classnames if by_class else None,
+            place=place,
+            name=shards.name,
+        ),
+        sample_ends=shards.sample_ends,
     )

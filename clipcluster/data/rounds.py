@@ -45,7 +45,8 @@ class SourceShape:
     more_than: (C, n_shards) integers, row c the samples of each shard with more than c captions; None:
         counted here, by a scan of caption_counts. C = 1 is enough unless captions are "all".
     name: for messages.
-    fields: in place of caption_counts, where captions come from several fields by chance.
+    fields: in place of caption_counts, where captions come from several fields by chance; one field alone
+        is what caption_counts are.
     repeats: how often each sample is drawn in a pass; None: once.
     sample_ends: (n_shards,) int64, running sum of sample_counts; None: made here.
     """

@@ -345,6 +345,11 @@ class Shards:
         choices = self.parts[part].choices
         return (next(iter(self._tables[part].meta["captions"])),) if choices is None else choices
 
+    @property
+    def sample_ends(self) -> np.ndarray:
+        """The running sum of `sample_counts`, (n_shards,) int64."""
+        return self._sample_ends
+
     @cached_property
     def fields(self) -> tuple[CaptionField, ...]:
         """The choices of captions, one or several, in the order in which `read` lays their captions."""

@@ -42,7 +42,7 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
 
     Args:
         recipe: the validated recipe.
-        source_samples: samples (with captions: all, pairs) of one pass through all sources.
+        source_samples: samples (with captions: all, pairs) of all sources, repeats counted.
         world_size: ranks in all.
 
     Raises:
