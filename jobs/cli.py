@@ -15,6 +15,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.folder import all_runs, find_run, runs_folder
 from jobs.cli_sandbox import sandbox
 from jobs.cli_shards import shards
+from jobs.cli_tidy import register
 from jobs.cli_words import AsJson, Runs, group, print_document, say
 
 # Some versions of typer bring a click of their own, so the class is found, not imported.
@@ -24,6 +25,7 @@ UsageProblem: type[Exception] = next(
 
 
 app = group("Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe.")
+register(shards)
 app.add_typer(shards, name="shards")
 app.add_typer(sandbox, name="sandbox")
 

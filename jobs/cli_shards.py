@@ -46,30 +46,3 @@ def index(
         return
     for summary in summaries:
         say(summary_line(summary))
-
-
-@shards.command()
-def verify(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of shards.")],
-    elsewhere: Annotated[
-        Path | None, typer.Option("--index", metavar="FOLDER", help="Where the index is.")
-    ] = None,
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Decode every image.")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Read every byte again and compare with the index; exit 1 where something is broken."""
-    from tools.verify import verify as read
-
-    reports = [read(folder, elsewhere, images=images) for folder in folders]
-    if as_json:
-        print_document([report.as_dict() for report in reports])
-    else:
-        for report in reports:
-            say(
-                f"{report.folder}: {report.samples:,} samples in {report.shards} shards, "
-                + ("whole" if report.whole else f"{len(report.broken)} broken, {len(report.bad)} bad")
-            )
-            for fault in [*report.broken, *report.bad][:20]:
-                say(f"  {fault['shard']} {fault['key'] or ''}: {fault['reason']}")
-    if not all(report.whole for report in reports):
-        raise typer.Exit(1)

@@ -26,10 +26,7 @@ def index_folders(
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: give the number of processes that index, 1 or more")
-    if index is not None and len(folders) != 1:
-        raise UserError(
-            f"--index {index} holds the index of one folder, and {len(folders)} were given; run one by one"
-        )
+    require_one(folders, index)
     for folder in folders:
         if not is_remote(folder):
             find_shards(Path(folder))
@@ -45,3 +42,11 @@ def index_folders(
             made = write_index(Path(folder), index, captions, again=again, workers=workers, progress=progress)
         summaries.append(made)
     return summaries
+
+
+def require_one(folders: Sequence[str | Path], index: Path | None) -> None:
+    """UserError if several folders are to share one index."""
+    if index is not None and len(folders) != 1:
+        raise UserError(
+            f"--index {index} holds the index of one folder, and {len(folders)} were given; run one by one"
+        )

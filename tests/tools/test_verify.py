@@ -23,15 +23,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_bad_images_are_counted_with_their_reason(folder: Path) -> None:
-    report = verify(folder)
+    report = verify(folder, workers=0)
     assert (report.shards, report.samples, report.captions, report.used) == (3, 12, 24, 11)
     assert report.bytes == sum(path.stat().st_size for path in folder.glob("*.tar"))
     assert [(entry["shard"], entry["key"]) for entry in report.bad] == [("00001.tar", "k06")]
     assert "HTML" in report.bad[0]["reason"]
+    assert report.kinds == {"PNG": 11}
     assert not report.broken
     assert not report.whole
     assert report.as_dict()["whole"] is False
-    assert verify(folder, images=False).whole
+    shallow = verify(folder, images=False)
+    assert [entry["key"] for entry in shallow.bad] == ["k06"]  # by its first bytes
+    assert (shallow.used, shallow.kinds) == (11, {"PNG": 11})
 
 
 @pytest.mark.parametrize("way", ["flipped", "gone", "rows", "other rows", "unknown"])
@@ -53,7 +56,7 @@ def test_a_broken_shard_is_named(folder: Path, way: str) -> None:
         rows.write_bytes(data)
     else:
         (folder / "00003.tar").write_bytes(path.read_bytes())
-    report = verify(folder)
+    report = verify(folder, workers=0)
     reasons = {
         "flipped": "changed since it was indexed", "gone": "gone", "rows": "cannot be read",
         "other rows": "not those of the tar", "unknown": "not in the index",
@@ -68,8 +71,9 @@ def test_a_cut_shard_is_named_and_its_samples_are_counted(folder: Path) -> None:
     path = folder / "00000.tar"
     path.write_bytes(path.read_bytes()[:-1024])
     write_index(folder)
-    report = verify(folder)
-    assert report.broken == [{"shard": "00000.tar", "key": None, "reason": report.broken[0]["reason"]}]
+    report = verify(folder, workers=0)
+    reason = report.broken[0]["reason"]
+    assert report.broken == [{"shard": "00000.tar", "key": None, "reason": reason, "fault": "cut"}]
     assert "without the two zero blocks" in report.broken[0]["reason"]
     assert (report.samples, report.used) == (12, 11)
 
@@ -77,4 +81,26 @@ def test_a_cut_shard_is_named_and_its_samples_are_counted(folder: Path) -> None:
 def test_without_an_index_it_says_what_to_do(folder: Path) -> None:
     (folder / "index.bin").unlink()
     with pytest.raises(UserError, match="clipcluster shards index"):
-        verify(folder)
+        verify(folder, workers=0)
+
+
+def test_notes_break_nothing(folder: Path) -> None:
+    with ShardWriter(folder / "more", samples_per_shard=4) as writer:
+        writer.add_members("a", {"png": png(np.eye(8))})
+        writer.add_members("a", {"png": png(np.eye(8))})
+        writer.add_members("b", {"png": png(np.eye(8))})
+    (folder / "00003.tar.gz").write_bytes(b"packed")
+    (folder / "00000.tar").write_bytes((folder / "more" / "00000.tar").read_bytes())
+    (folder / "00001.tar").write_bytes(bytes(1024))
+    write_index(folder)
+    report = verify(folder, workers=0)
+    assert report.whole
+    assert (report.samples, report.duplicates) == (6, 1)
+    assert report.notes == [
+        "00001.tar: holds no sample with an image",
+        "00003.tar.gz: compressed, not read; unpack it to .tar first",
+    ]
+
+
+def test_processes_find_the_same(folder: Path) -> None:
+    assert verify(folder, workers=2, images=False) == verify(folder, workers=0, images=False)

@@ -1,0 +1,149 @@
+"""The verbs `clipcluster shards stats` and `verify`: what is in shards, and whether they are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.cli_words import AsJson, print_document, say
+
+_SHOWN = 20  # faults that are printed one by one
+
+Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of shards.")]
+Elsewhere = Annotated[
+    Path | None, typer.Option("--index", metavar="FOLDER", help="Where the index of the one DIR is.")
+]
+Images = Annotated[
+    bool,
+    typer.Option("--images/--no-images", help="Decode every image, or tell only what is no image at all."),
+]
+Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Processes.")]
+
+
+def register(group: typer.Typer) -> None:
+    """Adds the verbs of this file to `clipcluster shards`."""
+    for verb in (verify, stats):
+        group.command()(verb)
+
+
+def verify(
+    folders: Folders,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="First mend what can be mended without losing anything, and say what."),
+    ] = False,
+    elsewhere: Elsewhere = None,
+    images: Images = True,
+    workers: Workers = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte again and compare with the index; exit 1 where something is broken."""
+    from tools.index import require_one
+    from tools.repair import repair as mend
+    from tools.verify import verify as read
+
+    require_one(folders, elsewhere)
+    reports = []
+    for folder in folders:
+        deeds = []
+        if repair:
+            with _progress(f"{folder}: looking for what is broken") as progress:
+                deeds = mend(folder, elsewhere, workers=workers, progress=progress)
+        with _progress(str(folder)) as progress:
+            report = read(folder, elsewhere, images=images, workers=workers, progress=progress)
+        report.repairs = [deed._asdict() for deed in deeds]
+        reports.append(report)
+        if not as_json:
+            _say_report(report)
+    if as_json:
+        _print([report.as_dict() for report in reports])
+    if not all(report.whole for report in reports):
+        raise typer.Exit(1)
+
+
+def stats(
+    folders: Folders,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE.png", help="Draw the figures into this file.")
+    ] = None,
+    elsewhere: Elsewhere = None,
+    captions: Annotated[
+        str | None,
+        typer.Option("--captions", metavar="CHOICE", help="Which captions; default: those of the index."),
+    ] = None,
+    images: Images = True,
+    workers: Workers = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in shards: samples, images, captions, duplicates, what cannot be read."""
+    from jobs.stats_table import table
+    from tools.index import require_one
+    from tools.stats import stats as read
+
+    require_one(folders, elsewhere)
+    if picture is not None:
+        from tools.picture import require_drawable
+
+        require_drawable(picture)
+    figures = []
+    for folder in folders:
+        with _progress(str(folder)) as progress:
+            figures.append(
+                read(
+                    folder,
+                    elsewhere,
+                    captions_choice=captions,
+                    images=images,
+                    workers=workers,
+                    progress=progress,
+                )
+            )
+        if not as_json:
+            table(figures[-1])
+    if picture is not None:
+        from tools.picture import draw
+
+        draw(figures, picture)
+        if not as_json:
+            say(f"drawn: {picture}")
+    if as_json:
+        _print([one.as_dict() for one in figures])
+
+
+def _print(documents: list[dict[str, Any]]) -> None:
+    """One folder's document as it is, those of several as a list."""
+    print_document(documents[0] if len(documents) == 1 else documents)
+
+
+def _say_report(report: Any) -> None:
+    for deed in report.repairs:
+        say(f"{'mended' if deed['done'] else 'left  '}  {deed['file']}: {deed['what']}")
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items())
+    say(
+        f"{report.folder}: {report.samples:,} samples ({kinds or 'no image'}) with {report.captions:,} "
+        f"captions in {report.shards} shards, "
+        + ("whole" if report.whole else f"{len(report.broken)} broken shards, {len(report.bad)} bad samples")
+    )
+    faults = [*report.broken, *report.bad]
+    for fault in faults[:_SHOWN]:
+        say(f"  {fault['shard']} {fault['key'] or ''}: {fault['reason']}")
+    if len(faults) > _SHOWN:
+        say(f"  … and {len(faults) - _SHOWN} more; --json names all")
+    for note in report.notes:
+        say(f"  note: {note}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, gone at the end; elsewhere nothing: an answer a folder follows."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
