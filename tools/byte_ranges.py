@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ class ByteRanges:
         while len(data) < size:
             more = os.pread(self._handle, size - len(data), offset + len(data))
             if not more:
-                raise OSError(f"{self.path} ends at byte {offset + len(data):,}, before {offset + size:,}")
+                reason = f"ends at byte {offset + len(data):,}, before {offset + size:,}"
+                raise OSError(errno.EIO, reason, str(self.path))
             data += more
         return data
 
