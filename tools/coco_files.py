@@ -8,10 +8,12 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from clipcluster.errors import UserError
+from tools.records import InputFile
 from tools.zip_members import DamagedMember, ZipMembers
 
 WANTED = (
@@ -24,15 +26,16 @@ _ZIP = re.compile(r"((train|val|test)|annotations_trainval|image_info_test)(2014
 
 
 class ImageFolder(Protocol):
-    """Image files by name. `where` is the folder or the zip on disk."""
+    """Image files by name."""
 
-    @property
-    def where(self) -> Path: ...
+    def state(self) -> InputFile:
+        """The folder or the zip on disk, as it was."""
+        ...
 
     def names(self) -> Set[str]: ...
 
     def size(self, name: str) -> int:
-        """Bytes of a file. KeyError or FileNotFoundError: no such file."""
+        """Bytes of a file. KeyError: no such file."""
         ...
 
     def read(self, name: str) -> bytes:
@@ -44,12 +47,23 @@ class ImageFolder(Protocol):
 class _Extracted:
     where: Path
 
-    def names(self) -> Set[str]:
+    @cached_property
+    def _states(self) -> dict[str, tuple[int, int]]:
+        """Bytes and time of every file."""
         with os.scandir(self.where) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+            states = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+        return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+    def state(self) -> InputFile:
+        return InputFile.of_many(
+            str(self.where), ((name, *self._states[name]) for name in sorted(self._states))
+        )
+
+    def names(self) -> Set[str]:
+        return self._states.keys()
 
     def size(self, name: str) -> int:
-        return (self.where / name).stat().st_size
+        return self._states[name][0]
 
     def read(self, name: str) -> bytes:
         return (self.where / name).read_bytes()
@@ -60,9 +74,8 @@ class _Zipped:
     archive: ZipMembers
     prefix: str  # with its slash
 
-    @property
-    def where(self) -> Path:
-        return self.archive.path
+    def state(self) -> InputFile:
+        return InputFile.of(self.archive.path)
 
     def names(self) -> Set[str]:
         inside = (name.removeprefix(self.prefix) for name in self.archive if name.startswith(self.prefix))

@@ -7,7 +7,9 @@ byte is read, done by any number of processes, and gone on with later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -54,6 +56,16 @@ class InputFile(NamedTuple):
         """The state of a file. OSError if it is not there."""
         state = path.stat()
         return cls(str(path), state.st_size, state.st_mtime_ns)
+
+    @classmethod
+    def of_many(cls, path: str, states: Iterable[tuple[str, int, int]]) -> InputFile:
+        """The files behind `path` as one: name, bytes and time of each, in a settled order."""
+        total = latest = 0
+        digest = hashlib.sha256()
+        for name, size, mtime_ns in states:
+            total, latest = total + size, max(latest, mtime_ns)
+            digest.update(b"%b\0%d %d\n" % (os.fsencode(name), size, mtime_ns))
+        return cls(path, total, latest, digest.hexdigest())
 
 
 class Split(Protocol):

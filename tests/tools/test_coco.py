@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -59,7 +60,10 @@ def test_extracted_and_mixed(coco: Any, tmp_path: Path) -> None:
     (folder / "val2017" / "000000000139.jpg").unlink()  # the zip beside it is whole, and is read
     source = _open(folder)
     _check(source, coco)
-    assert InputFile.of(folder / "train2017") in source.inputs
+    before = next(file for file in source.inputs if file.path == str(folder / "train2017"))
+    os.utime(folder / "train2017" / "000000000009.jpg", ns=(1, 1))
+    assert before not in _open(folder).inputs
+    assert before.bytes == sum(len(coco.images["train", number]) for number in coco.ids["train"])
     moved = folder / "images"
     moved.mkdir()
     (folder / "train2017").rename(moved / "train2017")

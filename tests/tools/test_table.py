@@ -3,6 +3,7 @@
 import csv
 import io
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def test_rows_of_one_image_are_one_sample(tmp_path: Path, images: dict[str, byte
     assert b.fields["source"] == "web"
     assert source.splits[0].name == ""
     assert source.splits[0].sizes().tolist() == [len(b.image), len(a.image), len(c.image)]
-    assert source.inputs == [InputFile.of(table)]
+    assert source.inputs[0] == InputFile.of(table)
+    os.utime(tmp_path / "images/c.jpg", ns=(1, 1))
+    assert _open(table).inputs[1] != source.inputs[1]
     assert source.notes == ["3 images in 6 rows"]
 
 
@@ -200,7 +203,7 @@ def test_several_tables_are_one_split_or_named_ones(tmp_path: Path, images: dict
     records = [record for record in _all(source) if isinstance(record, Record)]
     assert [record.captions for record in records] == [["1"], ["2", "3"], ["4"]]
     assert records[1].fields == {"filepath": "images/b.jpg", "more": ["", "x"]}
-    assert source.inputs == [InputFile.of(one), InputFile.of(two)]
+    assert source.inputs[:2] == [InputFile.of(one), InputFile.of(two)]
     named = _open(f"train={one}", f"val={two}")
     assert [(split.name, len(split)) for split in named.splits] == [("train", 2), ("val", 2)]
     with pytest.raises(UserError, match=r"FILE …, .*NAME=FILE …, .*not both"):

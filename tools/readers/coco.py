@@ -74,7 +74,7 @@ class CocoSplit:
     def _size(self, image: _Listed) -> int:
         try:
             return 0 if image.fault else self.images[image.folder].size(image.file)
-        except (KeyError, FileNotFoundError):
+        except KeyError:
             return 0
 
 
@@ -86,8 +86,9 @@ def open_coco(inputs: Sequence[Path], options: Options) -> Source:
         splits, texts, notes = _published(found, year)
     else:
         splits, texts, notes = _karpathy(found, year, options.karpathy), {options.karpathy}, []
-    used = {folder.where for split in splits for folder in split.images.values()}
-    return Source(splits, [InputFile.of(path) for path in sorted(used | texts)], [*notes, *_counts(splits)])
+    used = {folder.state() for split in splits for folder in split.images.values()}
+    used |= {InputFile.of(path) for path in texts}
+    return Source(splits, sorted(used), [*notes, *_counts(splits)])
 
 
 def _year(found: CocoFiles, chosen: str | None) -> str:
@@ -114,7 +115,7 @@ def _published(found: CocoFiles, year: str) -> tuple[list[CocoSplit], set[Path],
             texts.add(found.text_path(text))
         elif folder in found.images and name != "test":
             raise UserError(
-                f"{found.images[folder].where}: the images of {folder} are there, {text} is not; give "
+                f"{found.images[folder].state().path}: the images of {folder} are there, {text} is not; give "
                 f"{zipped}, or the folder annotations that it holds, too"
             )
         elif folder in found.images:

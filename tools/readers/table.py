@@ -27,6 +27,7 @@ from tools.table_rows import Row, Table
 _NAMED = re.compile(r"([A-Za-z0-9][\w-]*)=(.+)", re.DOTALL)
 _SEPARATORS = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 _NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+_WATCHED = 1_000_000  # images of a split whose times are asked for, to notice a changed one
 _TRIED = 100  # images, to see whether the paths lead anywhere
 
 
@@ -149,7 +150,14 @@ class TableSplit:
         return len(self.images)
 
     def sizes(self) -> np.ndarray:
-        return np.fromiter((self._size(number) for number in range(len(self))), np.int64, len(self))
+        return np.fromiter((size for _, size, _ in self.states()), np.int64, len(self))
+
+    def states(self) -> Iterator[tuple[str, int, int]]:
+        """Path, bytes and time of every image; 0 where there is none."""
+        for number in range(len(self)):
+            path = self.path(number)
+            state = os.stat(path) if path is not None and os.path.isfile(path) else None
+            yield (path or "", state.st_size, state.st_mtime_ns) if state else (path or "", 0, 0)
 
     def path(self, number: int) -> str | None:
         """Where the image of a sample lies; None for a row that cannot be used."""
@@ -206,10 +214,6 @@ class TableSplit:
             raise BadRecord(key, f"{self.images.where(rows[0])}: of several classes: {', '.join(values)}")
         return next(map(int, values), None)
 
-    def _size(self, number: int) -> int:
-        path = self.path(number)
-        return os.stat(path).st_size if path is not None and os.path.isfile(path) else 0
-
 
 def open_tables(inputs: Sequence[Path], options: Options) -> Source:
     """A split for every NAME, or one without. UserError: no table, no such column, paths to nowhere."""
@@ -227,6 +231,11 @@ def open_tables(inputs: Sequence[Path], options: Options) -> Source:
     for split in splits:
         _check_paths(split, options)
     files = [InputFile.of(table.path) for of_split in tables.values() for table in of_split]
+    files += [
+        InputFile.of_many(f"images of {split.name or 'the table'}", split.states())
+        for split in splits
+        if len(split) <= _WATCHED
+    ]
     return Source(splits, files, [note for split in splits for note in split.notes()])
 
 
