@@ -8,7 +8,8 @@ import json
 import pickle
 import random
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,27 @@ def _picture(number: int, kind: str = "JPEG", size: tuple[int, int] = (20, 14)) 
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
+
+
+_inherited: list[Any] = []
+
+
+def _of_inherited(act: Callable[[Any, int], Any], number: int) -> Any:
+    return act(_inherited[-1], number)
+
+
+@pytest.fixture(scope="session")
+def in_others() -> Callable[..., tuple[list[Any], list[Any]]]:
+    """in_others(act, split, numbers): act(split, number) in forked processes; split inherited, then pickled."""
+
+    def run(
+        act: Callable[[Any, int], Any], split: Any, numbers: Iterable[int]
+    ) -> tuple[list[Any], list[Any]]:
+        with get_context("fork").Pool(2, _inherited.append, (split,)) as pool:
+            inherited = pool.starmap(_of_inherited, [(act, number) for number in numbers])
+            return inherited, pool.starmap(act, [(split, number) for number in numbers])
+
+    return run
 
 
 @pytest.fixture(scope="session")
