@@ -35,7 +35,7 @@ def _of_inherited(act: Callable[[Any, int], Any], number: int) -> Any:
 
 @pytest.fixture(scope="session")
 def in_others() -> Callable[..., tuple[list[Any], list[Any]]]:
-    """in_others(act, split, numbers): act(split, number) in forked processes; split inherited, then pickled."""
+    """in_others(act, split, numbers): act(split, number) in forked processes, inherited and pickled."""
 
     def run(
         act: Callable[[Any, int], Any], split: Any, numbers: Iterable[int]
