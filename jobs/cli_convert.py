@@ -88,7 +88,7 @@ def _command(name: str, kind: Any) -> Any:
 
     def run(**given: Any) -> None:
         options = kind.options(**{key: _frozen(given.pop(key)) for key in own})
-        _convert(name, given.pop("inputs", None) or [], options, **given)
+        run_conversion(name, given.pop("inputs", None) or [], options, **given)
 
     everything = {**parameters, **{key: (annotation, None) for key, annotation in _COMMON.items()}}
     everything["out"] = (_COMMON["out"], required)
@@ -134,7 +134,7 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _convert(
+def run_conversion(
     name: str,
     inputs: list[Path],
     options: Any,
@@ -143,8 +143,10 @@ def _convert(
     bytes_per_shard: str | None,
     workers: int | None,
     as_json: bool,
+    after: Callable[[], object] = lambda: None,
     **settings: Any,
 ) -> None:
+    """Converts and says what became of it; `after` is called when the shards are there."""
     from tools import convert as conversion
 
     with _progress(quiet=as_json) as progress:
@@ -157,6 +159,7 @@ def _convert(
             workers=workers or len(os.sched_getaffinity(0)),
             progress=progress,
         )
+    after()
     if as_json:
         splits = {split: dataclasses.asdict(summary) for split, summary in done.splits.items()}
         print_document({"out": str(out), "made": done.made, "splits": splits, "bad": done.bad})

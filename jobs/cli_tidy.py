@@ -1,4 +1,4 @@
-"""The verbs `clipcluster shards stats` and `verify`: what is in shards, and whether they are whole."""
+"""The verbs `clipcluster shards stats`, `verify` and `reshard`: what is in shards, and other shards of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Pro
 
 def register(group: typer.Typer) -> None:
     """Adds the verbs of this file to `clipcluster shards`."""
-    for verb in (verify, stats):
+    for verb in (verify, reshard, stats):
         group.command()(verb)
 
 
@@ -112,6 +112,90 @@ def stats(
             say(f"drawn: {picture}")
     if as_json:
         _print([one.as_dict() for one in figures])
+
+
+def reshard(
+    folders: Folders,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
+    samples: Annotated[
+        Path | None, typer.Option("--samples", metavar="FILE", help="Take the keys of this file, one a line.")
+    ] = None,
+    has_caption: Annotated[bool, typer.Option("--has-caption", help="Take samples with a caption.")] = False,
+    classes: Annotated[
+        list[int] | None, typer.Option("--class", metavar="NUMBER", help="Take this class; repeatable.")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option("--kinds", metavar="KIND", help="Take images of this kind by content, as JPEG,PNG."),
+    ] = None,
+    min_side: Annotated[
+        int | None, typer.Option("--min-side", metavar="PIXELS", help="Take images with no shorter side.")
+    ] = None,
+    max_aspect: Annotated[
+        float | None,
+        typer.Option("--max-aspect", metavar="RATIO", help="Take images whose sides have no larger ratio."),
+    ] = None,
+    dedupe: Annotated[bool, typer.Option("--dedupe", help="Of the same image bytes take the first.")] = False,
+    fraction: Annotated[
+        float | None,
+        typer.Option("--fraction", metavar="F", help="Take this share, drawn by key and --seed."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of --fraction.")] = 0,
+    first: Annotated[
+        int | None, typer.Option("--first", metavar="N", help="Take the first N of what is left.")
+    ] = None,
+    drop_bad: Annotated[
+        bool, typer.Option("--drop-bad", help="Leave out images that cannot be decoded, and list them.")
+    ] = False,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="Put the folder's name before each key, FOLDER/KEY.")
+    ] = False,
+    samples_per_shard: Annotated[
+        int | None, typer.Option("--samples-per-shard", metavar="N", min=1, help="Default: 10,000.")
+    ] = None,
+    bytes_per_shard: Annotated[
+        str | None, typer.Option("--bytes-per-shard", metavar="SIZE", help="Such as '1 GB', by the images.")
+    ] = None,
+    shuffle: Annotated[
+        int | None, typer.Option("--shuffle", metavar="SEED", help="Write in a shuffled order.")
+    ] = None,
+    workers: Workers = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Write samples of shards into others: a subset, a filter, several folders, another size of shard.
+
+    Conditions are applied in the order of this list. A sample goes over byte for byte, with all its
+    members; the same command goes on where it was stopped.
+    """
+    from jobs.cli_convert import run_conversion
+    from tools.readers.shards import Options, index_as_before
+
+    options = Options(
+        samples=samples,
+        has_caption=has_caption,
+        classes=tuple(classes or ()),
+        kinds=tuple(kinds or ()),
+        min_side=min_side,
+        max_aspect=max_aspect,
+        dedupe=dedupe,
+        fraction=fraction,
+        seed=seed,
+        first=first,
+        drop_bad=drop_bad,
+        prefix=prefix,
+    )
+    run_conversion(
+        "shards",
+        folders,
+        options,
+        out=out,
+        samples_per_shard=samples_per_shard,
+        bytes_per_shard=bytes_per_shard,
+        shuffle=shuffle,
+        workers=workers,
+        as_json=as_json,
+        after=lambda: index_as_before(folders, out),
+    )
 
 
 def _print(documents: list[dict[str, Any]]) -> None:

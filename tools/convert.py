@@ -32,6 +32,7 @@ KINDS = {
     "parquet": "parquet",
     "img2dataset": "img2dataset",
     "datacompdr": "datacompdr",
+    "shards": "shards",
 }
 _LOCK_PATIENCE = 10.0  # seconds: the workers of a killed conversion leave within them
 

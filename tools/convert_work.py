@@ -24,7 +24,7 @@ from clipcluster.data import index as indexes
 from clipcluster.data.columns import BrokenColumns, read_columns
 from clipcluster.data.image_kind import extension_of, kind_of, no_image
 from tools.convert_plan import DESCRIPTION, Plan, Shard, read_description
-from tools.records import BadRecord, Record
+from tools.records import BadRecord, Record, WholeRecord
 from tools.shard_writer import Behind, ShardFile, check_key, json_member
 
 STATE = ".conversion"
@@ -138,8 +138,11 @@ class _Contents:
         self._rows = array("q")
         self._settings = plan.settings
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record | WholeRecord) -> None:
         """Adds a sample. BadRecord: no image, a key that was there already or cannot be one."""
+        if isinstance(record, WholeRecord):
+            self._add_whole(record)
+            return
         key, image, texts, fields, cls, others = record
         extension = "jpg" if image[:3] == b"\xff\xd8\xff" else _extension(key, image)
         if "." in key or "_" in key or "\0" in key or not key or key[-1] == "/":
@@ -162,10 +165,31 @@ class _Contents:
         start, at = self._tar.at, {}
         for name, data in members.items():
             at[name] = self._tar.put(path + name.encode(), data)
-        kind, text, count = _captions(record, members)
+        kind, text, count = _captions(record.members, members, record.captions)
         where = (at[text], len(members[text])) if text else (0, 0)
         cls = -1 if record.cls is None else record.cls
         self._rows.extend((start, at[extension], len(image), *where, kind, count, cls))
+
+    def _add_whole(self, record: WholeRecord) -> None:
+        key, members = record
+        known = {name.lower(): data for name, data in members.items()}
+        for name in known:
+            _check(key, name)
+        if key in self.keys:
+            raise BadRecord(key, "duplicate key")
+        extension = next((name for name in known if name in indexes.IMAGE_EXTENSIONS), None)
+        if extension is None:
+            raise BadRecord(key, "no member is an image")
+        path = key.encode("utf-8", "surrogateescape") + b"."
+        start, at = self._tar.at, {}
+        for name, data in members.items():
+            at[name.lower()] = self._tar.put(path + name.encode("utf-8", "surrogateescape"), data)
+        kind, text, count = _captions(known, known)
+        where = (at[text], len(known[text])) if text else (0, 0)
+        number = known.get("cls", b"").strip()
+        cls = int(number) if number.isdigit() and len(number) < 10 else -1
+        self._rows.extend((start, at[extension], len(known[extension]), *where, kind, count, cls))
+        self.keys[key] = None
 
     def rows(self) -> tuple[dict[str, np.ndarray], int]:
         """The columns of the index, and the samples without an image: none."""
@@ -209,13 +233,18 @@ def _members(record: Record, extension: str, image: bytes) -> dict[str, bytes]:
     return {**members, **record.members}
 
 
-def _captions(record: Record, members: Mapping[str, bytes]) -> tuple[int, str | None, int]:
-    """Kind and name of the member the captions come from, and their number, as a scan would find them."""
+def _captions(
+    foreign: Mapping[str, bytes], members: Mapping[str, bytes], texts: Sequence[str] = ()
+) -> tuple[int, str | None, int]:
+    """Kind and name of the member the captions come from, and their number, as a scan would find them.
+
+    Members of `foreign` are read; the others were made of `texts`.
+    """
     if "json" in members:
-        if "json" in record.members:
+        if "json" in foreign:
             count = len(captions.from_json(members["json"], captions.DEFAULT))
         else:
-            count = sum(1 for text in record.captions if text.strip())
+            count = sum(1 for text in texts if text.strip())
         if count:
             return indexes.JSON, "json", count
     if "txt" in members:

@@ -39,6 +39,16 @@ class Record(NamedTuple):
     members: Mapping[str, bytes] = {}
 
 
+class WholeRecord(NamedTuple):
+    """A sample that goes over as it is: `members`, extension to bytes, in the order they are written.
+
+    One of them is an image by its extension.
+    """
+
+    key: str
+    members: Mapping[str, bytes]
+
+
 class InputFile(NamedTuple):
     """A file that was read, as it was: another size or time is a changed input. Times in ns.
 
@@ -88,7 +98,7 @@ class Split(Protocol):
         """Bytes of each sample's image as far as they are known beforehand, (n,) int64."""
         ...
 
-    def read(self, number: int) -> Record: ...
+    def read(self, number: int) -> Record | WholeRecord: ...
 
 
 @dataclass(frozen=True)
