@@ -136,7 +136,7 @@ def _label(key: str, read_json: Any) -> bytes:
     data = read_json() if read_json is not None else b"{}"
     try:
         sha256 = bytes.fromhex(json.loads(data).get("sha256") or "")[:_HASH]
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         sha256 = b""
     uid = uid_of(key, None if read_json is None else lambda: data)
     return (uid or bytes(uids.NBYTES)) + sha256.ljust(_HASH, b"\0")

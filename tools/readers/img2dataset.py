@@ -100,7 +100,7 @@ def record_of(key: str, members: dict[str, bytes], caption: str = "") -> Record:
 def _fields(key: str, data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRecord(key, "its json cannot be read") from None
     if not isinstance(fields, dict):
         raise BadRecord(key, "its json is no mapping")
@@ -219,7 +219,7 @@ def uid_of(key: str, read_json: Any) -> bytes | None:
     if read_json is not None:
         try:
             fields = json.loads(read_json())
-        except ValueError:
+        except (ValueError, RecursionError):
             fields = None
         if isinstance(fields, dict) and "uid" in fields:
             return uids.from_hex(fields["uid"])
@@ -235,7 +235,7 @@ def _field_label(field: str, key: str, read_json: Any) -> bytes:
     """A hash of a field of the json, or zeros."""
     try:
         value = json.loads(read_json())[field] if read_json is not None else None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         value = None
     if value is None:
         return _NO_LABEL
