@@ -33,6 +33,7 @@ KINDS = {
     "img2dataset": "img2dataset",
     "datacompdr": "datacompdr",
     "shards": "shards",
+    "webdataset": "webdataset",
 }
 _LOCK_PATIENCE = 10.0  # seconds: the workers of a killed conversion leave within them
 

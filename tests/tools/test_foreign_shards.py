@@ -1,5 +1,7 @@
-"""Shards that other programs made are indexed where they lie: CLIP_benchmark's folders, timm's ImageNet."""
+"""CLIP_benchmark's folders and timm's ImageNet: indexed where they lie, and converted."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,8 @@ import pytest
 from clipcluster.data.shards import Shards, open_folder, open_source
 from clipcluster.errors import UserError
 from tools.index import index_folders
+from tools.readers.webdataset import KIND, Options
+from tools.records import BadRecord, Record
 
 
 def _source(shards: str) -> Any:
@@ -63,3 +67,88 @@ def test_timms_imagenet_is_one_folder_of_two_splits(
     assert np.unique([validation.read(n, text=False).shard for n in range(4)]).tolist() == [
         "imagenet1k-validation-0000.tar"
     ]
+
+
+def _convert(*inputs: Path, **options: Any) -> Any:
+    return KIND.open(list(inputs), Options(**options))
+
+
+def test_all_splits_of_clip_benchmark_are_converted_at_once(clip_benchmark: Any, tmp_path: Path) -> None:
+    root = clip_benchmark.classification(tmp_path / "wds_pets")
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.cli",
+        "shards",
+        "convert",
+        "webdataset",
+        str(root),
+        "--out",
+        str(out),
+    ]
+    command += ["--template", "a photo of a {c}.", "--template", "{c}"]
+    subprocess.run(command, check=True)
+    for split in ("train", "test"):
+        shards = open_folder(out / split)
+        assert (shards.n_samples, len(shards)) == (24, 1)
+        assert shards.classnames == list(clip_benchmark.classnames)
+        assert shards.templates == list(clip_benchmark.templates)
+        for sample in map(shards.read, range(24)):
+            name = clip_benchmark.classnames[sample.cls]
+            assert sample.captions == [f"a photo of a {name}.", name]
+
+
+def test_retrieval_keeps_all_captions_of_an_image(clip_benchmark: Any, tmp_path: Path) -> None:
+    source = _convert(clip_benchmark.retrieval(tmp_path / "wds_flickr"))
+    (split,) = source.splits
+    assert split.name == "test"
+    assert [split.read(number).captions for number in range(12)] == [
+        clip_benchmark.captions(number) for number in range(12)
+    ]
+
+
+def test_timms_list_names_the_splits(timm_imagenet: Callable, picture: Callable, tmp_path: Path) -> None:
+    folder = timm_imagenet(tmp_path / "imagenet")
+    (tmp_path / "names").write_text("tench\ngoldfish\nshark\n")
+    source = _convert(folder, classnames=tmp_path / "names", template=("the {c}",), class_field="label")
+    assert [(split.name, len(split)) for split in source.splits] == [("train", 10), ("validation", 4)]
+    train = source.splits[0]
+    records = [train.read(number) for number in range(10)]
+    assert [record.image for record in sorted(records, key=_number)] == [
+        picture(number) for number in range(10)
+    ]
+    assert [record.cls for record in sorted(records, key=_number)] == [number % 3 for number in range(10)]
+    assert {record.cls: record.captions for record in records} == {
+        0: ["the tench"],
+        1: ["the goldfish"],
+        2: ["the shark"],
+    }
+    assert source.inputs[-1].path == str(tmp_path / "names")
+    with pytest.raises(BadRecord, match="no class in its json: alt is None"):
+        _convert(folder, class_field="alt").splits[0].read(0)
+    (tmp_path / "names").write_text("tench\n")
+    with pytest.raises(BadRecord, match="class 2, and there are 1 names of classes"):
+        _convert(folder, classnames=tmp_path / "names", template=("{c}",)).splits[0].read(9)
+    (folder / "imagenet1k-train-0001.tar").unlink()
+    with pytest.raises(UserError, match=r"imagenet1k-train-0001.tar is not there, and .*_info.json lists it"):
+        _convert(folder)
+
+
+def _number(record: Record) -> int:
+    return int(record.key.rpartition("_")[2])
+
+
+def test_what_holds_no_tars_or_names_is_said(timm_imagenet: Callable, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    folder = timm_imagenet(tmp_path / "imagenet")
+    for inputs, options, words in (
+        ([tmp_path / "nowhere"], {}, "no such folder"),
+        ([tmp_path / "empty"], {}, "no .tar in this folder, nor in the folders below it"),
+        ([folder], {"template": ("{c}",)}, "no classnames.txt in .* give --classnames FILE"),
+        ([folder], {"template": ("no name",)}, "a template is one line with {c}"),
+        ([folder], {"classnames": tmp_path / "none"}, "no such file; give the names of the classes"),
+        ([folder, folder / "imagenet1k-train-0000.tar"], {}, "convert them one by one"),
+    ):
+        with pytest.raises(UserError, match=words):
+            _convert(*inputs, **options)

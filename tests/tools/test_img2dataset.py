@@ -117,7 +117,7 @@ def test_a_subset_by_uid_repeats_what_repeats(downloads: Any, folder: Path, tmp_
     assert [uid.hex().zfill(32) for uid in read_uids(file).tolist()] == [
         downloads.uid(number) for number in wanted
     ]
-    source = _open(folder, uids=str(file))
+    source = _open(folder, uids=file)
     (split,) = source.splits
     assert _keys(source) == [
         f"{downloads.uid(2)}-0",
@@ -144,7 +144,7 @@ def test_uids_with_zeros_at_either_end(tmp_path: Path) -> None:
 def test_a_uid_in_two_shards_is_taken_once(downloads: Any, folder: Path, tmp_path: Path) -> None:
     twin = downloads.make(tmp_path / "twin")
     file = _write_uids(tmp_path / "uids", list(map(downloads.uid, [1, 1, 2])), "raw")
-    source = _open(folder, twin, uids=str(file))
+    source = _open(folder, twin, uids=file)
     assert _keys(source) == [f"{downloads.uid(1)}-0", f"{downloads.uid(1)}-1", f"{downloads.uid(2)}-0"]
     assert "2 samples have a uid that came before, and are left out" in source.notes
 
@@ -178,7 +178,7 @@ def test_once_takes_the_first_of_equal_values(downloads: Any, folder: Path, tmp_
 
 
 def test_captions_may_be_a_field_of_the_json(folder: Path) -> None:
-    (split,) = _open(folder, caption="url").splits
+    (split,) = _open(folder, caption_field="url").splits
     assert list(split.read(0).captions) == ["http://127.0.0.1/0.jpg"]
 
 
@@ -250,10 +250,10 @@ def test_broken_uid_files_are_refused(downloads: Any, folder: Path, tmp_path: Pa
         ("none", "No such file"),
     ):
         with pytest.raises(UserError, match=words):
-            _open(folder, uids=str(tmp_path / name))
+            _open(folder, uids=tmp_path / name)
     none = _write_uids(tmp_path / "none_there", list(map(downloads.uid, [900])), "raw")
     with pytest.raises(UserError, match="no sample is left"):
-        _open(folder, uids=str(none))
+        _open(folder, uids=none)
 
 
 def test_the_folder_can_be_indexed_as_it_is(folder: Path, tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_what_the_real_img2dataset_downloads(downloads: Any, web: str, tmp_path:
         assert record.captions == ([f"picture {number}"] if number % 6 else [])
         assert Image.open(io.BytesIO(record.image)).size == (20, 14)
     file = _write_uids(tmp_path / "uids", list(map(downloads.uid, [4, 4, 20])), "npy")
-    assert _keys(_open(tmp_path / "out", uids=str(file))) == [
+    assert _keys(_open(tmp_path / "out", uids=file)) == [
         f"{downloads.uid(4)}-0",
         f"{downloads.uid(4)}-1",
         f"{downloads.uid(20)}-0",

@@ -74,7 +74,7 @@ def _downloads(folder: Path) -> Path:
 
 
 def test_img2datasets_output_of_parquet(tmp_path: Path) -> None:
-    source = _open(_downloads(tmp_path), key="key")
+    source = _open(_downloads(tmp_path), key_column="key")
     (split,) = source.splits
     assert (split.name, len(split), source.notes) == ("", 12, [])
     for number in (0, 5, 11, 2):
@@ -157,7 +157,7 @@ def test_images_behind_paths(tmp_path: Path) -> None:
     rows.append({"image_path": None, "title": "none"})
     rows.append({"image_path": str(tmp_path / "images" / "2.png"), "title": "absolute"})
     file = _write(tmp_path / "a" / "list.parquet", rows)
-    (split,) = _open(file, root=str(tmp_path)).splits
+    (split,) = _open(file, root=tmp_path).splits
     assert [split.read(number).image for number in (0, 1, 2, 5)] == [_picture(n) for n in (0, 1, 2, 2)]
     assert split.read(1).captions == ["words 1"]
     assert split.sizes().tolist() == [*[len(_picture(n)) for n in range(3)], 0, 0, len(_picture(2))]
@@ -194,20 +194,22 @@ def test_several_caption_columns_and_other_fields(tmp_path: Path) -> None:
     file = _write(tmp_path / "x.parquet", rows)
     with pytest.raises(UserError, match=r"several columns of bytes \(png, mask\); name it with --image"):
         _open(file)
-    source = _open(file, image="png", caption="more, alt", key="id.x")
+    source = _open(file, image_column="png", caption_column=("more", "alt"), key_column="id.x")
     (record,) = _records(source)
     assert record.captions == ["two", "three", "one"]
     assert (record.key, record.cls) == ("7", None)
     assert record.fields == {"score": None, "when": "2026-01-02T03:04:05", "boxes": [[0.5, 1.0]], "id.x": 7}
     json.dumps(record.fields, allow_nan=False)
     assert source.notes == ["columns that are not taken: mask"]
-    assert _records(_open(file, image="png", fields="boxes"))[0].fields == {"boxes": [[0.5, 1.0]]}
-    assert _records(_open(file, image="png", fields="-"))[0].fields == {}
+    assert _records(_open(file, image_column="png", json_column=("boxes",)))[0].fields == {
+        "boxes": [[0.5, 1.0]]
+    }
+    assert _records(_open(file, image_column="png", json_column=("-",)))[0].fields == {}
 
 
 def test_keys_are_fit_for_members_and_unique(tmp_path: Path) -> None:
     file = _write(tmp_path / "x.parquet", [{"png": _picture(n), "name": f"a.b/c.{n}.png"} for n in range(6)])
-    assert [record.key for record in _records(_open(file, key="name"))] == [
+    assert [record.key for record in _records(_open(file, key_column="name"))] == [
         f"a.b/c_{n}_png" for n in range(6)
     ]
     for names, words in (
@@ -216,13 +218,13 @@ def test_keys_are_fit_for_members_and_unique(tmp_path: Path) -> None:
     ):
         twice = _write(tmp_path / "y.parquet", [{"png": _picture(0), "name": name} for name in names])
         with pytest.raises(UserError, match=words):
-            _open(twice, key="name")
+            _open(twice, key_column="name")
 
 
 def test_row_groups_are_read_once_in_order_and_any_process_reads_any_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (split,) = _open(_downloads(tmp_path), key="key").splits
+    (split,) = _open(_downloads(tmp_path), key_column="key").splits
     read: list[int] = []
     original = pq.ParquetFile.read_row_group
 
@@ -236,7 +238,7 @@ def test_row_groups_are_read_once_in_order_and_any_process_reads_any_row(
     assert read == [0, 1, 0, 1]  # two files of two groups each
     assert len(split._tables) <= parquet.CACHED_GROUPS
     monkeypatch.setattr(parquet, "CACHED_BYTES", 1)
-    (split,) = _open(tmp_path, key="key").splits
+    (split,) = _open(tmp_path, key_column="key").splits
     for number in (0, 5, 11):
         split.read(number)
     assert len(split._tables) == 1
@@ -265,10 +267,10 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
         ([tmp_path / "text.parquet"], {}, "no parquet file"),
         ([tmp_path / "nowhere"], {}, "no such file or folder"),
         ([tmp_path / "empty"], {}, "no .parquet in this folder"),
-        ([words], {}, "no column of image bytes or paths; name it with --image; its columns are text"),
-        ([file], {"caption": "texts"}, "no column 'texts'; its columns are png, score, text"),
-        ([file], {"cls": "score"}, "column 'score' holds double; a class is an integer"),
-        ([file], {"image": "score"}, "neither bytes nor paths"),
+        ([words], {}, "no column of image bytes or paths; name it with --image-column; its columns are text"),
+        ([file], {"caption_column": ("texts",)}, "no column 'texts'; its columns are png, score, text"),
+        ([file], {"class_column": "score"}, "column 'score' holds double; a class is an integer"),
+        ([file], {"image_column": "score"}, "neither bytes nor paths"),
         ([file, other], {}, "z.parquet: no column 'png', unlike"),
         ([none], {}, "the files hold no row"),
     ):

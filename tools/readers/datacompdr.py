@@ -12,8 +12,10 @@ import numpy as np
 
 from clipcluster.errors import UserError
 from tools import uids
-from tools.readers.img2dataset import find_parts, input_of, record_of, uid_of
+from tools.readers.img2dataset import find_parts, input_of
 from tools.records import Kind, Record, Source, option
+from tools.sample_choice import first_of_each
+from tools.sample_members import record_of, uid_of
 from tools.tar_samples import TarSamples
 
 _UID = f"S{uids.NBYTES}"
@@ -23,6 +25,8 @@ _NOT_JOINED = ("json", "url.txt")  # what the image's own json says already
 
 @dataclass(frozen=True)
 class Options:
+    """The options of `convert datacompdr`."""
+
     same_hash: bool = option(
         False,
         "Leave out images whose sha256 is not that of the image that was reinforced (changed on the web).",
@@ -100,7 +104,7 @@ def _join(images: TarSamples, reinforcements: TarSamples, same_hash: bool) -> tu
     ordered = image_uids[order]
     left, right = (np.searchsorted(ordered, uid, side=side) for side in ("left", "right"))
     usable = (left < right) & (uid != b"")
-    usable[np.flatnonzero(usable)] = _first_of_each(uid[usable])
+    usable[np.flatnonzero(usable)] = first_of_each(uid[usable])
     chosen = left.copy()
     numbers, wanted = _shard_numbers(images), _shard_numbers(reinforcements)
     for row in np.flatnonzero(usable & (right - left > 1)):
@@ -161,12 +165,6 @@ def _shard_numbers(samples: TarSamples) -> np.ndarray:
     stems = [path.name.removesuffix(".tar") for path in samples.paths]
     numbers = np.array([int(stem) if stem.isdecimal() and len(stem) < 18 else -1 for stem in stems], np.int64)
     return numbers[samples.shards]
-
-
-def _first_of_each(values: np.ndarray) -> np.ndarray:
-    first = np.zeros(len(values), bool)
-    first[np.unique(values, return_index=True)[1]] = True
-    return first
 
 
 KIND = Kind(

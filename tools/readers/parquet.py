@@ -30,24 +30,24 @@ _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
 @dataclass(frozen=True)
 class Options:
-    image: str = option(
-        "",
-        "The column of image bytes, or of paths (default: the one of binary type, else a known name).",
-        metavar="COLUMN",
+    """The options of `convert parquet`."""
+
+    image_column: str | None = option(
+        None,
+        "The column of the images, bytes or paths. Default: the one of bytes, else of a usual name.",
+        metavar="NAME",
     )
-    caption: str = option(
-        "",
-        "Columns of captions, by commas (default: captions, caption, text, txt, title).",
-        metavar="COLUMNS",
+    caption_column: tuple[str, ...] = option(
+        (), "A column of captions; may be repeated. Default: captions, caption, text, …", metavar="NAME"
     )
-    cls: str = option(
-        "", "The column of class numbers (default: cls or label, if integer).", metavar="COLUMN"
+    class_column: str | None = option(
+        None, "The column of class numbers. Default: cls or label, if of integers.", metavar="NAME"
     )
-    key: str = option("", "The column of keys (default: the row's number).", metavar="COLUMN")
-    fields: str = option(
-        "", "Columns for the json, by commas (default: all others; '-' for none).", metavar="COLUMNS"
+    key_column: str | None = option(None, "The column of keys. Default: the row's number.", metavar="NAME")
+    json_column: tuple[str, ...] = option(
+        (), "A column for the json; may be repeated, - for none. Default: all others.", metavar="NAME"
     )
-    root: str = option("", "Paths begin here (default: at the parquet file's folder).", metavar="FOLDER")
+    root: Path | None = option(None, "What paths are relative to; else the file's folder.", metavar="DIR")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Rows:
     """The rows of some files as one split; row groups are read whole, and the last few are kept."""
 
     def __init__(
-        self, name: str, paths: Sequence[Path], columns: Columns, root: str, files: Mapping[str, str]
+        self, name: str, paths: Sequence[Path], columns: Columns, root: Path | None, files: Mapping[str, str]
     ) -> None:
         self.name, self.files = name, files
         self._paths, self._columns, self._root = list(paths), columns, root
@@ -154,7 +154,7 @@ class Rows:
                 problem = f"is also that of row {seen[key]}" if key in seen else "is empty"
                 raise UserError(
                     f"column {name!r}: the key {key!r} of row {number} {problem}; keys are unique: "
-                    "name another column with --key, or none for the rows' numbers"
+                    "name another column with --key-column, or none for the rows' numbers"
                 )
         return keys
 
@@ -242,13 +242,13 @@ def _choose(schema: Any, options: Options, path: Path) -> Columns:
     for name in _asked(options):
         if name not in schema.names:
             raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(schema.names)}")
-    image = options.image or _image_column(schema, path)
+    image = options.image_column or _image_column(schema, path)
     kind = _image_kind(schema.field(image))
     if kind is None:
         raise UserError(f"{path}: column {image!r} holds {schema.field(image).type}, neither bytes nor paths")
     by_name = [name for name in _CAPTIONS if name in schema.names and name != image][:1]
-    captions = _listed(options.caption) or [name for name in by_name if _is_text(schema.field(name).type)]
-    cls = options.cls or next(
+    captions = list(options.caption_column) or [name for name in by_name if _is_text(schema.field(name).type)]
+    cls = options.class_column or next(
         (n for n in _CLASSES if n in schema.names and _is_integer(schema.field(n).type)), None
     )
     if cls and not _is_integer(schema.field(cls).type):
@@ -259,18 +259,15 @@ def _choose(schema: Any, options: Options, path: Path) -> Columns:
         for name in schema.names
         if name not in {*used, "captions"} and _image_kind(schema.field(name)) in (None, "path")
     ]
-    fields = [] if options.fields == "-" else _listed(options.fields) or others
+    fields = [name for name in options.json_column if name != "-"] or ([] if options.json_column else others)
     failure = tuple(name for name in _FAILURE if name in schema.names)
-    return Columns(image, kind, tuple(captions), cls, options.key or None, tuple(fields), failure)
+    return Columns(image, kind, tuple(captions), cls, options.key_column or None, tuple(fields), failure)
 
 
 def _asked(options: Options) -> list[str]:
-    fields = [] if options.fields == "-" else _listed(options.fields)
-    return [*filter(None, (options.image, options.cls, options.key)), *_listed(options.caption), *fields]
-
-
-def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    named = (options.image_column, options.class_column, options.key_column)
+    columns = [name for name in options.json_column if name != "-"]
+    return [*filter(None, named), *options.caption_column, *columns]
 
 
 def _image_column(schema: Any, path: Path) -> str:
@@ -283,7 +280,7 @@ def _image_column(schema: Any, path: Path) -> str:
     what = (
         f"several columns of bytes ({', '.join(binary)})" if binary else "no column of image bytes or paths"
     )
-    raise UserError(f"{path}: {what}; name it with --image; its columns are {', '.join(schema.names)}")
+    raise UserError(f"{path}: {what}; name it with --image-column; its columns are {', '.join(schema.names)}")
 
 
 def _image_kind(field: Any) -> str | None:
