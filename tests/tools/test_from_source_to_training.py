@@ -79,13 +79,75 @@ def _lmdb(request: pytest.FixtureRequest, folder: Path) -> Way:
     return Way(["convert", "lmdb", databases, "--out", folder / "out"], folder / "out" / "train", 4)
 
 
+def _parquet(request: pytest.FixtureRequest, folder: Path) -> Way:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    picture = request.getfixturevalue("picture")
+    rows = [
+        {"jpg": picture(number), "caption": f"caption of {number}", "key": str(number)} for number in range(5)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "00000.parquet", row_group_size=2)
+    return Way(["convert", "parquet", folder / "00000.parquet", "--out", folder / "out"], folder / "out", 5)
+
+
+def _img2dataset(request: pytest.FixtureRequest, folder: Path) -> Way:
+    downloads = request.getfixturevalue("downloads").make(folder / "downloads")
+    return Way(["convert", "img2dataset", downloads, "--out", folder / "out"], folder / "out", 12)
+
+
+def _img2dataset_as_it_lies(request: pytest.FixtureRequest, folder: Path) -> Way:
+    downloads = request.getfixturevalue("downloads").make(folder / "downloads")
+    return Way(["index", downloads], downloads, 12)
+
+
+def _datacomp_by_uid(request: pytest.FixtureRequest, folder: Path) -> Way:
+    made = request.getfixturevalue("downloads")
+    (folder / "uids.txt").write_text("".join(f"{made.uid(number)}\n" for number in (7, 0, 8, 7)))
+    command = ["convert", "img2dataset", made.make(folder / "pool"), "--uids", folder / "uids.txt"]
+    return Way([*command, "--out", folder / "out"], folder / "out", 4)
+
+
+def _datacompdr(request: pytest.FixtureRequest, folder: Path) -> Way:
+    made = request.getfixturevalue("datacompdr")
+    images = made.images(folder / "images", {0: [1, 2, 3], 1: [4, 5]})
+    stored = made.reinforcements(folder / "dr", {0: [3, 2, 1, 0], 1: [5, 4]}, "pth.gz")
+    return Way(["convert", "datacompdr", images, stored, "--out", folder / "out"], folder / "out", 5)
+
+
+def _clip_benchmark_as_it_lies(request: pytest.FixtureRequest, folder: Path) -> Way:
+    root = request.getfixturevalue("clip_benchmark").retrieval(folder / "wds_flickr")
+    return Way(["index", root / "test"], root / "test", 12)
+
+
+def _clip_benchmark_classes(request: pytest.FixtureRequest, folder: Path) -> Way:
+    root = request.getfixturevalue("clip_benchmark").classification(folder / "wds_pets")
+    command = ["convert", "webdataset", root, "--template", "a photo of a {c}.", "--out", folder / "out"]
+    return Way(command, folder / "out" / "train", 24)
+
+
+def _timm_imagenet(request: pytest.FixtureRequest, folder: Path) -> Way:
+    tars = request.getfixturevalue("timm_imagenet")(folder / "imagenet")
+    (folder / "names.txt").write_text("tench\ngoldfish\ngreat white shark\n")
+    command = ["convert", "webdataset", tars, "--classnames", folder / "names.txt", "--template", "{c}"]
+    return Way([*command, "--out", folder / "out"], folder / "out" / "train", 10)
+
+
 WAYS: dict[str, Callable[[pytest.FixtureRequest, Path], Way]] = {
     "coco": _coco,
     "csv": _csv,
     "chinese-clip": _chinese_clip,
     "lmdb": _lmdb,
+    "parquet": _parquet,
+    "img2dataset": _img2dataset,
+    "img2dataset, as it lies": _img2dataset_as_it_lies,
+    "DataComp by uid": _datacomp_by_uid,
+    "datacompdr": _datacompdr,
+    "CLIP_benchmark, as it lies": _clip_benchmark_as_it_lies,
+    "CLIP_benchmark, classes": _clip_benchmark_classes,
+    "timm's ImageNet": _timm_imagenet,
 }
-SHORT = {"coco"}  # the others are long: `make test-all`
+SHORT = {"coco", "img2dataset, as it lies", "datacompdr", "timm's ImageNet"}  # the others are long: `make test-all`
 
 
 @pytest.mark.parametrize(
