@@ -147,7 +147,8 @@ WAYS: dict[str, Callable[[pytest.FixtureRequest, Path], Way]] = {
     "CLIP_benchmark, classes": _clip_benchmark_classes,
     "timm's ImageNet": _timm_imagenet,
 }
-SHORT = {"coco", "img2dataset, as it lies", "datacompdr", "timm's ImageNet"}  # the others are long: `make test-all`
+# The others are long: `make test-all`.
+SHORT = {"coco", "img2dataset, as it lies", "datacompdr", "timm's ImageNet"}
 
 
 @pytest.mark.parametrize(
