@@ -79,7 +79,7 @@ class WebServer(http.server.ThreadingHTTPServer):
     """Serves a folder on 127.0.0.1, with ETag and Range; breaks every `drop_every`-th tar in mid-body.
 
     `log` holds (method, path, first byte asked for, status) of every request; `status` is what to answer
-    instead, if it is set.
+    instead, if it is set; while `stalled` is cleared, a tar's body stops in its middle.
     """
 
     daemon_threads = True
@@ -91,6 +91,8 @@ class WebServer(http.server.ThreadingHTTPServer):
         self.bodies = 0
         self.status: int | None = None
         self.counting = threading.Lock()
+        self.stalled = threading.Event()
+        self.stalled.set()
 
     @property
     def address(self) -> str:
@@ -137,7 +139,12 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         with self.server.counting:
             self.server.bodies += may_drop
             drop = may_drop and self.server.drop_every and self.server.bodies % self.server.drop_every == 0
-        self.wfile.write(data[: len(data) // 2] if drop else data)
+        middle = len(data) // 2
+        self.wfile.write(data[:middle])
+        if may_drop:
+            self.server.stalled.wait(60)
+        if not drop:
+            self.wfile.write(data[middle:])
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:

@@ -204,7 +204,7 @@ class Cache:
         file = name if name == "space" else hashlib.sha256(name.encode()).hexdigest()[:3]
         fd = os.open(root / _LOCKS / file, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _acquire(fd, root)
             yield
         finally:
             os.close(fd)
@@ -242,6 +242,18 @@ class Cache:
         beyond_the_bound = sum(entry.size for entry in others) + size - self.size
         beyond_the_disk = size + sum(entry.unwritten for entry in others) - free
         return max(beyond_the_bound, beyond_the_disk)
+
+
+def _acquire(fd: int, root: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise UserError(
+            f"{root}: this file system has no locks, which processes that share the cache need; set "
+            "data.cache.folder to a folder on a local disk"
+        ) from None
 
 
 def _opened(path: Path, size: int | None) -> int | None:

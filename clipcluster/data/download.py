@@ -320,7 +320,7 @@ def _of_the_web(address: str, start: int, tag: str | None) -> Iterator[Transfer]
             begin = start
         etag = answer.headers.get("ETag", "W/")
         mark = answer.headers.get("Last-Modified") if etag.startswith("W/") else etag
-        yield Transfer(begin, _state(answer), mark, iter(lambda: answer.read(_CHUNK), b""))
+        yield Transfer(begin, _state(answer), mark, iter(lambda: answer.read1(_CHUNK), b""))
 
 
 # everything that fsspec knows

@@ -485,14 +485,19 @@ def summary(
 
 
 def read_table(
-    folder: Path | RemoteFolder, target: Path, *, captions_choice: str | Sequence[str] | None
+    folder: Path | RemoteFolder,
+    target: Path,
+    *,
+    captions_choice: str | Sequence[str] | None,
+    place: str | None = None,
 ) -> Columns:
     """The mapped list of a folder's index at `target`.
 
     `captions_choice` is what the source asks for, None if it needs no captions. UserError, with the command
     that helps: no index, a damaged or older one, one without a choice that is asked for.
     """
-    place = "" if target == folder else f" --index {target}"
+    if place is None:
+        place = "" if target == folder else f" --index {target}"
     command = f"clipcluster shards index {folder}{place}"
     try:
         table = read_columns(target / TABLE)

@@ -94,7 +94,7 @@ class Reader:
                 "fewer workers, or more memory",
             )
         except OSError as error:
-            return Fault("disk", f"{self._where()}: {error}", errno=error.errno)
+            return Fault("disk", f"{self._where(key=False)}: {error}", errno=error.errno)
         except Exception as error:
             lines = "".join(traceback.format_exception(error)[-3:])
             return Fault("data", f"{self._where()}: {type(error).__name__}: {error}\n{lines}")
@@ -125,12 +125,14 @@ class Reader:
             }
             return None, None
 
-    def _where(self) -> str:
-        """Shard and key of the sample at hand, as far as they can be told."""
+    def _where(self, *, key: bool = True) -> str:
+        """Shard and key of the sample at hand, as far as they can be told; the key has to be read."""
         if self._at is None:
             return "before the first sample"
         shards = self.sources[self._at[0]]
         shard = shards.shard_place(shards.record(self._at[1])[0])
+        if not key:
+            return f"{shard}, sample {self._at[1]}"
         try:
             return f"{shard}, key {shards.read(self._at[1], text=False).key}"
         except Exception:

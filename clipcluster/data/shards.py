@@ -91,9 +91,11 @@ class Part:
     rows_at: RemoteFolder | None = None
 
     @property
-    def words(self) -> Path:
-        """Where the small texts about the shards lie: beside them, or beside the index of remote ones."""
-        return self.folder if isinstance(self.folder, Path) else self.index
+    def place(self) -> str:
+        """What a command that indexes this folder says of the index's place."""
+        if self.rows_at is not None:
+            return " --index FOLDER"  # a copy of ours is no place for it
+        return "" if self.index == self.folder else f" --index {self.index}"
 
 
 class CaptionField(NamedTuple):
@@ -265,7 +267,10 @@ class Shards:
         self.probabilities = tuple(probabilities)
         self.cache = cache
         self.name = _name_of(self.parts[0])
-        self._tables = [indexes.read_table(p.folder, p.index, captions_choice=p.choices) for p in self.parts]
+        self._tables = [
+            indexes.read_table(p.folder, p.index, captions_choice=p.choices, place=p.place)
+            for p in self.parts
+        ]
         # a part that is not cut has no list of its rows: it would be private to every process
         self._rows = [None if part.rows is None else np.array(part.rows, np.int64) for part in self.parts]
         self.sample_counts = self._of_shards("samples")
@@ -550,11 +555,11 @@ class Shards:
 
     def _fetch_ahead(self, shards: Sequence[int]) -> None:
         """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
-        remote = [shard for shard in shards if self._is_remote(shard)]
-        if len(remote) < 2:
-            return
-        for fd in _together(FETCHES, partial(self._fetch, again=False), remote):
-            os.close(fd)
+        if len(shards) > 1 and any(isinstance(part.folder, RemoteFolder) for part in self.parts):
+            _together(FETCHES, self._fetch_and_close, [shard for shard in shards if self._is_remote(shard)])
+
+    def _fetch_and_close(self, shard: int) -> None:
+        os.close(self._fetch(shard))
 
     def check_unchanged(self) -> None:
         """Compares size and mtime of every shard with the index, the hash where they differ.
@@ -604,7 +609,7 @@ class Shards:
             self._open.move_to_end(shard)
             return self._open[shard]
         if self._is_remote(shard):
-            fd = self._fetch(shard, again=False)
+            fd = self._fetch(shard)
         else:
             fd = os.open(self.shard_path(shard), os.O_RDONLY)
         try:
@@ -627,7 +632,7 @@ class Shards:
         part, row = self._place(shard)
         return int(self._tables[part].arrays["bytes"][row])
 
-    def _fetch(self, shard: int, *, again: bool) -> int:
+    def _fetch(self, shard: int, *, again: bool = False) -> int:
         """A handle on a remote shard's bytes as they were indexed. DataError if they changed."""
         place = self.shard_place(shard)
         assert isinstance(place, RemoteFile)
@@ -736,10 +741,9 @@ class Shards:
 
     def _advice(self, shard: int) -> str:
         part = self.parts[self._place(shard)[0]]
-        place = "" if part.index == part.folder else f" --index {part.index}"
         return (
             "bring the shard back as it was, or index the folder again and start a new run: "
-            f"clipcluster shards index {part.folder}{place}"
+            f"clipcluster shards index {part.folder}{part.place}"
         )
 
     def _patiently(self, shard: int, action: Callable[[], T]) -> T:
@@ -776,7 +780,7 @@ def _name_of(part: Part) -> str:
 
 
 def _together(count: int, action: Callable[[int], T], shards: Sequence[int]) -> list[T]:
-    """The results of `action`, so many at once; the first error is raised after all have ended."""
+    """The results of `action`, so many at once; after an error no further one is begun."""
     if not shards:
         return []
     from concurrent.futures import ThreadPoolExecutor
