@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipcluster.data import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.run import evaluate, hash_of, seconds_of_a_save, train
@@ -324,3 +326,27 @@ def test_the_hash_of_weights_is_of_their_content(tmp_path: Path) -> None:
     assert hash_of(tmp_path) == before
     (tmp_path / "a.bin").write_bytes(b"two")
     assert hash_of(tmp_path) != before
+
+
+def test_ten_steps_over_http_are_those_of_the_disk(
+    tiny: Tiny, digits: Path, tmp_path: Path, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "RETRIES", (0.01, 0.02, 0.03))
+    server = web_server(digits, drop_every=5)
+    here = tiny.make("here", "train.duration=10 steps")
+    assert tiny.go(here) is Outcome.FINISHED
+    there = tiny.make(
+        "there",
+        "train.duration=10 steps",
+        f"data.train.0.shards={server.address}/train",
+        f"evaluate.retrieval=[{server.address}/test]",
+        f"evaluate.zero_shot=[{server.address}/test]",
+        f"data.cache={{folder: {tmp_path}/cache, size: 100 MB}}",
+    )
+    assert tiny.go(there) is Outcome.FINISHED
+    assert logged(there) == logged(here)
+    assert merged_samples(there) == merged_samples(here)
+    assert read_json(there.evals / "step-00000010.json")["metrics"] == pytest.approx(
+        read_json(here.evals / "step-00000010.json")["metrics"]
+    )
+    assert list((tmp_path / "cache").glob("*.tar"))
