@@ -1,38 +1,77 @@
-"""Measures what a resume costs the order of samples: `python tests/data/measure_order.py`. Prints JSON."""
+"""Measures what the order of samples costs: `python tests/data/measure_order.py`. Prints JSON, a line a case.
+
+In processor time, for a start or resume (making the plan, the first batch) and for each batch that follows;
+and the memory of the process. For a source of 12.8 million samples and one of 12.8 billion in 1.28 million
+shards; each plain, with every sample three times a pass, and (12.8 million) with other repeats for some of
+1,000 classes. What an index maps and processes share (counts, ends) is made beforehand and is not counted.
+"""
 
 import json
 import statistics
 import time
+import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 
 from clipcluster.data.order import Order, SourceShape
+from clipcluster.data.repeats import Repeats
 
-BATCH, STEP, REPETITIONS = 384, 12_345, 9
+BATCH, STEP, BATCHES = 384, 12_345, 100
+PER_SHARD = 10_000
 
 
-def milliseconds(shards: int, per_shard: int, captions: int) -> dict[str, float]:
-    """Medians for one source: making the plan, the first batch after a resume, each batch that follows."""
-    counts = np.full(shards, per_shard, np.int64)
-    of_samples = np.full(shards * per_shard, captions, np.uint8)
+def measured(make: Callable[[], Order], repetitions: int) -> dict[str, float]:
+    """Medians of milliseconds, and the private memory that an order keeps and the most it takes, in MB."""
     plan, first, following = [], [], []
-    for repetition in range(REPETITIONS):
-        began = time.perf_counter()
-        order = Order([SourceShape(counts, of_samples)], batch_size=BATCH, seed=0, captions="random")
-        planned = time.perf_counter()
+    for repetition in range(repetitions):
+        began = time.process_time()
+        order = make()
+        planned = time.process_time()
         order.batch(STEP + repetition)
-        resumed = time.perf_counter()
-        for step in range(100):
+        resumed = time.process_time()
+        for step in range(BATCHES):
             order.batch(STEP + repetition + 1 + step)
-        done = time.perf_counter()
+        done = time.process_time()
         plan.append(planned - began)
         first.append(resumed - planned)
-        following.append((done - resumed) / 100)
+        following.append((done - resumed) / BATCHES)
+    del order
+    tracemalloc.start()
+    order = make()
+    order.batch(STEP)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    milliseconds = (("plan_ms", plan), ("first_batch_ms", first), ("batch_ms", following))
     return {
-        name: round(1000 * statistics.median(values), 3)
-        for name, values in (("plan_ms", plan), ("first_batch_ms", first), ("batch_ms", following))
+        **{name: round(1000 * statistics.median(values), 3) for name, values in milliseconds},
+        "kept_mb": round(kept / 1e6, 1),
+        "peak_mb": round(peak / 1e6, 1),
     }
 
 
+def orders(shards: int, by_class: bool) -> dict[str, Callable[[], Order]]:
+    """Ways to make an order of one source, whose columns are those of an index."""
+    counts = np.full(shards, PER_SHARD, np.int64)
+    ends = np.cumsum(counts)
+    more_than = counts.astype(np.int32)[None]
+    samples = shards * PER_SHARD
+    captions = np.broadcast_to(np.uint8(1), (samples,))
+    columns = {"more_than": more_than, "sample_ends": ends}
+
+    def make(repeats: Repeats | None) -> Callable[[], Order]:
+        shape = SourceShape(counts, captions, repeats=repeats, **columns)
+        return lambda: Order([shape], batch_size=BATCH, seed=0, captions="random")
+
+    made = {"plain": make(None), "three_times": make(Repeats(3))}
+    if by_class:
+        classes = np.random.default_rng(0).integers(0, 1000, samples, dtype=np.int32)
+        made["by_class"] = make(Repeats(1, {number: 1 + number % 4 for number in range(100)}, classes))
+    return made
+
+
 if __name__ == "__main__":
-    print(json.dumps({"samples": 12_800_000, "shards": 1_280, **milliseconds(1_280, 10_000, 1)}, indent=2))
+    for shards, repetitions in ((1_280, 9), (1_280_000, 3)):
+        for name, make in orders(shards, shards < 10_000).items():
+            about = {"samples": shards * PER_SHARD, "shards": shards, "repeats": name}
+            print(json.dumps({**about, **measured(make, repetitions)}))
