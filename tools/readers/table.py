@@ -57,6 +57,7 @@ class _Images:
         self.faults: dict[int, str] = {}
         self._tables = tables
         self._options = options
+        self._roots = [os.fspath(options.root or table.path.parent) for table in tables]
         self._files = [ByteRanges(table.path) for table in tables]
         self._table, self._line = array("i"), array("q")
         self._offset, self._size = array("q"), array("q")
@@ -82,7 +83,7 @@ class _Images:
 
     def path(self, row: int, cells: Mapping[str, str]) -> str:
         """Where the image of a row lies."""
-        return self._path(self._tables[self._table[row]], cells[self._options.image_column])
+        return self._path(self._table[row], cells[self._options.image_column])
 
     def where(self, row: int) -> str:
         """A row's table and line."""
@@ -91,37 +92,43 @@ class _Images:
     def _scan(self) -> array[int]:
         """Finds all rows; two numbers a row, the same for the same image."""
         digests = array("Q")
-        for number, table in enumerate(self._tables):
+        before, digest = "", b""
+        for table in range(len(self._tables)):
             for row, path in self._rows_of(table):
-                what = os.fsencode(path)
                 if row.fault:
                     self.faults[self.row_count] = row.fault
-                    what = b"\0%d" % self.row_count  # no path
-                digests.frombytes(hashlib.blake2b(what, digest_size=16).digest())
-                self._table.append(number)
+                    path = f"\0{self.row_count}"  # one that no image has
+                if path != before:
+                    before, digest = path, hashlib.blake2b(os.fsencode(path), digest_size=16).digest()
+                digests.frombytes(digest)
+                self._table.append(table)
                 self._line.append(row.line)
                 self._offset.append(row.offset)
                 self._size.append(row.size)
         return digests
 
-    def _rows_of(self, table: Table) -> Iterator[tuple[Row, str]]:
+    def _rows_of(self, table: int) -> Iterator[tuple[Row, str]]:
         """The rows of a table, and the image each names."""
-        image = table.columns.index(self._options.image_column)
+        image = self._tables[table].columns.index(self._options.image_column)
+        cell = path = ""
 
         def names_an_image(cells: Sequence[str]) -> bool:
             name = cells[image].strip('"')
             return bool(name) and os.path.isfile(self._path(table, name))
 
-        for row in table.rows(names_an_image):
+        for row in self._tables[table].rows(names_an_image):
             if row.fault:
                 yield row, ""
             elif not row.cells[image] or "\0" in row.cells[image]:
                 yield row._replace(fault="names no image"), ""
             else:
-                yield row, self._path(table, row.cells[image])
+                if row.cells[image] != cell:
+                    cell = row.cells[image]
+                    path = self._path(table, cell)
+                yield row, path
 
-    def _path(self, table: Table, cell: str) -> str:
-        return os.path.normpath(os.path.join(self._options.root or table.path.parent, cell))
+    def _path(self, table: int, cell: str) -> str:
+        return os.path.normpath(os.path.join(self._roots[table], cell))
 
 
 def _grouped(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
