@@ -56,7 +56,7 @@ class _Extracted:
 
     def state(self) -> InputFile:
         return InputFile.of_many(
-            str(self.where), ((name, *self._states[name]) for name in sorted(self._states))
+            os.path.abspath(self.where), ((name, *self._states[name]) for name in sorted(self._states))
         )
 
     def names(self) -> Set[str]:

@@ -65,7 +65,7 @@ class InputFile(NamedTuple):
     def of(cls, path: Path) -> InputFile:
         """The state of a file. OSError if it is not there."""
         state = path.stat()
-        return cls(str(path), state.st_size, state.st_mtime_ns)
+        return cls(os.path.abspath(path), state.st_size, state.st_mtime_ns)
 
     @classmethod
     def of_many(cls, path: str, states: Iterable[tuple[str, int, int]]) -> InputFile:

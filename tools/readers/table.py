@@ -57,7 +57,7 @@ class _Images:
         self.faults: dict[int, str] = {}
         self._tables = tables
         self._options = options
-        self._roots = [os.fspath(options.root or table.path.parent) for table in tables]
+        self._roots = [os.path.abspath(options.root or table.path.parent) for table in tables]
         self._files = [ByteRanges(table.path) for table in tables]
         self._table, self._line = array("i"), array("q")
         self._offset, self._size = array("q"), array("q")
