@@ -436,7 +436,7 @@ def _plain(entry: ShardEntry) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(entry).items()
-        if value not in (None, 0, {}) or name in ("samples", "captions")
+        if value not in (None, 0, {}) or name in ("samples", "captions", "bytes")
     }
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from clipcluster.data.index import read_summary
 from clipcluster.data.shards import open_folder
 from clipcluster.errors import UserError
 from tools.index import index_folders
@@ -46,3 +47,9 @@ def test_all_folders_are_looked_at_before_any_is_indexed(tmp_path: Path) -> None
     with pytest.raises(UserError, match="no such folder"):
         index_folders([folder, tmp_path / "b"])
     assert not (folder / "index.bin").exists()
+
+
+def test_an_empty_file_is_a_shard_of_the_list(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").touch()
+    index_folders([tmp_path])
+    assert read_summary(tmp_path).shards == 1
