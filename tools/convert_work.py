@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -135,7 +134,7 @@ class _Contents:
         self.bad: list[tuple[int, str, str]] = []
         self.keys: dict[str, None] = {}
         self._tar = tar
-        self._rows = array("q")
+        self._rows: list[int] = []
         self._settings = plan.settings
 
     def add(self, record: Record | WholeRecord) -> None:

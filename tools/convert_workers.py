@@ -6,6 +6,7 @@ was listed. They draw shards from a counter in a pipe, and report over another.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -120,6 +121,7 @@ def _work(plan: Plan, counter: _Counter, writing: int) -> NoReturn:
     """The life of a worker."""
     parent = os.getppid()
     code = 1
+    gc.freeze()  # what was listed is looked at no more
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

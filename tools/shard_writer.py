@@ -25,24 +25,29 @@ from clipcluster.data import index as indexes
 from clipcluster.data.tar import BLOCK, END, Member, header
 
 SAMPLES_PER_SHARD = 10_000
-_BUFFER = 4 << 20  # bytes built before they are handed to the thread
+_BUFFER = 1 << 20  # bytes built before they are handed to the thread
 _ZEROS = tuple(bytes(size) for size in range(BLOCK))
 _LARGEST_OCTAL = 8**11 - 1
-# The parts of a ustar header that no member changes, and the sum of their bytes for the checksum.
-_MIDDLE = b"0000444\x000000000\x000000000\x00"
+# A ustar header is: the path, what follows a path of this length up to the size, the size, the rest.
+_AFTER_PATH = tuple(bytes(100 - length) + b"0000444\x000000000\x000000000\x00" for length in range(101))
+_SIZES = tuple(b"%011o\0" % size for size in range(4096))
 _TIME = b"00000000000\x00"
 _TAIL = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(BLOCK - 257, b"\0")
-_CONSTANT_SUM = sum(_TIME) + sum(b"        ") + sum(_TAIL) - 1  # 1: Adler-32 counts from one
+_REST_SUM = sum(_TIME) + sum(b"        ") + sum(_TAIL) - 1  # 1: Adler-32 counts from one
+_RESTS: dict[int, bytes] = {}  # by the checksum; there are some ten thousand at most
 
 
-def quick_header(path: bytes, size: int) -> bytes:
-    """`clipcluster.data.tar.header`, many times faster for the names that fit a ustar header as they are."""
+def header_parts(path: bytes, size: int) -> tuple[bytes, ...]:
+    """`clipcluster.data.tar.header` in pieces, many times faster for the names that fit ustar as they are."""
     if len(path) > 100 or size > _LARGEST_OCTAL or not path.isascii():
-        return header(path.decode("utf-8", "surrogateescape"), size)
-    front = b"%b%b%b%011o\0" % (path, _ZEROS[100 - len(path)], _MIDDLE, size)
+        return (header(path.decode("utf-8", "surrogateescape"), size),)
+    front = path + _AFTER_PATH[len(path)] + (_SIZES[size] if size < 4096 else b"%011o\0" % size)
     # Adler-32's low half is 1 + the sum of the bytes, exact below 65521: 136 bytes of ASCII sum to less
-    checksum = (zlib.adler32(front) & 0xFFFF) + _CONSTANT_SUM
-    return b"%b%b%06o\0 %b" % (front, _TIME, checksum, _TAIL)
+    checksum = (zlib.adler32(front) & 0xFFFF) + _REST_SUM
+    rest = _RESTS.get(checksum)
+    if rest is None:
+        rest = _RESTS[checksum] = b"%b%06o\0 %b" % (_TIME, checksum, _TAIL)
+    return front, rest
 
 
 class Behind:
@@ -108,9 +113,10 @@ class ShardFile:
     def put(self, name: bytes, data: bytes) -> int:
         """Adds a member; returns the offset of its bytes."""
         size = len(data)
-        head = quick_header(name, size)
-        offset = self.at + len(head)
-        self._parts += (head, data, _ZEROS[-size % BLOCK])
+        head = header_parts(name, size)
+        length = BLOCK if len(head) == 2 else len(head[0])
+        offset = self.at + length
+        self._parts += (*head, data, _ZEROS[-size % BLOCK])
         self.at = offset + size + -size % BLOCK
         if self.at >= self._flush_at:
             self._flush()
