@@ -16,8 +16,6 @@ from tools import uids
 from tools.sample_members import uid_of
 from tools.tar_samples import TarSamples
 
-_NO_LABEL = bytes(uids.NBYTES)
-
 
 @dataclass
 class Chosen:
@@ -40,37 +38,44 @@ class Chosen:
 
 
 def uid_label(key: str, read_json: Any) -> bytes:
-    return uid_of(key, read_json) or _NO_LABEL
+    """The uid, then whether there is one."""
+    return _label(uid_of(key, read_json))
 
 
 def field_label(field: str, key: str, read_json: Any) -> bytes:
-    """A hash of a field of the json, or zeros."""
+    """A hash of a field of the json, then whether there is one."""
     try:
         value = json.loads(read_json())[field] if read_json is not None else None
     except (ValueError, LookupError, TypeError, RecursionError):
         value = None
     if value is None:
-        return _NO_LABEL
+        return _label(None)
     text = json.dumps(value, sort_keys=True).encode()
-    return hashlib.blake2b(text, digest_size=uids.NBYTES).digest()
+    return _label(hashlib.blake2b(text, digest_size=uids.NBYTES).digest())
 
 
-def _labels_of(samples: TarSamples) -> np.ndarray:
-    """The first 16 bytes of every label, (n,) S16."""
+def _label(value: bytes | None) -> bytes:
+    return bytes(uids.NBYTES + 1) if value is None else value + b"\1"
+
+
+def labels_of(samples: TarSamples) -> tuple[np.ndarray, np.ndarray]:
+    """What every label says, (n,) S16, and whether it says anything, (n,) bool."""
     if samples.labels is None or len(samples) == 0:
-        return np.zeros(0, f"S{uids.NBYTES}")
-    return np.ascontiguousarray(samples.labels[:, : uids.NBYTES]).view(f"S{uids.NBYTES}").ravel()
+        return np.zeros(0, f"S{uids.NBYTES}"), np.zeros(0, bool)
+    values = np.ascontiguousarray(samples.labels[:, : uids.NBYTES]).view(f"S{uids.NBYTES}").ravel()
+    return values, samples.labels[:, uids.NBYTES] == 1
 
 
 def by_uids(samples: TarSamples, file: Path) -> tuple[Chosen, list[str]]:
     """The samples of the file's uids, each as often as it stands there, in the order of the shards."""
     wanted, times = np.unique(uids.read_uids(file), return_counts=True)
-    labels = _labels_of(samples)
-    first = first_of_each(labels)
+    labels, known = labels_of(samples)
+    first = np.zeros(len(labels), bool)
+    first[known] = first_of_each(labels[known])
     at = np.searchsorted(wanted, labels)
     found = at < len(wanted)
     found[found] = wanted[at[found]] == labels[found]
-    found &= labels != _NO_LABEL
+    found &= known
     numbers = np.flatnonzero(found & first)
     counts = times[at[numbers]]
     ends = np.cumsum(counts)
@@ -82,7 +87,7 @@ def by_uids(samples: TarSamples, file: Path) -> tuple[Chosen, list[str]]:
     again = int((found & ~first).sum())
     if again:
         notes.append(f"{again:,} samples have a uid that came before, and are left out")
-    without = int((labels == _NO_LABEL).sum())
+    without = int((~known).sum())
     if without:
         notes.append(f"{without:,} samples without a uid are left out")
     return Chosen(np.repeat(numbers, counts), repeats, by_uid=True), notes
@@ -92,11 +97,12 @@ def all_or_once(samples: TarSamples, once: str | None) -> tuple[Chosen, list[str
     """All samples, or the first of those with one label; a key that comes again gets a number."""
     numbers, notes = np.arange(len(samples)), []
     if once:
-        labels = _labels_of(samples)
-        taken = first_of_each(labels) | (labels == _NO_LABEL)
+        labels, known = labels_of(samples)
+        taken = ~known
+        taken[known] = first_of_each(labels[known])
         numbers = np.flatnonzero(taken)
         notes.append(f"{len(taken) - len(numbers):,} samples with a {once} that came before are left out")
-        without = int((labels == _NO_LABEL).sum())
+        without = int((~known).sum())
         notes += [f"{without:,} samples without {once} are all taken"] if without else []
     keys = samples.keys[numbers]
     repeats = _repeats(keys)

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from clipcluster.data.index import write_index
@@ -361,3 +364,29 @@ def test_what_the_real_img2dataset_downloads(downloads: Any, web: str, tmp_path:
         f"{downloads.uid(4)}-1",
         f"{downloads.uid(20)}-0",
     ]
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.lists(st.integers(0, 12), max_size=30))
+def test_any_list_of_uids_is_taken_as_often_as_it_says(held: list[int], wanted: list[int]) -> None:
+    """Against the plain way: for every uid's first sample, in order, as many as the list has of it."""
+    uid = {number: f"{number * 7919 << 96 | number << 8:032x}" for number in range(13)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with webdataset.TarWriter(str(folder / "0.tar")) as tar:
+            for row, number in enumerate(held):
+                tar.write({"__key__": f"{row:03d}", "jpg": b"i%d" % row, "json": {"uid": uid[number]}})
+        pairs = [divmod(int(uid[number], 16), 2**64) for number in wanted]
+        np.array(pairs, "<u8,<u8").tofile(folder / "uids")
+        first = {number: held.index(number) for number in held}
+        expected = [
+            (f"{uid[number]}-{repeat}", b"i%d" % row)
+            for number, row in sorted(first.items(), key=lambda item: item[1])
+            for repeat in range(wanted.count(number))
+        ]
+        if not expected:
+            with pytest.raises(UserError, match="no sample is left"):
+                _open(folder, uids=folder / "uids")
+            return
+        (split,) = _open(folder, uids=folder / "uids").splits
+        records = [split.read(number) for number in range(len(split))]
+        assert [(record.key, record.image) for record in records] == expected

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools import uids
 from tools.readers.img2dataset import find_parts, input_of
 from tools.records import Kind, Record, Source, option
-from tools.sample_choice import first_of_each
+from tools.sample_choice import first_of_each, labels_of, uid_label
 from tools.sample_members import record_of, uid_of
 from tools.tar_samples import TarSamples
 
-_UID = f"S{uids.NBYTES}"
 _HASH = 8  # bytes of a sha256 that are compared
 _NOT_JOINED = ("json", "url.txt")  # what the image's own json says already
 
@@ -99,11 +97,13 @@ def _join(images: TarSamples, reinforcements: TarSamples, same_hash: bool) -> tu
 
     An image of the same shard number comes before one of another shard with the same uid.
     """
-    image_uids, uid = _uids(images), _uids(reinforcements)
+    image_uids, with_uid = labels_of(images)
+    uid, known = labels_of(reinforcements)
     order = np.argsort(image_uids, kind="stable")
+    order = order[with_uid[order]]
     ordered = image_uids[order]
     left, right = (np.searchsorted(ordered, uid, side=side) for side in ("left", "right"))
-    usable = (left < right) & (uid != b"")
+    usable = (left < right) & known
     usable[np.flatnonzero(usable)] = first_of_each(uid[usable])
     chosen = left.copy()
     numbers, wanted = _shard_numbers(images), _shard_numbers(reinforcements)
@@ -112,9 +112,9 @@ def _join(images: TarSamples, reinforcements: TarSamples, same_hash: bool) -> tu
         chosen[row] += same[0] if len(same) else 0
     rows = np.flatnonzero(usable)
     pairs = np.stack([order[chosen[rows]], rows], axis=1) if len(rows) else np.zeros((0, 2), np.int64)
-    hashes = _hashes(images)[pairs[:, 0]], _hashes(reinforcements)[pairs[:, 1]]
+    hashes = _hashes(images, pairs[:, 0]), _hashes(reinforcements, pairs[:, 1])
     other = (hashes[0] != hashes[1]) & (hashes[0] != b"") & (hashes[1] != b"")
-    missing = int((left == right).sum())
+    missing = int((known & (left == right)).sum())
     repeated = len(uid) - missing - len(rows)
     spare = len(images) - len(np.unique(pairs[:, 0]))
     notes = _notes(len(pairs), missing, repeated, spare, int(other.sum()), same_hash)
@@ -136,28 +136,19 @@ def _notes(joined: int, missing: int, repeated: int, spare: int, other: int, sam
 
 
 def _label(key: str, read_json: Any) -> bytes:
-    """The uid (zeros if there is none), and the beginning of the sha256 that the json gives."""
+    """The label of the uid, and the beginning of the sha256 that the json gives (zeros: none)."""
     data = read_json() if read_json is not None else b"{}"
     try:
         sha256 = bytes.fromhex(json.loads(data).get("sha256") or "")[:_HASH]
     except (ValueError, AttributeError, TypeError, RecursionError):
         sha256 = b""
-    uid = uid_of(key, None if read_json is None else lambda: data)
-    return (uid or bytes(uids.NBYTES)) + sha256.ljust(_HASH, b"\0")
+    return uid_label(key, None if read_json is None else lambda: data) + sha256.ljust(_HASH, b"\0")
 
 
-def _part(samples: TarSamples, begin: int, end: int) -> np.ndarray:
+def _hashes(samples: TarSamples, numbers: np.ndarray) -> np.ndarray:
     if samples.labels is None:
         raise ValueError("the labels were given up")
-    return np.ascontiguousarray(samples.labels[:, begin:end]).view(f"S{end - begin}").ravel()
-
-
-def _uids(samples: TarSamples) -> np.ndarray:
-    return _part(samples, 0, uids.NBYTES)
-
-
-def _hashes(samples: TarSamples) -> np.ndarray:
-    return _part(samples, uids.NBYTES, uids.NBYTES + _HASH)
+    return np.ascontiguousarray(samples.labels[numbers, -_HASH:]).view(f"S{_HASH}").ravel()
 
 
 def _shard_numbers(samples: TarSamples) -> np.ndarray:

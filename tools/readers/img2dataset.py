@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from clipcluster.errors import UserError
+from tools.readers.parquet import column_of
 from tools.records import InputFile, Kind, Record, Source, option
 from tools.sample_choice import Chosen, all_or_once, by_uids, field_label, uid_label
 from tools.sample_members import record_of
@@ -138,7 +139,7 @@ def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:
     for number, path in enumerate(paths):
         if path not in there or "status" not in parquet.read_schema(there[path]).names:
             continue
-        status = Counter(parquet.read_table(there[path], columns=["status"]).column(0).to_pylist())
+        status = Counter(column_of(there[path], "status"))
         counts += status
         if status["success"] != held[number]:
             notes.append(f"{path}: {held[number]:,} samples, but its parquet says {status['success']:,}")

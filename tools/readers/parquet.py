@@ -104,8 +104,7 @@ class Rows:
             return np.repeat(self._group_bytes // np.maximum(rows, 1), rows)
         sizes = []
         for number, path in enumerate(self._paths):
-            column = _parquet().read_table(path, columns=[self._columns.image]).column(0)
-            for value in column.to_pylist():
+            for value in column_of(path, self._columns.image):
                 place = self._place(number, value) if value else None
                 sizes.append(place.stat().st_size if place is not None and place.is_file() else 0)
         return np.array(sizes, np.int64)
@@ -146,8 +145,7 @@ class Rows:
         """The key column, fit for members' names. UserError if two are the same."""
         keys: list[str] = []
         for path in self._paths:
-            values = _parquet().read_table(path, columns=[name]).column(0).to_pylist()
-            keys += [_key(value) for value in values]
+            keys += [_key(value) for value in column_of(path, name)]
         seen: dict[str, int] = {}
         for number, key in enumerate(keys):
             if not key.rpartition("/")[2] or seen.setdefault(key, number) != number:
@@ -205,6 +203,11 @@ def open_rows(inputs: Sequence[Path], options: Options) -> Source:
     if sum(len(split) for split in splits) == 0:
         raise UserError(f"{', '.join(map(str, inputs))}: the files hold no row")
     return Source([split for split in splits if len(split)], [InputFile.of(path) for path in paths], notes)
+
+
+def column_of(path: Path, name: str) -> list[Any]:
+    """A whole column of a file, read without threads: workers are forked later."""
+    return _parquet().ParquetFile(path).read([name], use_threads=False).column(0).to_pylist()
 
 
 def _find(given: Path) -> list[Path]:
