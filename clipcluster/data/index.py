@@ -22,10 +22,8 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +293,9 @@ def _run(
     known = [digests.get(path.name) for path in todo]
     if workers <= 1 or len(todo) < 2:
         return map(index_shard, todo, repeat(target), repeat(choices), known)
+    from concurrent.futures import ProcessPoolExecutor  # here: 3 MB that no loader worker needs
+    from multiprocessing import get_context
+
     pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"))
     results = pool.map(index_shard, todo, repeat(target), repeat(choices), known)
     pool.shutdown(wait=False)

@@ -202,10 +202,12 @@ class _Portions:
     def __init__(self, rounds: Rounds, turn: int, parent: int, beginnings: int) -> None:
         self._rounds, self._turn, self._beginnings = rounds, turn, beginnings
         self._portions = permutation(parent, rounds.n_portions).astype(np.int32)
-        counts = rounds.counts(turn, self._portions)
-        self._block = _BLOCK if len(counts) > _MANY else 1
-        blocks = np.arange(0, len(counts), self._block)
-        self._ends = np.cumsum(np.add.reduceat(counts, blocks, dtype=np.int64))
+        self._block = _BLOCK if len(self._portions) > _MANY else 1
+        sums = []  # in stretches, as permutations are made
+        for first in range(0, len(self._portions), _MANY):
+            counts = rounds.counts(turn, self._portions[first : first + _MANY])
+            sums.append(np.add.reduceat(counts, np.arange(0, len(counts), self._block), dtype=np.int64))
+        self._ends = np.cumsum(np.concatenate(sums))
 
     def at(self, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The portion (n,) in which each place `along` (n,) of the line lies, and its number there (n,)."""

@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 
+_STRETCH = 1 << 16  # numbers made at once
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
@@ -37,10 +38,13 @@ def permutations(keys: np.ndarray, size: int) -> np.ndarray:
     broken by the index, so that no sorting algorithm can change the result.
     """
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
-    words = keys[:, None] + (np.arange(size, dtype=np.uint64) + np.uint64(1)) * _GAMMA
-    words = _finalise(words)
-    words &= ~low
-    words |= np.arange(size, dtype=np.uint64)
+    words = np.empty((len(keys), size), dtype=np.uint64)
+    # in stretches: temporaries as long as the whole would stay with the process after they are freed
+    for first in range(0, size, _STRETCH):
+        indices = np.arange(first, min(first + _STRETCH, size), dtype=np.uint64)
+        stretch = _finalise(keys[:, None] + (indices + np.uint64(1)) * _GAMMA)
+        stretch &= ~low
+        words[:, first : first + _STRETCH] = stretch | indices
     words.sort(axis=-1)
     words &= low
     return words.view(np.int64)
