@@ -196,7 +196,7 @@ def _pax(body: bytes, position: int) -> dict[str, str]:
     records, at = {}, 0
     while at < len(body) and body[at]:
         length, space, _ = body[at : at + 20].partition(b" ")
-        if not space or not length.isdigit() or int(length) <= len(length) + 1:
+        if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(body) - at:
             raise BrokenTar(f"the PAX header at byte {position} is broken")
         key, _, value = body[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
         if key == b"size" and not (value.isdigit() and len(value) < 20):

@@ -1,5 +1,6 @@
 """The index: built from the tars alone, and refused in words where it does not fit."""
 
+import gzip
 import io
 import json
 import os
@@ -172,6 +173,61 @@ def test_a_cut_tar_is_used_as_far_as_it_goes_and_named(
     assert [shards.read(i).key for i in range(shards.n_samples)] == [
         f"s{i:05d}" for i in range(shards.n_samples)
     ]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_are_keys(tmp_path: Path, form: int) -> None:
+    key = "deep/" * 40 + "ü" * 90
+    with tarfile.open(tmp_path / "0.tar", "w", format=form) as tar:
+        for name, data in ((f"{key}.jpg", b"image"), (f"{key}.txt", b"a cat"), ("b.jpg", b"other")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert write_index(tmp_path).samples == 2
+    shards = open_folder(tmp_path)
+    sample = shards.read(0)
+    assert (sample.key, sample.image, sample.captions) == (key, b"image", ["a cat"])
+    assert shards.read(1).key == "b"
+
+
+def test_samples_of_links_are_counted_and_not_used(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, kind in (("a.jpg", tarfile.REGTYPE), ("b.jpg", tarfile.SYMTYPE), ("c.jpg", tarfile.LNKTYPE),
+                           ("c.txt", tarfile.REGTYPE), ("d", tarfile.DIRTYPE), ("e.jpg", tarfile.REGTYPE),
+                           ("e.txt", tarfile.SYMTYPE)):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.jpg"
+            tar.addfile(info)
+    summary = write_index(tmp_path)
+    assert (summary.samples, summary.without_image, summary.without_caption) == (2, 2, 2)
+    assert [open_folder(tmp_path).read(i).key for i in range(2)] == ["a", "e"]
+
+
+def test_captions_that_cannot_be_read_are_counted_as_missing(tmp_path: Path) -> None:
+    broken = {
+        "a": {"txt": b"caf\xe9"}, "b": {"txt": b" \n"}, "c": {"json": b'{"captions": ["cut'},
+        "d": {"json": b'{"captions": 7}'}, "e": {}, "f": {"json": b"[" * 5000},
+        "g": {"json": b"", "txt": b"read"},
+    }  # fmt: skip
+    members = [
+        (f"{key}.{name}", data)
+        for key, texts in broken.items()
+        for name, data in {"jpg": b"i", **texts}.items()
+    ]
+    tar_of(tmp_path / "0.tar", members)
+    summary = write_index(tmp_path)
+    assert (summary.samples, summary.used, summary.without_caption) == (7, 1, 6)
+    assert open_folder(tmp_path).read(6).captions == ["read"]
+
+
+def test_compressed_tars_are_refused_by_content(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", [("a.jpg", b"i")])
+    (tmp_path / "1.tar").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    with pytest.raises(UserError, match=r"1\.tar is compressed with gzip, whatever its name"):
+        write_index(tmp_path)
+    (tmp_path / "1.tar").rename(tmp_path / "1.tar.gz")
+    summary = write_index(tmp_path)
+    assert (summary.samples, summary.left_out) == (1, ["1.tar.gz"])
 
 
 def test_empty_tars_count_nothing(tmp_path: Path) -> None:

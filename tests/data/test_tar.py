@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcluster.data.tar import END, BrokenTar, header, padded, scan
+from clipcluster.data.tar import END, BrokenTar, compression, header, padded, scan
 
 NAMES = [
     "a.jpg",
@@ -146,6 +147,103 @@ def test_garbage_never_crashes(tmp_path_factory: pytest.TempPathFactory, data: b
     except BrokenTar:
         return
     assert members == []
+
+
+def _block(name: bytes, size: bytes, kind: bytes) -> bytes:
+    """A header with these fields as they are, its checksum right."""
+    block = bytearray(header("x", 0))
+    block[:100], block[124:136], block[156:157] = name.ljust(100, b"\0"), size.ljust(12, b"\0"), kind
+    block[148:156] = b"        "
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def test_links_carry_no_bytes_whatever_size_they_name(tmp_path: Path) -> None:
+    path, lost = tmp_path / "t.tar", []
+    blocks = [_block(b"a.jpg", b"00000002000", kind) for kind in (b"1", b"2", b"5")]
+    path.write_bytes(b"".join(blocks) + header("b.jpg", 2) + b"hi".ljust(512, b"\0") + END)
+    with open(path, "rb") as file:
+        assert [member.name for member in scan(file.fileno(), others=lost.append)] == ["b.jpg"]
+    assert lost == ["a.jpg", "a.jpg"]  # a folder is no loss
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_sparse_files_are_passed_over_and_named(tmp_path: Path, form: str) -> None:
+    with open(tmp_path / "a.jpg", "wb") as file:
+        for place in range(1, 40):  # more holes than one header names
+            file.seek(place * 100_000)
+            file.write(b"x" * 4096)
+    (tmp_path / "b.jpg").write_bytes(b"whole")
+    command = ["tar", "--sparse", "--format", form, "-cf", "t.tar", "a.jpg", "b.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    lost: list[str] = []
+    with open(tmp_path / "t.tar", "rb") as tar:
+        assert [member.name for member in scan(tar.fileno(), others=lost.append)] == ["b.jpg"]
+    assert lost == ["a.jpg"]
+
+
+def test_two_tars_laid_end_to_end_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "t.tar"
+    _tarfile(path, ["a.jpg", "b.jpg"], tarfile.PAX_FORMAT)
+    path.write_bytes(path.read_bytes() * 2)
+    seen: list[str] = []
+    with pytest.raises(BrokenTar, match="end to end"):
+        _names_into(seen, path)
+    assert seen == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"12345", b"30 path=", b"1 a=b\n", b"25 size=" + b"9" * 16 + b"\n", b"x path=a\n", b"9" * 600]
+)
+def test_broken_pax_headers_are_told(tmp_path: Path, body: bytes) -> None:
+    path = tmp_path / "t.tar"
+    extended = _block(b"PaxHeader", b"%011o" % len(body), b"x") + body + bytes(padded(len(body)) - len(body))
+    path.write_bytes(extended + header("a.jpg", 0) + END)
+    with pytest.raises(BrokenTar, match=r"byte 0|byte 1024"):
+        _members(path)
+
+
+def test_a_name_as_long_as_the_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.tar"
+    with open(path, "wb") as file:
+        file.write(_block(b"././@LongLink", b"%011o" % (3 << 30), b"L"))
+        file.truncate(4 << 30)
+    with pytest.raises(BrokenTar, match="announces a name"):
+        _members(path)
+
+
+def test_checksums_of_signed_bytes_hold(tmp_path: Path) -> None:
+    block = bytearray(_block("é.jpg".encode(), b"00000000000", b"0"))
+    total = sum(block[:148] + b"        " + block[156:]) - 2 * 256
+    block[148:156] = b"%06o\0 " % total
+    (tmp_path / "t.tar").write_bytes(bytes(block) + END)
+    assert _members(tmp_path / "t.tar") == [("é.jpg", b"")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 70_000), st.booleans()), max_size=12), st.data())
+def test_members_of_any_size_are_found_as_tarfile_finds_them(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[int, bool]], data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("tar") / "t.tar"
+    names = [f"{number}{'n' * 120 if long else ''}.jpg" for number, (_, long) in enumerate(sizes)]
+    form = data.draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, (size, _) in zip(names, sizes, strict=True):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            tar.addfile(info, io.BytesIO(bytes([size % 251 + 1]) * size))
+    assert _members(path) == [
+        (name, bytes([size % 251 + 1]) * size) for name, (size, _) in zip(names, sizes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("way", ["gzip", "bz2", "xz"])
+def test_what_a_file_is_packed_with(tmp_path: Path, way: str) -> None:
+    with tarfile.open(tmp_path / "t.tar", f"w:{way.removesuffix('ip')}") as tar:  # type: ignore[call-overload]
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with open(tmp_path / "t.tar", "rb") as file:
+        assert compression(file.fileno()) == {"bz2": "bzip2"}.get(way, way)
 
 
 def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:

@@ -53,3 +53,19 @@ def test_an_empty_file_is_a_shard_of_the_list(tmp_path: Path) -> None:
     (tmp_path / "0.tar").touch()
     index_folders([tmp_path])
     assert read_summary(tmp_path).shards == 1
+
+
+def test_no_worker_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--workers 0: give the number of processes"):
+        index_folders([_folder(tmp_path / "a", 1)], workers=0)
+
+
+def test_choices_stand_side_by_side(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "a", 4)
+    index_folders([folder], captions=["lines", "txt"])
+    (summary,) = index_folders([folder], captions=["default"])
+    assert {name: counts.captions for name, counts in summary.choices.items()} == {
+        "lines": 8,
+        "txt": 4,
+        "default": 4,
+    }
