@@ -9,6 +9,7 @@ import torch
 from clipcluster.data.batch import Batch, EvaluationBatch
 from clipcluster.data.order import Draws
 from clipcluster.data.reading import EvaluationReader, Piece, Share, TrainReader
+from clipcluster.data.repeats import ShownClasses
 from clipcluster.data.shards import Shards
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.data.transforms import evaluation_transform, train_transform
@@ -22,6 +23,8 @@ class BatchOrder(Protocol):
 
     def slots(self, t: int, start: int, stop: int) -> Draws: ...
 
+    def shown_classes(self, source: int) -> ShownClasses: ...
+
 
 class Loader:
     """Yields batches `start`, `start` + 1, … of `order` for ever, stepping over the `skipped` ranges.
@@ -29,7 +32,7 @@ class Loader:
     `data` is the recipe's data section. Rank r of W owns the contiguous r-th share of each batch's slots, its
     workers contiguous shares of that, so that batch t is the same for every number of ranks and workers.
     `skipped` are half-open (begin, end) ranges of batch numbers. A sample that cannot be decoded is replaced
-    by the next good one of its shard and reported once, in `Batch.bad`.
+    by the next good one of its shard (of a class that is shown) and reported once, in `Batch.bad`.
 
     `next` raises DataError (a shard changed or is gone, nothing of a shard can be decoded, an unexpected
     error at a sample), OSError (a disk that fails after retries), OutOfMemory and WorkerDied.
@@ -54,7 +57,8 @@ class Loader:
         self._slots = order.batch_size * rank // world_size, order.batch_size * (rank + 1) // world_size
         self._pieces = max(1, workers)
         self._skipped = [(begin, end) for begin, end in skipped]
-        reader = TrainReader(sources, tokenizer, train_transform(data.image), seed)
+        shown = [order.shown_classes(number) for number in range(len(sources))]
+        reader = TrainReader(sources, tokenizer, train_transform(data.image), seed, shown)
         self._stream = ShareStream(reader, self._shares(start), workers, prefetch)
         self._reported: set[tuple[int, int]] = set()
 

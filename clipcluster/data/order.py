@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from clipcluster.data.line import Line, Places
-from clipcluster.data.repeats import repeats_of
+from clipcluster.data.repeats import ShownClasses, repeats_of
 from clipcluster.data.rounds import Field, Rounds, SourceShape
 from clipcluster.data.shards import Shards
 from clipcluster.data.shares import integer_weights, lay_out
@@ -109,6 +109,11 @@ class Order:
     def copies(self, source: int) -> int:
         """Times that a pass of the line in which a source lies shows its most repeated sample."""
         return self._lines[self._group_of[source]].rounds.copies
+
+    def shown_classes(self, source: int) -> ShownClasses:
+        """The classes of which samples of a source are drawn; all, unless its repeats leave some out."""
+        group = self._group_of[source]
+        return self._lines[group].rounds.shown[source - self._first_source[group]]
 
     def lanes(self, source: int) -> int:
         """Lanes of the line in which a source lies; 1: it is permuted whole."""

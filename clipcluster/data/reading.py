@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from clipcluster.data.decode import BadImage, decode
+from clipcluster.data.repeats import ShownClasses
 from clipcluster.data.shards import Sample, Shards
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.data.transforms import EvaluationTransform, TrainTransform, draw_seed
@@ -140,14 +141,23 @@ class Reader:
 
 
 class TrainReader(Reader):
-    """Samples for training: augmented by the draw's own seed, a bad one replaced."""
+    """Samples for training: augmented by the draw's own seed, a bad one replaced.
+
+    `shown`: for each source the classes that may replace a bad sample; none: all may.
+    """
 
     def __init__(
-        self, sources: Sequence[Shards], tokenizer: Tokenizer | None, transform: TrainTransform, seed: int
+        self,
+        sources: Sequence[Shards],
+        tokenizer: Tokenizer | None,
+        transform: TrainTransform,
+        seed: int,
+        shown: Sequence[ShownClasses] = (),
     ) -> None:
         super().__init__(sources, tokenizer, text=tokenizer is not None)
         self.transform = transform
         self.seed = seed
+        self._shown = list(shown) or [ShownClasses()] * len(sources)
 
     def load(self, share: Share) -> Piece:
         size = self.transform.size
@@ -175,6 +185,8 @@ class TrainReader(Reader):
         for step in range(count):
             candidate = first + (row + step) % count
             if step and self.tokenizer is not None and not shards.caption_counts[candidate]:
+                continue
+            if step and shards.classes[candidate] not in self._shown[source]:
                 continue
             sample, pixels = self._decoded(source, candidate)
             if sample is not None and pixels is not None:

@@ -44,17 +44,30 @@ class Repeats:
             raise ValueError(f"{self.place}: repeats by class need the classes of the samples")
 
 
+@dataclass(frozen=True)
+class ShownClasses:
+    """The classes of which a source shows samples: all but `other`, or only these if not `others`."""
+
+    others: bool = True
+    other: frozenset[int] = frozenset()
+
+    def __contains__(self, number: object) -> bool:
+        return (number in self.other) != self.others
+
+
 class Copies:
     """Copies of one source's samples: whole numbers, by class.
 
     most: the most of any sample; a shard is as many portions. by_class: whether samples differ.
-    values: (R,) uint8, the different numbers of copies.
+    values: (R,) uint8, the different numbers of copies. shown: classes with copies at all.
     """
 
     def __init__(self, every: int, by_class: Mapping[int, int], classes: np.ndarray | None) -> None:
         by_class = {number: copies for number, copies in by_class.items() if copies != every}
         self.most = max(every, *by_class.values(), 0)
         self.by_class = bool(by_class)
+        shown = frozenset(number for number, copies in by_class.items() if (copies > 0) != (every > 0))
+        self.shown = ShownClasses(every > 0, shown)
         self.values = np.unique(np.array([every, *by_class.values()], dtype=np.uint8))
         self._classes = classes
         self._end = max(by_class, default=-1) + 1

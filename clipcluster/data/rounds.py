@@ -67,7 +67,7 @@ class Rounds:
     sizes: (C,) int64, draws of each round, copies counted.
     copies: portions of a shard, the most of any shape. factor: what the written repeats were multiplied by.
     n_portions: in all, shape by shape, and in each the first portion of every shard, then the second, ….
-    fields: the most caption fields of a shape, at least 1.
+    fields: the most caption fields of a shape, at least 1. shown: for each shape the classes it shows.
 
     Positions count samples over all shapes. Raises ValueError where the columns of a shape disagree, and
     UserError for repeats that cannot be laid out.
@@ -77,6 +77,7 @@ class Rounds:
         self.factor, copies = whole_copies([shape.repeats for shape in shapes])
         _require_few_portions(shapes, copies)
         self._parts = [_Part(shape, own, every_caption) for shape, own in zip(shapes, copies, strict=True)]
+        self.shown = [own.shown for own in copies]
         self.copies = max(1, *(own.most for own in copies))
         self.fields = max(1, *(len(part.fields) for part in self._parts))
         self.sizes = np.zeros(max(len(part.counts) for part in self._parts), dtype=np.int64)

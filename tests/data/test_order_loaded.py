@@ -122,3 +122,15 @@ def test_classes_are_asked_of_the_shards(tmp_path: Path, make_shards: Callable[.
         opened(recipe_of({"shards": str(folder), "repeat_classes": {4: 2}}))
     with pytest.raises(UserError, match=r"'cat' is the name of a class, and there is no classnames\.txt"):
         opened(recipe_of({"shards": str(folder), "repeat_classes": {"cat": 2}}))
+
+
+@pytest.mark.parametrize(("extra", "shown"), [({"2": 0}, {0, 1, 3}), ({"3": 1.5}, {3})])
+def test_a_bad_sample_is_never_replaced_by_one_of_a_class_left_out(
+    tmp_path: Path, make_shards: Callable[..., Path], extra: dict[str, float], shown: set[int]
+) -> None:
+    folder = make_shards(tmp_path / "a", 48, per_shard=12, bad={1, 3, 5, 17, 31})  # class: number mod 4
+    every = 0 if extra.get("3") else 1
+    recipe = recipe_of({"shards": str(folder), "repeat": every, "repeat_classes": extra})
+    loaded = batches(recipe, 2, 0, 0, 12 if every else 4)
+    classes = Counter(int(key[1:]) % 4 for keys, _, _ in loaded for _, _, key in keys)
+    assert set(classes) == shown
