@@ -146,7 +146,25 @@ def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
             opened.append(shards)
     if len(opened) < len(loaded.recipe.data.train):
         return None
+    findings.attempt("data.cache", _check_cache, loaded.recipe, opened, findings)
     return findings.attempt("", _draws, loaded.recipe, opened)
+
+
+def _check_cache(recipe: Recipe, opened: Sequence[Shards], findings: Findings) -> None:
+    """The cache holds any remote shard, and better all that are read at a time."""
+    size, order = recipe.data.cache.size.megabytes << 20, recipe.data.order
+    needed = 0
+    for shards in opened:
+        shards.check_room(size)
+        sizes = shards.remote_sizes
+        whole = shards.n_samples <= order.full_shuffle_below
+        needed += int(sizes.sum() if whole else min(sizes.sum(), order.lanes * sizes.max(initial=0)))
+    if needed > size:
+        findings.warnings.append(
+            f"data.cache.size {recipe.data.cache.size} is less than the {needed:,} bytes of remote shards "
+            "that are read at a time, so shards will be fetched again and again; give it more, or lower "
+            "data.order.lanes (and full_shuffle_below, under which a source is read all over)"
+        )
 
 
 def _draws(recipe: Recipe, opened: Sequence[Shards]) -> int:

@@ -1,5 +1,6 @@
 """What every room's tests share: one thread a process, and the summary of time and coverage by room."""
 
+import base64
 import hashlib
 import http.server
 import os
@@ -78,8 +79,9 @@ def pytest_terminal_summary(terminalreporter, config):
 class WebServer(http.server.ThreadingHTTPServer):
     """Serves a folder on 127.0.0.1, with ETag and Range; breaks every `drop_every`-th tar in mid-body.
 
-    `log` holds (method, path, first byte asked for, status) of every request; `status` is what to answer
-    instead, if it is set; while `stalled` is cleared, a tar's body stops in its middle.
+    `log` holds (method, path, first byte asked for, status) of every request. If they are set, `status` is what
+    to answer instead and `password` (USER:PASSWORD) is asked for; while `stalled` is cleared, a tar's body stops
+    in its middle.
     """
 
     daemon_threads = True
@@ -90,6 +92,7 @@ class WebServer(http.server.ThreadingHTTPServer):
         self.log: list[tuple[str, str, int, int]] = []
         self.bodies = 0
         self.status: int | None = None
+        self.password: str | None = None
         self.counting = threading.Lock()
         self.stalled = threading.Event()
         self.stalled.set()
@@ -114,6 +117,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
         file = self.server.folder / path.lstrip("/")
+        if self.server.password and not self._knows(self.server.password):
+            self.send_error(401)
+            return
         if self.server.status is not None or not file.is_file():
             status = self.server.status or 404
             self.server.log.append((self.command, path, 0, status))
@@ -134,6 +140,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self._send(data[first : last + 1], path.endswith(".tar"))
+
+    def _knows(self, password: str) -> bool:
+        return self.headers.get("Authorization") == f"Basic {base64.b64encode(password.encode()).decode()}"
 
     def _send(self, data: bytes, may_drop: bool) -> None:
         with self.server.counting:

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,3 +307,53 @@ def test_a_shard_that_changed_is_named(folder: Path) -> None:
     (message,) = examined().errors
     assert "00001.tar changed since it was indexed" in message
     assert "clipcluster shards index" in message
+
+
+def grow(path: Path, size: int) -> None:
+    """A member of so many bytes more in a shard."""
+    with tarfile.open(path, "a") as tar:
+        entry = tarfile.TarInfo("more.bin")
+        entry.size = size
+        tar.addfile(entry, io.BytesIO(bytes(size)))
+
+
+def test_sources_behind_a_server(
+    folder: Path,
+    web_server: Callable[..., Any],
+    checked: Callable[..., Checked],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CLIPCLUSTER_CACHE", str(folder / "cache"))
+    server = web_server(folder / "data")
+    remote = [f"data.train.0.shards={server.address}/train"]
+    remote += [f"evaluate.{kind}=[{server.address}/test]" for kind in ("retrieval", "zero_shot")]
+    found = checked(*remote)
+    assert (found.errors, found.warnings, found.summary) == ([], [], checked().summary)
+    assert not [path for _, path, *_ in server.log if path.endswith((".tar", ".idx"))]
+    small = [*remote, "data.cache.size=1 MB"]
+    for name in ("00000", "00001"):
+        grow(folder / f"data/train/{name}.tar", 600_000)
+    write_index(folder / "data/train")
+    (warning,) = checked(*small).warnings
+    assert warning.startswith("data.cache.size 1 MB is less than the 1,2")
+    grow(folder / "data/train/00001.tar", 600_000)
+    write_index(folder / "data/train")
+    (error,) = checked(*small).errors
+    assert "its largest shard has 1,2" in error
+    assert "the cache holds 1,048,576; set data.cache.size" in error
+
+
+def test_a_server_that_is_not_there(checked: Callable[..., Checked]) -> None:
+    began = time.monotonic()
+    (error,) = checked("data.train.0.shards=http://127.0.0.1:9/train").errors
+    assert "the index cannot be read: [Errno 111] Connection refused (tried 3 times)" in error
+    assert time.monotonic() - began < 10
+
+
+def test_plain_checks_of_local_shards_load_nothing_for_remote_ones(folder: Path) -> None:
+    code = (
+        "import sys; from clipcluster.check import plain; plain('tiny.yaml');"
+        "sys.exit(' '.join({'fsspec', 'urllib.request', 'clipcluster.data.cache'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert done.stderr.strip() == ""

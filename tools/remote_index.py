@@ -53,7 +53,7 @@ def index_remote(
         indexes.write_list(target, choices, entries)
     except PermissionError as error:
         raise UserError(f"{target}: {error}; give a folder that can be written to with --index") from None
-    return indexes.summary(Path(str(folder)), target, choices, entries)
+    return indexes.summary(str(folder), target, choices, entries)
 
 
 def _shards(written: str) -> tuple[RemoteFolder, list[str]]:

@@ -203,7 +203,7 @@ def _patiently(
             failures = 1 if gained() >= PROGRESS else failures + 1
             if failures > len(waits):
                 raise Unreachable(
-                    getattr(error, "errno", None) or 5,
+                    getattr(_cause(error), "errno", None) or 5,
                     f"{_reason(error)} (tried {failures} times)",
                     shown(address),
                 ) from error
@@ -211,9 +211,13 @@ def _patiently(
             time.sleep(waits[failures - 1])
 
 
+def _cause(error: Exception) -> Any:
+    """What is behind urllib's own error."""
+    return getattr(error, "reason", None) or error
+
+
 def _reason(error: Exception) -> str:
-    text = str(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)
-    return text or type(error).__name__
+    return str(getattr(_cause(error), "strerror", None) or _cause(error)) or type(error).__name__
 
 
 @contextlib.contextmanager

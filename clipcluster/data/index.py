@@ -104,7 +104,7 @@ class IndexSummary:
     every choice. All the tars hold is samples + without_image + duplicates. `left_out` are compressed tars.
     """
 
-    folder: Path
+    folder: Path | str
     index: Path
     captions_choice: str
     shards: int
@@ -459,7 +459,7 @@ def fingerprint(shards: Sequence[tuple[str, bytes]]) -> str:
 
 
 def summary(
-    folder: Path, target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]
+    folder: Path | str, target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]
 ) -> IndexSummary:
     """The sums over a list of shards."""
     choices = (choices,) if isinstance(choices, str) else tuple(choices)
@@ -481,7 +481,7 @@ def summary(
         duplicates=sum(entry.duplicates for entry in entries),
         choices=counts,
         broken=[{"shard": entry.name, "reason": entry.broken} for entry in entries if entry.broken],
-        left_out=_packed(folder) if folder.is_dir() else [],
+        left_out=_packed(folder) if isinstance(folder, Path) and folder.is_dir() else [],
     )
 
 

@@ -178,7 +178,7 @@ class Named:
             if missing:
                 raise UserError(
                     f"{self.folder / missing[0]}: not in the index of its folder, which names {len(known)} "
-                    f"shards; index it with the others: clipcluster shards index {self.folder} --index FOLDER"
+                    "shards; index all of them at once: clipcluster shards index ADDRESS --index FOLDER"
                 )
             taken += found
         return list(dict.fromkeys(taken))

@@ -148,7 +148,8 @@ def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None
         raise UserError(f"{', '.join(written)}: the shards hold no sample with an image")
     if text:
         _require_captions(", ".join(written), shards)
-    shards.check_room()
+    if cache is not None:
+        shards.check_room(cache.size)
     return shards
 
 
@@ -680,17 +681,24 @@ class Shards:
             raise DataError(f"{path} is not what the folder's list says", self._advice(shard))
         return rows.arrays
 
-    def check_room(self) -> None:
-        """UserError where a remote shard is larger than the whole cache."""
-        for part, table, rows in zip(self.parts, self._tables, self._rows, strict=True):
-            if not isinstance(part.folder, RemoteFolder) or self.cache is None:
-                continue
-            largest = int((table.arrays["bytes"] if rows is None else table.arrays["bytes"][rows]).max())
-            if largest > self.cache.size:
-                raise UserError(
-                    f"{part.folder}: its largest shard has {largest:,} bytes and the cache holds "
-                    f"{self.cache.size:,}; set data.cache.size to several times the largest shard"
-                )
+    @property
+    def remote_sizes(self) -> np.ndarray:
+        """Bytes of the shards taken that lie elsewhere, (n,) int64."""
+        sizes = [
+            table.arrays["bytes"] if rows is None else table.arrays["bytes"][rows]
+            for part, table, rows in zip(self.parts, self._tables, self._rows, strict=True)
+            if isinstance(part.folder, RemoteFolder)
+        ]
+        return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+
+    def check_room(self, size: int) -> None:
+        """UserError where a remote shard is larger than a cache of `size` bytes."""
+        largest = int(self.remote_sizes.max(initial=0))
+        if largest > size:
+            raise UserError(
+                f"{self.parts[0].folder}: its largest shard has {largest:,} bytes and the cache holds "
+                f"{size:,}; set data.cache.size to several times the largest shard"
+            )
 
     def _stat(self, shard: int) -> State:
         return _local_state(os.stat(self.shard_path(shard)))

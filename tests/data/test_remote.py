@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from clipcluster.data import download
+from clipcluster.data import download, remote
 from clipcluster.data.cache import Cache
 from clipcluster.data.shards import Shards, open_folder, open_source
 from clipcluster.errors import UserError
@@ -37,10 +39,6 @@ def _source(**keys: object) -> Source:
 
 def all_of(shards: Shards) -> list[Any]:
     return [shards.read(position) for position in range(shards.n_samples)]
-
-
-def size_of(cache: Cache) -> int:
-    return sum(path.stat().st_size for path in Path(cache.folder).rglob("*") if path.is_file())
 
 
 @pytest.mark.usefixtures("hurried")
@@ -152,3 +150,60 @@ def test_a_command_that_fails(folder: Path, cache: Cache) -> None:
     )
     with pytest.raises(OSError, match=r"failed with code 3: no such bucket \(tried 4 times\)"):
         shards.read(0)
+
+
+def test_a_dataset_on_the_hub(
+    folder: Path, cache: Cache, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = folder.parent / "datasets" / "org" / "set" / "resolve" / "v1"
+    at.mkdir(parents=True)
+    folder.rename(at / "train")
+    server = web_server(folder.parent)
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as in a job
+    shards = open_source(_source(shards="hf://datasets/org/set@v1/train"), text=True, cache=cache)
+    assert all_of(shards) == all_of(open_folder(at / "train"))
+    with pytest.raises(UserError, match="write hf://datasets/OWNER/NAME/FILE"):
+        open_source(_source(shards="hf://train"), text=True, cache=cache)
+
+
+@given(
+    folder=st.text("abc/{}[]*", max_size=8),
+    numbers=st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True),
+)
+def test_braces_and_globs_take_what_is_there(folder: str, numbers: list[int]) -> None:
+    names = [f"{number:03d}.tar" for number in sorted(numbers)]
+    every = remote.named("http://host/x/{000..099}.tar")
+    (some,) = remote.named("http://host/x/{" + ",".join(name[:3] for name in [*names, names[0]]) + "}.tar")
+    assert len(every) == 1
+    assert every[0].folder == some.folder == remote.RemoteFolder("http://host/x")
+    assert some.chosen(list(every[0].tars or ())) == names
+    everything = remote.Named(remote.RemoteFolder("s3://b/x"), ("0*.tar",))
+    assert everything.chosen([*names, "other.tar"]) == names
+    assert not remote.is_remote(folder)
+
+
+def test_addresses_in_words() -> None:
+    folder = remote.folder_at("https://user:secret@host/a%20b/train/?sig=key")
+    assert (folder.name, str(folder)) == ("train", "https://host/a%20b/train")
+    assert (folder / "0 1.tar").address == "https://user:secret@host/a%20b/train/0%201.tar?sig=key"
+    assert str(folder / "0 1.tar") == "https://host/a%20b/train/0%201.tar"
+    assert folder.parent == remote.RemoteFolder("https://user:secret@host/a%20b", "sig=key")
+    assert remote.folder_at("s3://bucket").parent is None
+    pipe = remote.folder_at("pipe:aws s3 cp s3://b/{00..01}.tar - | cat")
+    assert pipe.commands == {f"0{n}.tar": f"pipe:aws s3 cp s3://b/0{n}.tar - | cat" for n in (0, 1)}
+    with pytest.raises(UserError, match=r"two of its commands print 0\.tar"):
+        _ = remote.folder_at("pipe:cat {a,b}/0.tar").commands
+
+
+def test_a_password_goes_to_its_server_alone(
+    folder: Path, cache: Cache, web_server: Callable[..., Any]
+) -> None:
+    server = web_server(folder)
+    server.password = "user:secret"
+    with pytest.raises(UserError, match="no index"):
+        open_source(_source(shards=server.address), text=True, cache=cache)
+    written = server.address.replace("//", "//user:secret@")
+    shards = open_source(_source(shards=written), text=True, cache=cache)
+    assert shards.read(3) == open_folder(folder).read(3)
+    assert "secret" not in str(shards.shard_place(0))

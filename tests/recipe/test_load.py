@@ -337,6 +337,14 @@ def test_moving_the_data_changes_no_name(small: Small) -> None:
     assert here.paths != there.paths
 
 
+def test_an_address_keeps_its_variables_until_it_is_used(small: Small) -> None:
+    override = "data.train=[{shards: ['${BUCKET}/{00..09}.tar', 'pipe:cat ${DISK:-/disk}/0.tar'], index: i}]"
+    here, there = small(override, BUCKET="s3://here"), small(override, BUCKET="http://there:80")
+    assert result_keys(here) == result_keys(there)
+    assert here.recipe.data.train[0].shards == ("s3://here/{00..09}.tar", "pipe:cat /disk/0.tar")
+    assert from_run(recipe_keys(there), settings_keys(there)) == there.recipe
+
+
 RICH = (
     "data.train=[{shards: ['${DATA}/a', b], weight: 3, captions_in: lines},"
     " {shards: c, weight: 1, index: i, captions_in: {default: 1, 'syn.json:syn_text': 2}}]",
