@@ -79,9 +79,9 @@ def pytest_terminal_summary(terminalreporter, config):
 class WebServer(http.server.ThreadingHTTPServer):
     """Serves a folder on 127.0.0.1, with ETag and Range; breaks every `drop_every`-th tar in mid-body.
 
-    `log` holds (method, path, first byte asked for, status) of every request. If they are set, `status` is what
-    to answer instead and `password` (USER:PASSWORD) is asked for; while `stalled` is cleared, a tar's body stops
-    in its middle.
+    `log` holds (method, path, first byte asked for, status) of every request. If they are set, `status` is
+    what to answer instead and `password` (USER:PASSWORD) is asked for; while `stalled` is cleared, a
+    tar stops in its middle.
     """
 
     daemon_threads = True
