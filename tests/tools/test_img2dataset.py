@@ -76,6 +76,32 @@ def test_failures_are_counted_from_the_parquet(downloads: Any, folder: Path, tmp
     assert notes[2].startswith("2 of 8 downloads failed")
 
 
+def test_an_unfinished_parquet_is_said(downloads: Any, tmp_path: Path) -> None:
+    out = downloads.make(tmp_path / "out")
+    (out / "00000.parquet").write_bytes(b"")
+    with open(out / "00001.parquet", "r+b") as file:
+        file.truncate(300)
+    assert _open(out).notes == [
+        f"{out / name} is cut or no parquet file: that download may be unfinished"
+        for name in ("00000.parquet", "00001.parquet")
+    ]
+
+
+def test_without_pyarrow_all_but_the_failures_is_known(folder: Path) -> None:
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from pathlib import Path; from tools.readers.img2dataset import KIND, Options\n"
+        "source = KIND.open([Path(sys.argv[1])], Options())\n"
+        "print(len(source.splits[0]), *source.notes); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (
+        "12 what failed to download was not counted; that needs: pip install 'clipcluster[parquet]'\n"
+    )
+
+
 def test_a_tar_that_its_parquet_contradicts_is_named(downloads: Any, tmp_path: Path) -> None:
     out = downloads.make(tmp_path / "out")
     (out / "00000.tar").write_bytes((out / "00001.tar").read_bytes()[: -20 * 512] + bytes(1024))

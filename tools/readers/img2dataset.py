@@ -127,27 +127,40 @@ def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:
             f"{missing} is not there ({len(paths) - len(there)} of {len(paths)} shards have none): "
             "that download may be unfinished"
         )
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        return [
-            *notes,
-            "what failed to download was not counted; that needs: pip install 'clipcluster[parquet]'",
-        ]
     counts: Counter[str] = Counter()
     held = np.bincount(samples.shards, minlength=len(paths))
     for number, path in enumerate(paths):
-        if path not in there or "status" not in parquet.read_schema(there[path]).names:
+        if path not in there:
             continue
-        status = Counter(column_of(there[path], "status"))
+        try:
+            status = _status(there[path])
+        except ImportError:
+            advice = "pip install 'clipcluster[parquet]'"
+            return [*notes, f"what failed to download was not counted; that needs: {advice}"]
+        if status is None:
+            notes.append(f"{there[path]} is cut or no parquet file: that download may be unfinished")
+            continue
         counts += status
-        if status["success"] != held[number]:
+        if status and status["success"] != held[number]:
             notes.append(f"{path}: {held[number]:,} samples, but its parquet says {status['success']:,}")
     failed = {name or "without status": count for name, count in counts.items() if name != "success"}
     if failed:
         reasons = ", ".join(f"{count:,} {name}" for name, count in sorted(failed.items()))
         notes.append(f"{sum(failed.values()):,} of {sum(counts.values()):,} downloads failed: {reasons}")
     return notes
+
+
+def _status(path: Path) -> Counter[str] | None:
+    """How often each status stands in a parquet; None if it cannot be read. ImportError without pyarrow."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        if "status" not in parquet.read_schema(path).names:
+            return Counter()
+        return Counter(column_of(path, "status"))
+    except pyarrow.ArrowInvalid:
+        return None
 
 
 KIND = Kind(
