@@ -35,6 +35,17 @@ _COMMON = {
     "workers": Annotated[
         int | None, typer.Option("--workers", metavar="N", min=1, help="Processes. Default: one a core.")
     ],
+    "executor": Annotated[
+        str, typer.Option("--executor", metavar="WHERE", help="local, or slurm: an array of jobs.")
+    ],
+    "jobs": Annotated[
+        int | None, typer.Option("--jobs", metavar="N", min=1, help="slurm: tasks of the array. Default: 4.")
+    ],
+    "site": Annotated[str | None, typer.Option("--site", metavar="NAME", help="slurm: the site profile.")],
+    "cluster": Annotated[
+        list[str] | None,
+        typer.Option("--cluster", metavar="KEY=VALUE", help="slurm: as in a recipe, such as partition=low."),
+    ],
     "as_json": AsJson,
 }
 
@@ -93,6 +104,7 @@ def _command(name: str, kind: Any) -> Any:
     everything = {**parameters, **{key: (annotation, None) for key, annotation in _COMMON.items()}}
     everything["out"] = (_COMMON["out"], required)
     everything["as_json"] = (AsJson, False)
+    everything["executor"] = (_COMMON["executor"], "local")
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -142,6 +154,10 @@ def run_conversion(
     out: Path,
     bytes_per_shard: str | None,
     workers: int | None,
+    executor: str,
+    jobs: int | None,
+    site: str | None,
+    cluster: list[str] | None,
     as_json: bool,
     after: Callable[[], object] = lambda: None,
     **settings: Any,
@@ -149,13 +165,21 @@ def run_conversion(
     """Converts and says what became of it; `after` is called when the shards are there."""
     from tools import convert as conversion
 
+    wanted = conversion.Settings(bytes_per_shard=_bytes(bytes_per_shard), **settings)
+    if executor == "slurm":
+        if workers is not None:
+            raise UserError(f"--workers {workers}: on slurm every task is one process; give --jobs instead")
+        _queue(name, out, inputs, options, wanted, jobs or 4, site, cluster or [], as_json)
+        return
+    _refuse_for_slurm_alone(executor, jobs, site, cluster)
+    _refuse_running(out)
     with _progress(quiet=as_json) as progress:
         done = conversion.convert(
             name,
             out,
             inputs,
             options,
-            conversion.Settings(bytes_per_shard=_bytes(bytes_per_shard), **settings),
+            wanted,
             workers=workers or len(os.sched_getaffinity(0)),
             progress=progress,
         )
@@ -170,6 +194,51 @@ def run_conversion(
         bad = f", {done.bad[split]:,} bad ones left out: {summary.folder}/bad_samples.jsonl"
         say(summary_line(summary) + (bad if done.bad[split] else ""))
     say(f"{out}: " + ("made" if done.made else "was there already, whole"))
+
+
+def _queue(
+    name: str,
+    out: Path,
+    inputs: list[Path],
+    options: Any,
+    settings: Any,
+    jobs: int,
+    site: str | None,
+    cluster: list[str],
+    as_json: bool,
+) -> None:
+    """Hand the conversion to SLURM, and say how to follow it."""
+    from clipcluster.recipe.load import load_cluster
+    from jobs import convert as array
+    from jobs.submit import require_slurm
+
+    require_slurm()
+    order = array.Order(name, out.absolute(), [path.absolute() for path in inputs], options, settings)
+    ids = array.submit(order, load_cluster(["gpus_per_node=0", *cluster], site=site), jobs)
+    if as_json:
+        print_document({"out": str(out), "jobs": ids})
+    elif not ids:
+        say(f"{out}: was there already, whole")
+    else:
+        logs = out / array.FOLDER / "submitit"
+        say(f"{out}: job {ids[0].split('_')[0]}, {len(ids)} tasks; logs in {logs}")
+        say("The same command says when it is whole, and goes on where a task was lost for good.")
+
+
+def _refuse_for_slurm_alone(executor: str, jobs: Any, site: Any, cluster: Any) -> None:
+    if executor != "local":
+        raise UserError(f"--executor {executor}: allowed are local and slurm")
+    for option, value in (("--jobs", jobs), ("--site", site), ("--cluster", cluster)):
+        if value:
+            raise UserError(f"{option} goes with --executor slurm; on this machine give --workers")
+
+
+def _refuse_running(out: Path) -> None:
+    """UserError while an array of jobs writes into `out`."""
+    from jobs import convert as array
+
+    if (out / array.FOLDER).is_dir():
+        array.refuse_running(out)
 
 
 def summary_line(made: Any) -> str:

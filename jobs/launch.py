@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.schema import Cluster
@@ -37,15 +38,21 @@ def on_slurm(
 
     `logs` is the folder of submitit's files. Raises UserError with SLURM's own words where sbatch refuses.
     """
+    parameters = clusters.parameters(cluster, members, name=name, logs=logs, grace=grace, used=used)
+    return queue([TrainJob(str(member.run_dir), trainee) for member in members], parameters, logs)
+
+
+def queue(jobs: Sequence[Callable[[], None]], parameters: Mapping[str, Any], logs: Path) -> list[str]:
+    """Submit callables, several as one array, with submitit's parameters; returns the job ids.
+
+    Raises UserError with SLURM's own words where sbatch refuses.
+    """
     import submitit
     from submitit.core.utils import FailedJobError
 
     with _outside_of_jobs():
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
-        executor.update_parameters(
-            **clusters.parameters(cluster, members, name=name, logs=logs, grace=grace, used=used)
-        )
-        jobs = [TrainJob(str(member.run_dir), trainee) for member in members]
+        executor.update_parameters(**parameters)
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):  # submitit repeats there what a refusal says

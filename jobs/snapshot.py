@@ -38,19 +38,24 @@ class Snapshot:
 
 
 def take(run: Run) -> Snapshot:
+    """The snapshot of a run. Raises UserError as `take_into`."""
+    return take_into(run.path)
+
+
+def take_into(folder: Path) -> Snapshot:
     """Copy the packages into `code-N` unless an earlier folder holds the same; check that it can start.
 
     Raises UserError where the copy cannot start (and removes it).
     """
     sources = {name: _folder_of(name) for name in PACKAGES}
     digest = _digest(sources)
-    there = sorted(run.path.glob("code-*"), key=lambda path: int(path.name.split("-")[1]))
+    there = sorted(folder.glob("code-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in reversed(there):
         if _facts(path).get("digest") == digest:
             return Snapshot(path, new=False, first=False)
     number = int(there[-1].name.split("-")[1]) + 1 if there else 1
-    target = run.path / f"code-{number}"
-    aside = run.path / f".code-{number}.{secrets.token_hex(4)}.tmp"
+    target = folder / f"code-{number}"
+    aside = folder / f".code-{number}.{secrets.token_hex(4)}.tmp"
     try:
         _copy(sources, aside, digest)
         _check(aside)

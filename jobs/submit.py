@@ -107,12 +107,7 @@ def choose_executor(wanted: Wanted) -> str:
     if wanted.executor in ("local", "none"):
         return wanted.executor
     if wanted.executor == "slurm":
-        if not there:
-            raise UserError(
-                "--executor slurm: there is no sbatch on the PATH. Submit from a login node of the cluster, "
-                "use --executor local, or start a cluster on this machine with: clipcluster sandbox start"
-            )
-        _ask_slurm("--executor slurm: ")
+        require_slurm()
         return "slurm"
     if wanted.executor is not None:
         raise UserError(f"--executor {wanted.executor}: allowed are slurm, local and none")
@@ -123,6 +118,16 @@ def choose_executor(wanted: Wanted) -> str:
         wanted.say("sbatch is here but no cluster: the run goes to this machine (--executor local)")
         return "local"
     return "slurm"
+
+
+def require_slurm() -> None:
+    """UserError where --executor slurm was given and no cluster can be asked."""
+    if not launch.environment_has_slurm():
+        raise UserError(
+            "--executor slurm: there is no sbatch on the PATH. Submit from a login node of the cluster, "
+            "use --executor local, or start a cluster on this machine with: clipcluster sandbox start"
+        )
+    _ask_slurm("--executor slurm: ")
 
 
 def _ask_slurm(asked: str) -> bool:

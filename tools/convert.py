@@ -67,6 +67,47 @@ def kind_named(name: str) -> Kind:
     return kind
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that is planned, with nothing written yet; `finished`: it was there already."""
+
+    plan: Plan
+    notes: Sequence[str]
+    finished: bool
+
+
+def prepare(
+    kind: str, out: Path, inputs: Sequence[Path], options: Any = None, settings: Settings | None = None
+) -> Prepared:
+    """Opens the inputs and cuts them into shards. UserError as `convert`, but for what writing meets."""
+    chosen = kind_named(kind)
+    was = convert_plan.read_description(out)
+    if was is None and not _is_free(out):
+        raise UserError(f"{out} is there and holds something else; give another --out, or remove it first")
+    settings = settings or Settings()
+    if settings.samples_per_shard is None and settings.bytes_per_shard is None:
+        settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
+    source = chosen.open(inputs, chosen.options() if options is None else options)
+    plan = convert_plan.plan(out, kind, inputs, options or chosen.options(), settings, source)
+    if was is not None:
+        convert_plan.refuse_differences(out, was, plan.description)
+    return Prepared(plan, source.notes, finished=bool(was and was.get("finished")))
+
+
+@contextlib.contextmanager
+def begun(plan: Plan) -> Iterator[None]:
+    """Keeps others away, removes what a killed conversion left aside, writes down what is converted.
+
+    UserError: another conversion is writing there, or what the file system refuses within the block.
+    """
+    with told_to_people(plan):
+        plan.out.mkdir(parents=True, exist_ok=True)
+        with _alone(plan.out):
+            _sweep(plan)
+            _begin(plan)
+            yield
+
+
 def convert(
     kind: str,
     out: Path,
@@ -83,28 +124,15 @@ def convert(
     total)` is told the samples. UserError: an unknown kind, inputs that are not what they should be, an
     output folder that holds something else or another conversion, a full disk.
     """
-    chosen = kind_named(kind)
-    was = convert_plan.read_description(out)
-    if was is None and not _is_free(out):
-        raise UserError(f"{out} is there and holds something else; give another --out, or remove it first")
-    settings = settings or Settings()
-    if settings.samples_per_shard is None and settings.bytes_per_shard is None:
-        settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
-    source = chosen.open(inputs, chosen.options() if options is None else options)
-    plan = convert_plan.plan(out, kind, inputs, options or chosen.options(), settings, source)
-    if was is not None:
-        convert_plan.refuse_differences(out, was, plan.description)
-        if was.get("finished"):
-            return _result(plan, made=False, notes=source.notes)
-    with _told_to_people(plan):
-        out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
-            _sweep(plan)
-            _begin(plan)
-            while True:
-                convert_workers.run(plan, workers, progress)
-                if convert_work.finish(plan):
-                    return _result(plan, made=True, notes=source.notes)
+    prepared = prepare(kind, out, inputs, options, settings)
+    plan = prepared.plan
+    if prepared.finished:
+        return result(plan, made=False, notes=prepared.notes)
+    with begun(plan):
+        while True:
+            convert_workers.run(plan, workers, progress)
+            if convert_work.finish(plan):
+                return result(plan, made=True, notes=prepared.notes)
 
 
 def _is_free(out: Path) -> bool:
@@ -148,7 +176,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_to_people(plan: Plan) -> Iterator[None]:
+def told_to_people(plan: Plan) -> Iterator[None]:
     """What the file system refuses becomes one message; the same command goes on afterwards."""
     try:
         yield
@@ -165,7 +193,7 @@ def _told_to_people(plan: Plan) -> Iterator[None]:
         ) from None
 
 
-def _result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
+def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
     """The splits of a finished conversion; UserError if a shard is not what the index says."""
     splits, bad = {}, {}
     for number, split in enumerate(plan.splits):

@@ -18,12 +18,22 @@ from pydantic import ValidationError
 from clipcluster.errors import UserError
 from clipcluster.recipe.environment import expanded, plain, resolve_paths
 from clipcluster.recipe.problems import validated
-from clipcluster.recipe.schema import Recipe, Section, extra_of, is_list_of_sections, section_of, walk
+from clipcluster.recipe.schema import (
+    Cluster,
+    Recipe,
+    Section,
+    extra_of,
+    is_list_of_sections,
+    section,
+    section_of,
+    walk,
+)
 from clipcluster.recipe.sites import find_site
 from clipcluster.recipe.tree import (
     Branch,
     Leaf,
     Loc,
+    Origin,
     assign,
     dotted,
     merge,
@@ -98,10 +108,35 @@ def load(
     written = plain(tree, (), environ, problems, keep_paths=True)
     paths: dict[str, str] = {}
     resolve_paths(resolved, (), paths)
-    recipe = validated(resolved, tree, problems, shown(file))
+    recipe = validated(resolved, tree, problems, shown(file), Recipe)
     return Loaded(
         recipe, Recipe.model_validate(written), paths, file, profile.name if profile else None, tree
     )
+
+
+class _Place(Section):
+    """What a job has that trains nothing."""
+
+    cluster: Cluster = section("Where it runs.", Cluster)
+
+
+def load_cluster(
+    overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None, *, site: str | None = None
+) -> Cluster:
+    """The cluster section alone, for jobs without a recipe: a site profile and ``key=value`` over it.
+
+    Raises:
+        UserError: as `load`.
+    """
+    environ = os.environ if environ is None else environ
+    profile = find_site(site, environ)
+    tree = profile.tree if profile is not None else Branch({}, {}, Origin("from the command line"))
+    for text in overrides:
+        keys, value = parse_override(text)
+        assign(tree, ["cluster", *keys], value)
+    problems: dict[Loc, str] = {}
+    resolved = plain(tree, (), environ, problems, keep_paths=False)
+    return validated(resolved, tree, problems, "the cluster section", _Place).cluster
 
 
 def _existing(path: Path) -> Path:

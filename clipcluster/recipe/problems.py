@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -12,12 +12,14 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.schema import Recipe, Section, section_of, walk
 from clipcluster.recipe.tree import Branch, Leaf, Loc, Origin, dotted, find, nearest, origin_of, read_scalar
 
+S = TypeVar("S", bound=Section)
 
-def validated(value: Any, tree: Branch, problems: dict[Loc, str], file: str) -> Recipe:
+
+def validated(value: Any, tree: Branch, problems: dict[Loc, str], file: str, model: type[S]) -> S:
     """The recipe, or one UserError with everything that is wrong, in the order of the lines."""
     recipe = None
     try:
-        recipe = Recipe.model_validate(value)
+        recipe = model.model_validate(value)
     except ValidationError as error:
         for entry in error.errors(include_url=False):
             loc = tuple(entry["loc"])

@@ -1,0 +1,254 @@
+"""A conversion as an array of jobs: each task claims shards until none is left, the last one finishes.
+
+    python -m jobs.convert ending CODE    the batch script's last word; CODE: srun's exit code
+
+A shard's bytes do not depend on who writes it, so a task may be killed at any moment: its claims stay its own
+when SLURM requeues it, and are dropped when the conversion is submitted again. `convert-jobs` in the output
+folder holds the code the tasks run, their logs and their claims.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.schema import Cluster
+from clipcluster.runs import files
+from clipcluster.runtime.place import slurm_job_id
+from clipcluster.runtime.stop import Outcome, Stop, Wish
+from jobs import cluster as clusters
+from jobs import launch, snapshot
+from tools import convert_work
+from tools.convert import begun, prepare, told_to_people
+from tools.convert_plan import Plan, Settings, Shard
+from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
+
+FOLDER = "convert-jobs"
+_JOB = "job.json"
+_CLAIMS = "claims"
+_LEAD_SECONDS = 60  # before the time limit: SLURM keeps limits by the minute
+_CRASHES = 3  # as often a member that crashed is requeued
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is converted, as `tools.convert.convert` takes it; paths are absolute."""
+
+    kind: str
+    out: Path
+    inputs: Sequence[Path]
+    options: Any
+    settings: Settings
+
+
+class ConvertJob:
+    """One task of a conversion's array. Pickled by reference, and restarted as it is after a requeue."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+
+    def __call__(self) -> None:
+        """Work and leave the process with a code; submitit never sees a return."""
+        stop = Stop()
+        stop.install(interactive=False)
+        code = int(Outcome.ERROR)
+        try:
+            code = serve(self.order, stop)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+class _Stopped(BaseException):
+    """The task was asked to stop: what is begun is discarded."""
+
+
+def serve(order: Order, stop: Stop) -> int:
+    """Write shards until none is left to claim, then finish if all are there; the task's exit code."""
+    prepared = prepare(order.kind, order.out, order.inputs, order.options, order.settings)
+    if prepared.finished:
+        print("the conversion is finished already")
+        return 0
+    plan = prepared.plan
+    claims = Claims(order.out / FOLDER / _CLAIMS, slurm_job_id(os.environ))
+
+    def heed(samples: int = 0) -> None:
+        if stop.wishes() & Wish.STOP:
+            raise _Stopped
+
+    def claim(shard: Shard) -> bool:
+        heed()
+        return claims.take(shard)
+
+    try:
+        with told_to_people(plan):
+            _work(plan, claims, claim, heed)
+    except _Stopped:
+        print(f"asked to stop by {stop.signal}: the shard begun is left to the next attempt")
+        return int(Outcome.STOPPED)
+    return 0
+
+
+def _work(plan: Plan, claims: Claims, claim: Callable[[Shard], bool], heed: Callable[[int], None]) -> None:
+    """Work, and finish where this task was the last; a shard that repeats a key is written again."""
+    while True:
+        convert_work.work(plan, claim, heed)
+        left_out = convert_work.read_left_out(plan)
+        missing = [s for s in plan.shards() if convert_work.finished(plan, s, left_out) is None]
+        if missing and not any(claims.mine(shard) for shard in missing):
+            print(f"{len(missing)} shards are in other hands: nothing left to do")
+            return
+        if not missing and convert_work.finish(plan):
+            print(f"{plan.out}: made")
+            return
+
+
+class Claims:
+    """Which task writes which shard: a file for each, made exclusively, holding the task's name."""
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        self._folder = folder
+        self._owner = owner
+
+    def take(self, shard: Shard) -> bool:
+        """Claim a shard; also True for one this task claimed before it was requeued."""
+        try:
+            fd = os.open(self._file(shard), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return self.mine(shard)
+        with open(fd, "w") as file:
+            file.write(self._owner)
+        return True
+
+    def mine(self, shard: Shard) -> bool:
+        """Whether this task has claimed it."""
+        try:
+            return self._file(shard).read_text() == self._owner
+        except FileNotFoundError:
+            return False
+
+    def _file(self, shard: Shard) -> Path:
+        return self._folder / f"{shard.split}-{shard.number}"
+
+
+def submit(order: Order, cluster: Cluster, jobs: int) -> list[str]:
+    """Plan the conversion, then queue an array of at most `jobs` tasks; none where it is finished.
+
+    Returns the job ids. UserError as `prepare`; a job of this conversion still in the queue; SLURM's refusal.
+    """
+    refuse_running(order.out)
+    prepared = prepare(order.kind, order.out, order.inputs, order.options, order.settings)
+    plan = prepared.plan
+    if prepared.finished:
+        return []
+    with begun(plan):
+        folder = order.out / FOLDER
+        shutil.rmtree(folder / _CLAIMS, ignore_errors=True)  # no job holds one: see above
+        (folder / _CLAIMS).mkdir(parents=True)
+        code = snapshot.take_into(folder).path
+        members = min(jobs, len(plan.shards()))
+        ids = launch.queue(
+            [ConvertJob(order)] * members, _parameters(cluster, order, code), folder / "submitit"
+        )
+        files.write_json(folder / _JOB, {"jobs": ids})
+    return ids
+
+
+def refuse_running(out: Path) -> None:
+    """UserError if SLURM still shows a job of the conversion into `out`, or cannot be asked about one."""
+    try:
+        ids = files.read_json(out / FOLDER / _JOB)["jobs"]
+    except FileNotFoundError:
+        return
+    try:
+        queued = Slurm().queue(job_ids=ids)
+    except (SlurmUnavailable, SlurmRefused) as error:
+        raise UserError(
+            f"{out} was being converted by job {ids[0].split('_')[0]}, and SLURM cannot be asked whether it "
+            f"still is ({str(error).splitlines()[-1]}); try where it can, or remove {out / FOLDER}"
+        ) from None
+    if queued:
+        raise UserError(
+            f"{out}: job {queued[0].job_id} of this conversion is {queued[0].state}; wait for it, or end it "
+            f"with: scancel {queued[0].job_id.split('_')[0]}"
+        )
+
+
+def _parameters(cluster: Cluster, order: Order, code: Path) -> dict[str, Any]:
+    """submitit's parameters: one task a member, requeued when its node is taken away."""
+    lead = min(_LEAD_SECONDS, int(cluster.time.minutes * 20))
+    chosen = {
+        "job_name": f"convert-{order.out.name}",
+        "time": cluster.time.minutes,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cluster.cpus_per_task,
+        "mem": f"{cluster.mem.megabytes}M" if cluster.mem else None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "setup": [
+            "trap : TERM  # outlive the task, so that the end is decided",
+            *(f"export {n}={shlex.quote(v)}" for n, v in clusters.environment(cluster).items()),
+            *cluster.setup,
+            f"cd {shlex.quote(str(code))} || exit 1",
+            'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
+        ],
+        "teardown": [
+            "rc=$?",
+            "trap '' TERM INT",
+            f'{clusters.python()} -m jobs.convert ending "$rc"',
+            "exit",
+        ],
+        "srun_args": ["--open-mode=append", f"--cpus-per-task={cluster.cpus_per_task}"],
+        "additional_parameters": {"requeue": True, "signal": f"USR1@{lead}"},
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def ending(code: int, slurm: Slurm) -> int:
+    """What follows a task's end: a requeue unless it finished, was cancelled, or fails again and again."""
+    if code in (0, 2):
+        return code
+    job_id = slurm_job_id(os.environ)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    job = slurm.job(job_id)
+    if job is not None and job.restarts > restarts:
+        print(f"clipcluster: job {job_id} was requeued already", file=sys.stderr)
+        return code
+    taken_away = job is not None and (
+        (job.state == "RUNNING" and (job.preempt_time is not None or code == Outcome.STOPPED))
+        or (job.state != "RUNNING" and job.reason == "TimeLimit")
+    )
+    if not taken_away and (job is None or job.state != "RUNNING" or restarts >= _CRASHES):
+        print(f"clipcluster: job {job_id} ends with code {code}", file=sys.stderr)
+        return code
+    print(f"clipcluster: job {job_id} left with code {code}: requeued", file=sys.stderr)
+    slurm.requeue(job_id)
+    return code
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The batch script's side."""
+    if len(arguments) != 2 or arguments[0] != "ending" or not arguments[1].isdigit():
+        print(__doc__, file=sys.stderr)
+        return 2
+    return ending(int(arguments[1]), Slurm())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
