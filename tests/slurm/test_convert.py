@@ -1,4 +1,4 @@
-"""A conversion as an array of jobs on a real cluster: tasks are killed and preempted, the bytes are the same."""
+"""A conversion as an array of jobs: tasks are killed and preempted, the bytes are the same."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def process_of(job_id: str) -> int | None:
             environment = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        mine = f"SLURM_ARRAY_JOB_ID={array_id}".encode() in environment
-        if b"submitit.core._submit" in command and b"SLURM_PROCID=0" in environment and mine:
-            if f"SLURM_ARRAY_TASK_ID={task}".encode() in environment:
-                return int(folder.name)
+        wanted = {b"SLURM_PROCID=0", f"SLURM_ARRAY_JOB_ID={array_id}".encode()}
+        wanted.add(f"SLURM_ARRAY_TASK_ID={task}".encode())
+        if b"submitit.core._submit" in command and wanted <= {*environment}:
+            return int(folder.name)
     return None
 
 
