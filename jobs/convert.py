@@ -26,7 +26,7 @@ from clipcluster.runtime.stop import Outcome, Stop, Wish
 from jobs import cluster as clusters
 from jobs import launch, snapshot
 from tools import convert_work
-from tools.convert import begun, prepare, told_to_people
+from tools.convert import begun, prepare, sweep, told_to_people
 from tools.convert_plan import Plan, Settings, Shard
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
@@ -112,6 +112,7 @@ def _work(plan: Plan, claims: Claims, claim: Callable[[Shard], bool], heed: Call
             print(f"{len(missing)} shards are in other hands: nothing left to do")
             return
         if not missing and convert_work.finish(plan):
+            sweep(plan)  # what tasks that were killed left aside
             print(f"{plan.out}: made")
             return
 

@@ -103,7 +103,7 @@ def begun(plan: Plan) -> Iterator[None]:
     with told_to_people(plan):
         plan.out.mkdir(parents=True, exist_ok=True)
         with _alone(plan.out):
-            _sweep(plan)
+            sweep(plan)
             _begin(plan)
             yield
 
@@ -146,7 +146,7 @@ def _begin(plan: Plan) -> None:
     convert_work.replace(plan.out / convert_plan.DESCRIPTION, text.encode(), sync=True)
 
 
-def _sweep(plan: Plan) -> None:
+def sweep(plan: Plan) -> None:
     """Removes what a killed conversion left aside."""
     folders = {plan.out, plan.out / convert_work.STATE, *map(plan.folder, range(len(plan.splits)))}
     for folder in folders:
