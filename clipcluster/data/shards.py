@@ -557,10 +557,10 @@ class Shards:
     def _fetch_ahead(self, shards: Sequence[int]) -> None:
         """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
         if len(shards) > 1 and any(isinstance(part.folder, RemoteFolder) for part in self.parts):
-            _together(FETCHES, self._fetch_and_close, [shard for shard in shards if self._is_remote(shard)])
+            _together(FETCHES, self._warm, [shard for shard in shards if self._is_remote(shard)])
 
-    def _fetch_and_close(self, shard: int) -> None:
-        os.close(self._fetch(shard))
+    def _warm(self, shard: int) -> None:
+        os.close(self._patiently(shard, partial(self._fetch, shard)))
 
     def check_unchanged(self) -> None:
         """Compares size and mtime of every shard with the index, the hash where they differ.

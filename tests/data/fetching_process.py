@@ -14,6 +14,7 @@ def main(url: str, folder: str, size: str, seed: str) -> None:
     shards = open_source(source, text=True, cache=Cache(folder, int(size)))
     positions = list(range(shards.n_samples))
     random.Random(int(seed)).shuffle(positions)
+    shards.announce(positions[:12])
     read = sorted((position, repr(shards.read(position))) for position in positions)
     print(hashlib.sha256(repr(read).encode()).hexdigest())
 

@@ -111,7 +111,7 @@ def test_a_kill_leaves_no_lock_and_no_half_file(
     victim.kill()
     victim.wait()
     assert not list(root.glob("*.tar"))
-    assert len(list(root.glob("*.part"))) == 1
+    assert list(root.glob("*.part"))
     server.stalled.set()
     other = start(server.address, cache, 1)
     assert other.communicate(timeout=60)[0].strip() == expected(folder)

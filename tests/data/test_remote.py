@@ -68,6 +68,7 @@ def test_tars_by_braces_through_an_index_on_this_machine(
     for tar in folder.glob("*.tar"):
         (served / tar.name).write_bytes(tar.read_bytes())
     server = web_server(served)
+    beside = web_server(folder)
     written = server.address + "/{00000..00009}.tar"
     with pytest.raises(UserError, match=r"no index .*--index FOLDER"):
         open_source(_source(shards=written), text=True, cache=cache)
@@ -82,6 +83,8 @@ def test_tars_by_braces_through_an_index_on_this_machine(
     assert all_of(shards) == all_of(open_folder(folder))[:20]
     assert shards.touched() == {}
     assert shards.parts[0].rows is None
+    same = open_source(_source(shards=written, index=beside.address), text=True, cache=cache)
+    assert (same.fingerprint, same.read(7)) == (shards.fingerprint, shards.read(7))
     some = open_source(
         _source(shards=f"{server.address}/{{00001,00003}}.tar", index=source.index), text=True, cache=cache
     )
@@ -101,8 +104,9 @@ def test_a_server_that_always_fails(folder: Path, cache: Cache, web_server: Call
     assert time.monotonic() - began < 2
     assert len([entry for entry in server.log if entry[3] == 503]) == 4
     server.status = 404
-    with pytest.raises(DataError, match=r"00000\.tar is gone"):
-        shards.read(0)
+    for action in (lambda: shards.read(0), lambda: shards.announce([0, 2])):
+        with pytest.raises(DataError, match=r"00000\.tar is gone"):
+            action()
     server.status = None
     assert shards.read(0).key == "s00000"
     assert not list(Path(cache.folder).glob("*.part"))
