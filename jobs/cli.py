@@ -13,6 +13,7 @@ import typer
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import all_runs, find_run, runs_folder
+from jobs.cli_bench import bench
 from jobs.cli_sandbox import sandbox
 from jobs.cli_shards import shards
 from jobs.cli_tidy import register
@@ -28,6 +29,7 @@ app = group("Trains CLIP-style models on preemptible SLURM clusters from one YAM
 register(shards)
 app.add_typer(shards, name="shards")
 app.add_typer(sandbox, name="sandbox")
+app.add_typer(bench, name="bench")
 
 
 class Executor(str, Enum):

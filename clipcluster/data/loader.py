@@ -1,5 +1,6 @@
 """Batches for one rank. The whole state is one integer: the number of the next batch."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from clipcluster.data.batch import Batch, EvaluationBatch
 from clipcluster.data.order import Draws
 from clipcluster.data.reading import EvaluationReader, Piece, Share, TrainReader
 from clipcluster.data.repeats import ShownClasses
+from clipcluster.data.room import SHAREABLE, Room
 from clipcluster.data.shards import Shards
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.data.transforms import evaluation_transform, train_transform
@@ -58,7 +60,10 @@ class Loader:
         self._pieces = max(1, workers)
         self._skipped = [(begin, end) for begin, end in skipped]
         shown = [order.shown_classes(number) for number in range(len(sources))]
-        reader = TrainReader(sources, tokenizer, train_transform(data.image), seed, shown)
+        transform = train_transform(data.image)
+        self._image_shape = (3, transform.size, transform.size)
+        self._rooms: deque[Room] | None = deque() if workers and SHAREABLE else None  # batches in the making
+        reader = TrainReader(sources, tokenizer, transform, seed, shown)
         self._stream = ShareStream(reader, self._shares(start), workers, prefetch)
         self._reported: set[tuple[int, int]] = set()
 
@@ -76,7 +81,7 @@ class Loader:
         classes = torch.tensor([number for piece in pieces for number in piece.classes], dtype=torch.int64)
         return Batch(
             index=pieces[0].index,
-            images=_laid_together([piece.images for piece in pieces]),
+            images=self._images(pieces),
             tokens=_joined([piece.tokens for piece in pieces]),
             mask=_joined([piece.mask for piece in pieces]),
             classes=classes if (classes >= 0).any() else None,
@@ -84,9 +89,18 @@ class Loader:
             bad=bad,
         )
 
+    def _images(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        if self._rooms is None:
+            return _laid_together([piece.images for piece in pieces if piece.images is not None])
+        room = self._rooms.popleft()
+        room.close()  # every worker has written its part
+        return room.images
+
     def close(self) -> None:
         """Ends the workers; may be called twice."""
         self._stream.close()
+        while self._rooms:
+            self._rooms.popleft().close()
 
     def _shares(self, start: int) -> Iterator[Share]:
         t = start
@@ -96,7 +110,12 @@ class Loader:
                 t = max(ahead)
                 continue
             draws = self._order.slots(t, *self._slots)
-            share = Share(t, self._slots[0], draws.source, draws.passage, draws.position, draws.caption)
+            columns = (draws.source, draws.passage, draws.position, draws.caption)
+            place = None
+            if self._rooms is not None:
+                self._rooms.append(Room((len(draws), *self._image_shape)))
+                place = self._rooms[-1].place
+            share = Share(t, self._slots[0], *columns, place)
             yield from share.cut(self._pieces)
             t += 1
 
@@ -158,7 +177,7 @@ class EvaluationLoader:
         return EvaluationBatch(
             index=pieces[0].index,
             positions=torch.tensor(positions, dtype=torch.int64),
-            images=_laid_together([piece.images for piece in pieces]),
+            images=_laid_together([piece.images for piece in pieces if piece.images is not None]),
             classes=torch.tensor([number for piece in pieces for number in piece.classes], dtype=torch.int64),
             captions=captions,
             tokens=tokens,

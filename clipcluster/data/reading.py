@@ -10,6 +10,7 @@ import torch
 
 from clipcluster.data.decode import BadImage, decode
 from clipcluster.data.repeats import ShownClasses
+from clipcluster.data.room import Place
 from clipcluster.data.shards import Sample, Shards
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.data.transforms import EvaluationTransform, TrainTransform, draw_seed
@@ -18,7 +19,10 @@ from clipcluster.runtime.stop import DataError, OutOfMemory
 
 @dataclass(frozen=True)
 class Share:
-    """The draws that one worker turns into samples: `first` is the slot of the first in the global batch."""
+    """The draws that one worker turns into samples: `first` is the slot of the first in the global batch.
+
+    `place` is where their images go in memory that the rank shares; None: they are handed over.
+    """
 
     index: int
     first: int
@@ -26,6 +30,7 @@ class Share:
     passage: np.ndarray
     position: np.ndarray
     caption: np.ndarray
+    place: Place | None = None
 
     def __len__(self) -> int:
         return len(self.position)
@@ -34,16 +39,26 @@ class Share:
         """Contiguous shares of this one, their sizes equal but for one."""
         for piece in range(pieces):
             begin, end = len(self) * piece // pieces, len(self) * (piece + 1) // pieces
-            arrays = (array[begin:end] for array in (self.source, self.passage, self.position, self.caption))
-            yield Share(self.index, self.first + begin, *arrays)
+            yield Share(
+                self.index,
+                self.first + begin,
+                self.source[begin:end],
+                self.passage[begin:end],
+                self.position[begin:end],
+                self.caption[begin:end],
+                None if self.place is None else self.place.cut(begin, end),
+            )
 
 
 @dataclass
 class Piece:
-    """What a share became, in the order of its draws; for evaluation, tokens are of all captions."""
+    """What a share became, in the order of its draws; for evaluation, tokens are of all captions.
+
+    `images` is None where they were written into the share's place.
+    """
 
     index: int
-    images: torch.Tensor
+    images: torch.Tensor | None
     tokens: torch.Tensor | None
     mask: torch.Tensor | None
     classes: list[int]
@@ -51,6 +66,18 @@ class Piece:
     bad: list[dict[str, Any]]
     positions: list[int] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tokens travel in the message: for so few bytes, shared memory costs more than it saves."""
+        state = dict(self.__dict__)
+        for name in ("tokens", "mask"):
+            state[name] = None if state[name] is None else state[name].numpy()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in ("tokens", "mask"):
+            setattr(self, name, None if state[name] is None else torch.from_numpy(state[name]))
 
 
 @dataclass(frozen=True)
@@ -159,9 +186,11 @@ class TrainReader(Reader):
         self.seed = seed
         self._shown = list(shown) or [ShownClasses()] * len(sources)
 
+    def _empty(self, count: int) -> torch.Tensor:
+        return torch.empty((count, 3, self.transform.size, self.transform.size), dtype=torch.uint8)
+
     def load(self, share: Share) -> Piece:
-        size = self.transform.size
-        images = torch.empty((len(share), 3, size, size), dtype=torch.uint8)
+        images = self._empty(len(share)) if share.place is None else share.place.open()
         texts: list[str] = []
         classes: list[int] = []
         keys: list[tuple[int, str, str]] = []
@@ -175,7 +204,7 @@ class TrainReader(Reader):
             classes.append(sample.cls)
             keys.append((share.first + at, sample.shard, sample.key))
         tokens, mask = self.tokenizer(texts) if self.tokenizer else (None, None)
-        return Piece(share.index, images, tokens, mask, classes, keys, bad)
+        return Piece(share.index, images if share.place is None else None, tokens, mask, classes, keys, bad)
 
     def _good(self, source: int, position: int, bad: list[dict[str, Any]]) -> tuple[Sample, torch.Tensor]:
         """The sample at `position`, or the next good one of its shard, cyclically."""

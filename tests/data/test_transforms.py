@@ -1,5 +1,6 @@
 """Crops that are a function of a seed, and the evaluation's square."""
 
+import io
 import random
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
+from clipcluster.data.decode import decode
 from clipcluster.data.transforms import crop_box, draw_seed, evaluation_transform, train_transform
 
 IMAGE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8))
@@ -72,6 +74,26 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
 
 def _crop(scale: tuple[float, float], ratio: tuple[float, float]) -> v2.RandomResizedCrop:
     return v2.RandomResizedCrop(16, scale, ratio, antialias=True)
+
+
+def test_pixels_are_close_to_pillows() -> None:
+    """Decoder, crop and bicubic resize against the path of PIL and torchvision that OpenCLIP takes."""
+    numbers = np.random.default_rng(0)
+    transform = train_transform(_section(size=224, crop_scale=(0.9, 1.0)))
+    for number in range(6):
+        coarse = Image.fromarray(numbers.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375))
+        grain = numbers.normal(0, 10, (375, 500, 1))
+        file = io.BytesIO()
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(
+            file, "JPEG", quality=90
+        )
+        ours = transform(decode(file.getvalue()), number).permute(1, 2, 0).numpy().astype(int)
+        top, left, height, width = crop_box(375, 500, (0.9, 1.0), (0.75, 4 / 3), random.Random(number))
+        bicubic = v2.InterpolationMode.BICUBIC
+        theirs = v2.functional.resized_crop(Image.open(file), top, left, height, width, [224, 224], bicubic)
+        difference = np.abs(ours - np.asarray(theirs).astype(int))
+        assert difference.mean() < 0.1  # of 255 levels
+        assert difference.max() <= 2
 
 
 def test_half_are_mirrored_if_asked() -> None:
