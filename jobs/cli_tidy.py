@@ -214,7 +214,8 @@ def _say_report(report: Any) -> None:
     )
     faults = [*report.broken, *report.bad]
     for fault in faults[:_SHOWN]:
-        say(f"  {fault['shard']} {fault['key'] or ''}: {fault['reason']}")
+        where = fault["shard"] if fault["key"] is None else f"{fault['shard']} {fault['key']}"
+        say(f"  {where}: {fault['reason']}")
     if len(faults) > _SHOWN:
         say(f"  … and {len(faults) - _SHOWN} more; --json names all")
     for note in report.notes:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tools.stats import Stats
 
 _SHOWN = 10  # bad samples and groups of duplicates that are shown one by one
-_COLUMNS = ("min", "p5", "p25", "median", "p75", "p95", "max", "mean")
+_COLUMNS = ("min", "p5", "median", "p95", "max", "mean")
 
 
 def table(stats: Stats, console: Console | None = None) -> None:
@@ -51,15 +51,15 @@ def _counts(stats: Stats) -> Table:
 
 def _distributions(stats: Stats) -> Table:
     rows = Table(box=box.SIMPLE_HEAD)
-    rows.add_column("")
+    rows.add_column("", no_wrap=True)
     for name in _COLUMNS:
-        rows.add_column(name, justify="right")
+        rows.add_column(name, justify="right", no_wrap=True)
     for what, figures in (
         ("width", stats.images["width"]),
         ("height", stats.images["height"]),
         ("pixels", stats.images["pixels"]),
         ("image bytes", stats.images["bytes"]),
-        ("caption characters", stats.caption_characters),
+        ("characters", stats.caption_characters),
     ):
         if figures["count"]:
             rows.add_row(what, *(_number(figures[name]) for name in _COLUMNS))
