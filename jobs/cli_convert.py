@@ -32,6 +32,23 @@ _COMMON = {
         int | None,
         typer.Option("--shuffle", metavar="SEED", help="Write in a shuffled order. Default: the input's."),
     ],
+    "resize": Annotated[
+        int | None,
+        typer.Option(
+            "--resize", metavar="SIDE", min=1, help="Shrink larger images (pixels). Default: never re-encode."
+        ),
+    ],
+    "resize_mode": Annotated[
+        str,
+        typer.Option(
+            "--resize-mode",
+            metavar="MODE",
+            help="SIDE is the largest side: keep_ratio, the smallest: keep_ratio_smallest, both: square.",
+        ),
+    ],
+    "quality": Annotated[
+        int, typer.Option("--quality", metavar="Q", min=1, max=100, help="Of resized JPEG and WebP.")
+    ],
     "workers": Annotated[
         int | None, typer.Option("--workers", metavar="N", min=1, help="Processes. Default: one a core.")
     ],
@@ -105,6 +122,8 @@ def _command(name: str, kind: Any) -> Any:
     everything["out"] = (_COMMON["out"], required)
     everything["as_json"] = (AsJson, False)
     everything["executor"] = (_COMMON["executor"], "local")
+    everything["resize_mode"] = (_COMMON["resize_mode"], "keep_ratio")
+    everything["quality"] = (_COMMON["quality"], 95)
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -87,8 +87,18 @@ def prepare(
     settings = settings or Settings()
     if settings.samples_per_shard is None and settings.bytes_per_shard is None:
         settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
-    source = chosen.open(inputs, chosen.options() if options is None else options)
-    plan = convert_plan.plan(out, kind, inputs, options or chosen.options(), settings, source)
+    if settings.resize_mode not in convert_plan.RESIZE_MODES:
+        raise UserError(
+            f"--resize-mode {settings.resize_mode!r}: there are {', '.join(convert_plan.RESIZE_MODES)}"
+        )
+    options = chosen.options() if options is None else options
+    if was is not None and was.get("finished") and not all(path.exists() for path in inputs):
+        # its input may go once it is converted; all else must still be the same
+        now = convert_plan.describe(kind, inputs, options, settings)
+        convert_plan.refuse_differences(out, was, {**was, **now})
+        return Prepared(Plan(out, [], settings, [], was), [], finished=True)
+    source = chosen.open(inputs, options)
+    plan = convert_plan.plan(out, kind, inputs, options, settings, source)
     if was is not None:
         convert_plan.refuse_differences(out, was, plan.description)
     return Prepared(plan, source.notes, finished=bool(was and was.get("finished")))
@@ -128,7 +138,7 @@ def convert(
     plan = prepared.plan
     if prepared.finished:
         return result(plan, made=False, notes=prepared.notes)
-    with begun(plan):
+    with begun(plan), _swept(plan):
         while True:
             convert_workers.run(plan, workers, progress)
             if convert_work.finish(plan):
@@ -144,6 +154,15 @@ def _begin(plan: Plan) -> None:
     (plan.out / convert_work.STATE).mkdir(exist_ok=True)
     text = json.dumps({**plan.description, "finished": False}, indent=1) + "\n"
     convert_work.replace(plan.out / convert_plan.DESCRIPTION, text.encode(), sync=True)
+
+
+@contextlib.contextmanager
+def _swept(plan: Plan) -> Iterator[None]:
+    """Removes what was left aside, once nobody is writing any more, whatever happens."""
+    try:
+        yield
+    finally:
+        sweep(plan)
 
 
 def sweep(plan: Plan) -> None:
@@ -196,11 +215,11 @@ def told_to_people(plan: Plan) -> Iterator[None]:
 def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
     """The splits of a finished conversion; UserError if a shard is not what the index says."""
     splits, bad = {}, {}
-    for number, split in enumerate(plan.splits):
-        folder = plan.folder(number)
+    for split in plan.description["splits"]:
+        folder = plan.out / split["name"]
         if not made:
             open_folder(folder).check_unchanged()
-        name = split.name or "."
+        name = split["name"] or "."
         splits[name] = read_summary(folder)
-        bad[name] = len(split) - splits[name].samples
+        bad[name] = split["samples"] - splits[name].samples
     return Conversion(plan.out, made, splits, bad, notes)

@@ -30,8 +30,8 @@ class Settings:
     """The options of every kind of conversion.
 
     A shard ends with `samples_per_shard` samples, or before `bytes_per_shard` bytes, whichever comes first.
-    `shuffle` is the seed of a fixed permutation, None: the input's order. `resize` is the largest side of an
-    image in pixels, None: images are never re-encoded; `quality` is that of JPEG and WebP.
+    `shuffle` is the seed of a fixed permutation, None: the input's order. `resize` is a side in pixels, None:
+    images are never re-encoded; `resize_mode` says which (RESIZE_MODES); `quality` is that of JPEG and WebP.
     """
 
     samples_per_shard: int | None = None
@@ -40,6 +40,9 @@ class Settings:
     resize: int | None = None
     resize_mode: str = "keep_ratio"
     quality: int = 95
+
+
+RESIZE_MODES = ("keep_ratio", "keep_ratio_smallest", "square")
 
 
 class Shard(NamedTuple):
@@ -95,11 +98,7 @@ def plan(
     unfinished = Plan(out, source.splits, settings, [], {})
     ends = [_cut(split, unfinished.order(number), settings) for number, split in enumerate(source.splits)]
     description = {
-        "format": _FORMAT,
-        "kind": kind,
-        "input": [os.path.abspath(path) for path in inputs],
-        "options": _plain(asdict(options)),
-        "settings": asdict(settings),
+        **describe(kind, inputs, options, settings),
         "splits": [
             {
                 "name": split.name,
@@ -112,6 +111,17 @@ def plan(
         "files_read": [list(file) for file in source.inputs],
     }
     return Plan(out, source.splits, settings, ends, json.loads(json.dumps(description)))
+
+
+def describe(kind: str, inputs: Sequence[Path], options: Any, settings: Settings) -> dict[str, Any]:
+    """The part of a description that is known without opening the inputs."""
+    return {
+        "format": _FORMAT,
+        "kind": kind,
+        "input": [os.path.abspath(path) for path in inputs],
+        "options": _plain(asdict(options)),
+        "settings": asdict(settings),
+    }
 
 
 def _cut(split: Split, order: np.ndarray, settings: Settings) -> np.ndarray:

@@ -22,7 +22,7 @@ from clipcluster.data import captions
 from clipcluster.data import index as indexes
 from clipcluster.data.columns import BrokenColumns, read_columns
 from clipcluster.data.image_kind import extension_of, kind_of, no_image
-from tools.convert_plan import DESCRIPTION, Plan, Shard, read_description
+from tools.convert_plan import DESCRIPTION, Plan, Settings, Shard, read_description
 from tools.records import BadRecord, Record, WholeRecord
 from tools.shard_writer import Behind, ShardFile, check_key, json_member
 
@@ -144,6 +144,8 @@ class _Contents:
             return
         key, image, texts, fields, cls, others = record
         extension = "jpg" if image[:3] == b"\xff\xd8\xff" else _extension(key, image)
+        if self._settings.resize is not None:
+            image, extension = _resized(key, image, extension, self._settings)
         if "." in key or "_" in key or "\0" in key or not key or key[-1] == "/":
             _check(key, extension)
         if key in self.keys:
@@ -204,6 +206,17 @@ def _extension(key: str, image: bytes) -> str:
     if extension not in indexes.IMAGE_EXTENSIONS:
         raise BadRecord(key, f"{kind_of(image)} images cannot be decoded here")
     return extension
+
+
+def _resized(key: str, image: bytes, extension: str, settings: Settings) -> tuple[bytes, str]:
+    from tools.resize import CannotResize, resized
+
+    side = settings.resize
+    assert side is not None
+    try:
+        return resized(image, extension, side, mode=settings.resize_mode, quality=settings.quality)
+    except CannotResize as error:
+        raise BadRecord(key, str(error)) from None
 
 
 def _check(key: str, extension: str) -> None:

@@ -82,4 +82,4 @@ def _rank(number: int) -> bytes:
     return hashlib.sha256(f"digit {number}".encode()).digest()
 
 
-KIND = Kind("scikit-learn's handwritten digits (the demo)", _open, samples_per_shard=256)
+KIND = Kind("scikit-learn's handwritten digits (the demo).", _open, samples_per_shard=256)

@@ -271,7 +271,7 @@ def _classnames(path: Path | None, folders: Sequence[str]) -> list[str]:
 
 
 KIND = Kind(
-    "class folders of images",
+    "Class folders of images.",
     _open,
     inputs="A folder of class folders, or of train, val and test with them.",
     options=FolderOptions,
