@@ -80,8 +80,8 @@ class WebServer(http.server.ThreadingHTTPServer):
     """Serves a folder on 127.0.0.1, with ETag and Range; breaks every `drop_every`-th tar in mid-body.
 
     `log` holds (method, path, first byte asked for, status) of every request. If they are set, `status` is
-    what to answer instead and `password` (USER:PASSWORD) is asked for; while `stalled` is cleared, a
-    tar stops in its middle.
+    what to answer instead (for names that end in `status_of`) and `password` (USER:PASSWORD) is asked for;
+    while `stalled` is cleared, a tar stops in its middle.
     """
 
     daemon_threads = True
@@ -92,6 +92,7 @@ class WebServer(http.server.ThreadingHTTPServer):
         self.log: list[tuple[str, str, int, int]] = []
         self.bodies = 0
         self.status: int | None = None
+        self.status_of = ""
         self.password: str | None = None
         self.counting = threading.Lock()
         self.stalled = threading.Event()
@@ -120,8 +121,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         if self.server.password and not self._knows(self.server.password):
             self.send_error(401)
             return
-        if self.server.status is not None or not file.is_file():
-            status = self.server.status or 404
+        status = self.server.status if path.endswith(self.server.status_of) else None
+        if status is not None or not file.is_file():
+            status = status or 404
             self.server.log.append((self.command, path, 0, status))
             self.send_error(status)
             return

@@ -1,5 +1,6 @@
 """Sources behind servers and commands read as local ones do, through breaks, and within the cache's bound."""
 
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from clipcluster.data import download, remote
 from clipcluster.data.cache import Cache
+from clipcluster.data.index import write_index
 from clipcluster.data.shards import Shards, open_folder, open_source
 from clipcluster.errors import UserError
 from clipcluster.recipe.schema import Source
@@ -130,6 +132,24 @@ def test_other_content_than_was_indexed(folder: Path, cache: Cache, web_server: 
     assert len([1 for method, path, *_ in server.log if (method, path) == ("GET", "/00003.tar")]) == 3
     tar.write_bytes(whole)
     assert shards.read(6).key == "s00006"
+
+
+def test_an_index_that_was_made_anew(
+    folder: Path, cache: Cache, web_server: Callable[..., Any], make_shards: Callable[..., Path]
+) -> None:
+    server = web_server(folder)
+    before = open_source(_source(shards=server.address), text=True, cache=cache)
+    make_shards(folder.parent / "more", 3, per_shard=3)
+    (folder.parent / "more" / "00000.tar").rename(folder / "more.tar")
+    write_index(folder)
+    after = open_source(_source(shards=server.address), text=True, cache=cache)
+    assert (before.n_samples, after.n_samples) == (40, 43)
+    assert after.read(42).key == "s00002"
+    assert pickle.loads(pickle.dumps(before)).read(39) == before.read(39)
+    for rows in folder.glob("*.idx"):
+        rows.write_bytes(rows.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"the index is damaged: .*is cut"):
+        after.read(0)
 
 
 def test_commands(folder: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
