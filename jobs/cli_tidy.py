@@ -9,11 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
+from clipcluster.errors import UserError
 from jobs.cli_words import AsJson, print_document, say
 
 _SHOWN = 20  # faults that are printed one by one
 
-Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of shards.")]
+
+def _local(folder: str) -> Path:
+    """A folder of this machine. UserError: an address, or a command."""
+    if "://" in folder or folder.startswith("pipe:"):
+        raise UserError(f"{folder}: only folders of this machine; copy the shards first")
+    return Path(folder)
+
+
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="DIR...", parser=_local, help="Folders of shards of this machine.")
+]
 Elsewhere = Annotated[
     Path | None, typer.Option("--index", metavar="FOLDER", help="Where the index of the one DIR is.")
 ]

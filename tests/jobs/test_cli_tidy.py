@@ -78,6 +78,7 @@ def test_the_table(folder: Path) -> None:
     ("words", "part"),
     [
         (["stats", "nowhere"], "no such folder"),
+        (["verify", "s3://bucket/shards"], "s3://bucket/shards: only folders of this machine"),
         (["stats", "FOLDER", "--picture", "x.doc"], "ends in .png"),
         (["stats", "FOLDER", "FOLDER", "--index", "x"], "2 were given"),
         (["stats", "FOLDER", "--captions", "jsn:x"], "no such choice"),

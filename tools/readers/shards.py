@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +65,23 @@ class _Folder:
             summary.broken,
         )
 
-    def place(self, position: int) -> tuple[int, int]:
-        """Shard and row of a sample."""
-        return self.shards.record(position)
+    def keys(self, positions: np.ndarray) -> Iterator[str]:
+        """The keys of these samples (ascending), by their headers alone."""
+        fd, opened = -1, -1
+        try:
+            for shard, row in map(self.shards.record, positions.tolist()):
+                if shard != opened:
+                    path = self.shards.shard_path(shard)
+                    offsets = read_columns(indexes.shard_index(self.path, path.name)).arrays["offset"]
+                    if fd >= 0:
+                        os.close(fd)
+                    fd, opened = os.open(path, os.O_RDONLY), shard
+                name = indexes.sample_name(next(scan(fd, int(offsets[row]))).name)
+                assert name is not None, "the index begins a sample with a member of one"
+                yield name[0]
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
 
 class Resharding:
@@ -111,7 +125,7 @@ class Resharding:
         part = int(np.searchsorted(self._ends, number, side="right"))
         position = int(self._taken[part][number - int(self._ends[part]) + len(self._taken[part])])
         folder = self._folders[part]
-        shard, row = folder.place(position)
+        shard, row = folder.shards.record(position)
         fd, offsets = self._handle(part, shard)
         key, members = _members(fd, int(offsets[row]))
         key = f"{folder.path.resolve().name}/{key}" if self._options.prefix else key
@@ -293,7 +307,7 @@ def _with_keys(folders: Sequence[_Folder], taken: Sequence[np.ndarray], file: Pa
     found: set[str] = set()
     kept = []
     for folder, at in zip(folders, taken, strict=True):
-        keys = [folder.shards.read(position, text=False).key for position in at.tolist()]
+        keys = list(folder.keys(at))
         found |= wanted.intersection(keys)
         kept.append(at[np.array([key in wanted for key in keys], bool)])
     missing = sorted(wanted - found)
@@ -341,9 +355,7 @@ def _share(
 ) -> list[np.ndarray]:
     """A share of the samples by a hash of seed and key, whatever shard they lie in."""
     hashes = [
-        np.array(
-            [_hash(seed, folder.shards.read(position, text=False).key) for position in at.tolist()], np.uint64
-        )
+        np.array([_hash(seed, key) for key in folder.keys(at)], np.uint64)
         for folder, at in zip(folders, taken, strict=True)
     ]
     every = np.concatenate(hashes)
