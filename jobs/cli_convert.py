@@ -192,7 +192,7 @@ def run_conversion(
         return
     _refuse_for_slurm_alone(executor, jobs, site, cluster)
     _refuse_running(out)
-    with _progress(quiet=as_json) as progress:
+    with progress_bar(quiet=as_json) as progress:
         done = conversion.convert(
             name,
             out,
@@ -291,7 +291,7 @@ def _bytes(text: str | None) -> int | None:
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on a terminal, nothing elsewhere."""
     if quiet or not sys.stderr.isatty():
         yield None

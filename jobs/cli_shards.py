@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_convert import convert, summary_line
+from jobs.cli_convert import convert, progress_bar, summary_line
 from jobs.cli_words import AsJson, group, print_document, say
 
 shards = group("Shards of samples, and their indexes.")
@@ -38,7 +38,10 @@ def index(
     """Make the index that training reads samples by."""
     from tools.index import index_folders
 
-    summaries = index_folders(folders, index=elsewhere, captions=captions, again=again, workers=workers)
+    with progress_bar(quiet=as_json) as progress:
+        summaries = index_folders(
+            folders, index=elsewhere, captions=captions, again=again, workers=workers, progress=progress
+        )
     if as_json:
         from dataclasses import asdict
 

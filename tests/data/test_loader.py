@@ -1,5 +1,6 @@
 """The loader for real: the same batches whatever the ranks, the workers and the resume point."""
 
+import json
 import operator
 import random
 from collections.abc import Callable, Iterator
@@ -12,13 +13,15 @@ import torch
 
 from clipcluster.data.batch import Batch
 from clipcluster.data.decode import decode
+from clipcluster.data.index import write_index
 from clipcluster.data.loader import Loader, evaluation_batches
-from clipcluster.data.order import Order, SourceShape
+from clipcluster.data.order import Field, Order, SourceShape
 from clipcluster.data.shards import Shards, open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.data.transforms import draw_seed, evaluation_transform, train_transform
 from clipcluster.recipe.schema import Data
 from clipcluster.runtime.stop import DataError
+from tools.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)
 
@@ -294,3 +297,32 @@ def test_memory_of_the_order_stays_in_the_rank(shards: Shards, section: Data) ->
     order.__class__ = Unpicklable
     assert len(take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, workers=1), 1)) == 1
     assert np.array_equal(order.batch(0).position, order_of([shards]).batch(0).position)
+
+
+def test_captions_come_from_the_field_that_was_drawn(
+    tmp_path: Path, picture: Callable[..., bytes], section: Data
+) -> None:
+    with ShardWriter(tmp_path / "s", samples_per_shard=9) as writer:
+        for number in range(40):
+            members = {"png": picture(number), "txt": b"own %d" % number}
+            members["syn.json"] = json.dumps({"syn_text": [f"made {number} {i}" for i in range(3)]}).encode()
+            if number % 4 == 0:
+                del members["txt"]
+            writer.add_members(f"{number:03d}", members)
+    write_index(tmp_path / "s", captions_choice="syn.json:syn_text")
+    shards = open_folder(tmp_path / "s", captions_in={"default": 1, "syn.json:syn_text": 1})
+    shape = SourceShape(
+        shards.sample_counts,
+        more_than=shards.more_than,
+        fields=[Field(field.counts, field.probability or 1.0) for field in shards.fields],
+    )
+    order = Order([shape], batch_size=8, seed=1, captions="random")
+    drawn = {"own": 0, "made": 0}
+    for batch in take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=1), 40):
+        for tokens, (_, _, key) in zip(batch.tokens, batch.keys, strict=True):
+            texts = [f"own {int(key)}", *(f"made {int(key)} {i}" for i in range(3))]
+            (text,) = [text for text in texts if torch.equal(TOKENIZER([text])[0][0], tokens)]
+            assert text.startswith("made") or int(key) % 4
+            drawn[text.split()[0]] += 1
+    # a quarter of the samples has but one field, the others take each with one half
+    assert abs(drawn["own"] / sum(drawn.values()) - 3 / 8) < 0.06
