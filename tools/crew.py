@@ -14,6 +14,7 @@ from multiprocessing import connection, get_context
 from typing import Any, Generic, TypeVar
 
 from clipcluster.data.shards import Shards
+from clipcluster.errors import UserError
 
 PATIENCE = 60.0  # seconds for one sample
 _CONTEXT = get_context("spawn")
@@ -25,8 +26,8 @@ T = TypeVar("T")
 Task = Callable[[Shards, int, Mapping[int, str], Callable[[int], None]], T]
 
 
-class CrewError(Exception):
-    """A child failed outside of a sample; the message says how."""
+class CrewError(UserError):
+    """A child died outside of a sample, for want of memory most likely; the message says how."""
 
 
 @dataclass
@@ -98,8 +99,11 @@ def over_shards(
             busy = [child for child in crew if child not in idle]
             for child, answer in _answers(busy, patience):
                 if isinstance(answer, str):
-                    if child.seen < 0:
-                        raise CrewError(f"the process that read {shards.shard_name(child.shard)} {answer}")
+                    if child.seen < 0 or child.seen in lost.get(child.shard, ()):
+                        raise CrewError(
+                            f"the process that read {shards.shard_name(child.shard)} {answer}; see whether "
+                            "memory is short, and try fewer --workers"
+                        )
                     lost.setdefault(child.shard, {})[child.seen] = f"the decoder {answer}"
                     todo.appendleft(child.shard)
                     child.end()

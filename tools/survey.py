@@ -67,7 +67,7 @@ def survey(
         usable.append(reason is None)
         if details:
             found.keys.append(sample.key)
-            sizes.append(size_of(sample.image) or (0, 0))
+            sizes.append((position not in lost and size_of(sample.image)) or (0, 0))
             weights.append(len(sample.image))
             content.append(hashlib.sha256(sample.image).digest()[:16])
             classes.append(sample.cls)

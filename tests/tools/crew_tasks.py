@@ -30,3 +30,9 @@ def refuses(shards, shard, lost, at):
 
 def dies(shards, shard, lost, at):
     os._exit(3)
+
+
+def dies_twice(shards, shard, lost, at):
+    """Touches a sample that it was told not to touch."""
+    at(0)
+    os.kill(os.getpid(), signal.SIGSEGV)

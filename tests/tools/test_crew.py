@@ -44,3 +44,8 @@ def test_what_a_task_raises_is_raised(tasks: ModuleType, shards: Shards) -> None
 def test_a_death_outside_of_a_sample_is_no_bad_sample(tasks: ModuleType, shards: Shards) -> None:
     with pytest.raises(CrewError, match=r"00000\.tar left with code 3"):
         over_shards(tasks.dies, shards, workers=1)
+
+
+def test_a_sample_that_kills_although_it_is_left_out_ends_the_work(tasks: ModuleType, shards: Shards) -> None:
+    with pytest.raises(CrewError, match=r"00000\.tar crashed \(SIGSEGV\); see whether memory"):
+        over_shards(tasks.dies_twice, shards, workers=1)
