@@ -30,7 +30,7 @@ class CrewError(UserError):
     """A child died outside of a sample, for want of memory most likely; the message says how."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Child(Generic[T]):
     """One process, what it is doing, and since when it has been at the same sample."""
 
