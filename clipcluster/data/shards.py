@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 CHECKED_SHARDS = 10_000  # more than these are compared only when a worker opens them
 OPEN_SHARDS = 64  # file handles a source keeps open
-_SCAN = 1 << 22  # samples looked at together
+_SCAN = 1 << 20  # samples looked at together
 _PIECES = 64  # columns laid together without a copy
 RETRIES = (0.1, 1.0, 3.0)  # seconds to wait before another try at a disk that failed
 TALKS = 16  # requests to a server at once
@@ -388,11 +388,17 @@ class Shards:
         if len(by_field) == 1:
             return by_field[0]
         having = np.max([rows[0] for rows in by_field], axis=0)
-        # shards in which no field alone has a caption for every sample: there the samples are looked at
-        for shard in np.flatnonzero((having > 0) & (having < self.sample_counts)).tolist():
-            end = int(self._sample_ends[shard])
-            counts = self.caption_counts[end - int(self.sample_counts[shard]) : end]
-            having[shard] = np.count_nonzero(counts)
+        # in shards where no field alone has a caption for every sample, the samples are looked at
+        partial, first = (having > 0) & (having < self.sample_counts), 0
+        while partial[first:].any():
+            first += int(partial[first:].argmax())
+            low = int(self._sample_ends[first] - self.sample_counts[first])
+            last = max(first + 1, int(np.searchsorted(self._sample_ends, low + _SCAN, side="right")))
+            ends, counts = self._sample_ends[first:last] - low, self.sample_counts[first:last]
+            used = np.cumsum(np.asarray(self.caption_counts[low : low + int(ends[-1])]) > 0)
+            used = np.concatenate([[0], used])
+            having[first:last] = used[ends] - used[ends - counts]
+            first = last
         return having[None]
 
     def more_than_of(self, field: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.data import index as module
+from clipcluster.data import shards as shards_module
 from clipcluster.data.columns import read_columns, write_columns
 from clipcluster.data.index import LIST, TABLE, read_summary, shard_index, write_index
 from clipcluster.data.rows import ShardRows
@@ -114,6 +115,15 @@ def test_fields_with_probabilities_lie_end_to_end(folder: Path) -> None:
     assert shards.read(5).captions == ["own 5", "synthetic 5 0", "synthetic 5 1"]
     assert shards.read(3).captions == []
     shards.announce(range(7))
+
+
+def test_samples_with_any_caption_are_counted_in_stretches(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_index(folder, captions_choice=["default", SYNTHETIC])
+    for stretch in (1, 4, 6, 100):
+        monkeypatch.setattr(shards_module, "_SCAN", stretch)
+        assert open_folder(folder, captions_in={"default": 1, SYNTHETIC: 1}).more_than.tolist() == [[3, 2, 1]]
 
 
 def test_one_choice_is_one_field(folder: Path) -> None:
