@@ -1,20 +1,22 @@
 """The index of shards that lie elsewhere: each is streamed once, through the cache, hashed and scanned."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from clipcluster.data import captions as choices_of
 from clipcluster.data import index as indexes
 from clipcluster.data.cache import Cache, default_folder
 from clipcluster.data.download import read_beside, state_of
-from clipcluster.data.remote import OtherContent, RemoteFolder, State, named, tars_of
+from clipcluster.data.remote import OtherContent, Refused, RemoteFolder, State, Unreachable, named, tars_of
 from clipcluster.errors import UserError
 
+_DONE = ".indexing.jsonl"  # the shards that are done, until the list is written
 WORDS = ("dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt")
 
 
@@ -30,16 +32,32 @@ def index_remote(
     """Indexes the shards that an address or a command names, into the local folder `target`.
 
     A shard whose size and ETag (or time) are those of the index that is there keeps its rows unless `again`;
-    where the server tells neither, it is fetched. The small texts beside the shards are copied. UserError:
-    shards of several folders, none, one that is gone, a folder that cannot be listed, a place that cannot be
-    written to. OSError where they cannot be fetched.
+    where the server tells neither, it is fetched. One that was killed goes on with what it had not done. The
+    small texts beside the shards are copied. UserError: shards of several folders, none, one that is gone or
+    cannot be fetched, a folder that cannot be listed, a place that cannot be written to.
     """
+    try:
+        return _index(written, target, captions, again, workers, progress)
+    except (Unreachable, Refused) as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}; the same command goes on with the shards that are left"
+        ) from None
+
+
+def _index(
+    written: str,
+    target: Path,
+    captions: str | Sequence[str] | None,
+    again: bool,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> indexes.IndexSummary:
     folder, names = _shards(written)
     asked = [captions] if isinstance(captions, str) else list(captions or ())
     try:
         target.mkdir(parents=True, exist_ok=True)
         _copy_words(folder, target)
-        known = indexes.read_entries(target)
+        known = indexes.read_entries(target) | _done_before(target)
         have = next((entry.captions for entry in known.values()), {})
         choices = tuple(dict.fromkeys([*have, *map(choices_of.check_choice, asked)]))
         choices = choices or (choices_of.choice_for(target, None),)
@@ -51,9 +69,21 @@ def index_remote(
                 if progress is not None:
                     progress(count, len(names))
         indexes.write_list(target, choices, entries)
+        (target / _DONE).unlink(missing_ok=True)
     except PermissionError as error:
         raise UserError(f"{target}: {error}; give a folder that can be written to with --index") from None
     return indexes.summary(str(folder), target, choices, entries)
+
+
+def _done_before(target: Path) -> dict[str, indexes.ShardEntry]:
+    """The shards that a killed call had indexed; its last line may be torn."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (target / _DONE).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                entry = indexes.ShardEntry(**json.loads(line))
+                found[entry.name] = entry
+    return found
 
 
 def _shards(written: str) -> tuple[RemoteFolder, list[str]]:
@@ -97,7 +127,10 @@ class _Job:
             raise UserError(f"{self.folder / name}: no such shard") from None
         with _as_file(fd, name) as path:
             made = indexes.index_shard(path, self.target, self.choices, digest)
-        return replace(made, mtime_ns=stamp)
+        made = replace(made, mtime_ns=stamp)
+        with open(self.target / _DONE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(made)) + "\n")  # one write: the lines of several threads stay whole
+        return made
 
     def _unchanged(self, name: str) -> indexes.ShardEntry | None:
         entry = self.known.get(name)

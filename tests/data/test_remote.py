@@ -96,6 +96,27 @@ def test_tars_by_braces_through_an_index_on_this_machine(
 
 
 @pytest.mark.usefixtures("hurried")
+def test_an_index_that_was_broken_off_goes_on(
+    folder: Path, tmp_path: Path, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPCLUSTER_CACHE", str(tmp_path / "of the user"))
+    server = web_server(folder)
+    written = server.address + "/{00000..00019}.tar"
+    server.status, server.status_of = 500, "7.tar"
+    with pytest.raises(UserError, match=r"/00007\.tar: .*500.*; the same command goes on"):
+        index_folders([written], index=tmp_path / "index")
+    assert not (tmp_path / "index" / "index.bin").exists()
+    server.status = None
+    server.log.clear()
+    (made,) = index_folders([written], index=tmp_path / "index")
+    assert made.samples == 40
+    fetched = [path for method, path, *_ in server.log if method == "GET" and path.endswith(".tar")]
+    assert "/00007.tar" in fetched
+    assert set(fetched) <= {f"/{number:05d}.tar" for number in range(7, 20)}
+    assert not list((tmp_path / "index").glob(".*"))
+
+
+@pytest.mark.usefixtures("hurried")
 def test_a_server_that_always_fails(folder: Path, cache: Cache, web_server: Callable[..., Any]) -> None:
     server = web_server(folder)
     shards = open_source(_source(shards=server.address), text=True, cache=cache)
