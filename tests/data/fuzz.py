@@ -387,7 +387,7 @@ def runs_of(data: bytes) -> tuple[int, bool]:
     count, links = 0, False
     key: str | None = None
     seen: set[str] = set()
-    with contextlib.suppress(tarfile.TarError, ValueError, EOFError, OSError):  # what it found before stands
+    with contextlib.suppress(tarfile.TarError, ValueError, EOFError, OSError, OverflowError):  # then it stops
         tar = tarfile.open(fileobj=io.BytesIO(data), encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         for info in tar:
             links = links or info.issym() or info.islnk()

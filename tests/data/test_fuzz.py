@@ -34,11 +34,26 @@ def child(fuzz: ModuleType) -> Iterator[Any]:
 FOUND = {
     "an empty file was no index afterwards": ({"0.tar": b""}, False),
 }
+# Sizes that Python's tarfile itself does not survive: examples as failures print them.
+HUGE = (
+    "c-rmMy9&ZU5QX6>w6V8OX|>tS#ZC|_OJ8BZAn``<0wM^h1i>;suO?cAAeK=i|JUp?%`7{dNn5vWPo7TMwXN08ZnBZ&"
+    "CFLr2II)LuWT(+aYN1~~om!i)yccz&J!8Z<$QSIl`CsJirJ0QHtakA#8W<IJ1WjYrIyu(dqX>0B2;TCa-b-cty*&SZ"
+    "5c=Y1@?X1Uyk4kzGW*5+D?7is|9umP<Jr1j#{2;Q00000000000KostwwH6J9_I~3O#",
+    "c-rmMJqyA>41nPby12V{bUN?a+D?KvIr<k4EaFFtSOpOTCqZzmzgJrw3W{Sz>H91Rw_Hd_j*V-(BM*n{($s2W*V$0="
+    "C)HKm!PxFbk)1?qsf2!di^p3@mqZ&s>}hd!@&(&8??qmc)RXa?cr%NmzEQoFpl+;6R{M(oD3&_#{ZDt`C3o{Y2z4Ni"
+    "X8$X<oFxl2Urm2!{>A;*p7F(TZPk@Ae*gdg0000000000@c**(e9F`v)7V8;",
+)
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(fuzz: ModuleType, child: Any, tmp_path: Path, name: str) -> None:
     fuzz.check(fuzz.Example(*FOUND[name]), child, tmp_path)
+
+
+@pytest.mark.parametrize("text", HUGE, ids=range(len(HUGE)))
+def test_what_failed_as_it_was_printed(fuzz: ModuleType, child: Any, tmp_path: Path, text: str) -> None:
+    found = fuzz.check(fuzz.Example.of(text), child, tmp_path)
+    assert found["shards"]["0.tar"][3] is not None
 
 
 def test_every_picture_is_used_when_it_is_whole(fuzz: ModuleType, child: Any, tmp_path: Path) -> None:
