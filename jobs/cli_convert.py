@@ -254,6 +254,8 @@ def _refuse_for_slurm_alone(executor: str, jobs: Any, site: Any, cluster: Any) -
 
 def _refuse_running(out: Path) -> None:
     """UserError while an array of jobs writes into `out`."""
+    if not out.is_dir():
+        return
     from jobs import convert as array
 
     if (out / array.FOLDER).is_dir():

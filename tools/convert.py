@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.data.index import IndexSummary, read_summary
-from clipcluster.data.shards import open_folder
 from clipcluster.errors import UserError
 from tools import convert_plan, convert_work, convert_workers
 from tools.convert_plan import Plan, Settings
@@ -218,6 +217,8 @@ def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
     for split in plan.description["splits"]:
         folder = plan.out / split["name"]
         if not made:
+            from clipcluster.data.shards import open_folder  # needs much that a conversion does not
+
             open_folder(folder).check_unchanged()
         name = split["name"] or "."
         splits[name] = read_summary(folder)

@@ -41,7 +41,7 @@ class FolderOptions:
 
 @dataclass(frozen=True)
 class _Directory:
-    """The files of one directory, by byte order of their names. `key` begins the keys of its samples."""
+    """The files of one directory, by their names. `key` begins the keys of its samples."""
 
     path: str
     key: str
@@ -199,40 +199,35 @@ def _folders(path: str, notes: list[str]) -> dict[str, str]:
 
 def _walk(path: str, key: str, cls: int, above: frozenset[tuple[int, int]] = frozenset()) -> list[_Directory]:
     """The files below a class folder, directory by directory. A link back to a folder above is left out."""
+    files: list[tuple[str, int, int]] = []  # name, bytes, mtime in ns
+    below: list[str] = []
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         here = os.fstat(fd)
         above |= {(here.st_dev, here.st_ino)}
-        with os.scandir(fd) as found:
-            entries = sorted((entry for entry in found if entry.name[0] != "."), key=_name)
-        below = [entry.name for entry in entries if entry.is_dir() and _identity(entry) not in above]
-        files = [entry for entry in entries if not entry.is_dir()]
-        states = [_size_and_time(entry) for entry in files]
+        for entry in os.scandir(fd):  # one stat tells all there is to know; relative to fd it is quick
+            name = entry.name
+            if name[0] == ".":
+                continue
+            try:
+                state = entry.stat()
+            except FileNotFoundError:
+                files.append((name, _NO_FILE, 0))
+                continue
+            if stat.S_ISREG(state.st_mode):
+                files.append((name, state.st_size, state.st_mtime_ns))
+            elif not stat.S_ISDIR(state.st_mode):
+                files.append((name, _NO_FILE, state.st_mtime_ns))
+            elif (state.st_dev, state.st_ino) not in above:
+                below.append(name)
     finally:
         os.close(fd)
-    sizes, mtimes = [size for size, _ in states], [mtime for _, mtime in states]
-    directories = [_Directory(path, key, cls, [entry.name for entry in files], sizes, mtimes)]
-    for name in below:
+    files.sort()
+    names, sizes, mtimes = ([file[column] for file in files] for column in range(3))
+    directories = [_Directory(path, key, cls, names, sizes, mtimes)]  # type: ignore[arg-type]
+    for name in sorted(below):
         directories += _walk(f"{path}/{name}", f"{key}{name}/", cls, above)
     return directories
-
-
-def _name(entry: os.DirEntry[str]) -> str:
-    return entry.name
-
-
-def _identity(entry: os.DirEntry[str]) -> tuple[int, int]:
-    state = entry.stat()
-    return state.st_dev, state.st_ino
-
-
-def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
-    """Bytes and mtime in ns of a file; `_NO_FILE` for what is none."""
-    try:
-        state = entry.stat()
-    except FileNotFoundError:
-        return _NO_FILE, 0
-    return state.st_size if stat.S_ISREG(state.st_mode) else _NO_FILE, state.st_mtime_ns
 
 
 def _state(path: str, directories: Sequence[_Directory]) -> InputFile:
