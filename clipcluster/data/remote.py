@@ -194,6 +194,12 @@ def named(written: str) -> list[Named]:
         return [Named(folder, tuple(folder.commands))]
     if not is_web(written):
         file_system(written)
+    whole = folder_at(written)
+    base, _, last = whole.address.rpartition("/")
+    if last.endswith(".tar") and base.count("{") == base.count("}"):  # a million names of one folder, quickly
+        names = tuple(braces(unquote(last) if is_web(written) else last))
+        within = (RemoteFolder(address, whole.query) for address in braces(base))
+        return [Named(folder, names) for pattern in within for folder in _listed(pattern)]
     tars: dict[RemoteFolder, list[str]] = {}
     folders: dict[RemoteFolder, None] = {}
     for entry in braces(written):
