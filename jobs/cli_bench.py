@@ -95,11 +95,12 @@ def _lines(result: dict[str, Any]) -> list[str]:
         if figure["worker_uss_bytes"]:
             line += f", {figure['worker_uss_bytes'] / 1e6:.0f} MB a worker"
         lines.append(line)
-    share = result["share_of_decode_resize"]
-    lines.append(f"  {100 * share['median']:.0f}% of decoding and resizing alone")
+    lines.append(f"  {_compared(result['share_of_decode_resize'])} decoding and resizing alone")
     if "peer" in result:
-        times = result["peer"]["times_faster"]
-        lines.append(
-            f"  {times['median']:.2f} times OpenCLIP's ({times['least']:.2f} to {times['largest']:.2f})"
-        )
+        lines.append(f"  {_compared(result['peer']['times_faster'])} OpenCLIP's loader")
     return lines
+
+
+def _compared(ratio: dict[str, Any]) -> str:
+    text = f"{ratio['median']:.2f} times ({ratio['least']:.2f} to {ratio['largest']:.2f})"
+    return text + (f", {ratio['by_core']:.2f} by processor time," if ratio["by_core"] else "")
