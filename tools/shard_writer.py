@@ -1,7 +1,7 @@
 """Writes shards: the same samples give the same bytes, and every shard is indexed as it is written.
 
-A tar is built in memory a few megabytes at a time; a thread writes and hashes what is built, and syncs,
-renames and indexes a shard that is complete, while the next one is being built.
+A tar is built, hashed and written a megabyte at a time; a thread syncs, renames and indexes a shard that is
+complete, while the next one is being built.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from clipcluster.data import index as indexes
 from clipcluster.data.tar import BLOCK, END, Member, header
 
 SAMPLES_PER_SHARD = 10_000
-_BUFFER = 1 << 20  # bytes built before they are handed to the thread
+_BUFFER = 1 << 20  # bytes built before they are written
 _ZEROS = tuple(bytes(size) for size in range(BLOCK))
 _LARGEST_OCTAL = 8**11 - 1
 # A ustar header is: the path, what follows a path of this length up to the size, the size, the rest.
@@ -157,13 +157,10 @@ class ShardFile:
         self._parts.clear()
         self._flush_at = self.at + _BUFFER
 
-        def write() -> None:
-            self._hash.update(data)
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-
-        self._behind.do(write)
+        self._hash.update(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
 
     def _close(self) -> None:
         if self._fd >= 0:
