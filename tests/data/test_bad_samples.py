@@ -62,9 +62,10 @@ def good_and_bad() -> dict[str, tuple[str, bytes, str | None]]:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Shards:
-    """One shard of everything, written by tarfile, and good ones without a caption and of a key twice."""
+    """One shard of everything, written by tarfile; one sample has no caption, and one key comes twice."""
     files = [(f"{key}.{extension}", data) for key, (extension, data, _) in good_and_bad().items()] + [
-        ("silent.jpg", saved("JPEG"))
+        ("silent.jpg", saved("JPEG")),
+        ("jpeg.jpg", saved("JPEG", NOISE.rotate(90))),
     ]
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         for name, data in files:
