@@ -95,12 +95,12 @@ def _lines(result: dict[str, Any]) -> list[str]:
         if figure["worker_uss_bytes"]:
             line += f", {figure['worker_uss_bytes'] / 1e6:.0f} MB a worker"
         lines.append(line)
-    lines.append(f"  {_compared(result['share_of_decode_resize'])} decoding and resizing alone")
+    lines.append(f"  beside decoding and resizing alone: {_compared(result['share_of_decode_resize'])}")
     if "peer" in result:
-        lines.append(f"  {_compared(result['peer']['times_faster'])} OpenCLIP's loader")
+        lines.append(f"  beside OpenCLIP's loader: {_compared(result['peer']['times_faster'])}")
     return lines
 
 
 def _compared(ratio: dict[str, Any]) -> str:
     text = f"{ratio['median']:.2f} times ({ratio['least']:.2f} to {ratio['largest']:.2f})"
-    return text + (f", {ratio['by_core']:.2f} by processor time," if ratio["by_core"] else "")
+    return text + (f", {ratio['by_core']:.2f} by processor time" if ratio["by_core"] else "")
