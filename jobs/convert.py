@@ -89,26 +89,29 @@ def serve(order: Order, stop: Stop) -> int:
         if stop.wishes() & Wish.STOP:
             raise _Stopped
 
-    def claim(shard: Shard) -> bool:
-        heed()
-        return claims.take(shard)
-
     try:
         with told_to_people(plan):
-            _work(plan, claims, claim, heed)
+            _work(plan, claims, heed)
     except _Stopped:
         print(f"asked to stop by {stop.signal}: the shard begun is left to the next attempt")
         return int(Outcome.STOPPED)
     return 0
 
 
-def _work(plan: Plan, claims: Claims, claim: Callable[[Shard], bool], heed: Callable[[int], None]) -> None:
+def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
     """Work, and finish where this task was the last; a shard that repeats a key is written again."""
     while True:
+        # keys found to be repeated, all when every shard was there: more of them begin another round
+        turn = sum(map(len, convert_work.read_left_out(plan).values()))
+
+        def claim(shard: Shard, turn: int = turn) -> bool:
+            heed(0)
+            return claims.take(shard, turn)
+
         convert_work.work(plan, claim, heed)
         left_out = convert_work.read_left_out(plan)
         missing = [s for s in plan.shards() if convert_work.finished(plan, s, left_out) is None]
-        if missing and not any(claims.mine(shard) for shard in missing):
+        if missing and not any(claims.mine(shard, turn) for shard in missing):
             print(f"{len(missing)} shards are in other hands: nothing left to do")
             return
         if not missing and convert_work.finish(plan):
@@ -118,31 +121,28 @@ def _work(plan: Plan, claims: Claims, claim: Callable[[Shard], bool], heed: Call
 
 
 class Claims:
-    """Which task writes which shard: a file for each, made exclusively, holding the task's name."""
+    """Which task writes which shard: a file for each, made whole and once, holding the task's name.
+
+    `turn` tells a shard's first writing from later ones: who wrote it first may have left since.
+    """
 
     def __init__(self, folder: Path, owner: str) -> None:
         self._folder = folder
         self._owner = owner
 
-    def take(self, shard: Shard) -> bool:
+    def take(self, shard: Shard, turn: int) -> bool:
         """Claim a shard; also True for one this task claimed before it was requeued."""
-        try:
-            fd = os.open(self._file(shard), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return self.mine(shard)
-        with open(fd, "w") as file:
-            file.write(self._owner)
-        return True
+        return files.link_once(self._file(shard, turn), self._owner) or self.mine(shard, turn)
 
-    def mine(self, shard: Shard) -> bool:
+    def mine(self, shard: Shard, turn: int) -> bool:
         """Whether this task has claimed it."""
         try:
-            return self._file(shard).read_text() == self._owner
+            return bool(files.read_json(self._file(shard, turn)) == self._owner)
         except FileNotFoundError:
             return False
 
-    def _file(self, shard: Shard) -> Path:
-        return self._folder / f"{shard.split}-{shard.number}"
+    def _file(self, shard: Shard, turn: int) -> Path:
+        return self._folder / f"{turn}-{shard.split}-{shard.number}"
 
 
 def submit(order: Order, cluster: Cluster, jobs: int) -> list[str]:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ from tools.shard_writer import Behind, ShardFile, check_key, json_member
 STATE = ".conversion"
 BAD_SAMPLES = "bad_samples.jsonl"
 _DUPLICATES = "duplicates.json"
-_REPORT_EVERY = 1024  # samples
+_REPORT_SECONDS = 0.25  # whoever is told may have been asked to stop, and some samples take long
 # What a sample's row of the index says, in the order it is collected.
 _COLUMNS = (
     "offset",
@@ -58,7 +59,8 @@ def work(
     """Writes unfinished shards, those for which `claim` says yes, one by one until none is left.
 
     Any number of processes may work on one plan: shards and their bytes do not depend on who writes them.
-    `report` is told how many samples were gone through since the last time. What is interrupted leaves no
+    `report` is told how many samples were gone through since the last time, several times a second, by this
+    thread or by the one that ends shards; what it raises ends the work. What is interrupted leaves no
     shard under a final name. OSError: a disk failed, or is full.
     """
     (plan.out / STATE).mkdir(parents=True, exist_ok=True)
@@ -102,7 +104,7 @@ def _write(
     tar = ShardFile(folder / shard.name, behind)
     split, contents = plan.splits[shard.split], _Contents(tar, plan)
     skip = {int(number): key for number, key in left_out.get(_state(plan, shard).name, {}).items()}
-    reported = 0
+    reported, due = 0, time.monotonic() + _REPORT_SECONDS
     try:
         for count, number in enumerate(numbers, 1):
             try:
@@ -111,9 +113,9 @@ def _write(
                 contents.add(split.read(number))
             except BadRecord as bad:
                 contents.bad.append((number, bad.key, bad.reason))
-            if count - reported == _REPORT_EVERY:
+            if time.monotonic() > due:
                 report(count - reported)
-                reported = count
+                reported, due = count, time.monotonic() + _REPORT_SECONDS
 
         def complete(entry: indexes.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
             _keep(plan, shard, Done(entry, contents.bad), contents.keys)
@@ -121,7 +123,7 @@ def _write(
 
         tar.close(contents.rows, complete)
     except BaseException:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):  # the error on its way is the first one
             behind.wait()
         tar.discard()
         raise

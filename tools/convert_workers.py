@@ -1,11 +1,12 @@
 """The processes of a conversion on one machine.
 
-Workers are forked from the command while it has a single thread, so that they start at once and share what
-was listed. They draw shards from a counter in a pipe, and report over another.
+Workers are forked from the command before it writes anything itself, so that they start at once and share
+what was listed. They draw shards from a counter in a file, and report over a pipe.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from tools import convert_work
 from tools.convert_plan import Plan, Shard
 
 Progress = Callable[[int, int], None]
+_NUMBER = struct.Struct("q")
 
 
 def run(plan: Plan, workers: int, progress: Progress | None = None) -> None:
@@ -47,13 +49,20 @@ def run(plan: Plan, workers: int, progress: Progress | None = None) -> None:
 
 
 class _Counter:
-    """Deals the shards to processes: a pipe holds the next number; whoever reads it puts back one more."""
+    """Deals the shards to processes: a file holds the next number, locked by whoever draws it.
+
+    Such a lock ends with the process that holds it, so one that is killed keeps nobody waiting.
+    """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._places = {shard: place for place, shard in enumerate(shards)}
-        self._read, self._write = os.pipe()
-        os.write(self._write, struct.pack("q", 0))
+        self._fd = os.memfd_create("next-shard")
+        os.truncate(self._fd, _NUMBER.size)
         self._mine = -1
+
+    def close(self) -> None:
+        """Nobody draws any more."""
+        os.close(self._fd)
 
     def claim(self, shard: Shard) -> bool:
         """Whether the shard is this process's; asked in the order of the shards."""
@@ -61,12 +70,21 @@ class _Counter:
         if place is None:
             return False
         if self._mine < 0:
-            (self._mine,) = struct.unpack("q", os.read(self._read, 8))
-            os.write(self._write, struct.pack("q", self._mine + 1))
+            self._mine = self._draw()
         if place != self._mine:
             return False
         self._mine = -1
         return True
+
+    def _draw(self) -> int:
+        fd = self._fd
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        try:
+            (number,) = _NUMBER.unpack(os.pread(fd, _NUMBER.size, 0))
+            os.pwrite(fd, _NUMBER.pack(number + 1), 0)
+        finally:
+            fcntl.lockf(fd, fcntl.LOCK_UN)
+        return int(number)
 
 
 class _Crew:
@@ -103,6 +121,7 @@ class _Crew:
                 os.kill(pid, signal.SIGTERM)
             for pid in self._pids:
                 os.waitpid(pid, 0)
+            self._counter.close()
 
     def _wait(self) -> None:
         while self._pids:

@@ -48,7 +48,7 @@ def write_columns(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, np.n
         layout[name] = {"dtype": dtype.str, "shape": list(array.shape), "offset": at}
         at += _aligned(_bytes_of(array))
     header = json.dumps({"meta": meta, "columns": layout}, ensure_ascii=False).encode()
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
             file.write(MAGIC + len(header).to_bytes(8, "little") + header)

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from clipcluster.data.shards import open_folder
 from clipcluster.data.tar import header, scan
 from clipcluster.errors import UserError
 from tools import convert as conversion
-from tools import convert_plan, convert_work
+from tools import convert_plan, convert_work, convert_workers
 from tools.convert import Conversion, Settings, convert
 from tools.readers.folder import FolderOptions
 from tools.records import BadRecord, Kind, NoOptions, Record, Source
@@ -431,3 +432,55 @@ def test_every_kind_is_there() -> None:
         help_line = conversion.kind_named(name).help
         assert help_line
         assert "\n" not in help_line
+
+
+def test_slow_samples_are_reported_as_they_are_done(tmp_path: Path, numbers: Callable) -> None:
+    """Whoever is told may raise: a task that was asked to stop does not finish its shard first."""
+
+    class Asked(Exception):
+        pass
+
+    class Slow(Numbers):
+        def read(self, number: int) -> Record:
+            read.append(number)
+            time.sleep(0.05)
+            return super().read(number)
+
+    def report(samples: int) -> None:
+        raise Asked
+
+    read: list[int] = []
+    numbers([f"k{number}" for number in range(100)])
+    plan = conversion.prepare("numbers", tmp_path / "out", [], NoOptions()).plan
+    slow = replace(plan, splits=[Slow([f"k{number}" for number in range(100)])])
+    with conversion.begun(slow), pytest.raises(Asked):
+        convert_work.work(slow, lambda shard: True, report)
+    assert len(read) < 50
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_a_worker_killed_while_it_draws_keeps_nobody_waiting(
+    tmp_path: Path, numbers: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers([f"k{number}" for number in range(6)])
+    plan = conversion.prepare(
+        "numbers", tmp_path / "out", [], NoOptions(), Settings(samples_per_shard=1)
+    ).plan
+    write, killed = os.pwrite, tmp_path / "killed"
+
+    def kill_the_first(fd: int, data: bytes, at: int) -> int:
+        try:
+            killed.touch(exist_ok=False)
+        except FileExistsError:
+            return write(fd, data, at)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+    monkeypatch.setattr(os, "pwrite", kill_the_first)
+    signal.alarm(30)  # what waits for the dead would wait for ever
+    try:
+        with conversion.begun(plan), pytest.raises(UserError, match="a worker was ended by SIGKILL"):
+            convert_workers.run(plan, 2)
+    finally:
+        signal.alarm(0)
+    assert len(list((tmp_path / "out" / "train").glob("*.tar"))) == 6

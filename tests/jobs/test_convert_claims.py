@@ -1,0 +1,80 @@
+"""Tasks of an array share a conversion: every shard has one owner, and the last one finishes it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from clipcluster.data.shards import open_folder
+from clipcluster.runtime.stop import Stop
+from jobs.convert import FOLDER, Claims, Order, serve
+from tools import convert as conversion
+from tools.convert import begun, prepare
+from tools.convert_plan import Settings, Shard
+from tools.convert_work import BAD_SAMPLES
+from tools.records import Kind, NoOptions, Record, Source
+
+JPEG = b"\xff\xd8\xff\xe0"
+
+
+class Keys:
+    """A split of samples with the given keys."""
+
+    name = ""
+    files: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, keys: list[str]) -> None:
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def read(self, number: int) -> Record:
+        return Record(self._keys[number], JPEG + bytes([number]), ["a caption"])
+
+
+def shard(number: int) -> Shard:
+    return Shard(0, number, 0, 1, f"{number:05d}.tar")
+
+
+def test_a_claim_has_one_owner_and_outlives_it(tmp_path: Path) -> None:
+    first, second = Claims(tmp_path, "7_0"), Claims(tmp_path, "7_1")
+    assert first.take(shard(0), 0)
+    assert not second.take(shard(0), 0)
+    assert Claims(tmp_path, "7_0").take(shard(0), 0), "a requeued task keeps what it claimed"
+    assert second.take(shard(1), 0)
+    assert second.take(shard(0), 1), "a shard that has to be written again is claimed anew"
+
+
+def test_a_task_killed_while_it_claims_leaves_the_shard_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)  # between making the file and its being whole
+        with pytest.raises(KeyboardInterrupt):
+            Claims(tmp_path, "7_0").take(shard(0), 0)
+    assert Claims(tmp_path, "7_1").take(shard(0), 0)
+
+
+def test_a_repeated_key_in_a_shard_of_a_task_that_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ["a", "b", "c", "d", "a", "e"]
+    kind = Kind("keys", lambda inputs, options: Source([Keys(keys)], []), options=NoOptions)
+    monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
+    out, settings = tmp_path / "out", Settings(samples_per_shard=2)
+    order = Order("keys", out, [], NoOptions(), settings)
+    plan = prepare("keys", out, [], NoOptions(), settings).plan
+    with begun(plan):
+        claims = out / FOLDER / "claims"
+        claims.mkdir(parents=True)
+    Claims(claims, "7_0").take(plan.shards()[0], 0)
+    for task in ("7_1", "7_0"):
+        monkeypatch.setenv("SLURM_JOB_ID", task)
+        assert serve(order, Stop()) == 0
+    assert prepare("keys", out, [], NoOptions(), settings).finished
+    assert [open_folder(out).read(position).key for position in range(5)] == ["a", "b", "c", "d", "e"]
+    assert '"duplicate key", "number": 4' in (out / BAD_SAMPLES).read_text()
