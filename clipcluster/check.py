@@ -175,7 +175,7 @@ def _draws(recipe: Recipe, opened: Sequence[Shards]) -> int:
 
 
 def _open(source: Source, text: bool) -> Shards:
-    from clipcluster.data.shards import open_source
+    from clipcluster.data.sources import open_source
 
     try:
         return open_source(source, text=text)

@@ -121,7 +121,7 @@ def open_sources(recipe: Recipe, assets: Path) -> Sources:
     """Open the recipe's sources. Raises UserError where one cannot be opened."""
     from clipcluster.data.cache import Cache
     from clipcluster.data.order import order_of
-    from clipcluster.data.shards import open_source
+    from clipcluster.data.sources import open_source
     from clipcluster.data.tokenizer import load_tokenizer
 
     cache = Cache.of(recipe.data.cache)

@@ -17,7 +17,7 @@ TORCH_FREE = [
     "clipcluster.runs.merge",
     "clipcluster.runtime.stop",
     "clipcluster.runtime.place",
-    "clipcluster.data.shards",
+    "clipcluster.data.sources",
     "clipcluster.data.order",
     "clipcluster.rank",
     "clipcluster.check",

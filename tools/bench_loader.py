@@ -236,7 +236,7 @@ def _closing(contenders: list[Contender]) -> Iterator[list[Contender]]:
 
 def _tars(settings: Settings) -> list[str]:
     """The tars of the folder. UserError as `open_source`."""
-    from clipcluster.data.shards import open_folder
+    from clipcluster.data.sources import open_folder
 
     shards = open_folder(settings.shards, settings.index)
     if shards.n_pairs == 0:

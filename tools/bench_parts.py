@@ -26,7 +26,7 @@ def loader(settings: dict[str, Any]) -> Callable[[], int]:
     from clipcluster.data.batch import normalise
     from clipcluster.data.loader import Loader
     from clipcluster.data.order import order_of
-    from clipcluster.data.shards import open_source
+    from clipcluster.data.sources import open_source
     from clipcluster.data.tokenizer import load_tokenizer
     from clipcluster.recipe.schema import Data, Recipe
 
@@ -68,7 +68,7 @@ def decoding(settings: dict[str, Any]) -> Callable[[], int]:
     from torchvision.transforms.v2 import InterpolationMode
 
     from clipcluster.data.decode import BadImage, decode
-    from clipcluster.data.shards import open_folder
+    from clipcluster.data.sources import open_folder
     from clipcluster.data.transforms import TrainTransform
 
     torch.set_num_threads(1)

@@ -217,7 +217,7 @@ def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
     for split in plan.description["splits"]:
         folder = plan.out / split["name"]
         if not made:
-            from clipcluster.data.shards import open_folder  # needs much that a conversion does not
+            from clipcluster.data.sources import open_folder  # needs much that a conversion does not
 
             open_folder(folder).check_unchanged()
         name = split["name"] or "."

@@ -12,7 +12,7 @@ import numpy as np
 
 from clipcluster.data import captions
 from clipcluster.data import index as indexes
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from clipcluster.runtime.stop import DataError
 from tools import crew

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.data import index as indexes
+from clipcluster.data.catalogue import Part
 from clipcluster.data.columns import BrokenColumns, read_columns
-from clipcluster.data.shards import Part, Shards
+from clipcluster.data.shards import Shards
 from tools import crew
 from tools.survey import Survey, survey
 

@@ -117,7 +117,7 @@ class Cache:
         try:
             got = download(address, fd, reserve=partial(self._reserve, root, fd, part, address))
             os.fsync(fd)
-            os.replace(part, root / f"{got.sha256}.tar")
+            self._keep(root, part, root / f"{got.sha256}.tar")
         except BaseException:
             part.unlink(missing_ok=True)
             os.close(fd)
@@ -158,7 +158,7 @@ class Cache:
             text = read_beside(folder, words)
             if text is not None:
                 (place / words).write_bytes(text)
-            os.replace(part, place / table)
+            self._keep(root, part, place / table)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -182,7 +182,7 @@ class Cache:
         try:
             fetch(fd, reserve=partial(self._reserve, root, fd, part, path.name))
             os.fsync(fd)
-            os.replace(part, path)
+            self._keep(root, part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             os.close(fd)
@@ -197,6 +197,11 @@ class Cache:
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
         return part, fd
+
+    def _keep(self, root: Path, part: Path, path: Path) -> None:
+        """Gives a finished file its name; under the lock, since a listing meanwhile may miss both names."""
+        with self._lock(root, "space"):
+            os.replace(part, path)
 
     @contextlib.contextmanager
     def _lock(self, root: Path, name: str) -> Iterator[None]:

@@ -6,37 +6,30 @@ can be sent to another process: paths travel and which bytes were compared, the 
 
 from __future__ import annotations
 
-import glob
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from clipcluster.data import captions
 from clipcluster.data import index as indexes
-from clipcluster.data.columns import BrokenColumns, Columns, Joined, read_columns
+from clipcluster.data.catalogue import Catalogue, Part
+from clipcluster.data.columns import BrokenColumns, Columns, read_columns
 from clipcluster.data.remote import (
-    Named,
     OtherContent,
     Refused,
     RemoteFile,
     RemoteFolder,
     State,
     Unreachable,
-    braces,
-    folder_at,
-    is_remote,
-    named,
 )
 from clipcluster.data.tar import BrokenTar, scan
 from clipcluster.errors import UserError
-from clipcluster.recipe.captions import shares_of
 from clipcluster.runtime.stop import DataError
 
 if TYPE_CHECKING:
@@ -44,26 +37,12 @@ if TYPE_CHECKING:
 
 CHECKED_SHARDS = 10_000  # more than these are compared only when a worker opens them
 OPEN_SHARDS = 64  # file handles a source keeps open
-_SCAN = 1 << 20  # samples looked at together
-_PIECES = 64  # columns laid together without a copy
 RETRIES = (0.1, 1.0, 3.0)  # seconds to wait before another try at a disk that failed
 TALKS = 16  # requests to a server at once
 FETCHES = 4  # shards that one reader fetches at once
 
-_WORDS = "dataset_type.txt"  # says which captions a folder's txt members hold
 
 T = TypeVar("T")
-
-
-class SourceSection(Protocol):
-    """What a recipe says of one source; paths are absolute."""
-
-    @property
-    def shards(self) -> Any: ...
-    @property
-    def index(self) -> str | None: ...
-    @property
-    def captions_in(self) -> str | Mapping[str, float] | None: ...
 
 
 class Sample(NamedTuple):
@@ -76,187 +55,13 @@ class Sample(NamedTuple):
     cls: int
 
 
-@dataclass(frozen=True)
-class Part:
-    """A folder, its index and the choices of captions asked for (None: the index's first, none is needed);
-    `rows` are the shards taken (None: all).
-
-    Of a remote folder `index` is a local one, and `rows_at` where its shards' rows lie (None: in `index`).
-    """
-
-    folder: Path | RemoteFolder
-    index: Path
-    choices: tuple[str, ...] | None
-    rows: tuple[int, ...] | None = None
-    rows_at: RemoteFolder | None = None
-
-    @property
-    def place(self) -> str:
-        """What a command that indexes this folder says of the index's place."""
-        if self.rows_at is not None:
-            return " --index FOLDER"  # a copy of ours is no place for it
-        return "" if self.index == self.folder else f" --index {self.index}"
-
-
-class CaptionField(NamedTuple):
-    """One choice of captions of a source, with its probability (None: it is the only one).
-
-    counts: (n_samples,) integers, captions of each sample by this choice.
-    """
-
-    choice: str
-    probability: float | None
-    counts: np.ndarray
-
-
 class _Open(NamedTuple):
     fd: int
     columns: dict[str, np.ndarray]
 
 
-def open_folder(
-    path: str | Path,
-    index: str | Path | None = None,
-    captions_in: str | Mapping[str, float] | None = None,
-    *,
-    cache: Cache | None = None,
-) -> Shards:
-    """Opens one folder of shards, which may be remote, with its captions. UserError as `open_source`."""
-    shares = shares_of(captions_in)
-    if is_remote(path):
-        cache = cache or _default_cache()
-        parts = list(_remote_parts(str(path), None if index is None else str(index), shares, cache))
-        return Shards(parts, tuple(shares.values()), cache)
-    folder = Path(path)
-    return Shards([Part(folder, Path(index or folder), _choices(folder, shares))], tuple(shares.values()))
-
-
-def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None) -> Shards:
-    """Opens a source of a recipe: folders, tars, globs and braces, here or remote, or a list of them.
-
-    `text` says whether captions are needed; `cache` is where remote shards are kept. UserError: no folder, no
-    shards, no index, an index for other captions (each with the command that helps), no caption anywhere, or
-    a shard larger than the cache. OSError where a remote index cannot be fetched.
-    """
-    written = [source.shards] if isinstance(source.shards, str) else list(source.shards)
-    shares = shares_of(source.captions_in) if text else None
-    if cache is None and any(map(is_remote, written)):
-        cache = _default_cache()
-    parts = [part for entry in written for part in _parts(entry, source.index, shares, cache)]
-    shards = Shards(parts, tuple(shares.values()) if shares else (None,), cache)
-    if shards.n_samples == 0:
-        raise UserError(f"{', '.join(written)}: the shards hold no sample with an image")
-    if text:
-        _require_captions(", ".join(written), shards)
-    if cache is not None:
-        shards.check_room(cache.size)
-    return shards
-
-
-def _default_cache() -> Cache:
-    """The user's own; loaded here, because local shards need none of it."""
-    from clipcluster.data.cache import Cache, default_folder
-
-    return Cache(default_folder())
-
-
-def _require_captions(written: str, shards: Shards) -> None:
-    """Every choice finds a caption somewhere: one that finds none was mistyped, or the data lack it."""
-    for number, choice in enumerate(field.choice for field in shards.fields):
-        if not shards.more_than_of(number)[0].any():
-            raise UserError(
-                f"{written}: no sample has a caption by the choice {choice!r}; if they are in a field of the "
-                "JSON, say captions_in: json:FIELD and run: clipcluster shards index "
-                f"{shards.parts[0].folder} --captions json:FIELD"
-            )
-
-
-def _choices(folder: Path, shares: Mapping[str | None, float | None] | None) -> tuple[str, ...] | None:
-    """The choices in force for a folder."""
-    return None if shares is None else tuple(captions.choice_for(folder, choice) for choice in shares)
-
-
-def _parts(
-    entry: str, index: str | None, shares: Mapping[str | None, float | None] | None, cache: Cache | None
-) -> Iterator[Part]:
-    """The folders that one written entry names, with the shards it takes of each."""
-    if is_remote(entry):
-        assert cache is not None
-        yield from _remote_parts(entry, index, shares, cache)
-        return
-    if index is not None and is_remote(index):
-        raise UserError(
-            f"index {index!r}: the shards {entry!r} are on this machine; their index has to be too"
-        )
-    if entry.endswith(".tar"):
-        paths = [Path(name) for pattern in braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
-    else:
-        folders = [name for pattern in braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
-        for folder in map(Path, folders):
-            yield Part(folder, Path(index or folder), _choices(folder, shares))
-        return
-    for folder in dict.fromkeys(path.parent for path in paths):
-        part = Part(folder, Path(index or folder), _choices(folder, shares))
-        names = {name: row for row, name in enumerate(Shards([part]).shard_names)}
-        wanted = [path.name for path in paths if path.parent == folder]
-        missing = [name for name in wanted if name not in names]
-        if missing:
-            raise UserError(
-                f"{folder / missing[0]}: not in the index of its folder ({len(missing)} of {len(wanted)} "
-                f"shards are not); make it with: clipcluster shards index {folder}"
-            )
-        rows = tuple(sorted({names[name] for name in wanted}))
-        yield replace(part, rows=rows if len(rows) < len(names) else None)
-
-
-def _remote_parts(
-    entry: str, index: str | None, shares: Mapping[str | None, float | None] | None, cache: Cache
-) -> Iterator[Part]:
-    """The same of an entry that lies elsewhere: its index is local, or fetched."""
-    for taken in named(entry):
-        place, rows_at = _index_of(taken, entry, index, cache)
-        part = Part(taken.folder, place, _choices(place, shares), None, rows_at)
-        if taken.tars is None:
-            yield part
-            continue
-        names = {name: row for row, name in enumerate(Shards([part]).shard_names)}
-        rows = tuple(sorted(names[name] for name in taken.chosen(list(names))))
-        yield part if len(rows) == len(names) else replace(part, rows=rows)
-
-
-def _index_of(taken: Named, entry: str, index: str | None, cache: Cache) -> tuple[Path, RemoteFolder | None]:
-    """Where the index of remote shards lies here, and where the rows of each shard are fetched from."""
-    command = f"clipcluster shards index {entry!r} --index FOLDER"
-    if index is not None and not is_remote(index):
-        if not (Path(index) / indexes.TABLE).is_file():
-            raise UserError(f"{taken.folder}: there is no index in {index}; make it with: {command}")
-        return Path(index), None
-    at = folder_at(index) if index is not None else taken.folder
-    if at.is_pipe:
-        raise UserError(
-            f"{entry!r}: a command cannot list its shards; make an index with: {command} and say "
-            "index: FOLDER"
-        )
-    place = cache.index(at, indexes.TABLE, _WORDS)
-    if place is None:
-        raise UserError(
-            f"{at}: these shards have no index ({indexes.TABLE}) there; put one beside them, or make one "
-            f"here with: {command} and say index: FOLDER"
-            + (" (an http server cannot list: name the tars by braces)" if taken.tars is None else "")
-        )
-    return place, at
-
-
-class Shards:
-    """A source of samples. Files are opened on first use, `OPEN_SHARDS` at most at once.
-
-    Attributes: `name` (last component of the first folder), `fingerprint` (hash over shard names and
-    contents), `sample_counts` (n_shards,) int64, `n_samples`, `n_pairs` (captions of all samples),
-    `classes` (n_samples,) int32 (-1: none), `fields` (the choices of captions, with their probabilities and
-    counts), `caption_counts` (n_samples,) the sum over the fields, `more_than` (C, n_shards) samples of each
-    shard with more than c captions (C is 1 where there are several fields). All are mapped, and shared by the
-    processes of a node, where the source is one whole folder; of several folders those by sample are too.
-    """
+class Shards(Catalogue):
+    """A source of samples that can be read. Files are opened on first use, `OPEN_SHARDS` at most at once."""
 
     def __init__(
         self,
@@ -264,29 +69,8 @@ class Shards:
         probabilities: Sequence[float | None] = (None,),
         cache: Cache | None = None,
     ) -> None:
-        self.parts = tuple(parts)
-        self.probabilities = tuple(probabilities)
+        super().__init__(parts, probabilities)
         self.cache = cache
-        self.name = _name_of(self.parts[0])
-        self._tables = [
-            indexes.read_table(p.folder, p.index, captions_choice=p.choices, place=p.place)
-            for p in self.parts
-        ]
-        # a part that is not cut has no list of its rows: it would be private to every process
-        self._rows = [None if part.rows is None else np.array(part.rows, np.int64) for part in self.parts]
-        self.sample_counts = self._of_shards("samples")
-        self._part_ends = np.cumsum(
-            [
-                len(table.arrays["samples"] if rows is None else rows)
-                for table, rows in zip(self._tables, self._rows, strict=True)
-            ]
-        )
-        whole = len(self.parts) == 1 and self.parts[0].rows is None
-        self._sample_ends = (
-            self._tables[0].arrays["sample_ends"] if whole else np.cumsum(self.sample_counts, dtype=np.int64)
-        )
-        self.n_samples = int(self._sample_ends[-1]) if len(self._sample_ends) else 0
-        self.fingerprint = self._fingerprint()
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._hashed: set[tuple[int, int]] = set()  # shard and mtime of what was found to be the same bytes
 
@@ -304,205 +88,6 @@ class Shards:
         if self.fingerprint != state["fingerprint"]:
             raise DataError(f"the index of {self.parts[0].folder} was made anew while it was in use")
         self._hashed = state["hashed"]
-
-    def _fingerprint(self) -> str:
-        if len(self.parts) == 1 and self.parts[0].rows is None:
-            return str(self._tables[0].meta["fingerprint"])
-        return indexes.fingerprint(
-            [(self.shard_name(i), bytes.fromhex(self.sha256(i))) for i in range(len(self))]
-        )
-
-    def __len__(self) -> int:
-        """The number of shards."""
-        return len(self.sample_counts)
-
-    def _of_shards(self, name: str) -> np.ndarray:
-        """A column of the shards taken, (…, n_shards); the mapped one where that is all of one folder."""
-        columns = [table.arrays[name] for table in self._tables]
-        taken = [
-            column if rows is None else column[..., rows]
-            for column, rows in zip(columns, self._rows, strict=True)
-        ]
-        return taken[0] if len(taken) == 1 else np.concatenate(taken, axis=-1)
-
-    def _of_samples(self, names: Sequence[str | None], absent: int | None = None) -> np.ndarray:
-        """A column of the samples of the shards taken, (n_samples,): `names` by part (None: `absent`)."""
-        pieces = []
-        for table, rows, name in zip(self._tables, self._rows, names, strict=True):
-            ends = table.arrays["sample_ends"]
-            if name is None or name not in table.arrays:
-                column = np.broadcast_to(np.int32(absent or 0), (int(ends[-1]) if len(ends) else 0,))
-            else:
-                column = table.arrays[name]
-            if rows is None:
-                pieces.append(column)
-            else:
-                begins = ends[rows] - table.arrays["samples"][rows]
-                pieces += [column[low:high] for low, high in zip(begins, ends[rows], strict=True)]
-        if len(pieces) == 1:
-            return pieces[0]
-        # shards cut out of a folder are many small pieces: copied, they are as fast as one column
-        if len(pieces) > _PIECES:
-            return np.concatenate(pieces)
-        return cast(np.ndarray, Joined([[piece] for piece in pieces]))
-
-    def _choices_of(self, part: int) -> tuple[str, ...]:
-        """The choices of captions read in a part: those asked for, else the index's first."""
-        choices = self.parts[part].choices
-        return (next(iter(self._tables[part].meta["captions"])),) if choices is None else choices
-
-    @property
-    def sample_ends(self) -> np.ndarray:
-        """The running sum of `sample_counts`, (n_shards,) int64."""
-        return self._sample_ends
-
-    @cached_property
-    def fields(self) -> tuple[CaptionField, ...]:
-        """The choices of captions, one or several, in the order in which `read` lays their captions."""
-        by_part = [self._choices_of(part) for part in range(len(self.parts))]
-        return tuple(
-            CaptionField(
-                choices[0],
-                probability,
-                self._of_samples([indexes.column("captions", choice) for choice in choices]),
-            )
-            for choices, probability in zip(zip(*by_part, strict=True), self.probabilities, strict=True)
-        )
-
-    @cached_property
-    def caption_counts(self) -> np.ndarray:
-        """Captions of every sample over all fields, (n_samples,)."""
-        if len(self.fields) == 1:
-            return self.fields[0].counts
-        return cast(np.ndarray, Joined([[field.counts for field in self.fields]]))
-
-    @cached_property
-    def classes(self) -> np.ndarray:
-        """Class of every sample, (n_samples,) int32; -1 where it has none."""
-        return self._of_samples(["classes"] * len(self.parts), absent=-1)
-
-    @cached_property
-    def more_than(self) -> np.ndarray:
-        """Samples of each shard with more than c captions, (C, n_shards); C is 1 with several fields."""
-        by_field = [self.more_than_of(number) for number in range(len(self.fields))]
-        if len(by_field) == 1:
-            return by_field[0]
-        having = np.max([rows[0] for rows in by_field], axis=0)
-        # in shards where no field alone has a caption for every sample, the samples are looked at
-        partial, first = (having > 0) & (having < self.sample_counts), 0
-        while partial[first:].any():
-            first += int(partial[first:].argmax())
-            low = int(self._sample_ends[first] - self.sample_counts[first])
-            last = max(first + 1, int(np.searchsorted(self._sample_ends, low + _SCAN, side="right")))
-            ends, counts = self._sample_ends[first:last] - low, self.sample_counts[first:last]
-            used = np.cumsum(np.asarray(self.caption_counts[low : low + int(ends[-1])]) > 0)
-            used = np.concatenate([[0], used])
-            having[first:last] = used[ends] - used[ends - counts]
-            first = last
-        return having[None]
-
-    def more_than_of(self, field: int) -> np.ndarray:
-        """Samples of each shard with more than c captions of one field, (C, n_shards)."""
-        tables = []
-        for part, (table, rows) in enumerate(zip(self._tables, self._rows, strict=True)):
-            column = table.arrays[indexes.column("more_than", self._choices_of(part)[field])]
-            tables.append(column if rows is None else column[:, rows])
-        if len(tables) == 1:
-            return tables[0]
-        depth = max(map(len, tables))
-        return np.concatenate([np.pad(t, ((0, depth - len(t)), (0, 0))) for t in tables], axis=1)
-
-    @cached_property
-    def n_pairs(self) -> int:
-        """Captions of all samples, of all fields."""
-        if all(part.rows is None for part in self.parts):
-            return sum(
-                int(table.meta["captions"][choice])
-                for part, table in enumerate(self._tables)
-                for choice in self._choices_of(part)
-            )
-        return sum(
-            int(counts[low : low + _SCAN].sum(dtype=np.int64))
-            for _, _, counts in self.fields
-            for low in range(0, len(counts), _SCAN)
-        )
-
-    @cached_property
-    def drawable(self) -> np.ndarray | None:
-        """Positions of the samples with a caption, int64; None if every sample has one."""
-        if int(self.more_than[0].sum(dtype=np.int64)) == self.n_samples:
-            return None
-        return np.flatnonzero(np.asarray(self.caption_counts))
-
-    @property
-    def shard_names(self) -> list[str]:
-        return [self.shard_name(shard) for shard in range(len(self))]
-
-    @property
-    def classnames(self) -> list[str] | None:
-        """The lines of `classnames.txt` beside the tars or in the folder above; None if there is none."""
-        return self._lines("classnames.txt")
-
-    @property
-    def templates(self) -> list[str] | None:
-        """The lines of `zeroshot_classification_templates.txt`, each with `{c}`; None if there is none."""
-        return self._lines("zeroshot_classification_templates.txt")
-
-    def _lines(self, name: str) -> list[str] | None:
-        folder = self.parts[0].folder
-        if isinstance(folder, RemoteFolder):
-            return self._remote_lines(name, folder)
-        for path in (folder / name, folder.parent / name):
-            if path.is_file():
-                return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return None
-
-    def _remote_lines(self, name: str, folder: RemoteFolder) -> list[str] | None:
-        """The same of a remote folder: of the copy beside a local index, else of the server."""
-        local = self.parts[0].index / name
-        if local.is_file():
-            data: bytes | None = local.read_bytes()
-        else:
-            from clipcluster.data.download import read_beside
-
-            data = read_beside(folder, name)
-        return None if data is None else [line for line in data.decode().splitlines() if line.strip()]
-
-    def _place(self, shard: int) -> tuple[int, int]:
-        """Part, and row in its table."""
-        part = int(np.searchsorted(self._part_ends, shard, side="right"))
-        first = int(self._part_ends[part - 1]) if part else 0
-        rows = self._rows[part]
-        return part, shard - first if rows is None else int(rows[shard - first])
-
-    def shard_name(self, shard: int) -> str:
-        part, row = self._place(shard)
-        arrays = self._tables[part].arrays
-        begin = int(arrays["name_ends"][row - 1]) if row else 0
-        name = arrays["names"][begin : int(arrays["name_ends"][row])].tobytes()
-        return name.decode("utf-8", "surrogateescape")
-
-    def shard_path(self, shard: int) -> Path:
-        """Where a shard of a local folder lies."""
-        place = self.shard_place(shard)
-        assert isinstance(place, Path), f"{place} lies on no disk of this machine"
-        return place
-
-    def shard_place(self, shard: int) -> Path | RemoteFile:
-        """Where a shard lies, for messages; a remote one shows its address."""
-        return self.parts[self._place(shard)[0]].folder / self.shard_name(shard)
-
-    def sha256(self, shard: int) -> str:
-        """The hash of a shard's bytes when it was indexed, in hex."""
-        part, row = self._place(shard)
-        return self._tables[part].arrays["sha256"][row].tobytes().hex()
-
-    def record(self, position: int) -> tuple[int, int]:
-        """Shard number and sample number within it."""
-        if not 0 <= position < self.n_samples:
-            raise IndexError(f"{self.name} has {self.n_samples} samples; there is no sample {position}")
-        shard = int(np.searchsorted(self._sample_ends, position, side="right"))
-        return shard, int(position - self._sample_ends[shard] + self.sample_counts[shard])
 
     def read(self, position: int, *, text: bool = True) -> Sample:
         """Reads one sample; without its captions if not `text`.
@@ -784,13 +369,6 @@ class Shards:
         """Closes a shard's handle, so that the next try opens it anew."""
         if shard in self._open:
             os.close(self._open.pop(shard).fd)
-
-
-def _name_of(part: Part) -> str:
-    """What a source is called after: its folder; a command has none, its index has."""
-    if isinstance(part.folder, Path):
-        return part.folder.resolve().name
-    return part.index.name if part.folder.is_pipe else part.folder.name
 
 
 def _together(count: int, action: Callable[[int], T], shards: Sequence[int]) -> list[T]:

@@ -14,7 +14,7 @@ import torch
 
 from clipcluster.data.cache import Cache
 from clipcluster.data.loader import evaluation_batches
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.evals.features import Bench, EvaluationSet, Tick
 from clipcluster.evals.retrieval import retrieval
 from clipcluster.evals.zero_shot import zero_shot

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 from clipcluster.data.cache import Cache
-from clipcluster.data.shards import open_source
+from clipcluster.data.sources import open_source
 
 
 def main(url: str, folder: str, size: str, seed: str) -> None:

@@ -266,7 +266,7 @@ def examples(draw: st.DrawFn) -> Example:
 def look(folder: Path) -> dict[str, Any]:
     """What the project finds in a folder, and what is wrong with how it counts."""
     from clipcluster.data.index import index_shard, read_entries, write_index
-    from clipcluster.data.shards import open_folder
+    from clipcluster.data.sources import open_folder
     from clipcluster.errors import UserError
     from tools.mend import mend
     from tools.stats import stats

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clipcluster.data.cache import Cache
 from clipcluster.data.index import file_sha256
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from tools.shard_writer import ShardWriter
 
 

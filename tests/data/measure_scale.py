@@ -87,7 +87,7 @@ def recipe_of(folder: Path) -> Any:
 def planned(folder: Path) -> tuple[Any, Any, Any]:
     """The recipe, its opened source and its order: what a rank makes before the first batch."""
     from clipcluster.data.order import order_of
-    from clipcluster.data.shards import open_source
+    from clipcluster.data.sources import open_source
 
     recipe = recipe_of(folder)
     shards = open_source(recipe.data.train[0], text=True)
@@ -107,7 +107,7 @@ def run_rank(folder: Path, rank: int, torch_too: bool) -> None:
     """One rank, its fork server and its workers; it speaks with `a_node` through stdin and stdout."""
     importlib.import_module("clipcluster.data.order")
     context = get_context("forkserver")
-    preload = ["numpy", "clipcluster.data.shards"]
+    preload = ["numpy", "clipcluster.data.sources"]
     if torch_too:
         preload += importlib.import_module("clipcluster.data.workers")._PRELOAD
     context.set_forkserver_preload(preload)

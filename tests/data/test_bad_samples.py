@@ -17,7 +17,8 @@ from clipcluster.data import shards as shards_module
 from clipcluster.data.index import write_index
 from clipcluster.data.loader import Loader
 from clipcluster.data.order import Order, SourceShape
-from clipcluster.data.shards import Shards, open_folder
+from clipcluster.data.shards import Shards
+from clipcluster.data.sources import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.schema import Data
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from clipcluster.data.cache import Cache
-from clipcluster.data.shards import open_folder, open_source
+from clipcluster.data.sources import open_folder, open_source
 from clipcluster.errors import UserError
 from clipcluster.recipe.schema import Source
 from tools.index import index_folders

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from clipcluster.data import cache as module
 from clipcluster.data.cache import Cache, default_folder
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from clipcluster.runtime.stop import DataError
 
@@ -47,14 +47,10 @@ def expected(folder: Path) -> str:
 
 
 def held(cache: Cache) -> int:
-    """Bytes in the cache's folder now."""
-    total = 0
-    for path in Path(cache.folder).rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
+    """Bytes in the cache's folder now; under its lock, because a listing may show a renamed file twice."""
+    with cache._lock(cache.root, "space"):
+        paths = list(Path(cache.folder).rglob("*"))
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def largest_until(processes: "list[subprocess.Popen[str]]", cache: Cache) -> tuple[int, int]:
@@ -90,9 +86,8 @@ def test_a_bound_that_holds_three_of_ten_shards(
     assert [rank.communicate()[0].strip() for rank in ranks] == [expected(folder)] * 3
     assert 2 * biggest < most <= cache.size
     assert looks > 20
-    assert (
-        len([1 for _, path, *_ in server.log if path.endswith(".tar")]) > 20
-    )  # some came back again and again
+    fetched = [path for _, path, *_ in server.log if path.endswith(".tar")]
+    assert len(fetched) > 20, "some came back again and again"
 
 
 def test_a_kill_leaves_no_lock_and_no_half_file(

@@ -23,7 +23,7 @@ from clipcluster.data.index import (
     write_columns_of_shard,
     write_index,
 )
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 
 
@@ -79,8 +79,7 @@ def test_runs_of_members_become_samples(tmp_path: Path) -> None:
     assert (summary.without_image, summary.duplicates) == (2, 2)
     assert read_summary(tmp_path) == summary
     shards = open_folder(tmp_path)
-    assert shards.drawable is not None
-    assert shards.drawable.tolist() == [0, 1]
+    assert np.flatnonzero(shards.caption_counts).tolist() == [0, 1]
     assert [shards.read(i).key for i in range(3)] == ["a", "c", "d"]
     assert shards.read(1).captions == ["x", "y"]
 

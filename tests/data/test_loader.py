@@ -16,7 +16,8 @@ from clipcluster.data.decode import decode
 from clipcluster.data.index import write_index
 from clipcluster.data.loader import Loader, evaluation_batches
 from clipcluster.data.order import Field, Order, SourceShape
-from clipcluster.data.shards import Shards, open_folder
+from clipcluster.data.shards import Shards
+from clipcluster.data.sources import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.data.transforms import draw_seed, evaluation_transform, train_transform
 from clipcluster.recipe.schema import Data

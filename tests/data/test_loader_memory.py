@@ -10,7 +10,7 @@ import pytest
 
 from clipcluster.data.loader import Loader
 from clipcluster.data.order import Order, SourceShape
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.schema import Data
 from tools.bench_process import descendants, unique_bytes

@@ -12,7 +12,8 @@ import torch
 
 from clipcluster.data.loader import Loader
 from clipcluster.data.order import Order, order_of
-from clipcluster.data.shards import Shards, open_source
+from clipcluster.data.shards import Shards
+from clipcluster.data.sources import open_source
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
 from clipcluster.recipe.schema import Recipe

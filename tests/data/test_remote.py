@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from clipcluster.data import download, remote
 from clipcluster.data.cache import Cache
 from clipcluster.data.index import write_index
-from clipcluster.data.shards import Shards, open_folder, open_source
+from clipcluster.data.shards import Shards
+from clipcluster.data.sources import open_folder, open_source
 from clipcluster.errors import UserError
 from clipcluster.recipe.schema import Source
 from clipcluster.runtime.stop import DataError

@@ -14,7 +14,7 @@ import webdataset
 
 from clipcluster.data import shards as module
 from clipcluster.data.index import write_index
-from clipcluster.data.shards import open_folder, open_source
+from clipcluster.data.sources import open_folder, open_source
 from clipcluster.errors import UserError
 from clipcluster.recipe.schema import Source
 from clipcluster.runtime.stop import DataError
@@ -221,7 +221,7 @@ def test_class_names_beside_the_tars_or_above(folder: Path) -> None:
 
 def test_no_torch_is_imported(folder: Path) -> None:
     code = (
-        "import sys; import clipcluster.data.index; from clipcluster.data.shards import open_folder\n"
+        "import sys; import clipcluster.data.index; from clipcluster.data.sources import open_folder\n"
         f"open_folder({str(folder)!r}).check_unchanged(); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,8 @@ import pytest
 
 from clipcluster.data.loader import Loader
 from clipcluster.data.order import Order, SourceShape
-from clipcluster.data.shards import Shards, open_folder
+from clipcluster.data.shards import Shards
+from clipcluster.data.sources import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.data.workers import WorkerDied
 from clipcluster.recipe.schema import Data
@@ -108,7 +109,7 @@ def test_workers_end_with_a_rank_that_is_killed(shards: Shards, tmp_path: Path) 
     code = f"""
         import time
         from clipcluster.data.loader import evaluation_batches
-        from clipcluster.data.shards import open_folder
+        from clipcluster.data.sources import open_folder
         from clipcluster.recipe.schema import Data
 
         if __name__ == "__main__":

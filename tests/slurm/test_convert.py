@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.recipe.load import load_cluster
 from jobs import convert as array
 from tools import sandbox as sandboxes

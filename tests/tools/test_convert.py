@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipcluster.data.index import read_summary, write_index
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.data.tar import header, scan
 from clipcluster.errors import UserError
 from tools import convert as conversion

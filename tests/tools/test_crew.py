@@ -6,7 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from clipcluster.data.shards import Shards, open_folder
+from clipcluster.data.shards import Shards
+from clipcluster.data.sources import open_folder
 from tools.crew import CrewError, over_shards
 from tools.shard_writer import ShardWriter
 

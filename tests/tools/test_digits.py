@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from clipcluster.data.decode import decode
 from clipcluster.data.index import read_summary, write_index
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from tools.convert import convert
 from tools.readers import digits

@@ -9,7 +9,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from tools.convert import Conversion, convert
 from tools.readers.folder import FolderOptions

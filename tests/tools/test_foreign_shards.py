@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipcluster.data.shards import Shards, open_folder, open_source
+from clipcluster.data.shards import Shards
+from clipcluster.data.sources import open_folder, open_source
 from clipcluster.errors import UserError
 from tools.index import index_folders
 from tools.readers.webdataset import KIND, Options

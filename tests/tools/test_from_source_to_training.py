@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.run import train
 from clipcluster.runs.folder import Run

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipcluster.data.index import write_index
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from tools.readers.img2dataset import KIND, Options, open_downloads
 from tools.records import BadRecord, Source

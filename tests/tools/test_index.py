@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clipcluster.data.index import read_summary
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from tools.index import index_folders
 from tools.shard_writer import ShardWriter

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from tools.readers import parquet
 from tools.readers.parquet import Options, open_rows

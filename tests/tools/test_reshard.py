@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clipcluster.data.index import write_index
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from tools.convert import convert
 from tools.convert_plan import Settings

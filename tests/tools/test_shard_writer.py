@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from tools.shard_writer import ShardWriter
 
 SAMPLES = [

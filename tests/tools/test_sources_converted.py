@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
 from tools.convert import Settings, convert, kind_named
 from tools.records import BadRecord, Record

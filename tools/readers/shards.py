@@ -20,7 +20,8 @@ from clipcluster.data import index as indexes
 from clipcluster.data.captions import choice_for
 from clipcluster.data.columns import read_columns
 from clipcluster.data.image_kind import kind_of, size_of
-from clipcluster.data.shards import OPEN_SHARDS, Shards, open_folder
+from clipcluster.data.shards import OPEN_SHARDS, Shards
+from clipcluster.data.sources import open_folder
 from clipcluster.data.tar import BrokenTar, scan
 from clipcluster.errors import UserError
 from clipcluster.runtime.stop import DataError
