@@ -19,6 +19,7 @@ _NO_BODY = (b"1", b"2", b"3", b"4", b"5", b"6")  # their size, where there is on
 _LARGEST_OCTAL = 8**11 - 1
 _ZEROS = bytes(BLOCK)
 _WINDOW = 64 << 10  # bytes read at once where members are small
+_RECORD = 1 << 20  # bytes looked at together behind the end
 _FIRST_WINDOW = 4 * BLOCK  # a header, and what belongs to a small member
 _LONGEST_NAME = 1 << 20  # bytes of a PAX or long-name header
 _COMPRESSED = {
@@ -123,9 +124,10 @@ def _tell(others: Callable[[str], object] | None, name: str) -> None:
 
 def _require_no_more(fd: int, position: int, end: int) -> None:
     """After the end come zeros alone: what a second tar laid behind the first holds would be lost."""
-    rest = os.pread(fd, min(end - position, _WINDOW), position)
-    if rest.strip(b"\0"):
-        raise BrokenTar(f"bytes follow the end of the tar at byte {position}: two tars laid end to end?")
+    # a tar may end in as many zeros as its writer puts into one record
+    for begin in range(position, end, _RECORD):
+        if os.pread(fd, min(end - begin, _RECORD), begin).strip(b"\0"):
+            raise BrokenTar(f"bytes follow the end of the tar at byte {position}: two tars laid end to end?")
 
 
 def _checked(block: bytes, position: int) -> int:

@@ -183,10 +183,11 @@ def test_sparse_files_are_passed_over_and_named(tmp_path: Path, form: str) -> No
     assert lost == ["a.jpg"]
 
 
-def test_two_tars_laid_end_to_end_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", [10 << 10, 512 << 10, 3 << 20])  # GNU tar's default, --blocking-factor
+def test_two_tars_laid_end_to_end_are_told(tmp_path: Path, record: int) -> None:
     path = tmp_path / "t.tar"
     _tarfile(path, ["a.jpg", "b.jpg"], tarfile.PAX_FORMAT)
-    path.write_bytes(path.read_bytes() * 2)
+    path.write_bytes(path.read_bytes().ljust(record, b"\0") * 2)
     seen: list[str] = []
     with pytest.raises(BrokenTar, match="end to end"):
         _names_into(seen, path)
