@@ -502,7 +502,7 @@ def read_table(
     command = f"clipcluster shards index {folder}{place}"
     try:
         table = read_columns(target / TABLE)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if isinstance(folder, Path):
             find_shards(folder)
         where = f" in {target}" if place else ""

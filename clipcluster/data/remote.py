@@ -7,9 +7,9 @@ Written like local sources, with `://` or `pipe:` in front: a folder, one tar, b
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -187,7 +187,8 @@ class Named:
 def named(written: str) -> list[Named]:
     """What a written entry takes of which folders, in the order written; folders' globs are listed.
 
-    UserError: an unknown kind of address, an extra that is missing, a glob that cannot be listed.
+    UserError: an unknown kind of address, an extra that is missing, a glob at an http server. Unreachable: a
+    bucket that does not answer.
     """
     if written.startswith(PIPE):
         folder = RemoteFolder(written)
@@ -225,7 +226,7 @@ def _listed(folder: RemoteFolder) -> Iterator[RemoteFolder]:
             f"{folder}: an http server cannot list its folders; write them out with braces ({{00..09}})"
         )
     system, path = file_system(folder.address)
-    found = sorted(system.glob(path))
+    found = sorted(_answer(folder, partial(system.glob, path)))
     if not found:
         raise UserError(f"{folder}: nothing there fits this pattern")
     for entry in found:
@@ -233,7 +234,7 @@ def _listed(folder: RemoteFolder) -> Iterator[RemoteFolder]:
 
 
 def tars_of(folder: RemoteFolder) -> list[str]:
-    """The names of the tars in a folder, sorted. UserError where it cannot be listed, or has none."""
+    """The names of the tars in a folder, sorted. UserError where there are none; Unreachable as `named`."""
     if folder.is_pipe:
         return list(folder.commands)
     if is_web(folder.address):
@@ -243,7 +244,7 @@ def tars_of(folder: RemoteFolder) -> list[str]:
         )
     system, path = file_system(folder.address)
     try:
-        entries = system.ls(path, detail=False)
+        entries = _answer(folder, partial(system.ls, path, detail=False))
     except FileNotFoundError:
         raise UserError(f"{folder}: no such folder") from None
     names = sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in entries)
@@ -251,6 +252,16 @@ def tars_of(folder: RemoteFolder) -> list[str]:
     if not tars:
         raise UserError(f"{folder}: no .tar shards in this folder")
     return tars
+
+
+def _answer(folder: RemoteFolder, question: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+    """What a bucket says; its client has tried again by itself, and raises errors of many kinds."""
+    try:
+        return question()
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise Unreachable(5, f"it cannot be listed: {type(error).__name__}: {error}", str(folder)) from error
 
 
 def file_system(address: str) -> tuple[Any, str]:

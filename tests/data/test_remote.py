@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.spec import AbstractFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +21,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.schema import Source
 from clipcluster.runtime.stop import DataError
 from tools.index import index_folders
+from tools.remote_index import index_remote
 
 
 @pytest.fixture
@@ -253,3 +256,25 @@ def test_a_password_goes_to_its_server_alone(
     shards = open_source(_source(shards=written), text=True, cache=cache)
     assert shards.read(3) == open_folder(folder).read(3)
     assert "secret" not in str(shards.shard_place(0))
+
+
+class NoCredentials(Exception):
+    """What a bucket's client raises is no OSError."""
+
+
+class ClosedBucket(AbstractFileSystem):
+    """A bucket that answers no question."""
+
+    protocol = "closed"
+
+    def ls(self, path: str, detail: bool = True, **more: Any) -> list[Any]:
+        raise NoCredentials("unable to locate credentials")
+
+
+@pytest.mark.parametrize(
+    "written", ["closed://bucket/set", "closed://bucket/set-*", "closed://bucket/0*.tar"]
+)
+def test_a_bucket_that_cannot_be_listed_is_said(tmp_path: Path, written: str) -> None:
+    fsspec.register_implementation("closed", ClosedBucket, clobber=True)
+    with pytest.raises(UserError, match=r"closed://bucket.*: it cannot be listed: NoCredentials: unable to"):
+        index_remote(written, tmp_path / "index")
