@@ -72,13 +72,13 @@ class Kinds(typer.core.TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The kinds that this installation can read."""
-        from tools.convert import KINDS
+        from tools.conversion.convert import KINDS
 
         return [name for name in KINDS if _kind(name) is not None]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The sub-command of one kind. UserError: there is no such kind."""
-        from tools.convert import kind_named
+        from tools.conversion.convert import kind_named
 
         return _command(cmd_name, kind_named(cmd_name))
 
@@ -100,7 +100,7 @@ def _group() -> None:
 
 
 def _kind(name: str) -> Any:
-    from tools.convert import kind_named
+    from tools.conversion.convert import kind_named
 
     try:
         return kind_named(name)
@@ -182,7 +182,7 @@ def run_conversion(
     **settings: Any,
 ) -> None:
     """Converts and says what became of it; `after` is called when the shards are there."""
-    from tools import convert as conversion
+    from tools.conversion import convert as conversion
 
     wanted = conversion.Settings(bytes_per_shard=_bytes(bytes_per_shard), **settings)
     if executor == "slurm":

@@ -179,7 +179,7 @@ def reshard(
     members; the same command goes on where it was stopped.
     """
     from jobs.cli_convert import run_conversion
-    from tools.readers.shards import Options, index_as_before
+    from tools.conversion.readers.shards import Options, index_as_before
 
     options = Options(
         samples=samples,

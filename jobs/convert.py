@@ -25,9 +25,9 @@ from clipcluster.runtime.place import slurm_job_id
 from clipcluster.runtime.stop import Outcome, Stop, Wish
 from jobs import cluster as clusters
 from jobs import launch, snapshot
-from tools import convert_work
-from tools.convert import begun, prepare, sweep, told_to_people
-from tools.convert_plan import Plan, Settings, Shard
+from tools.conversion import making
+from tools.conversion.convert import begun, prepare, sweep, told_to_people
+from tools.conversion.planning import Plan, Settings, Shard
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 FOLDER = "convert-jobs"
@@ -39,7 +39,7 @@ _CRASHES = 3  # as often a member that crashed is requeued
 
 @dataclass(frozen=True)
 class Order:
-    """What is converted, as `tools.convert.convert` takes it; paths are absolute."""
+    """What is converted, as `tools.conversion.convert.convert` takes it; paths are absolute."""
 
     kind: str
     out: Path
@@ -102,19 +102,19 @@ def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
     """Work, and finish where this task was the last; a shard that repeats a key is written again."""
     while True:
         # keys found to be repeated, all when every shard was there: more of them begin another round
-        turn = sum(map(len, convert_work.read_left_out(plan).values()))
+        turn = sum(map(len, making.read_left_out(plan).values()))
 
         def claim(shard: Shard, turn: int = turn) -> bool:
             heed(0)
             return claims.take(shard, turn)
 
-        convert_work.work(plan, claim, heed)
-        left_out = convert_work.read_left_out(plan)
-        missing = [s for s in plan.shards() if convert_work.finished(plan, s, left_out) is None]
+        making.work(plan, claim, heed)
+        left_out = making.read_left_out(plan)
+        missing = [s for s in plan.shards() if making.finished(plan, s, left_out) is None]
         if missing and not any(claims.mine(shard, turn) for shard in missing):
             print(f"{len(missing)} shards are in other hands: nothing left to do")
             return
-        if not missing and convert_work.finish(plan):
+        if not missing and making.finish(plan):
             sweep(plan)  # what tasks that were killed left aside
             print(f"{plan.out}: made")
             return

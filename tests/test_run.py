@@ -23,7 +23,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
 from clipcluster.runtime.place import Place
 from clipcluster.runtime.stop import DataError, Outcome, RecipeFailure, Stop
-from tools.convert import convert
+from tools.conversion.convert import convert
 
 RECIPE = """
 name: tiny

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.convert import convert
+from tools.conversion.convert import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -268,7 +268,7 @@ def made_up_photographs() -> Iterator[Path]:
 
     from PIL import Image
 
-    from tools.shard_writer import ShardWriter
+    from tools.conversion.shard_writer import ShardWriter
 
     with tempfile.TemporaryDirectory(prefix="clipcluster-bench-") as name:
         with ShardWriter(Path(name), samples_per_shard=MADE_UP // 8) as writer:

@@ -12,7 +12,7 @@ from pathlib import Path
 from clipcluster.data.cache import Cache
 from clipcluster.data.index import file_sha256
 from clipcluster.data.sources import open_folder
-from tools.shard_writer import ShardWriter
+from tools.conversion.shard_writer import ShardWriter
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -22,7 +22,7 @@ from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.data.transforms import draw_seed, evaluation_transform, train_transform
 from clipcluster.recipe.schema import Data
 from clipcluster.runtime.stop import DataError
-from tools.shard_writer import ShardWriter
+from tools.conversion.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)
 

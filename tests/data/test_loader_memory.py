@@ -14,7 +14,7 @@ from clipcluster.data.sources import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.schema import Data
 from tools.bench_process import descendants, unique_bytes
-from tools.shard_writer import ShardWriter
+from tools.conversion.shard_writer import ShardWriter
 
 EPOCHS = 20
 MEGABYTE = 2**20

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from clipcluster.data.sources import open_folder
 from clipcluster.evals.suite import set_names
-from tools.convert import convert
-from tools.shard_writer import ShardWriter
+from tools.conversion.convert import convert
+from tools.conversion.shard_writer import ShardWriter
 
 SIZES = (1, 2, 3)
 WORKER = Path(__file__).with_name("suite_of_ranks.py")

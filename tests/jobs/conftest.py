@@ -45,7 +45,7 @@ def code(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The demo's data, converted once."""
-    from tools.convert import convert
+    from tools.conversion.convert import convert
 
     folder = tmp_path_factory.mktemp("data") / "digits"
     convert("digits", folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.shard_writer import ShardWriter
+from tools.conversion.shard_writer import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 JPEG = b"\xff\xd8\xff\xe0"  # enough for its kind

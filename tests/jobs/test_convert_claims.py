@@ -8,11 +8,11 @@ import pytest
 from clipcluster.data.shards import open_folder
 from clipcluster.runtime.stop import Stop
 from jobs.convert import FOLDER, Claims, Order, serve
-from tools import convert as conversion
-from tools.convert import begun, prepare
-from tools.convert_plan import Settings, Shard
-from tools.convert_work import BAD_SAMPLES
-from tools.records import Kind, NoOptions, Record, Source
+from tools.conversion import convert as conversion
+from tools.conversion.convert import begun, prepare
+from tools.conversion.making import BAD_SAMPLES
+from tools.conversion.planning import Settings, Shard
+from tools.conversion.records import Kind, NoOptions, Record, Source
 
 JPEG = b"\xff\xd8\xff\xe0"
 

@@ -19,8 +19,8 @@ from clipcluster.data.sources import open_folder
 from clipcluster.recipe.load import load_cluster
 from jobs import convert as array
 from tools import sandbox as sandboxes
-from tools.convert import convert, kind_named
-from tools.convert_plan import Settings
+from tools.conversion.convert import convert, kind_named
+from tools.conversion.planning import Settings
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 SETTINGS = Settings(samples_per_shard=15, resize=64)

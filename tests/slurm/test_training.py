@@ -21,7 +21,7 @@ from clipcluster.runs.folder import Run, all_runs
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
 from jobs.status import Queue, state_of
 from tools import sandbox as sandboxes
-from tools.convert import convert
+from tools.conversion.convert import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT, LENGTHY = 33, 400  # steps; an epoch has 22, and a lost node is noticed after some 25 s

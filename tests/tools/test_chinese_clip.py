@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
-from tools.image_texts import NO_ID, join, repeated
-from tools.readers import chinese_clip as files
-from tools.readers import lmdb as databases
-from tools.records import BadRecord, InputFile, NoOptions, Record, Source, Split
+from tools.conversion.readers import chinese_clip as files
+from tools.conversion.readers import lmdb as databases
+from tools.conversion.readers.image_texts import NO_ID, join, repeated
+from tools.conversion.records import BadRecord, InputFile, NoOptions, Record, Source, Split
 
 IDS = {"files": [7, 12, 1031, 3], "lmdb": [3, 7, 12, 1031]}
 

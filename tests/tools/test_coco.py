@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from clipcluster.errors import UserError
-from tools.readers.coco import KIND, Options
-from tools.records import BadRecord, InputFile, Source, Split
+from tools.conversion.readers.coco import KIND, Options
+from tools.conversion.records import BadRecord, InputFile, Source, Split
 
 IN_ORDER = {"train": [9, 25, 30, 57, 9000, 581921], "val": [139, 285, 632], "test": [1, 191]}
 

@@ -27,12 +27,12 @@ from clipcluster.data.index import read_summary, write_index
 from clipcluster.data.sources import open_folder
 from clipcluster.data.tar import header, scan
 from clipcluster.errors import UserError
-from tools import convert as conversion
-from tools import convert_plan, convert_work, convert_workers
-from tools.convert import Conversion, Settings, convert
-from tools.readers.folder import FolderOptions
-from tools.records import BadRecord, Kind, NoOptions, Record, Source
-from tools.shard_writer import header_parts
+from tools.conversion import convert as conversion
+from tools.conversion import making, planning, processes
+from tools.conversion.convert import Conversion, Settings, convert
+from tools.conversion.readers.folder import FolderOptions
+from tools.conversion.records import BadRecord, Kind, NoOptions, Record, Source
+from tools.conversion.shard_writer import header_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 JPEG = b"\xff\xd8\xff\xe0"
@@ -336,19 +336,15 @@ def test_several_processes_may_work_and_finish(tmp_path: Path, numbers: Callable
     numbers(keys)
     convert("numbers", tmp_path / "whole", settings=Settings(samples_per_shard=10))
     settings = Settings(samples_per_shard=10)
-    plan = convert_plan.plan(
-        tmp_path / "out", "numbers", [], NoOptions(), settings, Source([Numbers(keys)], [])
-    )
+    plan = planning.plan(tmp_path / "out", "numbers", [], NoOptions(), settings, Source([Numbers(keys)], []))
     taken = []
     for share in range(3):
-        convert_work.work(
-            plan, lambda shard, share=share: shard.number % 4 == share and not taken.append(shard)
-        )
-        assert not convert_work.finish(plan)
-    convert_work.work(plan, lambda shard: not taken.append(shard))
+        making.work(plan, lambda shard, share=share: shard.number % 4 == share and not taken.append(shard))
+        assert not making.finish(plan)
+    making.work(plan, lambda shard: not taken.append(shard))
     assert len(taken) == len(set(taken)) == 10
-    assert convert_work.finish(plan)
-    assert convert_work.finish(plan)
+    assert making.finish(plan)
+    assert making.finish(plan)
     ours, theirs = contents(tmp_path / "out" / "train"), contents(tmp_path / "whole" / "train")
     assert ours == theirs
 
@@ -454,7 +450,7 @@ def test_slow_samples_are_reported_as_they_are_done(tmp_path: Path, numbers: Cal
     plan = conversion.prepare("numbers", tmp_path / "out", [], NoOptions()).plan
     slow = replace(plan, splits=[Slow([f"k{number}" for number in range(100)])])
     with conversion.begun(slow), pytest.raises(Asked):
-        convert_work.work(slow, lambda shard: True, report)
+        making.work(slow, lambda shard: True, report)
     assert len(read) < 50
     assert not list((tmp_path / "out").rglob("*.part"))
 
@@ -480,7 +476,7 @@ def test_a_worker_killed_while_it_draws_keeps_nobody_waiting(
     signal.alarm(30)  # what waits for the dead would wait for ever
     try:
         with conversion.begun(plan), pytest.raises(UserError, match="a worker was ended by SIGKILL"):
-            convert_workers.run(plan, 2)
+            processes.run(plan, 2)
     finally:
         signal.alarm(0)
     assert len(list((tmp_path / "out" / "train").glob("*.tar"))) == 6

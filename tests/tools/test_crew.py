@@ -8,8 +8,8 @@ import pytest
 
 from clipcluster.data.shards import Shards
 from clipcluster.data.sources import open_folder
+from tools.conversion.shard_writer import ShardWriter
 from tools.crew import CrewError, over_shards
-from tools.shard_writer import ShardWriter
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 import webdataset
 
 from clipcluster.errors import UserError
-from tools.readers.datacompdr import Options, open_joined
-from tools.records import Source
+from tools.conversion.readers.datacompdr import Options, open_joined
+from tools.conversion.records import Source
 
 
 def _numbers(source: Source, datacompdr: Any) -> list[int]:

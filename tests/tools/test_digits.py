@@ -11,8 +11,8 @@ from clipcluster.data.decode import decode
 from clipcluster.data.index import read_summary, write_index
 from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
-from tools.convert import convert
-from tools.readers import digits
+from tools.conversion.convert import convert
+from tools.conversion.readers import digits
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from PIL import Image
 
 from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
-from tools.convert import Conversion, convert
-from tools.readers.folder import FolderOptions
+from tools.conversion.convert import Conversion, convert
+from tools.conversion.readers.folder import FolderOptions
 
 
 def picture(kind: str = "PNG", colour: int = 0) -> bytes:

@@ -13,9 +13,9 @@ import pytest
 from clipcluster.data.shards import Shards
 from clipcluster.data.sources import open_folder, open_source
 from clipcluster.errors import UserError
+from tools.conversion.readers.webdataset import KIND, Options
+from tools.conversion.records import BadRecord, Record
 from tools.index import index_folders
-from tools.readers.webdataset import KIND, Options
-from tools.records import BadRecord, Record
 
 
 def _source(shards: str) -> Any:

@@ -25,9 +25,9 @@ from PIL import Image
 from clipcluster.data.index import write_index
 from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
-from tools.readers.img2dataset import KIND, Options, open_downloads
-from tools.records import BadRecord, Source
-from tools.uids import read_uids
+from tools.conversion.readers.img2dataset import KIND, Options, open_downloads
+from tools.conversion.readers.uids import read_uids
+from tools.conversion.records import BadRecord, Source
 
 
 def _open(*folders: Path, **options: Any) -> Source:
@@ -90,7 +90,7 @@ def test_an_unfinished_parquet_is_said(downloads: Any, tmp_path: Path) -> None:
 def test_without_pyarrow_all_but_the_failures_is_known(folder: Path) -> None:
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"
-        "from pathlib import Path; from tools.readers.img2dataset import KIND, Options\n"
+        "from pathlib import Path; from tools.conversion.readers.img2dataset import KIND, Options\n"
         "source = KIND.open([Path(sys.argv[1])], Options())\n"
         "print(len(source.splits[0]), *source.notes); assert 'torch' not in sys.modules"
     )

@@ -7,8 +7,8 @@ import pytest
 from clipcluster.data.index import read_summary
 from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
+from tools.conversion.shard_writer import ShardWriter
 from tools.index import index_folders
-from tools.shard_writer import ShardWriter
 
 
 def _folder(path: Path, samples: int) -> Path:

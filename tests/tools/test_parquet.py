@@ -19,9 +19,9 @@ from PIL import Image
 
 from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
-from tools.readers import parquet
-from tools.readers.parquet import Options, open_rows
-from tools.records import BadRecord, Record, Source
+from tools.conversion.readers import parquet
+from tools.conversion.readers.parquet import Options, open_rows
+from tools.conversion.records import BadRecord, Record, Source
 
 
 def _picture(number: int) -> bytes:
@@ -281,7 +281,7 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"
-        "from pathlib import Path; from tools.readers import parquet\n"
+        "from pathlib import Path; from tools.conversion.readers import parquet\n"
         "from clipcluster.errors import UserError\n"
         "try: parquet.KIND.open([Path(sys.argv[1])], parquet.Options())\n"
         "except UserError as error: print(error)"

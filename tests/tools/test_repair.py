@@ -10,9 +10,9 @@ import pytest
 
 from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
-from tools.readers.digits import png
+from tools.conversion.readers.digits import png
+from tools.conversion.shard_writer import ShardWriter
 from tools.repair import repair
-from tools.shard_writer import ShardWriter
 from tools.verify import verify
 
 

@@ -11,10 +11,10 @@ import pytest
 from clipcluster.data.index import write_index
 from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
-from tools.convert import convert
-from tools.convert_plan import Settings
-from tools.readers.digits import png
-from tools.readers.shards import Options, index_as_before
+from tools.conversion.convert import convert
+from tools.conversion.planning import Settings
+from tools.conversion.readers.digits import png
+from tools.conversion.readers.shards import Options, index_as_before
 from tools.verify import verify
 
 Tar = dict[str, list[tuple[str, bytes]]]

@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from clipcluster.data.sources import open_folder
-from tools.shard_writer import ShardWriter
+from tools.conversion.shard_writer import ShardWriter
 
 SAMPLES = [
     ("a", b"\x89PNG one", "png", ["a cat", "zwei Katzen: ü"], 3),

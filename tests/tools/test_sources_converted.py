@@ -8,8 +8,8 @@ import pytest
 
 from clipcluster.data.sources import open_folder
 from clipcluster.errors import UserError
-from tools.convert import Settings, convert, kind_named
-from tools.records import BadRecord, Record
+from tools.conversion.convert import Settings, convert, kind_named
+from tools.conversion.records import BadRecord, Record
 
 
 @pytest.fixture(params=["coco", "csv", "chinese-clip", "lmdb"])

@@ -11,8 +11,8 @@ from PIL import Image
 
 from clipcluster.data.index import write_index
 from clipcluster.errors import UserError
+from tools.conversion.shard_writer import ShardWriter
 from tools.picture import draw, require_drawable
-from tools.shard_writer import ShardWriter
 from tools.stats import stats
 
 

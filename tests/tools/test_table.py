@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
-from tools.readers.table import KIND, Options, TableSplit
-from tools.records import BadRecord, InputFile, Record, Source
-from tools.table_rows import Table
+from tools.conversion.readers.table import KIND, Options, TableSplit
+from tools.conversion.readers.table_rows import Table
+from tools.conversion.records import BadRecord, InputFile, Record, Source
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_every_line_of_any_bytes_is_accounted_for(
 
 @given(names=st.lists(st.integers(0, 5), max_size=30))
 def test_groups_go_by_their_first_row(names: list[int]) -> None:
-    from tools.readers.table import _grouped
+    from tools.conversion.readers.table import _grouped
 
     digests = np.array([[name % 3, name] for name in names], np.uint64).reshape(-1, 2)
     order, ends = _grouped(digests)

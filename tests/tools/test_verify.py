@@ -8,8 +8,8 @@ import pytest
 
 from clipcluster.data.index import write_index
 from clipcluster.errors import UserError
-from tools.readers.digits import png
-from tools.shard_writer import ShardWriter
+from tools.conversion.readers.digits import png
+from tools.conversion.shard_writer import ShardWriter
 from tools.verify import verify
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.records import BadRecord, InputFile, Kind, Record, Source, option
+from tools.conversion.records import BadRecord, InputFile, Kind, Record, Source, option
 
 SPLITS = frozenset(["train", "val", "valid", "validation", "test"])
 _OPEN_DIRECTORIES = 64  # at most, in each process

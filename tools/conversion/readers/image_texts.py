@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tools.records import BadRecord, Record
+from tools.conversion.records import BadRecord, Record
 
 NO_ID = np.iinfo(np.int64).min  # stands in the place of an id that could not be read
 _STANDARD = bytes.maketrans(b"-_", b"+/")

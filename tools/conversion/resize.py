@@ -19,7 +19,7 @@ class CannotResize(Exception):
 def resized(
     data: bytes, extension: str, side: int, *, mode: str = "keep_ratio", quality: int = 95
 ) -> tuple[bytes, str]:
-    """The image with SIDE by `mode` (`tools.convert_plan.RESIZE_MODES`), and its extension.
+    """The image with SIDE by `mode` (`tools.conversion.planning.RESIZE_MODES`), and its extension.
 
     Only what is larger is made smaller; the rest stays as it is, byte for byte. A smaller image is upright
     (EXIF applied), bicubic with antialias, and without metadata: PNG stays PNG and WebP stays WebP (quality

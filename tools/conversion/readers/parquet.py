@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.records import BadRecord, InputFile, Kind, Record, Source, option
+from tools.conversion.records import BadRecord, InputFile, Kind, Record, Source, option
 
 CACHED_GROUPS = 4  # row groups that a process keeps, if they are not too large together
 CACHED_BYTES = 256 << 20

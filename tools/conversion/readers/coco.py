@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.coco_files import WANTED, CocoFiles, ImageFolder, document
-from tools.records import BadRecord, InputFile, Kind, Record, Source, option
-from tools.zip_members import DamagedMember
+from tools.conversion.readers.coco_files import WANTED, CocoFiles, ImageFolder, document
+from tools.conversion.readers.zip_members import DamagedMember
+from tools.conversion.records import BadRecord, InputFile, Kind, Record, Source, option
 
 _KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 

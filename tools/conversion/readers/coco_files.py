@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clipcluster.errors import UserError
-from tools.records import InputFile
-from tools.zip_members import DamagedMember, ZipMembers
+from tools.conversion.readers.zip_members import DamagedMember, ZipMembers
+from tools.conversion.records import InputFile
 
 WANTED = (
     "train2017.zip, val2017.zip and annotations_trainval2017.zip (if wanted: test2017.zip and "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clipcluster.errors import UserError
-from tools.byte_ranges import ByteRanges
+from tools.conversion.readers.byte_ranges import ByteRanges
 
 _LOCAL = struct.Struct("<4s22xHH")  # signature, …, lengths of name and extra field
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.readers.img2dataset import find_parts, input_of
-from tools.records import Kind, Record, Source, option
-from tools.sample_choice import first_of_each, labels_of, uid_label
-from tools.sample_members import record_of, uid_of
-from tools.tar_samples import TarSamples
+from tools.conversion.readers.img2dataset import find_parts, input_of
+from tools.conversion.readers.sample_choice import first_of_each, labels_of, uid_label
+from tools.conversion.readers.sample_members import record_of, uid_of
+from tools.conversion.readers.tar_samples import TarSamples
+from tools.conversion.records import Kind, Record, Source, option
 
 _HASH = 8  # bytes of a sha256 that are compared
 _NOT_JOINED = ("json", "url.txt")  # what the image's own json says already

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from clipcluster.errors import UserError
-from tools.records import Kind, NoOptions, Record, Source
+from tools.conversion.records import Kind, NoOptions, Record, Source
 
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (

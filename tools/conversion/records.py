@@ -1,8 +1,8 @@
 """What a reader of foreign data hands to the converter: samples by number, as they were found.
 
-A reader is one module of `tools.readers`; it opens its inputs and answers for each split how many samples
-there are, what one of them is, and what the inputs were, so that a conversion can be cut into shards before a
-byte is read, done by any number of processes, and gone on with later.
+A reader is a module of `tools.conversion.readers`; it opens its inputs and answers for each split how many
+samples there are, what one of them is, and what the inputs were, so that a conversion can be cut into shards
+before a byte is read, done by any number of processes, and gone on with later.
 """
 
 from __future__ import annotations

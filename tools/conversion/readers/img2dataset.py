@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.readers.parquet import column_of
-from tools.records import InputFile, Kind, Record, Source, option
-from tools.sample_choice import Chosen, all_or_once, by_uids, field_label, uid_label
-from tools.sample_members import record_of
-from tools.tar_samples import TarSamples
+from tools.conversion.readers.parquet import column_of
+from tools.conversion.readers.sample_choice import Chosen, all_or_once, by_uids, field_label, uid_label
+from tools.conversion.readers.sample_members import record_of
+from tools.conversion.readers.tar_samples import TarSamples
+from tools.conversion.records import InputFile, Kind, Record, Source, option
 
 
 @dataclass(frozen=True)

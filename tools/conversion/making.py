@@ -23,9 +23,9 @@ from clipcluster.data import captions
 from clipcluster.data import index as indexes
 from clipcluster.data.columns import BrokenColumns, read_columns
 from clipcluster.data.image_kind import extension_of, kind_of, no_image
-from tools.convert_plan import DESCRIPTION, Plan, Settings, Shard, read_description
-from tools.records import BadRecord, Record, WholeRecord
-from tools.shard_writer import Behind, ShardFile, check_key, json_member
+from tools.conversion.planning import DESCRIPTION, Plan, Settings, Shard, read_description
+from tools.conversion.records import BadRecord, Record, WholeRecord
+from tools.conversion.shard_writer import Behind, ShardFile, check_key, json_member
 
 STATE = ".conversion"
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -211,7 +211,7 @@ def _extension(key: str, image: bytes) -> str:
 
 
 def _resized(key: str, image: bytes, extension: str, settings: Settings) -> tuple[bytes, str]:
-    from tools.resize import CannotResize, resized
+    from tools.conversion.resize import CannotResize, resized
 
     side = settings.resize
     assert side is not None

@@ -16,11 +16,11 @@ from typing import Any
 
 from clipcluster.data.index import IndexSummary, read_summary
 from clipcluster.errors import UserError
-from tools import convert_plan, convert_work, convert_workers
-from tools.convert_plan import Plan, Settings
-from tools.records import Kind
+from tools.conversion import making, planning, processes
+from tools.conversion.planning import Plan, Settings
+from tools.conversion.records import Kind
 
-# Modules of tools.readers by the name of what they read; imported when asked for.
+# Modules of tools.conversion.readers by the name of what they read; imported when asked for.
 KINDS = {
     "digits": "digits",
     "folder": "folder",
@@ -55,7 +55,7 @@ def kind_named(name: str) -> Kind:
     """The reader of a kind. UserError: there is no such kind."""
     if name not in KINDS:
         raise UserError(f"convert {name!r}: no such kind of input; there are: {', '.join(sorted(KINDS))}")
-    module = f"tools.readers.{KINDS[name]}"
+    module = f"tools.conversion.readers.{KINDS[name]}"
     try:
         kind = importlib.import_module(module).KIND
     except ModuleNotFoundError as error:
@@ -80,26 +80,26 @@ def prepare(
 ) -> Prepared:
     """Opens the inputs and cuts them into shards. UserError as `convert`, but for what writing meets."""
     chosen = kind_named(kind)
-    was = convert_plan.read_description(out)
+    was = planning.read_description(out)
     if was is None and not _is_free(out):
         raise UserError(f"{out} is there and holds something else; give another --out, or remove it first")
     settings = settings or Settings()
     if settings.samples_per_shard is None and settings.bytes_per_shard is None:
         settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
-    if settings.resize_mode not in convert_plan.RESIZE_MODES:
+    if settings.resize_mode not in planning.RESIZE_MODES:
         raise UserError(
-            f"--resize-mode {settings.resize_mode!r}: there are {', '.join(convert_plan.RESIZE_MODES)}"
+            f"--resize-mode {settings.resize_mode!r}: there are {', '.join(planning.RESIZE_MODES)}"
         )
     options = chosen.options() if options is None else options
     if was is not None and was.get("finished") and not all(path.exists() for path in inputs):
         # its input may go once it is converted; all else must still be the same
-        now = convert_plan.describe(kind, inputs, options, settings)
-        convert_plan.refuse_differences(out, was, {**was, **now})
+        now = planning.describe(kind, inputs, options, settings)
+        planning.refuse_differences(out, was, {**was, **now})
         return Prepared(Plan(out, [], settings, [], was), [], finished=True)
     source = chosen.open(inputs, options)
-    plan = convert_plan.plan(out, kind, inputs, options, settings, source)
+    plan = planning.plan(out, kind, inputs, options, settings, source)
     if was is not None:
-        convert_plan.refuse_differences(out, was, plan.description)
+        planning.refuse_differences(out, was, plan.description)
     return Prepared(plan, source.notes, finished=bool(was and was.get("finished")))
 
 
@@ -139,20 +139,20 @@ def convert(
         return result(plan, made=False, notes=prepared.notes)
     with begun(plan), _swept(plan):
         while True:
-            convert_workers.run(plan, workers, progress)
-            if convert_work.finish(plan):
+            processes.run(plan, workers, progress)
+            if making.finish(plan):
                 return result(plan, made=True, notes=prepared.notes)
 
 
 def _is_free(out: Path) -> bool:
     """Whether a conversion may begin in `out`: nothing there, or only what one leaves before it begins."""
-    return not out.exists() or (out.is_dir() and {*os.listdir(out)} <= {convert_work.STATE})
+    return not out.exists() or (out.is_dir() and {*os.listdir(out)} <= {making.STATE})
 
 
 def _begin(plan: Plan) -> None:
-    (plan.out / convert_work.STATE).mkdir(exist_ok=True)
+    (plan.out / making.STATE).mkdir(exist_ok=True)
     text = json.dumps({**plan.description, "finished": False}, indent=1) + "\n"
-    convert_work.replace(plan.out / convert_plan.DESCRIPTION, text.encode(), sync=True)
+    making.replace(plan.out / planning.DESCRIPTION, text.encode(), sync=True)
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ def _swept(plan: Plan) -> Iterator[None]:
 
 def sweep(plan: Plan) -> None:
     """Removes what a killed conversion left aside."""
-    folders = {plan.out, plan.out / convert_work.STATE, *map(plan.folder, range(len(plan.splits)))}
+    folders = {plan.out, plan.out / making.STATE, *map(plan.folder, range(len(plan.splits)))}
     for folder in folders:
         for path in folder.glob(".*.part"):
             path.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from clipcluster.data.sources import open_folder
 from clipcluster.data.tar import BrokenTar, scan
 from clipcluster.errors import UserError
 from clipcluster.runtime.stop import DataError
-from tools.records import BadRecord, InputFile, Kind, Source, WholeRecord, option
+from tools.conversion.records import BadRecord, InputFile, Kind, Source, WholeRecord, option
 
 _FILES = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
 _HEADER = 128 << 10  # bytes of an image in which its size usually stands
@@ -86,7 +86,7 @@ class _Folder:
 
 
 class Resharding:
-    """The split: the samples taken of several folders, in their order. See `tools.records.Split`."""
+    """The samples taken of several folders, in their order: a `tools.conversion.records.Split`."""
 
     name = ""
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from clipcluster.errors import UserError
-from tools import convert_work
-from tools.convert_plan import Plan, Shard
+from tools.conversion import making
+from tools.conversion.planning import Plan, Shard
 
 Progress = Callable[[int, int], None]
 _NUMBER = struct.Struct("q")
@@ -30,8 +30,8 @@ def run(plan: Plan, workers: int, progress: Progress | None = None) -> None:
 
     UserError and OSError as `work` raises them; the first worker that fails ends the others.
     """
-    left_out = convert_work.read_left_out(plan)
-    shards = [shard for shard in plan.shards() if convert_work.finished(plan, shard, left_out) is None]
+    left_out = making.read_left_out(plan)
+    shards = [shard for shard in plan.shards() if making.finished(plan, shard, left_out) is None]
     total = sum(len(split) for split in plan.splits)
     done = total - sum(shard.stop - shard.start for shard in shards)
 
@@ -43,7 +43,7 @@ def run(plan: Plan, workers: int, progress: Progress | None = None) -> None:
 
     report(0)
     if min(workers, len(shards)) < 2:
-        convert_work.work(plan, lambda shard: True, report)
+        making.work(plan, lambda shard: True, report)
     else:
         _Crew(plan, shards, min(workers, len(shards))).run(report)
 
@@ -150,7 +150,7 @@ def _work(plan: Plan, counter: _Counter, writing: int) -> NoReturn:
         os.write(writing, b"%d\n" % samples)
 
     try:
-        convert_work.work(plan, counter.claim, report)
+        making.work(plan, counter.claim, report)
         code = 0
     except UserError as error:
         _tell(writing, {"user": str(error)})

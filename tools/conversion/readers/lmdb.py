@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.image_texts import NO_ID, JoinedSplit
-from tools.records import InputFile, Kind, NoOptions, Source
+from tools.conversion.readers.image_texts import NO_ID, JoinedSplit
+from tools.conversion.records import InputFile, Kind, NoOptions, Source
 
 _NUMBER = re.compile(rb"0|[1-9][0-9]{0,17}")
 _DATA = "data.mdb"

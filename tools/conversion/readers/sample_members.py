@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tools import uids
-from tools.records import BadRecord, Record
-from tools.tar_samples import image_of
+from tools.conversion.readers import uids
+from tools.conversion.readers.tar_samples import image_of
+from tools.conversion.records import BadRecord, Record
 
 
 def record_of(key: str, members: dict[str, bytes], caption_field: str | None = None) -> Record:

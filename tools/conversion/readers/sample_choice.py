@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tools import uids
-from tools.sample_members import uid_of
-from tools.tar_samples import TarSamples
+from tools.conversion.readers import uids
+from tools.conversion.readers.sample_members import uid_of
+from tools.conversion.readers.tar_samples import TarSamples
 
 
 @dataclass

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.byte_ranges import ByteRanges
-from tools.records import BadRecord, InputFile, Kind, Record, Source, option
-from tools.table_rows import Row, Table
+from tools.conversion.readers.byte_ranges import ByteRanges
+from tools.conversion.readers.table_rows import Row, Table
+from tools.conversion.records import BadRecord, InputFile, Kind, Record, Source, option
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w-]*)=(.+)", re.DOTALL)
 _SEPARATORS = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.byte_ranges import ByteRanges
-from tools.image_texts import NO_ID, JoinedSplit, repeated
-from tools.records import InputFile, Kind, NoOptions, Source
+from tools.conversion.readers.byte_ranges import ByteRanges
+from tools.conversion.readers.image_texts import NO_ID, JoinedSplit, repeated
+from tools.conversion.records import InputFile, Kind, NoOptions, Source
 
 _FILE = re.compile(r"(.+)_(imgs\.tsv|texts\.jsonl)")
 _IMAGES, _TEXTS = "imgs.tsv", "texts.jsonl"

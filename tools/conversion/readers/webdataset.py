@@ -16,10 +16,10 @@ import numpy as np
 
 from clipcluster.data import captions
 from clipcluster.errors import UserError
-from tools.records import BadRecord, InputFile, Kind, Record, Source, option
-from tools.sample_choice import Chosen, all_or_once
-from tools.sample_members import record_of
-from tools.tar_samples import TarSamples
+from tools.conversion.readers.sample_choice import Chosen, all_or_once
+from tools.conversion.readers.sample_members import record_of
+from tools.conversion.readers.tar_samples import TarSamples
+from tools.conversion.records import BadRecord, InputFile, Kind, Record, Source, option
 
 _NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"

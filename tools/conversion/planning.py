@@ -19,7 +19,7 @@ import numpy as np
 from clipcluster.data import permutation
 from clipcluster.data.tar import BLOCK
 from clipcluster.errors import UserError
-from tools.records import Source, Split
+from tools.conversion.records import Source, Split
 
 DESCRIPTION = "conversion.json"
 _FORMAT = 1  # another number where the same input would give other bytes
