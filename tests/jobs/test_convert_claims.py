@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clipcluster.data.shards import open_folder
+from clipcluster.data.sources import open_folder
 from clipcluster.runtime.stop import Stop
 from jobs.convert import FOLDER, Claims, Order, serve
 from tools.conversion import convert as conversion
