@@ -33,6 +33,7 @@ from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 FOLDER = "convert-jobs"
 _JOB = "job.json"
 _CLAIMS = "claims"
+_TIME_IS_UP = "SIGUSR1"
 _LEAD_SECONDS = 60  # before the time limit: SLURM keeps limits by the minute
 _CRASHES = 3  # as often a member that crashed is requeued
 
@@ -93,6 +94,9 @@ def serve(order: Order, stop: Stop) -> int:
         with told_to_people(plan):
             _work(plan, claims, heed)
     except _Stopped:
+        if stop.signal == _TIME_IS_UP and claims.taken < 2:
+            print("no shard was finished within the time limit: smaller shards, or a longer cluster.time")
+            return int(Outcome.ERROR)  # requeued a few times only
         print(f"asked to stop by {stop.signal}: the shard begun is left to the next attempt")
         return int(Outcome.STOPPED)
     return 0
@@ -127,12 +131,15 @@ class Claims:
     """
 
     def __init__(self, folder: Path, owner: str) -> None:
+        self.taken = 0  # by this attempt
         self._folder = folder
         self._owner = owner
 
     def take(self, shard: Shard, turn: int) -> bool:
         """Claim a shard; also True for one this task claimed before it was requeued."""
-        return files.link_once(self._file(shard, turn), self._owner) or self.mine(shard, turn)
+        taken = files.link_once(self._file(shard, turn), self._owner) or self.mine(shard, turn)
+        self.taken += taken
+        return taken
 
     def mine(self, shard: Shard, turn: int) -> bool:
         """Whether this task has claimed it."""
@@ -216,7 +223,7 @@ def _parameters(cluster: Cluster, order: Order, code: Path) -> dict[str, Any]:
             "exit",
         ],
         "srun_args": ["--open-mode=append", f"--cpus-per-task={cluster.cpus_per_task}"],
-        "additional_parameters": {"requeue": True, "signal": f"USR1@{lead}"},
+        "additional_parameters": {"requeue": True, "signal": f"{_TIME_IS_UP.removeprefix('SIG')}@{lead}"},
     }
     return {name: value for name, value in chosen.items() if value is not None}
 

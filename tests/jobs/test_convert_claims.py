@@ -1,12 +1,14 @@
 """Tasks of an array share a conversion: every shard has one owner, and the last one finishes it."""
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from clipcluster.data.sources import open_folder
-from clipcluster.runtime.stop import Stop
+from clipcluster.runtime.stop import Outcome, Stop
 from jobs.convert import FOLDER, Claims, Order, serve
 from tools.conversion import convert as conversion
 from tools.conversion.convert import begun, prepare
@@ -78,3 +80,42 @@ def test_a_repeated_key_in_a_shard_of_a_task_that_left(
     assert prepare("keys", out, [], NoOptions(), settings).finished
     assert [open_folder(out).read(position).key for position in range(5)] == ["a", "b", "c", "d", "e"]
     assert '"duplicate key", "number": 4' in (out / BAD_SAMPLES).read_text()
+
+
+class StoppedAt(Keys):
+    """Reading the sample of this number takes until the time is nearly up."""
+
+    def __init__(self, keys: list[str], number: int) -> None:
+        super().__init__(keys)
+        self._number = number
+
+    def read(self, number: int) -> Record:
+        if number == self._number:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.3)
+        return super().read(number)
+
+
+@pytest.mark.parametrize(("at", "code"), [(1, Outcome.ERROR), (3, Outcome.STOPPED)])
+def test_a_shard_that_does_not_fit_the_time_is_not_begun_for_ever(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at: int,
+    code: Outcome,
+) -> None:
+    split = StoppedAt(["a", "b", "c", "d", "e", "f"], at)
+    kind = Kind("keys", lambda inputs, options: Source([split], []), options=NoOptions)
+    monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
+    monkeypatch.setenv("SLURM_JOB_ID", "7_0")
+    out, settings = tmp_path / "out", Settings(samples_per_shard=3)
+    with begun(prepare("keys", out, [], NoOptions(), settings).plan):
+        (out / FOLDER / "claims").mkdir(parents=True)
+    stop, before = Stop(), signal.getsignal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, stop._note)
+    try:
+        assert serve(Order("keys", out, [], NoOptions(), settings), stop) == code
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert ("cluster.time" in capsys.readouterr().out) == (code == Outcome.ERROR)
+    assert not list(out.rglob("*.part"))
