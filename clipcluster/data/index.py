@@ -352,15 +352,10 @@ def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool
     )
 
 
-def write_list(
-    target: Path,
-    choices: str | Sequence[str],
-    entries: Sequence[ShardEntry],
-    counts: Sequence[np.ndarray] | None = None,
-) -> None:
+def write_list(target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]) -> None:
     """Writes index.json, then index.bin, each aside and renamed, from the entries and the rows on disk.
 
-    `counts` is not needed any more. UserError where the rows of a shard are not those of its entry.
+    UserError where the rows of a shard are not those of its entry.
     """
     choices = (choices,) if isinstance(choices, str) else tuple(choices)
     totals = {
