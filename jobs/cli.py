@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -283,6 +284,23 @@ def train(
     os._exit(code)
 
 
+_RIGHTS = "give yourself the right to it, or name another place"
+_SPACE = "make space and give the same command again"
+_OTHER = "something of another kind has this name; give another"
+# What the file system says to a path that somebody typed; all else is a fault of the program.
+_REFUSALS = {
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.ENOTDIR: _OTHER,
+    errno.EISDIR: _OTHER,
+    errno.EEXIST: _OTHER,
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
 def main() -> NoReturn:
     """Run the command; a mistake of the user is one message on stderr and code 2."""
     try:
@@ -297,6 +315,11 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader (head, less) has gone: not an error
         code = 0
+    except OSError as error:
+        if error.errno not in _REFUSALS or error.filename is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}; {_REFUSALS[error.errno]}", err=True)
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
 

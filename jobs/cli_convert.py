@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 import sys
 import typing
@@ -206,13 +207,28 @@ def run_conversion(
     if as_json:
         splits = {split: dataclasses.asdict(summary) for split, summary in done.splits.items()}
         print_document({"out": str(out), "made": done.made, "splits": splits, "bad": done.bad})
+        _refuse_empty(done)
         return
     for note in done.notes:
         say(note)
     for split, summary in done.splits.items():
         bad = f", {done.bad[split]:,} bad ones left out: {summary.folder}/bad_samples.jsonl"
         say(summary_line(summary) + (bad if done.bad[split] else ""))
+    _refuse_empty(done)
     say(f"{out}: " + ("made" if done.made else "was there already, whole"))
+
+
+def _refuse_empty(done: Any) -> None:
+    """UserError, with the first reason, where all samples were bad ones: mostly a wrong option."""
+    if any(summary.samples for summary in done.splits.values()) or not any(done.bad.values()):
+        return
+    lists = [Path(summary.folder) / "bad_samples.jsonl" for summary in done.splits.values()]
+    with open(next(path for path in lists if path.exists()), encoding="utf-8") as file:
+        first = json.loads(file.readline())
+    raise UserError(
+        f"{done.out}: none of the {sum(done.bad.values()):,} samples can be used; the first one, "
+        f"{first['key']}: {first['reason']}. Remove the folder and convert again with other options"
+    )
 
 
 def _queue(

@@ -1,5 +1,6 @@
 """The figures of `shards stats` as a picture: one row of histograms a folder."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ def require_drawable(path: Path) -> None:
         raise UserError(f"--picture {path}: give a name that ends in {', '.join(_KINDS)}")
     if not path.parent.is_dir():
         raise UserError(f"--picture {path}: no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--picture {path}: cannot be written there; name a place where it can")
 
 
 def draw(figures: Sequence[Stats], path: Path) -> None:

@@ -20,6 +20,7 @@ _KINDS: dict[str, tuple[str, str | None]] = {
     "JPEG XL": ("jxl", None),
     "PPM": ("ppm", "PPM"),
 }
+KIND_NAMES = tuple(_KINDS)
 _BEGINNINGS = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),

@@ -251,7 +251,11 @@ def write_index(
         target.mkdir(parents=True, exist_ok=True)
         entries = _index_all(shards, target, choices, {} if again else known, workers, progress)
         write_list(target, choices, entries)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--index {target}: a file has this name; give a folder") from None
     except PermissionError as error:
+        if Path(str(error.filename)) in shards:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
         raise UserError(
             f"{target} cannot be written to ({error.strerror}: {error.filename}); put the index elsewhere: "
             f"clipcluster shards index {folder} --index FOLDER"

@@ -127,6 +127,11 @@ def _parts(
         names = {name: row for row, name in enumerate(Shards([part]).shard_names)}
         wanted = [path.name for path in paths if path.parent == folder]
         missing = [name for name in wanted if name not in names]
+        if missing and glob.has_magic(missing[0]):
+            raise UserError(
+                f"{folder / missing[0]}: no shard of {folder} has such a name; the first one is "
+                f"{min(names, default='none')}"
+            )
         if missing:
             raise UserError(
                 f"{folder / missing[0]}: not in the index of its folder ({len(missing)} of {len(wanted)} "

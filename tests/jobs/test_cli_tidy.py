@@ -92,3 +92,26 @@ def test_wrong_input(folder: Path, words: list[str], part: str) -> None:
     assert done.stderr.startswith("error: ")
     assert part in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_conversion_without_a_good_sample_ends_with_the_reason(tmp_path: Path) -> None:
+    table = tmp_path / "x.csv"
+    table.write_text("filepath,title,label\na.jpg,one,cat\n")
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    for _ in range(2):  # found finished, it says the same
+        done = clipcluster("convert", "csv", table, "--class-column", "label", "--out", tmp_path / "out")
+        assert done.returncode == 2
+        assert "none of the 1 samples can be used" in done.stderr
+        assert "no class number" in done.stderr
+
+
+def test_what_the_file_system_refuses_is_one_message(tmp_path: Path, folder: Path) -> None:
+    done = clipcluster("index", "x" * 300)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: xxx")
+    assert "give a shorter name" in done.stderr
+    (tmp_path / "file").touch()
+    done = clipcluster("index", folder, "--index", tmp_path / "file")
+    assert done.returncode == 2
+    assert "a file has this name; give a folder" in done.stderr

@@ -8,6 +8,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ KINDS = {
     "shards": "shards",
     "webdataset": "webdataset",
 }
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]*:/")
 _LOCK_PATIENCE = 10.0  # seconds: the workers of a killed conversion leave within them
 
 
@@ -80,6 +82,7 @@ def prepare(
 ) -> Prepared:
     """Opens the inputs and cuts them into shards. UserError as `convert`, but for what writing meets."""
     chosen = kind_named(kind)
+    _refuse_places(out, inputs, chosen)
     was = planning.read_description(out)
     if was is None and not _is_free(out):
         raise UserError(f"{out} is there and holds something else; give another --out, or remove it first")
@@ -90,6 +93,12 @@ def prepare(
         raise UserError(
             f"--resize-mode {settings.resize_mode!r}: there are {', '.join(planning.RESIZE_MODES)}"
         )
+    for option in ("resize_mode", "quality"):
+        if settings.resize is None and getattr(settings, option) != getattr(Settings(), option):
+            raise UserError(
+                f"--{option.replace('_', '-')} {getattr(settings, option)}: it goes with --resize SIDE; "
+                "without that no image is re-encoded"
+            )
     options = chosen.options() if options is None else options
     if was is not None and was.get("finished") and not all(path.exists() for path in inputs):
         # its input may go once it is converted; all else must still be the same
@@ -142,6 +151,27 @@ def convert(
             processes.run(plan, workers, progress)
             if making.finish(plan):
                 return result(plan, made=True, notes=prepared.notes)
+
+
+def _refuse_places(out: Path, inputs: Sequence[Path], kind: Kind) -> None:
+    """UserError: an address, an output that is a file or would be input at the next call."""
+    for path in (out, *inputs):
+        if _ADDRESS.match(str(path)):
+            word = "--out" if path is out else "INPUT"
+            address = str(path).replace(":/", "://", 1)  # pathlib takes one of two strokes away
+            raise UserError(
+                f"{word} {address}: an address; convert works on files of this machine, so copy the data "
+                + ("there afterwards" if path is out else "here first")
+            )
+    there = next((place for place in (out, *out.parents) if place.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file; give a folder to make")
+    for path in inputs if kind.takes_all_below else ():
+        if path.is_dir() and path.resolve() in out.resolve().parents:
+            raise UserError(
+                f"--out {out}: it lies in {path}, and all that is below belongs to the input; give a folder "
+                "outside it"
+            )
 
 
 def _is_free(out: Path) -> bool:

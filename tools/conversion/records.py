@@ -122,7 +122,8 @@ class Kind:
     `help` is one line. `options` is a frozen dataclass whose fields are the kind's own options: a field's
     metadata has `help` (and `metavar`), its default is the option's. `inputs` describes INPUT … for the help;
     empty: there are none. `open` raises UserError for inputs that are not what they should be.
-    `samples_per_shard` holds where the user gives none.
+    `samples_per_shard` holds where the user gives none. `takes_all_below`: whatever lies below an input
+    folder is input too, so the shards must not.
     """
 
     help: str
@@ -130,6 +131,7 @@ class Kind:
     inputs: str = ""
     options: type = NoOptions
     samples_per_shard: int = 10_000
+    takes_all_below: bool = False
 
 
 def option(default: Any, help: str, *, metavar: str | None = None) -> Any:

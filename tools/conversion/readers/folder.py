@@ -270,4 +270,5 @@ KIND = Kind(
     _open,
     inputs="A folder of class folders, or of train, val and test with them.",
     options=FolderOptions,
+    takes_all_below=True,
 )

@@ -19,7 +19,7 @@ import numpy as np
 from clipcluster.data import index as indexes
 from clipcluster.data.captions import choice_for
 from clipcluster.data.columns import read_columns
-from clipcluster.data.image_kind import kind_of, size_of
+from clipcluster.data.image_kind import KIND_NAMES, kind_of, size_of
 from clipcluster.data.shards import OPEN_SHARDS, Shards
 from clipcluster.data.sources import open_folder
 from clipcluster.data.tar import BrokenTar, scan
@@ -215,6 +215,10 @@ def _opened(path: Path) -> _Folder:
         raise UserError(f"{error.reason}; {error.advice}" if error.advice else error.reason) from None
 
 
+def _kinds_named(options: Options) -> set[str]:
+    return {name.strip().lower() for part in options.kinds for name in part.split(",")}
+
+
 def _require_sense(options: Options) -> None:
     """UserError for values that mean nothing."""
     if options.fraction is not None and not 0 < options.fraction <= 1:
@@ -223,7 +227,10 @@ def _require_sense(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    if options.max_aspect is not None and options.max_aspect < 1:
+    for name in _kinds_named(options):
+        if name not in (*map(str.lower, KIND_NAMES), "none"):
+            raise UserError(f"--kinds {','.join(options.kinds)}: there are {', '.join(KIND_NAMES)}, and none")
+    if options.max_aspect is not None and not options.max_aspect >= 1:
         raise UserError(
             f"--max-aspect {options.max_aspect}: the ratio of the longer side to the shorter is 1 or more"
         )
@@ -324,7 +331,7 @@ def _conditions(options: Options) -> list[Callable[[Shards, int], bool]]:
     """What the images' bytes have to answer."""
     conditions: list[Callable[[Shards, int], bool]] = []
     if options.kinds or options.min_side is not None or options.max_aspect is not None:
-        names = {name.lower() for part in options.kinds for name in part.split(",")}
+        names = _kinds_named(options)
 
         def fits(shards: Shards, position: int) -> bool:
             image = shards.read(position, text=False).image

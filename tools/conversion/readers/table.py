@@ -231,6 +231,8 @@ def open_tables(inputs: Sequence[Path], options: Options) -> Source:
         raise UserError(f"--root {options.root}: no such folder")
     tables: dict[str, list[Table]] = {}
     for name, path in _named(inputs):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; convert csv takes the tables in it: {path}/*.csv")
         table = Table(path, separator, options.quotes)
         _check_columns(table, options)
         tables.setdefault(name, []).append(table)

@@ -194,4 +194,5 @@ KIND = Kind(
     open_tars,
     inputs="Folders of tars, or of train, test and so on with tars.",
     options=Options,
+    takes_all_below=True,
 )
