@@ -64,6 +64,8 @@ def verify(
         if repair:
             with _progress(f"{folder}: looking for what is broken") as progress:
                 deeds = mend(folder, elsewhere, workers=workers, progress=progress)
+        for deed in () if as_json else deeds:  # now: what follows may end with a message
+            say(f"{'mended' if deed.done else 'left  '}  {deed.file}: {deed.what}")
         with _progress(str(folder)) as progress:
             report = read(folder, elsewhere, images=images, workers=workers, progress=progress)
         report.repairs = [deed._asdict() for deed in deeds]
@@ -215,8 +217,6 @@ def _print(documents: list[dict[str, Any]]) -> None:
 
 
 def _say_report(report: Any) -> None:
-    for deed in report.repairs:
-        say(f"{'mended' if deed['done'] else 'left  '}  {deed['file']}: {deed['what']}")
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items())
     say(
         f"{report.folder}: {report.samples:,} samples ({kinds or 'no image'}) with {report.captions:,} "

@@ -61,8 +61,8 @@ def _repair(
     except UserError as error:  # no index, or a damaged one
         for path in indexes.find_shards(folder):
             yield from _mended(path)
-        indexes.write_index(folder, index, choices, workers=workers)
-        yield Deed(indexes.LIST, True, f"the index was made ({str(error).partition(';')[0]})")
+        words = f"the index was made ({str(error).partition(';')[0]})"
+        yield _listed(folder, index, choices, workers, words)
         return
     todo = list(_shards(folder, index, choices, report))
     yield from todo
@@ -76,8 +76,17 @@ def _repair(
             f"the list was left as it is while {gone[0]} is gone: it says what is missing",
         )
         return
-    indexes.write_index(folder, index, choices, workers=workers)
-    yield Deed(indexes.LIST, True, "the list was written anew: a run that used the old one refuses to go on")
+    words = "the list was written anew: a run that used the old one refuses to go on"
+    yield _listed(folder, index, choices, workers, words)
+
+
+def _listed(folder: Path, index: Path, choices: list[str], workers: int, words: str) -> Deed:
+    """Writes the list anew; what keeps it from that, such as a compressed shard, does not undo the rest."""
+    try:
+        indexes.write_index(folder, index, choices, workers=workers)
+    except UserError as error:
+        return Deed(indexes.LIST, False, f"the list was left as it is: {error}; then repair again")
+    return Deed(indexes.LIST, True, words)
 
 
 def _choices(folder: Path, index: Path) -> list[str]:

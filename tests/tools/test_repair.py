@@ -1,5 +1,6 @@
 """`shards verify --repair`: mends what can be mended, deletes nothing, blesses no damage."""
 
+import gzip
 import os
 import shutil
 import time
@@ -173,3 +174,14 @@ def test_wrong_input(tmp_path: Path) -> None:
         repair(tmp_path / "x")
     with pytest.raises(UserError, match=r"no \.tar shards"):
         repair(tmp_path)
+
+
+def test_a_compressed_shard_does_not_hide_what_was_mended(folder: Path) -> None:
+    (folder / "00001.tar").write_bytes(gzip.compress((folder / "00001.tar").read_bytes()))
+    cut = folder / "00002.tar"
+    cut.write_bytes(cut.read_bytes()[:-3000])
+    deeds = {deed.file: deed for deed in repair(folder)}
+    assert deeds["00002.tar"].done
+    assert not deeds["00001.tar"].done
+    assert not deeds["index.json"].done
+    assert "00001.tar is compressed with gzip" in deeds["index.json"].what
