@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from clipcluster.errors import UserError
-from tools.convert import Settings, convert
-from tools.readers.shards import Options
+from tools.conversion.convert import Settings, convert
+from tools.conversion.readers.shards import Options
 
 JPEG = b"\xff\xd8\xff\xe0"
 
