@@ -115,6 +115,9 @@ def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
         making.work(plan, claim, heed)
         left_out = making.read_left_out(plan)
         missing = [s for s in plan.shards() if making.finished(plan, s, left_out) is None]
+        if missing and making.is_finished(plan.out):
+            print("another task finished the conversion")
+            return
         if missing and not any(claims.mine(shard, turn) for shard in missing):
             print(f"{len(missing)} shards are in other hands: nothing left to do")
             return

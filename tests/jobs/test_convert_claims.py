@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +13,10 @@ from clipcluster.data.sources import open_folder
 from clipcluster.runtime.stop import Outcome, Stop
 from jobs.convert import FOLDER, Claims, Order, serve
 from tools.conversion import convert as conversion
+from tools.conversion import making
 from tools.conversion.convert import begun, prepare
 from tools.conversion.making import BAD_SAMPLES
-from tools.conversion.planning import Settings, Shard
+from tools.conversion.planning import Plan, Settings, Shard
 from tools.conversion.records import Kind, NoOptions, Record, Source
 
 JPEG = b"\xff\xd8\xff\xe0"
@@ -119,3 +122,25 @@ def test_a_shard_that_does_not_fit_the_time_is_not_begun_for_ever(
         signal.signal(signal.SIGUSR1, before)
     assert ("cluster.time" in capsys.readouterr().out) == (code == Outcome.ERROR)
     assert not list(out.rglob("*.part"))
+
+
+def test_a_task_that_comes_second_writes_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = Kind("keys", lambda inputs, options: Source([Keys(["a", "b", "c"])], []), options=NoOptions)
+    monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
+    monkeypatch.setenv("SLURM_JOB_ID", "7_0")
+    out, settings, work = tmp_path / "out", Settings(samples_per_shard=1), making.work
+    with begun(prepare("keys", out, [], NoOptions(), settings).plan):
+        (out / FOLDER / "claims").mkdir(parents=True)
+    written: list[int] = []
+
+    def work_while_another_finishes(plan: Plan, claim: Callable[[Shard], bool], *more: Any) -> None:
+        work(plan, claim, *more)
+        assert making.finish(plan)
+        written.extend(path.stat().st_mtime_ns for path in sorted(out.glob("*.tar")))
+
+    monkeypatch.setattr(making, "work", work_while_another_finishes)
+    assert serve(Order("keys", out, [], NoOptions(), settings), Stop()) == 0
+    assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))] == written
+    assert not (out / making.STATE).exists()

@@ -325,13 +325,13 @@ def finish(plan: Plan) -> bool:
     done = {shard: kept for shard, kept in zip(shards, found, strict=True) if kept is not None}
     try:
         if len(done) < len(shards):
-            return _is_finished(plan.out)  # by another process, which has removed what was kept
+            return is_finished(plan.out)  # by another process, which has removed what was kept
         if _leave_out_duplicates(plan, done, left_out):
             return False
         for split in range(len(plan.splits)):
             _write_lists(plan, split, {shard: kept for shard, kept in done.items() if shard.split == split})
     except FileNotFoundError:
-        if _is_finished(plan.out):
+        if is_finished(plan.out):
             return True
         raise
     document = {**plan.description, "finished": True}
@@ -340,7 +340,8 @@ def finish(plan: Plan) -> bool:
     return True
 
 
-def _is_finished(out: Path) -> bool:
+def is_finished(out: Path) -> bool:
+    """Whether the lists are written; what is kept of the shards is removed after that."""
     return bool((read_description(out) or {}).get("finished"))
 
 
