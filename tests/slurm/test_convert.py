@@ -27,8 +27,8 @@ SETTINGS = Settings(samples_per_shard=15, resize=64)
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """Two classes of 150 files each, big enough that a shard takes a while to resize."""
+def images(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Two classes of 150 files each, or as the test says, so big that a shard takes a while to resize."""
     numbers = np.random.default_rng(0)
     file = io.BytesIO()
     Image.fromarray(numbers.integers(0, 255, (1200, 1200, 3), np.uint8)).save(file, "PNG")
@@ -36,7 +36,7 @@ def images(tmp_path: Path) -> Path:
     first.write_bytes(file.getvalue())
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(150):
+        for number in range(getattr(request, "param", 150)):
             os.link(first, tmp_path / "images" / name / f"{number:03d}.png")
     return tmp_path / "images"
 
@@ -106,13 +106,14 @@ def test_tasks_are_killed_and_preempted_and_the_bytes_are_the_same(images, clust
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("images", [600], indirect=True)
 def test_a_cancelled_conversion_stays_cancelled_and_goes_on_when_asked(
     images, cluster, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
     out = tmp_path / "out"
-    words = ["shards", "convert", "folder", str(images), "--out", str(out), "--samples-per-shard", "15"]
-    words += ["--resize", "64", "--executor", "slurm", "--jobs", "2", "--cluster", "partition=low"]
+    words = ["shards", "convert", "folder", str(images), "--out", str(out), "--samples-per-shard", "60"]
+    words += ["--resize", "64", "--executor", "slurm", "--jobs", "1", "--cluster", "partition=low"]
 
     def command(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

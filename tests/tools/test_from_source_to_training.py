@@ -58,6 +58,15 @@ def _coco(request: pytest.FixtureRequest, folder: Path) -> Way:
     return Way(["convert", "coco", zips, "--out", folder / "out"], folder / "out" / "train", 6)
 
 
+def _folder(request: pytest.FixtureRequest, folder: Path) -> Way:
+    for number in range(6):
+        path = folder / "images" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(request.getfixturevalue("picture")(number, "PNG"))
+    command = ["convert", "folder", folder / "images", "--template", "a photo of a {c}."]
+    return Way([*command, "--out", folder / "out"], folder / "out", 6)
+
+
 def _csv(request: pytest.FixtureRequest, folder: Path) -> Way:
     (folder / "images").mkdir()
     rows = ["filepath\ttitle"]
@@ -135,6 +144,7 @@ def _timm_imagenet(request: pytest.FixtureRequest, folder: Path) -> Way:
 
 WAYS: dict[str, Callable[[pytest.FixtureRequest, Path], Way]] = {
     "coco": _coco,
+    "folder": _folder,
     "csv": _csv,
     "chinese-clip": _chinese_clip,
     "lmdb": _lmdb,
