@@ -60,7 +60,8 @@ def queue(jobs: Sequence[Callable[[], None]], parameters: Mapping[str, Any], log
         except FailedJobError as refusal:
             raise UserError(
                 f"SLURM refused the job: {refusal}\n"
-                "Change the cluster section, for example on the command line: cluster.partition=NAME"
+                "Change the cluster section, for example on the command line: cluster.partition=NAME (of a "
+                "conversion: --cluster partition=NAME)"
             ) from None
     sys.stderr.write(said.getvalue())
     return [job.job_id for job in submitted]

@@ -77,7 +77,7 @@ class Coco:
                 "height": 14,
                 "width": 20,
                 "date_captured": "2013-11-14 17:02:52",
-                "flickr_url": f"http://farm7.staticflickr.com/{number}_z.jpg",
+                "flickr_url": f"http://live.staticflickr.com/{number}_z.jpg",
                 "id": number,
             }
             for number in self.ids[split]
