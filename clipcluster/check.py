@@ -24,7 +24,7 @@ from clipcluster.recipe.schema import Recipe, Source
 from clipcluster.recipe.tree import nearest
 
 if TYPE_CHECKING:
-    from clipcluster.data.shards import Shards
+    from clipcluster.data.shards.dataset import Shards
 
 T = TypeVar("T")
 
@@ -169,13 +169,13 @@ def _check_cache(recipe: Recipe, opened: Sequence[Shards], findings: Findings) -
 
 def _draws(recipe: Recipe, opened: Sequence[Shards]) -> int:
     """Samples of all sources, repeats counted, from the order itself: what it refuses is found here."""
-    from clipcluster.data.order import order_of
+    from clipcluster.data.sampling.sampler import order_of
 
     return order_of(recipe, opened).samples
 
 
 def _open(source: Source, text: bool) -> Shards:
-    from clipcluster.data.sources import open_source
+    from clipcluster.data.shards.open import open_source
 
     try:
         return open_source(source, text=text)
@@ -370,7 +370,7 @@ def _millions(parameters: Iterable[Any]) -> str:
 
 def _check_sample(key: str, source: Source, text: bool, tokenizer: Any, findings: Findings) -> None:
     """The shards are as indexed; the first sample that decodes is decoded, and its caption tokenized."""
-    from clipcluster.data.decode import BadImage, decode
+    from clipcluster.data.images.decode import BadImage, decode
 
     shards = _open(source, text)
     shards.check_unchanged()

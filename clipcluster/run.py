@@ -28,8 +28,8 @@ from clipcluster.runtime.place import Place
 from clipcluster.runtime.stop import Outcome, Stop, Wish
 
 if TYPE_CHECKING:
-    from clipcluster.data.order import Order
-    from clipcluster.data.shards import Shards
+    from clipcluster.data.sampling.sampler import Order
+    from clipcluster.data.shards.dataset import Shards
     from clipcluster.data.tokenizer import Tokenizer
     from clipcluster.model.clip import Clip
     from clipcluster.runtime.world import World
@@ -119,9 +119,9 @@ def _hashes(source: Shards) -> dict[str, str]:
 
 def open_sources(recipe: Recipe, assets: Path) -> Sources:
     """Open the recipe's sources. Raises UserError where one cannot be opened."""
-    from clipcluster.data.cache import Cache
-    from clipcluster.data.order import order_of
-    from clipcluster.data.sources import open_source
+    from clipcluster.data.sampling.sampler import order_of
+    from clipcluster.data.shards.open import open_source
+    from clipcluster.data.storage.cache import Cache
     from clipcluster.data.tokenizer import load_tokenizer
 
     cache = Cache.of(recipe.data.cache)
@@ -367,7 +367,7 @@ def _wrapped(task: Any, world: World) -> Any:
 def _loader(
     recipe: Recipe, sources: Sources, world: World, start: int, skipped: Sequence[tuple[int, int]]
 ) -> Any:
-    from clipcluster.data.loader import Loader
+    from clipcluster.data.loading.loader import Loader
 
     return Loader(
         sources.shards,

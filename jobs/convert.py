@@ -23,11 +23,11 @@ from clipcluster.recipe.schema import Cluster
 from clipcluster.runs import files
 from clipcluster.runtime.place import slurm_job_id
 from clipcluster.runtime.stop import Outcome, Stop, Wish
-from jobs import cluster as clusters
-from jobs import launch, snapshot
-from tools.conversion import making
-from tools.conversion.convert import begun, prepare, sweep, told_to_people
-from tools.conversion.planning import Plan, Settings, Shard
+from jobs.submit import launch, snapshot
+from jobs.submit import parameters as clusters
+from tools.convert import work as making
+from tools.convert.convert import begun, prepare, sweep, told_to_people
+from tools.convert.plan import Plan, Settings, Shard
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 FOLDER = "convert-jobs"
@@ -40,7 +40,7 @@ _CRASHES = 3  # as often a member that crashed is requeued
 
 @dataclass(frozen=True)
 class Order:
-    """What is converted, as `tools.conversion.convert.convert` takes it; paths are absolute."""
+    """What is converted, as `tools.convert.convert.convert` takes it; paths are absolute."""
 
     kind: str
     out: Path

@@ -15,7 +15,7 @@ from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import local_job_runs
-from jobs import history
+from jobs.endings import history
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 SUBMISSIONS = "jobs.jsonl"  # in submitit/: one line a submission

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clipcluster import check
 from clipcluster.check import Checked, Findings, deep, plain
-from clipcluster.data.index import write_index
+from clipcluster.data.shards.folder_index import write_index
 from clipcluster.errors import UserError
 
 RECIPE = """\
@@ -353,7 +353,8 @@ def test_a_server_that_is_not_there(checked: Callable[..., Checked]) -> None:
 def test_plain_checks_of_local_shards_load_nothing_for_remote_ones(folder: Path) -> None:
     code = (
         "import sys; from clipcluster.check import plain; plain('tiny.yaml');"
-        "sys.exit(' '.join({'fsspec', 'urllib.request', 'clipcluster.data.cache'} & set(sys.modules)))"
+        "loaded = {'fsspec', 'urllib.request', 'clipcluster.data.storage.cache'} & set(sys.modules);"
+        "sys.exit(' '.join(loaded))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.stderr.strip() == ""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipcluster.data import download
+from clipcluster.data.storage import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.run import evaluate, hash_of, seconds_of_a_save, train
@@ -23,7 +23,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
 from clipcluster.runtime.place import Place
 from clipcluster.runtime.stop import DataError, Outcome, RecipeFailure, Stop
-from tools.conversion.convert import convert
+from tools.convert.convert import convert
 
 RECIPE = """
 name: tiny
@@ -271,7 +271,7 @@ def test_a_stop_while_shards_are_compared_builds_nothing(digits: Path, tmp_path:
 
 
 def test_shards_made_anew_are_refused_at_a_resume(tiny: Tiny, digits: Path, tmp_path: Path) -> None:
-    from clipcluster.data.index import write_index
+    from clipcluster.data.shards.folder_index import write_index
 
     copy = tmp_path / "digits"
     subprocess.run(["cp", "-a", str(digits), str(copy)], check=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.conversion.convert import convert
+from tools.convert.convert import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 

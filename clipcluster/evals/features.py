@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from clipcluster.data.batch import normalise
+from clipcluster.data.loading.batch import normalise
 from clipcluster.model.clip import Clip
 from clipcluster.runtime.world import World
 
 if TYPE_CHECKING:
-    from clipcluster.data.batch import EvaluationBatch
+    from clipcluster.data.loading.batch import EvaluationBatch
 
 logger = logging.getLogger("clipcluster")
 _BAD = ("key", "shard", "reason")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clipcluster.data.cache import Cache
-from clipcluster.data.loader import evaluation_batches
-from clipcluster.data.sources import open_folder
+from clipcluster.data.loading.loader import evaluation_batches
+from clipcluster.data.shards.open import open_folder
+from clipcluster.data.storage.cache import Cache
 from clipcluster.evals.features import Bench, EvaluationSet, Tick
 from clipcluster.evals.retrieval import retrieval
 from clipcluster.evals.zero_shot import zero_shot

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clipcluster.data.batch import normalise
+from clipcluster.data.loading.batch import normalise
 from clipcluster.model.clip import Clip
 from clipcluster.model.losses import Ranks, contrastive
 
 if TYPE_CHECKING:
-    from clipcluster.data.batch import Batch
+    from clipcluster.data.loading.batch import Batch
 
 
 @dataclass(frozen=True)

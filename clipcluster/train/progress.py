@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipcluster.data.batch import Batch
+    from clipcluster.data.loading.batch import Batch
 
 
 class Progress:

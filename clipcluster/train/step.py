@@ -18,7 +18,7 @@ from clipcluster.train.progress import Progress
 from clipcluster.train.schedule import Schedule
 
 if TYPE_CHECKING:
-    from clipcluster.data.batch import Batch
+    from clipcluster.data.loading.batch import Batch
     from clipcluster.model.task import Report
 
 

@@ -24,7 +24,7 @@ from clipcluster.train.saver import Saver
 from clipcluster.train.step import Step
 
 if TYPE_CHECKING:
-    from clipcluster.data.batch import Batch
+    from clipcluster.data.loading.batch import Batch
     from clipcluster.model.task import Report
 
 logger = logging.getLogger("clipcluster")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipcluster.recipe.schema import Data
-from tools.conversion.shard_writer import ShardWriter
+from tools.convert.shard_writer import ShardWriter
 
 
 def _picture(number: int, kind: str = "PNG", size: tuple[int, int] = (12, 10)) -> bytes:

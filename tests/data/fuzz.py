@@ -265,12 +265,12 @@ def examples(draw: st.DrawFn) -> Example:
 
 def look(folder: Path) -> dict[str, Any]:
     """What the project finds in a folder, and what is wrong with how it counts."""
-    from clipcluster.data.index import index_shard, read_entries, write_index
-    from clipcluster.data.sources import open_folder
+    from clipcluster.data.shards.folder_index import index_shard, read_entries, write_index
+    from clipcluster.data.shards.open import open_folder
     from clipcluster.errors import UserError
-    from tools.mend import mend
-    from tools.stats import stats
-    from tools.verify import verify
+    from tools.shards.salvage import mend
+    from tools.shards.stats import stats
+    from tools.shards.verify import verify
 
     try:
         summary = write_index(folder, None, ["default", "lines", "syn.json:syn_text"])

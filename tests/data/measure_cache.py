@@ -9,10 +9,10 @@ import threading
 import time
 from pathlib import Path
 
-from clipcluster.data.cache import Cache
-from clipcluster.data.index import file_sha256
-from clipcluster.data.sources import open_folder
-from tools.conversion.shard_writer import ShardWriter
+from clipcluster.data.shards.folder_index import file_sha256
+from clipcluster.data.shards.open import open_folder
+from clipcluster.data.storage.cache import Cache
+from tools.convert.shard_writer import ShardWriter
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

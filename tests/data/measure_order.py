@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clipcluster.data.order import Order, SourceShape
-from clipcluster.data.repeats import Repeats
+from clipcluster.data.sampling.oversampling import Repeats
+from clipcluster.data.sampling.sampler import Order, SourceShape
 
 BATCH, STEP, BATCHES = 384, 12_345, 100
 PER_SHARD = 10_000

@@ -26,9 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from clipcluster.data.columns import MAGIC
-from clipcluster.data.index import FORMAT, TABLE, column, index_shard, write_columns_of_shard, write_list
-from clipcluster.data.tar import END, header, padded, scan
+from clipcluster.data.shards.columns import MAGIC
+from clipcluster.data.shards.folder_index import (
+    FORMAT,
+    TABLE,
+    column,
+    index_shard,
+    write_columns_of_shard,
+    write_list,
+)
+from clipcluster.data.shards.tar import END, header, padded, scan
 
 SHARDS, PER_SHARD = 1_280_000, 10_000
 RANKS, WORKERS, BATCH = 8, 2, 384
@@ -86,8 +93,8 @@ def recipe_of(folder: Path) -> Any:
 
 def planned(folder: Path) -> tuple[Any, Any, Any]:
     """The recipe, its opened source and its order: what a rank makes before the first batch."""
-    from clipcluster.data.order import order_of
-    from clipcluster.data.sources import open_source
+    from clipcluster.data.sampling.sampler import order_of
+    from clipcluster.data.shards.open import open_source
 
     recipe = recipe_of(folder)
     shards = open_source(recipe.data.train[0], text=True)
@@ -105,11 +112,11 @@ def run_worker(pipe: Any) -> None:
 
 def run_rank(folder: Path, rank: int, torch_too: bool) -> None:
     """One rank, its fork server and its workers; it speaks with `a_node` through stdin and stdout."""
-    importlib.import_module("clipcluster.data.order")
+    importlib.import_module("clipcluster.data.sampling.sampler")
     context = get_context("forkserver")
-    preload = ["numpy", "clipcluster.data.sources"]
+    preload = ["numpy", "clipcluster.data.shards.open"]
     if torch_too:
-        preload += importlib.import_module("clipcluster.data.workers")._PRELOAD
+        preload += importlib.import_module("clipcluster.data.loading.worker_pool")._PRELOAD
     context.set_forkserver_preload(preload)
     pipes = []
     for _ in range(WORKERS):
@@ -219,7 +226,7 @@ def sparse_shards(folder: Path, shards: int, per_shard: int) -> int:
 
 def first_batch(folder: Path, step: int) -> float:
     """Seconds from nothing opened to the batch `step`, through the training loader with two workers."""
-    from clipcluster.data.loader import Loader
+    from clipcluster.data.loading.loader import Loader
     from clipcluster.data.tokenizer import load_tokenizer
 
     began = time.perf_counter()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from clipcluster.data.batch import EvaluationBatch
+from clipcluster.data.loading.batch import EvaluationBatch
 from clipcluster.evals.features import Bench, EvaluationSet
 from clipcluster.runtime.world import World
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcluster.data.sources import open_folder
+from clipcluster.data.shards.open import open_folder
 from clipcluster.evals.suite import set_names
-from tools.conversion.convert import convert
-from tools.conversion.shard_writer import ShardWriter
+from tools.convert.convert import convert
+from tools.convert.shard_writer import ShardWriter
 
 SIZES = (1, 2, 3)
 WORKER = Path(__file__).with_name("suite_of_ranks.py")

@@ -10,9 +10,10 @@ import pytest
 from clipcluster.recipe.schema import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import local_job_runs
-from jobs import history, launch, snapshot
-from jobs.cluster import Member
+from jobs.endings import history
 from jobs.status import Queue, state_of
+from jobs.submit import launch, snapshot
+from jobs.submit.parameters import Member
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,7 +46,7 @@ def code(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The demo's data, converted once."""
-    from tools.conversion.convert import convert
+    from tools.convert.convert import convert
 
     folder = tmp_path_factory.mktemp("data") / "digits"
     convert("digits", folder)

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from clipcluster.data.sources import open_folder
+from clipcluster.data.shards.open import open_folder
 from clipcluster.runtime.stop import Outcome, Stop
 from jobs.convert import FOLDER, Claims, Order, serve
-from tools.conversion import convert as conversion
-from tools.conversion import making
-from tools.conversion.convert import begun, prepare
-from tools.conversion.making import BAD_SAMPLES
-from tools.conversion.planning import Plan, Settings, Shard
-from tools.conversion.records import Kind, NoOptions, Record, Source
+from tools.convert import convert as conversion
+from tools.convert import work as making
+from tools.convert.convert import begun, prepare
+from tools.convert.plan import Plan, Settings, Shard
+from tools.convert.records import Kind, NoOptions, Record, Source
+from tools.convert.work import BAD_SAMPLES
 
 JPEG = b"\xff\xd8\xff\xe0"
 

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from clipcluster.runs import files
-from jobs import history
-from jobs.show import age, status_table
+from jobs.cli.tables import age, status_table
+from jobs.endings import history
 from jobs.status import SUBMISSIONS, Queue, last_metrics, report, state_of
 from tools.slurm import SlurmUnavailable
 

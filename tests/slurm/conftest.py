@@ -16,11 +16,12 @@ import pytest
 from clipcluster.recipe.schema import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
-from jobs import history, launch, snapshot
-from jobs.cluster import Member
+from jobs.endings import history
 from jobs.status import Queue, state_of
-from tools import sandbox as sandboxes
-from tools.sandbox_config import ADMIN_FOLDERS, Sandbox
+from jobs.submit import launch, snapshot
+from jobs.submit.parameters import Member
+from tools.sandbox import sandbox as sandboxes
+from tools.sandbox.config import ADMIN_FOLDERS, Sandbox
 
 MISSING = (
     "SLURM tests skipped: no slurmctld on this machine (apt-get install --no-install-recommends slurm-wlm)"

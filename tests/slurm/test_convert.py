@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipcluster.data.sources import open_folder
+from clipcluster.data.shards.open import open_folder
 from clipcluster.recipe.load import load_cluster
 from jobs import convert as array
-from tools import sandbox as sandboxes
-from tools.conversion.convert import convert, kind_named
-from tools.conversion.planning import Settings
+from tools.convert.convert import convert, kind_named
+from tools.convert.plan import Settings
+from tools.sandbox import sandbox as sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 SETTINGS = Settings(samples_per_shard=15, resize=64)

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from jobs import history
 from jobs.cancel import cancel
+from jobs.endings import history
 from jobs.status import Queue
-from tools import sandbox as sandboxes
+from tools.sandbox import sandbox as sandboxes
 
 pytestmark = pytest.mark.slurm
 # Each scenario is one line of the table. They run on one job or on a member of an array (the others must

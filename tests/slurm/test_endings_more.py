@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import history
 from jobs.cancel import cancel
+from jobs.endings import history
 from jobs.status import Queue
-from tools import sandbox as sandboxes
+from tools.sandbox import sandbox as sandboxes
 
 pytestmark = pytest.mark.slurm
 

@@ -17,10 +17,11 @@ import pytest
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
-from tools import sandbox as sandboxes
-from tools import sandbox_config, sandbox_hostname
-from tools.sandbox_config import Sandbox
-from tools.sandbox_processes import owned
+from tools.sandbox import config as sandbox_config
+from tools.sandbox import hostname as sandbox_hostname
+from tools.sandbox import sandbox as sandboxes
+from tools.sandbox.config import Sandbox
+from tools.sandbox.processes import owned
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 pytestmark = pytest.mark.slurm
@@ -278,7 +279,7 @@ class TestStartAndStop:
         assert sandboxes.stop(room) == 0
 
     def test_stop_after_the_starter_was_killed(self, room: Path) -> None:
-        code = f"import pathlib, tools.sandbox as s; s.start(pathlib.Path({str(room)!r}), nodes=2)"
+        code = f"import pathlib, tools.sandbox.sandbox as s; s.start(pathlib.Path({str(room)!r}), nodes=2)"
         with subprocess.Popen([sys.executable, "-c", code]) as starter:
             wait_for(lambda: (room / "log" / "slurmctld.log").exists(), "slurmctld to start")
             starter.kill()

@@ -10,8 +10,8 @@ import pytest
 from clipcluster.errors import UserError
 from jobs.cancel import cancel
 from jobs.status import Queue, state_of
-from jobs.submit import Wanted, submit
-from tools.conversion.convert import convert
+from jobs.submit.submit import Wanted, submit
+from tools.convert.convert import convert
 
 pytestmark = pytest.mark.slurm
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"

@@ -20,8 +20,8 @@ import pytest
 from clipcluster.runs.folder import Run, all_runs
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
 from jobs.status import Queue, state_of
-from tools import sandbox as sandboxes
-from tools.conversion.convert import convert
+from tools.convert.convert import convert
+from tools.sandbox import sandbox as sandboxes
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT, LENGTHY = 33, 400  # steps; an epoch has 22, and a lost node is noticed after some 25 s

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
-from tools import sandbox, slurm
+from tools import slurm
+from tools.sandbox import sandbox
 
 RUNNING = """\
 JobId=1 JobName=a | b JobState=FAKE
@@ -260,7 +261,10 @@ def test_a_program_that_hangs_is_no_answer(tmp_path, monkeypatch: pytest.MonkeyP
 
 
 def test_asking_and_the_sandbox_need_the_standard_library_only() -> None:
-    code = "import sys, tools.slurm, tools.sandbox; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = (
+        "import sys, tools.slurm, tools.sandbox.sandbox;"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "yaml", "pydantic", "submitit"} & set(done.stdout.split())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipcluster.data.batch import Batch
+from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
 from clipcluster.model.task import Report
 from clipcluster.runs.folder import Run

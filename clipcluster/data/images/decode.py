@@ -1,0 +1,150 @@
+"""Image bytes to pixels. The kind is decided by content, never by a file's name.
+
+JPEG and still WebP go to torchvision, whose decoders are the fastest and stand damaged files; everything else
+goes to Pillow: torchvision's PNG decoder crashes on damaged files and gets palettes and transparent colours
+wrong, its GIF decoder unpacks every frame, and the other kinds it has not.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
+
+from clipcluster.data.images import truncation as jpeg
+from clipcluster.data.images.format import kind_of, no_image, pillow_name, size_of
+
+LARGEST = 89_478_485  # pixels; as Pillow: 256 MiB of RGB
+_SIZE_BY_HEADER = {"JPEG", "PNG", "GIF", "WebP", "BMP"}  # told by us, before a decoder sees the bytes
+_ANIMATION, _EXIF = 0x02, 0x08  # flags of a WebP's header
+_GREY = 128  # what a JPEG decoder fills with where the bits end early
+
+Image.init()  # all kinds of this installation, not only the usual ones
+if "AVIF" in Image.OPEN:
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the loader's workers are the parallel part
+
+
+class BadImage(Exception):
+    """The bytes cannot be decoded; the message is the reason, in a few words."""
+
+
+def decode(data: bytes) -> torch.Tensor:
+    """Decodes an image to (3, H, W) uint8.
+
+    Grey becomes three equal channels, alpha is put on white, 16 bits become 8, of several frames the first
+    is taken (the others are not looked at), EXIF orientation is applied. BadImage for everything else:
+    truncated files, and images of more than `LARGEST` pixels, which are told by their header.
+    """
+    kind = kind_of(data)
+    if kind is None:
+        raise BadImage(no_image(data))
+    try:
+        if kind in _SIZE_BY_HEADER:
+            _refuse_too_large(size_of(data), kind)
+        if kind == "JPEG":
+            return _jpeg(data)
+        return _rgb(_eight_bits(_webp(data) if _is_plain_webp(data, kind) else _pillow(data, kind)))
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise RuntimeError, OSError, SyntaxError, struct.error and more
+        raise BadImage(_reason(kind, error)) from None
+
+
+def _refuse_too_large(size: tuple[int, int] | None, kind: str) -> None:
+    if size is None:
+        raise BadImage(f"{kind}: damaged header")
+    if size[0] * size[1] > LARGEST:
+        raise BadImage(f"{kind}: {size[0]} x {size[1]} pixels are too many (at most {LARGEST:,})")
+
+
+def _jpeg(data: bytes) -> torch.Tensor:
+    doubtful = jpeg.doubtful(data)
+    pixels = decode_jpeg(_writable(data), ImageReadMode.RGB, apply_exif_orientation=True)
+    if (doubtful or _has_grey_corner(pixels)) and _plain(data) != _plain(jpeg.continued(data)):
+        raise BadImage("truncated JPEG: the end marker comes before the last pixels")
+    return pixels
+
+
+def _has_grey_corner(pixels: torch.Tensor) -> bool:
+    """Any corner: the last pixel of the file may have been turned to each."""
+    _, height, width = pixels.shape
+    corners = pixels[0, :: max(1, height - 1), :: max(1, width - 1)].tolist()  # red alone: most end here
+    return any(_GREY in row for row in corners)
+
+
+def _plain(data: bytes) -> bytes:
+    """The pixels of a JPEG by Pillow, which writes no warnings to stderr."""
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        return image.tobytes()
+
+
+def _is_plain_webp(data: bytes, kind: str) -> bool:
+    """A still WebP that is not to be turned."""
+    return kind == "WebP" and not (data[12:16] == b"VP8X" and data[20] & (_ANIMATION | _EXIF))
+
+
+def _webp(data: bytes) -> torch.Tensor:
+    return decode_webp(_writable(data), ImageReadMode.UNCHANGED)
+
+
+def _writable(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch wants memory it may write to
+
+
+def _pillow(data: bytes, kind: str) -> torch.Tensor:
+    name = pillow_name(kind)
+    if name is None or name not in Image.OPEN:
+        raise BadImage(f"{kind}: no decoder for this kind is installed")
+    if kind == "PNG" and b"IEND" not in data:
+        raise BadImage("truncated PNG: no end chunk")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd tags
+        with Image.open(io.BytesIO(data), formats=[name]) as image:
+            _refuse_too_large(image.size, kind)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _array(image)
+
+
+def _array(image: Image.Image) -> torch.Tensor:
+    """(1, H, W) uint16, or (3 or 4, H, W) uint8."""
+    if image.mode.startswith("I;16"):
+        return torch.from_numpy(np.asarray(image).astype(np.uint16))[None]
+    if image.mode == "I" and image.format == "PNG":  # 16 bits, in older Pillows
+        return torch.from_numpy(np.asarray(image).clip(0, 65535).astype(np.uint16))[None]
+    if image.mode in ("I", "F"):
+        raise BadImage(f"pixels of kind {image.mode} have no range")
+    alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    array = np.array(image.convert("RGBA" if alpha else "RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _eight_bits(pixels: torch.Tensor) -> torch.Tensor:
+    """uint16 to uint8, rounded: 65,535 becomes 255."""
+    if pixels.dtype != torch.uint16:
+        return pixels
+    return ((pixels.to(torch.int64) * 255 + 32767) // 65535).to(torch.uint8)
+
+
+def _rgb(pixels: torch.Tensor) -> torch.Tensor:
+    """One to four channels to three; the second of two and the fourth of four are alpha."""
+    if pixels.shape[0] in (2, 4):
+        colour, alpha = pixels[:-1].to(torch.int32), pixels[-1:].to(torch.int32)
+        pixels = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+    return pixels.expand(3, -1, -1) if pixels.shape[0] == 1 else pixels
+
+
+def _reason(kind: str, error: Exception) -> str:
+    """What a decoder says, without its file names and addresses."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"{kind}: damaged header"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{kind}: too many pixels (at most {LARGEST:,})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if ".cpp" in text:
+        text = text.rpartition(": ")[2].rpartition(".cpp")[2].partition(", ")[2] or text.rpartition(", ")[2]
+    return f"{kind}: {text}"[:200]

@@ -1,0 +1,148 @@
+"""The loader's processes: started safely, deaf to the signals of their rank, gone when it is gone.
+
+They come from a fork server, never from a fork of the rank: the rank has threads (collectives, saving), and
+a fork copies their locks. The server imports torch once, so that a worker starts in milliseconds.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from multiprocessing import connection, forkserver, resource_tracker
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from clipcluster.data.loading.worker import Fault, Piece, Reader, Share
+from clipcluster.runtime.stop import ignore_signals
+
+PREFETCH = 2  # batches in the making ahead of the one in use
+_PRELOAD = ["torch", "torch.utils.data", "torchvision.io", "torchvision.transforms.v2", "PIL.Image", "numpy"]
+_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
+
+
+class WorkerDied(Exception):
+    """A loader worker was killed or crashed; a new attempt may fare better.
+
+    No RuntimeError: what a dead worker leaves ("Connection reset by peer") would be taken for a lost rank.
+    """
+
+
+class ShareStream:
+    """Hands shares to workers in turn and their pieces back in that order; without workers, works itself."""
+
+    def __init__(
+        self, reader: Reader, shares: Iterator[Share], workers: int, prefetch: int = PREFETCH
+    ) -> None:
+        context = multiprocessing.get_context("forkserver") if workers else None
+        if context is not None:
+            context.set_forkserver_preload([*_PRELOAD, *getattr(reader.tokenizer, "modules", ())])
+        with _no_advice():
+            self._loader: DataLoader[Any] = DataLoader(
+                reader,  # type: ignore[arg-type]
+                batch_sampler=shares,  # type: ignore[arg-type]
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                multiprocessing_context=context,
+                worker_init_fn=_begin if workers else None,
+                prefetch_factor=prefetch if workers else None,
+                generator=torch.Generator(),  # its seeds must not come from the process-wide generator
+            )
+        self._pieces: Any = None
+        self._closed = False
+
+    def take(self, count: int) -> list[Piece]:
+        """The next `count` pieces; StopIteration when the shares are used up.
+
+        Raises what a worker met (DataError, OSError, OutOfMemory) and WorkerDied; the stream is closed then.
+        """
+        if self._closed:
+            raise ValueError("this loader is closed")
+        try:
+            if self._pieces is None:
+                if self._loader.num_workers:
+                    _start_servers()
+                with _signals_blocked(), _no_advice():
+                    self._pieces = iter(self._loader)
+            pieces = [next(self._pieces) for _ in range(count)]
+        except StopIteration:
+            raise
+        except Exception as error:
+            dead = self._dead(wait=isinstance(error, OSError | EOFError | RuntimeError))
+            self.close()
+            if dead:
+                raise WorkerDied(
+                    f"loader worker {', '.join(map(str, dead))} was killed or crashed: {error}"
+                ) from error
+            raise
+        for piece in pieces:
+            if isinstance(piece, Fault):
+                self.close()
+                raise piece.error()
+        return pieces
+
+    def _dead(self, *, wait: bool) -> list[int]:
+        """Process ids of dead workers; a broken connection may be seen before the death that broke it."""
+        workers = getattr(self._pieces, "_workers", [])
+        if wait and workers:
+            connection.wait([worker.sentinel for worker in workers], timeout=2)
+        return [worker.pid for worker in workers if not worker.is_alive()]
+
+    def close(self) -> None:
+        """Ends the workers at once: they hold nothing that is worth keeping."""
+        self._closed = True
+        pieces, self._pieces = self._pieces, None
+        for worker in getattr(pieces, "_workers", []):
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(worker.pid, signal.SIGKILL)
+        del pieces
+
+
+def _as_it_is(piece: Any) -> Any:
+    return piece
+
+
+def _begin(worker: int) -> None:
+    """The first lines of a worker's life."""
+    ignore_signals()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank() -> None:
+    """Waits for the rank's end, however it came: the fork server between the two would go on."""
+    rank = multiprocessing.parent_process()
+    if rank is not None:
+        rank.join()
+        os._exit(1)
+
+
+def _start_servers() -> None:
+    """Starts the processes that start the workers, if they are not there yet."""
+    with _signals_blocked():
+        resource_tracker.ensure_running()  # unblocks INT and TERM when it starts: hence a block of its own
+    with _signals_blocked():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without torch's words on the number of workers: the recipe decides it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*worker processes in total", category=UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started here inherits the mask: the fork server lives through the signals of its rank."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

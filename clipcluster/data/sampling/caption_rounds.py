@@ -1,0 +1,355 @@
+"""What a line is laid from: the shards of one or several sources, and which of their samples a round holds.
+
+Round c holds the samples with more than c captions. With one caption a sample (or none needed) there is one
+round. A shard whose samples are shown C times a pass is C portions (`repeats` says which sample lies in
+which), each of which a line treats as a shard of its own; without repeats a portion is a shard.
+
+Kept in memory are counts by shard alone, and by portion where repeats differ by class; which samples of a
+shard belong to a round is looked up in the caption counts and classes (memory-mapped) when it is reached.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipcluster.data.sampling.oversampling import Copies, Repeats, whole_copies
+from clipcluster.errors import UserError
+
+MOST_PORTIONS = 1 << 25  # 4 bytes each in every rank
+_SCAN = 1 << 22  # samples of the caption counts looked at together
+_KEPT = 1 << 23  # sample numbers of partly held portions kept, in all
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """One of several fields that hold captions.
+
+    counts: (n_samples,) integers, captions of each sample in this field. probability: of showing this field,
+        among those in which a sample has captions; above zero.
+    """
+
+    counts: np.ndarray
+    probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class SourceShape:
+    """What the order of samples knows of one source.
+
+    sample_counts: (n_shards,) integers, samples of each shard in the index's order.
+    caption_counts: (n_samples,) integers, captions of each sample in the index's order; a sample with none is
+        never drawn. None: captions play no part, every sample is drawn once a pass and Draws.caption is -1.
+    weight: share of the draws; None in all sources of a recipe, or in none.
+    more_than: (C, n_shards) integers, row c the samples of each shard with more than c captions; None:
+        counted here, by a scan of caption_counts. C = 1 is enough unless captions are "all".
+    name: for messages.
+    fields: in place of caption_counts, where captions come from several fields by chance; one field alone
+        is what caption_counts are.
+    repeats: how often each sample is drawn in a pass; None: once.
+    sample_ends: (n_shards,) int64, running sum of sample_counts; None: made here.
+    """
+
+    sample_counts: np.ndarray
+    caption_counts: np.ndarray | None = None
+    weight: float | None = None
+    more_than: np.ndarray | None = None
+    name: str = ""
+    fields: Sequence[Field] = ()
+    repeats: Repeats | None = None
+    sample_ends: np.ndarray | None = None
+
+
+class Rounds:
+    """The portions of `shapes` in one row, and for each round which samples they hold.
+
+    sizes: (C,) int64, draws of each round, copies counted.
+    copies: portions of a shard, the most of any shape. factor: what the written repeats were multiplied by.
+    n_portions: in all, shape by shape, and in each the first portion of every shard, then the second, ….
+    fields: the most caption fields of a shape, at least 1. shown: for each shape the classes it shows.
+
+    Positions count samples over all shapes. Raises ValueError where the columns of a shape disagree, and
+    UserError for repeats that cannot be laid out.
+    """
+
+    def __init__(self, shapes: Sequence[SourceShape], *, every_caption: bool) -> None:
+        self.factor, copies = whole_copies([shape.repeats for shape in shapes])
+        _require_few_portions(shapes, copies)
+        self._parts = [_Part(shape, own, every_caption) for shape, own in zip(shapes, copies, strict=True)]
+        self.shown = [own.shown for own in copies]
+        self.copies = max(1, *(own.most for own in copies))
+        self.fields = max(1, *(len(part.fields) for part in self._parts))
+        self.sizes = np.zeros(max(len(part.counts) for part in self._parts), dtype=np.int64)
+        for part in self._parts:
+            self.sizes[: len(part.counts)] += part.sizes()
+        self._portion_starts = np.cumsum([0, *(part.n_portions for part in self._parts)])
+        self._source_starts = np.cumsum([0, *(part.n_samples for part in self._parts)])
+        self.n_portions = int(self._portion_starts[-1])
+        self._chosen: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._chosen_size = 0
+
+    def counts(self, turn: int, portions: np.ndarray) -> np.ndarray:
+        """Samples that each of `portions` (n,) holds in a round, (n,) integers."""
+        if len(self._parts) == 1:
+            return self._parts[0].counts_of(turn, portions)
+        counts = np.zeros(portions.shape, dtype=np.int64)
+        for part, mine, own in self._by_part(portions):
+            counts[mine] = part.counts_of(turn, own)
+        return counts
+
+    def samples(self, turn: int, portions: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and copies (n,) int64 of the samples number `numbers` (n,) of a round in `portions`."""
+        positions = numbers.astype(np.int64)
+        copies = np.empty(len(portions), dtype=np.int64)
+        for (part, mine, own), first in zip(
+            self._by_part(portions), self._source_starts.tolist(), strict=False
+        ):
+            copies[mine], shards = np.divmod(own, max(part.n_shards, 1))
+            whole = part.counts_of(turn, own) == part.sample_counts[shards]
+            if not whole.all():
+                self._number_in_shard(turn, portions, positions, np.flatnonzero(mine)[~whole])
+            positions[mine] += first + part.ends[shards] - part.sample_counts[shards]
+        return positions, copies
+
+    def all_samples(self, turn: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Positions and copy numbers of all draws of a round, ascending; for small sources.
+
+        Positions are int32 where that is enough; copy numbers None where all are 0.
+        """
+        narrow = np.int32 if self._source_starts[-1] <= np.iinfo(np.int32).max else np.int64
+        positions, copies = [], []
+        for part, first in zip(self._parts, self._source_starts.tolist(), strict=False):
+            of_part, copies_of_part = part.all_samples(turn)
+            positions.append((of_part + first).astype(narrow))
+            copies.append(copies_of_part)
+        return np.concatenate(positions), np.concatenate(copies) if self.copies > 1 else None
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the shape (n,) and position within it (n,) of each position (n,)."""
+        sources = np.searchsorted(self._source_starts[1:], positions, side="right")
+        return sources, positions - self._source_starts[sources]
+
+    def captions_at(self, sources: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Captions (n, fields) int64, field by field, of the samples `places` (n,) of the shapes `sources`.
+
+        0 in fields that a shape does not have; -1 in the first where captions are not known.
+        """
+        counts = np.zeros((len(places), self.fields), dtype=np.int64)
+        for number, part in enumerate(self._parts):
+            mine = sources == number
+            for column, own in enumerate(part.fields):
+                counts[mine, column] = own.counts[places[mine]]
+            if not part.fields:
+                counts[mine, 0] = -1
+        return counts
+
+    def probabilities_at(self, sources: np.ndarray) -> np.ndarray | None:
+        """Probabilities (n, fields) of the caption fields of the shapes `sources`; None: of one field."""
+        if self.fields == 1:
+            return None
+        table = np.zeros((len(self._parts), self.fields))
+        for number, part in enumerate(self._parts):
+            table[number, : len(part.fields)] = [own.probability for own in part.fields]
+        found: np.ndarray = table[sources]
+        return found
+
+    def _by_part(self, portions: np.ndarray) -> Iterator[tuple["_Part", np.ndarray, np.ndarray]]:
+        """Each shape's part, which of `portions` (n,) are its own, and their numbers within it."""
+        if len(self._parts) == 1:
+            yield self._parts[0], np.ones(portions.shape, dtype=bool), portions
+            return
+        owners = np.searchsorted(self._portion_starts[1:], portions, side="right")
+        for number, part in enumerate(self._parts):
+            mine = owners == number
+            yield part, mine, portions[mine] - self._portion_starts[number]
+
+    def _number_in_shard(
+        self, turn: int, portions: np.ndarray, numbers: np.ndarray, partial: np.ndarray
+    ) -> None:
+        """Turns `numbers` at the rows `partial`, counted among what is held, into those of the shard."""
+        partial = partial[np.argsort(portions[partial], kind="stable")]
+        bounds = np.flatnonzero(np.diff(portions[partial])) + 1
+        for rows in np.split(partial, bounds):
+            numbers[rows] = self._held_by(turn, int(portions[rows[0]]))[numbers[rows]]
+
+    def _held_by(self, turn: int, portion: int) -> np.ndarray:
+        """Numbers within its shard of the samples of a portion in a round, int32; the last used are kept."""
+        if (turn, portion) in self._chosen:
+            self._chosen.move_to_end((turn, portion))
+            return self._chosen[turn, portion]
+        owner = int(np.searchsorted(self._portion_starts[1:], portion, side="right"))
+        chosen = self._parts[owner].held_by(turn, portion - int(self._portion_starts[owner]))
+        self._chosen[turn, portion] = chosen
+        self._chosen_size += len(chosen)
+        while self._chosen_size > _KEPT and len(self._chosen) > 1:
+            self._chosen_size -= len(self._chosen.popitem(last=False)[1])
+        return chosen
+
+
+class _Part:
+    """One shape in a row of several: its counts, `(C, 1 or copies, n_shards)`, and its mapped columns."""
+
+    def __init__(self, shape: SourceShape, copies: Copies, every_caption: bool) -> None:
+        self.fields = _fields(shape)
+        self._copies = copies
+        self.sample_counts = np.asarray(shape.sample_counts)
+        self.n_shards = len(self.sample_counts)
+        self.n_portions = copies.most * self.n_shards
+        _require_agreement(shape, self.fields)
+        self.ends = (
+            np.cumsum(self.sample_counts, dtype=np.int64) if shape.sample_ends is None else shape.sample_ends
+        )
+        self.n_samples = int(self.ends[-1]) if self.n_shards else 0
+        if copies.by_class:
+            self.counts = self._count_by_class(self._depth(shape.more_than, every_caption))
+        elif not self.fields:
+            self.counts = self.sample_counts[None, None]
+        elif shape.more_than is not None:
+            self.counts = np.asarray(shape.more_than if every_caption else shape.more_than[:1])[:, None]
+        else:
+            self.counts = self._count(self._depth(None, every_caption))[:, None]
+
+    def sizes(self) -> np.ndarray:
+        """Draws of each round, (C,) int64."""
+        times = self._copies.most if self.counts.shape[1] == 1 else 1
+        sizes: np.ndarray = self.counts.sum(axis=(1, 2), dtype=np.int64) * times
+        return sizes
+
+    def counts_of(self, turn: int, portions: np.ndarray) -> np.ndarray:
+        """Samples of each portion in a round, (n,)."""
+        if turn >= len(self.counts):
+            return np.zeros(portions.shape, dtype=np.int64)
+        if self._copies.most == 1:
+            found: np.ndarray = self.counts[turn, 0, portions]
+        elif self.counts.shape[1] == 1:
+            found = self.counts[turn, 0, portions % self.n_shards]
+        else:
+            found = self.counts[turn].reshape(-1)[portions]
+        return found
+
+    def held_by(self, turn: int, portion: int) -> np.ndarray:
+        """Numbers within its shard of the samples of a portion in a round, ascending int32."""
+        copy, shard = divmod(portion, self.n_shards)
+        stop = int(self.ends[shard])
+        start = stop - int(self.sample_counts[shard])
+        held = np.ones(stop - start, dtype=bool)
+        if self.fields:
+            held &= self._captions(start, stop) > turn
+        if self._copies.by_class:
+            held &= self._copies.in_portion(copy, start, stop)
+        return np.flatnonzero(held).astype(np.int32)
+
+    def all_samples(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions within the shape, ascending, and copy numbers uint8 of all draws of a round."""
+        if turn >= len(self.counts) or not self.n_samples:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint8)
+        if self.fields:
+            positions = np.flatnonzero(self._captions(0, self.n_samples) > turn)
+        else:
+            positions = np.arange(self.n_samples)
+        kinds = self._copies.kinds(0, self.n_samples)[positions]
+        times = self._copies.values[kinds].astype(np.int64)
+        rows = np.repeat(np.arange(len(positions)), times)
+        copies = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)
+        if self._copies.by_class:
+            starts = np.repeat(self.ends - self.sample_counts, self.sample_counts)
+            offsets = self._copies.offsets((positions - starts[positions])[rows])
+            copies = self._copies.portions(copies, kinds[rows], offsets)
+        return positions[rows], copies.astype(np.uint8)
+
+    def _captions(self, start: int, stop: int) -> np.ndarray:
+        """Captions of the samples start … stop - 1 in all fields, (n,) integers."""
+        first = np.asarray(self.fields[0].counts[start:stop])
+        return sum((np.asarray(own.counts[start:stop], np.int64) for own in self.fields[1:]), first)
+
+    def _depth(self, more_than: np.ndarray | None, every_caption: bool) -> int:
+        """How many rounds there are."""
+        if not every_caption or not self.fields:
+            return 1
+        if more_than is not None:
+            return len(more_than)
+        most = (int(self._captions(low, high).max()) for _, _, low, high in _stretches(self.ends, 1))
+        return max(1, *most, 0)
+
+    def _count(self, depth: int) -> np.ndarray:
+        """Samples of each shard in each round, (depth, n_shards)."""
+        counts = np.zeros((depth, self.n_shards), dtype=np.int32)
+        for first, last, low, high in _stretches(self.ends, depth + 1):
+            lengths = self.sample_counts[first:last]
+            values = np.minimum(self._captions(low, high), depth)
+            least = int(values.min())
+            counts[:least, first:last] = lengths
+            if least < values.max():
+                rows = np.repeat(np.arange(last - first) * (depth + 1), lengths)
+                table = np.bincount(rows + values, minlength=(last - first) * (depth + 1))
+                exact = table.reshape(last - first, depth + 1)
+                counts[:, first:last] = exact[:, :0:-1].cumsum(axis=1)[:, ::-1].T
+        return counts
+
+    def _count_by_class(self, depth: int) -> np.ndarray:
+        """Samples of each portion in each round, (depth, copies, n_shards)."""
+        most, kinds = self._copies.most, len(self._copies.values)
+        counts = np.zeros((depth, most, self.n_shards), dtype=np.int32)
+        cells = (depth + 1) * kinds * most
+        for first, last, low, high in _stretches(self.ends, cells, _SCAN // 8):
+            lengths = self.sample_counts[first:last]
+            starts = self.ends[first:last] - lengths
+            numbers = np.arange(low, high) - np.repeat(starts, lengths)
+            captions = np.minimum(self._captions(low, high), depth) if self.fields else depth
+            cell = np.repeat(np.arange(last - first), lengths) * (depth + 1) + captions
+            cell = (cell * kinds + self._copies.kinds(low, high)) * most + self._copies.offsets(numbers)
+            exact = np.bincount(cell, minlength=(last - first) * cells)
+            exact = exact.reshape(last - first, depth + 1, kinds * most)
+            # of floats, because their products are fast; all are whole and below 2^53
+            above = exact[:, :0:-1].cumsum(axis=1)[:, ::-1].astype(np.float64)
+            for portion in range(most):
+                held = self._copies.held(portion).reshape(-1).astype(np.float64)
+                counts[:, portion, first:last] = (above @ held).T
+        return counts
+
+
+def _fields(shape: SourceShape) -> tuple[Field, ...]:
+    if shape.fields:
+        return tuple(shape.fields)
+    return () if shape.caption_counts is None else (Field(shape.caption_counts, 1.0),)
+
+
+def _require_agreement(shape: SourceShape, fields: Sequence[Field]) -> None:
+    samples = int(np.sum(shape.sample_counts, dtype=np.int64))
+    for own in fields:
+        if len(own.counts) != samples:
+            raise ValueError(
+                f"source {shape.name!r}: {len(own.counts):,} caption counts for {samples:,} samples"
+            )
+        if not own.probability > 0:
+            raise ValueError(f"source {shape.name!r}: a caption field has the probability {own.probability}")
+    classes = shape.repeats.classes if shape.repeats is not None else None
+    if classes is not None and len(classes) != samples:
+        raise ValueError(f"source {shape.name!r}: {len(classes):,} classes for {samples:,} samples")
+    if shape.more_than is not None and shape.more_than.shape[1] != len(shape.sample_counts):
+        raise ValueError(f"source {shape.name!r}: more_than has {shape.more_than.shape[1]:,} shards")
+
+
+def _require_few_portions(shapes: Sequence[SourceShape], copies: Sequence[Copies]) -> None:
+    shards = sum(len(shape.sample_counts) for shape in shapes)
+    portions = sum(own.most * len(shape.sample_counts) for own, shape in zip(copies, shapes, strict=True))
+    if portions > max(MOST_PORTIONS, shards):
+        raise UserError(
+            f"the repeats of {', '.join(shape.name for shape in shapes)} lay {shards:,} shards up to"
+            f" {max(own.most for own in copies)} times over; {MOST_PORTIONS:,} are laid out at most. Give"
+            " smaller or coarser repeats, or larger shards (clipcluster shards reshard)."
+        )
+
+
+def _stretches(ends: np.ndarray, width: int, samples: int = 0) -> Iterator[tuple[int, int, int, int]]:
+    """Stretches of shards small enough to be scanned at once: first and last shard, first and last sample."""
+    samples = samples or _SCAN
+    first, most = 0, max(1, samples // width)
+    while first < len(ends):
+        low = int(ends[first - 1]) if first else 0
+        last = int(np.searchsorted(ends, low + samples, side="right"))
+        last = min(max(last, first + 1), first + most)
+        if ends[last - 1] > low:
+            yield first, last, low, int(ends[last - 1])
+        first = last

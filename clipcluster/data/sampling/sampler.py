@@ -1,0 +1,273 @@
+"""The order of samples: which sample, and which of its captions, every slot of every batch holds.
+
+A pure function of (seed, t). It knows nothing of ranks, nodes and workers: each takes its slots of batch t,
+and the whole state of the data is the number of batches drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+
+from clipcluster.data.sampling.caption_rounds import Field, Rounds, SourceShape
+from clipcluster.data.sampling.mixing import integer_weights, lay_out
+from clipcluster.data.sampling.oversampling import ShownClasses, repeats_of
+from clipcluster.data.sampling.shuffle import Line, Places
+from clipcluster.data.shards.dataset import Shards
+from clipcluster.errors import UserError
+from clipcluster.recipe.schema import Recipe, Source
+
+__all__ = ["Draws", "Field", "Order", "SourceShape", "order_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What n slots of a batch hold, in order of the slots.
+
+    source: (n,) int32, number of the source in the recipe.
+    passage: (n,) int64, pass of the source's line, from 0; where samples are repeated, each copy counts as a
+        pass: pass x `Order.copies` + copy. No two draws agree in source, passage, position and caption.
+    position: (n,) int64, sample within the source, counted in the index's order.
+    caption: (n,) int32, number of the caption shown; -1 in a source without caption counts.
+    """
+
+    source: np.ndarray
+    passage: np.ndarray
+    position: np.ndarray
+    caption: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+class Order:
+    """The order of the samples of `shapes`: `batch(t)` for t = 0, 1, ...
+
+    batch_size: global, samples of one optimizer step.
+    captions: "all" (a draw is a pair, a pass shows each caption), "random" or "first" (one for each sample).
+    lanes: upper bound of the places read at once; window: samples shuffled together within a lane;
+    full_shuffle_below: sources with up to so many draws a pass are permuted whole.
+    epoch_samples: draws of an epoch; None: one pass of every source.
+
+    Sources without weights are laid together into one line, and no batch crosses a pass of it. Raises
+    UserError for weights that cannot be laid out, a source with nothing to draw, an epoch without a step.
+    Only numpy and the columns it was given are kept: one scan of the caption counts at most, then nothing
+    grows with the number of samples except for sources permuted whole.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[SourceShape],
+        *,
+        batch_size: int,
+        seed: int,
+        captions: Literal["all", "random", "first"] = "first",
+        lanes: int = 64,
+        window: int = 1024,
+        full_shuffle_below: int = 1_000_000,
+        epoch_samples: int | None = None,
+    ) -> None:
+        if captions not in ("all", "random", "first"):
+            raise ValueError(f"captions is {captions!r}; allowed: 'all', 'random', 'first'")
+        if min(batch_size, lanes, window) < 1 or not shapes:
+            raise ValueError("batch_size, lanes and window are at least 1, and there is at least one source")
+        self.batch_size = batch_size
+        self._captions = captions
+        groups = _group(shapes)
+        self._group_of = {source: number for number, group in enumerate(groups) for source in group}
+        self._first_source = [group[0] for group in groups]
+        self.weights = [1] if len(groups) == 1 else integer_weights([_weight(shape) for shape in shapes])
+        rounds = [Rounds([shapes[i] for i in group], every_caption=captions == "all") for group in groups]
+        for group, laid in zip(groups, rounds, strict=True):
+            _require_draws(group, shapes, laid)
+            _require_one_field(group, shapes, captions)
+        self.samples = int(sum(Fraction(int(laid.sizes.sum()), laid.factor) for laid in rounds))
+        self.steps_per_epoch = _steps_per_epoch(self.samples, epoch_samples, batch_size)
+        self._pattern, self._ordinals = lay_out(self.weights)
+        self._lines = []
+        for number, laid in enumerate(rounds):
+            size = int(laid.sizes.sum())
+            repeated = any(shapes[source].repeats is not None for source in groups[number])
+            line = Line(
+                laid,
+                seed=seed,
+                number=number,
+                per_batch=max(1, batch_size * self.weights[number] // len(self._pattern)),
+                pass_draws=size if len(groups) > 1 else _whole_batches(size, batch_size, repeated),
+                lanes=lanes,
+                window=window,
+                whole=size <= full_shuffle_below,
+            )
+            self._lines.append(line)
+
+    def draws_per_pass(self, source: int) -> int:
+        """Draws of one pass of the line in which a source lies."""
+        return self._lines[self._group_of[source]].pass_draws
+
+    def copies(self, source: int) -> int:
+        """Times that a pass of the line in which a source lies shows its most repeated sample."""
+        return self._lines[self._group_of[source]].rounds.copies
+
+    def shown_classes(self, source: int) -> ShownClasses:
+        """The classes of which samples of a source are drawn; all, unless its repeats leave some out."""
+        group = self._group_of[source]
+        return self._lines[group].rounds.shown[source - self._first_source[group]]
+
+    def lanes(self, source: int) -> int:
+        """Lanes of the line in which a source lies; 1: it is permuted whole."""
+        return self._lines[self._group_of[source]].lanes
+
+    def batch(self, t: int) -> Draws:
+        """All slots of batch t."""
+        return self.slots(t, 0, self.batch_size)
+
+    def slots(self, t: int, start: int, stop: int) -> Draws:
+        """Slots start <= slot < stop of batch t: what `batch(t)` holds there, made without the others."""
+        if t < 0 or not 0 <= start <= stop <= self.batch_size:
+            raise ValueError(f"no slots {start} to {stop} in batch {t} of {self.batch_size}")
+        draws = Draws(
+            np.empty(stop - start, dtype=np.int32),
+            np.empty(stop - start, dtype=np.int64),
+            np.empty(stop - start, dtype=np.int64),
+            np.empty(stop - start, dtype=np.int32),
+        )
+        periods, phases = np.divmod(t * self.batch_size + np.arange(self.batch_size), len(self._pattern))
+        for number, line in enumerate(self._lines):
+            slots = np.flatnonzero(self._pattern[phases] == number)
+            numbers = periods[slots] * self.weights[number] + self._ordinals[phases[slots]]
+            # sorted over the whole batch, then cut: a rank keeps its lanes, whoever asks
+            first, last = np.searchsorted(slots, (start, stop)).tolist()
+            if first < last:
+                places = line.places(numbers)[first:last]
+                self._fill(draws, slots[first:last] - start, number, places)
+        return draws
+
+    def _fill(self, draws: Draws, slots: np.ndarray, number: int, places: Places) -> None:
+        line = self._lines[number]
+        samples = line.samples(places)
+        shapes, within = line.rounds.locate(samples.position)
+        counts = line.rounds.captions_at(shapes, within)
+        probabilities = line.rounds.probabilities_at(shapes)
+        draws.source[slots] = shapes + self._first_source[number]
+        draws.passage[slots] = samples.passage
+        draws.position[slots] = within
+        draws.caption[slots] = line.captions(places, samples, counts, probabilities, self._captions)
+
+
+def _group(shapes: Sequence[SourceShape]) -> list[list[int]]:
+    """The sources that share a line: all of them without weights, each alone with weights."""
+    weighted = [number for number, shape in enumerate(shapes) if shape.weight is not None]
+    if not weighted:
+        return [list(range(len(shapes)))]
+    if len(weighted) < len(shapes):
+        missing = ", ".join(f"data.train.{i}" for i in range(len(shapes)) if i not in weighted)
+        raise UserError(
+            f"some sources have a weight, {missing} has none. Give every source a weight (its share of the"
+            " draws), or none of them (then they are drawn as one)."
+        )
+    return [[number] for number in range(len(shapes))]
+
+
+def _weight(shape: SourceShape) -> float:
+    assert shape.weight is not None, "sources of a line of their own have weights"
+    return shape.weight
+
+
+def _require_draws(group: list[int], shapes: Sequence[SourceShape], laid: Rounds) -> None:
+    if laid.sizes.sum() > 0:
+        return
+    names = ", ".join(f"data.train.{i} {shapes[i].name}".strip() for i in group)
+    mine = [shapes[i] for i in group]
+    captionless = any(shape.caption_counts is not None and len(shape.caption_counts) for shape in mine)
+    captionless |= any(len(own.counts) for shape in mine for own in shape.fields)
+    reason = "no sample with a caption" if captionless else "no samples"
+    if any(shape.repeats is not None for shape in mine):
+        reason += " and a repeat above zero"
+    raise UserError(
+        f"{names}: {reason}. Look at the shards with `clipcluster shards stats`, and at captions_in"
+        + (", repeat and repeat_classes." if reason.endswith("zero") else ".")
+    )
+
+
+def _require_one_field(group: list[int], shapes: Sequence[SourceShape], captions: str) -> None:
+    several = [i for i in group if len(shapes[i].fields) > 1]
+    if captions == "all" and several:
+        names = ", ".join(f"data.train.{i} {shapes[i].name}".strip() for i in several)
+        raise UserError(
+            f"data.text.captions is all, and {names} has its captions in several fields, each with a"
+            " probability: all shows every caption once a pass and leaves nothing to chance. Give"
+            " data.text.captions: random (or first), or name one field in captions_in."
+        )
+
+
+def _whole_batches(size: int, batch_size: int, repeated: bool) -> int:
+    """Draws of one pass where no batch crosses it."""
+    if size >= batch_size:
+        return size - size % batch_size
+    if repeated:
+        raise UserError(
+            f"data.batch_size is {batch_size:,} and a pass through the training data, repeats counted, is"
+            f" {size:,} samples; no batch crosses a pass. Give a data.batch_size of at most {size:,}, or"
+            " larger repeats."
+        )
+    raise UserError(
+        f"data.batch_size is {batch_size:,} and the training data hold {size:,} samples; a batch holds"
+        f" every sample once at most. Give a data.batch_size of at most {size:,}."
+    )
+
+
+def _steps_per_epoch(samples: int, epoch_samples: int | None, batch_size: int) -> int:
+    wanted = samples if epoch_samples is None else epoch_samples
+    if wanted >= batch_size:
+        return wanted // batch_size
+    what = "the training data hold" if epoch_samples is None else "data.epoch_samples is"
+    remedy = "data.batch_size" if epoch_samples is None else "data.batch_size, or a larger data.epoch_samples"
+    raise UserError(
+        f"{what} {wanted:,} samples, less than one batch of {batch_size:,}: an epoch would have no step."
+        f" Give a smaller {remedy}."
+    )
+
+
+def order_of(recipe: Recipe, opened: Sequence[Shards]) -> Order:
+    """The order of a recipe's samples; `opened` are its sources as they are listed.
+
+    Raises UserError as Order does, and for repeats of classes that are not known.
+    """
+    data = recipe.data
+    return Order(
+        [
+            _shape(shards, source, f"data.train.{number}")
+            for number, (shards, source) in enumerate(zip(opened, data.train, strict=True))
+        ],
+        batch_size=data.batch_size,
+        seed=recipe.seed,
+        captions=data.text.captions,
+        lanes=data.order.lanes,
+        window=data.order.window,
+        full_shuffle_below=data.order.full_shuffle_below,
+        epoch_samples=data.epoch_samples,
+    )
+
+
+def _shape(shards: Shards, source: Source, place: str) -> SourceShape:
+    """What the order needs of a source that was opened."""
+    by_class = bool(source.repeat_classes)
+    return SourceShape(
+        shards.sample_counts,
+        weight=source.weight,
+        more_than=shards.more_than,
+        name=shards.name,
+        # where there is one field its probability is not asked
+        fields=[Field(own.counts, own.probability or 1.0) for own in shards.fields],
+        repeats=repeats_of(
+            source.repeat,
+            source.repeat_classes,
+            classes=shards.classes if by_class else None,
+            classnames=shards.classnames if by_class else None,
+            place=place,
+            name=shards.name,
+        ),
+        sample_ends=shards.sample_ends,
+    )

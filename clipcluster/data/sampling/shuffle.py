@@ -1,0 +1,303 @@
+"""The line of one source (or of several laid together): which sample is drawn when, pass after pass.
+
+A pass is its rounds one after the other. A round is laid out in one of two ways:
+
+- small sources: all its samples are permuted whole;
+- large ones: its shards (with repeats, their portions) are permuted, their samples laid end to end and
+  rotated, the line is cut into L lanes whose lengths differ by one at most, and draw v is place v div L of
+  lane v mod L, shuffled within the lane's windows. So a batch reads from L places of the data at once, each
+  moving on slowly.
+
+Everything is computed from (seed, source, pass, round) when it is reached; what is kept can be made again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from clipcluster.data.sampling.caption_rounds import Rounds
+from clipcluster.data.sampling.permutation import key, permutation, permutations, subkeys
+
+_BLOCK = 16  # portions of shards whose ends are found together, in a line of many
+_MANY = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where draws fall in a line, arrays (n,) int64: pass, round ("turn"), lane, place within the lane."""
+
+    passage: np.ndarray
+    turn: np.ndarray
+    lane: np.ndarray
+    place: np.ndarray
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Places":
+        return Places(self.passage[rows], self.turn[rows], self.lane[rows], self.place[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What lies at places of a line, arrays (n,) int64.
+
+    position: counted over all sources. copy: which of the sample's copies.
+    passage: pass x copies + copy: every copy of a sample goes through the source in a pass of its own.
+    """
+
+    position: np.ndarray
+    copy: np.ndarray
+    passage: np.ndarray
+
+
+class Line:
+    """The line of `rounds` under (seed, number), drawn `per_batch` (roughly) at a time.
+
+    whole: permute each round whole. pass_draws: draws of one pass, the round sizes' sum or less.
+    lanes: an upper bound of the lanes; `.lanes` is what is used.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        *,
+        seed: int,
+        number: int,
+        per_batch: int,
+        pass_draws: int,
+        lanes: int,
+        window: int,
+        whole: bool,
+    ) -> None:
+        self.rounds = rounds
+        self.pass_draws = pass_draws
+        self.lanes = 1 if whole else count_lanes(per_batch, lanes)
+        self._name = (seed, number)
+        self._window = window
+        self._whole = whole
+        self._ends = np.cumsum(rounds.sizes)
+        # a batch may touch two passes or rounds, seldom more
+        self._laid = Recent(2)
+        self._windows = Recent(4)
+
+    def places(self, numbers: np.ndarray) -> Places:
+        """Places of the draws `numbers` (n,) int64 of this line, in order of (pass, round, lane, place)."""
+        passage, time = numbers // self.pass_draws, numbers % self.pass_draws
+        turn = np.zeros_like(time)
+        if len(self._ends) > 1:
+            time = (time + self._first_draws(passage)) % self._ends[-1]
+            turn = np.searchsorted(self._ends, time, side="right")
+            time -= self._ends[turn] - self.rounds.sizes[turn]
+        place, lane = np.divmod(time, self.lanes)
+        return Places(passage, turn, lane, place)[np.lexsort((place, lane, turn, passage))]
+
+    def samples(self, places: Places) -> Samples:
+        """The samples (n,) at `places`."""
+        positions, copies = np.empty((2, len(places.place)), dtype=np.int64)
+        for passage, turn, rows in _stretches_of_equals(places.passage, places.turn):
+            find = self._in_whole if self._whole else self._in_lanes
+            positions[rows], copies[rows] = find(passage, turn, places[rows])
+        return Samples(positions, copies, places.passage * self.rounds.copies + copies)
+
+    def captions(
+        self,
+        places: Places,
+        samples: Samples,
+        counts: np.ndarray,
+        probabilities: np.ndarray | None,
+        choice: str,
+    ) -> np.ndarray:
+        """Which of its captions (n,) int32 each sample shows; -1 where `counts` is -1, not known.
+
+        counts: (n, fields), captions of each sample field by field; captions are numbered through all fields.
+        probabilities: (n, fields), of each field, if there are several. choice "first": the first of the
+        field drawn; "random": one of it by (seed, source, pass, copy, sample); "all": the round's in a
+        permutation of the sample's captions by (seed, source, pass, sample).
+        """
+        known = counts[:, 0] >= 0
+        captions = np.full(len(known), -1, dtype=np.int32)
+        if choice == "all":
+            for passage, _, rows in _stretches_of_equals(places.passage):
+                of_samples = subkeys(key(*self._name, passage, "captions"), samples.position[rows])
+                for count in np.unique(counts[rows, 0][known[rows]]).tolist():
+                    having = np.flatnonzero(counts[rows, 0] == count)
+                    order = permutations(of_samples[having], count)
+                    captions[rows][having] = order[np.arange(len(having)), places.turn[rows][having]]
+            return captions
+        before = np.zeros(len(known), dtype=np.int64)
+        if probabilities is not None:
+            drawn = _draw_fields(self._words(samples, "fields"), counts, probabilities)[:, None]
+            before = np.take_along_axis(np.cumsum(counts, axis=1) - counts, drawn, axis=1)[:, 0]
+            counts = np.take_along_axis(counts, drawn, axis=1)
+        if choice == "random":
+            words = self._words(samples, "captions")
+            before += (words % np.maximum(counts[:, 0], 1).astype(np.uint64)).astype(np.int64)
+        captions[known] = before[known]
+        return captions
+
+    def _words(self, samples: Samples, what: str) -> np.ndarray:
+        """A random word (n,) uint64 for each sample by (seed, source, pass, copy, sample)."""
+        passages, rows = np.unique(samples.passage, return_inverse=True)
+        parents = np.array(
+            [key(*self._name, passage, what) for passage in passages.tolist()], dtype=np.uint64
+        )
+        return subkeys(parents[rows], samples.position)
+
+    def _first_draws(self, passage: np.ndarray) -> np.ndarray:
+        """How far into its rounds each draw's pass begins (n,); else the cut always hit the last round."""
+        firsts = np.empty_like(passage)
+        for number, _, rows in _stretches_of_equals(passage):
+            firsts[rows] = key(*self._name, number, "first draw") % int(self._ends[-1])
+        return firsts
+
+    def _in_whole(self, passage: int, turn: int, places: Places) -> tuple[np.ndarray, np.ndarray | int]:
+        def lay() -> tuple[np.ndarray, np.ndarray | None]:
+            positions, copies = self.rounds.all_samples(turn)
+            order = permutation(key(*self._name, passage, turn, "whole"), len(positions))
+            return positions[order], None if copies is None else copies[order]
+
+        positions, copies = self._laid.get((passage, turn), lay)
+        return positions[places.place], 0 if copies is None else copies[places.place]
+
+    def _in_lanes(self, passage: int, turn: int, places: Places) -> tuple[np.ndarray, np.ndarray]:
+        def lay() -> _Portions:
+            name = *self._name, passage, turn
+            return _Portions(self.rounds, turn, key(*name, "shards"), key(*name, "portions"))
+
+        portions = self._laid.get((passage, turn), lay)
+        size = int(self.rounds.sizes[turn])
+        length, longer = divmod(size, self.lanes)
+        starts = places.lane * length + np.minimum(places.lane, longer)
+        rotation = key(*self._name, passage, turn, "rotation") % size
+        along = (starts + self._shuffled(passage, turn, places, size) + rotation) % size
+        return self.rounds.samples(turn, *portions.at(along))
+
+    def _shuffled(self, passage: int, turn: int, places: Places, size: int) -> np.ndarray:
+        """Places within their lanes after the shuffle in windows, (n,)."""
+        windows, within = np.divmod(places.place, self._window)
+        shuffled = windows * self._window
+        for window in np.unique(windows).tolist():
+            rows = np.flatnonzero(windows == window)
+
+            def lay(window: int = window) -> _Window:
+                parent = key(*self._name, passage, turn, window, "window")
+                return _Window(parent, size, self.lanes, self._window, window)
+
+            laid = self._windows.get((passage, turn, window), lay)
+            shuffled[rows] += laid.shuffled(places.lane[rows], within[rows])
+        return shuffled
+
+
+class _Portions:
+    """The portions of shards of a round, permuted and laid end to end.
+
+    Of many, only every 16th of the places where they end is kept: of 1.28 million 0.6 MB instead of 10.
+
+    Several portions of one shard each begin at another of its samples: shards of one size may end at the same
+    time in all lanes, and then two portions of a shard side by side would show the same samples together.
+    """
+
+    def __init__(self, rounds: Rounds, turn: int, parent: int, beginnings: int) -> None:
+        self._rounds, self._turn, self._beginnings = rounds, turn, beginnings
+        self._portions = permutation(parent, rounds.n_portions).astype(np.int32)
+        self._block = _BLOCK if len(self._portions) > _MANY else 1
+        sums = []  # in stretches, as permutations are made
+        for first in range(0, len(self._portions), _MANY):
+            counts = rounds.counts(turn, self._portions[first : first + _MANY])
+            sums.append(np.add.reduceat(counts, np.arange(0, len(counts), self._block), dtype=np.int64))
+        self._ends = np.cumsum(np.concatenate(sums))
+
+    def at(self, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The portion (n,) in which each place `along` (n,) of the line lies, and its number there (n,)."""
+        blocks = np.searchsorted(self._ends, along, side="right")
+        rest = along - np.where(blocks > 0, self._ends[blocks - 1], 0)
+        # the last block may be shorter: what is repeated there lies behind every place asked for
+        rows = np.minimum(blocks[:, None] * self._block + np.arange(self._block), len(self._portions) - 1)
+        portions = self._portions[rows]
+        counts = self._rounds.counts(self._turn, portions)
+        ends = np.cumsum(counts, axis=1, dtype=np.int64)
+        column = np.sum(ends <= rest[:, None], axis=1)
+        here = np.arange(len(along)), column
+        found, held = portions[here], counts[here].astype(np.int64)
+        numbers = rest - (ends[here] - held)
+        if self._rounds.copies > 1:
+            firsts = subkeys(self._beginnings, found) % held.astype(np.uint64)
+            numbers = (numbers + firsts.astype(np.int64)) % held
+        return found, numbers
+
+
+class _Window:
+    """Window number `window` of all lanes of a round: each lane's shuffle is made when first asked for."""
+
+    def __init__(self, parent: int, size: int, lanes: int, length: int, window: int) -> None:
+        self._parent = parent
+        lane_lengths = size // lanes + (np.arange(lanes) < size % lanes)
+        self._lengths = np.clip(lane_lengths - window * length, 0, length)
+        self._made = np.zeros(lanes, dtype=bool)
+        self._orders = np.empty((lanes, int(self._lengths.max())), dtype=np.int32)
+
+    def shuffled(self, lanes: np.ndarray, within: np.ndarray) -> np.ndarray:
+        """Place in the window (n,) that the draw `within` (n,) of its lane `lanes` (n,) shows."""
+        if not self._made[lanes].all():
+            missing = np.unique(lanes[~self._made[lanes]])
+            for length in np.unique(self._lengths[missing]).tolist():
+                alike = missing[self._lengths[missing] == length]
+                self._orders[alike, :length] = permutations(subkeys(self._parent, alike), length)
+            self._made[missing] = True
+        return self._orders[lanes, within]
+
+
+def _draw_fields(words: np.ndarray, counts: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """A caption field (n,) for each sample: by `probabilities` (n, fields) among those that have captions.
+
+    words: (n,) uint64, random. The arithmetic is exact in its order, so that no machine draws another.
+    """
+    reached = np.cumsum(np.where(counts > 0, probabilities, 0.0), axis=1)
+    chance = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
+    drawn = np.sum(reached <= (chance * reached[:, -1])[:, None], axis=1)
+    # where captions are not known nothing can be reached
+    return np.minimum(drawn, counts.shape[1] - 1)
+
+
+class Recent:
+    """The last few things made, by key."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._things: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """The thing called `name`, made by `make` unless it is among the last few asked for."""
+        if name not in self._things:
+            while len(self._things) >= self._most:  # before making: never one more than `most` in memory
+                self._things.popitem(last=False)
+            self._things[name] = make()
+        self._things.move_to_end(name)
+        return self._things[name]
+
+
+def count_lanes(per_batch: int, most: int) -> int:
+    """The largest divisor of `per_batch` not above `most`, so that every batch draws alike from each lane.
+
+    Where that divisor is below half of what is possible (a batch size of 2 x 509), as many as are possible:
+    the lanes then wander over the ranks, but a batch does not come from two shards.
+    """
+    possible = min(most, per_batch)
+    largest = next(number for number in range(possible, 0, -1) if per_batch % number == 0)
+    return largest if 2 * largest > possible else possible
+
+
+def _stretches_of_equals(
+    first: np.ndarray, second: np.ndarray | None = None
+) -> Iterator[tuple[int, int, slice]]:
+    """Each stretch of draws with one value in both arrays (sorted by them): the two values and the slice."""
+    if not len(first):
+        return
+    changes = np.diff(first) != 0
+    if second is not None:
+        changes |= np.diff(second) != 0
+    bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(first)]
+    for start, stop in pairwise(bounds):
+        yield int(first[start]), 0 if second is None else int(second[start]), slice(start, stop)

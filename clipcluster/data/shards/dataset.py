@@ -1,0 +1,389 @@
+"""Folders of shards, opened through their index and read by offset. Imports no torch.
+
+A `Shards` is one source: its samples are numbered 0 … n_samples - 1 in the order of the shards' names. It
+can be sent to another process: paths travel and which bytes were compared, the index is mapped again there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from clipcluster.data.shards import captions
+from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards.columns import BrokenColumns, Columns, read_columns
+from clipcluster.data.shards.metadata import Catalogue, Part
+from clipcluster.data.shards.tar import BrokenTar, scan
+from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
+from clipcluster.errors import UserError
+from clipcluster.runtime.stop import DataError
+
+if TYPE_CHECKING:
+    from clipcluster.data.storage.cache import Cache
+
+CHECKED_SHARDS = 10_000  # more than these are compared only when a worker opens them
+OPEN_SHARDS = 64  # file handles a source keeps open
+RETRIES = (0.1, 1.0, 3.0)  # seconds to wait before another try at a disk that failed
+TALKS = 16  # requests to a server at once
+FETCHES = 4  # shards that one reader fetches at once
+
+
+T = TypeVar("T")
+
+
+class Sample(NamedTuple):
+    """One sample as it lies in its shard: `image` are the original bytes, `cls` is -1 if it has no class."""
+
+    key: str
+    shard: str
+    image: bytes
+    captions: list[str]
+    cls: int
+
+
+class _Open(NamedTuple):
+    fd: int
+    columns: dict[str, np.ndarray]
+
+
+class Shards(Catalogue):
+    """A source of samples that can be read. Files are opened on first use, `OPEN_SHARDS` at most at once."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        probabilities: Sequence[float | None] = (None,),
+        cache: Cache | None = None,
+    ) -> None:
+        super().__init__(parts, probabilities)
+        self.cache = cache
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._hashed: set[tuple[int, int]] = set()  # shard and mtime of what was found to be the same bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "parts": self.parts,
+            "probabilities": self.probabilities,
+            "cache": self.cache,
+            "fingerprint": self.fingerprint,
+            "hashed": self._hashed,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Shards.__init__(self, state["parts"], state["probabilities"], state["cache"])
+        if self.fingerprint != state["fingerprint"]:
+            raise DataError(f"the index of {self.parts[0].folder} was made anew while it was in use")
+        self._hashed = state["hashed"]
+
+    def read(self, position: int, *, text: bool = True) -> Sample:
+        """Reads one sample; without its captions if not `text`.
+
+        Raises DataError if the shard is gone or has changed since it was indexed, OSError if the disk still
+        fails after the retries.
+        """
+        shard, row = self.record(position)
+        return self._patiently(shard, partial(self._read, shard, row, text))
+
+    def _read(self, shard: int, row: int, text: bool) -> Sample:
+        fd, columns = self._handle(shard)
+        try:
+            member = next(scan(fd, int(columns["offset"][row])))
+        except (BrokenTar, StopIteration):
+            raise self._changed(shard) from None
+        name = indexes.sample_name(member.name)
+        image = _bytes(fd, int(columns["image_offset"][row]), int(columns["image_size"][row]))
+        texts = self._captions(shard, fd, columns, row) if text else []
+        return Sample(
+            name[0] if name else member.name, self.shard_name(shard), image, texts, int(columns["class"][row])
+        )
+
+    def _captions(self, shard: int, fd: int, columns: dict[str, np.ndarray], row: int) -> list[str]:
+        """The captions of all fields, laid end to end."""
+        found: list[str] = []
+        for choice in self._choices_of(self._place(shard)[0]):
+            kind, count, at, size = (
+                int(columns[indexes.column(name, choice)][row])
+                for name in ("text_kind", "captions", "text_offset", "text_size")
+            )
+            if kind != indexes.NO_TEXT:
+                texts = captions.texts(kind, _bytes(fd, at, size), choice)
+                if len(texts) != count:
+                    raise self._changed(shard)
+                found += texts
+        return found
+
+    def announce(self, positions: Iterable[int]) -> None:
+        """Tells the kernel which images and captions will be read soon."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        places: dict[int, list[int]] = {}
+        for position in positions:
+            shard, row = self.record(position)
+            places.setdefault(shard, []).append(row)
+        self._fetch_ahead([shard for shard in places if shard not in self._open])
+        for shard, rows in places.items():
+            fd, columns = self._patiently(shard, partial(self._handle, shard))
+            ends = [("image_offset", "image_size")]
+            for choice in self._choices_of(self._place(shard)[0]):
+                ends.append((indexes.column("text_offset", choice), indexes.column("text_size", choice)))
+            for row in rows:
+                begin = int(columns["offset"][row])
+                end = max(int(columns[offset][row] + columns[size][row]) for offset, size in ends)
+                os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def _fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
+        if len(shards) > 1 and any(isinstance(part.folder, RemoteFolder) for part in self.parts):
+            _together(FETCHES, self._warm, [shard for shard in shards if self._is_remote(shard)])
+
+    def _warm(self, shard: int) -> None:
+        os.close(self._patiently(shard, partial(self._fetch, shard)))
+
+    def check_unchanged(self) -> None:
+        """Compares size and mtime of every shard with the index, the hash where they differ.
+
+        Raises DataError naming the first shard that is gone or has changed. A source of more than
+        `CHECKED_SHARDS` shards is compared only shard by shard, when each is opened.
+        """
+        for shard in self.touched():
+            self.check(shard)
+
+    def touched(self) -> dict[int, int]:
+        """The shards whose size or mtime (a remote one's stamp) is not the index's, each with what it is now.
+
+        Of more than `CHECKED_SHARDS` none is looked at, nor what a command would print. Raises DataError for
+        one that is gone, OSError where a server does not answer.
+        """
+        if len(self) > CHECKED_SHARDS:
+            return {}
+        remote = [shard for shard in range(len(self)) if self._is_remote(shard)]
+        told = dict(zip(remote, _together(TALKS, self._told, remote), strict=True))
+        found = {}
+        for shard in range(len(self)):
+            state = told.get(shard) or self._patiently(shard, partial(self._stat, shard))
+            if not self._is_as_indexed(shard, state):
+                found[shard] = state.stamp
+        return found
+
+    def vouch(self, found: Mapping[int, int]) -> None:
+        """Takes shards with these times or stamps for unchanged: somebody has compared their content."""
+        self._hashed.update(found.items())
+
+    def check(self, shard: int) -> None:
+        """Compares one shard with the index, by its hash where the time differs. DataError if it changed."""
+        self._patiently(shard, partial(self._stat_and_compare, shard))
+
+    def close(self) -> None:
+        """Closes the files that are open; reading opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1].fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+    def _handle(self, shard: int) -> _Open:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if self._is_remote(shard):
+            fd = self._fetch(shard)
+        else:
+            fd = os.open(self.shard_path(shard), os.O_RDONLY)
+        try:
+            if not self._is_remote(shard):
+                self._compare(shard, _local_state(os.fstat(fd)))
+            columns = self._columns(shard)
+        except BaseException:
+            os.close(fd)
+            raise
+        while len(self._open) >= OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1].fd)
+        self._open[shard] = _Open(fd, columns)
+        return self._open[shard]
+
+    def _is_remote(self, shard: int) -> bool:
+        return isinstance(self.parts[self._place(shard)[0]].folder, RemoteFolder)
+
+    def _bytes_of(self, shard: int) -> int:
+        """The size of a shard when it was indexed."""
+        part, row = self._place(shard)
+        return int(self._tables[part].arrays["bytes"][row])
+
+    def _fetch(self, shard: int, *, again: bool = False) -> int:
+        """A handle on a remote shard's bytes as they were indexed. DataError if they changed."""
+        place = self.shard_place(shard)
+        assert isinstance(place, RemoteFile)
+        assert self.cache is not None
+        try:
+            return self.cache.shard(place.address, self._bytes_of(shard), self.sha256(shard), again=again)
+        except OtherContent as error:
+            raise self._changed(shard, str(error)) from None
+
+    def _columns(self, shard: int) -> dict[str, np.ndarray]:
+        """The rows of a shard; they must be those of the content that the folder's list names."""
+        part = self.parts[self._place(shard)[0]]
+        try:
+            if part.rows_at is not None:
+                return self._fetched_columns(shard, part.rows_at)
+            path = indexes.shard_index(part.index, self.shard_name(shard))
+            return self._rows_of(shard, read_columns(path), path)
+        except (BrokenColumns, FileNotFoundError) as error:
+            raise DataError(f"the index is damaged: {error}", self._advice(shard)) from None
+
+    def _fetched_columns(self, shard: int, at: RemoteFolder) -> dict[str, np.ndarray]:
+        """The rows of a remote shard; what came damaged is fetched once more."""
+        assert self.cache is not None
+        place = at / f"{self.shard_name(shard)}.idx"
+        key = f"{self.sha256(shard)} {self.parts[self._place(shard)[0]].index}"
+        for last in (False, True):
+            fd = self.cache.rows(place.address, key)
+            try:
+                return self._rows_of(shard, read_columns(Path(f"/dev/fd/{fd}")), place)
+            except (BrokenColumns, DataError):
+                self.cache.drop_rows(place.address, key)
+                if last:
+                    raise
+            finally:
+                os.close(fd)
+        raise AssertionError("unreachable")
+
+    def _rows_of(self, shard: int, rows: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
+        """The columns of a shard, if they are those that the folder's list speaks of, else DataError."""
+        if (
+            rows.meta.get("format") != indexes.FORMAT
+            or rows.meta["sha256"] != self.sha256(shard)
+            or not set(self._choices_of(self._place(shard)[0])) <= set(rows.meta["choices"])
+        ):
+            raise DataError(f"{path} is not what the folder's list says", self._advice(shard))
+        return rows.arrays
+
+    @property
+    def remote_sizes(self) -> np.ndarray:
+        """Bytes of the shards taken that lie elsewhere, (n,) int64."""
+        sizes = [
+            table.arrays["bytes"] if rows is None else table.arrays["bytes"][rows]
+            for part, table, rows in zip(self.parts, self._tables, self._rows, strict=True)
+            if isinstance(part.folder, RemoteFolder)
+        ]
+        return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+
+    def check_room(self, size: int) -> None:
+        """UserError where a remote shard is larger than a cache of `size` bytes."""
+        largest = int(self.remote_sizes.max(initial=0))
+        if largest > size:
+            raise UserError(
+                f"{self.parts[0].folder}: its largest shard has {largest:,} bytes and the cache holds "
+                f"{size:,}; set data.cache.size to several times the largest shard"
+            )
+
+    def _stat(self, shard: int) -> State:
+        return _local_state(os.stat(self.shard_path(shard)))
+
+    def _told(self, shard: int) -> State:
+        """What the server says of a remote shard."""
+        from clipcluster.data.storage.download import state_of
+
+        place = self.shard_place(shard)
+        assert isinstance(place, RemoteFile)
+        return self._patiently(shard, partial(state_of, place.address))
+
+    def _stat_and_compare(self, shard: int) -> None:
+        if not self._is_remote(shard):
+            self._compare(shard, self._stat(shard))
+            return
+        state = self._told(shard)
+        if not self._is_as_indexed(shard, state):
+            if state.size not in (None, self._bytes_of(shard)):
+                raise self._changed(shard)
+            os.close(self._fetch(shard, again=True))  # its hash decides
+            self._hashed.add((shard, state.stamp))
+
+    def _is_as_indexed(self, shard: int, state: State) -> bool:
+        """By size and time or stamp, as far as both sides know one; one found to be the same will do."""
+        part, row = self._place(shard)
+        if state.size not in (None, self._bytes_of(shard)):
+            return False
+        known = int(self._tables[part].arrays["mtime_ns"][row])
+        if self._is_remote(shard) and (state.stamp == 0 or known >= 0):
+            return True  # whatever is fetched is hashed
+        return state.stamp == known or (shard, state.stamp) in self._hashed
+
+    def _compare(self, shard: int, state: State) -> None:
+        if self._is_as_indexed(shard, state):
+            return
+        if state.size != self._bytes_of(shard) or indexes.file_sha256(self.shard_path(shard)) != self.sha256(
+            shard
+        ):
+            raise self._changed(shard)
+        self._hashed.add((shard, state.stamp))
+
+    def _changed(self, shard: int, how: str = "") -> DataError:
+        told = f" ({how})" if how else ""
+        return DataError(
+            f"shard {self.shard_place(shard)} changed since it was indexed{told}", self._advice(shard)
+        )
+
+    def _advice(self, shard: int) -> str:
+        part = self.parts[self._place(shard)[0]]
+        return (
+            "bring the shard back as it was, or index the folder again and start a new run: "
+            f"clipcluster shards index {part.folder}{part.place}"
+        )
+
+    def _patiently(self, shard: int, action: Callable[[], T]) -> T:
+        """Tries again when the disk fails; a file that stays away is a DataError."""
+        for wait in (*RETRIES, None):
+            try:
+                return action()
+            except (Unreachable, Refused):
+                raise  # tried often enough
+            except OSError as error:
+                gone = isinstance(error, FileNotFoundError)
+                if wait is None or (gone and self._is_remote(shard)):  # a server means what it says
+                    if gone:
+                        raise DataError(
+                            f"shard {self.shard_place(shard)} is gone", self._advice(shard)
+                        ) from None
+                    raise OSError(error.errno, f"{error.strerror or error} (tried {len(RETRIES) + 1} times)",
+                                  str(self.shard_place(shard))) from error  # fmt: skip
+                self._forget(shard)
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _forget(self, shard: int) -> None:
+        """Closes a shard's handle, so that the next try opens it anew."""
+        if shard in self._open:
+            os.close(self._open.pop(shard).fd)
+
+
+def _together(count: int, action: Callable[[int], T], shards: Sequence[int]) -> list[T]:
+    """The results of `action`, so many at once; after an error no further one is begun."""
+    if not shards:
+        return []
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(action, shards))
+
+
+def _local_state(state: os.stat_result) -> State:
+    return State(state.st_size, state.st_mtime_ns)
+
+
+def _bytes(fd: int, offset: int, size: int) -> bytes:
+    """All the bytes asked for; one pread returns 2 GiB at most. OSError if the file ends before."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(5, f"the file ends at byte {offset + len(data)}")
+        data += more
+    return data

@@ -1,0 +1,221 @@
+"""The rows of one shard: where each sample's image and captions lie, in `SHARD.tar.idx`.
+
+Columns of every sample, each (samples,): `offset` (of its first header), `image_offset`, `image_size` (int64,
+bytes), `class` (int32, -1: none). For each choice of captions, named `NAME/CHOICE`: `text_offset`,
+`text_size` (int64, bytes), `text_kind` (uint8: NO_TEXT, JSON or TXT), `captions` (their number).
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipcluster.data.shards import captions
+from clipcluster.data.shards.captions import JSON, NO_TEXT
+from clipcluster.data.shards.columns import write_columns
+from clipcluster.data.shards.tar import BLOCK, BrokenTar, Member, compression, scan
+from clipcluster.errors import UserError
+
+FORMAT = 2
+IMAGE_EXTENSIONS = frozenset(
+    ["jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "img"]
+)
+OF_SAMPLES = {"offset": np.int64, "image_offset": np.int64, "image_size": np.int64, "class": np.int32}
+OF_CAPTIONS = {"text_offset": np.int64, "text_size": np.int64, "text_kind": np.uint8, "captions": np.int32}
+
+_LARGEST_TEXT = 64 << 20  # bytes of a member that is looked into for captions
+_ABOUT_THE_TAR = re.compile(r"(^|/)__[^/]*__($|/)")
+
+
+def column(name: str, choice: str) -> str:
+    """What one of the columns of captions is called for a choice."""
+    return f"{name}/{choice}"
+
+
+def sample_name(member: str) -> tuple[str, str] | None:
+    """Key and lower-case extension of a member, split as WebDataset does; None if it belongs to no sample."""
+    base = member.rfind("/") + 1
+    dot = member.find(".", base)
+    if dot <= base or ("__" in member and _ABOUT_THE_TAR.search(member)):
+        return None
+    return member[:dot], member[dot + 1 :].lower()
+
+
+class ShardRows:
+    """Collects the rows of one shard while its members go by in tar order.
+
+    A sample is a run of members with one key; an extension that comes again begins the next. The first sample
+    of a key is used. `without_image` counts the runs without an image, `duplicates` those of a key that was
+    used before: samples, these and those are all there are.
+    """
+
+    def __init__(self, choices: str | Sequence[str], read: Callable[[Member], bytes] | None = None) -> None:
+        self.choices = _several(choices)
+        self.without_image = 0
+        self.duplicates = 0
+        self._read = read
+        self._places = [(choice, captions.members_of(choice)) for choice in self.choices]
+        self._rows: list[tuple[int, ...]] = []
+        self._keys: set[str] = set()
+        self._key = ""
+        self._members: dict[str, Member | None] = {}
+        self._reads: dict[str, Callable[[], bytes]] = {}
+
+    def add(self, member: Member, read: Callable[[], bytes] | None = None) -> None:
+        """Takes the next member; `read` (else that of all) gives its bytes, and is asked for small ones."""
+        extension = self._begin(member.name)
+        if extension is not None:
+            self._members[extension] = member
+            if read is not None:
+                self._reads[extension] = read
+
+    def add_other(self, name: str) -> None:
+        """Takes the name of a member whose bytes are not to be had (a link): its sample goes without it."""
+        extension = self._begin(name)
+        if extension is not None:
+            self._members[extension] = None
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """The columns, each (samples,)."""
+        self._finish_sample()
+        types: dict[str, Any] = dict(OF_SAMPLES)
+        for choice in self.choices:
+            types |= {column(name, choice): dtype for name, dtype in OF_CAPTIONS.items()}
+        values = zip(*self._rows, strict=True) if self._rows else repeat((), len(types))
+        arrays = {
+            name: np.array(numbers, dtype)
+            for (name, dtype), numbers in zip(types.items(), values, strict=True)
+        }
+        for choice in self.choices:
+            arrays[column("captions", choice)] = narrow(arrays[column("captions", choice)])
+        return arrays
+
+    def _begin(self, name: str) -> str | None:
+        """The extension of a member whose sample is the one at hand from now on; None: it belongs to none."""
+        split = sample_name(name)
+        if split is None:
+            return None
+        key, extension = split
+        if key != self._key or extension in self._members:
+            self._finish_sample()
+            self._key = key
+        return extension
+
+    def _finish_sample(self) -> None:
+        members, self._members = self._members, {}
+        if not members:
+            return
+        image = first = None
+        for extension, member in members.items():
+            if member is not None:
+                first = first or member
+                if extension in IMAGE_EXTENSIONS:
+                    image = member
+                    break
+        if self._key in self._keys:
+            self.duplicates += 1
+        elif image is None or first is None:
+            self.without_image += 1
+        else:
+            self._keys.add(self._key)
+            self._rows.append(
+                (first.start, image.offset, image.size, self._class(members), *self._texts(members))
+            )
+        if self._reads:
+            self._reads = {}
+
+    def _bytes(self, extension: str, member: Member) -> bytes:
+        if extension in self._reads:
+            return self._reads[extension]()
+        assert self._read is not None, "a way to read is given for one member or for all"
+        return self._read(member)
+
+    def _texts(self, members: Mapping[str, Member | None]) -> list[int]:
+        """Offset, size, kind and number of the captions, for each choice in turn."""
+        found: list[int] = []
+        parsed: dict[str, Any] = {}
+        for choice, places in self._places:
+            row = (0, 0, NO_TEXT, 0)
+            for kind, extension in places:
+                member = members.get(extension)
+                if member is None or member.size > _LARGEST_TEXT:
+                    continue
+                if extension not in parsed:
+                    data = self._bytes(extension, member)
+                    parsed[extension] = captions.record_of(data) if kind == JSON else data
+                take = captions.from_record if kind == JSON else captions.from_txt
+                count = len(take(parsed[extension], choice))
+                if count:
+                    row = (member.offset, member.size, kind, count)
+                    break
+            found += row
+        return found
+
+    def _class(self, members: Mapping[str, Member | None]) -> int:
+        """The decimal number in `cls`, or -1."""
+        member = members.get("cls")
+        if member is None or member.size > BLOCK:
+            return -1
+        text = self._bytes("cls", member).strip()
+        return int(text) if text.isdigit() and len(text) < 10 else -1
+
+
+def narrow(counts: np.ndarray) -> np.ndarray:
+    """Caption counts as uint8 where they fit, else int32."""
+    return counts.astype(np.uint8 if counts.size == 0 or counts.max() < 256 else np.int32)
+
+
+def shard_index(folder: Path, shard: str) -> Path:
+    """The file of one shard's rows."""
+    return folder / f"{shard}.idx"
+
+
+def scan_shard(
+    path: Path, choices: str | Sequence[str]
+) -> tuple[ShardRows, dict[str, np.ndarray], str | None]:
+    """Rows and columns of a tar, and why it is broken (None if it is whole). UserError: it is compressed."""
+    broken = None
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        rows = ShardRows(choices, lambda member: os.pread(fd, member.size, member.offset))
+        try:
+            for member in scan(fd, others=rows.add_other):
+                rows.add(member)
+        except BrokenTar as error:
+            broken = str(error)
+        columns = rows.finish()
+        packed = compression(fd) if broken and not len(columns["offset"]) else None
+        if packed:
+            raise UserError(
+                f"{path} is compressed with {packed}, whatever its name says, and cannot be read by offset; "
+                "unpack it to a plain .tar first"
+            )
+        return rows, columns, broken
+    finally:
+        os.close(fd)
+
+
+def write_columns_of(
+    path: Path, shard: str, digest: str, choices: Sequence[str], columns: Mapping[str, np.ndarray]
+) -> None:
+    """Writes the rows of the shard called `shard`, whose sha256 is `digest`, to the file `path`.
+
+    ValueError where a column is missing, unknown or of another length.
+    """
+    types: dict[str, Any] = dict(OF_SAMPLES)
+    for choice in choices:
+        types |= {column(name, choice): dtype for name, dtype in OF_CAPTIONS.items()}
+    if set(columns) != set(types) or len({len(values) for values in columns.values()}) > 1:
+        raise ValueError(f"the columns of a shard are {', '.join(types)}, all of one length")
+    ready = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
+    ready |= {name: narrow(values) for name, values in ready.items() if name.startswith("captions/")}
+    meta = {"format": FORMAT, "shard": shard, "sha256": digest, "choices": list(choices)}
+    write_columns(path, meta, ready)
+
+
+def _several(choices: str | Sequence[str]) -> tuple[str, ...]:
+    return (choices,) if isinstance(choices, str) else tuple(choices)

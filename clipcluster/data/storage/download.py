@@ -1,0 +1,414 @@
+"""Bytes of a remote file into a local one: streamed, resumed where the server can, hashed on the way.
+
+`http(s)://` and `hf://` by the standard library (fsspec's needs another package and ends every request after
+five minutes), `pipe:COMMAND` by a shell, everything else by fsspec. Imports no torch.
+"""
+
+import base64
+import contextlib
+import errno
+import hashlib
+import http.client
+import logging
+import os
+import select
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from clipcluster.data.storage.urls import (
+    PIPE,
+    OtherContent,
+    Refused,
+    RemoteFolder,
+    State,
+    Unreachable,
+    file_system,
+    is_web,
+    shown,
+)
+from clipcluster.errors import UserError
+
+RETRIES = (0.2, 1.0, 3.0, 8.0)  # seconds to wait before another try
+QUESTIONS = (0.3, 1.5)  # the same for a question that somebody waits for
+SILENCE_S = 60.0  # a server or a command that says nothing for so long has failed
+ANSWER_S = 15.0  # the same for a question
+PROGRESS = 16 << 20  # bytes gained by a try after which the tries are counted anew
+
+_CHUNK = 1 << 20
+_RANGE = 16 << 20  # bytes asked of fsspec at once
+_FINAL = frozenset(range(400, 500)) - {408, 425, 429}
+_OURS = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])  # this machine's, not the network's
+_STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
+
+logger = logging.getLogger("clipcluster")
+
+
+class Got(NamedTuple):
+    """What a download brought: size in bytes, sha256 in hex, and the server's stamp."""
+
+    size: int
+    sha256: str
+    stamp: int
+
+
+class Transfer(NamedTuple):
+    """Bytes on their way: from which byte on, the whole file's state, its ETag for going on, the pieces."""
+
+    start: int
+    state: State
+    tag: str | None
+    pieces: Iterator[bytes]
+
+
+def stamp_of(text: str | None) -> int:
+    """A negative number of 56 bits that stands for an ETag or a time; 0 for none."""
+    return -1 - int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") if text else 0
+
+
+def state_of(address: str) -> State:
+    """What the server says of a file, without its bytes; a command says nothing.
+
+    FileNotFoundError if it is gone, Unreachable or Refused as `download`.
+    """
+    if address.startswith(PIPE):
+        return State(None, 0)
+    return _patiently(address, lambda: _ask(address), QUESTIONS)
+
+
+def read_small(address: str) -> bytes | None:
+    """The bytes of a small file; None if it is not there, or kept from us (a bucket says so of both)."""
+
+    def read() -> bytes:
+        with _opened(address, 0, None) as transfer:
+            return b"".join(transfer.pieces)
+
+    try:
+        return _patiently(address, read, QUESTIONS)
+    except (FileNotFoundError, PermissionError):
+        return None
+
+
+def read_beside(folder: RemoteFolder, name: str) -> bytes | None:
+    """A small file in a folder or in the one above, as `read_small`."""
+    if folder.is_pipe:
+        return None
+    data = read_small((folder / name).address)
+    return data if data is not None or folder.parent is None else read_small((folder.parent / name).address)
+
+
+def download(
+    address: str,
+    fd: int,
+    *,
+    reserve: Callable[[int], None],
+    size: int | None = None,
+    sha256: str | None = None,
+) -> Got:
+    """Writes a whole file to `fd`; `reserve(bytes)` is called before they are written.
+
+    A broken transfer is tried again with growing waits, from the byte reached where that is possible. Raises
+    Unreachable (an OSError) when the tries are used up, FileNotFoundError and Refused at once, OtherContent
+    where the file has another size than `size`, or twice the same other hash than `sha256`.
+    """
+    transfer = _Download(address, fd, reserve, size, sha256)
+    return _patiently(address, transfer.attempt, RETRIES, lambda: transfer.gained)
+
+
+class _Download:
+    """One file on its way; an attempt goes on where the last one broke."""
+
+    def __init__(
+        self, address: str, fd: int, reserve: Callable[[int], None], size: int | None, sha256: str | None
+    ) -> None:
+        self.address, self.fd, self.reserve = address, fd, reserve
+        self.size, self.sha256 = size, sha256
+        self.gained = 0  # bytes that the last attempt brought
+        self._tag: str | None = None
+        self._wrong: str | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._done, self._digest = 0, hashlib.sha256()
+
+    def attempt(self) -> Got:
+        self.gained = 0
+        with _opened(self.address, self._done, self._tag) as transfer:
+            if transfer.start != self._done:
+                self._begin()
+            self._tag = transfer.tag
+            announced = transfer.state.size
+            if self.size is not None and announced not in (None, self.size):
+                raise OtherContent(f"it has {announced:,} bytes, was {self.size:,}")
+            self._reserve(announced if self.size is None else self.size)
+            for piece in transfer.pieces:
+                self._write(piece)
+        if announced is not None and self._done != announced:
+            raise OSError(f"the transfer ended after {self._done:,} of {announced:,} bytes")
+        return self._checked(transfer.state.stamp)
+
+    def _reserve(self, size: int | None) -> None:
+        self._room = size or 0
+        self.reserve(self._room)
+
+    def _write(self, piece: bytes) -> None:
+        end = self._done + len(piece)
+        if self.size is not None and end > self.size:
+            raise OtherContent(f"it has more than the {self.size:,} bytes it had")
+        if end > self._room:  # a size that nobody told
+            self._reserve(end + max(_RANGE, end // 4))
+        view = memoryview(piece)
+        while view:
+            written = os.pwrite(self.fd, view, self._done)
+            self._digest.update(view[:written])
+            self._done += written
+            self.gained += written
+            view = view[written:]
+
+    def _checked(self, stamp: int) -> Got:
+        found, done = self._digest.hexdigest(), self._done
+        if self.sha256 is not None and found != self.sha256:
+            self._begin()
+            self.gained = 0
+            if found == self._wrong:
+                raise OtherContent(f"its sha256 is {found}, was {self.sha256}")
+            self._wrong, self._tag = found, None
+            raise OSError(f"{done:,} bytes came with another hash than indexed")
+        os.ftruncate(self.fd, done)
+        return Got(done, found, stamp)
+
+
+def _patiently(
+    address: str,
+    action: Callable[[], Any],
+    waits: Sequence[float],
+    gained: Callable[[], int] = lambda: 0,
+) -> Any:
+    """Tries again with growing waits; what is final is raised at once."""
+    failures = 0
+    while True:
+        try:
+            return action()
+        except (Refused, FileNotFoundError, PermissionError, UserError, OtherContent):
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in _OURS:
+                raise
+            failures = 1 if gained() >= PROGRESS else failures + 1
+            if failures > len(waits):
+                raise Unreachable(
+                    getattr(_cause(error), "errno", None) or 5,
+                    f"{_reason(error)} (tried {failures} times)",
+                    shown(address),
+                ) from error
+            logger.debug("%s: %s; trying again", shown(address), _reason(error))
+            time.sleep(waits[failures - 1])
+
+
+def _cause(error: Exception) -> Any:
+    """What is behind urllib's own error."""
+    return getattr(error, "reason", None) or error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(_cause(error), "strerror", None) or _cause(error)) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _opened(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
+    """The bytes of a file from `start` on, if it is still the one with that ETag; else from the beginning."""
+    opener = _piped if address.startswith(PIPE) else _of_the_web if _web(address) else _by_fsspec
+    with opener(address, start, tag) as transfer:
+        yield transfer
+
+
+def _ask(address: str) -> State:
+    if not _web(address):
+        return _told(address)
+    try:
+        with _request(address, "HEAD") as answer:
+            return _state(answer)
+    except FileNotFoundError:
+        raise
+    except (Refused, PermissionError):  # some servers, and signed addresses, answer nothing but GET
+        with _request(address, "GET", {"Range": "bytes=0-0"}) as answer:
+            return _state(answer)
+
+
+# http, https and hf
+
+
+def _web(address: str) -> str | None:
+    """The address to ask by HTTP; None if another way leads there."""
+    if is_web(address):
+        return address
+    if not address.startswith("hf://"):
+        return None
+    # The hub's own addresses: its client would refuse in a job, whose HF_HUB_OFFLINE is for names, not data.
+    kinds = {"datasets": "datasets/", "spaces": "spaces/"}
+    parts = address[len("hf://") :].split("/")
+    prefix = kinds.get(parts[0], "")
+    parts = parts[1:] if prefix else parts
+    repository, _, revision = parts[1].partition("@") if len(parts) > 2 else ("", "", "")
+    if not repository:
+        raise UserError(f"{address}: write hf://datasets/OWNER/NAME/FILE (or …/NAME@REVISION/FILE)")
+    root = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return f"{root}/{prefix}{parts[0]}/{repository}/resolve/{revision or 'main'}/{'/'.join(parts[2:])}"
+
+
+@contextlib.contextmanager
+def _request(address: str, method: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
+    url = _web(address) or address
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")), method=method)
+    for name, value in {
+        "User-Agent": "clipcluster",
+        "Accept-Encoding": "identity",
+        **(headers or {}),
+    }.items():
+        request.add_header(name, value)
+    if at:
+        secret = base64.b64encode(unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {secret}")
+    elif address.startswith("hf://"):
+        from huggingface_hub import get_token
+
+        token = get_token()
+        if token:  # not for the store that the hub sends us on to
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        patience = ANSWER_S if method == "HEAD" else SILENCE_S
+        with urllib.request.urlopen(request, timeout=patience) as answer:
+            yield answer
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _refusal(error, address) from None
+
+
+def _refusal(error: urllib.error.HTTPError, address: str) -> OSError:
+    """What a status means: gone, kept from us, final, or worth another try."""
+    text = f"the server answers {error.code} {error.reason}"
+    if error.code in (404, 410):
+        return FileNotFoundError(2, text, shown(address))
+    if error.code in (401, 403):
+        return PermissionError(13, text, shown(address))
+    if error.code in _FINAL and error.code != 416:
+        return Refused(5, text, shown(address))
+    return OSError(5, text)
+
+
+def _state(answer: Any) -> State:
+    """Size and stamp from the headers of an answer."""
+    whole = (answer.headers.get("Content-Range") or "").rpartition("/")[2]
+    size = whole if answer.status == 206 else answer.headers.get("Content-Length") or ""
+    stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+    return State(int(size) if size.isdigit() else None, stamp_of(stamp))
+
+
+@contextlib.contextmanager
+def _of_the_web(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
+    headers = {"Range": f"bytes={start}-", "If-Range": tag} if start and tag else {}
+    with _request(address, "GET", headers) as answer:
+        begin = 0
+        if answer.status == 206:
+            first = (answer.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
+            if first != str(start):
+                raise Refused(5, "the server sends another range than was asked for", shown(address))
+            begin = start
+        etag = answer.headers.get("ETag", "W/")
+        mark = answer.headers.get("Last-Modified") if etag.startswith("W/") else etag
+        yield Transfer(begin, _state(answer), mark, iter(lambda: answer.read1(_CHUNK), b""))
+
+
+# everything that fsspec knows
+
+
+def _wrapped(action: Callable[[], Any]) -> Any:
+    """The clients of buckets raise errors of their own; each is one of the network's here."""
+    try:
+        return action()
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        raise OSError(5, f"{type(error).__name__}: {error}") from error
+
+
+def _told(address: str) -> State:
+    system, path = file_system(address)
+    system.invalidate_cache()
+    about = _wrapped(lambda: system.info(path))
+    stamp = next((str(about[name]) for name in _STAMPS if about.get(name)), None)
+    return State(about.get("size"), stamp_of(stamp))
+
+
+@contextlib.contextmanager
+def _by_fsspec(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
+    system, path = file_system(address)
+    state = _told(address)
+    now = str(state.stamp)
+    begin = start if tag == now and state.stamp else 0
+    yield Transfer(begin, state, now, _ranges(system, path, begin, state.size))
+
+
+def _ranges(system: Any, path: str, begin: int, size: int | None) -> Iterator[bytes]:
+    if size is None:
+        yield _wrapped(lambda: system.cat_file(path))
+        return
+    while begin < size:
+        end = min(begin + _RANGE, size)
+        piece = _wrapped(partial(system.cat_file, path, start=begin, end=end))
+        if not piece:
+            return
+        yield piece
+        begin += len(piece)
+
+
+# commands
+
+
+@contextlib.contextmanager
+def _piped(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
+    """What a command prints, as webdataset runs one; its last words are kept for when it fails."""
+    with (
+        tempfile.TemporaryFile() as words,
+        subprocess.Popen(
+            address[len(PIPE) :],
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield Transfer(0, State(None, 0), None, _printed(process))
+            code = process.wait(SILENCE_S)
+        except subprocess.TimeoutExpired:
+            raise OSError(5, f"the command does not end {SILENCE_S:g} s after its last byte") from None
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, 9)
+        if code:
+            words.seek(max(0, words.seek(0, 2) - 2000))
+            last = words.read().decode("utf-8", "replace").strip()
+            raise OSError(5, f"the command failed with code {code}: {last or 'it said nothing'}")
+
+
+def _printed(process: "subprocess.Popen[bytes]") -> Iterator[bytes]:
+    assert process.stdout is not None
+    fd = process.stdout.fileno()
+    while True:
+        if not select.select([fd], [], [], SILENCE_S)[0]:
+            raise OSError(5, f"the command printed nothing for {SILENCE_S:g} s")
+        piece = os.read(fd, _CHUNK)
+        if not piece:
+            return
+        yield piece

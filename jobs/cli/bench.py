@@ -1,0 +1,106 @@
+"""The verbs `clipcluster bench …`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipcluster.errors import UserError
+from jobs.cli.options import AsJson, group, print_document, say
+
+bench = group("How fast things are on this machine.")
+
+
+@bench.callback()
+def _bench() -> None:
+    """How fast things are on this machine."""
+
+
+@bench.command()
+def loader(
+    shards: Annotated[
+        Path | None,
+        typer.Option("--shards", metavar="DIR", help="An indexed folder of shards. Default: one made up."),
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option("--index", metavar="FOLDER", help="Where its index is, if elsewhere.")
+    ] = None,
+    workers: Annotated[
+        str, typer.Option("--workers", metavar="N[,N]", help="Loader processes, one number after the other.")
+    ] = "1",
+    size: Annotated[int, typer.Option("--size", metavar="PIXELS", help="Side of the cropped images.")] = 224,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.")] = 64,
+    seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="Of each turn.")] = 3.0,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", metavar="N", help="Turns of each contender.")
+    ] = 5,
+    peer: Annotated[
+        Path | None,
+        typer.Option(
+            "--peer",
+            metavar="PYTHON",
+            help="An interpreter with open_clip_torch 3.3.0 and webdataset 0.2.86: OpenCLIP's loader too.",
+        ),
+    ] = None,
+    normalise: Annotated[
+        bool, typer.Option("--normalise", help="Normalise on the CPU too; training does it on the device.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON there too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The loader's images per second, beside decoding alone and OpenCLIP's loader."""
+    from contextlib import nullcontext
+
+    from tools.bench.loader import Settings, made_up_photographs, measure
+
+    try:
+        counts = tuple(int(number) for number in workers.split(","))
+    except ValueError:
+        raise UserError(f"--workers {workers}: one or more numbers from 1, as 1,2") from None
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
+    with made_up_photographs() if shards is None else nullcontext(shards) as folder:
+        settings = Settings(
+            folder, index, counts, size, batch_size, seconds, repetitions, peer, normalise
+        )  # fmt: skip
+        document = measure(settings, (lambda text: None) if as_json else say)
+    if out is not None:
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_document(document)
+        return
+    for result in document["results"]:
+        for line in _lines(result):
+            say(line)
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    """One result in words."""
+    count = result["workers"]
+    lines = [f"{count} worker{'s' * (count > 1)}:"]
+    entries = [("loader", result), ("decoding alone", result["alone"]["decode"])]
+    entries.append(("decoding and resizing alone", result["alone"]["decode_resize"]))
+    if "peer" in result:
+        entries.append((f"OpenCLIP {result['peer']['open_clip']}", result["peer"]))
+    for name, figure in entries:
+        line = f"  {name:28} {figure['images_per_second']:7.0f} images/s"
+        line += f" ({figure['least']:.0f} to {figure['largest']:.0f})"
+        if figure["images_per_core_second"]:
+            line += f", {figure['images_per_core_second']:.0f} a core second"
+        if figure["worker_uss_bytes"]:
+            line += f", {figure['worker_uss_bytes'] / 1e6:.0f} MB a worker"
+        lines.append(line)
+    lines.append(f"  beside decoding and resizing alone: {_compared(result['share_of_decode_resize'])}")
+    if "peer" in result:
+        lines.append(f"  beside OpenCLIP's loader: {_compared(result['peer']['times_faster'])}")
+    return lines
+
+
+def _compared(ratio: dict[str, Any]) -> str:
+    text = f"{ratio['median']:.2f} times ({ratio['least']:.2f} to {ratio['largest']:.2f})"
+    return text + (f", {ratio['by_core']:.2f} by processor time" if ratio["by_core"] else "")

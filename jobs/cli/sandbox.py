@@ -1,0 +1,143 @@
+"""The verbs `clipcluster sandbox …`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipcluster.runs.folder import find_run, runs_folder
+from jobs.cli.options import AsJson, Runs, group, print_document, say
+
+sandbox = group("A throwaway SLURM cluster of several nodes on this machine, for tests and demonstrations.")
+SandboxFolder = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="Its folder. Default: $CLIPCLUSTER_SANDBOX, else ./sandbox"),
+]
+
+
+def _sandbox_folder(folder: Path | None) -> Path:
+    from tools.sandbox import sandbox as sandboxes
+
+    return folder or sandboxes.default_folder()
+
+
+@sandbox.command("start")
+def sandbox_start(
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="How many nodes.")] = 4,
+    cpus: Annotated[int, typer.Option("--cpus", metavar="N", help="CPUs that each claims to have.")] = 4,
+    grace: Annotated[
+        int, typer.Option("--grace", metavar="S", help="GraceTime of the low partition, seconds.")
+    ] = 10,
+    kill_wait: Annotated[int, typer.Option("--kill-wait", metavar="S", help="KillWait, seconds.")] = 5,
+    user_signal: Annotated[
+        bool, typer.Option("--user-signal", help="A preemption sends USR2 (preempt_send_user_signal).")
+    ] = False,
+    folder: SandboxFolder = None,
+) -> None:
+    """Start it, and say which line points a shell at it."""
+    from tools.sandbox import sandbox as sandboxes
+
+    started = sandboxes.start(
+        _sandbox_folder(folder),
+        nodes=nodes,
+        cpus=cpus,
+        grace_seconds=grace,
+        kill_wait_seconds=kill_wait,
+        user_signal=user_signal,
+    )
+    say(f"# {nodes} nodes, partitions low (preemptible) and high; point this shell at them with:")
+    say(started.shell_line)
+
+
+@sandbox.command("stop")
+def sandbox_stop(
+    keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Keep the daemons' logs.")] = False,
+    folder: SandboxFolder = None,
+) -> None:
+    """Stop it and remove its folder."""
+    from tools.sandbox import sandbox as sandboxes
+
+    chosen = _sandbox_folder(folder)
+    ended = sandboxes.stop(chosen, keep_logs=keep_logs)
+    say(f"{chosen}: {ended} processes ended")
+
+
+@sandbox.command("status")
+def sandbox_status(folder: SandboxFolder = None, as_json: AsJson = False) -> None:
+    """Show its nodes and jobs."""
+    from dataclasses import asdict
+
+    from tools.sandbox import sandbox as sandboxes
+
+    found = sandboxes.status(_sandbox_folder(folder))
+    if as_json:
+        document = {
+            "folder": str(found.sandbox.folder),
+            "running": found.running,
+            "nodes": [asdict(node) for node in found.nodes],
+            "jobs": [asdict(job) for job in found.jobs],
+        }
+        print_document(document)
+        return
+    say(f"{found.sandbox.folder}: " + ("running" if found.running else "not running"))
+    for node in found.nodes:
+        say(f"  {node.name}: {node.state}" + ("" if node.responding else ", not responding"))
+    for job in found.jobs:
+        say(f"  job {job.job_id} {job.name}: {job.state} in {job.partition} on {', '.join(job.nodes) or '-'}")
+
+
+@sandbox.command("preempt")
+def sandbox_preempt(
+    run: Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run, or a job's id.")],
+    hold: Annotated[
+        float, typer.Option("--hold", metavar="S", help="How long the other job keeps the nodes, seconds.")
+    ] = 0,
+    come_back: Annotated[
+        bool, typer.Option("--come-back/--no-come-back", help="Let it start again at once.")
+    ] = True,
+    folder: SandboxFolder = None,
+    runs: Runs = None,
+) -> None:
+    """Evict a running job by one of higher priority, and let it come back."""
+    from tools.sandbox import sandbox as sandboxes
+
+    job: str | Path = run
+    if not sandboxes.JOB_ID.fullmatch(run):
+        job = find_run(run, runs_folder(runs)).path
+    done = sandboxes.preempt(_sandbox_folder(folder), job, come_back=come_back, hold_seconds=hold)
+    say(
+        f"job {done.job_id} left {', '.join(done.nodes)} after {done.evicted_after:.1f} s; "
+        + ("requeued" if done.requeued else f"not requeued: {done.state}")
+    )
+
+
+NodeName = Annotated[str, typer.Argument(metavar="NODE", help="A node, such as n2.")]
+
+
+@sandbox.command("kill-node")
+def sandbox_kill_node(node: NodeName, folder: SandboxFolder = None) -> None:
+    """Kill a node: slurmd, step daemons and tasks at once, as when a machine loses its power."""
+    from tools.sandbox import sandbox as sandboxes
+
+    ended = sandboxes.kill_node(_sandbox_folder(folder), node)
+    say(f"{node}: {ended} processes killed; SLURM notices after about 25 s")
+
+
+@sandbox.command("lose-node")
+def sandbox_lose_node(node: NodeName, folder: SandboxFolder = None) -> None:
+    """Kill a node's slurmd alone: to SLURM the node is gone, its ranks live on."""
+    from tools.sandbox import sandbox as sandboxes
+
+    sandboxes.lose_node(_sandbox_folder(folder), node)
+    say(f"{node}: slurmd killed, its ranks live on; SLURM notices after about 25 s")
+
+
+@sandbox.command("restore-node")
+def sandbox_restore_node(node: NodeName, folder: SandboxFolder = None) -> None:
+    """Start a node's slurmd again, and wait until SLURM can use it."""
+    from tools.sandbox import sandbox as sandboxes
+
+    sandboxes.restore_node(_sandbox_folder(folder), node)
+    say(f"{node}: up")

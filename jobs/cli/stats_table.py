@@ -1,0 +1,96 @@
+"""The figures of `clipcluster shards stats` as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tools.shards.stats import Stats
+
+_SHOWN = 10  # bad samples and groups of duplicates that are shown one by one
+_COLUMNS = ("min", "p5", "median", "p95", "max", "mean")
+
+
+def table(stats: Stats, console: Console | None = None) -> None:
+    """Prints them."""
+    (console or Console()).print(Group(_counts(stats), _distributions(stats), *_lines(stats)))
+
+
+def _counts(stats: Stats) -> Table:
+    rows = Table(title=escape(stats.folder), title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    rows.add_column(style="bold")
+    rows.add_column()
+    decoded = "decoded" if stats.decoded else "not decoded"
+    rows.add_row("shards", f"{stats.shards:,}, {_size(stats.bytes)}")
+    rows.add_row("samples", f"{stats.samples:,}: {stats.used:,} used, {len(stats.bad):,} bad ({decoded})")
+    rows.add_row(
+        "captions",
+        f"{stats.captions:,} (choice {stats.captions_choice}), {stats.without_caption:,} samples without one",
+    )
+    rows.add_row("kinds", _counted(stats.kinds) or "none")
+    rows.add_row("captions a sample", _counted(stats.captions_per_sample, most=8))
+    if stats.classes:
+        least, most = min(stats.classes.values()), max(stats.classes.values())
+        rows.add_row("classes", f"{len(stats.classes):,}, each of {least:,} to {most:,} samples")
+    for name, what in (("content", "same image"), ("keys", "same key")):
+        found = stats.duplicates[name]
+        rows.add_row(what, f"{found['groups']:,} groups, {found['extra']:,} copies beyond the first")
+    if stats.without_image or stats.repeated_keys:
+        rows.add_row(
+            "no samples",
+            f"{stats.without_image:,} without image, {stats.repeated_keys:,} with a repeated key",
+        )
+    return rows
+
+
+def _distributions(stats: Stats) -> Table:
+    rows = Table(box=box.SIMPLE_HEAD)
+    rows.add_column("", no_wrap=True)
+    for name in _COLUMNS:
+        rows.add_column(name, justify="right", no_wrap=True)
+    for what, figures in (
+        ("width", stats.images["width"]),
+        ("height", stats.images["height"]),
+        ("pixels", stats.images["pixels"]),
+        ("image bytes", stats.images["bytes"]),
+        ("characters", stats.caption_characters),
+    ):
+        if figures["count"]:
+            rows.add_row(what, *(_number(figures[name]) for name in _COLUMNS))
+    return rows
+
+
+def _lines(stats: Stats) -> list[str]:
+    """What is bad, broken or double, one line each."""
+    lines = [f"[bold]broken[/] {escape(one['shard'])}: {escape(one['reason'])}" for one in stats.broken]
+    for one in stats.bad[:_SHOWN]:
+        lines.append(f"[bold]bad[/] {escape(one['shard'])} {escape(one['key'])}: {escape(one['reason'])}")
+    if len(stats.bad) > _SHOWN:
+        lines.append(f"… and {len(stats.bad) - _SHOWN:,} more; --json names all")
+    for group in stats.duplicates["content"]["examples"][:_SHOWN]:
+        names = ", ".join(f"{one['shard']} {one['key']}" for one in group[:4])
+        lines.append(f"[bold]same image[/] {escape(names)}{', …' if len(group) > 4 else ''}")
+    return [*lines, *(f"[bold]note[/] {escape(note)}" for note in stats.notes)]
+
+
+def _counted(counts: Mapping[str, int], most: int = 20) -> str:
+    shown = ", ".join(f"{name}: {count:,}" for name, count in list(counts.items())[:most])
+    return shown + (f", … ({len(counts)} values)" if len(counts) > most else "")
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,47 @@
+"""What the batch script calls.
+
+python -m jobs.endings claim RUN_DIR         prints the attempt's number; nothing where none is due
+python -m jobs.endings verdict RUN_DIR CODE  CODE: srun's exit code; leaves with the run's
+python -m jobs.endings local RUN_DIR         the batch script's twin on a machine without SLURM
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from clipcluster.runs.folder import AlreadyOwned, Run
+from clipcluster.runtime.place import slurm_job_id
+from clipcluster.runtime.stop import Outcome
+from jobs.endings import local
+from jobs.endings.batch import ATTEMPT, claim, conclude, say
+from tools.slurm import Slurm
+
+
+def _claim_command(run: Run) -> int:
+    try:
+        attempt = claim(run, slurm_job_id(os.environ), Slurm())
+    except AlreadyOwned as error:
+        say(str(error))
+        return int(Outcome.STALE)
+    if attempt is not None:
+        print(attempt.number)
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See the top of this file."""
+    command, run = arguments[0], Run(arguments[1])
+    if command == "claim":
+        return _claim_command(run)
+    if command == "verdict":
+        attempt = run.attempt(int(os.environ[ATTEMPT]))
+        return conclude(run, attempt, int(arguments[2]), Slurm(), os.environ)
+    if command == "local":
+        return local.live(run)
+    raise SystemExit(f"unknown: {command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,218 @@
+"""The batch script's twin on a machine without SLURM: it claims, watches the ranks, keeps the time, decides.
+
+The ranks are submitit's local tasks, started from the same pickle as on SLURM. A stop by time or a crash is
+followed by the next attempt; TERM or INT from outside ends the run as stopped. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from clipcluster.runs import files
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.folder import AlreadyOwned, Run
+from clipcluster.runtime.place import local_job_id
+from clipcluster.runtime.stop import Outcome
+from jobs.endings import batch as endings
+from jobs.endings.verdict import Job, Verdict, decide
+from tools.slurm import Slurm
+
+ORDER = "local.json"
+PICKLE = "local.pkl"
+POLL_SECONDS = 0.1
+PEER_SECONDS = 10.0  # how long the peers of a crashed rank may take to leave by themselves
+CLOSE_SECONDS = 60.0  # the same where a rank left in peace: the others may still close their loaders
+
+
+@dataclass(frozen=True)
+class Order:
+    """What submit tells the twin; seconds, and `gpus` of this machine for all ranks together."""
+
+    tasks: int
+    gpus: int
+    cpus_per_task: int
+    time: float
+    lead: float
+    grace: float
+    environment: Mapping[str, str]
+
+    def write(self, folder: Path) -> None:
+        files.write_json(folder / ORDER, asdict(self))
+
+    @staticmethod
+    def read(folder: Path) -> Order:
+        return Order(**files.read_json(folder / ORDER))
+
+
+class Signals:
+    """What was sent to the twin: TERM and INT tell it to stop, USR1 and USR2 go on to the ranks."""
+
+    def __init__(self) -> None:
+        self.told = ""
+        self.passed: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._tell)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._pass)
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        self.told = signal.Signals(number).name
+
+    def _pass(self, number: int, frame: FrameType | None) -> None:
+        self.passed.append(number)
+
+
+class Ranks:
+    """The processes of one attempt, and what they have been sent so far."""
+
+    def __init__(self, run: Run, attempt: Attempt, job_id: str, order: Order) -> None:
+        self.order = order
+        self.attempt = attempt
+        self.began = time.monotonic()
+        self.first_exit: float | None = None
+        self.termed: float | None = None
+        self.asked = False
+        self.out_of_time = False
+        self.processes = [_start(run, attempt, job_id, order, rank) for rank in range(order.tasks)]
+
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def listening(self) -> bool:
+        """Whether every rank has started: before its handlers stand, a USR1 would kill it."""
+        return len(list(self.attempt.path.glob("events-rank-*.jsonl"))) >= self.order.tasks
+
+    def code(self) -> int:
+        """The largest exit code, as srun would say it (a signal counts as 128 and its number)."""
+        codes = [process.wait() for process in self.processes]
+        return max(128 - code if code < 0 else code for code in codes)
+
+    def send(self, number: int) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    def term(self) -> None:
+        if self.termed is None:
+            self.termed = time.monotonic()
+            self.send(signal.SIGTERM)
+
+    def watch(self, signals: Signals) -> None:
+        """Wait until all ranks have left, sending and killing as time and signals ask."""
+        while self.running():
+            now = time.monotonic()
+            while signals.passed and self.listening():
+                self.send(signals.passed.pop(0))
+            if signals.told:
+                self.term()
+            self._keep_time(now - self.began)
+            if self._overdue(now):
+                self.send(signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+
+    def _keep_time(self, elapsed: float) -> None:
+        if elapsed >= self.order.time - self.order.lead and not self.asked and self.listening():
+            self.asked = True
+            self.send(signal.SIGUSR1)
+        if elapsed >= self.order.time and not self.out_of_time:
+            self.out_of_time = True
+            self.term()
+
+    def _overdue(self, now: float) -> bool:
+        """Whether the ranks that are left have had all the time they are given."""
+        codes = [process.poll() for process in self.processes]
+        if self.first_exit is None and any(code is not None for code in codes):
+            self.first_exit = now
+        if self.first_exit is not None:
+            patience = PEER_SECONDS if any(codes) else CLOSE_SECONDS
+            if now - self.first_exit > patience:
+                return True
+        return self.termed is not None and now - self.termed > self.order.grace
+
+
+def _start(run: Run, attempt: Attempt, job_id: str, order: Order, rank: int) -> subprocess.Popen[bytes]:
+    """One of submitit's local tasks, as its own controller would start it."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(order.cpus_per_task),
+        **order.environment,
+        endings.ATTEMPT: str(attempt.number),
+        endings.LOGS: str(run.submitit),
+        "SUBMITIT_EXECUTOR": "local",
+        "SUBMITIT_LOCAL_JOB_ID": job_id,
+        "SUBMITIT_LOCAL_NTASKS": str(order.tasks),
+        "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+        "SUBMITIT_LOCAL_NODEID": "0",
+        "SUBMITIT_LOCAL_GLOBALID": str(rank),
+        "SUBMITIT_LOCAL_LOCALID": str(rank),
+        "CUDA_VISIBLE_DEVICES": _visible(order.gpus),
+    }
+    paths = [run.submitit / f"{job_id}_{rank}_log.{kind}" for kind in ("out", "err")]
+    with paths[0].open("ab") as out, paths[1].open("ab") as err:
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", "submitit.core._submit", str(run.submitit)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+        )
+
+
+def _visible(gpus: int) -> str:
+    """The first so many of the GPUs that this process may see."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = given.split(",") if given else [str(number) for number in range(gpus)]
+    return ",".join(devices[:gpus])
+
+
+def judge(run: Run, attempt: Attempt, ranks: Ranks, signals: Signals, job_id: str) -> Verdict:
+    """The verdict on an attempt whose ranks have all left."""
+    facts = endings.gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit)
+    return decide(
+        replace(
+            facts,
+            told=signals.told,
+            job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
+            time_nearly_over=ranks.asked,
+        )
+    )
+
+
+def live(run: Run) -> int:
+    """Attempt after attempt until a verdict ends the run; returns its code."""
+    signals = Signals()
+    job_id = local_job_id()
+    order = Order.read(run.submitit)
+    shutil.copyfile(run.submitit / PICKLE, run.submitit / f"{job_id}_submitted.pkl")
+    while True:
+        try:
+            attempt = endings.claim(run, job_id, Slurm())
+        except AlreadyOwned as error:
+            endings.say(str(error))
+            return int(Outcome.STALE)
+        if attempt is None:
+            return int(Outcome.FINISHED)
+        _open_log(run, attempt, job_id)
+        ranks = Ranks(run, attempt, job_id, order)
+        ranks.watch(signals)
+        verdict = judge(run, attempt, ranks, signals, job_id)
+        if not endings.record(run, attempt, verdict, job_id):
+            return int(Outcome.STALE)
+        if verdict.action != "requeue":
+            return verdict.code
+
+
+def _open_log(run: Run, attempt: Attempt, job_id: str) -> None:
+    """Mark where the attempt begins in the first rank's log, as the batch script's own lines do on SLURM."""
+    with (run.submitit / f"{job_id}_0_log.err").open("a") as stream:
+        stream.write(f"clipcluster: {endings.marker(attempt)}\n")

@@ -1,0 +1,323 @@
+"""A recipe becomes a run, and the run a job: check, folder, assets, snapshot, submission. Twice is once.
+
+Submitting a recipe again finds its run: a running one is named, a finished one says so, any other goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from clipcluster import check
+from clipcluster.errors import UserError
+from clipcluster.recipe.load import Loaded, recipe_keys, result_keys, settings_keys
+from clipcluster.recipe.plan import Plan, usable_nodes
+from clipcluster.recipe.schema import Recipe
+from clipcluster.runs import files
+from clipcluster.runs.folder import Run, near_twins, run_name
+from jobs.status import SUBMISSIONS, Queue, State, state_of
+from jobs.submit import assets, launch, lock, snapshot
+from jobs.submit import parameters as clusters
+from jobs.submit.parameters import TRAINEE, Member
+from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
+
+ENDING_SECONDS = 600.0  # how long --follow waits for a job that is still ending
+NO_CLUSTER = "configuration source"  # what SLURM's programs lack where they are installed and nothing else
+PLAN_KEYS = ("world_size", "nodes", "steps_per_epoch", "total_steps", "batch_size", "epoch_samples")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asked for."""
+
+    recipe: Path
+    overrides: Sequence[str] = ()
+    runs: Path = Path("runs")
+    site: str | None = None
+    executor: str | None = None  # slurm | local | none (the folder alone); None: slurm where there is one
+    follow: bool = False
+    dry_run: bool = False
+    quick: bool = False
+    trainee: str = TRAINEE
+    environ: Mapping[str, str] | None = None
+    say: Callable[[str], None] = field(default=print)
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The run, and the job that runs it; None where nothing was submitted (dry run, finished)."""
+
+    run: Run
+    job: str | None
+    executor: str
+
+
+def submit(wanted: Wanted) -> Submitted:
+    """Do what `clipcluster submit` does, but for following. Raises UserError, with nothing written."""
+    executor = choose_executor(wanted)
+    checked = checked_for(wanted, executor)
+    loaded, plan = checked.loaded, checked.plan
+    assert loaded is not None
+    assert plan is not None  # else there were errors
+    run = Run(wanted.runs / run_name(loaded.recipe.name, result_keys(loaded)))
+    found = _found(run, wanted)
+    if found is not None:
+        return Submitted(run, found.job if not found.ended else None, executor)
+    if not run.exists():
+        _say_twins(loaded, wanted)
+    if wanted.dry_run:
+        _say_plan(run, checked, executor, wanted)
+        return Submitted(run, None, executor)
+    with _fetched(loaded.recipe, run, wanted) as fetched:
+        if not wanted.quick:
+            _deep(loaded.recipe, plan, fetched, wanted)
+        with _only_submission(run):
+            said: list[str] = []
+            found = _found(run, replace(wanted, say=said.append))
+            if found is not None:  # somebody submitted it during the checks
+                wanted.say("\n".join(said))
+                return Submitted(run, found.job if not found.ended else None, executor)
+            return _start(run, loaded, plan, executor, fetched, wanted)
+
+
+@contextlib.contextmanager
+def _only_submission(run: Run) -> Iterator[None]:
+    """Of several that submit a run at once one does. Raises UserError."""
+    try:
+        with lock.alone(run.path.parent / f".{run.name}.submitting"):
+            yield
+    except lock.Held:
+        raise UserError(
+            f"{run.name} is being submitted by another process right now; see: clipcluster status {run.name}"
+        ) from None
+
+
+def choose_executor(wanted: Wanted) -> str:
+    """The executor asked for, else SLURM where it is set up, else this machine.
+
+    Raises UserError for --executor slurm without sbatch, and where SLURM does not answer.
+    """
+    there = launch.environment_has_slurm()
+    if wanted.executor in ("local", "none"):
+        return wanted.executor
+    if wanted.executor == "slurm":
+        require_slurm()
+        return "slurm"
+    if wanted.executor is not None:
+        raise UserError(f"--executor {wanted.executor}: allowed are slurm, local and none")
+    if not there:
+        wanted.say("no sbatch on the PATH: the run goes to this machine (--executor local)")
+        return "local"
+    if not _ask_slurm(""):
+        wanted.say("sbatch is here but no cluster: the run goes to this machine (--executor local)")
+        return "local"
+    return "slurm"
+
+
+def require_slurm() -> None:
+    """UserError where --executor slurm was given and no cluster can be asked."""
+    if not launch.environment_has_slurm():
+        raise UserError(
+            "--executor slurm: there is no sbatch on the PATH. Submit from a login node of the cluster, "
+            "use --executor local, or start a cluster on this machine with: clipcluster sandbox start"
+        )
+    _ask_slurm("--executor slurm: ")
+
+
+def _ask_slurm(asked: str) -> bool:
+    """Whether SLURM answers; False only where no cluster is set up here and none was `asked` for.
+
+    Raises UserError where a cluster is silent: its login node is no place to train on.
+    """
+    try:
+        Slurm().config()
+    except (SlurmUnavailable, SlurmRefused) as error:
+        if NO_CLUSTER in str(error) and not asked:
+            return False
+        raise UserError(
+            f"{asked}SLURM does not answer ({str(error).splitlines()[-1]}). Try again in a moment, see that "
+            "SLURM_CONF is right where you set it, or train on this machine with --executor local."
+        ) from None
+    return True
+
+
+def checked_for(wanted: Wanted, executor: str) -> check.Checked:
+    """The plain check, for one node where the run stays on this machine. Raises UserError."""
+
+    def plain(*more: str) -> check.Checked:
+        return check.plain(wanted.recipe, [*wanted.overrides, *more], wanted.environ, site=wanted.site)
+
+    checked = plain()
+    nodes = checked.recipe.cluster.nodes
+    if executor == "local" and nodes.most > 1:
+        wanted.say(f"this machine is one node: cluster.nodes=1 instead of {nodes}")
+        checked = plain("cluster.nodes=1")
+    checked.raise_errors()
+    if executor == "local" and checked.recipe.cluster.setup:
+        wanted.say("cluster.setup belongs to the cluster: its lines are left out on this machine")
+    for warning in checked.warnings:
+        wanted.say(f"warning: {warning}")
+    return checked
+
+
+def _found(run: Run, wanted: Wanted) -> State | None:
+    """The state of a run that needs no submission; None where one is due. Waits for an ending job to go."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    waiting = False
+    while run.exists():
+        state = state_of(run, Queue())
+        if not state.queued:
+            return _settled(run, state, wanted)
+        if state.name in ("RUNNING", "PENDING"):
+            wanted.say(f"{run.name} is {state}, as job {state.job}")
+            return state
+        if not wanted.follow or wanted.dry_run or time.monotonic() > deadline:
+            raise UserError(
+                f"{run.name}: job {state.job} is still ending ({state}). Submit again in a moment, "
+                "or with --follow, which waits for it."
+            )
+        if not waiting:
+            wanted.say(f"{run.name}: waiting for job {state.job} to end ({state})")
+            waiting = True
+        time.sleep(1.0)
+    return None
+
+
+def _settled(run: Run, state: State, wanted: Wanted) -> State | None:
+    if state.name == "FINISHED":
+        wanted.say(f"{run.name} is finished; see: clipcluster status {run.name}")
+        return state
+    if state.name == "UNKNOWN":
+        raise UserError(
+            f"{run.name}: {state.detail}. Submit from a machine that reaches SLURM; or, knowing that the job "
+            f"has ended: clipcluster cancel {run.name}"
+        )
+    if state.name != "NEW":
+        wanted.say(f"{run.name} was {state}: it goes on from its last checkpoint")
+    return None
+
+
+def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
+    for twin in near_twins(loaded.recipe.name, recipe_keys(loaded), wanted.runs)[:3]:
+        for difference in twin.differences:
+            wanted.say(
+                f"a new run: {twin.run.name} differs in {difference.key} "
+                f"({difference.there!r} there, {difference.here!r} here)"
+            )
+
+
+def _say_plan(run: Run, checked: check.Checked, executor: str, wanted: Wanted) -> None:
+    for line in checked.summary:
+        wanted.say(line)
+    wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))
+    if executor == "none":
+        wanted.say("would make the folder, and start nothing")
+        return
+    if executor == "local":
+        cluster = checked.recipe.cluster
+        wanted.say(f"would start {cluster.ranks_per_node} ranks on this machine, for {cluster.time} at most")
+        return
+    cluster = checked.recipe.cluster
+    chosen = clusters.parameters(
+        cluster,
+        [Member(run.path, run.path / "code-N")],
+        name=run.name,
+        logs=run.submitit,
+        grace=clusters.grace_seconds(cluster, Slurm()),
+    )
+    wanted.say("would submit to SLURM:")
+    additional = chosen.pop("additional_parameters")
+    for key, value in {**chosen, **additional}.items():
+        if not isinstance(value, list):
+            wanted.say(f"  {key.replace('_', '-')}: {value}")
+
+
+@contextlib.contextmanager
+def _fetched(recipe: Recipe, run: Run, wanted: Wanted) -> Iterator[Path]:
+    """The folder of the run's assets: its own, or for a new run one aside that `_start` moves into it."""
+    if run.exists():
+        for name in assets.fetch(recipe, run.assets):
+            wanted.say(f"fetched {name}")
+        yield run.assets
+        return
+    with tempfile.TemporaryDirectory(prefix="clipcluster-assets-") as aside:
+        for name in assets.fetch(recipe, Path(aside)):
+            wanted.say(f"fetched {name}")
+        yield Path(aside)
+
+
+def _deep(recipe: Recipe, plan: Plan, fetched: Path, wanted: Wanted) -> None:
+    findings = check.deep(recipe, world_size=plan.world_size, assets=fetched)
+    findings.raise_errors()
+    for warning in findings.warnings:
+        wanted.say(f"warning: {warning}")
+
+
+def _start(run: Run, loaded: Loaded, plan: Plan, executor: str, fetched: Path, wanted: Wanted) -> Submitted:
+    """Make or update the folder, take the snapshot, submit. A new folder does not outlive a refusal."""
+    made = not run.exists()
+    cluster = loaded.recipe.cluster
+    grace = clusters.grace_seconds(cluster, Slurm() if executor == "slurm" else None)
+    if made:
+        Run.create(run.path, recipe_keys(loaded), settings(loaded, plan, executor, None, grace=grace))
+        shutil.copytree(fetched, run.assets, dirs_exist_ok=True)
+    if executor == "none":
+        run.update_settings(settings(loaded, plan, executor, None, grace=grace))
+        wanted.say(f"{run.name}: made, and nothing started. Train it with one of:")
+        wanted.say(f"  clipcluster train {run.path}")
+        wanted.say(f"  torchrun --nproc-per-node={plan.world_size} -m jobs.cli train {run.path}")
+        return Submitted(run, None, executor)
+    try:
+        code = snapshot.take(run)
+        if code.new and not code.first:
+            wanted.say(f"the code differs from the last submission's: {code.path.name}")
+        run.update_settings(settings(loaded, plan, executor, code.path.name, grace=grace))
+        job = _launch(run, loaded.recipe, code.path, executor, grace, wanted.trainee)
+    except BaseException:
+        if made and run.newest() is None:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    run.submitit.mkdir(exist_ok=True)
+    files.append_line(
+        run.submitit / SUBMISSIONS,
+        {"job": job, "executor": executor, "code": code.path.name, "time": round(time.time(), 3)},
+    )
+    where = f"job {job}" if executor == "slurm" else f"{loaded.recipe.cluster.ranks_per_node} local ranks"
+    wanted.say(f"{run.name}: {plan.total_steps:,} steps, as {where}")
+    return Submitted(run, job, executor)
+
+
+def _launch(run: Run, recipe: Recipe, code: Path, executor: str, grace: float, trainee: str) -> str:
+    member = Member(run.path, code)
+    if executor == "local":
+        return launch.locally(recipe.cluster, member, grace=grace, trainee=trainee)
+    return launch.on_slurm(
+        recipe.cluster,
+        [member],
+        name=run.name,
+        logs=run.submitit,
+        grace=grace,
+        trainee=trainee,
+        used=lambda granted: usable_nodes(recipe, granted),
+    )[0]
+
+
+def settings(loaded: Loaded, plan: Plan, executor: str, code: str | None, *, grace: float) -> dict[str, Any]:
+    """What settings.yaml holds: the recipe's speed and record keys, paths, the plan, executor and code.
+
+    `grace` (seconds) is what the ranks have for a save, found here because only here SLURM is asked.
+    """
+    keys = settings_keys(loaded)
+    return {
+        **keys,
+        "cluster": {**keys["cluster"], "grace": f"{grace:g} s"},
+        "plan": {key: getattr(plan, key) for key in PLAN_KEYS},
+        "executor": executor,
+        "code": code,
+    }

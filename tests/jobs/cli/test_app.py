@@ -1,0 +1,204 @@
+"""The command as users type it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clipcluster.runs.folder import Run
+from jobs.endings import history
+
+ROOT = Path(__file__).resolve().parents[3]
+QUICK = 1.5  # seconds of wall time for what needs no torch
+
+
+def clipcluster(*words, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *map(str, words)], capture_output=True, text=True, cwd=ROOT, **more
+    )
+
+
+def fails(done, *parts):
+    """One message on stderr, code 2, no traceback."""
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+    for part in parts:
+        assert part in done.stderr
+
+
+@pytest.fixture
+def finished(run):
+    """A finished run with two attempts of metrics and an evaluation."""
+    for steps in ((1, 2, 3), (3, 4)):
+        attempt = run.claim("17", host="n1", still_running=lambda job: False)
+        for step in steps:
+            attempt.metrics({"step": step, "loss": step / attempt.number})
+        (attempt.path / "rank-0.out").write_text(f"attempt {attempt.number} says\n")
+    attempt.event("finish", writer=history.WRITER, ending="finished", code=0)
+    return run
+
+
+TORCH_FREE = """
+import sys, time
+from jobs.cli import app
+sys.argv = ["clipcluster", *{words!r}]
+try:
+    app(standalone_mode=False)
+finally:
+    loaded = [name for name in ("torch", "timm", "transformers", "torchvision") if name in sys.modules]
+    print("LOADED", loaded)
+"""
+
+
+@pytest.mark.parametrize("verb", ["check", "dry run", "status", "metrics", "cancel", "submit"])
+def test_no_torch(verb, recipe, finished, tmp_path, no_slurm):
+    runs = str(finished.path.parent)
+    words = {
+        "check": ["check", str(recipe)],
+        "dry run": ["submit", str(recipe), "--dry-run", "--runs", runs],
+        "status": ["status", "--runs", runs],
+        "metrics": ["metrics", "toy", "--runs", runs],
+        "cancel": ["cancel", "toy", "--runs", runs],
+        "submit": ["submit", str(recipe), "--executor", "slurm", "--runs", runs],
+    }[verb]
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH_FREE.format(words=words)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "LOADED []" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [["check"], ["submit", "--dry-run", "--executor", "local"]])
+def test_instant(recipe, words, tmp_path):
+    clipcluster(words[0], recipe, *words[1:])  # the files are in the machine's cache now
+    seconds = []
+    for _ in range(5):
+        begin = time.monotonic()
+        done = (
+            clipcluster(words[0], recipe, *words[1:], "--runs", tmp_path)
+            if words[1:]
+            else clipcluster(words[0], recipe)
+        )
+        seconds.append(time.monotonic() - begin)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < QUICK
+    assert list(tmp_path.glob("*-????????")) == []
+
+
+def test_status_as_json_is_one_document(finished):
+    done = clipcluster("status", "--json", "--runs", finished.path.parent)
+    (report,) = json.loads(done.stdout)
+    assert (report["name"], report["state"], report["step"]) == (finished.name, "FINISHED", 4)
+    assert done.stderr == ""
+
+
+def test_status_for_people(finished, tmp_path):
+    done = clipcluster("status", "--runs", finished.path.parent)
+    assert finished.name in done.stdout
+    assert "FINISHED" in done.stdout
+    assert "4/20" in done.stdout
+    assert "no runs in" in clipcluster("status", "--runs", tmp_path / "none").stdout
+
+
+def test_metrics_of_all_attempts(finished):
+    done = clipcluster("metrics", finished.path)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "step,loss,time,attempt"
+    assert [line.split(",")[:2] for line in lines[1:]] == [
+        ["1", "1.0"],
+        ["2", "2.0"],
+        ["3", "1.5"],
+        ["4", "2.0"],
+    ]
+    as_json = clipcluster("metrics", finished.path, "--jsonl").stdout.splitlines()
+    assert [json.loads(line)["attempt"] for line in as_json] == [1, 1, 2, 2]
+    fails(clipcluster("metrics", finished.path, "--csv", "--jsonl"), "give one of them")
+
+
+def test_logs(finished):
+    assert clipcluster("logs", finished.path).stdout == "attempt 2 says\n"
+    assert clipcluster("logs", finished.path, "--attempt", 1).stdout == "attempt 1 says\n"
+    assert clipcluster("logs", "-f", finished.path).stdout == "attempt 2 says\n"
+    fails(clipcluster("logs", finished.path, "--rank", 5), "no rank 5")
+    fails(clipcluster("logs", finished.path, "--attempt", 9), "no attempt 9")
+
+
+def test_logs_of_a_run_whose_ranks_never_started(run):
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    fails(clipcluster("logs", run.path), "has printed nothing yet")
+    run.submitit.mkdir()
+    (run.submitit / "17_0_log.err").write_text("ModuleNotFoundError: no such module\n")
+    assert "ModuleNotFoundError" in clipcluster("logs", run.path).stdout
+    assert attempt.number == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["submti"], ["No such command 'submti'"]),
+        (["submit"], ["RECIPE"]),
+        (["submit", "nowhere.yaml", "--executor", "local"], ["nowhere.yaml"]),
+        (["check", "recipes/digit.yaml"], ["digits.yaml"]),
+        (["status", "nothing"], ["There is no run 'nothing'"]),
+        (["cancel", "nothing"], ["There is no run 'nothing'"]),
+        (["logs", "nothing"], ["There is no run 'nothing'"]),
+        (["submit", "recipes/digits.yaml", "--executor", "moon"], ["moon", "local"]),
+        (["shards", "convert", "stars", "--out", "x"], ["stars", "digits"]),
+        (["shards", "index", "/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_one_message_for_a_mistake(words, parts, tmp_path):
+    fails(clipcluster(*words, env={**os.environ, "CLIPCLUSTER_RUNS": str(tmp_path)}), *parts)
+
+
+def test_a_conversion_as_json_is_one_document(tmp_path):
+    for made in (True, False):
+        done = clipcluster("shards", "convert", "digits", "--out", tmp_path / "digits", "--json")
+        document = json.loads(done.stdout)
+        assert document["made"] is made
+        assert document["splits"]["test"]["samples"] == 360
+
+
+def test_a_checkpoint_that_is_not_there_is_told_beside_those_that_are(run):
+    (run.checkpoints / "step-00000004").mkdir(parents=True)
+    (run.checkpoints / "step-00000004" / "manifest.json").touch()
+    done = clipcluster("evaluate", run.checkpoints / "step-00000005")
+    fails(done, f"is no whole checkpoint; {run.name} has step-00000004")
+
+
+def test_cancel(run):
+    assert "nothing to cancel" in clipcluster("cancel", run.path).stdout
+    run.claim("17", host="n1", still_running=lambda job: False)
+    done = clipcluster("cancel", run.path, env={**os.environ, "PATH": "/nowhere"})
+    fails(done, "marked as cancelled")
+    assert run.cancelled_jobs() == {"17"}
+
+
+def test_help_names_every_verb():
+    done = clipcluster("--help")
+    for verb in (
+        "check",
+        "submit",
+        "status",
+        "logs",
+        "metrics",
+        "cancel",
+        "evaluate",
+        "train",
+        "shards",
+        "sandbox",
+    ):
+        assert verb in done.stdout
+        assert clipcluster(verb, "--help").returncode == 0
+
+
+def test_training_from_the_command_needs_a_run(tmp_path):
+    done = clipcluster("train", tmp_path)
+    assert done.returncode == 2
+    assert "no run folder" in done.stderr
+    assert not Run(tmp_path).exists()

@@ -1,0 +1,107 @@
+"""What earlier endings left behind, and what counts against a run."""
+
+import json
+
+import pytest
+
+from jobs.endings import batch as endings
+from jobs.endings import history
+from tools.slurm import Slurm
+
+
+def attempt_with(run, verdict=None, *, job="17", checkpoint=None, counts=True, **fields):
+    attempt = run.claim(job, host="n1", still_running=lambda job: False)
+    if verdict:
+        attempt.event(
+            "requeue",
+            writer=history.WRITER,
+            **{"ending": verdict, "counts": counts, "checkpoint": checkpoint, **fields},
+        )
+    return attempt
+
+
+def make_checkpoint(run, step, content=b"state"):
+    folder = run.checkpoints / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_bytes(content)
+    (folder / "manifest.json").write_text(json.dumps({"files": {"state.json": {"bytes": 5, "sha256": "…"}}}))
+    return folder
+
+
+def test_only_whole_checkpoints_count(run):
+    assert history.newest_checkpoint(run) is None
+    make_checkpoint(run, 5)
+    make_checkpoint(run, 10, b"sta")
+    (make_checkpoint(run, 15) / "manifest.json").unlink()
+    (make_checkpoint(run, 20) / "manifest.json").write_text("{}")
+    (make_checkpoint(run, 25) / "state.json").unlink()
+    (run.checkpoints / "broken-step-00000030-1").mkdir()
+    assert history.newest_checkpoint(run) == 5
+
+
+def test_a_row_without_a_newer_checkpoint(run):
+    attempt_with(run, "crashed")
+    attempt_with(run, "preempted", counts=False)
+    attempt_with(run, "out of time")
+    last = attempt_with(run)
+    assert history.fruitless(run, last, None) == 2
+    assert history.fruitless(run, last, 5) == 0
+
+
+def test_a_newer_checkpoint_begins_a_new_row(run):
+    attempt_with(run, "crashed", checkpoint=5)
+    attempt_with(run, "crashed", checkpoint=10)
+    last = attempt_with(run)
+    assert history.fruitless(run, last, 10) == 1
+    assert history.fruitless(run, last, 11) == 0
+
+
+@pytest.mark.parametrize("between", [{"job": "18"}, {"counts": False}])
+def test_another_job_or_an_agreed_stop_begins_a_new_row(run, between):
+    attempt_with(run, "crashed")
+    attempt_with(run, "stopped", **between)
+    assert history.fruitless(run, attempt_with(run), None) <= 1
+    assert history.fruitless(run, attempt_with(run, job="99"), None) == 0
+
+
+def test_a_broken_environment_just_before(run):
+    attempt_with(run, "never started")
+    attempt_with(run, "preempted", counts=False)
+    assert history.broken_before(run, attempt_with(run))
+    attempt_with(run, "crashed")
+    assert not history.broken_before(run, attempt_with(run))
+
+
+def test_a_node_blamed_twice(run):
+    attempt_with(run, "crashed", blamed="n2")
+    last = attempt_with(run)
+    assert history.blamed_twice(run, last, "n3") == []
+    assert history.blamed_twice(run, last, "n2") == ["n2"]
+
+
+def test_an_unknown_job_counts_as_running_until_it_ended(run, no_slurm):
+    attempt = attempt_with(run)
+    assert history.job_runs(run, "17", Slurm())
+    attempt.event("fail", writer=history.WRITER)
+    assert not history.job_runs(run, "17", Slurm())
+    attempt_with(run, job="local-elsewhere-12-34")
+    assert history.job_runs(run, "local-elsewhere-12-34", Slurm())
+    run.mark_cancelled(["local-elsewhere-12-34"])
+    assert not history.job_runs(run, "local-elsewhere-12-34", Slurm())
+
+
+def test_nothing_is_claimed_for_a_finished_or_cancelled_run(run, no_slurm, capsys):
+    run.mark_cancelled(["17"])
+    assert endings.claim(run, "17", Slurm()) is None
+    attempt = endings.claim(run, "18", Slurm())
+    attempt.write_outcome(outcome_name="finished", code=0, rank=0, host="n1")
+    assert endings.claim(run, "18", Slurm()) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_the_tail_begins_at_the_attempt(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("attempt 1 of run begins\nold\nattempt 2 of run begins (job 7)\nnew\n\nlast\n")
+    assert history.tail([log], after="attempt 2 of run begins") == "new\nlast"
+    assert history.tail([log], after="attempt 3 of run begins", lines=1) == "last"
+    assert history.tail([tmp_path / "absent"]) == ""

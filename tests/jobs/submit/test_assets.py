@@ -1,0 +1,40 @@
+"""Names on a hub, and what is fetched of them."""
+
+import pytest
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.load import load
+from jobs.submit import assets
+
+
+def loaded(recipe, *overrides):
+    return load(recipe, list(overrides)).recipe
+
+
+def test_the_demo_needs_nothing(recipe, tmp_path):
+    assert assets.hub_names(loaded(recipe)) == {}
+    assert assets.fetch(loaded(recipe), tmp_path / "assets") == []
+    assert not (tmp_path / "assets").exists()
+
+
+def test_names_and_folders(recipe, tmp_path):
+    tower = "model.text={hf: org/tower, weights: pretrained}"
+    names = assets.hub_names(loaded(recipe, "data.text.tokenizer=org/words", tower))
+    assert set(names) == {"org/words", "org/tower"}
+    assert "config.json" in names["org/tower"]
+    assert "*.safetensors" in names["org/tower"]
+    assert "*.safetensors" not in names["org/words"]
+    (tmp_path / "words").mkdir()
+    assert assets.hub_names(loaded(recipe, f"data.text.tokenizer={tmp_path / 'words'}")) == {}
+
+
+def test_what_is_there_is_not_fetched_again(recipe, tmp_path):
+    (tmp_path / "org--words").mkdir()
+    (tmp_path / "org--words" / "tokenizer.json").write_text("{}")
+    assert assets.fetch(loaded(recipe, "data.text.tokenizer=org/words"), tmp_path) == []
+    assert list(assets.hashes(tmp_path)) == ["org--words/tokenizer.json"]
+
+
+def test_a_hub_out_of_reach_is_said(recipe, tmp_path):
+    with pytest.raises(UserError, match="org/words is no folder here"):
+        assets.fetch(loaded(recipe, "data.text.tokenizer=org/words"), tmp_path / "assets")

@@ -1,0 +1,136 @@
+"""A cluster section as submitit's parameters, and the batch script it makes."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from clipcluster.recipe.schema import Cluster
+from jobs.submit.parameters import Member, grace_seconds, lead_seconds, parameters
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The text of the batch script that submitit makes of a section."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    def script(cluster, members=1):
+        chosen = parameters(
+            cluster,
+            [Member(tmp_path / f"run {n}", tmp_path / f"run {n}" / "code-1") for n in range(members)],
+            name="toy",
+            logs=tmp_path / "logs",
+            grace=30,
+        )
+        return _make_sbatch_string(command="python -m nothing", folder=tmp_path / "logs", **chosen)
+
+    return script
+
+
+def test_the_section_becomes_flags(script):
+    text = script(
+        Cluster(
+            nodes="2-4",
+            gpus_per_node=4,
+            cpus_per_task=10,
+            mem="200 GB",
+            time="24 h",
+            partition="low",
+            account="lab",
+            qos="normal",
+            constraint="a100|h100",
+        )
+    )
+    flags = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert {
+        "nodes=2-4",
+        "gpus-per-node=4",
+        "ntasks-per-node=4",
+        "cpus-per-task=10",
+        "mem=204800M",
+        "time=1440",
+        "partition=low",
+        "account=lab",
+        "qos=normal",
+        "constraint='a100|h100'",
+        "requeue",
+        "open-mode=append",
+        "signal=USR1@60",
+    } <= flags
+    srun = next(line for line in text.splitlines() if line.startswith("srun"))
+    for flag in ("--kill-on-bad-exit=1", "--open-mode=append", "--cpus-per-task=10"):
+        assert flag in srun
+
+
+def test_what_is_not_given_is_not_asked_for(script):
+    text = script(Cluster(gpus_per_node=0))
+    for flag in ("--gpus", "--mem", "--partition", "--account", "--qos", "--constraint"):
+        assert flag not in text
+
+
+def test_the_script_is_shielded_before_anything_else(script):
+    lines = script(Cluster(setup=("module load cuda",), environment={"NCCL_DEBUG": "a 'b'"})).splitlines()
+    setup = lines[lines.index("# setup") + 1 :]
+    assert setup[0].startswith("trap : TERM")
+    assert setup.index("module load cuda") > 0
+    teardown = lines[lines.index("# teardown") + 1 :]
+    assert teardown[0] == "rc=$?"
+    assert teardown[1].startswith("trap '' TERM INT")
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_bash_understands_the_script(script, tmp_path, members):
+    text = script(Cluster(environment={"WORDS": "a 'b' \"c\" $d"}), members)
+    file = tmp_path / "job.sh"
+    file.write_text(text)
+    done = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    # up to the claim it can be run here: which folder does a member of the array take?
+    ending = next(n for n, line in enumerate(text.splitlines()) if line.startswith("cd "))
+    file.write_text("\n".join([*text.splitlines()[:ending], 'echo "$run|$WORDS"']))
+    environment = {"SLURM_ARRAY_TASK_ID": "2"} if members > 1 else {}
+    done = subprocess.run(["bash", file], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == f"{tmp_path}/run {2 if members > 1 else 0}|a 'b' \"c\" $d"
+
+
+def test_the_lead_time_covers_two_saves():
+    assert lead_seconds(24 * 3600, 120) == 240
+    assert lead_seconds(24 * 3600, 10) == 60
+    assert lead_seconds(60, 120) == 20
+    assert lead_seconds(1, 30) == 1
+
+
+def test_the_grace_time_without_slurm():
+    assert grace_seconds(Cluster(grace="2 min"), None) == 120
+    assert grace_seconds(Cluster(), None) == 30
+
+
+class Site:
+    """A cluster of which SLURM tells this much."""
+
+    def __init__(self, partitions, wait):
+        self._partitions, self._wait = partitions, wait
+
+    def partitions(self):
+        return self._partitions
+
+    def kill_wait(self):
+        return self._wait
+
+
+@pytest.mark.parametrize(
+    ("partition", "wait", "expected"), [("low", 30, 10), ("low", 5, 5), ("high", 30, 30), (None, 30, 20)]
+)
+def test_the_grace_time_that_slurm_tells(partition, wait, expected):
+    from tools.slurm import parse_partitions
+
+    text = "\n\n".join(
+        f"PartitionName={name} Default={default} Nodes=n1 GraceTime={grace}"
+        for name, default, grace in (("low", "NO", 10), ("high", "NO", 0), ("main", "YES", 20))
+    )
+    assert grace_seconds(Cluster(partition=partition), Site(parse_partitions(text), wait)) == expected
+
+
+def test_paths_are_quoted(script):
+    assert "run 0'" in script(Cluster())
+    assert str(Path("/")) in script(Cluster())

@@ -1,0 +1,223 @@
+"""From a recipe to a running job, twice is once, and what is refused leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clipcluster.errors import UserError
+from clipcluster.runs.folder import Run, all_runs
+from jobs.cancel import cancel
+from jobs.status import Queue, job_ids, state_of, submissions
+from jobs.submit.submit import Wanted, submit
+
+PLAN = ["data.batch_size=128", "train.duration=15 epochs", "optim.lr=1e-3", "cluster.tasks_per_node=2"]
+
+ROOT = Path(__file__).resolve().parents[3]
+AT_ONCE = """
+import sys
+from pathlib import Path
+from clipcluster.errors import UserError
+from jobs.submit import Wanted, submit
+
+recipe, runs, *overrides = sys.argv[1:]
+try:
+    submit(Wanted(Path(recipe), overrides, Path(runs), trainee="trainee:train", quick=True))
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture
+def ask(recipe, tmp_path, monkeypatch, local, no_slurm):
+    """Submits the demo's recipe with the torch-free trainee; `ask.said` is what was said."""
+    said = []
+
+    def ask(*overrides, orders="{}", **more):
+        monkeypatch.setenv("TRAINEE", orders)
+        said.clear()
+        wanted = Wanted(
+            recipe=recipe,
+            overrides=[*PLAN, *overrides],
+            runs=tmp_path / "runs",
+            trainee="trainee:train",
+            quick=True,
+            say=said.append,
+            **more,
+        )
+        submitted = submit(wanted)
+        if submitted.job:
+            local.jobs.append(submitted.job)
+        return submitted
+
+    ask.said = said
+    return ask
+
+
+def test_a_new_run(ask, local):
+    submitted = ask(orders='{"steps": 4, "seconds": 0.02}')
+    run = submitted.run
+    assert ask.said[0] == "no sbatch on the PATH: the run goes to this machine (--executor local)"
+    assert local.end(run).name == "FINISHED"
+    settings = run.settings()
+    assert settings["plan"]["total_steps"] == 165
+    assert settings["executor"] == "local"
+    assert settings["code"] == "code-1"
+    assert (run.path / "code-1" / "clipcluster" / "errors.py").is_file()
+    assert Path(settings["paths"]["data.train.0.shards"]).is_absolute()
+    assert "${DIGITS" in run.recipe()["data"]["train"][0]["shards"]
+    assert [line["job"] for line in submissions(run)] == [submitted.job] == job_ids(run)
+
+
+def test_twice_is_once(ask, local):
+    first = ask(orders='{"steps": 400}')
+    again = ask()
+    assert again.run.path == first.run.path
+    assert again.job == first.job
+    assert ask.said[-1] == f"{first.run.name} is RUNNING, as job {first.job}"
+    assert len(submissions(first.run)) == 1
+    os.kill(local.pid(), signal.SIGTERM)
+    assert local.end(first.run).name == "STOPPED"
+    third = ask(orders='{"steps": 400}')
+    assert any("goes on from its last checkpoint" in line for line in ask.said)
+    assert third.job != first.job
+    local.at_step(first.run, 6, attempt=2)
+    os.kill(local.pid(), signal.SIGTERM)
+    local.end(first.run)
+
+
+def test_of_several_at_once_one_submits(recipe, tmp_path, local, no_slurm, monkeypatch):
+    monkeypatch.setenv("TRAINEE", '{"steps": 200}')
+    words = [sys.executable, "-c", AT_ONCE, str(recipe), str(tmp_path / "runs"), *PLAN]
+    several = [
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        for _ in range(3)
+    ]
+    said = [process.communicate()[0] for process in several]
+    (run,) = all_runs(tmp_path / "runs")
+    local.jobs.extend(job_ids(run))
+    assert len(submissions(run)) == 1, said
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [run.name]
+    for process, words_said in zip(several, said, strict=True):
+        assert process.returncode in (0, 2), words_said
+        assert "Traceback" not in words_said
+    cancel(run, Queue())
+    local.end(run)
+
+
+def test_a_finished_run_says_so(ask, local):
+    run = ask(orders='{"steps": 2, "seconds": 0.01}').run
+    local.end(run)
+    again = ask()
+    assert again.job is None
+    assert "is finished" in ask.said[-1]
+    assert len(run.attempts()) == 1
+
+
+def test_other_settings_go_on_other_results_are_another_run(ask, local):
+    run = ask(orders='{"steps": 400}').run
+    cancel(run, Queue())
+    local.end(run)
+    changed = ask("data.workers=0", "checkpoint.every=1 epochs", orders='{"steps": 2}').run
+    assert changed.path == run.path
+    assert run.settings()["data"]["workers"] == 0
+    assert local.end(run).name == "FINISHED"
+    assert run.attempt(1).settings()["data"]["workers"] == 1
+    other = ask("optim.lr=2e-3", dry_run=True)
+    assert other.run.path != run.path
+    assert any(f"{run.name} differs in optim.lr (0.001 there, 0.002 here)" in line for line in ask.said)
+
+
+def test_at_once_after_a_cancel_it_refuses(ask, local):
+    run = ask(orders='{"steps": 400, "save_seconds": 1}').run
+    local.at_step(run, 2)
+    cancel(run, Queue())
+    with pytest.raises(UserError, match="is still ending"):
+        ask()
+    local.end(run)
+    assert ask(orders='{"steps": 3, "seconds": 0.01}').job
+    assert local.end(run).name == "FINISHED"
+
+
+def test_a_dry_run_writes_nothing(ask, tmp_path):
+    submitted = ask(dry_run=True)
+    assert submitted.job is None
+    assert any("165 in all" in line for line in ask.said)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "more", "message"),
+    [
+        (["data.batchsize=1"], {}, "did you mean"),
+        (["data.batch_size=129"], {}, "does not divide by 2 ranks"),
+        (["train.micro_batch=8"], {}, "accumulation is not supported yet"),
+        (["data.train.0.shards=/nowhere"], {}, "/nowhere"),
+        ([], {"executor": "slurm"}, "no sbatch on the PATH"),
+        ([], {"site": "atlantis"}, "atlantis"),
+    ],
+)
+def test_what_is_wrong_leaves_nothing(ask, tmp_path, overrides, more, message):
+    with pytest.raises(UserError, match=message):
+        ask(*overrides, **more)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_silent_cluster_is_no_reason_to_train_on_its_login_node(ask, tmp_path):
+    for program in ("sbatch", "scontrol"):
+        script = tmp_path / "bin" / program
+        script.write_text("#!/bin/sh\necho 'slurm_load_ctl_conf error: Connection refused' >&2; exit 1\n")
+        script.chmod(0o755)
+    for executor in (None, "slurm"):
+        with pytest.raises(UserError, match=r"SLURM does not answer .*Connection refused.*--executor local"):
+            ask(executor=executor)
+    assert ask(executor="local", dry_run=True).executor == "local"
+    script.write_text("#!/bin/sh\necho 'fatal: Could not establish a configuration source' >&2; exit 1\n")
+    assert ask(executor=None, dry_run=True).executor == "local"
+    with pytest.raises(UserError, match="SLURM does not answer"):
+        ask(executor="slurm", dry_run=True)
+
+
+def test_a_broken_snapshot_never_starts(ask, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "submitit.py").write_text("raise ImportError('no submitit here')\n")
+    with pytest.raises(UserError, match="no submitit here"):
+        ask()
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_one_node_here_whatever_the_cluster_has(ask):
+    ask("cluster.nodes=2-4", "cluster.tasks_per_node=2", dry_run=True)
+    assert "this machine is one node: cluster.nodes=1 instead of 2-4" in ask.said
+    assert any("= 2 ranks x 64 on 1 node" in line for line in ask.said)
+
+
+def test_new_code_is_said(ask, local):
+    run = ask(orders='{"steps": 400}').run
+    cancel(run, Queue())
+    local.end(run)
+    facts = run.path / "code-1" / "snapshot.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "digest": "older"}))
+    ask(orders='{"steps": 2, "seconds": 0.01}')
+    assert any("code-2" in line for line in ask.said)
+    assert yaml.safe_load(run.settings_file.read_text())["code"] == "code-2"
+    assert local.end(run).name == "FINISHED"
+
+
+def test_the_folder_alone(ask):
+    submitted = ask(executor="none")
+    assert submitted.job is None
+    assert any("torchrun --nproc-per-node=2" in line for line in ask.said)
+    assert state_of(submitted.run, Queue()).name == "NEW"
+    assert submitted.run.settings()["executor"] == "none"
+
+
+def test_states_without_a_job(run):
+    assert state_of(run, Queue()).name == "NEW"
+    assert Run(run.path).exists()

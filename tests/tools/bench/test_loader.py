@@ -1,0 +1,115 @@
+"""The loader measured for real, on little."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipcluster.errors import UserError
+from tools.bench import loader as bench_loader
+from tools.bench.loader import Settings, made_up_photographs, measure
+from tools.bench.process import descendants, unique_bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 made up photographs."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(bench_loader, "MADE_UP", 64)
+    with patch.context(), made_up_photographs() as made:
+        kept = tmp_path_factory.mktemp("bench") / "shards"
+        subprocess.run(["cp", "-a", made, kept], check=True)
+    patch.undo()
+    return kept
+
+
+def test_the_command_reports_all_it_promises(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.cli",
+        "bench",
+        "loader",
+        "--shards",
+        folder,
+        "--workers",
+        "1",
+        "--json",
+    ]
+    options = ["--batch-size", "8", "--seconds", "0.3", "--repetitions", "1", "--size", "64", "--out", out]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document == json.loads(out.read_text())
+    assert document["workers"] == 1
+    for key in ("images_per_second", "decode_images_per_second", "decode_resize_images_per_second"):
+        assert document[key] > 1, key
+    assert document["least"] <= document["images_per_second"] <= document["largest"]
+    assert document["images_per_core_second"] > 1
+    assert 1e6 < document["worker_uss_bytes"] < 400e6
+    assert "peer" not in document
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": (0,)}, "numbers from 1"),
+        ({"size": 2}, "--size 2: at least 8"),
+        ({"workers": (1, 9), "batch_size": 8}, "--batch-size 8: at least 9"),
+        ({"seconds": 0.0}, "more than 0"),
+        ({"repetitions": 0}, "at least 1"),
+    ],
+)
+def test_wrong_settings_are_told(folder: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Settings(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 100}, "64 samples, less than one batch"),
+        ({"peer": Path("/no/python")}, "no Python interpreter .*pip install open_clip_torch==3.3.0"),
+        ({"shards": Path("/no/shards")}, "no such folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(folder: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measure(Settings(**{"shards": folder, **options}))
+
+
+def test_a_peer_without_the_packages_is_told(folder: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    with pytest.raises(UserError, match=r"No module named 'open_clip'; make one with: python -m venv"):
+        measure(Settings(folder, batch_size=8, peer=tmp_path / "bare" / "bin" / "python"))
+
+
+@pytest.mark.long
+def test_a_contender_that_dies_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    for tar in folder.glob("*.idx"):
+        tar.rename(tar.with_suffix(".away"))
+    try:
+        with pytest.raises(UserError, match=r"(the loader|decoding.*) ended early: .+"):
+            measure(Settings(folder, batch_size=8, seconds=0.1, repetitions=1))
+    finally:
+        for tar in folder.glob("*.away"):
+            tar.rename(tar.with_suffix(".idx"))
+
+
+def test_processes_are_found_and_weighed() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    outer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    try:
+        for _ in range(3000):
+            inner = descendants(outer.pid)
+            if inner:
+                break
+        assert len(inner) == 1
+        assert 100_000 < (unique_bytes(outer.pid) or 0) < 100e6
+        assert unique_bytes(2**22 - 1) is None
+    finally:
+        outer.communicate(b"\n")

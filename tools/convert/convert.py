@@ -1,0 +1,258 @@
+"""`clipcluster shards convert KIND [INPUT …] --out DIR`: data of many kinds into indexed shards."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import importlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clipcluster.data.shards.folder_index import IndexSummary, read_summary
+from clipcluster.errors import UserError
+from tools.convert import plan as planning
+from tools.convert import pool as processes
+from tools.convert import work as making
+from tools.convert.plan import Plan, Settings
+from tools.convert.records import Kind
+
+# Modules of tools.convert.readers by the name of what they read; imported when asked for.
+KINDS = {
+    "digits": "digits",
+    "folder": "folder",
+    "coco": "coco",
+    "csv": "table",
+    "chinese-clip": "chinese_clip",
+    "lmdb": "lmdb",
+    "parquet": "parquet",
+    "img2dataset": "img2dataset",
+    "datacompdr": "datacompdr",
+    "shards": "shards",
+    "webdataset": "webdataset",
+}
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]*:/")
+_LOCK_PATIENCE = 10.0  # seconds: the workers of a killed conversion leave within them
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """`made` is False if the folder was there already, finished, and nothing was done.
+
+    `bad` counts the samples left out of each split; `bad_samples.jsonl` in its folder lists them.
+    """
+
+    out: Path
+    made: bool
+    splits: dict[str, IndexSummary]
+    bad: dict[str, int]
+    notes: Sequence[str] = ()
+
+
+def kind_named(name: str) -> Kind:
+    """The reader of a kind. UserError: there is no such kind."""
+    if name not in KINDS:
+        raise UserError(f"convert {name!r}: no such kind of input; there are: {', '.join(sorted(KINDS))}")
+    module = f"tools.convert.readers.{KINDS[name]}"
+    try:
+        kind = importlib.import_module(module).KIND
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise UserError(f"convert {name!r}: this installation has no reader for it") from None
+    assert isinstance(kind, Kind)
+    return kind
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that is planned, with nothing written yet; `finished`: it was there already."""
+
+    plan: Plan
+    notes: Sequence[str]
+    finished: bool
+
+
+def prepare(
+    kind: str, out: Path, inputs: Sequence[Path], options: Any = None, settings: Settings | None = None
+) -> Prepared:
+    """Opens the inputs and cuts them into shards. UserError as `convert`, but for what writing meets."""
+    chosen = kind_named(kind)
+    _refuse_places(out, inputs, chosen)
+    was = planning.read_description(out)
+    if was is None and not _is_free(out):
+        raise UserError(f"{out} is there and holds something else; give another --out, or remove it first")
+    settings = settings or Settings()
+    if settings.samples_per_shard is None and settings.bytes_per_shard is None:
+        settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
+    if settings.resize_mode not in planning.RESIZE_MODES:
+        raise UserError(
+            f"--resize-mode {settings.resize_mode!r}: there are {', '.join(planning.RESIZE_MODES)}"
+        )
+    for option in ("resize_mode", "quality"):
+        if settings.resize is None and getattr(settings, option) != getattr(Settings(), option):
+            raise UserError(
+                f"--{option.replace('_', '-')} {getattr(settings, option)}: it goes with --resize SIDE; "
+                "without that no image is re-encoded"
+            )
+    options = chosen.options() if options is None else options
+    if was is not None and was.get("finished") and not all(path.exists() for path in inputs):
+        # its input may go once it is converted; all else must still be the same
+        now = planning.describe(kind, inputs, options, settings)
+        planning.refuse_differences(out, was, {**was, **now})
+        return Prepared(Plan(out, [], settings, [], was), [], finished=True)
+    source = chosen.open(inputs, options)
+    plan = planning.plan(out, kind, inputs, options, settings, source)
+    if was is not None:
+        planning.refuse_differences(out, was, plan.description)
+    return Prepared(plan, source.notes, finished=bool(was and was.get("finished")))
+
+
+@contextlib.contextmanager
+def begun(plan: Plan) -> Iterator[None]:
+    """Keeps others away, removes what a killed conversion left aside, writes down what is converted.
+
+    UserError: another conversion is writing there, or what the file system refuses within the block.
+    """
+    with told_to_people(plan):
+        plan.out.mkdir(parents=True, exist_ok=True)
+        with _alone(plan.out):
+            sweep(plan)
+            _begin(plan)
+            yield
+
+
+def convert(
+    kind: str,
+    out: Path,
+    inputs: Sequence[Path] = (),
+    options: Any = None,
+    settings: Settings | None = None,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Converts inputs into the shards of `out`, going on where an earlier call stopped.
+
+    A finished conversion is left as it is. `options` are the kind's own (`Kind.options`). `progress(done,
+    total)` is told the samples. UserError: an unknown kind, inputs that are not what they should be, an
+    output folder that holds something else or another conversion, a full disk.
+    """
+    prepared = prepare(kind, out, inputs, options, settings)
+    plan = prepared.plan
+    if prepared.finished:
+        return result(plan, made=False, notes=prepared.notes)
+    with begun(plan), _swept(plan):
+        while True:
+            processes.run(plan, workers, progress)
+            if making.finish(plan):
+                return result(plan, made=True, notes=prepared.notes)
+
+
+def _refuse_places(out: Path, inputs: Sequence[Path], kind: Kind) -> None:
+    """UserError: an address, an output that is a file or would be input at the next call."""
+    for path in (out, *inputs):
+        if _ADDRESS.match(str(path)):
+            word = "--out" if path is out else "INPUT"
+            address = str(path).replace(":/", "://", 1)  # pathlib takes one of two strokes away
+            raise UserError(
+                f"{word} {address}: an address; convert works on files of this machine, so copy the data "
+                + ("there afterwards" if path is out else "here first")
+            )
+    there = next((place for place in (out, *out.parents) if place.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file; give a folder to make")
+    for path in inputs if kind.takes_all_below else ():
+        if path.is_dir() and path.resolve() in out.resolve().parents:
+            raise UserError(
+                f"--out {out}: it lies in {path}, and all that is below belongs to the input; give a folder "
+                "outside it"
+            )
+
+
+def _is_free(out: Path) -> bool:
+    """Whether a conversion may begin in `out`: nothing there, or only what one leaves before it begins."""
+    return not out.exists() or (out.is_dir() and {*os.listdir(out)} <= {making.STATE})
+
+
+def _begin(plan: Plan) -> None:
+    (plan.out / making.STATE).mkdir(exist_ok=True)
+    text = json.dumps({**plan.description, "finished": False}, indent=1) + "\n"
+    making.replace(plan.out / planning.DESCRIPTION, text.encode(), sync=True)
+
+
+@contextlib.contextmanager
+def _swept(plan: Plan) -> Iterator[None]:
+    """Removes what was left aside, once nobody is writing any more, whatever happens."""
+    try:
+        yield
+    finally:
+        sweep(plan)
+
+
+def sweep(plan: Plan) -> None:
+    """Removes what a killed conversion left aside."""
+    folders = {plan.out, plan.out / making.STATE, *map(plan.folder, range(len(plan.splits)))}
+    for folder in folders:
+        for path in folder.glob(".*.part"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps a second conversion away from `out`. UserError: there is one."""
+    fd = os.open(out, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{out}: another conversion is writing into it; wait for it") from None
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks: two conversions write the same bytes
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def told_to_people(plan: Plan) -> Iterator[None]:
+    """What the file system refuses becomes one message; the same command goes on afterwards."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{plan.out}: no space left to write to ({error.strerror}); make space and give the same "
+                "command again: it goes on where it stopped"
+            ) from None
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(
+            f"convert: {where}{error.strerror or error}; the shards made so far are kept, the same command "
+            "goes on"
+        ) from None
+
+
+def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
+    """The splits of a finished conversion; UserError if a shard is not what the index says."""
+    splits, bad = {}, {}
+    for split in plan.description["splits"]:
+        folder = plan.out / split["name"]
+        if not made:
+            from clipcluster.data.shards.open import open_folder  # needs much that a conversion does not
+
+            open_folder(folder).check_unchanged()
+        name = split["name"] or "."
+        splits[name] = read_summary(folder)
+        bad[name] = split["samples"] - splits[name].samples
+    return Conversion(plan.out, made, splits, bad, notes)

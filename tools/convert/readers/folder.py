@@ -1,0 +1,274 @@
+"""Folders of images, one folder a class, as torchvision's ImageFolder reads them.
+
+The class is the top-level folder, in the order of their names; files in folders below count with it.
+What is an image is decided by content. If all top-level folders are called train, val, valid, validation or
+test, and hold folders themselves, each is a split, and all splits share one numbering of the classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clipcluster.errors import UserError
+from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
+
+SPLITS = frozenset(["train", "val", "valid", "validation", "test"])
+_OPEN_DIRECTORIES = 64  # at most, in each process
+_NO_FILE = -1  # the size of what is no regular file: a broken link, a pipe
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """The options of `convert folder`."""
+
+    classnames: Path | None = option(
+        None,
+        "Names of the classes: one a line, in the folders' order, or FOLDER<tab>NAME. Default: the folders'.",
+        metavar="FILE",
+    )
+    template: tuple[str, ...] = option(
+        (), "A caption with {c} for the class name; may be repeated. Default: no captions.", metavar="TEXT"
+    )
+
+
+@dataclass(frozen=True)
+class _Directory:
+    """The files of one directory, by their names. `key` begins the keys of its samples."""
+
+    path: str
+    key: str
+    cls: int
+    names: list[str]
+    sizes: list[int]  # bytes
+    mtimes: list[int]  # ns
+
+
+class _Images:
+    """One split: the files of its directories, one after the other."""
+
+    def __init__(
+        self,
+        name: str,
+        directories: Sequence[_Directory],
+        classnames: Sequence[str],
+        templates: Sequence[str],
+    ) -> None:
+        self.name = name
+        self.files = {"classnames.txt": "".join(f"{line}\n" for line in classnames)}
+        if templates:
+            self.files["zeroshot_classification_templates.txt"] = "".join(f"{line}\n" for line in templates)
+        self._directories = directories
+        self._ends = np.cumsum([len(part.names) for part in directories], dtype=np.int64).tolist()
+        self._captions = [[text.replace("{c}", name) for text in templates] for name in classnames]
+        self._special = _special_keys(directories)
+        self._handles: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._ends else 0
+
+    def sizes(self) -> np.ndarray:
+        sizes = [size for part in self._directories for size in part.sizes]
+        return np.maximum(np.array(sizes, np.int64), 0)
+
+    def read(self, number: int) -> Record:
+        part = bisect_right(self._ends, number)
+        directory = self._directories[part]
+        place = number - self._ends[part] + len(directory.names)
+        name = directory.names[place]
+        stem = name.rpartition(".")[0] or name
+        key = directory.key + stem
+        if self._special:
+            key = self._special.get((part, place), key)
+        size = directory.sizes[place]
+        if size == _NO_FILE:
+            raise BadRecord(key, "no file: a broken link, or something that is no regular file")
+        folder = self._handles.get(part)
+        data = _read(name, size, self._handle(part) if folder is None else folder)
+        return Record(key, data, self._captions[directory.cls], {}, directory.cls)
+
+    def _handle(self, part: int) -> int:
+        """A directory, opened: its files are then found without walking down to it."""
+        if len(self._handles) >= _OPEN_DIRECTORIES:
+            for fd in self._handles.values():
+                os.close(fd)
+            self._handles.clear()
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        fd = self._handles[part] = os.open(self._directories[part].path, flags)
+        return fd
+
+
+def _read(name: str, size: int, folder: int) -> bytes:
+    """A whole file of an open directory, of which `size` bytes are expected."""
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        data = os.read(fd, size + 1)
+        while len(data) != size and (more := os.read(fd, 1 << 20)):  # it changed, or reads come in pieces
+            data += more
+        return data
+    finally:
+        os.close(fd)
+
+
+def _special_keys(directories: Sequence[_Directory]) -> dict[tuple[int, int], str]:
+    """Keys other than the name without its extension: where that has dots, or where two files would share it.
+
+    Dots become underscores; of files that share a key all but the first take their extension into it, and
+    where that is not enough underscores are appended.
+    """
+    special: dict[tuple[int, int], str] = {}
+    for part, directory in enumerate(directories):
+        stems = [name.rpartition(".")[0] or name for name in directory.names]
+        plain = not any("." in stem for stem in stems)
+        if plain and len(set(stems)) == len(stems):
+            continue
+        used: set[str] = set()
+        for place, (name, stem) in enumerate(zip(directory.names, stems, strict=True)):
+            key = stem.replace(".", "_")
+            if key in used:
+                key = name.replace(".", "_")
+            while key in used:
+                key += "_"
+            used.add(key)
+            if key != stem:
+                special[part, place] = directory.key + key
+    return special
+
+
+def _open(inputs: Sequence[Path], options: FolderOptions) -> Source:
+    if len(inputs) != 1:
+        raise UserError(f"convert folder: {len(inputs)} inputs were given; give one folder of class folders")
+    (root,) = inputs
+    if not root.is_dir():
+        raise UserError(
+            f"convert folder: {root} is no folder; give a folder that holds a folder for each class"
+        )
+    for template in options.template:
+        if "{c}" not in template or "\n" in template:
+            raise UserError(f"--template {template!r}: a template is one line with {{c}} for the class name")
+    notes: list[str] = []
+    splits = _splits(root, notes)
+    folders = sorted({name for classes in splits.values() for name in classes})
+    if not folders:
+        raise UserError(
+            f"convert folder: {root} holds no class folders; for images with captions in a table there is: "
+            "convert csv"
+        )
+    numbers = {name: number for number, name in enumerate(folders)}
+    classnames = _classnames(options.classnames, folders)
+    parts, read = [], []
+    for split, classes in splits.items():
+        directories = []
+        for name, path in sorted(classes.items(), key=lambda item: numbers[item[0]]):
+            found = _walk(path, f"{name}/", numbers[name])
+            directories += found
+            read.append(_state(path, found))
+        parts.append(_Images(split, directories, classnames, options.template))
+    if options.classnames is not None:
+        read.append(InputFile.of(options.classnames))
+    return Source(parts, read, notes)
+
+
+def _splits(root: Path, notes: list[str]) -> dict[str, dict[str, str]]:
+    """Split -> class folder -> its path; the split "" where the classes lie in `root` itself."""
+    below = _folders(str(root), notes)
+    if below and set(below) <= SPLITS:
+        splits = {name: _folders(below[name], notes) for name in sorted(below)}
+        if all(splits.values()):
+            return splits
+        notes.clear()
+        below = _folders(str(root), notes)
+    return {"": below}
+
+
+def _folders(path: str, notes: list[str]) -> dict[str, str]:
+    """The folders in a folder, by name; says how many files lie beside them. Hidden ones do not count."""
+    entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+    folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
+    if len(folders) < len(entries):
+        notes.append(f"{path}: {len(entries) - len(folders):,} files in no class folder are left out")
+    return folders
+
+
+def _walk(path: str, key: str, cls: int, above: frozenset[tuple[int, int]] = frozenset()) -> list[_Directory]:
+    """The files below a class folder, directory by directory. A link back to a folder above is left out."""
+    files: list[tuple[str, int, int]] = []  # name, bytes, mtime in ns
+    below: list[str] = []
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        here = os.fstat(fd)
+        above |= {(here.st_dev, here.st_ino)}
+        for entry in os.scandir(fd):  # one stat tells all there is to know; relative to fd it is quick
+            name = entry.name
+            if name[0] == ".":
+                continue
+            try:
+                state = entry.stat()
+            except FileNotFoundError:
+                files.append((name, _NO_FILE, 0))
+                continue
+            if stat.S_ISREG(state.st_mode):
+                files.append((name, state.st_size, state.st_mtime_ns))
+            elif not stat.S_ISDIR(state.st_mode):
+                files.append((name, _NO_FILE, state.st_mtime_ns))
+            elif (state.st_dev, state.st_ino) not in above:
+                below.append(name)
+    finally:
+        os.close(fd)
+    files.sort()
+    names, sizes, mtimes = ([file[column] for file in files] for column in range(3))
+    directories = [_Directory(path, key, cls, names, sizes, mtimes)]  # type: ignore[arg-type]
+    for name in sorted(below):
+        directories += _walk(f"{path}/{name}", f"{key}{name}/", cls, above)
+    return directories
+
+
+def _state(path: str, directories: Sequence[_Directory]) -> InputFile:
+    """One entry for all files below a class folder."""
+    digest = hashlib.sha256()
+    for part in directories:
+        names = "\0".join([part.key, *part.names]).encode("utf-8", "surrogateescape")
+        digest.update(names + np.array([part.sizes, part.mtimes], np.int64).tobytes())
+    latest = max((max(part.mtimes) for part in directories if part.names), default=0)
+    size = sum(sum(part.sizes) for part in directories)
+    return InputFile(path, size, latest, digest.hexdigest())
+
+
+def _classnames(path: Path | None, folders: Sequence[str]) -> list[str]:
+    """The name of every class. UserError: a file that does not name each of them once."""
+    if path is None:
+        return [os.fsencode(name).decode("utf-8", "replace") for name in folders]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--classnames {path}: cannot be read ({error}); give a file of UTF-8 lines"
+        ) from None
+    if lines and all("\t" in line for line in lines):
+        names = dict(line.split("\t", 1) for line in lines)
+        missing = [name for name in folders if name not in names]
+        if missing:
+            raise UserError(f"--classnames {path}: no line for the class folder {missing[0]!r}")
+        return [names[name] for name in folders]
+    if len(lines) != len(folders):
+        raise UserError(
+            f"--classnames {path}: {len(lines)} lines for {len(folders)} class folders; give one line for "
+            "each in the order of the folders' names, or lines FOLDER<tab>NAME"
+        )
+    return lines
+
+
+KIND = Kind(
+    "Class folders of images.",
+    _open,
+    inputs="A folder of class folders, or of train, val and test with them.",
+    options=FolderOptions,
+    takes_all_below=True,
+)

@@ -1,0 +1,171 @@
+"""img2dataset's downloads and DataComp's pools: NAME.tar (or NAME/), NAME.parquet, NAME_stats.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from clipcluster.errors import UserError
+from tools.convert.readers.parquet import column_of
+from tools.convert.readers.sample_choice import Chosen, all_or_once, by_uids, field_label, uid_label
+from tools.convert.readers.sample_members import record_of
+from tools.convert.readers.tar_samples import TarSamples
+from tools.convert.records import InputFile, Kind, Record, Source, option
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `convert img2dataset`."""
+
+    uids: Path | None = option(
+        None,
+        "Take only these uids (DataComp's .npy, the same as raw bytes, or text); repeats repeat.",
+        metavar="FILE",
+    )
+    once: str | None = option(
+        None, "Of samples that agree in this field of the json take the first.", metavar="FIELD"
+    )
+    caption_field: str | None = option(
+        None, "Take the captions from this field of the json. Default: txt, else the json's.", metavar="FIELD"
+    )
+
+
+class Downloads:
+    """The samples of some folders of downloads, as one split."""
+
+    name = ""
+    files: Mapping[str, str] = {}
+
+    def __init__(self, samples: TarSamples, chosen: Chosen, caption_field: str | None) -> None:
+        self._samples, self._chosen, self._caption_field = samples, chosen, caption_field
+
+    def __len__(self) -> int:
+        return len(self._chosen.numbers)
+
+    def sizes(self) -> np.ndarray:
+        return self._samples.image_bytes[self._chosen.numbers]
+
+    def read(self, number: int) -> Record:
+        key, members = self._samples.read(int(self._chosen.numbers[number]))
+        return record_of(self._chosen.key(number, key, members), members, self._caption_field)
+
+
+def open_downloads(inputs: Sequence[Path], options: Options) -> Source:
+    """Opens folders of downloads as one split. UserError: none there, a broken uid file, no sample left."""
+    paths = [path for folder in inputs for path in find_parts(folder)]
+    if options.uids and options.once:
+        raise UserError("--uids takes each uid once already, or as often as its file says; leave --once away")
+    label = uid_label if options.uids else partial(field_label, options.once) if options.once else None
+    samples = TarSamples(paths, label=label)
+    notes = [*samples.broken, *failures(paths, samples)]
+    if samples.without_image:
+        notes.append(f"{samples.without_image:,} samples without an image are left out")
+    chosen, more = by_uids(samples, options.uids) if options.uids else all_or_once(samples, options.once)
+    if len(chosen.numbers) == 0:
+        raise UserError(f"{', '.join(map(str, inputs))}: no sample is left; " + "; ".join([*notes, *more]))
+    samples.forget()
+    files = [input_of(path) for path in paths]
+    files += [InputFile.of(options.uids)] if options.uids else []
+    return Source([Downloads(samples, chosen, options.caption_field)], files, [*notes, *more])
+
+
+def find_parts(folder: Path) -> list[Path]:
+    """The tars of a folder by name, or the folders NAME of img2dataset's output of files."""
+    if folder.is_file() and folder.suffix == ".tar":
+        return [folder]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder of img2dataset's NAME.tar and NAME.parquet")
+    found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    tars = [path for path in found if path.name.endswith(".tar")]
+    if tars:
+        return tars
+    beside = {path.name for path in found}
+    folders = [path for path in found if path.is_dir() and f"{path.name}_stats.json" in beside]
+    if folders:
+        return folders
+    if any(path.suffix == ".parquet" for path in found):
+        raise UserError(
+            f"{folder}: parquet files without tars beside them; if the images are in them: "
+            f"clipcluster shards convert parquet {folder}"
+        )
+    below = [path.name for path in found if path.is_dir() and next(path.glob("*.tar"), None) is not None]
+    if below:
+        raise UserError(f"{folder}: the tars lie in its folders {', '.join(below[:5])}; give these folders")
+    raise UserError(
+        f"{folder}: neither NAME.tar nor folders NAME with NAME_stats.json, as img2dataset makes them"
+    )
+
+
+def input_of(path: Path) -> InputFile:
+    """The state of a shard; of a folder of files the state of all of them."""
+    if not path.is_dir():
+        return InputFile.of(path)
+    with os.scandir(path) as entries:
+        states = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    return InputFile(str(path), sum(s[1] for s in states), max((s[2] for s in states), default=0), digest)
+
+
+def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:
+    """What failed by the parquets beside the shards, and where they contradict these; a line each."""
+    tables = {path: path.with_name(f"{path.name.removesuffix('.tar')}.parquet") for path in paths}
+    there = {path: table for path, table in tables.items() if table.is_file()}
+    if not there:
+        return []
+    notes = []
+    if len(there) < len(paths):
+        missing = next(table for path, table in tables.items() if path not in there)
+        notes.append(
+            f"{missing} is not there ({len(paths) - len(there)} of {len(paths)} shards have none): "
+            "that download may be unfinished"
+        )
+    counts: Counter[str] = Counter()
+    held = np.bincount(samples.shards, minlength=len(paths))
+    for number, path in enumerate(paths):
+        if path not in there:
+            continue
+        try:
+            status = _status(there[path])
+        except ImportError:
+            advice = "pip install 'clipcluster[parquet]'"
+            return [*notes, f"what failed to download was not counted; that needs: {advice}"]
+        if status is None:
+            notes.append(f"{there[path]} is cut or no parquet file: that download may be unfinished")
+            continue
+        counts += status
+        if status and status["success"] != held[number]:
+            notes.append(f"{path}: {held[number]:,} samples, but its parquet says {status['success']:,}")
+    failed = {name or "without status": count for name, count in counts.items() if name != "success"}
+    if failed:
+        reasons = ", ".join(f"{count:,} {name}" for name, count in sorted(failed.items()))
+        notes.append(f"{sum(failed.values()):,} of {sum(counts.values()):,} downloads failed: {reasons}")
+    return notes
+
+
+def _status(path: Path) -> Counter[str] | None:
+    """How often each status stands in a parquet; None if it cannot be read. ImportError without pyarrow."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        if "status" not in parquet.read_schema(path).names:
+            return Counter()
+        return Counter(column_of(path, "status"))
+    except pyarrow.ArrowInvalid:
+        return None
+
+
+KIND = Kind(
+    "img2dataset's downloads and DataComp's pools, all of them or the samples of a list of uids",
+    open_downloads,
+    inputs="Folders of NAME.tar (or NAME/), NAME.parquet and NAME_stats.json.",
+    options=Options,
+)

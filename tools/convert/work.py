@@ -1,0 +1,406 @@
+"""The work of a conversion: shards are taken one by one, by any number of processes, and finished once.
+
+While a conversion is under way, `.conversion` in the output folder holds one small file for every shard that
+is done: its line of the index, its bad samples and its keys. `work` needs nothing but these, so that it goes
+on wherever an earlier one was killed; `finish` writes the lists and removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from clipcluster.data.images.format import extension_of, kind_of, no_image
+from clipcluster.data.shards import captions
+from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards.columns import BrokenColumns, read_columns
+from tools.convert.plan import DESCRIPTION, Plan, Settings, Shard, read_description
+from tools.convert.records import BadRecord, Record, WholeRecord
+from tools.convert.shard_writer import Behind, ShardFile, check_key, json_member
+
+STATE = ".conversion"
+BAD_SAMPLES = "bad_samples.jsonl"
+_DUPLICATES = "duplicates.json"
+_REPORT_SECONDS = 0.25  # whoever is told may have been asked to stop, and some samples take long
+# What a sample's row of the index says, in the order it is collected.
+_COLUMNS = (
+    "offset",
+    "image_offset",
+    "image_size",
+    "text_offset",
+    "text_size",
+    "text_kind",
+    "captions",
+    "class",
+)
+
+LeftOut = Mapping[str, Mapping[str, str]]
+
+
+class Done(NamedTuple):
+    """What is kept of a finished shard: `bad` holds (number, key, reason) of samples left out."""
+
+    entry: indexes.ShardEntry
+    bad: list[tuple[int, str, str]]
+
+
+def work(
+    plan: Plan, claim: Callable[[Shard], bool], report: Callable[[int], None] = lambda samples: None
+) -> None:
+    """Writes unfinished shards, those for which `claim` says yes, one by one until none is left.
+
+    Any number of processes may work on one plan: shards and their bytes do not depend on who writes them.
+    `report` is told how many samples were gone through since the last time, several times a second, by this
+    thread or by the one that ends shards; what it raises ends the work. What is interrupted leaves no
+    shard under a final name. OSError: a disk failed, or is full.
+    """
+    (plan.out / STATE).mkdir(parents=True, exist_ok=True)
+    behind = Behind()
+    orders = _Orders(plan)
+    left_out = read_left_out(plan)
+    try:
+        for shard in plan.shards():
+            if finished(plan, shard, left_out) is None and claim(shard):
+                _write(plan, shard, orders.of(shard), left_out, behind, report)
+        behind.wait()
+    finally:
+        behind.close()
+
+
+class _Orders:
+    """The order of one split at a time."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._split = -1
+        self._order = np.zeros(0, np.int64)
+
+    def of(self, shard: Shard) -> list[int]:
+        """The numbers of a shard's samples."""
+        if shard.split != self._split:
+            self._split, self._order = shard.split, self._plan.order(shard.split)
+        return self._order[shard.start : shard.stop].tolist()
+
+
+def _write(
+    plan: Plan,
+    shard: Shard,
+    numbers: Sequence[int],
+    left_out: LeftOut,
+    behind: Behind,
+    report: Callable[[int], None],
+) -> None:
+    folder = plan.folder(shard.split)
+    folder.mkdir(parents=True, exist_ok=True)
+    tar = ShardFile(folder / shard.name, behind)
+    split, contents = plan.splits[shard.split], _Contents(tar, plan)
+    skip = {int(number): key for number, key in left_out.get(_state(plan, shard).name, {}).items()}
+    reported, due = 0, time.monotonic() + _REPORT_SECONDS
+    try:
+        for count, number in enumerate(numbers, 1):
+            try:
+                if number in skip:
+                    raise BadRecord(skip[number], "duplicate key")
+                contents.add(split.read(number))
+            except BadRecord as bad:
+                contents.bad.append((number, bad.key, bad.reason))
+            if time.monotonic() > due:
+                report(count - reported)
+                reported, due = count, time.monotonic() + _REPORT_SECONDS
+
+        def complete(entry: indexes.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
+            _keep(plan, shard, Done(entry, contents.bad), contents.keys)
+            report(len(numbers) - reported)
+
+        tar.close(contents.rows, complete)
+    except BaseException:
+        with contextlib.suppress(BaseException):  # the error on its way is the first one
+            behind.wait()
+        tar.discard()
+        raise
+
+
+class _Contents:
+    """The samples of one shard: their members, rows, keys, and those that are bad."""
+
+    def __init__(self, tar: ShardFile, plan: Plan) -> None:
+        self.bad: list[tuple[int, str, str]] = []
+        self.keys: dict[str, None] = {}
+        self._tar = tar
+        self._rows: list[int] = []
+        self._settings = plan.settings
+
+    def add(self, record: Record | WholeRecord) -> None:
+        """Adds a sample. BadRecord: no image, a key that was there already or cannot be one."""
+        if isinstance(record, WholeRecord):
+            self._add_whole(record)
+            return
+        key, image, texts, fields, cls, others = record
+        extension = "jpg" if image[:3] == b"\xff\xd8\xff" else _extension(key, image)
+        if self._settings.resize is not None:
+            image, extension = _resized(key, image, extension, self._settings)
+        if "." in key or "_" in key or "\0" in key or not key or key[-1] == "/":
+            _check(key, extension)
+        if key in self.keys:
+            raise BadRecord(key, "duplicate key")
+        path = key.encode("utf-8", "surrogateescape") + b"."
+        start, put = self._tar.at, self._tar.put
+        if not texts and not fields and not others:
+            at = put(path + extension.encode(), image)
+            if cls is not None:
+                put(path + b"cls", b"%d" % cls)
+            self._rows.extend((start, at, len(image), 0, 0, indexes.NO_TEXT, 0, -1 if cls is None else cls))
+        else:
+            self._add_with_text(record, path, extension, image)
+        self.keys[key] = None
+
+    def _add_with_text(self, record: Record, path: bytes, extension: str, image: bytes) -> None:
+        members = _members(record, extension, image)
+        start, at = self._tar.at, {}
+        for name, data in members.items():
+            at[name] = self._tar.put(path + name.encode(), data)
+        kind, text, count = _captions(record.members, members, record.captions)
+        where = (at[text], len(members[text])) if text else (0, 0)
+        cls = -1 if record.cls is None else record.cls
+        self._rows.extend((start, at[extension], len(image), *where, kind, count, cls))
+
+    def _add_whole(self, record: WholeRecord) -> None:
+        key, members = record
+        known = {name.lower(): data for name, data in members.items()}
+        for name in known:
+            _check(key, name)
+        if key in self.keys:
+            raise BadRecord(key, "duplicate key")
+        extension = next((name for name in known if name in indexes.IMAGE_EXTENSIONS), None)
+        if extension is None:
+            raise BadRecord(key, "no member is an image")
+        path = key.encode("utf-8", "surrogateescape") + b"."
+        start, at = self._tar.at, {}
+        for name, data in members.items():
+            at[name.lower()] = self._tar.put(path + name.encode("utf-8", "surrogateescape"), data)
+        kind, text, count = _captions(known, known)
+        where = (at[text], len(known[text])) if text else (0, 0)
+        number = known.get("cls", b"").strip()
+        cls = int(number) if number.isdigit() and len(number) < 10 else -1
+        self._rows.extend((start, at[extension], len(known[extension]), *where, kind, count, cls))
+        self.keys[key] = None
+
+    def rows(self) -> tuple[dict[str, np.ndarray], int]:
+        """The columns of the index, and the samples without an image: none."""
+        rows = np.array(self._rows, np.int64).reshape(-1, len(_COLUMNS))
+        return {name: rows[:, column] for column, name in enumerate(_COLUMNS)}, 0
+
+
+def _extension(key: str, image: bytes) -> str:
+    """The extension of an image by its content. BadRecord: it is none, or of a kind nothing here decodes."""
+    extension = extension_of(image)
+    if extension is None:
+        raise BadRecord(key, no_image(image))
+    if extension not in indexes.IMAGE_EXTENSIONS:
+        raise BadRecord(key, f"{kind_of(image)} images cannot be decoded here")
+    return extension
+
+
+def _resized(key: str, image: bytes, extension: str, settings: Settings) -> tuple[bytes, str]:
+    from tools.convert.resize import CannotResize, resized
+
+    side = settings.resize
+    assert side is not None
+    try:
+        return resized(image, extension, side, mode=settings.resize_mode, quality=settings.quality)
+    except CannotResize as error:
+        raise BadRecord(key, str(error)) from None
+
+
+def _check(key: str, extension: str) -> None:
+    try:
+        check_key(key, extension)
+    except ValueError:
+        raise BadRecord(key, "no usable key: a dot in its last part, __…__, or nothing at all") from None
+
+
+def _members(record: Record, extension: str, image: bytes) -> dict[str, bytes]:
+    """A sample's members by extension, in the order they are written; the reader's own come last."""
+    members = {extension: image}
+    try:
+        if (record.captions or record.fields) and "json" not in record.members:
+            members["json"] = json_member(record.captions, record.fields)
+        if record.captions and "txt" not in record.members:
+            members["txt"] = record.captions[0].encode()
+    except UnicodeEncodeError:
+        raise BadRecord(record.key, "a caption or field that is no Unicode text") from None
+    except (TypeError, ValueError) as error:
+        raise BadRecord(record.key, f"its fields cannot be written as JSON: {error}") from None
+    if record.cls is not None:
+        members["cls"] = b"%d" % record.cls
+    for name in record.members:
+        _check(record.key, name)
+    return {**members, **record.members}
+
+
+def _captions(
+    foreign: Mapping[str, bytes], members: Mapping[str, bytes], texts: Sequence[str] = ()
+) -> tuple[int, str | None, int]:
+    """Kind and name of the member the captions come from, and their number, as a scan would find them.
+
+    Members of `foreign` are read; the others were made of `texts`.
+    """
+    if "json" in members:
+        if "json" in foreign:
+            count = len(captions.from_json(members["json"], captions.DEFAULT))
+        else:
+            count = sum(1 for text in texts if text.strip())
+        if count:
+            return indexes.JSON, "json", count
+    if "txt" in members:
+        count = len(captions.from_txt(members["txt"], captions.DEFAULT))
+        if count:
+            return indexes.TXT, "txt", count
+    return indexes.NO_TEXT, None, 0
+
+
+def _state(plan: Plan, shard: Shard) -> Path:
+    return plan.out / STATE / f"{shard.split}-{shard.number:05d}"
+
+
+def _keep(plan: Plan, shard: Shard, done: Done, keys: Mapping[str, None]) -> None:
+    """Writes down that a shard is finished; the last thing done for it."""
+    state = _state(plan, shard)
+    replace(state.with_suffix(".keys"), "\0".join(keys).encode("utf-8", "surrogateescape"))
+    document = {"entry": asdict(done.entry), "bad": done.bad}
+    replace(state.with_suffix(".json"), json.dumps(document, ensure_ascii=True).encode())
+
+
+def replace(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Writes a small file aside and renames it."""
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def finished(plan: Plan, shard: Shard, left_out: LeftOut) -> Done | None:
+    """What is kept of a shard, if it lies there as it was written and leaves out what it has to."""
+    state = _state(plan, shard)
+    try:
+        document = json.loads(state.with_suffix(".json").read_bytes())
+        bad = [(number, key, reason) for number, key, reason in document["bad"]]
+        done = Done(indexes.ShardEntry(**document["entry"]), bad)
+        path = plan.folder(shard.split) / shard.name
+        found = path.stat()
+        rows = read_columns(indexes.shard_index(path.parent, path.name))
+    except (OSError, ValueError, KeyError, TypeError, BrokenColumns):
+        return None
+    same = (found.st_size, found.st_mtime_ns) == (done.entry.bytes, done.entry.mtime_ns)
+    if not same or rows.meta.get("sha256") != done.entry.sha256:
+        return None
+    return done if set(left_out.get(state.name, {})) <= {str(number) for number, _, _ in done.bad} else None
+
+
+def finish(plan: Plan) -> bool:
+    """Writes the lists of a conversion whose shards are all there, once `work` has returned.
+
+    False: shards are missing, or were found to repeat a key of another shard and have to be written again
+    without it; `work` and `finish` again. Several processes may call it, one after the other or at once.
+    """
+    left_out = read_left_out(plan)
+    shards = plan.shards()
+    found = [finished(plan, shard, left_out) for shard in shards]
+    done = {shard: kept for shard, kept in zip(shards, found, strict=True) if kept is not None}
+    try:
+        if len(done) < len(shards):
+            return is_finished(plan.out)  # by another process, which has removed what was kept
+        if _leave_out_duplicates(plan, done, left_out):
+            return False
+        for split in range(len(plan.splits)):
+            _write_lists(plan, split, {shard: kept for shard, kept in done.items() if shard.split == split})
+    except FileNotFoundError:
+        if is_finished(plan.out):
+            return True
+        raise
+    document = {**plan.description, "finished": True}
+    replace(plan.out / DESCRIPTION, (json.dumps(document, indent=1) + "\n").encode(), sync=True)
+    shutil.rmtree(plan.out / STATE, ignore_errors=True)
+    return True
+
+
+def is_finished(out: Path) -> bool:
+    """Whether the lists are written; what is kept of the shards is removed after that."""
+    return bool((read_description(out) or {}).get("finished"))
+
+
+def _write_lists(plan: Plan, split: int, done: Mapping[Shard, Done]) -> None:
+    folder = plan.folder(split)
+    for name, text in plan.splits[split].files.items():
+        replace(folder / name, text.encode(), sync=True)
+    bad = [
+        json.dumps({"shard": shard.name, "key": key, "reason": reason, "number": number})
+        for shard, kept in done.items()
+        for number, key, reason in kept.bad
+    ]
+    if bad:
+        replace(folder / BAD_SAMPLES, ("\n".join(bad) + "\n").encode(), sync=True)
+    indexes.write_list(folder, captions.DEFAULT, [kept.entry for kept in done.values()])
+
+
+def read_left_out(plan: Plan) -> dict[str, dict[str, str]]:
+    """Samples found to repeat the key of another shard: by shard's state, sample number to key."""
+    try:
+        document = json.loads((plan.out / STATE / _DUPLICATES).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _leave_out_duplicates(plan: Plan, done: Mapping[Shard, Done], left_out: LeftOut) -> bool:
+    """Finds keys that two shards of a split share, and has the later shard written again without them."""
+    more: dict[str, dict[str, str]] = {}
+    for split in range(len(plan.splits)):
+        shards = [shard for shard in done if shard.split == split]
+        for shard, place, key in _repeated(plan, shards):
+            bad = {number for number, _, _ in done[shard].bad}
+            numbers = plan.order(split)[shard.start : shard.stop].tolist()
+            good = [number for number in numbers if number not in bad]
+            more.setdefault(_state(plan, shard).name, {})[str(good[place])] = key
+    if not more:
+        return False
+    every = {name: {**left_out.get(name, {}), **more.get(name, {})} for name in {*left_out, *more}}
+    replace(plan.out / STATE / _DUPLICATES, json.dumps(every).encode(), sync=True)
+    return True
+
+
+def _repeated(plan: Plan, shards: Sequence[Shard]) -> Iterator[tuple[Shard, int, str]]:
+    """Shard, place in it and key of every sample whose key a shard before has; hashes first, then keys."""
+    hashes = [np.fromiter(map(hash, _keys(plan, shard)), np.int64) for shard in shards]
+    ends = np.cumsum([len(part) for part in hashes])
+    every = np.concatenate(hashes)
+    order = np.argsort(every, kind="stable")
+    same = np.flatnonzero(every[order[1:]] == every[order[:-1]])
+    first: dict[str, int] = {}
+    for position in sorted({*order[same].tolist(), *order[same + 1].tolist()}):
+        number = int(np.searchsorted(ends, position, side="right"))
+        place = position - int(ends[number]) + len(hashes[number])
+        key = _keys(plan, shards[number])[place]
+        if first.setdefault(key, position) != position:
+            yield shards[number], place, key
+
+
+def _keys(plan: Plan, shard: Shard) -> list[str]:
+    text = _state(plan, shard).with_suffix(".keys").read_bytes().decode("utf-8", "surrogateescape")
+    return text.split("\0") if text else []

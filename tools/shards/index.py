@@ -1,0 +1,52 @@
+"""`clipcluster shards index DIR …`: makes the index of folders of shards, here or elsewhere."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from clipcluster.data.shards.folder_index import IndexSummary, find_shards, write_index
+from clipcluster.data.storage.urls import is_remote
+from clipcluster.errors import UserError
+
+
+def index_folders(
+    folders: Sequence[str | Path],
+    *,
+    index: Path | None = None,
+    captions: str | Sequence[str] | None = None,
+    again: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[IndexSummary]:
+    """Indexes each folder; `index` puts it elsewhere, and goes with one folder alone. Addresses and commands
+    (`pipe:`) need it.
+
+    `captions` are choices (default, lines, txt, json:FIELD, MEMBER.json:FIELD) to stand beside those that an
+    index has; none: what it has, and for a new one lines where `dataset_type.txt` says retrieval, else
+    default. `again` scans what looks unchanged too. UserError as `write_index`, and for no worker.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give the number of processes that index, 1 or more")
+    require_one(folders, index)
+    for folder in folders:
+        if not is_remote(folder):
+            find_shards(Path(folder))
+        elif index is None:
+            raise UserError(f"{folder}: say where its index is put on this machine, with --index FOLDER")
+    summaries = []
+    for folder in folders:
+        if is_remote(folder) and index is not None:
+            from tools.shards.remote_index import index_remote
+
+            made = index_remote(str(folder), index, captions, again=again, workers=workers, progress=progress)
+        else:
+            made = write_index(Path(folder), index, captions, again=again, workers=workers, progress=progress)
+        summaries.append(made)
+    return summaries
+
+
+def require_one(folders: Sequence[str | Path], index: Path | None) -> None:
+    """UserError if several folders are to share one index."""
+    if index is not None and len(folders) != 1:
+        raise UserError(
+            f"--index {index} holds the index of one folder, and {len(folders)} were given; run one by one"
+        )

@@ -1,0 +1,176 @@
+"""Work on shards in processes of their own, so that a decoder that crashes or hangs costs one sample.
+
+A child says at which sample it is. If it dies there, or stays there longer than `patience`, the sample is
+handed back with the reason, and another child does the shard again without it.
+"""
+
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing import connection, get_context
+from typing import Any, Generic, TypeVar
+
+from clipcluster.data.shards.dataset import Shards
+from clipcluster.errors import UserError
+
+PATIENCE = 60.0  # seconds for one sample
+_CONTEXT = get_context("spawn")
+
+T = TypeVar("T")
+
+# task(shards, shard, lost, at): `lost` are the positions not to touch, each with its reason; `at(position)`
+# is called before a sample is touched, `at(-1)` after the last.
+Task = Callable[[Shards, int, Mapping[int, str], Callable[[int], None]], T]
+
+
+class CrewError(UserError):
+    """A child died outside of a sample, for want of memory most likely; the message says how."""
+
+
+@dataclass(eq=False)
+class _Child(Generic[T]):
+    """One process, what it is doing, and since when it has been at the same sample."""
+
+    task: Task[T]
+    shards: Shards
+    shard: int = -1
+    seen: int = -1
+    since: float = 0.0
+    pipe: Any = field(init=False)
+    process: Any = field(init=False)
+    place: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self.place = _CONTEXT.Value("q", -1, lock=False)
+        self.process = _CONTEXT.Process(
+            target=_serve, args=(theirs, self.place, self.task, self.shards), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def give(self, shard: int, lost: Mapping[int, str]) -> None:
+        self.shard, self.seen, self.since = shard, -1, time.monotonic()
+        self.place.value = -1
+        self.pipe.send((shard, dict(lost)))
+
+    def late(self, patience: float) -> bool:
+        """Whether it has been at one sample for too long."""
+        at, now = self.place.value, time.monotonic()
+        if at != self.seen or at < 0:
+            self.seen, self.since = at, now
+        return now - self.since > patience
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+
+def over_shards(
+    task: Task[T],
+    shards: Shards,
+    *,
+    workers: int = 1,
+    patience: float = PATIENCE,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[T]:
+    """The task's results for all shards, in order; `task` is a function of a module or a partial of one.
+
+    With `workers` 0 it works in this process, for tasks that decode nothing or nothing dangerous.
+
+    `progress(done, total)` is called after every shard. Raises what the task raises (OSError and the like),
+    and CrewError if a process dies outside of a sample.
+    """
+    if workers == 0:
+        return _inline(task, shards, progress)
+    todo, results = deque(range(len(shards))), dict[int, T]()
+    lost: dict[int, dict[int, str]] = {}
+    crew = [_Child(task, shards) for _ in range(max(1, min(workers, len(shards))))]
+    try:
+        idle = list(crew)
+        while len(results) < len(shards):
+            while idle and todo:
+                shard = todo.popleft()
+                idle.pop().give(shard, lost.get(shard, {}))
+            busy = [child for child in crew if child not in idle]
+            for child, answer in _answers(busy, patience):
+                if isinstance(answer, str):
+                    if child.seen < 0 or child.seen in lost.get(child.shard, ()):
+                        raise CrewError(
+                            f"the process that read {shards.shard_name(child.shard)} {answer}; see whether "
+                            "memory is short, and try fewer --workers"
+                        )
+                    lost.setdefault(child.shard, {})[child.seen] = f"the decoder {answer}"
+                    todo.appendleft(child.shard)
+                    child.end()
+                    crew.remove(child)
+                    crew.append(_Child(task, shards))
+                    idle.append(crew[-1])
+                    continue
+                results[child.shard] = answer[0]
+                idle.append(child)
+                if progress is not None:
+                    progress(len(results), len(shards))
+    finally:
+        for child in crew:
+            child.end()
+    return [results[shard] for shard in range(len(shards))]
+
+
+def _inline(task: Task[T], shards: Shards, progress: Callable[[int, int], None] | None) -> list[T]:
+    results = []
+    for shard in range(len(shards)):
+        results.append(task(shards, shard, {}, lambda position: None))
+        if progress is not None:
+            progress(shard + 1, len(shards))
+    return results
+
+
+def _answers(busy: list[_Child[T]], patience: float) -> Iterator[tuple[_Child[T], tuple[T] | str]]:
+    """What came within a moment: a result as a tuple of one, or what became of the child."""
+    ready = connection.wait([child.pipe for child in busy], timeout=min(1.0, patience / 4))
+    for child in busy:
+        if child.pipe in ready:
+            try:
+                kind, value = child.pipe.recv()
+            except (EOFError, ConnectionResetError):
+                child.process.join()
+                child.seen = child.place.value
+                yield child, _death(child.process.exitcode)
+                continue
+            if kind == "error":
+                raise value
+            yield child, (value,)
+        elif child.late(patience):
+            yield child, f"took longer than {patience:.0f} s"
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"left with code {code}"
+    return f"crashed ({signal.Signals(-code).name})"
+
+
+def _serve(pipe: Any, place: Any, task: Task[T], shards: Shards) -> None:
+    """A child's life: one shard after the other, until the parent goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+
+    def at(position: int) -> None:
+        place.value = position
+
+    while True:
+        try:
+            shard, lost = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[str, Any] = ("done", task(shards, shard, lost, at))
+        except Exception as error:
+            error.__notes__ = [*getattr(error, "__notes__", []), traceback.format_exc()]
+            answer = ("error", error)
+        at(-1)
+        pipe.send(answer)

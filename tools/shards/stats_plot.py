@@ -1,0 +1,85 @@
+"""The figures of `shards stats` as a picture: one row of histograms a folder."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipcluster.errors import UserError
+from tools.shards.stats import Stats
+
+_COLOUR, _SECOND = "#33658a", "#f26419"
+_MOST_KINDS = 8
+_KINDS = (".png", ".pdf", ".svg", ".jpg")
+
+
+def require_drawable(path: Path) -> None:
+    """UserError for a name that cannot be drawn to, before hours of reading."""
+    if path.suffix.lower() not in _KINDS:
+        raise UserError(f"--picture {path}: give a name that ends in {', '.join(_KINDS)}")
+    if not path.parent.is_dir():
+        raise UserError(f"--picture {path}: no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--picture {path}: cannot be written there; name a place where it can")
+
+
+def draw(figures: Sequence[Stats], path: Path) -> None:
+    """Writes the picture; its kind is the file's extension."""
+    import matplotlib  # half a second, for those who ask for a picture
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    page, rows = pyplot.subplots(
+        len(figures), 4, figsize=(17, 3.8 * len(figures)), squeeze=False, layout="constrained"
+    )
+    for stats, row in zip(figures, rows, strict=True):
+        _kinds_of_images(row[0], stats)
+        _sides(row[1], stats)
+        _histogram(row[2], stats.images["bytes"], "bytes of an image")
+        if stats.captions:
+            _histogram(row[3], stats.caption_characters, "characters of a caption")
+        else:
+            _classes(row[3], stats.classes)
+    page.savefig(path, dpi=110)
+    pyplot.close(page)
+
+
+def _kinds_of_images(axes: Any, stats: Stats) -> None:
+    names = list(stats.kinds)[:_MOST_KINDS]
+    values = [stats.kinds[name] for name in names]
+    if stats.bad:
+        names, values = [*names, "bad"], [*values, len(stats.bad)]
+    colours = [_SECOND if name == "bad" else _COLOUR for name in names]
+    bars = axes.barh(names[::-1], values[::-1], height=0.6, color=colours[::-1])
+    axes.set_ylim(-1, max(len(names), 3))
+    axes.bar_label(bars, labels=[f"{value:,}" for value in values[::-1]], padding=3)
+    axes.margins(x=0.25)
+    axes.set(title=f"{stats.folder}\n{stats.samples:,} samples, {stats.captions:,} captions")
+
+
+def _sides(axes: Any, stats: Stats) -> None:
+    for name, colour in (("width", _COLOUR), ("height", _SECOND)):
+        _steps(axes, stats.images[name], colour, name)
+    axes.set(xlabel="pixels", ylabel="images")
+    if stats.images["width"]["count"]:
+        axes.legend(frameon=False)
+
+
+def _histogram(axes: Any, figures: Mapping[str, Any], label: str) -> None:
+    _steps(axes, figures, _COLOUR, label)
+    axes.set(xlabel=label)
+
+
+def _steps(axes: Any, figures: Mapping[str, Any], colour: str, label: str) -> None:
+    if figures["count"]:
+        histogram = figures["histogram"]
+        axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=colour, alpha=0.6, label=label)
+
+
+def _classes(axes: Any, classes: Mapping[str, int]) -> None:
+    axes.plot(np.sort(np.array(list(classes.values()), np.int64))[::-1], color=_COLOUR)
+    axes.set(xlabel=f"{len(classes):,} classes, the largest first", ylabel="samples")
+    axes.set_ylim(bottom=0)

@@ -1,0 +1,175 @@
+"""`clipcluster shards verify DIR …`: reads every byte again and compares with the index."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards.columns import BrokenColumns, read_columns
+from clipcluster.data.shards.dataset import Shards
+from clipcluster.data.shards.metadata import Part
+from tools.shards import pool as crew
+from tools.shards.survey import Survey, survey
+
+GONE, ROWS, CHANGED, CUT, UNKNOWN = "gone", "rows", "changed", "cut", "unknown"  # faults of a shard
+_NAMED = 20  # empty shards that are named
+
+
+@dataclass
+class Report:
+    """What was found: `samples`, `captions`, `bytes` of the shards that can be read; used + bad = samples.
+
+    `broken` names shards: gone, changed, not in the index, or cut (the samples before the cut are counted),
+    each with its kind of `fault`. `kinds` counts the samples by the content of their image. What is no
+    sample: `without_image`, and `duplicates`, whose key came before in their shard. `notes` break nothing:
+    shards without a sample, files that are not read. `repairs` is what a repair before this look did and
+    what it left alone.
+    """
+
+    folder: str
+    shards: int = 0
+    samples: int = 0
+    bytes: int = 0
+    captions: int = 0
+    used: int = 0
+    without_caption: int = 0
+    without_image: int = 0
+    duplicates: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    broken: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    repairs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return not self.bad and not self.broken
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "whole": self.whole}
+
+
+class _Look(NamedTuple):
+    """One shard: what is wrong with it (None: nothing), why, and its samples if they can be read."""
+
+    fault: str | None
+    reason: str
+    samples: Survey | None
+
+
+def verify(
+    folder: Path,
+    index: Path | None = None,
+    *,
+    images: bool = True,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Hashes and scans every shard again, and decodes every image if `images`, in `workers` processes.
+
+    A shard that is gone, changed, cut, or whose rows are not those of its tar stands in `broken`, a tar that
+    the index does not know too; an image that cannot be decoded in `bad`. UserError if there is no index.
+    """
+    shards = Shards([Part(folder, index or folder, None)])
+    found = indexes.read_summary(folder, index)
+    report = Report(
+        str(folder), shards=len(shards), without_image=found.without_image, duplicates=found.duplicates
+    )
+    task = partial(_look, index=index or folder, choices=tuple(found.choices), images=images)
+    alone = 0 if workers == 1 and not images else workers
+    looks = crew.over_shards(task, shards, workers=alone, progress=progress)
+    for number, (name, look) in enumerate(zip(shards.shard_names, looks, strict=True)):
+        if look.fault is not None:
+            report.broken.append({"shard": name, "key": None, "reason": look.reason, "fault": look.fault})
+        if look.samples is not None:
+            _count(shards, number, look.samples, report)
+    known = set(shards.shard_names)
+    for path in indexes.find_shards(folder):
+        if path.name not in known:
+            reason = "not in the index, never drawn"
+            report.broken.append({"shard": path.name, "key": None, "reason": reason, "fault": UNKNOWN})
+    report.kinds = dict(Counter(report.kinds).most_common())
+    report.notes = [*_empty(looks), *other_files(folder)]
+    shards.close()
+    return report
+
+
+def _look(
+    shards: Shards,
+    shard: int,
+    lost: Mapping[int, str],
+    at: Callable[[int], None],
+    *,
+    index: Path,
+    choices: tuple[str, ...],
+    images: bool,
+) -> _Look:
+    fault, reason, readable = _shard_fault(shards, shard, index, choices)
+    samples = survey(shards, shard, lost, at, decoded=images, details=False) if readable else None
+    return _Look(fault, reason, samples)
+
+
+def _shard_fault(
+    shards: Shards, number: int, index: Path, choices: tuple[str, ...]
+) -> tuple[str | None, str, bool]:
+    """What is wrong with a shard (None: nothing), the reason, and whether its samples can be read."""
+    path = shards.shard_path(number)
+    if not path.is_file():
+        return GONE, "gone", False
+    try:
+        meta, rows = read_columns(indexes.shard_index(index, path.name))
+    except (OSError, BrokenColumns) as error:
+        return ROWS, f"its rows in the index cannot be read: {error}", False
+    digest = indexes.file_sha256(path)
+    if digest != shards.sha256(number):
+        return (
+            CHANGED,
+            f"changed since it was indexed: sha256 is {digest}, was {shards.sha256(number)}",
+            False,
+        )
+    _, columns, broken = indexes.scan_shard(path, choices)
+    if digest != meta["sha256"] or any(
+        name not in rows or not np.array_equal(rows[name], column) for name, column in columns.items()
+    ):
+        return ROWS, "its rows in the index are not those of the tar", False
+    return (CUT, broken, True) if broken else (None, "", True)
+
+
+def _count(shards: Shards, number: int, samples: Survey, report: Report) -> None:
+    first = int(shards.sample_counts[:number].sum())
+    count = int(shards.sample_counts[number])
+    counts = shards.caption_counts[first : first + count]
+    report.samples += count
+    report.captions += int(counts.sum(dtype=np.int64))
+    report.without_caption += int((counts == 0).sum())
+    report.bytes += shards.shard_path(number).stat().st_size
+    report.bad += samples.bad
+    report.used += count - len(samples.bad)
+    for kind, number_of_kind in samples.kinds.items():
+        report.kinds[kind] = report.kinds.get(kind, 0) + number_of_kind
+
+
+def _empty(looks: list[_Look]) -> list[str]:
+    """Shards that hold nothing."""
+    names = [look.samples.shard for look in looks if look.samples and not len(look.samples.usable)]
+    more = [f"… and {len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return [f"{name}: holds no sample with an image" for name in names[:_NAMED]] + more
+
+
+def other_files(folder: Path) -> list[str]:
+    """What lies beside the shards and looks like one, but is not read."""
+    notes = []
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")):
+            notes.append(f"{path.name}: compressed, not read; unpack it to .tar first")
+        elif ".tar.broken" in path.name:
+            notes.append(
+                f"{path.name}: the original of a mended shard, not read; remove it when you need it no more"
+            )
+    return notes
