@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipcluster.build.model import hash_of
+from clipcluster.build.training import seconds_of_a_save
 from clipcluster.data.storage import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
-from clipcluster.run import evaluate, hash_of, seconds_of_a_save, train
+from clipcluster.run import evaluate, train
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples

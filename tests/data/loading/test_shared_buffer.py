@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not SHAREABLE, reason="needs Linux")
 
 WRITER = """
 import sys
-from clipcluster.data.room import Place
+from clipcluster.data.loading.shared_buffer import Place
 place = Place(sys.argv[1], (5, 3, 4, 4), 0, 5).cut(1, 3)
 place.open()[:] = 7
 """

@@ -108,8 +108,8 @@ def test_a_dead_worker_is_not_taken_for_a_lost_rank() -> None:
 def test_workers_end_with_a_rank_that_is_killed(shards: Shards, tmp_path: Path) -> None:
     code = f"""
         import time
-        from clipcluster.data.loader import evaluation_batches
-        from clipcluster.data.sources import open_folder
+        from clipcluster.data.loading.loader import evaluation_batches
+        from clipcluster.data.shards.open import open_folder
         from clipcluster.recipe.schema import Data
 
         if __name__ == "__main__":

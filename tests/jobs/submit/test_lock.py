@@ -11,7 +11,7 @@ import pytest
 
 from jobs.submit import lock
 
-HOLD = "import sys, time; from pathlib import Path; from jobs import lock\n"
+HOLD = "import sys, time; from pathlib import Path; from jobs.submit import lock\n"
 HOLD += "with lock.alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
