@@ -1,0 +1,112 @@
+"""A recipe's data, opened: the sources, the order of their samples, the tokenizer, and batches of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipcluster.recipe.schema import Recipe
+from clipcluster.runtime.stop import Stop, Wish
+
+if TYPE_CHECKING:
+    from clipcluster.data.sampling.sampler import Order
+    from clipcluster.data.shards.dataset import Shards
+    from clipcluster.data.tokenizer import Tokenizer
+    from clipcluster.runtime.world import World
+
+logger = logging.getLogger("clipcluster")
+NAMED_SHARDS = 1000
+"""Sources of at most so many shards have their hashes in every checkpoint, so that a refusal names one."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is trained on: shards, the order of their samples, the tokenizer."""
+
+    shards: Sequence[Shards]
+    order: Order
+    tokenizer: Tokenizer
+
+    @property
+    def samples(self) -> int:
+        """Of all sources."""
+        return sum(source.n_samples for source in self.shards)
+
+    def index(self) -> list[dict[str, Any]]:
+        """What a checkpoint remembers of them: names, fingerprints, and hashes where there are few shards."""
+        return [
+            {
+                "name": source.name,
+                "fingerprint": source.fingerprint,
+                "samples": source.n_samples,
+                "shards": _hashes(source),
+            }
+            for source in self.shards
+        ]
+
+
+def _hashes(source: Shards) -> dict[str, str]:
+    if len(source) > NAMED_SHARDS:
+        return {}
+    return {source.shard_name(number): source.sha256(number) for number in range(len(source))}
+
+
+def open_sources(recipe: Recipe, assets: Path) -> Sources:
+    """Open the recipe's sources. Raises UserError where one cannot be opened."""
+    from clipcluster.data.sampling.sampler import order_of
+    from clipcluster.data.shards.open import open_source
+    from clipcluster.data.storage.cache import Cache
+    from clipcluster.data.tokenizer import load_tokenizer
+
+    cache = Cache.of(recipe.data.cache)
+    shards = [open_source(source, text=True, cache=cache) for source in recipe.data.train]
+    tokenizer = load_tokenizer(recipe.data.text, assets)
+    return Sources(shards, order_of(recipe, shards), tokenizer)
+
+
+def check_shards(sources: Sequence[Shards], world: World, stop: Stop) -> Wish:
+    """Whether the shards are as indexed: the ranks share those that only their hash can tell of.
+
+    They speak after each, so that none is taken for lost meanwhile; returns STOP where one was asked to.
+    Raises DataError on the rank that finds a changed shard.
+    """
+    found = world.broadcast_object([source.touched() for source in sources] if world.is_main else None)
+    turns = [(source, shard) for source, shards in zip(sources, found, strict=True) for shard in shards]
+    if turns and world.is_main:
+        logger.warning(
+            "%d shards have another time than when they were indexed: comparing their content "
+            "(clipcluster shards index DIR spares later attempts that)",
+            len(turns),
+        )
+    wishes = Wish.NONE
+    for first in range(0, len(turns), world.size):
+        for source, shard in turns[first + world.rank : first + world.rank + 1]:
+            source.check(shard)
+        wishes = world.agree(stop.wishes())
+        if wishes & Wish.STOP:
+            return wishes
+    for source, shards in zip(sources, found, strict=True):
+        source.vouch(shards)  # the loader's workers need not compare what the other ranks did
+    return wishes
+
+
+def open_batches(
+    recipe: Recipe, sources: Sources, world: World, start: int, skipped: Sequence[tuple[int, int]]
+) -> Any:
+    from clipcluster.data.loading.loader import Loader
+
+    return Loader(
+        sources.shards,
+        sources.order,
+        recipe.data,
+        tokenizer=sources.tokenizer,
+        seed=recipe.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=recipe.data.workers,
+        start=start,
+        skipped=skipped,
+    )

@@ -1,0 +1,93 @@
+"""The model of a recipe: at its start, or with a checkpoint's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.plan import Plan
+from clipcluster.recipe.schema import Recipe
+from clipcluster.runs.folder import Run
+
+if TYPE_CHECKING:
+    from clipcluster.data.tokenizer import Tokenizer
+    from clipcluster.model.clip import Clip
+
+logger = logging.getLogger("clipcluster")
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, assets: Path, *, starting_weights: bool = True) -> Clip:
+    """The model at its start, on the CPU; fresh weights are a function of the recipe's seed."""
+    import torch
+
+    from clipcluster.model.clip import build_clip
+
+    torch.manual_seed(recipe.seed)
+    return build_clip(
+        recipe.model,
+        image_size=recipe.data.image.size,
+        tokenizer=tokenizer,
+        assets=assets,
+        starting_weights=starting_weights,
+    )
+
+
+def describe_start(model: Clip, plan_: Plan) -> dict[str, str]:
+    """Rank 0's words on what a run starts from; returns the starting weights' hashes by tower."""
+    logger.info(
+        "%s ranks x %s samples; %s steps, %s an epoch",
+        plan_.world_size,
+        f"{plan_.per_rank_batch:,}",
+        f"{plan_.total_steps:,}",
+        f"{plan_.steps_per_epoch:,}",
+    )
+    for warning in plan_.warnings:
+        logger.warning("%s", warning)
+    for coverage in model.starting_weights:
+        logger.info("%s", coverage)
+    return {coverage.tower: hash_of(Path(coverage.file)) for coverage in model.starting_weights}
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 in hex of a file, or of a folder's weight files, names included."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+        return hashlib.sha256(
+            "".join(f"{file.name} {hash_of(file)}\n" for file in files).encode()
+        ).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(4 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path, int, bool]:
+    """Weights of a checkpoint, by default the newest whole one; its folder, step, and whether averaged."""
+    from safetensors.torch import load_file
+
+    from clipcluster.train.checkpoint import Broken, CheckpointFolder, reading, verify
+
+    folder = CheckpointFolder(run.checkpoints, check=lambda: None, about={})
+    newest_first = [folder.path(step) for step in reversed(folder.steps())]
+    reasons = []
+    for path in [checkpoint] if checkpoint else newest_first:
+        try:
+            with reading(path):
+                step = int(verify(path)["step"])
+                averaged = (path / "ema.safetensors").exists()
+                model.load_state_dict(load_file(path / f"{'ema' if averaged else 'model'}.safetensors"))
+        except (Broken, FileNotFoundError) as error:
+            reasons.append(f"{path.name}: {error}")
+            continue
+        except RuntimeError as error:
+            raise UserError(f"The weights of {path} do not fit the recipe: {error}") from error
+        return path, step, averaged
+    there = ", ".join(path.name for path in newest_first) or "none"
+    raise UserError(
+        f"{run.name} has no checkpoint to measure ({'; '.join(reasons) or 'none was written yet'}). "
+        f"Its checkpoints: {there}."
+    )

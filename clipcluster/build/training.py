@@ -1,0 +1,151 @@
+"""The trainer of a run: every part of it, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from clipcluster.build.data import Sources, open_batches
+from clipcluster.build.model import build_model, describe_start
+from clipcluster.build.task import wrapped
+from clipcluster.recipe.plan import Plan, plan
+from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.units import Time
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.files import read_json
+from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import events
+from clipcluster.runtime.stop import Stop
+
+if TYPE_CHECKING:
+    from clipcluster.runtime.world import World
+    from clipcluster.train.saver import Saver
+    from clipcluster.train.trainer import Trainer
+
+GRACE_S = 30.0
+"""Seconds between the request to stop and the kill, where the recipe does not say."""
+
+
+def build_trainer(
+    run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe, sources: Sources
+) -> Trainer:
+    """All parts of a run, put together; every rank builds the same."""
+    from clipcluster.evals.suite import build_suite
+    from clipcluster.model.task import ContrastiveTask
+    from clipcluster.train.bad_samples import BadSamples
+    from clipcluster.train.checkpoint import CheckpointFolder, versions
+    from clipcluster.train.ema import Ema
+    from clipcluster.train.evaluations import Evaluations
+    from clipcluster.train.guard import Guard
+    from clipcluster.train.metrics import Metrics
+    from clipcluster.train.optimizer import Optimizer
+    from clipcluster.train.precision import Precision
+    from clipcluster.train.progress import Progress
+    from clipcluster.train.schedule import make_schedule
+    from clipcluster.train.step import Step
+    from clipcluster.train.trainer import Trainer
+
+    plan_ = plan(recipe, sources.order.samples, world.size)
+    precision = Precision(recipe.train.precision, world.device)
+    model = build_model(recipe, sources.tokenizer, run.assets)
+    weights = describe_start(model, plan_) if world.is_main else {}
+    task = ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, world).to(world.device)
+    optim = recipe.optim
+    optimizer = Optimizer(
+        model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
+    )
+    ema = Ema(model, recipe.train.ema.decay) if recipe.train.ema else None
+    step = Step(
+        wrapped(task, world),
+        task,
+        optimizer,
+        make_schedule(optim.schedule, peak=optim.lr, warmup=plan_.warmup_steps, total=plan_.total_steps),
+        precision,
+        Guard(world.device, recipe.train.non_finite.limit),
+        ema,
+        clip_norm=optim.clip_norm,
+        seed=recipe.seed,
+        slot=world.rank * plan_.per_rank_batch,
+    )
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision}
+    if ema:
+        parts["ema"] = ema
+    constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
+    about = {"versions": versions(), "commit": _commit(run, attempt), "world_size": world.size}
+    checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about=about)
+    return Trainer(
+        world=world,
+        attempt=attempt,
+        stop=stop,
+        progress=Progress(steps_per_epoch=plan_.steps_per_epoch, batch_size=plan_.batch_size),
+        total_steps=plan_.total_steps,
+        step=step,
+        open_batches=lambda at: open_batches(recipe, sources, world, at.batches_drawn, at.skipped),
+        parts=parts,
+        constants=constants,
+        checkpoints=checkpoints,
+        saver=_saver(run, recipe, plan_, world, attempt, checkpoints, constants),
+        evaluations=Evaluations(
+            build_suite(recipe, world=world, tokenizer=sources.tokenizer) or None,
+            ema.model if ema else model,
+            every=plan_.evaluate_every,
+            total_steps=plan_.total_steps,
+            run=run,
+            attempt=attempt,
+            world=world,
+            precision=precision,
+            averaged=ema is not None,
+        ),
+        metrics=Metrics(run, attempt, world, every=plan_.log_every, total_steps=plan_.total_steps),
+        bad_samples=BadSamples(
+            run, attempt, rank=world.rank, samples=sources.samples, limit=recipe.data.bad_samples.limit
+        ),
+        record_samples=recipe.train.record_samples,
+        grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_S,
+    )
+
+
+def _saver(
+    run: Run,
+    recipe: Recipe,
+    plan_: Plan,
+    world: World,
+    attempt: Attempt,
+    folder: Any,
+    constants: Mapping[str, Any],
+) -> Saver:
+    from clipcluster.train.rotation import Keep
+    from clipcluster.train.saver import Saver
+
+    every, keep = recipe.checkpoint.every, recipe.checkpoint.keep
+    best = keep.best
+    return Saver(
+        folder if world.is_main else None,
+        keep=Keep(
+            last=keep.last,
+            every=plan_.keep_every,
+            metric=best.metric if best else None,
+            count=best.count if best else 0,
+        ),
+        constants=constants,
+        every_steps=plan_.checkpoint_every,
+        every_seconds=every.seconds if isinstance(every, Time) else None,
+        last_seconds=seconds_of_a_save(run),
+        event=lambda kind, **fields: attempt.event(kind, writer="rank-0", **fields),
+    )
+
+
+def seconds_of_a_save(run: Run) -> float:
+    """How long the slowest of the run's last three saves took; 0.0 before the first."""
+    saves = [event["seconds"] for event in events(run) if event["event"] == "checkpoint"]
+    return max(saves[-3:], default=0.0)
+
+
+def _commit(run: Run, attempt: Attempt) -> str | None:
+    """The commit of the code that this attempt runs, as its snapshot knows it."""
+    try:
+        facts = read_json(run.path / str(attempt.settings().get("code")) / "snapshot.json")
+    except (OSError, ValueError):
+        return None
+    return f"{facts.get('commit')}{' and changes' if facts.get('dirty') else ''}"
