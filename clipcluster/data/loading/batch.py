@@ -1,20 +1,23 @@
-"""What the loader hands over: one rank's share of a batch."""
+"""What the loader hands over: one rank's part of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+_COLUMNS = ("images", "tokens", "mask", "classes")  # of a Batch: tensors with one row a sample
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of batch `index`, b samples.
+    """One rank's part of batch `index`, b samples.
 
     `images` (b, 3, S, S) uint8; `tokens` (b, L) int64 and `mask` (b, L) bool, or None without a tokenizer;
     `classes` (b,) int64 with -1 for none, or None if no sample has one. `keys` are (slot of the global batch,
     shard, key) of what was used; `bad` the samples that could not be decoded, each with `shard`, `key` and
-    `reason`, reported once by a loader.
+    `reason`, reported once by a loader. `extras`: further members by name, b values each: a tensor (b, ...)
+    where the samples' values have one shape, else a list.
     """
 
     index: int
@@ -24,18 +27,46 @@ class Batch:
     classes: torch.Tensor | None
     keys: list[tuple[int, str, str]]
     bad: list[dict[str, Any]] = field(default_factory=list)
+    extras: dict[str, torch.Tensor | list[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on a device; pixels stay uint8."""
-        return replace(self, **_moved(self, ("images", "tokens", "mask", "classes"), device))
+        """The same batch with its tensors, those of `extras` included, on a device; pixels stay uint8."""
+        extras = {
+            name: values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
+            for name, values in self.extras.items()
+        }
+        return replace(self, extras=extras, **_moved(self, _COLUMNS, device))
+
+    def cut(self, start: int, stop: int) -> "Batch":
+        """Samples `start` to `stop` of this batch: views of its tensors. `bad` stays with the whole batch.
+
+        Raises ValueError unless 0 <= start <= stop <= len(self).
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"no samples {start} to {stop} in a batch of {len(self)}")
+        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
+        present = {name: column[start:stop] for name, column in columns.items() if column is not None}
+        extras = {name: values[start:stop] for name, values in self.extras.items()}
+        return replace(self, keys=self.keys[start:stop], bad=[], extras=extras, **present)
+
+    def micro_batches(self, count: int) -> Iterator["Batch"]:
+        """The batch as `count` consecutive micro-batches of equal size, as views.
+
+        Raises ValueError where `count` does not divide the batch.
+        """
+        if count < 1 or len(self) % count:
+            raise ValueError(f"a batch of {len(self)} cannot be cut into {count} equal micro-batches")
+        size = len(self) // count
+        for number in range(count):
+            yield self.cut(number * size, (number + 1) * size)
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """One rank's share of an evaluation batch: b samples, with all their captions, c in total.
+    """One rank's part of an evaluation batch: b samples, with all their captions, c in total.
 
     `positions` (b,) int64: which sample of the source; `images` (b, 3, S, S) uint8; `classes` (b,) int64, -1
     for none; `captions`: b lists; `tokens` (c, L), `mask` (c, L) and `owners` (c,) int64, the position of
