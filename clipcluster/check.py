@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, load
 from clipcluster.recipe.plan import Plan, plan_for_nodes
-from clipcluster.recipe.schema import Recipe, Source
+from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tree import nearest
 
 if TYPE_CHECKING:

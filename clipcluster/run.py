@@ -18,7 +18,7 @@ from clipcluster.build.model import build_model, load_weights
 from clipcluster.build.training import build_trainer
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import from_run, load
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import Place

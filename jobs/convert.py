@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Cluster
+from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs import files
 from clipcluster.runtime.place import slurm_job_id
 from clipcluster.runtime.stop import Outcome, Stop, Wish

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runtime.stop import Stop, Wish
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.plan import Plan
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.folder import Run
 
 if TYPE_CHECKING:

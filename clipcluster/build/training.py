@@ -10,7 +10,7 @@ from clipcluster.build.data import Sources, open_batches
 from clipcluster.build.model import build_model, describe_start
 from clipcluster.build.task import wrapped
 from clipcluster.recipe.plan import Plan, plan
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Time
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import read_json

@@ -22,7 +22,7 @@ from clipcluster.model.clip import Clip
 
 if TYPE_CHECKING:
     from clipcluster.data.tokenizer import Tokenizer
-    from clipcluster.recipe.schema import Recipe
+    from clipcluster.recipe.sections.recipe import Recipe
     from clipcluster.runtime.world import World
 
 logger = logging.getLogger("clipcluster")

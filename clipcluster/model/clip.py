@@ -16,7 +16,7 @@ from clipcluster.model.weights import Coverage
 
 if TYPE_CHECKING:
     from clipcluster.model.towers import TextTokens
-    from clipcluster.recipe.schema import Model
+    from clipcluster.recipe.sections.model import Model
 
 
 class Clip(nn.Module):

@@ -18,7 +18,7 @@ from clipcluster.errors import UserError
 from clipcluster.model.weights import FOLDER_FILES, Coverage, load_weights, shard_names
 
 if TYPE_CHECKING:
-    from clipcluster.recipe import schema
+    from clipcluster.recipe.sections import model as sections
 
 # How a caption's vector is taken from its tokens' when the recipe does not say.
 _POOLS = {
@@ -89,7 +89,7 @@ class TextTower(nn.Module):
 
 
 def build_image_tower(
-    config: schema.ImageTower, *, image_size: int, starting_weights: bool = True
+    config: sections.ImageTower, *, image_size: int, starting_weights: bool = True
 ) -> tuple[ImageTower, Coverage | None]:
     """The tower of `model.image`: `timm` (name), `args` (mapping), `weights` (file, folder or None).
 
@@ -132,7 +132,7 @@ def _timm_trunk(name: str, args: Mapping[str, Any], image_size: int) -> Any:
 
 
 def build_text_tower(
-    config: schema.TextTower,
+    config: sections.TextTower,
     *,
     tokenizer: TextTokens,
     assets: Path | None = None,

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import extra_of, walk
+from clipcluster.recipe.sections.fields import extra_of, walk
 from clipcluster.recipe.tree import Branch, Leaf, Loc, Row, Tree, dotted, read_scalar
 
 _REFERENCE = re.compile(r"\$?\$\{([^}]*)\}?")

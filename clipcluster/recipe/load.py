@@ -18,16 +18,10 @@ from pydantic import ValidationError
 from clipcluster.errors import UserError
 from clipcluster.recipe.environment import expanded, plain, resolve_paths
 from clipcluster.recipe.problems import validated
-from clipcluster.recipe.schema import (
-    Cluster,
-    Recipe,
-    Section,
-    extra_of,
-    is_list_of_sections,
-    section,
-    section_of,
-    walk,
-)
+from clipcluster.recipe.sections.base import Section, section
+from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, section_of, walk
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sites import find_site
 from clipcluster.recipe.tree import (
     Branch,

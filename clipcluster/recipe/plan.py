@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Duration
 
 LONG_WARMUP = 0.2  # of the run; above it the check warns

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Recipe, Section, section_of, walk
+from clipcluster.recipe.sections.base import Section
+from clipcluster.recipe.sections.fields import section_of, walk
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tree import Branch, Leaf, Loc, Origin, dotted, find, nearest, origin_of, read_scalar
 
 S = TypeVar("S", bound=Section)

@@ -12,16 +12,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from clipcluster.recipe.schema import (
-    DEVIATIONS,
-    MEANS,
-    Recipe,
-    Section,
-    extra_of,
-    is_list_of_sections,
-    section_of,
-    walk,
-)
+from clipcluster.recipe.sections.base import Section
+from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, section_of, walk
+from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.sections.values import DEVIATIONS, MEANS
 from clipcluster.recipe.units import Duration, Memory, Nodes, Time
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -34,7 +28,7 @@ _WORDS = {"integer": "whole number", "number": "number", "boolean": "true or fal
 _INTRODUCTION = f"""\
 # The recipe
 
-<!-- Made by `{_COMMAND}` from clipcluster/recipe/schema.py. Do not edit. -->
+<!-- Made by `{_COMMAND}` from clipcluster/recipe/sections. Do not edit. -->
 
 A recipe is one YAML file that says what is trained. `clipcluster check RECIPE` tells whether it is right,
 `clipcluster submit RECIPE` runs it. Unknown keys are refused. Editors complete and check recipes with

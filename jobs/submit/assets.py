@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs import files
 
 HASHES = "hashes.json"

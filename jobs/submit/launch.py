@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Cluster
+from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import local_job_runs
 from jobs.endings import local as twin

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipcluster.recipe.schema import Cluster
+from clipcluster.recipe.sections.cluster import Cluster
 from jobs.endings.batch import ATTEMPT, LEAD, LOGS
 from tools.slurm import Partition, Slurm, SlurmRefused, SlurmUnavailable
 

@@ -18,7 +18,7 @@ from clipcluster import check
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, result_keys, settings_keys
 from clipcluster.recipe.plan import Plan, usable_nodes
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run, near_twins, run_name
 from jobs.status import SUBMISSIONS, Queue, State, state_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipcluster.recipe.schema import Data
+from clipcluster.recipe.sections.data import Data
 from tools.convert.shard_writer import ShardWriter
 
 

@@ -85,7 +85,7 @@ def table_of(folder: Path, shards: int, per_shard: int) -> None:
 
 def recipe_of(folder: Path) -> Any:
     """A recipe whose one source is the folder."""
-    from clipcluster.recipe.schema import Recipe
+    from clipcluster.recipe.sections.recipe import Recipe
 
     data = {**RECIPE["data"], "train": [{"shards": str(folder), "captions_in": "default"}]}
     return Recipe.model_validate({**RECIPE, "data": data})

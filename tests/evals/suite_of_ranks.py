@@ -20,7 +20,7 @@ from tiny_model import model_section
 from clipcluster.data.tokenizer import load_tokenizer
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.clip import build_clip
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from clipcluster.model.clip import Clip, build_clip
-from clipcluster.recipe import schema
+from clipcluster.recipe.sections import model as sections
 
 SIZE = 32
 WORDS = {
@@ -37,18 +37,18 @@ class Ranks:
     size: int = 1
 
 
-def image_section(timm: str = "test_vit", weights: str | None = None, **args: object) -> schema.ImageTower:
-    return schema.ImageTower(timm=timm, weights=weights, args=args)
+def image_section(timm: str = "test_vit", weights: str | None = None, **args: object) -> sections.ImageTower:
+    return sections.ImageTower(timm=timm, weights=weights, args=args)
 
 
-def text_section(arch: str | None = "gpt2", **keys: object) -> schema.TextTower:
+def text_section(arch: str | None = "gpt2", **keys: object) -> sections.TextTower:
     keys = {"config": WORDS.get(arch or "", {})} | keys
-    return schema.TextTower(arch=arch, **keys)
+    return sections.TextTower(arch=arch, **keys)
 
 
-def model_section(**changes: object) -> schema.Model:
+def model_section(**changes: object) -> sections.Model:
     section = {"image": image_section(), "text": text_section(), "embed_dim": 8}
-    return schema.Model(**(section | changes))
+    return sections.Model(**(section | changes))
 
 
 def tiny_clip(seed: int = 0, **changes: object) -> Clip:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded
 from clipcluster.recipe.plan import micro_batches, plan, plan_for_nodes, share, usable_nodes
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 
 Small = Callable[..., Loaded]
 

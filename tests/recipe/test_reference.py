@@ -6,7 +6,7 @@ import yaml
 
 from clipcluster.recipe.load import RECIPES
 from clipcluster.recipe.reference import DOCS, PAGE, SCHEMA, page, schema, write
-from clipcluster.recipe.schema import section_of, walk
+from clipcluster.recipe.sections.fields import section_of, walk
 
 
 def test_the_committed_files_are_up_to_date() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from clipcluster.recipe.schema import Cluster
+from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
 from jobs.endings import history

@@ -28,7 +28,8 @@ def loader(settings: dict[str, Any]) -> Callable[[], int]:
     from clipcluster.data.sampling.sampler import order_of
     from clipcluster.data.shards.open import open_source
     from clipcluster.data.tokenizer import load_tokenizer
-    from clipcluster.recipe.schema import Data, Recipe
+    from clipcluster.recipe.sections.data import Data
+    from clipcluster.recipe.sections.recipe import Recipe
 
     data = Data.model_validate(
         {

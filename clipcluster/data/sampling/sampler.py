@@ -17,7 +17,8 @@ from clipcluster.data.sampling.oversampling import ShownClasses, repeats_of
 from clipcluster.data.sampling.shuffle import Line, Places
 from clipcluster.data.shards.dataset import Shards
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Recipe, Source
+from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.recipe import Recipe
 
 __all__ = ["Draws", "Field", "Order", "SourceShape", "order_of"]
 

@@ -20,7 +20,7 @@ from clipcluster.data.shards.dataset import Shards
 from clipcluster.data.shards.folder_index import write_index
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
-from clipcluster.recipe.schema import Data
+from clipcluster.recipe.sections.data import Data
 
 TOKENIZER = ByteTokenizer(24)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))

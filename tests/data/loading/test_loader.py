@@ -20,7 +20,7 @@ from clipcluster.data.shards.dataset import Shards
 from clipcluster.data.shards.folder_index import write_index
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
-from clipcluster.recipe.schema import Data
+from clipcluster.recipe.sections.data import Data
 from clipcluster.runtime.stop import DataError
 from tools.convert.shard_writer import ShardWriter
 

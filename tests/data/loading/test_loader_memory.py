@@ -12,7 +12,7 @@ from clipcluster.data.loading.loader import Loader
 from clipcluster.data.sampling.sampler import Order, SourceShape
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
-from clipcluster.recipe.schema import Data
+from clipcluster.recipe.sections.data import Data
 from tools.bench.process import descendants, unique_bytes
 from tools.convert.shard_writer import ShardWriter
 

@@ -17,7 +17,7 @@ from clipcluster.data.sampling.sampler import Order, SourceShape
 from clipcluster.data.shards.dataset import Shards
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
-from clipcluster.recipe.schema import Data
+from clipcluster.recipe.sections.data import Data
 from clipcluster.runtime.world import is_lost_peer
 
 
@@ -110,7 +110,7 @@ def test_workers_end_with_a_rank_that_is_killed(shards: Shards, tmp_path: Path) 
         import time
         from clipcluster.data.loading.loader import evaluation_batches
         from clipcluster.data.shards.open import open_folder
-        from clipcluster.recipe.schema import Data
+        from clipcluster.recipe.sections.data import Data
 
         if __name__ == "__main__":
             section = Data(train=[{{"shards": "x"}}], batch_size=8, image={{"size": 8}})

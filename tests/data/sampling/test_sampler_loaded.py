@@ -16,7 +16,7 @@ from clipcluster.data.shards.dataset import Shards
 from clipcluster.data.shards.open import open_source
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Recipe
+from clipcluster.recipe.sections.recipe import Recipe
 
 TOKENIZER = ByteTokenizer(24)
 

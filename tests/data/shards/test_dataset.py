@@ -16,7 +16,7 @@ from clipcluster.data.shards import dataset as module
 from clipcluster.data.shards.folder_index import write_index
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Source
+from clipcluster.recipe.sections.data import Source
 from clipcluster.runtime.stop import DataError
 
 

@@ -17,7 +17,7 @@ from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.data.shards.shard_index import ShardRows
 from clipcluster.data.shards.tar import END, Member, header, padded
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Source
+from clipcluster.recipe.sections.data import Source
 
 SYNTHETIC = "syn.json:syn_text"
 

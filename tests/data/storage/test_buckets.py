@@ -14,7 +14,7 @@ import pytest
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.data.storage.cache import Cache
 from clipcluster.errors import UserError
-from clipcluster.recipe.schema import Source
+from clipcluster.recipe.sections.data import Source
 from tools.shards.index import index_folders
 
 pytest.importorskip("s3fs")

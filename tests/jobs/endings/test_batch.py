@@ -13,7 +13,7 @@ from jobs.endings import history
 from jobs.train import TrainJob
 
 ROOT = Path(__file__).resolve().parents[3]
-HEAVY = ("torch", "numpy", "pydantic", "submitit", "typer", "rich", "clipcluster.recipe.schema")
+HEAVY = ("torch", "numpy", "pydantic", "submitit", "typer", "rich", "clipcluster.recipe.sections.recipe")
 
 
 def endings(*words, **environment):

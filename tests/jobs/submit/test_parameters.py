@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clipcluster.recipe.schema import Cluster
+from clipcluster.recipe.sections.cluster import Cluster
 from jobs.submit.parameters import Member, grace_seconds, lead_seconds, parameters
 
 

@@ -4,18 +4,13 @@ import pytest
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from clipcluster.recipe.schema import (
-    MEANS,
-    Cluster,
-    Image,
-    Mark,
-    Recipe,
-    Source,
-    TextTower,
-    extra_of,
-    section_of,
-    walk,
-)
+from clipcluster.recipe.sections.base import Mark
+from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.recipe.sections.data import Image, Source
+from clipcluster.recipe.sections.fields import extra_of, section_of, walk
+from clipcluster.recipe.sections.model import TextTower
+from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.sections.values import MEANS
 
 KEYS = [pytest.param(field, id=".".join(path)) for path, field in walk() if section_of(field) is None]
 SECTIONS = [pytest.param(field, id=".".join(path)) for path, field in walk() if section_of(field) is not None]

@@ -1,0 +1,35 @@
+"""The whole recipe: the table of its sections. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.checkpoint import Checkpoint
+from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.recipe.sections.data import Data
+from clipcluster.recipe.sections.evaluate import Evaluate
+from clipcluster.recipe.sections.model import Model
+from clipcluster.recipe.sections.optim import Optim
+from clipcluster.recipe.sections.train import Train
+from clipcluster.recipe.sections.values import Int
+
+
+class Recipe(Section):
+    """One training run."""
+
+    name: str = key(
+        "record",
+        "Name of the run; its folder is the name and eight digits of a hash.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+    )
+    task: Literal["contrastive"] = key("result", "What is learnt.", "contrastive")
+    seed: Int = key("result", "Seed of everything that is random.", 0, ge=0, lt=2**63)
+    data: Data = section("What is trained on.")
+    model: Model = section("The towers and what joins them.")
+    optim: Optim = section("The optimizer and its schedule.")
+    train: Train = section("The run itself.")
+    checkpoint: Checkpoint = section("When to save, and what to keep.", Checkpoint)
+    evaluate: Evaluate = section("What is measured, and when.", Evaluate)
+    cluster: Cluster = section("Where it runs.", Cluster)

@@ -1,0 +1,48 @@
+"""The section `train`: length, precision and log of a run. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.values import Float, Int
+from clipcluster.recipe.units import Duration
+
+
+class Ema(Section):
+    """A moving average of the weights, evaluated and saved beside them."""
+
+    decay: Float = key("result", "Share of the average that stays at each step.", 0.9999, gt=0, lt=1)
+
+
+class NonFinite(Section):
+    """Steps whose loss or gradient is not a number are skipped and counted."""
+
+    limit: Int = key(
+        "result",
+        "More skipped steps in a row than this: once back to the last good checkpoint, leaving the range "
+        "out; then the run stops.",
+        10,
+        ge=0,
+    )
+
+
+class Train(Section):
+    """The run itself."""
+
+    duration: Duration = key("result", "Length of the run.")
+    micro_batch: Int | None = key(
+        "speed",
+        "Upper bound of the samples a rank takes at once. Default: its whole share of the batch.",
+        None,
+        ge=1,
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = key(
+        "result", "Arithmetic of the towers: fp16 scales the loss, bf16 does not need to.", "fp32"
+    )
+    ema: Ema | None = section("A moving average of the weights, evaluated and saved beside them.", None)
+    record_samples: bool = key(
+        "record", "Write down every consumed sample: step, slot, shard and key.", False
+    )
+    log_every: Duration = key("record", "How often a line of metrics is written.", Duration.parse("10 steps"))
+    non_finite: NonFinite = section("Losses and gradients that are not numbers.", NonFinite)
