@@ -156,7 +156,8 @@ def metrics_text(line: Mapping[str, Any]) -> str:
     if "epoch" in line:
         parts.append(f"epoch {line['epoch']:.2f}")
     if "loss" in line:
-        parts.append(f"loss {line['loss']:.4f}")
+        loss = line["loss"]
+        parts.append("loss not finite" if loss is None else f"loss {loss:.4f}")
     if "samples_per_second" in line:
         parts.append(f"{line['samples_per_second']:,.0f} samples/s")
     return "  ".join(parts)
@@ -237,8 +238,10 @@ def kind_of(metric: str) -> tuple[str, str]:
     return "counts", metric
 
 
-def value_text(metric: str, value: float) -> str:
-    """A share as a percentage, a count whole, a rank with one decimal."""
+def value_text(metric: str, value: float | None) -> str:
+    """A share as a percentage, a count whole, a rank with one decimal; None was not finite."""
+    if value is None:
+        return "not finite"
     if "rank" in metric:
         return f"{value:.1f}"
     if metric.endswith(("images", "captions", "pairs", "classes")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -66,12 +67,43 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of one JSON document, indented, with a newline at its end."""
+    """`write_bytes` of one JSON document, indented, with a newline at its end; see `finite`."""
     write_bytes(path, _document(value))
 
 
 def _document(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+NON_FINITE = "non_finite"
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can express it: null for every NaN and infinity, at any depth.
+
+    A mapping then names them, dotted, under `non_finite`: {"step": 3, "loss": nan} becomes
+    {"step": 3, "loss": null, "non_finite": ["loss"]}. A value with finite numbers alone is returned as it is.
+    """
+    names: list[str] = []
+    plain = _without_non_finite(value, "", names)
+    if not names:
+        return value
+    if isinstance(plain, dict):
+        plain[NON_FINITE] = sorted({*(plain.get(NON_FINITE) or ()), *names})
+    return plain
+
+
+def _without_non_finite(value: Any, name: str, names: list[str]) -> Any:
+    """A copy of `value` with None for every NaN and infinity; their dotted names are added to `names`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        names.append(name)
+        return None
+    prefix = f"{name}." if name else ""
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(inner, f"{prefix}{key}", names) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_non_finite(inner, f"{prefix}{at}", names) for at, inner in enumerate(value)]
+    return value
 
 
 def read_json(path: Path) -> Any:
@@ -104,10 +136,13 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON lines to `path` with a single write, making the file if needed.
 
     A torn line that a killed writer left is closed first, so that it spoils no other. On a full disk the file
-    is cut back to what it was and OSError raised. One writer a file.
+    is cut back to what it was and OSError raised. One writer a file. For NaN and infinities see `finite`.
     """
-    text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
-    append_text(path, text)
+    append_text(path, "".join(_line(line) for line in lines))
+
+
+def _line(line: Mapping[str, Any]) -> str:
+    return json.dumps(finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:

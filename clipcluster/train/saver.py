@@ -214,11 +214,8 @@ class Saver:
         assert self._folder is not None
         steps = self._folder.steps()
         metric = self._keep.metric
-        values = {
-            step: results[metric]
-            for step in (steps if metric else [])
-            if metric in (results := self._folder.evaluation(step))
-        }
+        found = {step: self._folder.evaluation(step).get(metric) for step in steps} if metric else {}
+        values = {step: value for step, value in found.items() if value is not None}  # null: not finite
         pinned = [step for step in steps if self._folder.pinned(step)]
         for step in sorted(set(steps) - self._keep.chosen(steps, values, pinned)):
             self._folder.delete(step)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from clipcluster.runs import files
 from jobs import logs
-from jobs.follow import Events, follow, kind_of, latest_results, results_table, value_text
+from jobs.follow import Events, follow, kind_of, latest_results, metrics_text, results_table, value_text
 
 
 def watched(run):
@@ -109,3 +109,10 @@ def test_results(run):
     assert value_text("i2t_mean_rank", 1.25) == "1.2"
     assert value_text("distinct_captions", 50) == "50"
     assert value_text("top1", 0.97222) == "97.22 %"
+
+
+def test_a_loss_that_is_not_finite_is_said(tmp_path):
+    files.append_line(tmp_path / "metrics.jsonl", {"step": 3, "epoch": 0.5, "loss": float("nan")})
+    (line,) = files.read_lines(tmp_path / "metrics.jsonl")
+    assert metrics_text(line) == "epoch 0.50  loss not finite"
+    assert value_text("i2t_r1", None) == "not finite"

@@ -130,3 +130,38 @@ def test_whatever_a_kill_cuts_off_the_lines_before_are_read(tmp_path_factory, li
     assert len(read) - whole in (0, 1)
     assert read == lines[: len(read)]
     assert json.loads(json.dumps(read)) == read
+
+
+def strictly(text):
+    """JSON as its standard has it: NaN and Infinity are none."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_what_is_not_finite_is_null_and_named(tmp_path):
+    line = {
+        "step": 3,
+        "loss": float("nan"),
+        "lr": 0.1,
+        "val": {"r1": float("-inf"), "all": (1.0, float("inf"))},
+    }
+    expected = {"step": 3, "loss": None, "lr": 0.1, "val": {"r1": None, "all": [1.0, None]}}
+    expected["non_finite"] = ["loss", "val.all.1", "val.r1"]
+    files.append_line(tmp_path / "metrics.jsonl", line)
+    files.write_json(tmp_path / "evaluation.json", line)
+    assert files.link_once(tmp_path / "outcome.json", line)
+    for name in ("metrics.jsonl", "evaluation.json", "outcome.json"):
+        assert strictly((tmp_path / name).read_text()) == expected
+    assert files.read_lines(tmp_path / "metrics.jsonl") == [expected]
+    # written again with more, as an evaluation's results are added to a line of metrics
+    assert files.finite({**expected, "acc": float("nan")})["non_finite"] == [
+        "acc",
+        "loss",
+        "val.all.1",
+        "val.r1",
+    ]
+
+
+def test_finite_values_are_left_as_they_are():
+    line = {"step": 3, "loss": 1.5, "parts": [{"a": 1}]}
+    assert files.finite(line) is line
+    assert files.finite([float("nan"), 1]) == [None, 1]

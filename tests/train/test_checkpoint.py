@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import random
 import resource
@@ -411,6 +412,15 @@ def test_a_stop_at_the_step_under_way_writes_it_once(tmp_path: Path) -> None:
     threading.Timer(0.1, folder.go.set).start()
     saver.save_and_wait(at(2), {"model": Part()}, seconds_left=1.0)
     assert folder.steps() == [2]
+
+
+def test_a_metric_that_was_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    saver = Saver(folder, keep=Keep(last=2, metric="t2i_r1", count=1), constants={}, every_steps=1)
+    for step, value in enumerate((0.2, math.nan, 0.1, math.nan, math.nan), start=1):
+        saver.record_evaluation(step, {"t2i_r1": value})
+        saver.save_and_wait(at(step), {"model": Part()})
+    assert folder.steps() == [1, 4, 5]
 
 
 def test_saves_come_by_the_clock(tmp_path: Path) -> None:
