@@ -25,7 +25,7 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tree import nearest
 
 if TYPE_CHECKING:
-    from clipcluster.data.shards.dataset import Shards
+    from clipcluster.data.shards.dataset import Dataset
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ def _check_files(loaded: Loaded, findings: Findings) -> None:
 
 def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
     """Samples (with captions: all, pairs) of all sources, repeats counted; None if none can be drawn."""
-    opened: list[Shards] = []
+    opened: list[Dataset] = []
     for place, source in enumerate(loaded.recipe.data.train):
         shards = findings.attempt(_place(loaded, f"data.train.{place}.shards"), _open, source, True)
         if shards is not None:
@@ -151,12 +151,12 @@ def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
     return findings.attempt("", _draws, loaded.recipe, opened)
 
 
-def _check_cache(recipe: Recipe, opened: Sequence[Shards], findings: Findings) -> None:
+def _check_cache(recipe: Recipe, opened: Sequence[Dataset], findings: Findings) -> None:
     """The cache holds any remote shard, and better all that are read at a time."""
     size, order = recipe.data.cache.size.megabytes << 20, recipe.data.order
     needed = 0
     for shards in opened:
-        shards.check_room(size)
+        shards.check_cache_size(size)
         sizes = shards.remote_sizes
         whole = shards.n_samples <= order.full_shuffle_below
         needed += int(sizes.sum() if whole else min(sizes.sum(), order.lanes * sizes.max(initial=0)))
@@ -168,14 +168,14 @@ def _check_cache(recipe: Recipe, opened: Sequence[Shards], findings: Findings) -
         )
 
 
-def _draws(recipe: Recipe, opened: Sequence[Shards]) -> int:
+def _draws(recipe: Recipe, opened: Sequence[Dataset]) -> int:
     """Samples of all sources, repeats counted, from the order itself: what it refuses is found here."""
     from clipcluster.data.sampling.sampler import order_of
 
     return order_of(recipe, opened).samples
 
 
-def _open(source: Source, text: bool) -> Shards:
+def _open(source: Source, text: bool) -> Dataset:
     from clipcluster.data.shards.open import open_source
 
     try:
@@ -202,7 +202,7 @@ def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
     ]
 
 
-def _check_classes(shards: Shards, key: str, findings: Findings) -> None:
+def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
     for words, file in (
         (shards.classnames, "classnames.txt"),
         (shards.templates, "zeroshot_classification_templates.txt"),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clipcluster import check
 from clipcluster.check import Checked, Findings, deep, plain
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.errors import UserError
 
 RECIPE = """\
@@ -77,7 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data/classnames.txt").write_text("even\nodd\n")
     (tmp_path / "data/zeroshot_classification_templates.txt").write_text("a {c} number\n")
     for name in ("train", "test"):
-        write_index(tmp_path / "data" / name)
+        index_folder(tmp_path / "data" / name)
     return tmp_path
 
 
@@ -287,13 +287,13 @@ def test_batch_norms_over_ranks_are_warned_of(folder: Path) -> None:
 
 def test_a_sample_that_cannot_be_decoded_is_passed_over(folder: Path) -> None:
     write_shard(folder / "data/train/00000.tar", 6, broken=2)
-    write_index(folder / "data/train")
+    index_folder(folder / "data/train")
     found = examined()
     assert found.errors == []
     assert "00000.tar 0000" in found.warnings[0]
     assert "data.train.0: 00000.tar 0002" in "\n".join(found.summary)
     write_shard(folder / "data/only/00000.tar", 3, broken=3)
-    write_index(folder / "data/only")
+    index_folder(folder / "data/only")
     (message,) = examined("data.train.0.shards=data/only", "data.batch_size=2").errors
     assert "none of the first 3 samples can be decoded" in message
 
@@ -333,11 +333,11 @@ def test_sources_behind_a_server(
     small = [*remote, "data.cache.size=1 MB"]
     for name in ("00000", "00001"):
         grow(folder / f"data/train/{name}.tar", 600_000)
-    write_index(folder / "data/train")
+    index_folder(folder / "data/train")
     (warning,) = checked(*small).warnings
     assert warning.startswith("data.cache.size 1 MB is less than the 1,2")
     grow(folder / "data/train/00001.tar", 600_000)
-    write_index(folder / "data/train")
+    index_folder(folder / "data/train")
     (error,) = checked(*small).errors
     assert "its largest shard has 1,2" in error
     assert "the cache holds 1,048,576; set data.cache.size" in error

@@ -273,7 +273,7 @@ def test_a_stop_while_shards_are_compared_builds_nothing(digits: Path, tmp_path:
 
 
 def test_shards_made_anew_are_refused_at_a_resume(tiny: Tiny, digits: Path, tmp_path: Path) -> None:
-    from clipcluster.data.shards.folder_index import write_index
+    from clipcluster.data.shards.indexing import index_folder
 
     copy = tmp_path / "digits"
     subprocess.run(["cp", "-a", str(digits), str(copy)], check=True)
@@ -286,7 +286,7 @@ def test_shards_made_anew_are_refused_at_a_resume(tiny: Tiny, digits: Path, tmp_
     shard.write_bytes(content)
     with pytest.raises(DataError, match=shard.name):
         moved.go(run)  # the index still tells of the shard as it was
-    write_index(copy / "train")
+    index_folder(copy / "train")
     with pytest.raises(DataError, match=f"shard {shard.name} of train has changed"):
         moved.go(run)
 

@@ -13,7 +13,7 @@ from clipcluster.runtime.stop import Stop, Wish
 
 if TYPE_CHECKING:
     from clipcluster.data.sampling.sampler import Order
-    from clipcluster.data.shards.dataset import Shards
+    from clipcluster.data.shards.dataset import Dataset
     from clipcluster.data.tokenizer import Tokenizer
     from clipcluster.runtime.world import World
 
@@ -26,7 +26,7 @@ NAMED_SHARDS = 1000
 class Sources:
     """What is trained on: shards, the order of their samples, the tokenizer."""
 
-    shards: Sequence[Shards]
+    shards: Sequence[Dataset]
     order: Order
     tokenizer: Tokenizer
 
@@ -48,7 +48,7 @@ class Sources:
         ]
 
 
-def _hashes(source: Shards) -> dict[str, str]:
+def _hashes(source: Dataset) -> dict[str, str]:
     if len(source) > NAMED_SHARDS:
         return {}
     return {source.shard_name(number): source.sha256(number) for number in range(len(source))}
@@ -67,13 +67,15 @@ def open_sources(recipe: Recipe, assets: Path) -> Sources:
     return Sources(shards, order_of(recipe, shards), tokenizer)
 
 
-def check_shards(sources: Sequence[Shards], world: World, stop: Stop) -> Wish:
+def check_shards(sources: Sequence[Dataset], world: World, stop: Stop) -> Wish:
     """Whether the shards are as indexed: the ranks share those that only their hash can tell of.
 
     They speak after each, so that none is taken for lost meanwhile; returns STOP where one was asked to.
     Raises DataError on the rank that finds a changed shard.
     """
-    found = world.broadcast_object([source.touched() for source in sources] if world.is_main else None)
+    found = world.broadcast_object(
+        [source.modified_shards() for source in sources] if world.is_main else None
+    )
     turns = [(source, shard) for source, shards in zip(sources, found, strict=True) for shard in shards]
     if turns and world.is_main:
         logger.warning(
@@ -89,7 +91,7 @@ def check_shards(sources: Sequence[Shards], world: World, stop: Stop) -> Wish:
         if wishes & Wish.STOP:
             return wishes
     for source, shards in zip(sources, found, strict=True):
-        source.vouch(shards)  # the loader's workers need not compare what the other ranks did
+        source.mark_unchanged(shards)  # the loader's workers need not compare what the other ranks did
     return wishes
 
 

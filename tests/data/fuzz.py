@@ -265,7 +265,8 @@ def examples(draw: st.DrawFn) -> Example:
 
 def look(folder: Path) -> dict[str, Any]:
     """What the project finds in a folder, and what is wrong with how it counts."""
-    from clipcluster.data.shards.folder_index import index_shard, read_entries, write_index
+    from clipcluster.data.shards.folder_index import read_entries
+    from clipcluster.data.shards.indexing import index_folder, index_shard
     from clipcluster.data.shards.open import open_folder
     from clipcluster.errors import UserError
     from tools.shards.salvage import mend
@@ -273,7 +274,7 @@ def look(folder: Path) -> dict[str, Any]:
     from tools.shards.verify import verify
 
     try:
-        summary = write_index(folder, None, ["default", "lines", "syn.json:syn_text"])
+        summary = index_folder(folder, None, ["default", "lines", "syn.json:syn_text"])
     except UserError as error:
         return {"refused": str(error)}
     wrong = []

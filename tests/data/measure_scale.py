@@ -27,14 +27,9 @@ from typing import Any
 import numpy as np
 
 from clipcluster.data.shards.columns import MAGIC
-from clipcluster.data.shards.folder_index import (
-    FORMAT,
-    TABLE,
-    column,
-    index_shard,
-    write_columns_of_shard,
-    write_list,
-)
+from clipcluster.data.shards.folder_index import COLUMNS_FILE, write_folder_index
+from clipcluster.data.shards.indexing import index_shard, write_entry
+from clipcluster.data.shards.shard_index import FORMAT, caption_column
 from clipcluster.data.shards.tar import END, header, padded, scan
 
 SHARDS, PER_SHARD = 1_280_000, 10_000
@@ -66,7 +61,7 @@ def table_of(folder: Path, shards: int, per_shard: int) -> None:
             "more_than/default": np.full((1, shards), per_shard, np.int32),
         }.items()
     }
-    columns[column("captions", "default")] = ("|u1", [shards * per_shard], b"")
+    columns[caption_column("captions", "default")] = ("|u1", [shards * per_shard], b"")
     at, layout = 0, {}
     for name, (dtype, shape, _) in columns.items():
         layout[name] = {"dtype": dtype, "shape": shape, "offset": at}
@@ -75,7 +70,7 @@ def table_of(folder: Path, shards: int, per_shard: int) -> None:
     meta = {"format": FORMAT, "fingerprint": "0" * 64, "samples": total, "captions": {"default": total}}
     head = json.dumps({"meta": meta, "columns": layout}).encode()
     base = -(-(16 + len(head)) // 64) * 64
-    with open(folder / TABLE, "wb") as file:
+    with open(folder / COLUMNS_FILE, "wb") as file:
         file.write(MAGIC + len(head).to_bytes(8, "little") + head)
         for name, (_, _, data) in columns.items():
             file.seek(base + layout[name]["offset"])
@@ -105,7 +100,7 @@ def run_worker(pipe: Any) -> None:
     """A loader worker as far as the index is concerned: it opens the source again and finds its samples."""
     pipe.send("ready")
     shards, positions = pipe.recv()
-    pipe.send(len({shards.shard_path(shards.record(position)[0]) for position in positions}))
+    pipe.send(len({shards.shard_path(shards.locate(position)[0]) for position in positions}))
     with contextlib.suppress(EOFError):
         pipe.recv()  # until the rank ends
 
@@ -219,8 +214,8 @@ def sparse_shards(folder: Path, shards: int, per_shard: int) -> int:
             file.write(real)
             file.truncate(per_shard * padded(len(real)) + len(END))
         digest = hashlib.sha256(path.name.encode()).hexdigest()  # made up: nobody reads these terabytes
-        entries.append(write_columns_of_shard(path, folder, "default", digest, rows))
-    write_list(folder, "default", entries)
+        entries.append(write_entry(path, folder, "default", digest, rows))
+    write_folder_index(folder, "default", entries)
     return len(image)
 
 

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcluster.data.shards import captions
-from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards import captions, folder_index, indexing, shard_index
 from clipcluster.data.shards.tar import BLOCK, END, Member, header
 
 SAMPLES_PER_SHARD = 10_000
@@ -125,7 +124,7 @@ class ShardFile:
     def close(
         self,
         rows: Callable[[], tuple[Mapping[str, np.ndarray], int]],
-        complete: Callable[[indexes.ShardEntry, Mapping[str, np.ndarray]], None],
+        complete: Callable[[folder_index.ShardEntry, Mapping[str, np.ndarray]], None],
     ) -> None:
         """Ends the tar. In the thread: syncs, renames and indexes it, then calls `complete`.
 
@@ -140,7 +139,7 @@ class ShardFile:
             columns, without_image = rows()
             os.replace(self._aside, self.path)
             digest = self._hash.hexdigest()
-            entry = indexes.write_columns_of_shard(
+            entry = indexing.write_entry(
                 self.path, self.path.parent, self.choice, digest, columns, without_image
             )
             complete(entry, columns)
@@ -185,10 +184,10 @@ class ShardWriter:
         self.folder = folder
         self.samples_per_shard = samples_per_shard
         self.choice = captions_choice
-        self.entries: list[indexes.ShardEntry] = []
+        self.entries: list[folder_index.ShardEntry] = []
         self._behind = Behind()
         self._shard: ShardFile | None = None
-        self._rows = indexes.ShardRows(captions_choice)
+        self._rows = shard_index.ShardIndexBuilder(captions_choice)
         self._shards = self._samples = 0  # shards closed; samples in the open one
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -238,14 +237,14 @@ class ShardWriter:
         if self._samples >= self.samples_per_shard:
             self._close_shard()
 
-    def finish(self) -> indexes.IndexSummary:
+    def finish(self) -> folder_index.IndexSummary:
         """Closes the last shard and writes the folder's list."""
         if self._shard is not None:
             self._close_shard()
         self._behind.wait()
         self._behind.close()
-        indexes.write_list(self.folder, self.choice, self.entries)
-        return indexes.summary(self.folder, self.folder, self.choice, self.entries)
+        folder_index.write_folder_index(self.folder, self.choice, self.entries)
+        return folder_index.summarize(self.folder, self.folder, self.choice, self.entries)
 
     def _put(self, shard: ShardFile, name: str, data: bytes) -> None:
         start = shard.at
@@ -254,10 +253,10 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         shard, rows = self._shard, self._rows
-        self._shard, self._rows, self._samples = None, indexes.ShardRows(self.choice), 0
+        self._shard, self._rows, self._samples = None, shard_index.ShardIndexBuilder(self.choice), 0
         self._shards += 1
 
-        def complete(entry: indexes.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
+        def complete(entry: folder_index.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
             self.entries.append(entry)
 
         if shard is not None:
@@ -266,7 +265,7 @@ class ShardWriter:
 
 def check_key(key: str, extension: str) -> None:
     """ValueError for a key that readers of the tar could not tell from the extension again."""
-    if "\0" in key or indexes.sample_name(f"{key}.{extension}") != (key, extension):
+    if "\0" in key or shard_index.sample_name(f"{key}.{extension}") != (key, extension):
         raise ValueError(f"{key!r} and {extension!r} cannot be told apart again in {key}.{extension}")
 
 

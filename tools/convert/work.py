@@ -20,8 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipcluster.data.images.format import extension_of, kind_of, no_image
-from clipcluster.data.shards import captions
-from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards import captions, folder_index, shard_index
 from clipcluster.data.shards.columns import BrokenColumns, read_columns
 from tools.convert.plan import DESCRIPTION, Plan, Settings, Shard, read_description
 from tools.convert.records import BadRecord, Record, WholeRecord
@@ -49,7 +48,7 @@ LeftOut = Mapping[str, Mapping[str, str]]
 class Done(NamedTuple):
     """What is kept of a finished shard: `bad` holds (number, key, reason) of samples left out."""
 
-    entry: indexes.ShardEntry
+    entry: folder_index.ShardEntry
     bad: list[tuple[int, str, str]]
 
 
@@ -117,7 +116,7 @@ def _write(
                 report(count - reported)
                 reported, due = count, time.monotonic() + _REPORT_SECONDS
 
-        def complete(entry: indexes.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
+        def complete(entry: folder_index.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
             _keep(plan, shard, Done(entry, contents.bad), contents.keys)
             report(len(numbers) - reported)
 
@@ -158,7 +157,7 @@ class _Contents:
             at = put(path + extension.encode(), image)
             if cls is not None:
                 put(path + b"cls", b"%d" % cls)
-            self._rows.extend((start, at, len(image), 0, 0, indexes.NO_TEXT, 0, -1 if cls is None else cls))
+            self._rows.extend((start, at, len(image), 0, 0, captions.NO_TEXT, 0, -1 if cls is None else cls))
         else:
             self._add_with_text(record, path, extension, image)
         self.keys[key] = None
@@ -180,7 +179,7 @@ class _Contents:
             _check(key, name)
         if key in self.keys:
             raise BadRecord(key, "duplicate key")
-        extension = next((name for name in known if name in indexes.IMAGE_EXTENSIONS), None)
+        extension = next((name for name in known if name in shard_index.IMAGE_EXTENSIONS), None)
         if extension is None:
             raise BadRecord(key, "no member is an image")
         path = key.encode("utf-8", "surrogateescape") + b"."
@@ -205,7 +204,7 @@ def _extension(key: str, image: bytes) -> str:
     extension = extension_of(image)
     if extension is None:
         raise BadRecord(key, no_image(image))
-    if extension not in indexes.IMAGE_EXTENSIONS:
+    if extension not in shard_index.IMAGE_EXTENSIONS:
         raise BadRecord(key, f"{kind_of(image)} images cannot be decoded here")
     return extension
 
@@ -260,12 +259,12 @@ def _captions(
         else:
             count = sum(1 for text in texts if text.strip())
         if count:
-            return indexes.JSON, "json", count
+            return captions.JSON, "json", count
     if "txt" in members:
         count = len(captions.from_txt(members["txt"], captions.DEFAULT))
         if count:
-            return indexes.TXT, "txt", count
-    return indexes.NO_TEXT, None, 0
+            return captions.TXT, "txt", count
+    return captions.NO_TEXT, None, 0
 
 
 def _state(plan: Plan, shard: Shard) -> Path:
@@ -301,10 +300,10 @@ def finished(plan: Plan, shard: Shard, left_out: LeftOut) -> Done | None:
     try:
         document = json.loads(state.with_suffix(".json").read_bytes())
         bad = [(number, key, reason) for number, key, reason in document["bad"]]
-        done = Done(indexes.ShardEntry(**document["entry"]), bad)
+        done = Done(folder_index.ShardEntry(**document["entry"]), bad)
         path = plan.folder(shard.split) / shard.name
         found = path.stat()
-        rows = read_columns(indexes.shard_index(path.parent, path.name))
+        rows = read_columns(shard_index.shard_index_path(path.parent, path.name))
     except (OSError, ValueError, KeyError, TypeError, BrokenColumns):
         return None
     same = (found.st_size, found.st_mtime_ns) == (done.entry.bytes, done.entry.mtime_ns)
@@ -356,7 +355,7 @@ def _write_lists(plan: Plan, split: int, done: Mapping[Shard, Done]) -> None:
     ]
     if bad:
         replace(folder / BAD_SAMPLES, ("\n".join(bad) + "\n").encode(), sync=True)
-    indexes.write_list(folder, captions.DEFAULT, [kept.entry for kept in done.values()])
+    folder_index.write_folder_index(folder, captions.DEFAULT, [kept.entry for kept in done.values()])
 
 
 def read_left_out(plan: Plan) -> dict[str, dict[str, str]]:

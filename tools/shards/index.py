@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clipcluster.data.shards.folder_index import IndexSummary, find_shards, write_index
+from clipcluster.data.shards.folder_index import IndexSummary
+from clipcluster.data.shards.indexing import find_shards, index_folder
 from clipcluster.data.storage.urls import is_remote
 from clipcluster.errors import UserError
 
@@ -22,7 +23,7 @@ def index_folders(
 
     `captions` are choices (default, lines, txt, json:FIELD, MEMBER.json:FIELD) to stand beside those that an
     index has; none: what it has, and for a new one lines where `dataset_type.txt` says retrieval, else
-    default. `again` scans what looks unchanged too. UserError as `write_index`, and for no worker.
+    default. `again` scans what looks unchanged too. UserError as `index_folder`, and for no worker.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: give the number of processes that index, 1 or more")
@@ -39,7 +40,9 @@ def index_folders(
 
             made = index_remote(str(folder), index, captions, again=again, workers=workers, progress=progress)
         else:
-            made = write_index(Path(folder), index, captions, again=again, workers=workers, progress=progress)
+            made = index_folder(
+                Path(folder), index, captions, again=again, workers=workers, progress=progress
+            )
         summaries.append(made)
     return summaries
 

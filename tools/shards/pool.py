@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
 from typing import Any, Generic, TypeVar
 
-from clipcluster.data.shards.dataset import Shards
+from clipcluster.data.shards.dataset import Dataset
 from clipcluster.errors import UserError
 
 PATIENCE = 60.0  # seconds for one sample
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # task(shards, shard, lost, at): `lost` are the positions not to touch, each with its reason; `at(position)`
 # is called before a sample is touched, `at(-1)` after the last.
-Task = Callable[[Shards, int, Mapping[int, str], Callable[[int], None]], T]
+Task = Callable[[Dataset, int, Mapping[int, str], Callable[[int], None]], T]
 
 
 class CrewError(UserError):
@@ -35,7 +35,7 @@ class _Child(Generic[T]):
     """One process, what it is doing, and since when it has been at the same sample."""
 
     task: Task[T]
-    shards: Shards
+    shards: Dataset
     shard: int = -1
     seen: int = -1
     since: float = 0.0
@@ -72,7 +72,7 @@ class _Child(Generic[T]):
 
 def over_shards(
     task: Task[T],
-    shards: Shards,
+    shards: Dataset,
     *,
     workers: int = 1,
     patience: float = PATIENCE,
@@ -121,7 +121,7 @@ def over_shards(
     return [results[shard] for shard in range(len(shards))]
 
 
-def _inline(task: Task[T], shards: Shards, progress: Callable[[int, int], None] | None) -> list[T]:
+def _inline(task: Task[T], shards: Dataset, progress: Callable[[int, int], None] | None) -> list[T]:
     results = []
     for shard in range(len(shards)):
         results.append(task(shards, shard, {}, lambda position: None))
@@ -155,7 +155,7 @@ def _death(code: int) -> str:
     return f"crashed ({signal.Signals(-code).name})"
 
 
-def _serve(pipe: Any, place: Any, task: Task[T], shards: Shards) -> None:
+def _serve(pipe: Any, place: Any, task: Task[T], shards: Dataset) -> None:
     """A child's life: one shard after the other, until the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 

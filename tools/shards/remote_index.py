@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from clipcluster.data.shards import captions as choices_of
-from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards import folder_index, indexing, shard_index
 from clipcluster.data.storage.cache import Cache, default_folder
 from clipcluster.data.storage.download import read_beside, state_of
 from clipcluster.data.storage.urls import (
@@ -36,7 +36,7 @@ def index_remote(
     again: bool = False,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> indexes.IndexSummary:
+) -> folder_index.IndexSummary:
     """Indexes the shards that an address or a command names, into the local folder `target`.
 
     A shard whose size and ETag (or time) are those of the index that is there keeps its rows unless `again`;
@@ -59,13 +59,13 @@ def _index(
     again: bool,
     workers: int,
     progress: Callable[[int, int], None] | None,
-) -> indexes.IndexSummary:
+) -> folder_index.IndexSummary:
     folder, names = _shards(written)
     asked = [captions] if isinstance(captions, str) else list(captions or ())
     try:
         target.mkdir(parents=True, exist_ok=True)
         _copy_words(folder, target)
-        known = indexes.read_entries(target) | _done_before(target)
+        known = folder_index.read_entries(target) | _done_before(target)
         have = next((entry.captions for entry in known.values()), {})
         choices = tuple(dict.fromkeys([*have, *map(choices_of.check_choice, asked)]))
         choices = choices or (choices_of.choice_for(target, None),)
@@ -76,20 +76,20 @@ def _index(
                 entries.append(entry)
                 if progress is not None:
                     progress(count, len(names))
-        indexes.write_list(target, choices, entries)
+        folder_index.write_folder_index(target, choices, entries)
         (target / _DONE).unlink(missing_ok=True)
     except PermissionError as error:
         raise UserError(f"{target}: {error}; give a folder that can be written to with --index") from None
-    return indexes.summary(str(folder), target, choices, entries)
+    return folder_index.summarize(str(folder), target, choices, entries)
 
 
-def _done_before(target: Path) -> dict[str, indexes.ShardEntry]:
+def _done_before(target: Path) -> dict[str, folder_index.ShardEntry]:
     """The shards that a killed call had indexed; its last line may be torn."""
     found = {}
     with contextlib.suppress(FileNotFoundError):
         for line in (target / _DONE).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, TypeError):
-                entry = indexes.ShardEntry(**json.loads(line))
+                entry = folder_index.ShardEntry(**json.loads(line))
                 found[entry.name] = entry
     return found
 
@@ -122,9 +122,9 @@ class _Job:
     folder: RemoteFolder
     target: Path
     choices: tuple[str, ...]
-    known: dict[str, indexes.ShardEntry]
+    known: dict[str, folder_index.ShardEntry]
 
-    def entry(self, name: str) -> indexes.ShardEntry:
+    def entry(self, name: str) -> folder_index.ShardEntry:
         """Indexes one shard, unless its rows are there already."""
         try:
             entry = self._unchanged(name)
@@ -134,21 +134,21 @@ class _Job:
         except FileNotFoundError:
             raise UserError(f"{self.folder / name}: no such shard") from None
         with _as_file(fd, name) as path:
-            made = indexes.index_shard(path, self.target, self.choices, digest)
+            made = indexing.index_shard(path, self.target, self.choices, digest)
         made = replace(made, mtime_ns=stamp)
         with open(self.target / _DONE, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(made)) + "\n")  # one write: the lines of several threads stay whole
         return made
 
-    def _unchanged(self, name: str) -> indexes.ShardEntry | None:
+    def _unchanged(self, name: str) -> folder_index.ShardEntry | None:
         entry = self.known.get(name)
-        if entry is None or not indexes.shard_index(self.target, name).is_file():
+        if entry is None or not shard_index.shard_index_path(self.target, name).is_file():
             return None
         state = state_of((self.folder / name).address)
         same = state.stamp != 0 and state == State(entry.bytes, entry.mtime_ns)
         return entry if same else None
 
-    def _fetched(self, name: str, entry: indexes.ShardEntry | None) -> tuple[int, str, int]:
+    def _fetched(self, name: str, entry: folder_index.ShardEntry | None) -> tuple[int, str, int]:
         """A handle on the bytes, their sha256, and the server's stamp."""
         address = (self.folder / name).address
         if entry is not None:

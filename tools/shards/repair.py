@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from clipcluster.data.shards import captions
-from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards import captions, folder_index, indexing, shard_index
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.errors import UserError
 from tools.shards.salvage import mend
@@ -40,7 +39,7 @@ def repair(
 
     UserError: no folder, no shards, or a place that cannot be written.
     """
-    indexes.find_shards(folder)
+    indexing.find_shards(folder)
     try:
         return list(_repair(folder, index or folder, workers, progress))
     except PermissionError as error:
@@ -59,7 +58,7 @@ def _repair(
     try:
         report = verify(folder, index, images=False, workers=workers, progress=progress)
     except UserError as error:  # no index, or a damaged one
-        for path in indexes.find_shards(folder):
+        for path in indexing.find_shards(folder):
             yield from _mended(path)
         words = f"the index was made ({str(error).partition(';')[0]})"
         yield _listed(folder, index, choices, workers, words)
@@ -71,7 +70,7 @@ def _repair(
     gone = [entry["shard"] for entry in report.broken if entry["fault"] == GONE]
     if gone:
         yield Deed(
-            indexes.LIST,
+            folder_index.ENTRIES_FILE,
             False,
             f"the list was left as it is while {gone[0]} is gone: it says what is missing",
         )
@@ -83,16 +82,18 @@ def _repair(
 def _listed(folder: Path, index: Path, choices: list[str], workers: int, words: str) -> Deed:
     """Writes the list anew; what keeps it from that, such as a compressed shard, does not undo the rest."""
     try:
-        indexes.write_index(folder, index, choices, workers=workers)
+        indexing.index_folder(folder, index, choices, workers=workers)
     except UserError as error:
-        return Deed(indexes.LIST, False, f"the list was left as it is: {error}; then repair again")
-    return Deed(indexes.LIST, True, words)
+        return Deed(
+            folder_index.ENTRIES_FILE, False, f"the list was left as it is: {error}; then repair again"
+        )
+    return Deed(folder_index.ENTRIES_FILE, True, words)
 
 
 def _choices(folder: Path, index: Path) -> list[str]:
     """The choices of captions that the index has, or is to have."""
     try:
-        return list(indexes.read_summary(folder, index).choices)
+        return list(folder_index.read_summary(folder, index).choices)
     except UserError:
         return [captions.choice_for(folder, None)]
 
@@ -113,7 +114,7 @@ def _parts_left(place: Path) -> Iterator[Deed]:
 
 def _shards(folder: Path, index: Path, choices: list[str], report: Report) -> Iterator[Deed]:
     """Deals with each broken shard; a deed that is done for a tar asks for a new list."""
-    entries = indexes.read_entries(index) if report.broken else {}
+    entries = folder_index.read_entries(index) if report.broken else {}
     for entry in report.broken:
         path, fault = folder / entry["shard"], entry["fault"]
         if fault == GONE:
@@ -131,15 +132,19 @@ def _shards(folder: Path, index: Path, choices: list[str], report: Report) -> It
                 yield Deed(path.name, True, "new, or written anew: indexed")
 
 
-def _rows(path: Path, index: Path, choices: list[str], listed: indexes.ShardEntry | None) -> Iterator[Deed]:
-    if listed is not None and indexes.file_sha256(path) != listed.sha256:
+def _rows(
+    path: Path, index: Path, choices: list[str], listed: folder_index.ShardEntry | None
+) -> Iterator[Deed]:
+    if listed is not None and folder_index.file_sha256(path) != listed.sha256:
         if _looks_unchanged(path, listed):
             yield _rotten(path)
         else:
             yield Deed(path.name, True, "written anew: indexed")
         return
-    indexes.index_shard(path, index, choices)
-    yield Deed(indexes.shard_index(index, path.name).name, True, "its rows were made again from the tar")
+    indexing.index_shard(path, index, choices)
+    yield Deed(
+        shard_index.shard_index_path(index, path.name).name, True, "its rows were made again from the tar"
+    )
 
 
 def _rotten(path: Path) -> Deed:
@@ -151,7 +156,7 @@ def _rotten(path: Path) -> Deed:
     )
 
 
-def _looks_unchanged(path: Path, listed: indexes.ShardEntry | None) -> bool:
+def _looks_unchanged(path: Path, listed: folder_index.ShardEntry | None) -> bool:
     """By size and time: what was rewritten by somebody has another time."""
     state = path.stat()
     return listed is not None and (state.st_size, state.st_mtime_ns) == (listed.bytes, listed.mtime_ns)

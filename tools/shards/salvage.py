@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from clipcluster.data.shards.folder_index import sample_name
+from clipcluster.data.shards.shard_index import sample_name
 from clipcluster.data.shards.tar import BLOCK, END, BrokenTar, Member, padded, scan
 
 ASIDE = ".broken"  # what the original's name gets

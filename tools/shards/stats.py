@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcluster.data.shards import captions
-from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards import captions, folder_index, indexing
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from clipcluster.runtime.stop import DataError
@@ -89,14 +88,14 @@ def stats(
     if note is None:
         return _stats(folder, index or folder, choice, [], images, workers, progress)
     with tempfile.TemporaryDirectory(prefix="clipcluster-index-") as place:
-        indexes.write_index(folder, Path(place), choice, workers=workers)
+        indexing.index_folder(folder, Path(place), choice, workers=workers)
         return _stats(folder, Path(place), choice, [note], images, workers, progress)
 
 
 def _chosen(folder: Path, index: Path | None) -> str | None:
     """The choice of captions that the index was made for; None without one."""
     try:
-        return indexes.read_summary(folder, index).captions_choice
+        return folder_index.read_summary(folder, index).captions_choice
     except UserError:
         return None
 
@@ -105,15 +104,15 @@ def _misfit(folder: Path, index: Path | None, choice: str) -> str | None:
     """Why the index cannot be used; None if it can."""
     try:
         shards = open_folder(folder, index, choice)
-        touched = shards.touched()
+        touched = shards.modified_shards()
         for shard in touched:
             shards.check(shard)
-        unknown = {path.name for path in indexes.find_shards(folder)} - set(shards.shard_names)
+        unknown = {path.name for path in indexing.find_shards(folder)} - set(shards.shard_names)
         shards.close()
     except DataError as error:
         return f"the index does not fit ({error.reason}); the figures are those of the shards as they are"
     except UserError as error:
-        indexes.find_shards(folder)
+        indexing.find_shards(folder)
         return f"no index was used ({str(error).partition(';')[0]})"
     if unknown:
         return f"the index lacks {len(unknown)} shards ({min(unknown)}, …); the figures have them all"
@@ -134,7 +133,7 @@ def _stats(
     alone = 0 if workers == 1 and not images else workers
     found = crew.over_shards(task, shards, workers=alone, progress=progress)
     shards.close()
-    whole = indexes.read_summary(folder, index)
+    whole = folder_index.read_summary(folder, index)
     bad = [entry for one in found for entry in one.bad]
     counts = np.asarray(shards.caption_counts)
     classes, numbers = np.unique(_joined(found, "classes"), return_counts=True)

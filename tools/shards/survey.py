@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clipcluster.data.images.format import kind_of, no_image, size_of
-from clipcluster.data.shards.dataset import Shards
+from clipcluster.data.shards.dataset import Dataset
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Survey:
 
 
 def survey(
-    shards: Shards,
+    shards: Dataset,
     shard: int,
     lost: Mapping[int, str],
     at: Callable[[int], None],

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards import folder_index, indexing, shard_index
 from clipcluster.data.shards.columns import BrokenColumns, read_columns
-from clipcluster.data.shards.dataset import Shards
-from clipcluster.data.shards.metadata import Part
+from clipcluster.data.shards.dataset import Dataset
+from clipcluster.data.shards.metadata import IndexedFolder
 from tools.shards import pool as crew
 from tools.shards.survey import Survey, survey
 
@@ -76,8 +76,8 @@ def verify(
     A shard that is gone, changed, cut, or whose rows are not those of its tar stands in `broken`, a tar that
     the index does not know too; an image that cannot be decoded in `bad`. UserError if there is no index.
     """
-    shards = Shards([Part(folder, index or folder, None)])
-    found = indexes.read_summary(folder, index)
+    shards = Dataset([IndexedFolder(folder, index or folder, None)])
+    found = folder_index.read_summary(folder, index)
     report = Report(
         str(folder), shards=len(shards), without_image=found.without_image, duplicates=found.duplicates
     )
@@ -90,7 +90,7 @@ def verify(
         if look.samples is not None:
             _count(shards, number, look.samples, report)
     known = set(shards.shard_names)
-    for path in indexes.find_shards(folder):
+    for path in indexing.find_shards(folder):
         if path.name not in known:
             reason = "not in the index, never drawn"
             report.broken.append({"shard": path.name, "key": None, "reason": reason, "fault": UNKNOWN})
@@ -101,7 +101,7 @@ def verify(
 
 
 def _look(
-    shards: Shards,
+    shards: Dataset,
     shard: int,
     lost: Mapping[int, str],
     at: Callable[[int], None],
@@ -116,24 +116,24 @@ def _look(
 
 
 def _shard_fault(
-    shards: Shards, number: int, index: Path, choices: tuple[str, ...]
+    shards: Dataset, number: int, index: Path, choices: tuple[str, ...]
 ) -> tuple[str | None, str, bool]:
     """What is wrong with a shard (None: nothing), the reason, and whether its samples can be read."""
     path = shards.shard_path(number)
     if not path.is_file():
         return GONE, "gone", False
     try:
-        meta, rows = read_columns(indexes.shard_index(index, path.name))
+        meta, rows = read_columns(shard_index.shard_index_path(index, path.name))
     except (OSError, BrokenColumns) as error:
         return ROWS, f"its rows in the index cannot be read: {error}", False
-    digest = indexes.file_sha256(path)
+    digest = folder_index.file_sha256(path)
     if digest != shards.sha256(number):
         return (
             CHANGED,
             f"changed since it was indexed: sha256 is {digest}, was {shards.sha256(number)}",
             False,
         )
-    _, columns, broken = indexes.scan_shard(path, choices)
+    _, columns, broken = shard_index.scan_shard(path, choices)
     if digest != meta["sha256"] or any(
         name not in rows or not np.array_equal(rows[name], column) for name, column in columns.items()
     ):
@@ -141,7 +141,7 @@ def _shard_fault(
     return (CUT, broken, True) if broken else (None, "", True)
 
 
-def _count(shards: Shards, number: int, samples: Survey, report: Report) -> None:
+def _count(shards: Dataset, number: int, samples: Survey, report: Report) -> None:
     first = int(shards.sample_counts[:number].sum())
     count = int(shards.sample_counts[number])
     counts = shards.caption_counts[first : first + count]

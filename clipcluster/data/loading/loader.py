@@ -14,7 +14,7 @@ from clipcluster.data.loading.worker import EvaluationReader, Piece, Share, Trai
 from clipcluster.data.loading.worker_pool import PREFETCH, ShareStream
 from clipcluster.data.sampling.oversampling import ShownClasses
 from clipcluster.data.sampling.sampler import Draws
-from clipcluster.data.shards.dataset import Shards
+from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.tokenizer import Tokenizer
 
 
@@ -42,7 +42,7 @@ class Loader:
 
     def __init__(
         self,
-        sources: Sequence[Shards],
+        sources: Sequence[Dataset],
         order: BatchOrder,
         data: Any,
         *,
@@ -129,7 +129,7 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Dataset,
         data: Any,
         tokenizer: Tokenizer | None,
         rank: int,
@@ -189,7 +189,7 @@ class EvaluationLoader:
 
 
 def evaluation_batches(
-    shards: Shards,
+    shards: Dataset,
     data: Any,
     tokenizer: Tokenizer | None,
     rank: int = 0,

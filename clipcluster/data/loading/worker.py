@@ -12,7 +12,7 @@ from clipcluster.data.images.decode import BadImage, decode
 from clipcluster.data.images.transforms import EvaluationTransform, TrainTransform, draw_seed
 from clipcluster.data.loading.shared_buffer import Place
 from clipcluster.data.sampling.oversampling import ShownClasses
-from clipcluster.data.shards.dataset import Sample, Shards
+from clipcluster.data.shards.dataset import Dataset, Sample
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.runtime.stop import DataError, OutOfMemory
 
@@ -101,7 +101,7 @@ class Fault:
 class Reader:
     """Turns shares into pieces; an exception becomes a Fault that names shard and key."""
 
-    def __init__(self, sources: Sequence[Shards], tokenizer: Tokenizer | None, *, text: bool) -> None:
+    def __init__(self, sources: Sequence[Dataset], tokenizer: Tokenizer | None, *, text: bool) -> None:
         self.text = text
         self.sources = list(sources)
         self.tokenizer = tokenizer
@@ -158,7 +158,7 @@ class Reader:
         if self._at is None:
             return "before the first sample"
         shards = self.sources[self._at[0]]
-        shard = shards.shard_place(shards.record(self._at[1])[0])
+        shard = shards.shard_location(shards.locate(self._at[1])[0])
         if not key:
             return f"{shard}, sample {self._at[1]}"
         try:
@@ -175,7 +175,7 @@ class TrainReader(Reader):
 
     def __init__(
         self,
-        sources: Sequence[Shards],
+        sources: Sequence[Dataset],
         tokenizer: Tokenizer | None,
         transform: TrainTransform,
         seed: int,
@@ -209,7 +209,7 @@ class TrainReader(Reader):
     def _good(self, source: int, position: int, bad: list[dict[str, Any]]) -> tuple[Sample, torch.Tensor]:
         """The sample at `position`, or the next good one of its shard, cyclically."""
         shards = self.sources[source]
-        shard, row = shards.record(position)
+        shard, row = shards.locate(position)
         count, first = int(shards.sample_counts[shard]), position - row
         for step in range(count):
             candidate = first + (row + step) % count
@@ -222,15 +222,15 @@ class TrainReader(Reader):
                 return sample, pixels
             bad.append(self._bad[source, candidate])
         raise DataError(
-            f"no sample of shard {shards.shard_place(shard)} can be decoded: {bad[-1]['reason']}",
-            f"look at its images: clipcluster shards verify {shards.shard_place(shard).parent}",
+            f"no sample of shard {shards.shard_location(shard)} can be decoded: {bad[-1]['reason']}",
+            f"look at its images: clipcluster shards verify {shards.shard_location(shard).parent}",
         )
 
 
 class EvaluationReader(Reader):
     """Samples for evaluation: the centre square, all captions; a bad one is left out."""
 
-    def __init__(self, shards: Shards, tokenizer: Tokenizer | None, transform: EvaluationTransform) -> None:
+    def __init__(self, shards: Dataset, tokenizer: Tokenizer | None, transform: EvaluationTransform) -> None:
         super().__init__([shards], tokenizer, text=True)
         self.transform = transform
 

@@ -15,7 +15,7 @@ from clipcluster.data.sampling.caption_rounds import Field, Rounds, SourceShape
 from clipcluster.data.sampling.mixing import integer_weights, lay_out
 from clipcluster.data.sampling.oversampling import ShownClasses, repeats_of
 from clipcluster.data.sampling.shuffle import Line, Places
-from clipcluster.data.shards.dataset import Shards
+from clipcluster.data.shards.dataset import Dataset
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.recipe import Recipe
@@ -231,7 +231,7 @@ def _steps_per_epoch(samples: int, epoch_samples: int | None, batch_size: int) -
     )
 
 
-def order_of(recipe: Recipe, opened: Sequence[Shards]) -> Order:
+def order_of(recipe: Recipe, opened: Sequence[Dataset]) -> Order:
     """The order of a recipe's samples; `opened` are its sources as they are listed.
 
     Raises UserError as Order does, and for repeats of classes that are not known.
@@ -252,7 +252,7 @@ def order_of(recipe: Recipe, opened: Sequence[Shards]) -> Order:
     )
 
 
-def _shape(shards: Shards, source: Source, place: str) -> SourceShape:
+def _shape(shards: Dataset, source: Source, place: str) -> SourceShape:
     """What the order needs of a source that was opened."""
     by_class = bool(source.repeat_classes)
     return SourceShape(

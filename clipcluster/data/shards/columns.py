@@ -101,13 +101,13 @@ def _bytes_of(array: np.ndarray | Stream) -> int:
     return int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
 
 
-class Joined:
+class Concatenated:
     """Columns laid end to end without copying them; a piece of several columns is their sum.
 
     Indexed as an array of one dimension is: by a number, a slice, an array of numbers or of booleans.
     """
 
-    def __init__(self, pieces: Sequence[Sequence["np.ndarray | Joined"]]) -> None:
+    def __init__(self, pieces: Sequence[Sequence["np.ndarray | Concatenated"]]) -> None:
         self._pieces = [tuple(piece) for piece in pieces]
         self._ends = np.cumsum([len(piece[0]) for piece in self._pieces], dtype=np.int64)
         kinds = {column.dtype for piece in self._pieces for column in piece}

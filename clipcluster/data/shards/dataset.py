@@ -1,6 +1,6 @@
 """Folders of shards, opened through their index and read by offset. Imports no torch.
 
-A `Shards` is one source: its samples are numbered 0 … n_samples - 1 in the order of the shards' names. It
+A `Dataset` is one source: its samples are numbered 0 … n_samples - 1 in the order of the shards' names. It
 can be sent to another process: paths travel and which bytes were compared, the index is mapped again there.
 """
 
@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from clipcluster.data.shards import captions
-from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards import captions, folder_index, shard_index
 from clipcluster.data.shards.columns import BrokenColumns, Columns, read_columns
-from clipcluster.data.shards.metadata import Catalogue, Part
+from clipcluster.data.shards.metadata import IndexedFolder, Metadata
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
 from clipcluster.errors import UserError
@@ -53,12 +52,12 @@ class _Open(NamedTuple):
     columns: dict[str, np.ndarray]
 
 
-class Shards(Catalogue):
+class Dataset(Metadata):
     """A source of samples that can be read. Files are opened on first use, `OPEN_SHARDS` at most at once."""
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[IndexedFolder],
         probabilities: Sequence[float | None] = (None,),
         cache: Cache | None = None,
     ) -> None:
@@ -77,7 +76,7 @@ class Shards(Catalogue):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Shards.__init__(self, state["parts"], state["probabilities"], state["cache"])
+        Dataset.__init__(self, state["parts"], state["probabilities"], state["cache"])
         if self.fingerprint != state["fingerprint"]:
             raise DataError(f"the index of {self.parts[0].folder} was made anew while it was in use")
         self._hashed = state["hashed"]
@@ -88,7 +87,7 @@ class Shards(Catalogue):
         Raises DataError if the shard is gone or has changed since it was indexed, OSError if the disk still
         fails after the retries.
         """
-        shard, row = self.record(position)
+        shard, row = self.locate(position)
         return self._patiently(shard, partial(self._read, shard, row, text))
 
     def _read(self, shard: int, row: int, text: bool) -> Sample:
@@ -97,7 +96,7 @@ class Shards(Catalogue):
             member = next(scan(fd, int(columns["offset"][row])))
         except (BrokenTar, StopIteration):
             raise self._changed(shard) from None
-        name = indexes.sample_name(member.name)
+        name = shard_index.sample_name(member.name)
         image = _bytes(fd, int(columns["image_offset"][row]), int(columns["image_size"][row]))
         texts = self._captions(shard, fd, columns, row) if text else []
         return Sample(
@@ -109,10 +108,10 @@ class Shards(Catalogue):
         found: list[str] = []
         for choice in self._choices_of(self._place(shard)[0]):
             kind, count, at, size = (
-                int(columns[indexes.column(name, choice)][row])
+                int(columns[shard_index.caption_column(name, choice)][row])
                 for name in ("text_kind", "captions", "text_offset", "text_size")
             )
-            if kind != indexes.NO_TEXT:
+            if kind != captions.NO_TEXT:
                 texts = captions.texts(kind, _bytes(fd, at, size), choice)
                 if len(texts) != count:
                     raise self._changed(shard)
@@ -125,14 +124,19 @@ class Shards(Catalogue):
             return
         places: dict[int, list[int]] = {}
         for position in positions:
-            shard, row = self.record(position)
+            shard, row = self.locate(position)
             places.setdefault(shard, []).append(row)
         self._fetch_ahead([shard for shard in places if shard not in self._open])
         for shard, rows in places.items():
             fd, columns = self._patiently(shard, partial(self._handle, shard))
             ends = [("image_offset", "image_size")]
             for choice in self._choices_of(self._place(shard)[0]):
-                ends.append((indexes.column("text_offset", choice), indexes.column("text_size", choice)))
+                ends.append(
+                    (
+                        shard_index.caption_column("text_offset", choice),
+                        shard_index.caption_column("text_size", choice),
+                    )
+                )
             for row in rows:
                 begin = int(columns["offset"][row])
                 end = max(int(columns[offset][row] + columns[size][row]) for offset, size in ends)
@@ -152,10 +156,10 @@ class Shards(Catalogue):
         Raises DataError naming the first shard that is gone or has changed. A source of more than
         `CHECKED_SHARDS` shards is compared only shard by shard, when each is opened.
         """
-        for shard in self.touched():
+        for shard in self.modified_shards():
             self.check(shard)
 
-    def touched(self) -> dict[int, int]:
+    def modified_shards(self) -> dict[int, int]:
         """The shards whose size or mtime (a remote one's stamp) is not the index's, each with what it is now.
 
         Of more than `CHECKED_SHARDS` none is looked at, nor what a command would print. Raises DataError for
@@ -172,7 +176,7 @@ class Shards(Catalogue):
                 found[shard] = state.stamp
         return found
 
-    def vouch(self, found: Mapping[int, int]) -> None:
+    def mark_unchanged(self, found: Mapping[int, int]) -> None:
         """Takes shards with these times or stamps for unchanged: somebody has compared their content."""
         self._hashed.update(found.items())
 
@@ -219,7 +223,7 @@ class Shards(Catalogue):
 
     def _fetch(self, shard: int, *, again: bool = False) -> int:
         """A handle on a remote shard's bytes as they were indexed. DataError if they changed."""
-        place = self.shard_place(shard)
+        place = self.shard_location(shard)
         assert isinstance(place, RemoteFile)
         assert self.cache is not None
         try:
@@ -233,7 +237,7 @@ class Shards(Catalogue):
         try:
             if part.rows_at is not None:
                 return self._fetched_columns(shard, part.rows_at)
-            path = indexes.shard_index(part.index, self.shard_name(shard))
+            path = shard_index.shard_index_path(part.index, self.shard_name(shard))
             return self._rows_of(shard, read_columns(path), path)
         except (BrokenColumns, FileNotFoundError) as error:
             raise DataError(f"the index is damaged: {error}", self._advice(shard)) from None
@@ -258,7 +262,7 @@ class Shards(Catalogue):
     def _rows_of(self, shard: int, rows: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
         """The columns of a shard, if they are those that the folder's list speaks of, else DataError."""
         if (
-            rows.meta.get("format") != indexes.FORMAT
+            rows.meta.get("format") != shard_index.FORMAT
             or rows.meta["sha256"] != self.sha256(shard)
             or not set(self._choices_of(self._place(shard)[0])) <= set(rows.meta["choices"])
         ):
@@ -275,7 +279,7 @@ class Shards(Catalogue):
         ]
         return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
 
-    def check_room(self, size: int) -> None:
+    def check_cache_size(self, size: int) -> None:
         """UserError where a remote shard is larger than a cache of `size` bytes."""
         largest = int(self.remote_sizes.max(initial=0))
         if largest > size:
@@ -291,7 +295,7 @@ class Shards(Catalogue):
         """What the server says of a remote shard."""
         from clipcluster.data.storage.download import state_of
 
-        place = self.shard_place(shard)
+        place = self.shard_location(shard)
         assert isinstance(place, RemoteFile)
         return self._patiently(shard, partial(state_of, place.address))
 
@@ -319,16 +323,16 @@ class Shards(Catalogue):
     def _compare(self, shard: int, state: State) -> None:
         if self._is_as_indexed(shard, state):
             return
-        if state.size != self._bytes_of(shard) or indexes.file_sha256(self.shard_path(shard)) != self.sha256(
-            shard
-        ):
+        if state.size != self._bytes_of(shard) or folder_index.file_sha256(
+            self.shard_path(shard)
+        ) != self.sha256(shard):
             raise self._changed(shard)
         self._hashed.add((shard, state.stamp))
 
     def _changed(self, shard: int, how: str = "") -> DataError:
         told = f" ({how})" if how else ""
         return DataError(
-            f"shard {self.shard_place(shard)} changed since it was indexed{told}", self._advice(shard)
+            f"shard {self.shard_location(shard)} changed since it was indexed{told}", self._advice(shard)
         )
 
     def _advice(self, shard: int) -> str:
@@ -350,10 +354,10 @@ class Shards(Catalogue):
                 if wait is None or (gone and self._is_remote(shard)):  # a server means what it says
                     if gone:
                         raise DataError(
-                            f"shard {self.shard_place(shard)} is gone", self._advice(shard)
+                            f"shard {self.shard_location(shard)} is gone", self._advice(shard)
                         ) from None
                     raise OSError(error.errno, f"{error.strerror or error} (tried {len(RETRIES) + 1} times)",
-                                  str(self.shard_place(shard))) from error  # fmt: skip
+                                  str(self.shard_location(shard))) from error  # fmt: skip
                 self._forget(shard)
                 time.sleep(wait)
         raise AssertionError("unreachable")

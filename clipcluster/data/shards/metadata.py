@@ -13,8 +13,8 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from clipcluster.data.shards import folder_index as indexes
-from clipcluster.data.shards.columns import Joined
+from clipcluster.data.shards import folder_index, shard_index
+from clipcluster.data.shards.columns import Concatenated
 from clipcluster.data.storage.urls import RemoteFile, RemoteFolder
 
 _SCAN = 1 << 20  # samples looked at together
@@ -22,7 +22,7 @@ _PIECES = 64  # columns laid together without a copy
 
 
 @dataclass(frozen=True)
-class Part:
+class IndexedFolder:
     """A folder, its index and the choices of captions asked for (None: the index's first, none is needed);
     `rows` are the shards taken (None: all).
 
@@ -54,7 +54,7 @@ class CaptionField(NamedTuple):
     counts: np.ndarray
 
 
-class Catalogue:
+class Metadata:
     """The samples of one source, numbered 0 … n_samples - 1 in the order of the shards' names.
 
     Attributes: `name` (last component of the first folder), `fingerprint` (hash over shard names and
@@ -67,14 +67,14 @@ class Catalogue:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[IndexedFolder],
         probabilities: Sequence[float | None] = (None,),
     ) -> None:
         self.parts = tuple(parts)
         self.probabilities = tuple(probabilities)
         self.name = _name_of(self.parts[0])
         self._tables = [
-            indexes.read_table(p.folder, p.index, captions_choice=p.choices, place=p.place)
+            folder_index.read_folder_index(p.folder, p.index, captions_choice=p.choices, place=p.place)
             for p in self.parts
         ]
         # a part that is not cut has no list of its rows: it would be private to every process
@@ -96,7 +96,7 @@ class Catalogue:
     def _fingerprint(self) -> str:
         if len(self.parts) == 1 and self.parts[0].rows is None:
             return str(self._tables[0].meta["fingerprint"])
-        return indexes.fingerprint(
+        return folder_index.fingerprint(
             [(self.shard_name(i), bytes.fromhex(self.sha256(i))) for i in range(len(self))]
         )
 
@@ -132,7 +132,7 @@ class Catalogue:
         # shards cut out of a folder are many small pieces: copied, they are as fast as one column
         if len(pieces) > _PIECES:
             return np.concatenate(pieces)
-        return cast(np.ndarray, Joined([[piece] for piece in pieces]))
+        return cast(np.ndarray, Concatenated([[piece] for piece in pieces]))
 
     def _choices_of(self, part: int) -> tuple[str, ...]:
         """The choices of captions read in a part: those asked for, else the index's first."""
@@ -152,7 +152,7 @@ class Catalogue:
             CaptionField(
                 choices[0],
                 probability,
-                self._of_samples([indexes.column("captions", choice) for choice in choices]),
+                self._of_samples([shard_index.caption_column("captions", choice) for choice in choices]),
             )
             for choices, probability in zip(zip(*by_part, strict=True), self.probabilities, strict=True)
         )
@@ -162,7 +162,7 @@ class Catalogue:
         """Captions of every sample over all fields, (n_samples,)."""
         if len(self.fields) == 1:
             return self.fields[0].counts
-        return cast(np.ndarray, Joined([[field.counts for field in self.fields]]))
+        return cast(np.ndarray, Concatenated([[field.counts for field in self.fields]]))
 
     @cached_property
     def classes(self) -> np.ndarray:
@@ -193,7 +193,7 @@ class Catalogue:
         """Samples of each shard with more than c captions of one field, (C, n_shards)."""
         tables = []
         for part, (table, rows) in enumerate(zip(self._tables, self._rows, strict=True)):
-            column = table.arrays[indexes.column("more_than", self._choices_of(part)[field])]
+            column = table.arrays[shard_index.caption_column("more_than", self._choices_of(part)[field])]
             tables.append(column if rows is None else column[:, rows])
         if len(tables) == 1:
             return tables[0]
@@ -250,7 +250,7 @@ class Catalogue:
         return None if data is None else [line for line in data.decode().splitlines() if line.strip()]
 
     def _place(self, shard: int) -> tuple[int, int]:
-        """Part, and row in its table."""
+        """IndexedFolder, and row in its table."""
         part = int(np.searchsorted(self._part_ends, shard, side="right"))
         first = int(self._part_ends[part - 1]) if part else 0
         rows = self._rows[part]
@@ -265,11 +265,11 @@ class Catalogue:
 
     def shard_path(self, shard: int) -> Path:
         """Where a shard of a local folder lies."""
-        place = self.shard_place(shard)
+        place = self.shard_location(shard)
         assert isinstance(place, Path), f"{place} lies on no disk of this machine"
         return place
 
-    def shard_place(self, shard: int) -> Path | RemoteFile:
+    def shard_location(self, shard: int) -> Path | RemoteFile:
         """Where a shard lies, for messages; a remote one shows its address."""
         return self.parts[self._place(shard)[0]].folder / self.shard_name(shard)
 
@@ -278,7 +278,7 @@ class Catalogue:
         part, row = self._place(shard)
         return self._tables[part].arrays["sha256"][row].tobytes().hex()
 
-    def record(self, position: int) -> tuple[int, int]:
+    def locate(self, position: int) -> tuple[int, int]:
         """Shard number and sample number within it."""
         if not 0 <= position < self.n_samples:
             raise IndexError(f"{self.name} has {self.n_samples} samples; there is no sample {position}")
@@ -286,7 +286,7 @@ class Catalogue:
         return shard, int(position - self._sample_ends[shard] + self.sample_counts[shard])
 
 
-def _name_of(part: Part) -> str:
+def _name_of(part: IndexedFolder) -> str:
     """What a source is called after: its folder; a command has none, its index has."""
     if isinstance(part.folder, Path):
         return part.folder.resolve().name

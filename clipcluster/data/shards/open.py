@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clipcluster.data.shards import captions
-from clipcluster.data.shards import folder_index as indexes
-from clipcluster.data.shards.dataset import Shards
-from clipcluster.data.shards.metadata import Part
+from clipcluster.data.shards import captions, folder_index
+from clipcluster.data.shards.dataset import Dataset
+from clipcluster.data.shards.metadata import IndexedFolder
 from clipcluster.data.storage.urls import Named, RemoteFolder, braces, folder_at, is_remote, named
 from clipcluster.errors import UserError
 from clipcluster.recipe.captions import shares_of
@@ -40,18 +39,20 @@ def open_folder(
     captions_in: str | Mapping[str, float] | None = None,
     *,
     cache: Cache | None = None,
-) -> Shards:
+) -> Dataset:
     """Opens one folder of shards, which may be remote, with its captions. UserError as `open_source`."""
     shares = shares_of(captions_in)
     if is_remote(path):
         cache = cache or _default_cache()
         parts = list(_remote_parts(str(path), None if index is None else str(index), shares, cache))
-        return Shards(parts, tuple(shares.values()), cache)
+        return Dataset(parts, tuple(shares.values()), cache)
     folder = Path(path)
-    return Shards([Part(folder, Path(index or folder), _choices(folder, shares))], tuple(shares.values()))
+    return Dataset(
+        [IndexedFolder(folder, Path(index or folder), _choices(folder, shares))], tuple(shares.values())
+    )
 
 
-def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None) -> Shards:
+def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None) -> Dataset:
     """Opens a source of a recipe: folders, tars, globs and braces, here or remote, or a list of them.
 
     `text` says whether captions are needed; `cache` is where remote shards are kept. UserError: no folder, no
@@ -63,13 +64,13 @@ def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None
     if cache is None and any(map(is_remote, written)):
         cache = _default_cache()
     parts = [part for entry in written for part in _parts(entry, source.index, shares, cache)]
-    shards = Shards(parts, tuple(shares.values()) if shares else (None,), cache)
+    shards = Dataset(parts, tuple(shares.values()) if shares else (None,), cache)
     if shards.n_samples == 0:
         raise UserError(f"{', '.join(written)}: the shards hold no sample with an image")
     if text:
         _require_captions(", ".join(written), shards)
     if cache is not None:
-        shards.check_room(cache.size)
+        shards.check_cache_size(cache.size)
     return shards
 
 
@@ -80,7 +81,7 @@ def _default_cache() -> Cache:
     return Cache(default_folder())
 
 
-def _require_captions(written: str, shards: Shards) -> None:
+def _require_captions(written: str, shards: Dataset) -> None:
     """Every choice finds a caption somewhere: one that finds none was mistyped, or the data lack it."""
     for number, choice in enumerate(field.choice for field in shards.fields):
         if not shards.more_than_of(number)[0].any():
@@ -98,7 +99,7 @@ def _choices(folder: Path, shares: Mapping[str | None, float | None] | None) -> 
 
 def _parts(
     entry: str, index: str | None, shares: Mapping[str | None, float | None] | None, cache: Cache | None
-) -> Iterator[Part]:
+) -> Iterator[IndexedFolder]:
     """The folders that one written entry names, with the shards it takes of each."""
     if is_remote(entry):
         assert cache is not None
@@ -113,11 +114,11 @@ def _parts(
     else:
         folders = [name for pattern in braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
         for folder in map(Path, folders):
-            yield Part(folder, Path(index or folder), _choices(folder, shares))
+            yield IndexedFolder(folder, Path(index or folder), _choices(folder, shares))
         return
     for folder in dict.fromkeys(path.parent for path in paths):
-        part = Part(folder, Path(index or folder), _choices(folder, shares))
-        names = {name: row for row, name in enumerate(Shards([part]).shard_names)}
+        part = IndexedFolder(folder, Path(index or folder), _choices(folder, shares))
+        names = {name: row for row, name in enumerate(Dataset([part]).shard_names)}
         wanted = [path.name for path in paths if path.parent == folder]
         missing = [name for name in wanted if name not in names]
         if missing and glob.has_magic(missing[0]):
@@ -136,15 +137,15 @@ def _parts(
 
 def _remote_parts(
     entry: str, index: str | None, shares: Mapping[str | None, float | None] | None, cache: Cache
-) -> Iterator[Part]:
+) -> Iterator[IndexedFolder]:
     """The same of an entry that lies elsewhere: its index is local, or fetched."""
     for taken in named(entry):
         place, rows_at = _index_of(taken, entry, index, cache)
-        part = Part(taken.folder, place, _choices(place, shares), None, rows_at)
+        part = IndexedFolder(taken.folder, place, _choices(place, shares), None, rows_at)
         if taken.tars is None:
             yield part
             continue
-        names = {name: row for row, name in enumerate(Shards([part]).shard_names)}
+        names = {name: row for row, name in enumerate(Dataset([part]).shard_names)}
         rows = tuple(sorted(names[name] for name in taken.chosen(list(names))))
         yield part if len(rows) == len(names) else replace(part, rows=rows)
 
@@ -153,7 +154,7 @@ def _index_of(taken: Named, entry: str, index: str | None, cache: Cache) -> tupl
     """Where the index of remote shards lies here, and where the rows of each shard are fetched from."""
     command = f"clipcluster shards index {entry!r} --index FOLDER"
     if index is not None and not is_remote(index):
-        if not (Path(index) / indexes.TABLE).is_file():
+        if not (Path(index) / folder_index.COLUMNS_FILE).is_file():
             raise UserError(f"{taken.folder}: there is no index in {index}; make it with: {command}")
         return Path(index), None
     at = folder_at(index) if index is not None else taken.folder
@@ -162,11 +163,11 @@ def _index_of(taken: Named, entry: str, index: str | None, cache: Cache) -> tupl
             f"{entry!r}: a command cannot list its shards; make an index with: {command} and say "
             "index: FOLDER"
         )
-    place = cache.index(at, indexes.TABLE, _WORDS)
+    place = cache.index(at, folder_index.COLUMNS_FILE, _WORDS)
     if place is None:
         raise UserError(
-            f"{at}: these shards have no index ({indexes.TABLE}) there; put one beside them, or make one "
-            f"here with: {command} and say index: FOLDER"
+            f"{at}: these shards have no index ({folder_index.COLUMNS_FILE}) there; put one beside them, or "
+            f"make one here with: {command} and say index: FOLDER"
             + (" (an http server cannot list: name the tars by braces)" if taken.tars is None else "")
         )
     return place, at

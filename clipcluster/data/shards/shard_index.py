@@ -24,14 +24,19 @@ FORMAT = 2
 IMAGE_EXTENSIONS = frozenset(
     ["jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "img"]
 )
-OF_SAMPLES = {"offset": np.int64, "image_offset": np.int64, "image_size": np.int64, "class": np.int32}
-OF_CAPTIONS = {"text_offset": np.int64, "text_size": np.int64, "text_kind": np.uint8, "captions": np.int32}
+SAMPLE_COLUMNS = {"offset": np.int64, "image_offset": np.int64, "image_size": np.int64, "class": np.int32}
+CAPTION_COLUMNS = {
+    "text_offset": np.int64,
+    "text_size": np.int64,
+    "text_kind": np.uint8,
+    "captions": np.int32,
+}
 
 _LARGEST_TEXT = 64 << 20  # bytes of a member that is looked into for captions
 _ABOUT_THE_TAR = re.compile(r"(^|/)__[^/]*__($|/)")
 
 
-def column(name: str, choice: str) -> str:
+def caption_column(name: str, choice: str) -> str:
     """What one of the columns of captions is called for a choice."""
     return f"{name}/{choice}"
 
@@ -45,7 +50,7 @@ def sample_name(member: str) -> tuple[str, str] | None:
     return member[:dot], member[dot + 1 :].lower()
 
 
-class ShardRows:
+class ShardIndexBuilder:
     """Collects the rows of one shard while its members go by in tar order.
 
     A sample is a run of members with one key; an extension that comes again begins the next. The first sample
@@ -82,16 +87,16 @@ class ShardRows:
     def finish(self) -> dict[str, np.ndarray]:
         """The columns, each (samples,)."""
         self._finish_sample()
-        types: dict[str, Any] = dict(OF_SAMPLES)
+        types: dict[str, Any] = dict(SAMPLE_COLUMNS)
         for choice in self.choices:
-            types |= {column(name, choice): dtype for name, dtype in OF_CAPTIONS.items()}
+            types |= {caption_column(name, choice): dtype for name, dtype in CAPTION_COLUMNS.items()}
         values = zip(*self._rows, strict=True) if self._rows else repeat((), len(types))
         arrays = {
             name: np.array(numbers, dtype)
             for (name, dtype), numbers in zip(types.items(), values, strict=True)
         }
         for choice in self.choices:
-            arrays[column("captions", choice)] = narrow(arrays[column("captions", choice)])
+            arrays[caption_column("captions", choice)] = narrow(arrays[caption_column("captions", choice)])
         return arrays
 
     def _begin(self, name: str) -> str | None:
@@ -169,19 +174,19 @@ def narrow(counts: np.ndarray) -> np.ndarray:
     return counts.astype(np.uint8 if counts.size == 0 or counts.max() < 256 else np.int32)
 
 
-def shard_index(folder: Path, shard: str) -> Path:
+def shard_index_path(folder: Path, shard: str) -> Path:
     """The file of one shard's rows."""
     return folder / f"{shard}.idx"
 
 
 def scan_shard(
     path: Path, choices: str | Sequence[str]
-) -> tuple[ShardRows, dict[str, np.ndarray], str | None]:
+) -> tuple[ShardIndexBuilder, dict[str, np.ndarray], str | None]:
     """Rows and columns of a tar, and why it is broken (None if it is whole). UserError: it is compressed."""
     broken = None
     fd = os.open(path, os.O_RDONLY)
     try:
-        rows = ShardRows(choices, lambda member: os.pread(fd, member.size, member.offset))
+        rows = ShardIndexBuilder(choices, lambda member: os.pread(fd, member.size, member.offset))
         try:
             for member in scan(fd, others=rows.add_other):
                 rows.add(member)
@@ -199,16 +204,16 @@ def scan_shard(
         os.close(fd)
 
 
-def write_columns_of(
+def write_shard_index(
     path: Path, shard: str, digest: str, choices: Sequence[str], columns: Mapping[str, np.ndarray]
 ) -> None:
     """Writes the rows of the shard called `shard`, whose sha256 is `digest`, to the file `path`.
 
     ValueError where a column is missing, unknown or of another length.
     """
-    types: dict[str, Any] = dict(OF_SAMPLES)
+    types: dict[str, Any] = dict(SAMPLE_COLUMNS)
     for choice in choices:
-        types |= {column(name, choice): dtype for name, dtype in OF_CAPTIONS.items()}
+        types |= {caption_column(name, choice): dtype for name, dtype in CAPTION_COLUMNS.items()}
     if set(columns) != set(types) or len({len(values) for values in columns.values()}) > 1:
         raise ValueError(f"the columns of a shard are {', '.join(types)}, all of one length")
     ready = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}

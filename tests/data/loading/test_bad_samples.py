@@ -16,8 +16,8 @@ from PIL import Image
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.sampling.sampler import Order, SourceShape
 from clipcluster.data.shards import dataset as shards_module
-from clipcluster.data.shards.dataset import Shards
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.dataset import Dataset
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
@@ -62,7 +62,7 @@ def good_and_bad() -> dict[str, tuple[str, bytes, str | None]]:
 
 
 @pytest.fixture
-def mixed(tmp_path: Path) -> Shards:
+def mixed(tmp_path: Path) -> Dataset:
     """One shard of everything, written by tarfile; one sample has no caption, and one key comes twice."""
     files = [(f"{key}.{extension}", data) for key, (extension, data, _) in good_and_bad().items()] + [
         ("silent.jpg", saved("JPEG")),
@@ -76,16 +76,16 @@ def mixed(tmp_path: Path) -> Shards:
                 entry = tarfile.TarInfo(member)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-    write_index(tmp_path)
+    index_folder(tmp_path)
     return open_folder(tmp_path)
 
 
-def order_of(shards: Shards, batch_size: int = 8) -> Order:
+def order_of(shards: Dataset, batch_size: int = 8) -> Order:
     shape = SourceShape(shards.sample_counts, shards.caption_counts)
     return Order([shape], batch_size=batch_size, seed=3, captions="first")
 
 
-def passes(shards: Shards, section: Data, workers: int, batches: int) -> tuple[list[str], list[dict]]:
+def passes(shards: Dataset, section: Data, workers: int, batches: int) -> tuple[list[str], list[dict]]:
     """Keys used and bad samples told in so many batches."""
     loader = Loader([shards], order_of(shards), section, tokenizer=TOKENIZER, seed=0, workers=workers)
     with closing(loader):
@@ -95,7 +95,9 @@ def passes(shards: Shards, section: Data, workers: int, batches: int) -> tuple[l
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_is_used_or_counted_once(mixed: Shards, data_section: Callable[..., Data], workers: int) -> None:
+def test_each_is_used_or_counted_once(
+    mixed: Dataset, data_section: Callable[..., Data], workers: int
+) -> None:
     kinds = good_and_bad()
     used, bad = passes(mixed, data_section(), workers, 3 * 17 // 8)
     reasons = {entry["key"]: entry["reason"] for entry in bad}
@@ -109,7 +111,7 @@ def test_each_is_used_or_counted_once(mixed: Shards, data_section: Callable[...,
 
 
 def test_a_disk_that_fails_is_no_bad_sample(
-    mixed: Shards, data_section: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+    mixed: Dataset, data_section: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "RETRIES", (0.0, 0.0))
     read, left = os.pread, 2

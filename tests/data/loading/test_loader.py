@@ -16,8 +16,8 @@ from clipcluster.data.images.transforms import draw_seed, evaluation_transform, 
 from clipcluster.data.loading.batch import Batch
 from clipcluster.data.loading.loader import Loader, evaluation_batches
 from clipcluster.data.sampling.sampler import Field, Order, SourceShape
-from clipcluster.data.shards.dataset import Shards
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.dataset import Dataset
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
@@ -27,7 +27,7 @@ from tools.convert.shard_writer import ShardWriter
 TOKENIZER = ByteTokenizer(24)
 
 
-def order_of(sources: list[Shards], batch_size: int = 8, captions: str = "all") -> Order:
+def order_of(sources: list[Dataset], batch_size: int = 8, captions: str = "all") -> Order:
     shapes = [
         SourceShape(
             shards.sample_counts, shards.caption_counts, None if len(sources) == 1 else float(number + 1)
@@ -68,7 +68,7 @@ def joined(shares: list[Batch]) -> Batch:
 
 
 @pytest.fixture
-def shards(tmp_path: Path, make_shards: Callable[..., Path]) -> Shards:
+def shards(tmp_path: Path, make_shards: Callable[..., Path]) -> Dataset:
     return open_folder(make_shards(tmp_path / "digits", 61, per_shard=9))
 
 
@@ -77,7 +77,7 @@ def section(data_section: Callable[..., Data]) -> Data:
     return data_section()
 
 
-def test_a_batch_is_what_the_order_says(shards: Shards, section: Data) -> None:
+def test_a_batch_is_what_the_order_says(shards: Dataset, section: Data) -> None:
     order = order_of([shards])
     transform = train_transform(section.image)
     (batch,) = take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=7, start=4), 1)
@@ -121,7 +121,7 @@ def test_the_same_batches_for_every_number_of_ranks_and_workers(
                 same(joined([rank[step] for rank in shares]), whole[start + step])
 
 
-def test_ranks_that_do_not_divide_the_batch_still_share_it(shards: Shards, section: Data) -> None:
+def test_ranks_that_do_not_divide_the_batch_still_share_it(shards: Dataset, section: Data) -> None:
     order = order_of([shards])
     parts = [
         take(
@@ -132,7 +132,7 @@ def test_ranks_that_do_not_divide_the_batch_still_share_it(shards: Shards, secti
     same(joined(parts), take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0), 1)[0])
 
 
-def test_skipped_ranges_are_stepped_over(shards: Shards, section: Data) -> None:
+def test_skipped_ranges_are_stepped_over(shards: Dataset, section: Data) -> None:
     order = order_of([shards])
     loader = Loader(
         [shards],
@@ -147,14 +147,14 @@ def test_skipped_ranges_are_stepped_over(shards: Shards, section: Data) -> None:
     assert [batch.index for batch in take(loader, 4)] == [1, 5, 6, 8]
 
 
-def test_torchs_random_numbers_are_left_alone(shards: Shards, section: Data) -> None:
+def test_torchs_random_numbers_are_left_alone(shards: Dataset, section: Data) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     take(Loader([shards], order_of([shards]), section, tokenizer=TOKENIZER, seed=0, workers=1), 2)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_without_a_tokenizer_there_are_no_tokens(shards: Shards, section: Data) -> None:
+def test_without_a_tokenizer_there_are_no_tokens(shards: Dataset, section: Data) -> None:
     (batch,) = take(
         Loader([shards], order_of([shards], captions="first"), section, tokenizer=None, seed=0), 1
     )
@@ -223,10 +223,10 @@ def test_a_shard_without_a_good_sample_is_an_error(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_changes_while_it_is_used_is_refused(
-    shards: Shards, section: Data, workers: int
+    shards: Dataset, section: Data, workers: int
 ) -> None:
     order = order_of([shards], captions="first")
-    path = shards.shard_path(int(shards.record(int(order.batch(0).position[0]))[0]))
+    path = shards.shard_path(int(shards.locate(int(order.batch(0).position[0]))[0]))
     path.write_bytes(path.read_bytes() + bytes(1024))
     loader = Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, workers=workers)
     with pytest.raises(DataError, match=f"{path.name} changed since it was indexed") as caught:
@@ -237,14 +237,14 @@ def test_a_shard_that_changes_while_it_is_used_is_refused(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unexpected_error_names_shard_and_key(shards: Shards, section: Data, workers: int) -> None:
+def test_an_unexpected_error_names_shard_and_key(shards: Dataset, section: Data, workers: int) -> None:
     chokes = operator.neg  # no tokenizer: TypeError at its first list of texts
     loader = Loader([shards], order_of([shards]), section, tokenizer=chokes, seed=0, workers=workers)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"0000\d\.tar, key s000\d\d: TypeError: bad operand"):
         take(loader, 1)
 
 
-def _evaluated(shards: Shards, section: Data, world_size: int, workers: int) -> Iterator[tuple]:
+def _evaluated(shards: Dataset, section: Data, world_size: int, workers: int) -> Iterator[tuple]:
     for rank in range(world_size):
         batches = evaluation_batches(shards, section, TOKENIZER, rank, world_size, 16, workers)
         assert len(batches) == 4
@@ -266,7 +266,7 @@ def _evaluated(shards: Shards, section: Data, world_size: int, workers: int) -> 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 1), (4, 0), (1, 3)])
 def test_evaluation_sees_every_sample_once(
-    shards: Shards, section: Data, world_size: int, workers: int
+    shards: Dataset, section: Data, world_size: int, workers: int
 ) -> None:
     transform = evaluation_transform(section.image)
     seen = sorted(_evaluated(shards, section, world_size, workers), key=lambda entry: entry[0])
@@ -287,7 +287,7 @@ def test_evaluation_leaves_bad_samples_out_and_says_so(
     assert batches[1].images.shape == (0, 3, 8, 8)
 
 
-def test_memory_of_the_order_stays_in_the_rank(shards: Shards, section: Data) -> None:
+def test_memory_of_the_order_stays_in_the_rank(shards: Dataset, section: Data) -> None:
     """Workers get shares, never the order: its columns may be gigabytes."""
 
     class Unpicklable(Order):
@@ -310,7 +310,7 @@ def test_captions_come_from_the_field_that_was_drawn(
             if number % 4 == 0:
                 del members["txt"]
             writer.add_members(f"{number:03d}", members)
-    write_index(tmp_path / "s", captions_choice="syn.json:syn_text")
+    index_folder(tmp_path / "s", captions_choice="syn.json:syn_text")
     shards = open_folder(tmp_path / "s", captions_in={"default": 1, "syn.json:syn_text": 1})
     shape = SourceShape(
         shards.sample_counts,

@@ -14,7 +14,7 @@ import pytest
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.loading.worker_pool import WorkerDied
 from clipcluster.data.sampling.sampler import Order, SourceShape
-from clipcluster.data.shards.dataset import Shards
+from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
@@ -22,12 +22,12 @@ from clipcluster.runtime.world import is_lost_peer
 
 
 @pytest.fixture
-def shards(tmp_path: Path, make_shards: Callable[..., Path]) -> Shards:
+def shards(tmp_path: Path, make_shards: Callable[..., Path]) -> Dataset:
     return open_folder(make_shards(tmp_path / "s", 40, per_shard=10))
 
 
 @pytest.fixture
-def loader(shards: Shards, data_section: Callable[..., Data]) -> Loader:
+def loader(shards: Dataset, data_section: Callable[..., Data]) -> Loader:
     order = Order(
         [SourceShape(shards.sample_counts, shards.caption_counts, None)],
         batch_size=8,
@@ -105,7 +105,7 @@ def test_a_dead_worker_is_not_taken_for_a_lost_rank() -> None:
     assert not is_lost_peer(error)
 
 
-def test_workers_end_with_a_rank_that_is_killed(shards: Shards, tmp_path: Path) -> None:
+def test_workers_end_with_a_rank_that_is_killed(shards: Dataset, tmp_path: Path) -> None:
     code = f"""
         import time
         from clipcluster.data.loading.loader import evaluation_batches

@@ -12,7 +12,7 @@ import torch
 
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.sampling.sampler import Order, order_of
-from clipcluster.data.shards.dataset import Shards
+from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_source
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
@@ -41,7 +41,7 @@ def recipe_of(*sources: dict[str, Any], captions: str = "random", **data: Any) -
     )
 
 
-def opened(recipe: Recipe) -> tuple[list[Shards], Order]:
+def opened(recipe: Recipe) -> tuple[list[Dataset], Order]:
     shards = [open_source(source, text=True) for source in recipe.data.train]
     return shards, order_of(recipe, shards)
 

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from clipcluster.data.shards import dataset as module
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
@@ -50,7 +50,7 @@ def test_every_sample_reads_as_webdataset_reads_it(folder: Path) -> None:
 
 def test_a_position_that_is_not_there(folder: Path) -> None:
     shards = open_folder(folder)
-    assert shards.record(19) == (3, 1)
+    assert shards.locate(19) == (3, 1)
     for position in (-1, 20):
         with pytest.raises(IndexError, match="20 samples"):
             shards.read(position)
@@ -64,7 +64,7 @@ def test_it_travels_as_paths_alone(folder: Path) -> None:
     other = pickle.loads(data)
     assert other.read(7) == shards.read(7)
     (folder / "00000.tar").write_bytes((folder / "00001.tar").read_bytes())
-    write_index(folder)
+    index_folder(folder)
     with pytest.raises(DataError, match="made anew"):
         pickle.loads(data)
 
@@ -110,13 +110,13 @@ def test_a_new_time_with_the_same_bytes_is_no_change(folder: Path) -> None:
 
 def test_bytes_are_hashed_once_for_each_new_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
-    real = module.indexes.file_sha256
+    real = module.folder_index.file_sha256
 
     def counting(path: Path) -> str:
         hashed.append(path)
         return real(path)
 
-    monkeypatch.setattr(module.indexes, "file_sha256", counting)
+    monkeypatch.setattr(module.folder_index, "file_sha256", counting)
     shards = open_folder(folder)
     os.utime(folder / "00002.tar")
     for _ in range(3):
@@ -134,15 +134,15 @@ def test_what_another_process_has_compared_is_not_hashed_again(
 ) -> None:
     os.utime(folder / "00002.tar")
     shards = open_folder(folder)
-    found = shards.touched()
+    found = shards.modified_shards()
     assert list(found) == [2]
-    shards.vouch(found)
-    assert shards.touched() == {}
-    monkeypatch.setattr(module.indexes, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
+    shards.mark_unchanged(found)
+    assert shards.modified_shards() == {}
+    monkeypatch.setattr(module.folder_index, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
     there = pickle.loads(pickle.dumps(shards))
     assert there.read(13).key == "s00013"
     os.utime(folder / "00002.tar", (1, 1))
-    assert list(there.touched()) == [2]  # a later time asks again
+    assert list(there.modified_shards()) == [2]  # a later time asks again
 
 
 def test_the_rows_must_belong_to_the_list(folder: Path) -> None:
@@ -173,10 +173,10 @@ def test_the_fingerprint_knows_names_and_contents_alone(
 ) -> None:
     first = open_folder(folder).fingerprint
     moved = shutil.copytree(folder, tmp_path / "moved")
-    write_index(moved, again=True)
+    index_folder(moved, again=True)
     assert open_folder(moved).fingerprint == first
     (moved / "00000.tar").rename(moved / "x.tar")
-    write_index(moved)
+    index_folder(moved)
     assert open_folder(moved).fingerprint != first
     assert open_folder(make_shards(tmp_path / "other", 20, per_shard=6, bad={1})).fingerprint != first
 

@@ -12,18 +12,10 @@ import numpy as np
 import pytest
 
 from clipcluster.data.shards.columns import read_columns
-from clipcluster.data.shards.folder_index import (
-    LIST,
-    TABLE,
-    file_sha256,
-    read_summary,
-    sample_name,
-    scan_shard,
-    shard_index,
-    write_columns_of_shard,
-    write_index,
-)
+from clipcluster.data.shards.folder_index import COLUMNS_FILE, ENTRIES_FILE, file_sha256, read_summary
+from clipcluster.data.shards.indexing import index_folder, write_entry
 from clipcluster.data.shards.open import open_folder
+from clipcluster.data.shards.shard_index import sample_name, scan_shard, shard_index_path
 from clipcluster.errors import UserError
 
 
@@ -74,7 +66,7 @@ def test_runs_of_members_become_samples(tmp_path: Path) -> None:
     assert columns["class"].tolist() == [3, -1, -1]
     assert columns["image_size"].tolist() == [5, 1, 1]
     assert (rows.without_image, rows.duplicates) == (2, 2)
-    summary = write_index(tmp_path)
+    summary = index_folder(tmp_path)
     assert (summary.samples, summary.used, summary.captions, summary.without_caption) == (3, 2, 3, 1)
     assert (summary.without_image, summary.duplicates) == (2, 2)
     assert read_summary(tmp_path) == summary
@@ -87,13 +79,13 @@ def test_runs_of_members_become_samples(tmp_path: Path) -> None:
 def test_another_captions_choice_is_refused_with_its_command(tmp_path: Path) -> None:
     record = json.dumps({"caption": "from img2dataset"}).encode()
     tar_of(tmp_path / "0.tar", [("a.jpg", b"i"), ("a.json", record), ("a.txt", b"one\ntwo")])
-    write_index(tmp_path)
+    index_folder(tmp_path)
     assert open_folder(tmp_path).read(0).captions == ["one\ntwo"]
     for choice, texts in (("lines", ["one", "two"]), ("json:caption", ["from img2dataset"])):
         command = f"clipcluster shards index {tmp_path} --captions {choice}"
         with pytest.raises(UserError, match=command):
             open_folder(tmp_path, captions_in=choice)
-        write_index(tmp_path, captions_choice=choice)
+        index_folder(tmp_path, captions_choice=choice)
         assert open_folder(tmp_path, captions_in=choice).read(0).captions == texts
 
 
@@ -110,7 +102,7 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path) -> None:
         open_folder(tmp_path)
     (tmp_path / "0.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"0\.tar\.gz is compressed"):
-        write_index(tmp_path)
+        index_folder(tmp_path)
     tar_of(tmp_path / "0.tar", [("a.jpg", b"i")])
     with pytest.raises(UserError, match=f"no index; make it with: clipcluster shards index {tmp_path}$"):
         open_folder(tmp_path)
@@ -121,24 +113,24 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path) -> None:
 def test_an_index_elsewhere_leaves_the_folder_alone(tmp_path: Path) -> None:
     folder, place = tmp_path / "shards", tmp_path / "index" / "of" / "them"
     tar_of(folder / "0.tar", [("a.jpg", b"image"), ("a.txt", b"cat")])
-    write_index(folder, place)
+    index_folder(folder, place)
     assert os.listdir(folder) == ["0.tar"]
-    assert sorted(os.listdir(place)) == ["0.tar.idx", TABLE, LIST]
+    assert sorted(os.listdir(place)) == ["0.tar.idx", COLUMNS_FILE, ENTRIES_FILE]
     shards = open_folder(folder, place)
     assert shards.read(0).image == b"image"
-    assert shards.fingerprint == read_columns(place / TABLE).meta["fingerprint"]
+    assert shards.fingerprint == read_columns(place / COLUMNS_FILE).meta["fingerprint"]
 
 
 def test_unchanged_shards_keep_their_rows(tmp_path: Path) -> None:
     for number in range(3):
         tar_of(tmp_path / f"{number}.tar", [(f"{number}.jpg", b"i"), (f"{number}.txt", b"cat")])
-    first = write_index(tmp_path)
+    first = index_folder(tmp_path)
     inodes = {path.name: path.stat().st_ino for path in tmp_path.glob("*.idx")}
     tar_of(tmp_path / "1.tar", [("x.jpg", b"i"), ("y.jpg", b"i")])
     tar_of(tmp_path / "3.tar", [("z.jpg", b"i")])
     (tmp_path / "0.tar").unlink()
     calls: list[tuple[int, int]] = []
-    second = write_index(tmp_path, progress=lambda done, total: calls.append((done, total)))
+    second = index_folder(tmp_path, progress=lambda done, total: calls.append((done, total)))
     assert (first.shards, first.samples, second.shards, second.samples) == (3, 3, 3, 4)
     assert calls == [(2, 3), (3, 3)]
     assert (tmp_path / "2.tar.idx").stat().st_ino == inodes["2.tar.idx"]
@@ -148,15 +140,15 @@ def test_unchanged_shards_keep_their_rows(tmp_path: Path) -> None:
 
 def test_several_processes_build_the_same_index(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
     folder = make_shards(tmp_path / "s", 20, per_shard=6)
-    write_index(folder, tmp_path / "one")
-    write_index(folder, tmp_path / "two", workers=2)
+    index_folder(folder, tmp_path / "one")
+    index_folder(folder, tmp_path / "two", workers=2)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
 def test_the_writers_index_is_that_of_a_scan(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
     folder = make_shards(tmp_path / "s", 20, per_shard=6, bad={3})
-    write_index(folder, tmp_path / "again")
+    index_folder(folder, tmp_path / "again")
     for path in (tmp_path / "again").iterdir():
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
@@ -167,7 +159,7 @@ def test_a_cut_tar_is_used_as_far_as_it_goes_and_named(
     folder = make_shards(tmp_path / "s", 14, per_shard=7)
     data = (folder / "00001.tar").read_bytes()
     (folder / "00001.tar").write_bytes(data[: len(data) // 2])
-    summary = write_index(folder)
+    summary = index_folder(folder)
     assert [entry["shard"] for entry in summary.broken] == ["00001.tar"]
     assert "cut" in summary.broken[0]["reason"]
     shards = open_folder(folder)
@@ -185,7 +177,7 @@ def test_long_names_are_keys(tmp_path: Path, form: int) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    assert write_index(tmp_path).samples == 2
+    assert index_folder(tmp_path).samples == 2
     shards = open_folder(tmp_path)
     sample = shards.read(0)
     assert (sample.key, sample.image, sample.captions) == (key, b"image", ["a cat"])
@@ -200,7 +192,7 @@ def test_samples_of_links_are_counted_and_not_used(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "a.jpg"
             tar.addfile(info)
-    summary = write_index(tmp_path)
+    summary = index_folder(tmp_path)
     assert (summary.samples, summary.without_image, summary.without_caption) == (2, 2, 2)
     assert [open_folder(tmp_path).read(i).key for i in range(2)] == ["a", "e"]
 
@@ -217,7 +209,7 @@ def test_captions_that_cannot_be_read_are_counted_as_missing(tmp_path: Path) -> 
         for name, data in {"jpg": b"i", **texts}.items()
     ]
     tar_of(tmp_path / "0.tar", members)
-    summary = write_index(tmp_path)
+    summary = index_folder(tmp_path)
     assert (summary.samples, summary.used, summary.without_caption) == (7, 1, 6)
     assert open_folder(tmp_path).read(6).captions == ["read"]
 
@@ -226,9 +218,9 @@ def test_compressed_tars_are_refused_by_content(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", [("a.jpg", b"i")])
     (tmp_path / "1.tar").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
     with pytest.raises(UserError, match=r"1\.tar is compressed with gzip, whatever its name"):
-        write_index(tmp_path)
+        index_folder(tmp_path)
     (tmp_path / "1.tar").rename(tmp_path / "1.tar.gz")
-    summary = write_index(tmp_path)
+    summary = index_folder(tmp_path)
     assert (summary.samples, summary.left_out) == (1, ["1.tar.gz"])
 
 
@@ -236,17 +228,17 @@ def test_empty_tars_count_nothing(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", [])
     tar_of(tmp_path / "1.tar", [("a.jpg", b"i")])
     (tmp_path / "2.tar").write_bytes(b"")
-    assert write_index(tmp_path).samples == 1
+    assert index_folder(tmp_path).samples == 1
     shards = open_folder(tmp_path)
     assert shards.sample_counts.tolist() == [0, 1, 0]
-    assert shards.record(0) == (1, 0)
+    assert shards.locate(0) == (1, 0)
 
 
 def test_many_captions_of_one_image_are_counted(tmp_path: Path) -> None:
     for number, count in enumerate((3, 300)):
         record = json.dumps({"captions": [f"c{i}" for i in range(count)]}).encode()
         tar_of(tmp_path / f"{number}.tar", [("a.jpg", b"i"), ("a.json", record)])
-    write_index(tmp_path)
+    index_folder(tmp_path)
     shards = open_folder(tmp_path)
     assert shards.caption_counts.tolist() == [3, 300]
     assert shards.n_pairs == 303
@@ -258,13 +250,13 @@ def test_many_captions_of_one_image_are_counted(tmp_path: Path) -> None:
 def test_columns_made_in_bulk_are_those_of_a_scan(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
     path = make_shards(tmp_path / "s", 5) / "00000.tar"
     _, columns, _ = scan_shard(path, "default")
-    written = shard_index(path.parent, path.name).read_bytes()
+    written = shard_index_path(path.parent, path.name).read_bytes()
     bulk = {name: column.astype(np.int64) for name, column in columns.items()}
-    entry = write_columns_of_shard(path, path.parent, "default", file_sha256(path), bulk)
-    assert shard_index(path.parent, path.name).read_bytes() == written
+    entry = write_entry(path, path.parent, "default", file_sha256(path), bulk)
+    assert shard_index_path(path.parent, path.name).read_bytes() == written
     assert (entry.samples, entry.captions) == (5, {"default": int(columns["captions/default"].sum())})
     plain = {name.removesuffix("/default"): column for name, column in bulk.items()}
-    assert write_columns_of_shard(path, path.parent, "default", file_sha256(path), plain) == entry
-    assert shard_index(path.parent, path.name).read_bytes() == written
+    assert write_entry(path, path.parent, "default", file_sha256(path), plain) == entry
+    assert shard_index_path(path.parent, path.name).read_bytes() == written
     with pytest.raises(ValueError, match="one length"):
-        write_columns_of_shard(path, path.parent, "default", "", {**bulk, "class": bulk["class"][1:]})
+        write_entry(path, path.parent, "default", "", {**bulk, "class": bulk["class"][1:]})

@@ -9,12 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcluster.data.shards import folder_index as module
+from clipcluster.data.shards import indexing
 from clipcluster.data.shards import metadata as catalogue
 from clipcluster.data.shards.columns import read_columns, write_columns
-from clipcluster.data.shards.folder_index import LIST, TABLE, read_summary, shard_index, write_index
+from clipcluster.data.shards.folder_index import (
+    COLUMNS_FILE,
+    ENTRIES_FILE,
+    read_entries,
+    read_summary,
+    write_folder_index,
+)
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder, open_source
-from clipcluster.data.shards.shard_index import ShardRows
+from clipcluster.data.shards.shard_index import ShardIndexBuilder, shard_index_path
 from clipcluster.data.shards.tar import END, Member, header, padded
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
@@ -55,17 +62,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_choice_is_added_without_hashing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = write_index(folder)
+    first = index_folder(folder)
     before = open_folder(folder)
-    monkeypatch.setattr(module, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
-    both = write_index(folder, captions_choice=SYNTHETIC)
+    monkeypatch.setattr(indexing, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
+    both = index_folder(folder, captions_choice=SYNTHETIC)
     assert list(first.choices) == ["default"]
     assert {name: (c.captions, c.used, c.without_caption) for name, c in both.choices.items()} == {
         "default": (4, 4, 3),
         SYNTHETIC: (18, 5, 2),
     }
     assert read_summary(folder) == both
-    assert write_index(folder) == both  # none asked for: those that are there
+    assert index_folder(folder) == both  # none asked for: those that are there
     after = open_folder(folder)
     assert after.fingerprint == before.fingerprint
     assert before.read(0) == after.read(0)
@@ -77,12 +84,12 @@ def test_a_choice_is_added_without_hashing(folder: Path, monkeypatch: pytest.Mon
 def test_only_what_changed_is_hashed_when_a_choice_is_added(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_index(folder)
+    index_folder(folder)
     _tar(folder / "0003.tar", [("x.jpg", b"i"), ("x.txt", b"a cat")])
     hashed: list[str] = []
-    real = module.file_sha256
-    monkeypatch.setattr(module, "file_sha256", lambda path: hashed.append(path.name) or real(path))
-    write_index(folder, captions_choice=["txt", SYNTHETIC])
+    real = indexing.file_sha256
+    monkeypatch.setattr(indexing, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+    index_folder(folder, captions_choice=["txt", SYNTHETIC])
     assert hashed == ["0003.tar"]
     assert list(read_summary(folder).choices) == ["default", "txt", SYNTHETIC]
     assert open_folder(folder, captions_in="txt").caption_counts.tolist() == [1, 0, 1, 1, 0]
@@ -90,14 +97,14 @@ def test_only_what_changed_is_hashed_when_a_choice_is_added(
 
 def test_several_processes_add_a_choice_as_one_does(folder: Path, tmp_path: Path) -> None:
     for place, workers in (("one", 1), ("two", 2)):
-        write_index(folder, tmp_path / place)
-        write_index(folder, tmp_path / place, SYNTHETIC, workers=workers)
+        index_folder(folder, tmp_path / place)
+        index_folder(folder, tmp_path / place, SYNTHETIC, workers=workers)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
 def test_fields_with_probabilities_lie_end_to_end(folder: Path) -> None:
-    write_index(folder, captions_choice=["default", SYNTHETIC])
+    index_folder(folder, captions_choice=["default", SYNTHETIC])
     asked = {SYNTHETIC: 3, "default": 1}
     source = Source.model_validate({"shards": str(folder), "captions_in": asked})
     shards = open_source(source, text=True)
@@ -119,14 +126,14 @@ def test_fields_with_probabilities_lie_end_to_end(folder: Path) -> None:
 def test_samples_with_any_caption_are_counted_in_stretches(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_index(folder, captions_choice=["default", SYNTHETIC])
+    index_folder(folder, captions_choice=["default", SYNTHETIC])
     for stretch in (1, 4, 6, 100):
         monkeypatch.setattr(catalogue, "_SCAN", stretch)
         assert open_folder(folder, captions_in={"default": 1, SYNTHETIC: 1}).more_than.tolist() == [[3, 2, 1]]
 
 
 def test_one_choice_is_one_field(folder: Path) -> None:
-    write_index(folder, captions_choice=SYNTHETIC)
+    index_folder(folder, captions_choice=SYNTHETIC)
     shards = open_folder(folder, captions_in=SYNTHETIC)
     ((choice, probability, counts),) = shards.fields
     assert (choice, probability, counts.tolist()) == (SYNTHETIC, None, [5, 5, 0, 0, 5, 2, 1])
@@ -138,7 +145,7 @@ def test_one_choice_is_one_field(folder: Path) -> None:
 def test_folders_and_cut_folders_lie_end_to_end(folder: Path, tmp_path: Path) -> None:
     other = _reinforced(tmp_path / "other", [(1, 9)] * 4, per_shard=2)
     for place in (folder, other):
-        write_index(place, captions_choice=["default", SYNTHETIC])
+        index_folder(place, captions_choice=["default", SYNTHETIC])
     source = {"shards": [str(folder), f"{other}/0002.tar"], "captions_in": {"default": 1, SYNTHETIC: 1}}
     shards = open_source(Source.model_validate(source), text=True)
     assert shards.caption_counts.tolist() == [sum(c) for c in COUNTS] + [10, 10]
@@ -152,13 +159,13 @@ def test_folders_and_cut_folders_lie_end_to_end(folder: Path, tmp_path: Path) ->
 
 
 def test_a_choice_the_index_lacks_is_named_with_its_command(folder: Path) -> None:
-    write_index(folder, captions_choice=SYNTHETIC)
+    index_folder(folder, captions_choice=SYNTHETIC)
     with pytest.raises(UserError, match=r"do you mean 'syn.json:syn_text'.*--captions syn.json:syn_txt$"):
         open_folder(folder, captions_in="syn.json:syn_txt")
     source = Source.model_validate({"shards": str(folder), "captions_in": {"txt": 1, "json:a b": 1}})
     with pytest.raises(UserError, match=r"add them with: .* --captions 'json:a b' --captions txt$"):
         open_source(source, text=True)
-    write_index(folder, captions_choice="json:nothing")
+    index_folder(folder, captions_choice="json:nothing")
     source = Source.model_validate({"shards": str(folder), "captions_in": {SYNTHETIC: 1, "json:nothing": 1}})
     with pytest.raises(UserError, match="no sample has a caption by the choice 'json:nothing'"):
         open_source(source, text=True)
@@ -167,14 +174,14 @@ def test_a_choice_the_index_lacks_is_named_with_its_command(folder: Path) -> Non
 def test_an_index_of_format_1_is_refused_then_made_anew_without_hashing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_index(folder, captions_choice="txt")
-    document = json.loads((folder / LIST).read_text())
+    index_folder(folder, captions_choice="txt")
+    document = json.loads((folder / ENTRIES_FILE).read_text())
     old = {**document, "format": 1, "captions_choice": "txt", "captions": document["captions"]["txt"]}
     for entry in old["shards"]:
         entry["captions"] = entry["captions"]["txt"]
         entry["without_caption"] = entry.pop("without_caption", {}).get("txt", 0)
-    (folder / LIST).write_text(json.dumps(old))
-    write_columns(folder / TABLE, {"format": 1, "captions_choice": "txt"}, {})
+    (folder / ENTRIES_FILE).write_text(json.dumps(old))
+    write_columns(folder / COLUMNS_FILE, {"format": 1, "captions_choice": "txt"}, {})
     for path in folder.glob("*.idx"):
         write_columns(path, {"format": 1, "captions": "txt"}, {})
     with pytest.raises(
@@ -183,31 +190,31 @@ def test_an_index_of_format_1_is_refused_then_made_anew_without_hashing(
         open_folder(folder, captions_in="txt")
     with pytest.raises(UserError, match="no index there"):
         read_summary(folder)
-    monkeypatch.setattr(module, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
-    write_index(folder)
+    monkeypatch.setattr(indexing, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
+    index_folder(folder)
     assert open_folder(folder, captions_in="txt").caption_counts.tolist() == [own for own, _ in COUNTS]
 
 
 def test_the_table_holds_what_processes_share(folder: Path) -> None:
-    write_index(folder)
-    arrays = read_columns(folder / TABLE).arrays
+    index_folder(folder)
+    arrays = read_columns(folder / COLUMNS_FILE).arrays
     assert arrays["sample_ends"].tolist() == [3, 6, 7]
     assert arrays["classes"].dtype == np.int32
     assert arrays["captions/default"].dtype == np.uint8
     _tar(folder / "0000.tar", [("a.jpg", b"i"), ("a.txt", b"cat")])
     for name in ("0003.tar", "0006.tar"):
         (folder / name).unlink()
-    write_index(folder)
-    assert "classes" not in read_columns(folder / TABLE).arrays
+    index_folder(folder)
+    assert "classes" not in read_columns(folder / COLUMNS_FILE).arrays
     assert open_folder(folder).classes.tolist() == [-1]
 
 
 def test_rows_that_somebody_else_wrote_are_noticed(folder: Path) -> None:
-    summary = write_index(folder)
-    entries = list(module.read_entries(folder).values())
-    shard_index(folder, "0003.tar").write_bytes(shard_index(folder, "0000.tar").read_bytes())
+    summary = index_folder(folder)
+    entries = list(read_entries(folder).values())
+    shard_index_path(folder, "0003.tar").write_bytes(shard_index_path(folder, "0000.tar").read_bytes())
     with pytest.raises(UserError, match=r"0003\.tar\.idx is of other bytes"):
-        module.write_list(folder, list(summary.choices), entries)
+        write_folder_index(folder, list(summary.choices), entries)
 
 
 KEYS = st.sampled_from(["a", "b", "d/a"])
@@ -216,7 +223,7 @@ EXTENSIONS = st.sampled_from(["jpg", "png", "txt", "json", "cls", "syn.json", "J
 
 @given(st.lists(st.tuples(KEYS, EXTENSIONS, st.binary(max_size=6), st.booleans()), max_size=25))
 def test_every_run_of_members_is_counted_once(members: list[tuple[str, str, bytes, bool]]) -> None:
-    rows = ShardRows(["default", SYNTHETIC])
+    rows = ShardIndexBuilder(["default", SYNTHETIC])
     runs, last, seen = 0, "", set()
     for number, (key, extension, data, link) in enumerate(members):
         if key != last or extension.lower() in seen or not seen:
@@ -233,4 +240,4 @@ def test_every_run_of_members_is_counted_once(members: list[tuple[str, str, byte
 
 def test_it_is_the_writers_index_too(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
     folder = make_shards(tmp_path / "s", 9, per_shard=4)
-    assert read_summary(folder) == write_index(folder)
+    assert read_summary(folder) == index_folder(folder)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcluster.data.shards.columns import Joined
+from clipcluster.data.shards.columns import Concatenated
 
 PIECES = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3), st.integers(0, 99)), min_size=1, max_size=4)
 
@@ -17,7 +17,7 @@ def test_as_numpy(shapes: list[tuple[int, int, int]], data: st.DataObject) -> No
         for size, columns, seed in shapes
     ]
     whole = np.concatenate([np.sum(piece, axis=0, dtype=np.int32) for piece in pieces])
-    joined = Joined(pieces)
+    joined = Concatenated(pieces)
     assert (len(joined), joined.shape, joined.size) == (len(whole), whole.shape, whole.size)
     assert joined.tolist() == whole.tolist()
     assert joined.sum() == whole.sum()
@@ -38,6 +38,6 @@ def test_as_numpy(shapes: list[tuple[int, int, int]], data: st.DataObject) -> No
 
 
 def test_one_kind_of_number_is_kept() -> None:
-    assert Joined([[np.zeros(2, np.uint8)], [np.zeros(1, np.uint8)]]).dtype == np.uint8
-    assert Joined([[np.zeros(2, np.uint8)], [np.zeros(1, np.int32)]])[:].dtype == np.int32
-    assert Joined([[np.full(2, 200, np.uint8), np.full(2, 100, np.uint8)]])[1] == 300
+    assert Concatenated([[np.zeros(2, np.uint8)], [np.zeros(1, np.uint8)]]).dtype == np.uint8
+    assert Concatenated([[np.zeros(2, np.uint8)], [np.zeros(1, np.int32)]])[:].dtype == np.int32
+    assert Concatenated([[np.full(2, 200, np.uint8), np.full(2, 100, np.uint8)]])[1] == 300

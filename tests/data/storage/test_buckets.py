@@ -133,7 +133,7 @@ def test_an_index_on_this_machine_and_a_glob(
         source = Source(shards=written, index=str(tmp_path / "index"))
         shards = open_source(source, text=True, cache=cache)
         assert len(shards) == count
-        assert shards.touched() == {}
+        assert shards.modified_shards() == {}
     local = open_folder(folder)
     assert [shards.read(i) for i in range(16)] == [local.read(i + 4) for i in range(16)]
     with pytest.raises(UserError, match="nothing there fits"):

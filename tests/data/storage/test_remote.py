@@ -12,8 +12,8 @@ from fsspec.spec import AbstractFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcluster.data.shards.dataset import Shards
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.dataset import Dataset
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.data.storage import download
 from clipcluster.data.storage import urls as remote
@@ -44,7 +44,7 @@ def _source(**keys: object) -> Source:
     return Source.model_validate(keys)
 
 
-def all_of(shards: Shards) -> list[Any]:
+def all_of(shards: Dataset) -> list[Any]:
     return [shards.read(position) for position in range(shards.n_samples)]
 
 
@@ -88,7 +88,7 @@ def test_tars_by_braces_through_an_index_on_this_machine(
     source = _source(shards=written, index=str(tmp_path / "index"))
     shards = open_source(source, text=True, cache=cache)
     assert all_of(shards) == all_of(open_folder(folder))[:20]
-    assert shards.touched() == {}
+    assert shards.modified_shards() == {}
     assert shards.parts[0].rows is None
     same = open_source(_source(shards=written, index=beside.address), text=True, cache=cache)
     assert (same.fingerprint, same.read(7)) == (shards.fingerprint, shards.read(7))
@@ -149,7 +149,7 @@ def test_other_content_than_was_indexed(folder: Path, cache: Cache, web_server: 
     tar.write_bytes(whole + bytes(512))
     with pytest.raises(DataError, match=r"00003\.tar changed .*bytes, was"):
         shards.read(6)
-    assert list(shards.touched()) == [3]
+    assert list(shards.modified_shards()) == [3]
     with pytest.raises(DataError, match=r"00003\.tar changed"):
         shards.check_unchanged()
     tar.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
@@ -167,7 +167,7 @@ def test_an_index_that_was_made_anew(
     before = open_source(_source(shards=server.address), text=True, cache=cache)
     make_shards(folder.parent / "more", 3, per_shard=3)
     (folder.parent / "more" / "00000.tar").rename(folder / "more.tar")
-    write_index(folder)
+    index_folder(folder)
     after = open_source(_source(shards=server.address), text=True, cache=cache)
     assert (before.n_samples, after.n_samples) == (40, 43)
     assert after.read(42).key == "s00002"
@@ -188,7 +188,7 @@ def test_commands(folder: Path, cache: Cache, tmp_path: Path, monkeypatch: pytes
     index_folders([written], index=tmp_path / "index")
     shards = open_source(_source(shards=written, index=str(tmp_path / "index")), text=True, cache=cache)
     assert all_of(shards) == all_of(open_folder(folder))
-    assert shards.touched() == {}
+    assert shards.modified_shards() == {}
 
 
 @pytest.mark.usefixtures("hurried")
@@ -256,7 +256,7 @@ def test_a_password_goes_to_its_server_alone(
     written = server.address.replace("//", "//user:secret@")
     shards = open_source(_source(shards=written), text=True, cache=cache)
     assert shards.read(3) == open_folder(folder).read(3)
-    assert "secret" not in str(shards.shard_place(0))
+    assert "secret" not in str(shards.shard_location(0))
 
 
 class NoCredentials(Exception):

@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipcluster.data.shards.folder_index import read_summary, write_index
+from clipcluster.data.shards.folder_index import read_summary
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.tar import header, scan
 from clipcluster.errors import UserError
@@ -116,7 +117,7 @@ def test_the_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
 def test_the_index_is_that_of_a_scan(tmp_path: Path, numbers: Callable) -> None:
     numbers([f"k{number}" for number in range(50)])
     convert("numbers", tmp_path / "out", settings=Settings(samples_per_shard=20))
-    write_index(tmp_path / "out" / "train", tmp_path / "scan")
+    index_folder(tmp_path / "out" / "train", tmp_path / "scan")
     for path in (tmp_path / "scan").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / "train" / path.name).read_bytes(), path.name
     assert (tmp_path / "out" / "train" / "notes.txt").read_text() == "what this is\n"

@@ -8,7 +8,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from clipcluster.data.images.decode import decode
-from clipcluster.data.shards.folder_index import read_summary, write_index
+from clipcluster.data.shards.folder_index import read_summary
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from tools.convert.convert import convert
@@ -66,7 +67,7 @@ def test_twice_the_same_bytes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_index_written_with_the_shards_is_that_of_a_scan(folder: Path, tmp_path: Path) -> None:
-    write_index(folder / "test", tmp_path)
+    index_folder(folder / "test", tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (folder / "test" / path.name).read_bytes()
 

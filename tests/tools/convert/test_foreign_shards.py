@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipcluster.data.shards.dataset import Shards
+from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.errors import UserError
 from tools.convert.readers.webdataset import KIND, Options
@@ -22,7 +22,7 @@ def _source(shards: str) -> Any:
     return SimpleNamespace(shards=shards, index=None, captions_in=None)
 
 
-def _by_key(shards: Shards) -> dict[str, Any]:
+def _by_key(shards: Dataset) -> dict[str, Any]:
     return {sample.key: sample for sample in map(shards.read, range(shards.n_samples))}
 
 

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from tools.convert.readers.img2dataset import KIND, Options, open_downloads
@@ -286,7 +286,7 @@ def test_broken_uid_files_are_refused(downloads: Any, folder: Path, tmp_path: Pa
 
 
 def test_the_folder_can_be_indexed_as_it_is(folder: Path, tmp_path: Path) -> None:
-    summary = write_index(folder, tmp_path)
+    summary = index_folder(folder, tmp_path)
     assert (summary.samples, summary.captions, summary.without_caption) == (12, 10, 2)
     shards = open_folder(folder, tmp_path)
     found = {sample.key: sample for sample in map(shards.read, range(12))}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from tools.convert.convert import convert
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
         members = [member for number in numbers for member in _members(number)]
         _tar(folder / f"{shard}.tar", [("README", b"hello"), *members])
     (folder / "classnames.txt").write_text("a\nb\nc\n")
-    write_index(folder, None, ["default", "syn.json:syn_text"])
+    index_folder(folder, None, ["default", "syn.json:syn_text"])
     return folder
 
 
@@ -141,7 +141,7 @@ def test_folders_together(folder: Path, tmp_path: Path) -> None:
             for name, data in _members(n)
         ],
     )
-    write_index(other)
+    index_folder(other)
     assert len(_reshard([folder, other], tmp_path / "keys")) == 25
     bad = [json.loads(line) for line in (tmp_path / "keys" / "bad_samples.jsonl").read_text().splitlines()]
     assert [entry["reason"] for entry in bad] == ["duplicate key"] * 6
@@ -165,7 +165,7 @@ def test_bad_images_are_left_out_and_listed(folder: Path, tmp_path: Path) -> Non
         for name, data in _members(n)
     ]
     _tar(folder / "3.tar", [(f"x{name}", data) for name, data in members])
-    write_index(folder)
+    index_folder(folder)
     assert len(_reshard([folder], tmp_path / "out", drop_bad=True)) == 30
     (line,) = (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "xdeep/é003"
@@ -174,7 +174,7 @@ def test_bad_images_are_left_out_and_listed(folder: Path, tmp_path: Path) -> Non
 
 def test_what_is_no_sample_is_said(folder: Path, tmp_path: Path) -> None:
     _tar(folder / "3.tar", [*_members(90), ("a.txt", b"no image"), *_members(91), *_members(90)])
-    write_index(folder)
+    index_folder(folder)
     done = convert("shards", tmp_path / "out", [folder], Options())
     assert done.notes == [
         f"{folder}: left behind: 1 without an image, 1 whose key came before in their shard"

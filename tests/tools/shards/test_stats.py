@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.errors import UserError
 from tools.convert.shard_writer import ShardWriter
 from tools.shards.stats import stats
@@ -89,7 +89,7 @@ def test_without_an_index_that_fits_one_is_made_for_the_moment(folder: Path, tmp
     assert (found.samples, found.captions) == (12, 12)
     assert "no index" in found.notes[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
-    write_index(tmp_path)
+    index_folder(tmp_path)
     assert stats(tmp_path, images=False).notes == []
     (tmp_path / "00003.tar").write_bytes((folder / "00000.tar").read_bytes())
     found = stats(tmp_path, images=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipcluster.data.shards.folder_index import write_index
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.errors import UserError
 from tools.convert.readers.digits import png
 from tools.convert.shard_writer import ShardWriter
@@ -70,7 +70,7 @@ def test_a_broken_shard_is_named(folder: Path, way: str) -> None:
 def test_a_cut_shard_is_named_and_its_samples_are_counted(folder: Path) -> None:
     path = folder / "00000.tar"
     path.write_bytes(path.read_bytes()[:-1024])
-    write_index(folder)
+    index_folder(folder)
     report = verify(folder, workers=0)
     reason = report.broken[0]["reason"]
     assert report.broken == [{"shard": "00000.tar", "key": None, "reason": reason, "fault": "cut"}]
@@ -92,7 +92,7 @@ def test_notes_break_nothing(folder: Path) -> None:
     (folder / "00003.tar.gz").write_bytes(b"packed")
     (folder / "00000.tar").write_bytes((folder / "more" / "00000.tar").read_bytes())
     (folder / "00001.tar").write_bytes(bytes(1024))
-    write_index(folder)
+    index_folder(folder)
     report = verify(folder, workers=0)
     assert report.whole
     assert (report.samples, report.duplicates) == (6, 1)

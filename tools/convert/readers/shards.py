@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from clipcluster.data.images.format import KIND_NAMES, kind_of, size_of
-from clipcluster.data.shards import folder_index as indexes
+from clipcluster.data.shards import folder_index, indexing, shard_index
 from clipcluster.data.shards.captions import choice_for
 from clipcluster.data.shards.columns import read_columns
-from clipcluster.data.shards.dataset import OPEN_SHARDS, Shards
+from clipcluster.data.shards.dataset import OPEN_SHARDS, Dataset
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.errors import UserError
@@ -55,10 +55,10 @@ class _Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.choice = choice_for(path, None)
-        self.shards: Shards = open_folder(path, None, self.choice)
-        for shard in self.shards.touched():
+        self.shards: Dataset = open_folder(path, None, self.choice)
+        for shard in self.shards.modified_shards():
             self.shards.check(shard)
-        summary = indexes.read_summary(path)
+        summary = folder_index.read_summary(path)
         self.choices = tuple(summary.choices)
         self.without_image, self.repeated, self.broken = (
             summary.without_image,
@@ -70,14 +70,16 @@ class _Folder:
         """The keys of these samples (ascending), by their headers alone."""
         fd, opened = -1, -1
         try:
-            for shard, row in map(self.shards.record, positions.tolist()):
+            for shard, row in map(self.shards.locate, positions.tolist()):
                 if shard != opened:
                     path = self.shards.shard_path(shard)
-                    offsets = read_columns(indexes.shard_index(self.path, path.name)).arrays["offset"]
+                    offsets = read_columns(shard_index.shard_index_path(self.path, path.name)).arrays[
+                        "offset"
+                    ]
                     if fd >= 0:
                         os.close(fd)
                     fd, opened = os.open(path, os.O_RDONLY), shard
-                name = indexes.sample_name(next(scan(fd, int(offsets[row]))).name)
+                name = shard_index.sample_name(next(scan(fd, int(offsets[row]))).name)
                 assert name is not None, "the index begins a sample with a member of one"
                 yield name[0]
         finally:
@@ -115,7 +117,7 @@ class Resharding:
         pieces = []
         for folder, taken in zip(self._folders, self._taken, strict=True):
             every = [
-                read_columns(indexes.shard_index(folder.path, name)).arrays["image_size"]
+                read_columns(shard_index.shard_index_path(folder.path, name)).arrays["image_size"]
                 for name in folder.shards.shard_names
             ]
             pieces.append(np.concatenate(every)[taken])
@@ -126,7 +128,7 @@ class Resharding:
         part = int(np.searchsorted(self._ends, number, side="right"))
         position = int(self._taken[part][number - int(self._ends[part]) + len(self._taken[part])])
         folder = self._folders[part]
-        shard, row = folder.shards.record(position)
+        shard, row = folder.shards.locate(position)
         fd, offsets = self._handle(part, shard)
         key, members = _members(fd, int(offsets[row]))
         key = f"{folder.path.resolve().name}/{key}" if self._options.prefix else key
@@ -140,7 +142,7 @@ class Resharding:
         if name not in self._open:
             folder = self._folders[part]
             path = folder.shards.shard_path(shard)
-            rows = read_columns(indexes.shard_index(folder.path, path.name))
+            rows = read_columns(shard_index.shard_index_path(folder.path, path.name))
             self._open[name] = (os.open(path, os.O_RDONLY), rows.arrays["offset"])
             while len(self._open) > OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1][0])
@@ -155,7 +157,7 @@ def _members(fd: int, start: int) -> tuple[str, dict[str, bytes]]:
     seen: set[str] = set()
     try:
         for member in scan(fd, start):
-            name = indexes.sample_name(member.name)
+            name = shard_index.sample_name(member.name)
             if name is None:
                 continue
             if (key is not None and name[0] != key) or name[1] in seen:
@@ -183,7 +185,7 @@ def _bytes(fd: int, offset: int, size: int) -> bytes:
 def _require_decodable(key: str, members: Mapping[str, bytes]) -> None:
     from clipcluster.data.images.decode import BadImage, decode  # loads torch, for those who ask for it
 
-    image = next(data for name, data in members.items() if name.lower() in indexes.IMAGE_EXTENSIONS)
+    image = next(data for name, data in members.items() if name.lower() in shard_index.IMAGE_EXTENSIONS)
     try:
         decode(image)
     except BadImage as error:
@@ -327,13 +329,13 @@ def _with_keys(folders: Sequence[_Folder], taken: Sequence[np.ndarray], file: Pa
     return kept
 
 
-def _conditions(options: Options) -> list[Callable[[Shards, int], bool]]:
+def _conditions(options: Options) -> list[Callable[[Dataset, int], bool]]:
     """What the images' bytes have to answer."""
-    conditions: list[Callable[[Shards, int], bool]] = []
+    conditions: list[Callable[[Dataset, int], bool]] = []
     if options.kinds or options.min_side is not None or options.max_aspect is not None:
         names = _kinds_named(options)
 
-        def fits(shards: Shards, position: int) -> bool:
+        def fits(shards: Dataset, position: int) -> bool:
             image = shards.read(position, text=False).image
             if names and (kind_of(image) or "none").lower() not in names:
                 return False
@@ -348,7 +350,7 @@ def _conditions(options: Options) -> list[Callable[[Shards, int], bool]]:
     if options.dedupe:
         seen: set[bytes] = set()
 
-        def is_new(shards: Shards, position: int) -> bool:
+        def is_new(shards: Dataset, position: int) -> bool:
             digest = hashlib.sha256(shards.read(position, text=False).image).digest()[:16]
             new = digest not in seen
             seen.add(digest)
@@ -381,9 +383,9 @@ def _hash(seed: int, key: str) -> int:
 
 def index_as_before(inputs: Sequence[Path], out: Path) -> None:
     """Counts in the new shards the choices of captions that the indexes of the old ones have."""
-    choices = dict.fromkeys(choice for path in inputs for choice in indexes.read_summary(path).choices)
-    if not set(choices) <= set(indexes.read_summary(out).choices):
-        indexes.write_index(out, None, list(choices))
+    choices = dict.fromkeys(choice for path in inputs for choice in folder_index.read_summary(path).choices)
+    if not set(choices) <= set(folder_index.read_summary(out).choices):
+        indexing.index_folder(out, None, list(choices))
 
 
 KIND = Kind(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipcluster.data.shards.folder_index import IMAGE_EXTENSIONS, sample_name
+from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name
 from clipcluster.data.shards.tar import BrokenTar, padded, scan
 
 OPEN_SHARDS = 64  # handles kept open in each process

@@ -1,0 +1,183 @@
+"""Indexes made from the tars themselves: a header scan, the small members, one hash pass for each shard.
+
+What is known already is taken over: a shard of the same size and mtime is not hashed again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from clipcluster.data.shards import captions
+from clipcluster.data.shards.columns import BrokenColumns, read_columns
+from clipcluster.data.shards.find import find_shards
+from clipcluster.data.shards.folder_index import (
+    IndexSummary,
+    ShardEntry,
+    file_sha256,
+    read_list,
+    summarize,
+    write_folder_index,
+)
+from clipcluster.data.shards.shard_index import (
+    CAPTION_COLUMNS,
+    FORMAT,
+    caption_column,
+    scan_shard,
+    shard_index_path,
+    write_shard_index,
+)
+from clipcluster.errors import UserError
+
+
+def index_folder(
+    folder: Path,
+    index: Path | None = None,
+    captions_choice: str | Sequence[str] | None = None,
+    *,
+    again: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> IndexSummary:
+    """Indexes every tar of a folder; into `index` if the folder cannot be written to.
+
+    The choices of captions asked for stand beside those that the index has already; with none asked for it
+    keeps what it has, and a new one takes the folder's own. A shard of the same size and mtime is not hashed
+    again, and keeps its rows if they have every choice, unless `again`. `progress(done, total)` is called
+    after every shard. UserError: no folder, no shards, unknown choice, a place that cannot be written.
+    """
+    asked = [captions_choice] if isinstance(captions_choice, str) else list(captions_choice or ())
+    shards, target = find_shards(folder), index or folder
+    have, known = read_list(target)
+    choices = tuple(dict.fromkeys([*have, *map(captions.check_choice, asked)]))
+    choices = choices or (captions.choice_for(folder, None),)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        entries = _index_all(shards, target, choices, {} if again else known, workers, progress)
+        write_folder_index(target, choices, entries)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--index {target}: a file has this name; give a folder") from None
+    except PermissionError as error:
+        if Path(str(error.filename)) in shards:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"{target} cannot be written to ({error.strerror}: {error.filename}); put the index elsewhere: "
+            f"clipcluster shards index {folder} --index FOLDER"
+        ) from None
+    return summarize(folder, target, choices, entries)
+
+
+def _index_all(
+    shards: Sequence[Path],
+    target: Path,
+    choices: tuple[str, ...],
+    known: dict[str, ShardEntry],
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[ShardEntry]:
+    done: dict[str, ShardEntry] = {}
+    digests: dict[str, str] = {}
+    for path in shards:
+        entry = known.get(path.name)
+        state = path.stat()
+        if entry is None or (state.st_size, state.st_mtime_ns) != (entry.bytes, entry.mtime_ns):
+            continue
+        digests[path.name] = entry.sha256
+        if _has_rows(target, entry, choices):
+            done[path.name] = entry
+    todo = [path for path in shards if path.name not in done]
+    for count, (path, made) in enumerate(
+        zip(todo, _run(todo, target, choices, digests, workers), strict=True), len(done) + 1
+    ):
+        done[path.name] = made
+        if progress is not None:
+            progress(count, len(shards))
+    return [done[path.name] for path in shards]
+
+
+def _run(
+    todo: Sequence[Path], target: Path, choices: tuple[str, ...], digests: Mapping[str, str], workers: int
+) -> Iterator[ShardEntry]:
+    known = [digests.get(path.name) for path in todo]
+    if workers <= 1 or len(todo) < 2:
+        return map(index_shard, todo, repeat(target), repeat(choices), known)
+    from concurrent.futures import ProcessPoolExecutor  # here: 3 MB that no loader worker needs
+    from multiprocessing import get_context
+
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"))
+    results = pool.map(index_shard, todo, repeat(target), repeat(choices), known)
+    pool.shutdown(wait=False)
+    return results
+
+
+def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool:
+    """Whether the rows on disk are those of the entry, for every choice."""
+    if set(entry.captions) != set(choices):
+        return False
+    try:
+        meta = read_columns(shard_index_path(target, entry.name)).meta
+    except (OSError, BrokenColumns):
+        return False
+    return (
+        meta.get("format") == FORMAT
+        and meta.get("sha256") == entry.sha256
+        and set(choices) == set(meta["choices"])
+    )
+
+
+def index_shard(
+    path: Path, index: Path, choices: str | Sequence[str], digest: str | None = None
+) -> ShardEntry:
+    """Scans and hashes one tar and writes its rows; returns its entry.
+
+    With `digest`, its known sha256, it is not hashed. UserError: it changed meanwhile, or is compressed.
+    """
+    before = path.stat()
+    rows, columns, broken = scan_shard(path, choices)
+    digest = digest or file_sha256(path)
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise UserError(
+            f"{path} changed while it was being indexed; wait until it is written, then index again"
+        )
+    return write_entry(
+        path, index, rows.choices, digest, columns, rows.without_image, rows.duplicates, broken
+    )
+
+
+def write_entry(
+    path: Path,
+    index: Path,
+    choices: str | Sequence[str],
+    digest: str,
+    columns: Mapping[str, np.ndarray],
+    without_image: int = 0,
+    duplicates: int = 0,
+    broken: str | None = None,
+) -> ShardEntry:
+    """Writes the index of the shard at `path`, whose sha256 is `digest`; returns its entry for the folder's.
+
+    columns: those of `shard_index`, each (samples,); of a single choice their names may go without it
+    (`captions` for `captions/CHOICE`). ValueError where one is missing or has another length.
+    """
+    choices = (choices,) if isinstance(choices, str) else tuple(choices)
+    named = {
+        caption_column(name, choices[0]) if name in CAPTION_COLUMNS else name: np.asarray(values)
+        for name, values in columns.items()
+    }
+    write_shard_index(shard_index_path(index, path.name), path.name, digest, choices, named)
+    state = path.stat()
+    counts = {choice: named[caption_column("captions", choice)] for choice in choices}
+    return ShardEntry(
+        name=path.name,
+        samples=len(named["offset"]),
+        captions={choice: int(of.sum(dtype=np.int64)) for choice, of in counts.items()},
+        bytes=state.st_size,
+        sha256=digest,
+        mtime_ns=state.st_mtime_ns,
+        without_caption={choice: int((of == 0).sum()) for choice, of in counts.items() if not of.all()},
+        without_image=without_image,
+        duplicates=duplicates,
+        broken=broken,
+    )
