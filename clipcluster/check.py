@@ -170,9 +170,9 @@ def _check_cache(recipe: Recipe, opened: Sequence[Dataset], findings: Findings) 
 
 def _draws(recipe: Recipe, opened: Sequence[Dataset]) -> int:
     """Samples of all sources, repeats counted, from the order itself: what it refuses is found here."""
-    from clipcluster.data.sampling.sampler import order_of
+    from clipcluster.data.sampling.sampler import sampler_of
 
-    return order_of(recipe, opened).samples
+    return sampler_of(recipe, opened).samples
 
 
 def _open(source: Source, text: bool) -> Dataset:

@@ -12,7 +12,7 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runtime.stop import Stop, Wish
 
 if TYPE_CHECKING:
-    from clipcluster.data.sampling.sampler import Order
+    from clipcluster.data.sampling.sampler import Sampler
     from clipcluster.data.shards.dataset import Dataset
     from clipcluster.data.tokenizer import Tokenizer
     from clipcluster.runtime.world import World
@@ -27,7 +27,7 @@ class Sources:
     """What is trained on: shards, the order of their samples, the tokenizer."""
 
     shards: Sequence[Dataset]
-    order: Order
+    sampler: Sampler
     tokenizer: Tokenizer
 
     @property
@@ -56,7 +56,7 @@ def _hashes(source: Dataset) -> dict[str, str]:
 
 def open_sources(recipe: Recipe, assets: Path) -> Sources:
     """Open the recipe's sources. Raises UserError where one cannot be opened."""
-    from clipcluster.data.sampling.sampler import order_of
+    from clipcluster.data.sampling.sampler import sampler_of
     from clipcluster.data.shards.open import open_source
     from clipcluster.data.storage.cache import Cache
     from clipcluster.data.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ def open_sources(recipe: Recipe, assets: Path) -> Sources:
     cache = Cache.of(recipe.data.cache)
     shards = [open_source(source, text=True, cache=cache) for source in recipe.data.train]
     tokenizer = load_tokenizer(recipe.data.text, assets)
-    return Sources(shards, order_of(recipe, shards), tokenizer)
+    return Sources(shards, sampler_of(recipe, shards), tokenizer)
 
 
 def check_shards(sources: Sequence[Dataset], world: World, stop: Stop) -> Wish:
@@ -102,7 +102,7 @@ def open_batches(
 
     return Loader(
         sources.shards,
-        sources.order,
+        sources.sampler,
         recipe.data,
         tokenizer=sources.tokenizer,
         seed=recipe.seed,

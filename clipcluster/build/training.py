@@ -46,7 +46,7 @@ def build_trainer(
     from clipcluster.train.step import Step
     from clipcluster.train.trainer import Trainer
 
-    plan_ = plan(recipe, sources.order.samples, world.size)
+    plan_ = plan(recipe, sources.sampler.samples, world.size)
     precision = Precision(recipe.train.precision, world.device)
     model = build_model(recipe, sources.tokenizer, run.assets)
     weights = describe_start(model, plan_) if world.is_main else {}

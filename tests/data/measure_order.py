@@ -15,13 +15,13 @@ from collections.abc import Callable
 import numpy as np
 
 from clipcluster.data.sampling.oversampling import Repeats
-from clipcluster.data.sampling.sampler import Order, SourceShape
+from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 
 BATCH, STEP, BATCHES = 384, 12_345, 100
 PER_SHARD = 10_000
 
 
-def measured(make: Callable[[], Order], repetitions: int) -> dict[str, float]:
+def measured(make: Callable[[], Sampler], repetitions: int) -> dict[str, float]:
     """Medians of milliseconds, and the private memory that an order keeps and the most it takes, in MB."""
     plan, first, following = [], [], []
     for repetition in range(repetitions):
@@ -50,7 +50,7 @@ def measured(make: Callable[[], Order], repetitions: int) -> dict[str, float]:
     }
 
 
-def orders(shards: int, by_class: bool) -> dict[str, Callable[[], Order]]:
+def orders(shards: int, by_class: bool) -> dict[str, Callable[[], Sampler]]:
     """Ways to make an order of one source, whose columns are those of an index."""
     counts = np.full(shards, PER_SHARD, np.int64)
     ends = np.cumsum(counts)
@@ -59,9 +59,9 @@ def orders(shards: int, by_class: bool) -> dict[str, Callable[[], Order]]:
     captions = np.broadcast_to(np.uint8(1), (samples,))
     columns = {"more_than": more_than, "sample_ends": ends}
 
-    def make(repeats: Repeats | None) -> Callable[[], Order]:
-        shape = SourceShape(counts, captions, repeats=repeats, **columns)
-        return lambda: Order([shape], batch_size=BATCH, seed=0, captions="random")
+    def make(repeats: Repeats | None) -> Callable[[], Sampler]:
+        shape = SamplerSource(counts, captions, repeats=repeats, **columns)
+        return lambda: Sampler([shape], batch_size=BATCH, seed=0, captions="random")
 
     made = {"plain": make(None), "three_times": make(Repeats(3))}
     if by_class:

@@ -88,12 +88,12 @@ def recipe_of(folder: Path) -> Any:
 
 def planned(folder: Path) -> tuple[Any, Any, Any]:
     """The recipe, its opened source and its order: what a rank makes before the first batch."""
-    from clipcluster.data.sampling.sampler import order_of
+    from clipcluster.data.sampling.sampler import sampler_of
     from clipcluster.data.shards.open import open_source
 
     recipe = recipe_of(folder)
     shards = open_source(recipe.data.train[0], text=True)
-    return recipe, shards, order_of(recipe, [shards])
+    return recipe, shards, sampler_of(recipe, [shards])
 
 
 def run_worker(pipe: Any) -> None:

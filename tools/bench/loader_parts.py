@@ -25,7 +25,7 @@ def loader(settings: dict[str, Any]) -> Callable[[], int]:
     """The loader as training uses it; its tokenizer is the one of bytes."""
     from clipcluster.data.loading.batch import normalise
     from clipcluster.data.loading.loader import Loader
-    from clipcluster.data.sampling.sampler import order_of
+    from clipcluster.data.sampling.sampler import sampler_of
     from clipcluster.data.shards.open import open_source
     from clipcluster.data.tokenizer import load_tokenizer
     from clipcluster.recipe.sections.data import Data
@@ -47,7 +47,7 @@ def loader(settings: dict[str, Any]) -> Callable[[], int]:
     shards = [open_source(data.train[0], text=True)]
     batches = Loader(
         shards,
-        order_of(Recipe.model_construct(data=data, seed=0), shards),
+        sampler_of(Recipe.model_construct(data=data, seed=0), shards),
         data,
         tokenizer=load_tokenizer(data.text),
         seed=0,

@@ -9,16 +9,16 @@ import torch
 
 from clipcluster.data.images.transforms import evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch, EvaluationBatch
-from clipcluster.data.loading.shared_buffer import SHAREABLE, Room
-from clipcluster.data.loading.worker import EvaluationReader, Piece, Share, TrainReader
-from clipcluster.data.loading.worker_pool import PREFETCH, ShareStream
+from clipcluster.data.loading.shared_buffer import SHAREABLE, SharedBuffer
+from clipcluster.data.loading.worker import EvaluationReader, PartialBatch, TrainReader, WorkItem
+from clipcluster.data.loading.worker_pool import PREFETCH, WorkerPool
 from clipcluster.data.sampling.oversampling import ShownClasses
 from clipcluster.data.sampling.sampler import Draws
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.tokenizer import Tokenizer
 
 
-class BatchOrder(Protocol):
+class BatchSampler(Protocol):
     """Which samples a batch holds, for any batch number."""
 
     batch_size: int
@@ -43,7 +43,7 @@ class Loader:
     def __init__(
         self,
         sources: Sequence[Dataset],
-        order: BatchOrder,
+        order: BatchSampler,
         data: Any,
         *,
         tokenizer: Tokenizer | None,
@@ -62,9 +62,11 @@ class Loader:
         shown = [order.shown_classes(number) for number in range(len(sources))]
         transform = train_transform(data.image)
         self._image_shape = (3, transform.size, transform.size)
-        self._rooms: deque[Room] | None = deque() if workers and SHAREABLE else None  # batches in the making
+        self._rooms: deque[SharedBuffer] | None = (
+            deque() if workers and SHAREABLE else None
+        )  # batches in the making
         reader = TrainReader(sources, tokenizer, transform, seed, shown)
-        self._stream = ShareStream(reader, self._shares(start), workers, prefetch)
+        self._stream = WorkerPool(reader, self._shares(start), workers, prefetch)
         self._reported: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -89,7 +91,7 @@ class Loader:
             bad=bad,
         )
 
-    def _images(self, pieces: Sequence[Piece]) -> torch.Tensor:
+    def _images(self, pieces: Sequence[PartialBatch]) -> torch.Tensor:
         if self._rooms is None:
             return _laid_together([piece.images for piece in pieces if piece.images is not None])
         room = self._rooms.popleft()
@@ -102,7 +104,7 @@ class Loader:
         while self._rooms:
             self._rooms.popleft().close()
 
-    def _shares(self, start: int) -> Iterator[Share]:
+    def _shares(self, start: int) -> Iterator[WorkItem]:
         t = start
         while True:
             ahead = [end for begin, end in self._skipped if begin <= t < end]
@@ -110,12 +112,12 @@ class Loader:
                 t = max(ahead)
                 continue
             draws = self._order.slots(t, *self._slots)
-            columns = (draws.source, draws.passage, draws.position, draws.caption)
+            columns = (draws.source, draws.pass_index, draws.position, draws.caption)
             place = None
             if self._rooms is not None:
-                self._rooms.append(Room((len(draws), *self._image_shape)))
+                self._rooms.append(SharedBuffer((len(draws), *self._image_shape)))
                 place = self._rooms[-1].place
-            share = Share(t, self._slots[0], *columns, place)
+            share = WorkItem(t, self._slots[0], *columns, place)
             yield from share.cut(self._pieces)
             t += 1
 
@@ -141,7 +143,7 @@ class EvaluationLoader:
         self._rank, self._world_size = rank, world_size
         self._pieces = max(1, workers)
         reader = EvaluationReader(shards, tokenizer, evaluation_transform(data.image))
-        self._stream = ShareStream(reader, self._shares(), workers)
+        self._stream = WorkerPool(reader, self._shares(), workers)
 
     def __len__(self) -> int:
         return -(-self._samples // self._batch_size)
@@ -157,19 +159,19 @@ class EvaluationLoader:
         """Ends the workers; may be called twice."""
         self._stream.close()
 
-    def _shares(self) -> Iterator[Share]:
+    def _shares(self) -> Iterator[WorkItem]:
         for index in range(len(self)):
             begin = index * self._batch_size
             size = min(self._batch_size, self._samples - begin)
             first, end = size * self._rank // self._world_size, size * (self._rank + 1) // self._world_size
             positions = np.arange(begin + first, begin + end)
             nothing = np.zeros(len(positions), np.int64)
-            share = Share(
+            share = WorkItem(
                 index, first, nothing.astype(np.int32), nothing, positions, nothing.astype(np.int32)
             )
             yield from share.cut(self._pieces)
 
-    def _join(self, pieces: list[Piece]) -> EvaluationBatch:
+    def _join(self, pieces: list[PartialBatch]) -> EvaluationBatch:
         positions = [position for piece in pieces for position in piece.positions]
         captions = [texts for piece in pieces for texts in piece.captions]
         tokens = _joined([piece.tokens for piece in pieces])

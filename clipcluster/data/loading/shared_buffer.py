@@ -15,7 +15,7 @@ SHAREABLE = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 
 
 @dataclass(frozen=True)
-class Place:
+class BufferSlice:
     """Images `begin` to `end` of a room, for another process: a path and numbers."""
 
     path: str
@@ -23,7 +23,7 @@ class Place:
     begin: int
     end: int
 
-    def cut(self, begin: int, end: int) -> "Place":
+    def cut(self, begin: int, end: int) -> "BufferSlice":
         """A part of it, counted from its own begin."""
         return replace(self, begin=self.begin + begin, end=self.begin + end)
 
@@ -36,7 +36,7 @@ class Place:
             os.close(fd)
 
 
-class Room:
+class SharedBuffer:
     """Images of a batch in memory that other processes can open while this object lives, `shape` uint8.
 
     `images` lives on without it.
@@ -47,7 +47,7 @@ class Room:
         self._fd = os.memfd_create("batch", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, max(1, math.prod(shape)))
         self.images = _mapped(self._fd, shape)
-        self.place = Place(f"/proc/{os.getpid()}/fd/{self._fd}", shape, 0, shape[0])
+        self.place = BufferSlice(f"/proc/{os.getpid()}/fd/{self._fd}", shape, 0, shape[0])
 
     def close(self) -> None:
         """No other process can open it any more; may be called twice."""

@@ -10,7 +10,7 @@ import torch
 
 from clipcluster.data.images.decode import BadImage, decode
 from clipcluster.data.images.transforms import EvaluationTransform, TrainTransform, draw_seed
-from clipcluster.data.loading.shared_buffer import Place
+from clipcluster.data.loading.shared_buffer import BufferSlice
 from clipcluster.data.sampling.oversampling import ShownClasses
 from clipcluster.data.shards.dataset import Dataset, Sample
 from clipcluster.data.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from clipcluster.runtime.stop import DataError, OutOfMemory
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkItem:
     """The draws that one worker turns into samples: `first` is the slot of the first in the global batch.
 
     `place` is where their images go in memory that the rank shares; None: they are handed over.
@@ -27,23 +27,23 @@ class Share:
     index: int
     first: int
     source: np.ndarray
-    passage: np.ndarray
+    pass_index: np.ndarray
     position: np.ndarray
     caption: np.ndarray
-    place: Place | None = None
+    place: BufferSlice | None = None
 
     def __len__(self) -> int:
         return len(self.position)
 
-    def cut(self, pieces: int) -> Iterator["Share"]:
+    def cut(self, pieces: int) -> Iterator["WorkItem"]:
         """Contiguous shares of this one, their sizes equal but for one."""
         for piece in range(pieces):
             begin, end = len(self) * piece // pieces, len(self) * (piece + 1) // pieces
-            yield Share(
+            yield WorkItem(
                 self.index,
                 self.first + begin,
                 self.source[begin:end],
-                self.passage[begin:end],
+                self.pass_index[begin:end],
                 self.position[begin:end],
                 self.caption[begin:end],
                 None if self.place is None else self.place.cut(begin, end),
@@ -51,7 +51,7 @@ class Share:
 
 
 @dataclass
-class Piece:
+class PartialBatch:
     """What a share became, in the order of its draws; for evaluation, tokens are of all captions.
 
     `images` is None where they were written into the share's place.
@@ -81,7 +81,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Fault:
+class WorkerFailure:
     """An exception of a worker, as plain text that travels between processes."""
 
     kind: str  # data | disk | memory
@@ -99,7 +99,7 @@ class Fault:
 
 
 class Reader:
-    """Turns shares into pieces; an exception becomes a Fault that names shard and key."""
+    """Turns shares into pieces; an exception becomes a WorkerFailure that names shard and key."""
 
     def __init__(self, sources: Sequence[Dataset], tokenizer: Tokenizer | None, *, text: bool) -> None:
         self.text = text
@@ -108,29 +108,29 @@ class Reader:
         self._bad: dict[tuple[int, int], dict[str, Any]] = {}
         self._at: tuple[int, int] | None = None
 
-    def __getitems__(self, share: Share) -> Piece | Fault:
+    def __getitems__(self, share: WorkItem) -> PartialBatch | WorkerFailure:
         """The piece of one share. torch's fetcher calls it with what the batch sampler yielded."""
         try:
             self._announce(share)
             return self.load(share)
         except DataError as error:
-            return Fault("data", error.reason, error.advice)
+            return WorkerFailure("data", error.reason, error.advice)
         except MemoryError:
-            return Fault(
+            return WorkerFailure(
                 "memory",
                 f"{self._where()}: no memory left in a loader worker",
                 "fewer workers, or more memory",
             )
         except OSError as error:
-            return Fault("disk", f"{self._where(key=False)}: {error}", errno=error.errno)
+            return WorkerFailure("disk", f"{self._where(key=False)}: {error}", errno=error.errno)
         except Exception as error:
             lines = "".join(traceback.format_exception(error)[-3:])
-            return Fault("data", f"{self._where()}: {type(error).__name__}: {error}\n{lines}")
+            return WorkerFailure("data", f"{self._where()}: {type(error).__name__}: {error}\n{lines}")
 
-    def load(self, share: Share) -> Piece:
+    def load(self, share: WorkItem) -> PartialBatch:
         raise NotImplementedError
 
-    def _announce(self, share: Share) -> None:
+    def _announce(self, share: WorkItem) -> None:
         self._at = None
         for number in np.unique(share.source):
             self.sources[number].announce(share.position[share.source == number].tolist())
@@ -189,22 +189,24 @@ class TrainReader(Reader):
     def _empty(self, count: int) -> torch.Tensor:
         return torch.empty((count, 3, self.transform.size, self.transform.size), dtype=torch.uint8)
 
-    def load(self, share: Share) -> Piece:
+    def load(self, share: WorkItem) -> PartialBatch:
         images = self._empty(len(share)) if share.place is None else share.place.open()
         texts: list[str] = []
         classes: list[int] = []
         keys: list[tuple[int, str, str]] = []
         bad: list[dict[str, Any]] = []
-        columns = (share.source, share.passage, share.position, share.caption)
+        columns = (share.source, share.pass_index, share.position, share.caption)
         for at, draw in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-            source, passage, position, caption = draw
+            source, pass_index, position, caption = draw
             sample, pixels = self._good(source, position, bad)
-            images[at] = self.transform(pixels, draw_seed(self.seed, source, passage, position, caption))
+            images[at] = self.transform(pixels, draw_seed(self.seed, source, pass_index, position, caption))
             texts.append(sample.captions[max(caption, 0) % len(sample.captions)] if sample.captions else "")
             classes.append(sample.cls)
             keys.append((share.first + at, sample.shard, sample.key))
         tokens, mask = self.tokenizer(texts) if self.tokenizer else (None, None)
-        return Piece(share.index, images if share.place is None else None, tokens, mask, classes, keys, bad)
+        return PartialBatch(
+            share.index, images if share.place is None else None, tokens, mask, classes, keys, bad
+        )
 
     def _good(self, source: int, position: int, bad: list[dict[str, Any]]) -> tuple[Sample, torch.Tensor]:
         """The sample at `position`, or the next good one of its shard, cyclically."""
@@ -234,9 +236,9 @@ class EvaluationReader(Reader):
         super().__init__([shards], tokenizer, text=True)
         self.transform = transform
 
-    def load(self, share: Share) -> Piece:
+    def load(self, share: WorkItem) -> PartialBatch:
         images: list[torch.Tensor] = []
-        piece = Piece(share.index, torch.empty(0), None, None, [], [], [])
+        piece = PartialBatch(share.index, torch.empty(0), None, None, [], [], [])
         for at, position in enumerate(share.position.tolist()):
             sample, pixels = self._decoded(0, position)
             if sample is None or pixels is None:

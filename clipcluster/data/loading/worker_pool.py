@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from clipcluster.data.loading.worker import Fault, Piece, Reader, Share
+from clipcluster.data.loading.worker import PartialBatch, Reader, WorkerFailure, WorkItem
 from clipcluster.runtime.stop import ignore_signals
 
 PREFETCH = 2  # batches in the making ahead of the one in use
@@ -32,11 +32,11 @@ class WorkerDied(Exception):
     """
 
 
-class ShareStream:
+class WorkerPool:
     """Hands shares to workers in turn and their pieces back in that order; without workers, works itself."""
 
     def __init__(
-        self, reader: Reader, shares: Iterator[Share], workers: int, prefetch: int = PREFETCH
+        self, reader: Reader, shares: Iterator[WorkItem], workers: int, prefetch: int = PREFETCH
     ) -> None:
         context = multiprocessing.get_context("forkserver") if workers else None
         if context is not None:
@@ -55,7 +55,7 @@ class ShareStream:
         self._pieces: Any = None
         self._closed = False
 
-    def take(self, count: int) -> list[Piece]:
+    def take(self, count: int) -> list[PartialBatch]:
         """The next `count` pieces; StopIteration when the shares are used up.
 
         Raises what a worker met (DataError, OSError, OutOfMemory) and WorkerDied; the stream is closed then.
@@ -80,7 +80,7 @@ class ShareStream:
                 ) from error
             raise
         for piece in pieces:
-            if isinstance(piece, Fault):
+            if isinstance(piece, WorkerFailure):
                 self.close()
                 raise piece.error()
         return pieces

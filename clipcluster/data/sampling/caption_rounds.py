@@ -17,13 +17,13 @@ import numpy as np
 from clipcluster.data.sampling.oversampling import Copies, Repeats, whole_copies
 from clipcluster.errors import UserError
 
-MOST_PORTIONS = 1 << 25  # 4 bytes each in every rank
+MAX_PORTIONS = 1 << 25  # 4 bytes each in every rank
 _SCAN = 1 << 22  # samples of the caption counts looked at together
 _KEPT = 1 << 23  # sample numbers of partly held portions kept, in all
 
 
 @dataclass(frozen=True, eq=False)
-class Field:
+class CaptionField:
     """One of several fields that hold captions.
 
     counts: (n_samples,) integers, captions of each sample in this field. probability: of showing this field,
@@ -35,7 +35,7 @@ class Field:
 
 
 @dataclass(frozen=True, eq=False)
-class SourceShape:
+class SamplerSource:
     """What the order of samples knows of one source.
 
     sample_counts: (n_shards,) integers, samples of each shard in the index's order.
@@ -56,12 +56,12 @@ class SourceShape:
     weight: float | None = None
     more_than: np.ndarray | None = None
     name: str = ""
-    fields: Sequence[Field] = ()
+    fields: Sequence[CaptionField] = ()
     repeats: Repeats | None = None
     sample_ends: np.ndarray | None = None
 
 
-class Rounds:
+class CaptionRounds:
     """The portions of `shapes` in one row, and for each round which samples they hold.
 
     sizes: (C,) int64, draws of each round, copies counted.
@@ -73,10 +73,12 @@ class Rounds:
     UserError for repeats that cannot be laid out.
     """
 
-    def __init__(self, shapes: Sequence[SourceShape], *, every_caption: bool) -> None:
+    def __init__(self, shapes: Sequence[SamplerSource], *, every_caption: bool) -> None:
         self.factor, copies = whole_copies([shape.repeats for shape in shapes])
         _require_few_portions(shapes, copies)
-        self._parts = [_Part(shape, own, every_caption) for shape, own in zip(shapes, copies, strict=True)]
+        self._parts = [
+            _SourceRounds(shape, own, every_caption) for shape, own in zip(shapes, copies, strict=True)
+        ]
         self.shown = [own.shown for own in copies]
         self.copies = max(1, *(own.most for own in copies))
         self.fields = max(1, *(len(part.fields) for part in self._parts))
@@ -89,16 +91,18 @@ class Rounds:
         self._chosen: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._chosen_size = 0
 
-    def counts(self, turn: int, portions: np.ndarray) -> np.ndarray:
+    def counts(self, round_index: int, portions: np.ndarray) -> np.ndarray:
         """Samples that each of `portions` (n,) holds in a round, (n,) integers."""
         if len(self._parts) == 1:
-            return self._parts[0].counts_of(turn, portions)
+            return self._parts[0].counts_of(round_index, portions)
         counts = np.zeros(portions.shape, dtype=np.int64)
         for part, mine, own in self._by_part(portions):
-            counts[mine] = part.counts_of(turn, own)
+            counts[mine] = part.counts_of(round_index, own)
         return counts
 
-    def samples(self, turn: int, portions: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def samples(
+        self, round_index: int, portions: np.ndarray, numbers: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Positions and copies (n,) int64 of the samples number `numbers` (n,) of a round in `portions`."""
         positions = numbers.astype(np.int64)
         copies = np.empty(len(portions), dtype=np.int64)
@@ -106,13 +110,13 @@ class Rounds:
             self._by_part(portions), self._source_starts.tolist(), strict=False
         ):
             copies[mine], shards = np.divmod(own, max(part.n_shards, 1))
-            whole = part.counts_of(turn, own) == part.sample_counts[shards]
+            whole = part.counts_of(round_index, own) == part.sample_counts[shards]
             if not whole.all():
-                self._number_in_shard(turn, portions, positions, np.flatnonzero(mine)[~whole])
+                self._number_in_shard(round_index, portions, positions, np.flatnonzero(mine)[~whole])
             positions[mine] += first + part.ends[shards] - part.sample_counts[shards]
         return positions, copies
 
-    def all_samples(self, turn: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def all_samples(self, round_index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Positions and copy numbers of all draws of a round, ascending; for small sources.
 
         Positions are int32 where that is enough; copy numbers None where all are 0.
@@ -120,7 +124,7 @@ class Rounds:
         narrow = np.int32 if self._source_starts[-1] <= np.iinfo(np.int32).max else np.int64
         positions, copies = [], []
         for part, first in zip(self._parts, self._source_starts.tolist(), strict=False):
-            of_part, copies_of_part = part.all_samples(turn)
+            of_part, copies_of_part = part.all_samples(round_index)
             positions.append((of_part + first).astype(narrow))
             copies.append(copies_of_part)
         return np.concatenate(positions), np.concatenate(copies) if self.copies > 1 else None
@@ -154,7 +158,7 @@ class Rounds:
         found: np.ndarray = table[sources]
         return found
 
-    def _by_part(self, portions: np.ndarray) -> Iterator[tuple["_Part", np.ndarray, np.ndarray]]:
+    def _by_part(self, portions: np.ndarray) -> Iterator[tuple["_SourceRounds", np.ndarray, np.ndarray]]:
         """Each shape's part, which of `portions` (n,) are its own, and their numbers within it."""
         if len(self._parts) == 1:
             yield self._parts[0], np.ones(portions.shape, dtype=bool), portions
@@ -165,32 +169,32 @@ class Rounds:
             yield part, mine, portions[mine] - self._portion_starts[number]
 
     def _number_in_shard(
-        self, turn: int, portions: np.ndarray, numbers: np.ndarray, partial: np.ndarray
+        self, round_index: int, portions: np.ndarray, numbers: np.ndarray, partial: np.ndarray
     ) -> None:
         """Turns `numbers` at the rows `partial`, counted among what is held, into those of the shard."""
         partial = partial[np.argsort(portions[partial], kind="stable")]
         bounds = np.flatnonzero(np.diff(portions[partial])) + 1
         for rows in np.split(partial, bounds):
-            numbers[rows] = self._held_by(turn, int(portions[rows[0]]))[numbers[rows]]
+            numbers[rows] = self._held_by(round_index, int(portions[rows[0]]))[numbers[rows]]
 
-    def _held_by(self, turn: int, portion: int) -> np.ndarray:
+    def _held_by(self, round_index: int, portion: int) -> np.ndarray:
         """Numbers within its shard of the samples of a portion in a round, int32; the last used are kept."""
-        if (turn, portion) in self._chosen:
-            self._chosen.move_to_end((turn, portion))
-            return self._chosen[turn, portion]
+        if (round_index, portion) in self._chosen:
+            self._chosen.move_to_end((round_index, portion))
+            return self._chosen[round_index, portion]
         owner = int(np.searchsorted(self._portion_starts[1:], portion, side="right"))
-        chosen = self._parts[owner].held_by(turn, portion - int(self._portion_starts[owner]))
-        self._chosen[turn, portion] = chosen
+        chosen = self._parts[owner].held_by(round_index, portion - int(self._portion_starts[owner]))
+        self._chosen[round_index, portion] = chosen
         self._chosen_size += len(chosen)
         while self._chosen_size > _KEPT and len(self._chosen) > 1:
             self._chosen_size -= len(self._chosen.popitem(last=False)[1])
         return chosen
 
 
-class _Part:
+class _SourceRounds:
     """One shape in a row of several: its counts, `(C, 1 or copies, n_shards)`, and its mapped columns."""
 
-    def __init__(self, shape: SourceShape, copies: Copies, every_caption: bool) -> None:
+    def __init__(self, shape: SamplerSource, copies: Copies, every_caption: bool) -> None:
         self.fields = _fields(shape)
         self._copies = copies
         self.sample_counts = np.asarray(shape.sample_counts)
@@ -216,36 +220,36 @@ class _Part:
         sizes: np.ndarray = self.counts.sum(axis=(1, 2), dtype=np.int64) * times
         return sizes
 
-    def counts_of(self, turn: int, portions: np.ndarray) -> np.ndarray:
+    def counts_of(self, round_index: int, portions: np.ndarray) -> np.ndarray:
         """Samples of each portion in a round, (n,)."""
-        if turn >= len(self.counts):
+        if round_index >= len(self.counts):
             return np.zeros(portions.shape, dtype=np.int64)
         if self._copies.most == 1:
-            found: np.ndarray = self.counts[turn, 0, portions]
+            found: np.ndarray = self.counts[round_index, 0, portions]
         elif self.counts.shape[1] == 1:
-            found = self.counts[turn, 0, portions % self.n_shards]
+            found = self.counts[round_index, 0, portions % self.n_shards]
         else:
-            found = self.counts[turn].reshape(-1)[portions]
+            found = self.counts[round_index].reshape(-1)[portions]
         return found
 
-    def held_by(self, turn: int, portion: int) -> np.ndarray:
+    def held_by(self, round_index: int, portion: int) -> np.ndarray:
         """Numbers within its shard of the samples of a portion in a round, ascending int32."""
         copy, shard = divmod(portion, self.n_shards)
         stop = int(self.ends[shard])
         start = stop - int(self.sample_counts[shard])
         held = np.ones(stop - start, dtype=bool)
         if self.fields:
-            held &= self._captions(start, stop) > turn
+            held &= self._captions(start, stop) > round_index
         if self._copies.by_class:
             held &= self._copies.in_portion(copy, start, stop)
         return np.flatnonzero(held).astype(np.int32)
 
-    def all_samples(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
+    def all_samples(self, round_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions within the shape, ascending, and copy numbers uint8 of all draws of a round."""
-        if turn >= len(self.counts) or not self.n_samples:
+        if round_index >= len(self.counts) or not self.n_samples:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint8)
         if self.fields:
-            positions = np.flatnonzero(self._captions(0, self.n_samples) > turn)
+            positions = np.flatnonzero(self._captions(0, self.n_samples) > round_index)
         else:
             positions = np.arange(self.n_samples)
         kinds = self._copies.kinds(0, self.n_samples)[positions]
@@ -309,13 +313,13 @@ class _Part:
         return counts
 
 
-def _fields(shape: SourceShape) -> tuple[Field, ...]:
+def _fields(shape: SamplerSource) -> tuple[CaptionField, ...]:
     if shape.fields:
         return tuple(shape.fields)
-    return () if shape.caption_counts is None else (Field(shape.caption_counts, 1.0),)
+    return () if shape.caption_counts is None else (CaptionField(shape.caption_counts, 1.0),)
 
 
-def _require_agreement(shape: SourceShape, fields: Sequence[Field]) -> None:
+def _require_agreement(shape: SamplerSource, fields: Sequence[CaptionField]) -> None:
     samples = int(np.sum(shape.sample_counts, dtype=np.int64))
     for own in fields:
         if len(own.counts) != samples:
@@ -331,13 +335,13 @@ def _require_agreement(shape: SourceShape, fields: Sequence[Field]) -> None:
         raise ValueError(f"source {shape.name!r}: more_than has {shape.more_than.shape[1]:,} shards")
 
 
-def _require_few_portions(shapes: Sequence[SourceShape], copies: Sequence[Copies]) -> None:
+def _require_few_portions(shapes: Sequence[SamplerSource], copies: Sequence[Copies]) -> None:
     shards = sum(len(shape.sample_counts) for shape in shapes)
     portions = sum(own.most * len(shape.sample_counts) for own, shape in zip(copies, shapes, strict=True))
-    if portions > max(MOST_PORTIONS, shards):
+    if portions > max(MAX_PORTIONS, shards):
         raise UserError(
             f"the repeats of {', '.join(shape.name for shape in shapes)} lay {shards:,} shards up to"
-            f" {max(own.most for own in copies)} times over; {MOST_PORTIONS:,} are laid out at most. Give"
+            f" {max(own.most for own in copies)} times over; {MAX_PORTIONS:,} are laid out at most. Give"
             " smaller or coarser repeats, or larger shards (clipcluster shards reshard)."
         )
 

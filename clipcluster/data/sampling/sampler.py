@@ -11,16 +11,16 @@ from typing import Literal
 
 import numpy as np
 
-from clipcluster.data.sampling.caption_rounds import Field, Rounds, SourceShape
+from clipcluster.data.sampling.caption_rounds import CaptionField, CaptionRounds, SamplerSource
 from clipcluster.data.sampling.mixing import integer_weights, lay_out
 from clipcluster.data.sampling.oversampling import ShownClasses, repeats_of
-from clipcluster.data.sampling.shuffle import Line, Places
+from clipcluster.data.sampling.shuffle import Coordinates, GroupSampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.recipe import Recipe
 
-__all__ = ["Draws", "Field", "Order", "SourceShape", "order_of"]
+__all__ = ["CaptionField", "Draws", "Sampler", "SamplerSource", "sampler_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +28,14 @@ class Draws:
     """What n slots of a batch hold, in order of the slots.
 
     source: (n,) int32, number of the source in the recipe.
-    passage: (n,) int64, pass of the source's line, from 0; where samples are repeated, each copy counts as a
-        pass: pass x `Order.copies` + copy. No two draws agree in source, passage, position and caption.
+    pass_index: (n,) int64, pass of the source, from 0; where samples are repeated, each copy counts as a
+        pass: pass x `Sampler.copies` + copy. No two draws agree in source, pass, position and caption.
     position: (n,) int64, sample within the source, counted in the index's order.
     caption: (n,) int32, number of the caption shown; -1 in a source without caption counts.
     """
 
     source: np.ndarray
-    passage: np.ndarray
+    pass_index: np.ndarray
     position: np.ndarray
     caption: np.ndarray
 
@@ -43,7 +43,7 @@ class Draws:
         return len(self.position)
 
 
-class Order:
+class Sampler:
     """The order of the samples of `shapes`: `batch(t)` for t = 0, 1, ...
 
     batch_size: global, samples of one optimizer step.
@@ -60,7 +60,7 @@ class Order:
 
     def __init__(
         self,
-        shapes: Sequence[SourceShape],
+        shapes: Sequence[SamplerSource],
         *,
         batch_size: int,
         seed: int,
@@ -80,7 +80,9 @@ class Order:
         self._group_of = {source: number for number, group in enumerate(groups) for source in group}
         self._first_source = [group[0] for group in groups]
         self.weights = [1] if len(groups) == 1 else integer_weights([_weight(shape) for shape in shapes])
-        rounds = [Rounds([shapes[i] for i in group], every_caption=captions == "all") for group in groups]
+        rounds = [
+            CaptionRounds([shapes[i] for i in group], every_caption=captions == "all") for group in groups
+        ]
         for group, laid in zip(groups, rounds, strict=True):
             _require_draws(group, shapes, laid)
             _require_one_field(group, shapes, captions)
@@ -91,7 +93,7 @@ class Order:
         for number, laid in enumerate(rounds):
             size = int(laid.sizes.sum())
             repeated = any(shapes[source].repeats is not None for source in groups[number])
-            line = Line(
+            line = GroupSampler(
                 laid,
                 seed=seed,
                 number=number,
@@ -145,19 +147,19 @@ class Order:
                 self._fill(draws, slots[first:last] - start, number, places)
         return draws
 
-    def _fill(self, draws: Draws, slots: np.ndarray, number: int, places: Places) -> None:
+    def _fill(self, draws: Draws, slots: np.ndarray, number: int, places: Coordinates) -> None:
         line = self._lines[number]
         samples = line.samples(places)
         shapes, within = line.rounds.locate(samples.position)
         counts = line.rounds.captions_at(shapes, within)
         probabilities = line.rounds.probabilities_at(shapes)
         draws.source[slots] = shapes + self._first_source[number]
-        draws.passage[slots] = samples.passage
+        draws.pass_index[slots] = samples.pass_index
         draws.position[slots] = within
         draws.caption[slots] = line.captions(places, samples, counts, probabilities, self._captions)
 
 
-def _group(shapes: Sequence[SourceShape]) -> list[list[int]]:
+def _group(shapes: Sequence[SamplerSource]) -> list[list[int]]:
     """The sources that share a line: all of them without weights, each alone with weights."""
     weighted = [number for number, shape in enumerate(shapes) if shape.weight is not None]
     if not weighted:
@@ -171,12 +173,12 @@ def _group(shapes: Sequence[SourceShape]) -> list[list[int]]:
     return [[number] for number in range(len(shapes))]
 
 
-def _weight(shape: SourceShape) -> float:
+def _weight(shape: SamplerSource) -> float:
     assert shape.weight is not None, "sources of a line of their own have weights"
     return shape.weight
 
 
-def _require_draws(group: list[int], shapes: Sequence[SourceShape], laid: Rounds) -> None:
+def _require_draws(group: list[int], shapes: Sequence[SamplerSource], laid: CaptionRounds) -> None:
     if laid.sizes.sum() > 0:
         return
     names = ", ".join(f"data.train.{i} {shapes[i].name}".strip() for i in group)
@@ -192,7 +194,7 @@ def _require_draws(group: list[int], shapes: Sequence[SourceShape], laid: Rounds
     )
 
 
-def _require_one_field(group: list[int], shapes: Sequence[SourceShape], captions: str) -> None:
+def _require_one_field(group: list[int], shapes: Sequence[SamplerSource], captions: str) -> None:
     several = [i for i in group if len(shapes[i].fields) > 1]
     if captions == "all" and several:
         names = ", ".join(f"data.train.{i} {shapes[i].name}".strip() for i in several)
@@ -231,13 +233,13 @@ def _steps_per_epoch(samples: int, epoch_samples: int | None, batch_size: int) -
     )
 
 
-def order_of(recipe: Recipe, opened: Sequence[Dataset]) -> Order:
+def sampler_of(recipe: Recipe, opened: Sequence[Dataset]) -> Sampler:
     """The order of a recipe's samples; `opened` are its sources as they are listed.
 
-    Raises UserError as Order does, and for repeats of classes that are not known.
+    Raises UserError as Sampler does, and for repeats of classes that are not known.
     """
     data = recipe.data
-    return Order(
+    return Sampler(
         [
             _shape(shards, source, f"data.train.{number}")
             for number, (shards, source) in enumerate(zip(opened, data.train, strict=True))
@@ -252,16 +254,16 @@ def order_of(recipe: Recipe, opened: Sequence[Dataset]) -> Order:
     )
 
 
-def _shape(shards: Dataset, source: Source, place: str) -> SourceShape:
+def _shape(shards: Dataset, source: Source, place: str) -> SamplerSource:
     """What the order needs of a source that was opened."""
     by_class = bool(source.repeat_classes)
-    return SourceShape(
+    return SamplerSource(
         shards.sample_counts,
         weight=source.weight,
         more_than=shards.more_than,
         name=shards.name,
         # where there is one field its probability is not asked
-        fields=[Field(own.counts, own.probability or 1.0) for own in shards.fields],
+        fields=[CaptionField(own.counts, own.probability or 1.0) for own in shards.fields],
         repeats=repeats_of(
             source.repeat,
             source.repeat_classes,

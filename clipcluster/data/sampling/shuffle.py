@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcluster.data.sampling.caption_rounds import Rounds
+from clipcluster.data.sampling.caption_rounds import CaptionRounds
 from clipcluster.data.sampling.permutation import key, permutation, permutations, subkeys
 
 _BLOCK = 16  # portions of shards whose ends are found together, in a line of many
@@ -27,16 +27,16 @@ _MANY = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """Where draws fall in a line, arrays (n,) int64: pass, round ("turn"), lane, place within the lane."""
+class Coordinates:
+    """Where draws fall, arrays (n,) int64: pass, round, lane, place within the lane."""
 
-    passage: np.ndarray
-    turn: np.ndarray
+    pass_index: np.ndarray
+    round_index: np.ndarray
     lane: np.ndarray
     place: np.ndarray
 
-    def __getitem__(self, rows: slice | np.ndarray) -> "Places":
-        return Places(self.passage[rows], self.turn[rows], self.lane[rows], self.place[rows])
+    def __getitem__(self, rows: slice | np.ndarray) -> "Coordinates":
+        return Coordinates(self.pass_index[rows], self.round_index[rows], self.lane[rows], self.place[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +44,15 @@ class Samples:
     """What lies at places of a line, arrays (n,) int64.
 
     position: counted over all sources. copy: which of the sample's copies.
-    passage: pass x copies + copy: every copy of a sample goes through the source in a pass of its own.
+    pass_index: pass x copies + copy: every copy of a sample goes through the source in a pass of its own.
     """
 
     position: np.ndarray
     copy: np.ndarray
-    passage: np.ndarray
+    pass_index: np.ndarray
 
 
-class Line:
+class GroupSampler:
     """The line of `rounds` under (seed, number), drawn `per_batch` (roughly) at a time.
 
     whole: permute each round whole. pass_draws: draws of one pass, the round sizes' sum or less.
@@ -61,7 +61,7 @@ class Line:
 
     def __init__(
         self,
-        rounds: Rounds,
+        rounds: CaptionRounds,
         *,
         seed: int,
         number: int,
@@ -79,31 +79,33 @@ class Line:
         self._whole = whole
         self._ends = np.cumsum(rounds.sizes)
         # a batch may touch two passes or rounds, seldom more
-        self._laid = Recent(2)
-        self._windows = Recent(4)
+        self._laid = LruCache(2)
+        self._windows = LruCache(4)
 
-    def places(self, numbers: np.ndarray) -> Places:
+    def places(self, numbers: np.ndarray) -> Coordinates:
         """Places of the draws `numbers` (n,) int64 of this line, in order of (pass, round, lane, place)."""
-        passage, time = numbers // self.pass_draws, numbers % self.pass_draws
-        turn = np.zeros_like(time)
+        pass_index, time = numbers // self.pass_draws, numbers % self.pass_draws
+        round_index = np.zeros_like(time)
         if len(self._ends) > 1:
-            time = (time + self._first_draws(passage)) % self._ends[-1]
-            turn = np.searchsorted(self._ends, time, side="right")
-            time -= self._ends[turn] - self.rounds.sizes[turn]
+            time = (time + self._first_draws(pass_index)) % self._ends[-1]
+            round_index = np.searchsorted(self._ends, time, side="right")
+            time -= self._ends[round_index] - self.rounds.sizes[round_index]
         place, lane = np.divmod(time, self.lanes)
-        return Places(passage, turn, lane, place)[np.lexsort((place, lane, turn, passage))]
+        return Coordinates(pass_index, round_index, lane, place)[
+            np.lexsort((place, lane, round_index, pass_index))
+        ]
 
-    def samples(self, places: Places) -> Samples:
+    def samples(self, places: Coordinates) -> Samples:
         """The samples (n,) at `places`."""
         positions, copies = np.empty((2, len(places.place)), dtype=np.int64)
-        for passage, turn, rows in _stretches_of_equals(places.passage, places.turn):
+        for pass_index, round_index, rows in _stretches_of_equals(places.pass_index, places.round_index):
             find = self._in_whole if self._whole else self._in_lanes
-            positions[rows], copies[rows] = find(passage, turn, places[rows])
-        return Samples(positions, copies, places.passage * self.rounds.copies + copies)
+            positions[rows], copies[rows] = find(pass_index, round_index, places[rows])
+        return Samples(positions, copies, places.pass_index * self.rounds.copies + copies)
 
     def captions(
         self,
-        places: Places,
+        places: Coordinates,
         samples: Samples,
         counts: np.ndarray,
         probabilities: np.ndarray | None,
@@ -119,12 +121,12 @@ class Line:
         known = counts[:, 0] >= 0
         captions = np.full(len(known), -1, dtype=np.int32)
         if choice == "all":
-            for passage, _, rows in _stretches_of_equals(places.passage):
-                of_samples = subkeys(key(*self._name, passage, "captions"), samples.position[rows])
+            for pass_index, _, rows in _stretches_of_equals(places.pass_index):
+                of_samples = subkeys(key(*self._name, pass_index, "captions"), samples.position[rows])
                 for count in np.unique(counts[rows, 0][known[rows]]).tolist():
                     having = np.flatnonzero(counts[rows, 0] == count)
                     order = permutations(of_samples[having], count)
-                    captions[rows][having] = order[np.arange(len(having)), places.turn[rows][having]]
+                    captions[rows][having] = order[np.arange(len(having)), places.round_index[rows][having]]
             return captions
         before = np.zeros(len(known), dtype=np.int64)
         if probabilities is not None:
@@ -139,42 +141,46 @@ class Line:
 
     def _words(self, samples: Samples, what: str) -> np.ndarray:
         """A random word (n,) uint64 for each sample by (seed, source, pass, copy, sample)."""
-        passages, rows = np.unique(samples.passage, return_inverse=True)
+        passages, rows = np.unique(samples.pass_index, return_inverse=True)
         parents = np.array(
-            [key(*self._name, passage, what) for passage in passages.tolist()], dtype=np.uint64
+            [key(*self._name, pass_index, what) for pass_index in passages.tolist()], dtype=np.uint64
         )
         return subkeys(parents[rows], samples.position)
 
-    def _first_draws(self, passage: np.ndarray) -> np.ndarray:
+    def _first_draws(self, pass_index: np.ndarray) -> np.ndarray:
         """How far into its rounds each draw's pass begins (n,); else the cut always hit the last round."""
-        firsts = np.empty_like(passage)
-        for number, _, rows in _stretches_of_equals(passage):
+        firsts = np.empty_like(pass_index)
+        for number, _, rows in _stretches_of_equals(pass_index):
             firsts[rows] = key(*self._name, number, "first draw") % int(self._ends[-1])
         return firsts
 
-    def _in_whole(self, passage: int, turn: int, places: Places) -> tuple[np.ndarray, np.ndarray | int]:
+    def _in_whole(
+        self, pass_index: int, round_index: int, places: Coordinates
+    ) -> tuple[np.ndarray, np.ndarray | int]:
         def lay() -> tuple[np.ndarray, np.ndarray | None]:
-            positions, copies = self.rounds.all_samples(turn)
-            order = permutation(key(*self._name, passage, turn, "whole"), len(positions))
+            positions, copies = self.rounds.all_samples(round_index)
+            order = permutation(key(*self._name, pass_index, round_index, "whole"), len(positions))
             return positions[order], None if copies is None else copies[order]
 
-        positions, copies = self._laid.get((passage, turn), lay)
+        positions, copies = self._laid.get((pass_index, round_index), lay)
         return positions[places.place], 0 if copies is None else copies[places.place]
 
-    def _in_lanes(self, passage: int, turn: int, places: Places) -> tuple[np.ndarray, np.ndarray]:
+    def _in_lanes(
+        self, pass_index: int, round_index: int, places: Coordinates
+    ) -> tuple[np.ndarray, np.ndarray]:
         def lay() -> _Portions:
-            name = *self._name, passage, turn
-            return _Portions(self.rounds, turn, key(*name, "shards"), key(*name, "portions"))
+            name = *self._name, pass_index, round_index
+            return _Portions(self.rounds, round_index, key(*name, "shards"), key(*name, "portions"))
 
-        portions = self._laid.get((passage, turn), lay)
-        size = int(self.rounds.sizes[turn])
+        portions = self._laid.get((pass_index, round_index), lay)
+        size = int(self.rounds.sizes[round_index])
         length, longer = divmod(size, self.lanes)
         starts = places.lane * length + np.minimum(places.lane, longer)
-        rotation = key(*self._name, passage, turn, "rotation") % size
-        along = (starts + self._shuffled(passage, turn, places, size) + rotation) % size
-        return self.rounds.samples(turn, *portions.at(along))
+        rotation = key(*self._name, pass_index, round_index, "rotation") % size
+        along = (starts + self._shuffled(pass_index, round_index, places, size) + rotation) % size
+        return self.rounds.samples(round_index, *portions.at(along))
 
-    def _shuffled(self, passage: int, turn: int, places: Places, size: int) -> np.ndarray:
+    def _shuffled(self, pass_index: int, round_index: int, places: Coordinates, size: int) -> np.ndarray:
         """Places within their lanes after the shuffle in windows, (n,)."""
         windows, within = np.divmod(places.place, self._window)
         shuffled = windows * self._window
@@ -182,10 +188,10 @@ class Line:
             rows = np.flatnonzero(windows == window)
 
             def lay(window: int = window) -> _Window:
-                parent = key(*self._name, passage, turn, window, "window")
+                parent = key(*self._name, pass_index, round_index, window, "window")
                 return _Window(parent, size, self.lanes, self._window, window)
 
-            laid = self._windows.get((passage, turn, window), lay)
+            laid = self._windows.get((pass_index, round_index, window), lay)
             shuffled[rows] += laid.shuffled(places.lane[rows], within[rows])
         return shuffled
 
@@ -199,13 +205,13 @@ class _Portions:
     time in all lanes, and then two portions of a shard side by side would show the same samples together.
     """
 
-    def __init__(self, rounds: Rounds, turn: int, parent: int, beginnings: int) -> None:
-        self._rounds, self._turn, self._beginnings = rounds, turn, beginnings
+    def __init__(self, rounds: CaptionRounds, round_index: int, parent: int, beginnings: int) -> None:
+        self._rounds, self._turn, self._beginnings = rounds, round_index, beginnings
         self._portions = permutation(parent, rounds.n_portions).astype(np.int32)
         self._block = _BLOCK if len(self._portions) > _MANY else 1
         sums = []  # in stretches, as permutations are made
         for first in range(0, len(self._portions), _MANY):
-            counts = rounds.counts(turn, self._portions[first : first + _MANY])
+            counts = rounds.counts(round_index, self._portions[first : first + _MANY])
             sums.append(np.add.reduceat(counts, np.arange(0, len(counts), self._block), dtype=np.int64))
         self._ends = np.cumsum(np.concatenate(sums))
 
@@ -261,7 +267,7 @@ def _draw_fields(words: np.ndarray, counts: np.ndarray, probabilities: np.ndarra
     return np.minimum(drawn, counts.shape[1] - 1)
 
 
-class Recent:
+class LruCache:
     """The last few things made, by key."""
 
     def __init__(self, most: int) -> None:

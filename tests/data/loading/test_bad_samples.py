@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from clipcluster.data.loading.loader import Loader
-from clipcluster.data.sampling.sampler import Order, SourceShape
+from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 from clipcluster.data.shards import dataset as shards_module
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
@@ -80,14 +80,14 @@ def mixed(tmp_path: Path) -> Dataset:
     return open_folder(tmp_path)
 
 
-def order_of(shards: Dataset, batch_size: int = 8) -> Order:
-    shape = SourceShape(shards.sample_counts, shards.caption_counts)
-    return Order([shape], batch_size=batch_size, seed=3, captions="first")
+def sampler_of(shards: Dataset, batch_size: int = 8) -> Sampler:
+    shape = SamplerSource(shards.sample_counts, shards.caption_counts)
+    return Sampler([shape], batch_size=batch_size, seed=3, captions="first")
 
 
 def passes(shards: Dataset, section: Data, workers: int, batches: int) -> tuple[list[str], list[dict]]:
     """Keys used and bad samples told in so many batches."""
-    loader = Loader([shards], order_of(shards), section, tokenizer=TOKENIZER, seed=0, workers=workers)
+    loader = Loader([shards], sampler_of(shards), section, tokenizer=TOKENIZER, seed=0, workers=workers)
     with closing(loader):
         taken = [next(loader) for _ in range(batches)]
     assert all(torch.isfinite(batch.images.float()).all() for batch in taken)
@@ -124,7 +124,7 @@ def test_a_disk_that_fails_is_no_bad_sample(
         return read(fd, size, offset)
 
     monkeypatch.setattr(os, "pread", failing)
-    loader = Loader([mixed], order_of(mixed, 1), data_section(1), tokenizer=TOKENIZER, seed=0)
+    loader = Loader([mixed], sampler_of(mixed, 1), data_section(1), tokenizer=TOKENIZER, seed=0)
     first = next(loader)  # the third try succeeds
     assert left < 0
     assert not any("Input" in entry["reason"] for entry in first.bad)

@@ -15,7 +15,7 @@ from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import draw_seed, evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch
 from clipcluster.data.loading.loader import Loader, evaluation_batches
-from clipcluster.data.sampling.sampler import Field, Order, SourceShape
+from clipcluster.data.sampling.sampler import CaptionField, Sampler, SamplerSource
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
@@ -27,14 +27,14 @@ from tools.convert.shard_writer import ShardWriter
 TOKENIZER = ByteTokenizer(24)
 
 
-def order_of(sources: list[Dataset], batch_size: int = 8, captions: str = "all") -> Order:
+def sampler_of(sources: list[Dataset], batch_size: int = 8, captions: str = "all") -> Sampler:
     shapes = [
-        SourceShape(
+        SamplerSource(
             shards.sample_counts, shards.caption_counts, None if len(sources) == 1 else float(number + 1)
         )
         for number, shards in enumerate(sources)
     ]
-    return Order(
+    return Sampler(
         shapes,
         batch_size=batch_size,
         seed=3,
@@ -78,7 +78,7 @@ def section(data_section: Callable[..., Data]) -> Data:
 
 
 def test_a_batch_is_what_the_order_says(shards: Dataset, section: Data) -> None:
-    order = order_of([shards])
+    order = sampler_of([shards])
     transform = train_transform(section.image)
     (batch,) = take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=7, start=4), 1)
     draws = order.batch(4)
@@ -87,7 +87,7 @@ def test_a_batch_is_what_the_order_says(shards: Dataset, section: Data) -> None:
     for slot in range(8):
         position, caption = int(draws.position[slot]), int(draws.caption[slot])
         sample = shards.read(position)
-        seed = draw_seed(7, 0, int(draws.passage[slot]), position, caption)
+        seed = draw_seed(7, 0, int(draws.pass_index[slot]), position, caption)
         assert torch.equal(batch.images[slot], transform(decode(sample.image), seed))
         assert torch.equal(batch.tokens[slot], TOKENIZER([sample.captions[caption]])[0][0])
         assert batch.keys[slot] == (slot, sample.shard, sample.key)
@@ -101,7 +101,7 @@ def test_the_same_batches_for_every_number_of_ranks_and_workers(
     first = open_folder(make_shards(tmp_path / "a", 61, per_shard=9, bad={5, 6, 30}))
     second = open_folder(make_shards(tmp_path / "b", 40, per_shard=20, bad={0}))
     sources = [first, second]
-    order = order_of(sources)
+    order = sampler_of(sources)
     whole = take(Loader(sources, order, section, tokenizer=TOKENIZER, seed=0), 25)
     numbers = random.Random(0)
     for world_size in (1, 2, 4):
@@ -122,7 +122,7 @@ def test_the_same_batches_for_every_number_of_ranks_and_workers(
 
 
 def test_ranks_that_do_not_divide_the_batch_still_share_it(shards: Dataset, section: Data) -> None:
-    order = order_of([shards])
+    order = sampler_of([shards])
     parts = [
         take(
             Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, rank=r, world_size=3, workers=0), 1
@@ -133,7 +133,7 @@ def test_ranks_that_do_not_divide_the_batch_still_share_it(shards: Dataset, sect
 
 
 def test_skipped_ranges_are_stepped_over(shards: Dataset, section: Data) -> None:
-    order = order_of([shards])
+    order = sampler_of([shards])
     loader = Loader(
         [shards],
         order,
@@ -150,13 +150,13 @@ def test_skipped_ranges_are_stepped_over(shards: Dataset, section: Data) -> None
 def test_torchs_random_numbers_are_left_alone(shards: Dataset, section: Data) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    take(Loader([shards], order_of([shards]), section, tokenizer=TOKENIZER, seed=0, workers=1), 2)
+    take(Loader([shards], sampler_of([shards]), section, tokenizer=TOKENIZER, seed=0, workers=1), 2)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_without_a_tokenizer_there_are_no_tokens(shards: Dataset, section: Data) -> None:
     (batch,) = take(
-        Loader([shards], order_of([shards], captions="first"), section, tokenizer=None, seed=0), 1
+        Loader([shards], sampler_of([shards], captions="first"), section, tokenizer=None, seed=0), 1
     )
     assert batch.tokens is None
     assert batch.mask is None
@@ -174,7 +174,7 @@ def test_a_sample_without_a_caption_is_never_drawn(
         texts=lambda number: [] if number in silent else [f"of {number}", "another"],
     )
     shards = open_folder(folder)
-    order = order_of([shards], captions=captions)
+    order = sampler_of([shards], captions=captions)
     batches = take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0), 8)
     used = {int(key[1:]) for batch in batches for _, _, key in batch.keys}
     assert used == set(range(21)) - silent - {3}
@@ -186,7 +186,7 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one_and_told_once(
 ) -> None:
     bad = {3, 7, 8, 9, 10, 17}  # the last three of the shard 9 … 17 … and runs over a shard's end
     shards = open_folder(make_shards(tmp_path / "s", 27, per_shard=9, bad=bad))
-    order = order_of([shards], captions="first", batch_size=9)
+    order = sampler_of([shards], captions="first", batch_size=9)
     for workers in (0, 2):
         batches = take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, workers=workers), 9)
         told = [(entry["shard"], entry["key"]) for batch in batches for entry in batch.bad]
@@ -199,7 +199,7 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one_and_told_once(
                 ring = [first + (position - first + step) % 9 for step in range(9)]
                 used = next(number for number in ring if number not in bad)
                 assert key == (slot, f"{used // 9:05d}.tar", f"s{used:05d}")
-                seed = draw_seed(0, 0, int(draws.passage[slot]), position, int(draws.caption[slot]))
+                seed = draw_seed(0, 0, int(draws.pass_index[slot]), position, int(draws.caption[slot]))
                 image = train_transform(section.image)(decode(shards.read(used).image), seed)
                 assert torch.equal(batch.images[slot], image)
 
@@ -211,7 +211,7 @@ def test_a_shard_without_a_good_sample_is_an_error(
     for workers in (0, 1):
         loader = Loader(
             [shards],
-            order_of([shards], captions="first"),
+            sampler_of([shards], captions="first"),
             section,
             tokenizer=TOKENIZER,
             seed=0,
@@ -225,7 +225,7 @@ def test_a_shard_without_a_good_sample_is_an_error(
 def test_a_shard_that_changes_while_it_is_used_is_refused(
     shards: Dataset, section: Data, workers: int
 ) -> None:
-    order = order_of([shards], captions="first")
+    order = sampler_of([shards], captions="first")
     path = shards.shard_path(int(shards.locate(int(order.batch(0).position[0]))[0]))
     path.write_bytes(path.read_bytes() + bytes(1024))
     loader = Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, workers=workers)
@@ -239,7 +239,7 @@ def test_a_shard_that_changes_while_it_is_used_is_refused(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unexpected_error_names_shard_and_key(shards: Dataset, section: Data, workers: int) -> None:
     chokes = operator.neg  # no tokenizer: TypeError at its first list of texts
-    loader = Loader([shards], order_of([shards]), section, tokenizer=chokes, seed=0, workers=workers)  # type: ignore[arg-type]
+    loader = Loader([shards], sampler_of([shards]), section, tokenizer=chokes, seed=0, workers=workers)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"0000\d\.tar, key s000\d\d: TypeError: bad operand"):
         take(loader, 1)
 
@@ -290,14 +290,14 @@ def test_evaluation_leaves_bad_samples_out_and_says_so(
 def test_memory_of_the_order_stays_in_the_rank(shards: Dataset, section: Data) -> None:
     """Workers get shares, never the order: its columns may be gigabytes."""
 
-    class Unpicklable(Order):
+    class Unpicklable(Sampler):
         def __reduce__(self) -> str:
             raise TypeError("the order was sent to a worker")
 
-    order = order_of([shards])
+    order = sampler_of([shards])
     order.__class__ = Unpicklable
     assert len(take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, workers=1), 1)) == 1
-    assert np.array_equal(order.batch(0).position, order_of([shards]).batch(0).position)
+    assert np.array_equal(order.batch(0).position, sampler_of([shards]).batch(0).position)
 
 
 def test_captions_come_from_the_field_that_was_drawn(
@@ -312,12 +312,12 @@ def test_captions_come_from_the_field_that_was_drawn(
             writer.add_members(f"{number:03d}", members)
     index_folder(tmp_path / "s", captions_choice="syn.json:syn_text")
     shards = open_folder(tmp_path / "s", captions_in={"default": 1, "syn.json:syn_text": 1})
-    shape = SourceShape(
+    shape = SamplerSource(
         shards.sample_counts,
         more_than=shards.more_than,
-        fields=[Field(field.counts, field.probability or 1.0) for field in shards.fields],
+        fields=[CaptionField(field.counts, field.probability or 1.0) for field in shards.fields],
     )
-    order = Order([shape], batch_size=8, seed=1, captions="random")
+    order = Sampler([shape], batch_size=8, seed=1, captions="random")
     drawn = {"own": 0, "made": 0}
     for batch in take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=1), 40):
         for tokens, (_, _, key) in zip(batch.tokens, batch.keys, strict=True):

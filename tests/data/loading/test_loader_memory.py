@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clipcluster.data.loading.loader import Loader
-from clipcluster.data.sampling.sampler import Order, SourceShape
+from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
@@ -33,7 +33,7 @@ def test_nothing_grows_over_twenty_epochs(
             image = b"<html>" if bad else picture(number, kind, (side, side + 30))
             writer.add(f"s{number:05d}", image, "jpg", [f"caption of {number}", "another"])
     shards = open_folder(tmp_path / "s")
-    order = Order([SourceShape(shards.sample_counts, shards.caption_counts)], batch_size=40, seed=0)
+    order = Sampler([SamplerSource(shards.sample_counts, shards.caption_counts)], batch_size=40, seed=0)
     workers, rank = [], []
     section = data_section(batch_size=40, size=224)
     loader = Loader([shards], order, section, tokenizer=ByteTokenizer(77), seed=0, workers=2)

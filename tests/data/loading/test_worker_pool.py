@@ -13,7 +13,7 @@ import pytest
 
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.loading.worker_pool import WorkerDied
-from clipcluster.data.sampling.sampler import Order, SourceShape
+from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
@@ -28,8 +28,8 @@ def shards(tmp_path: Path, make_shards: Callable[..., Path]) -> Dataset:
 
 @pytest.fixture
 def loader(shards: Dataset, data_section: Callable[..., Data]) -> Loader:
-    order = Order(
-        [SourceShape(shards.sample_counts, shards.caption_counts, None)],
+    order = Sampler(
+        [SamplerSource(shards.sample_counts, shards.caption_counts, None)],
         batch_size=8,
         seed=0,
         captions="first",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clipcluster.data.sampling import caption_rounds as rounds_module
-from clipcluster.data.sampling.caption_rounds import Rounds, SourceShape
+from clipcluster.data.sampling.caption_rounds import CaptionRounds, SamplerSource
 
 
 @st.composite
@@ -15,19 +15,19 @@ def shapes(draw, most_captions=6):
     sample_counts = np.array(draw(st.lists(st.integers(0, 9), min_size=1, max_size=12)), dtype=np.int64)
     captions = st.integers(0, most_captions)
     caption_counts = draw(hnp.arrays(np.uint8, int(sample_counts.sum()), elements=captions))
-    return SourceShape(sample_counts, draw(st.sampled_from([None, caption_counts, caption_counts])))
+    return SamplerSource(sample_counts, draw(st.sampled_from([None, caption_counts, caption_counts])))
 
 
-def counts_of(rounds, turn):
-    return rounds.counts(turn, np.arange(rounds.n_portions)).tolist()
+def counts_of(rounds, round_index):
+    return rounds.counts(round_index, np.arange(rounds.n_portions)).tolist()
 
 
-def samples_by_shard(shape, turn):
+def samples_by_shard(shape, round_index):
     counts = shape.caption_counts
     if counts is None:
         counts = np.ones(shape.sample_counts.sum(), dtype=int)
     bounds = np.concatenate([[0], np.cumsum(shape.sample_counts)])
-    return [[place for place in range(a, b) if counts[place] > turn] for a, b in pairwise(bounds)]
+    return [[place for place in range(a, b) if counts[place] > round_index] for a, b in pairwise(bounds)]
 
 
 @settings(deadline=None)
@@ -35,31 +35,31 @@ def samples_by_shard(shape, turn):
 def test_rounds_hold_the_samples_with_more_captions_than_their_number(given_shapes, scan):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds_module, "_SCAN", scan)  # small: every boundary of a scan is met
-        rounds = Rounds(given_shapes, every_caption=True)
+        rounds = CaptionRounds(given_shapes, every_caption=True)
     starts = np.cumsum([0] + [int(shape.sample_counts.sum()) for shape in given_shapes])
-    for turn in range(len(rounds.sizes)):
+    for round_index in range(len(rounds.sizes)):
         by_shard = [
             [place + start for place in shard]
             for shape, start in zip(given_shapes, starts, strict=False)
-            for shard in samples_by_shard(shape, turn)
+            for shard in samples_by_shard(shape, round_index)
         ]
-        assert counts_of(rounds, turn) == [len(shard) for shard in by_shard]
-        everything, copies = rounds.all_samples(turn)
+        assert counts_of(rounds, round_index) == [len(shard) for shard in by_shard]
+        everything, copies = rounds.all_samples(round_index)
         assert everything.tolist() == [place for shard in by_shard for place in shard]
         assert copies is None
         shards = np.array([n for n, shard in enumerate(by_shard) for _ in shard], dtype=int)
         indices = np.array([j for shard in by_shard for j in range(len(shard))], dtype=int)
         mixed = np.random.default_rng(0).permutation(len(shards))
-        found, copies = rounds.samples(turn, shards[mixed], indices[mixed])
+        found, copies = rounds.samples(round_index, shards[mixed], indices[mixed])
         assert found.tolist() == everything[mixed].tolist()
         assert not copies.any()
-        assert rounds.sizes[turn] == len(everything)
+        assert rounds.sizes[round_index] == len(everything)
 
 
 @settings(deadline=None)
 @given(shapes())
 def test_one_round_of_the_samples_with_a_caption(shape):
-    rounds = Rounds([shape], every_caption=False)
+    rounds = CaptionRounds([shape], every_caption=False)
     assert counts_of(rounds, 0) == [len(shard) for shard in samples_by_shard(shape, 0)]
     assert len(rounds.sizes) == 1
 
@@ -67,20 +67,20 @@ def test_one_round_of_the_samples_with_a_caption(shape):
 @settings(deadline=None)
 @given(shapes(), st.booleans())
 def test_counts_known_beforehand_are_taken(shape, every_caption):
-    counted = Rounds([shape], every_caption=True)
-    more_than = np.array([counts_of(counted, turn) for turn in range(len(counted.sizes))])
-    told = SourceShape(shape.sample_counts, shape.caption_counts, more_than=more_than)
-    expected = Rounds([shape], every_caption=every_caption)
-    rounds = Rounds([told], every_caption=every_caption)
+    counted = CaptionRounds([shape], every_caption=True)
+    more_than = np.array([counts_of(counted, round_index) for round_index in range(len(counted.sizes))])
+    told = SamplerSource(shape.sample_counts, shape.caption_counts, more_than=more_than)
+    expected = CaptionRounds([shape], every_caption=every_caption)
+    rounds = CaptionRounds([told], every_caption=every_caption)
     assert rounds.sizes.tolist() == expected.sizes.tolist()
-    for turn in range(len(rounds.sizes)):
-        assert counts_of(rounds, turn) == counts_of(expected, turn)
+    for round_index in range(len(rounds.sizes)):
+        assert counts_of(rounds, round_index) == counts_of(expected, round_index)
 
 
 @settings(deadline=None)
 @given(st.lists(shapes(), min_size=1, max_size=3))
 def test_a_position_belongs_to_one_source(given_shapes):
-    rounds = Rounds(given_shapes, every_caption=True)
+    rounds = CaptionRounds(given_shapes, every_caption=True)
     sizes = [int(shape.sample_counts.sum()) for shape in given_shapes]
     sources, within = rounds.locate(np.arange(sum(sizes)))
     assert sources.tolist() == [n for n, size in enumerate(sizes) for _ in range(size)]
@@ -93,8 +93,8 @@ def test_a_position_belongs_to_one_source(given_shapes):
 
 def test_what_is_kept_of_partly_captioned_shards_is_bounded(monkeypatch):
     monkeypatch.setattr(rounds_module, "_KEPT", 50)
-    shape = SourceShape(np.full(20, 10), np.tile([0, 1], 100).astype(np.uint8))
-    rounds = Rounds([shape], every_caption=False)
+    shape = SamplerSource(np.full(20, 10), np.tile([0, 1], 100).astype(np.uint8))
+    rounds = CaptionRounds([shape], every_caption=False)
     shards = np.arange(20)
     for _ in range(2):
         assert rounds.samples(0, shards, np.full(20, 2))[0].tolist() == (shards * 10 + 5).tolist()
@@ -103,7 +103,7 @@ def test_what_is_kept_of_partly_captioned_shards_is_bounded(monkeypatch):
 
 def test_columns_that_disagree_are_refused():
     with pytest.raises(ValueError, match="9 caption counts for 10 samples"):
-        Rounds([SourceShape(np.array([10]), np.ones(9, dtype=np.uint8))], every_caption=False)
-    shape = SourceShape(np.array([10]), np.ones(10, dtype=np.uint8), more_than=np.array([[5, 5]]))
+        CaptionRounds([SamplerSource(np.array([10]), np.ones(9, dtype=np.uint8))], every_caption=False)
+    shape = SamplerSource(np.array([10]), np.ones(10, dtype=np.uint8), more_than=np.array([[5, 5]]))
     with pytest.raises(ValueError, match="more_than"):
-        Rounds([shape], every_caption=False)
+        CaptionRounds([shape], every_caption=False)

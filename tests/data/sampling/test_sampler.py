@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clipcluster.data.sampling.oversampling import Repeats
-from clipcluster.data.sampling.sampler import Draws, Order, SourceShape
+from clipcluster.data.sampling.sampler import Draws, Sampler, SamplerSource
 from clipcluster.data.sampling.shuffle import count_lanes
 from clipcluster.errors import UserError
 
@@ -22,7 +22,7 @@ def source(draw, weight=None):
     caption_counts = draw(hnp.arrays(np.uint8, int(sample_counts.sum()), elements=st.integers(0, 4)))
     caption_counts[:2] = 1  # something to draw
     known = draw(st.booleans())
-    return SourceShape(sample_counts, caption_counts if known else None, weight)
+    return SamplerSource(sample_counts, caption_counts if known else None, weight)
 
 
 @st.composite
@@ -64,13 +64,13 @@ def expected_pass(shapes, captions):
 
 def drawn(draws: Draws, captions):
     """(line's pass, (source, position[, caption])) of every draw."""
-    for source, passage, position, caption in rows(draws):
+    for source, pass_index, position, caption in rows(draws):
         thing = (source, position, max(caption, 0)) if captions == "all" else (source, position)
-        yield passage, thing
+        yield pass_index, thing
 
 
 def rows(draws: Draws):
-    columns = (draws.source, draws.passage, draws.position, draws.caption)
+    columns = (draws.source, draws.pass_index, draws.position, draws.caption)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -78,9 +78,9 @@ def rows(draws: Draws):
 @given(shapes_and_settings(), st.data())
 def test_slots_are_a_cut_of_their_batch_whoever_asks_and_in_whatever_order(case, data):
     shapes, options = case
-    size, seen = options["batch_size"], Order(shapes, **options)
+    size, seen = options["batch_size"], Sampler(shapes, **options)
     for t in data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=6)):
-        fresh = Order(shapes, **options)
+        fresh = Sampler(shapes, **options)
         start = data.draw(st.integers(0, size))
         stop = data.draw(st.integers(start, size))
         part = rows(fresh.slots(t, start, stop))
@@ -94,41 +94,41 @@ def test_a_batch_is_the_same_for_every_number_of_ranks_and_workers(case, ranks, 
     options["batch_size"] = 24
     options["epoch_samples"] = 24
     shapes = [grown(shape) for shape in shapes]
-    whole = rows(Order(shapes, **options).batch(t))
+    whole = rows(Sampler(shapes, **options).batch(t))
     shares = [24 * n // (ranks * workers) for n in range(ranks * workers + 1)]
     parts = []
     for start, stop in pairwise(shares):
-        parts += rows(Order(shapes, **options).slots(t, start, stop))
+        parts += rows(Sampler(shapes, **options).slots(t, start, stop))
     assert parts == whole
 
 
-def grown(shape: SourceShape) -> SourceShape:
+def grown(shape: SamplerSource) -> SamplerSource:
     """The source with one more shard of 24 samples."""
     captions = shape.caption_counts
     if captions is not None:
         captions = np.append(captions, np.ones(24, dtype=np.uint8))
-    return SourceShape(np.append(shape.sample_counts, 24), captions, shape.weight)
+    return SamplerSource(np.append(shape.sample_counts, 24), captions, shape.weight)
 
 
 @settings(deadline=None)
 @given(shapes_and_settings())
 def test_of_one_line_no_batch_crosses_a_pass_and_nothing_comes_twice_in_one(case):
     shapes, options = case
-    shapes = [SourceShape(shape.sample_counts, shape.caption_counts) for shape in shapes]
+    shapes = [SamplerSource(shape.sample_counts, shape.caption_counts) for shape in shapes]
     size, captions = options["batch_size"], options["captions"]
     options["epoch_samples"] = None
     everything = set(expected_pass(shapes, captions))
     assume(len(everything) >= size)
-    order = Order(shapes, **options)
+    order = Sampler(shapes, **options)
     steps = len(everything) // size
     assert order.steps_per_epoch == steps
     assert order.samples == len(everything)
     assert {order.draws_per_pass(number) for number in range(len(shapes))} == {steps * size}
-    for passage in range(2):
+    for pass_index in range(2):
         things = []
-        for t in range(passage * steps, (passage + 1) * steps):
+        for t in range(pass_index * steps, (pass_index + 1) * steps):
             batch = order.batch(t)
-            assert set(batch.passage.tolist()) == {passage}
+            assert set(batch.pass_index.tolist()) == {pass_index}
             things += [thing for _, thing in drawn(batch, captions)]
         assert len(set(things)) == len(things) == steps * size
         assert set(things) <= everything
@@ -139,20 +139,20 @@ def test_of_one_line_no_batch_crosses_a_pass_and_nothing_comes_twice_in_one(case
 def test_of_several_lines_every_pass_shows_everything_once(case, weights):
     shapes, options = case
     shapes = [
-        SourceShape(shape.sample_counts, shape.caption_counts, weight)
+        SamplerSource(shape.sample_counts, shape.caption_counts, weight)
         for shape, weight in zip(shapes, weights, strict=False)
     ]
     if len(shapes) == 1:
-        shapes = [SourceShape(shapes[0].sample_counts, shapes[0].caption_counts, 1.0)] * 2
+        shapes = [SamplerSource(shapes[0].sample_counts, shapes[0].caption_counts, 1.0)] * 2
     options["epoch_samples"], captions = 1000, options["captions"]
-    order = Order(shapes, **options)
+    order = Sampler(shapes, **options)
     passes: dict[tuple[int, int], Counter] = {}
     for t in range(300 // options["batch_size"]):
-        for passage, thing in drawn(order.batch(t), captions):
-            passes.setdefault((thing[0], passage), Counter())[thing] += 1
-    for (number, passage), things in passes.items():
+        for pass_index, thing in drawn(order.batch(t), captions):
+            passes.setdefault((thing[0], pass_index), Counter())[thing] += 1
+    for (number, pass_index), things in passes.items():
         assert set(things.values()) == {1}
-        if (number, passage + 1) in passes:  # a finished pass: nothing is left over
+        if (number, pass_index + 1) in passes:  # a finished pass: nothing is left over
             whole = {thing for thing in expected_pass(shapes, captions) if thing[0] == number}
             assert set(things) == whole
             assert order.draws_per_pass(number) == len(whole)
@@ -161,8 +161,8 @@ def test_of_several_lines_every_pass_shows_everything_once(case, weights):
 @pytest.mark.parametrize("weights", [(3, 1), (7, 2, 1), (0.7, 0.2, 0.1), (1, 1)])
 @pytest.mark.parametrize("batch_size", [8, 10, 33])
 def test_shares_are_exact_after_every_period(weights, batch_size):
-    shapes = [SourceShape(np.full(5, 11 + number), None, w) for number, w in enumerate(weights)]
-    order = Order(shapes, batch_size=batch_size, seed=1, lanes=4, window=5, full_shuffle_below=0)
+    shapes = [SamplerSource(np.full(5, 11 + number), None, w) for number, w in enumerate(weights)]
+    order = Sampler(shapes, batch_size=batch_size, seed=1, lanes=4, window=5, full_shuffle_below=0)
     period = sum(order.weights)
     assert order.weights == {2: [1, 1] if weights[0] == 1 else [3, 1], 3: [7, 2, 1]}[len(weights)]
     drawn_so_far = np.zeros(len(weights), dtype=int)
@@ -177,15 +177,15 @@ def test_shares_are_exact_after_every_period(weights, batch_size):
 @pytest.mark.parametrize("shards", [1, 3, 40])
 def test_over_several_passes_everything_is_seen(captions, full_shuffle_below, shards):
     sizes = np.diff(np.linspace(0, 1437, shards + 1).astype(int))
-    shape = SourceShape(sizes, np.random.default_rng(0).integers(1, 4, 1437).astype(np.uint8))
+    shape = SamplerSource(sizes, np.random.default_rng(0).integers(1, 4, 1437).astype(np.uint8))
     # windows of one: what is left over must not depend on the shuffle inside a lane to change
-    order = Order(
+    order = Sampler(
         [shape], batch_size=64, seed=0, captions=captions, window=1, full_shuffle_below=full_shuffle_below
     )
     left_over = []
     everything = set(expected_pass([shape], captions))
-    for passage in range(12):
-        steps = range(passage * order.steps_per_epoch, (passage + 1) * order.steps_per_epoch)
+    for pass_index in range(12):
+        steps = range(pass_index * order.steps_per_epoch, (pass_index + 1) * order.steps_per_epoch)
         things = {thing for t in steps for _, thing in drawn(order.batch(t), captions)}
         left_over.append(everything - things)
     assert set.intersection(*left_over) == set()
@@ -197,11 +197,11 @@ def test_over_several_passes_everything_is_seen(captions, full_shuffle_below, sh
 def test_what_is_left_over_is_not_always_of_the_last_round(full_shuffle_below):
     counts = np.full(23, 2, dtype=np.uint8)
     counts[:3] = 3  # alone in the last round, and as many as are left over
-    shape = SourceShape(np.array([23]), counts)
-    order = Order([shape], batch_size=46, seed=0, captions="all", full_shuffle_below=full_shuffle_below)
+    shape = SamplerSource(np.array([23]), counts)
+    order = Sampler([shape], batch_size=46, seed=0, captions="all", full_shuffle_below=full_shuffle_below)
     in_full = 0
-    for passage in range(20):
-        shown = np.bincount(order.batch(passage).position, minlength=23)
+    for pass_index in range(20):
+        shown = np.bincount(order.batch(pass_index).position, minlength=23)
         in_full += int(np.sum(shown[:3] == 3))
     assert in_full > 30
 
@@ -209,31 +209,31 @@ def test_what_is_left_over_is_not_always_of_the_last_round(full_shuffle_below):
 @pytest.mark.parametrize("full_shuffle_below", [0, 10**6])
 def test_two_captions_of_an_image_meet_only_in_a_batch_that_touches_two_rounds(full_shuffle_below):
     counts = np.random.default_rng(1).integers(4, 6, 2000).astype(np.uint8)
-    shape = SourceShape(np.full(20, 100), counts)
-    order = Order(
+    shape = SamplerSource(np.full(20, 100), counts)
+    order = Sampler(
         [shape], batch_size=128, seed=3, captions="all", window=32, full_shuffle_below=full_shuffle_below
     )
     line, met = order._lines[0], 0
     for t in range(3 * order.steps_per_epoch):
         batch = order.batch(t)
-        turns = line.places(np.arange(t * 128, (t + 1) * 128)).turn
-        for turn in np.unique(turns):
-            images = batch.position[turns == turn]
+        turns = line.places(np.arange(t * 128, (t + 1) * 128)).round_index
+        for round_index in np.unique(turns):
+            images = batch.position[turns == round_index]
             assert len(np.unique(images)) == len(images)
-            assert np.all(counts[images] > turn)
+            assert np.all(counts[images] > round_index)
         met += len(np.unique(turns)) > 1
     assert met <= 3 * 6  # five rounds, and where the pass begins
 
 
 def test_the_captions_of_an_image_come_in_another_order_for_another_image_and_pass():
-    order = Order([SourceShape(np.array([100]), np.full(100, 5, dtype=np.uint8))],
+    order = Sampler([SamplerSource(np.array([100]), np.full(100, 5, dtype=np.uint8))],
                   batch_size=100, seed=0, captions="all")  # fmt: skip
     shown = np.zeros((2, 100, 5), dtype=int)
-    for passage in range(2):
+    for pass_index in range(2):
         numbers = np.zeros(100, dtype=int)
-        for t in range(5 * passage, 5 * passage + 5):
+        for t in range(5 * pass_index, 5 * pass_index + 5):
             for _, _, position, caption in rows(order.batch(t)):
-                shown[passage, position, numbers[position]] = caption
+                shown[pass_index, position, numbers[position]] = caption
                 numbers[position] += 1
     assert np.all(np.sort(shown, axis=2) == np.arange(5))
     assert len(np.unique(shown[0], axis=0)) > 50
@@ -242,10 +242,10 @@ def test_the_captions_of_an_image_come_in_another_order_for_another_image_and_pa
 
 def test_a_random_caption_is_any_of_the_image_and_the_first_is_the_first():
     counts = np.random.default_rng(0).integers(0, 6, 3000).astype(np.uint8)
-    shape = SourceShape(np.full(30, 100), counts)
+    shape = SamplerSource(np.full(30, 100), counts)
     for full_shuffle_below in (0, 10**6):
         options = {"batch_size": 100, "seed": 0, "full_shuffle_below": full_shuffle_below}
-        orders = {choice: Order([shape], captions=choice, **options) for choice in ("random", "first")}
+        orders = {choice: Sampler([shape], captions=choice, **options) for choice in ("random", "first")}
         drawn = {choice: [order.batch(t) for t in range(40)] for choice, order in orders.items()}
         captions = np.concatenate([batch.caption for batch in drawn["random"]])
         positions = np.concatenate([batch.position for batch in drawn["random"]])
@@ -258,8 +258,8 @@ def test_a_random_caption_is_any_of_the_image_and_the_first_is_the_first():
 
 
 def test_without_weights_the_shards_of_all_sources_are_one_line():
-    shapes = [SourceShape(np.full(4, 25)), SourceShape(np.full(12, 25), np.ones(300, dtype=np.uint8))]
-    order = Order(shapes, batch_size=50, seed=0, lanes=10, window=8, full_shuffle_below=0)
+    shapes = [SamplerSource(np.full(4, 25)), SamplerSource(np.full(12, 25), np.ones(300, dtype=np.uint8))]
+    order = Sampler(shapes, batch_size=50, seed=0, lanes=10, window=8, full_shuffle_below=0)
     assert order.steps_per_epoch == 8
     batches = [order.batch(t) for t in range(8)]
     drawn = {(s, p) for batch in batches for s, p in zip(batch.source, batch.position, strict=True)}
@@ -269,32 +269,32 @@ def test_without_weights_the_shards_of_all_sources_are_one_line():
 
 
 def test_an_epoch_of_another_length_than_a_pass_changes_no_batch():
-    shape = SourceShape(np.full(7, 10))
-    by_default = Order([shape], batch_size=8, seed=0)
+    shape = SamplerSource(np.full(7, 10))
+    by_default = Sampler([shape], batch_size=8, seed=0)
     for epoch_samples, steps in ((8, 1), (63, 7), (1000, 125)):
-        order = Order([shape], batch_size=8, seed=0, epoch_samples=epoch_samples)
+        order = Sampler([shape], batch_size=8, seed=0, epoch_samples=epoch_samples)
         assert order.steps_per_epoch == steps
         for t in (0, 7, 8, 30):
             assert rows(order.batch(t)) == rows(by_default.batch(t))
-            assert set(order.batch(t).passage.tolist()) == {t // 8}
+            assert set(order.batch(t).pass_index.tolist()) == {t // 8}
 
 
 def test_seed_source_and_pass_each_give_another_order():
-    shapes = [SourceShape(np.full(10, 20), None, 1), SourceShape(np.full(10, 20), None, 1)]
+    shapes = [SamplerSource(np.full(10, 20), None, 1), SamplerSource(np.full(10, 20), None, 1)]
     for full_shuffle_below in (0, 10**6):
         options = {"batch_size": 40, "lanes": 5, "window": 8, "full_shuffle_below": full_shuffle_below}
-        first, other = (Order(shapes, seed=seed, **options) for seed in (0, 1))
+        first, other = (Sampler(shapes, seed=seed, **options) for seed in (0, 1))
         a, b, c = first.batch(0), first.batch(10), other.batch(0)
-        assert a.passage[0] == 0
-        assert b.passage[0] == 1
+        assert a.pass_index[0] == 0
+        assert b.pass_index[0] == 1
         orders = [x.position[x.source == s].tolist() for x, s in ((a, 0), (a, 1), (b, 0), (c, 0))]
         assert len(set(map(tuple, orders))) == 4
 
 
 @pytest.mark.parametrize("weights", [(None, None), (1, 1), (3, 1)])
 def test_no_shard_is_read_by_two_ranks_and_a_batch_mixes_many(weights):
-    shapes = [SourceShape(np.full(320, 1000), None, weight) for weight in weights]
-    order = Order(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
+    shapes = [SamplerSource(np.full(320, 1000), None, weight) for weight in weights]
+    order = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
     shards: list[set[tuple[int, int]]] = [set(), set(), set(), set()]
     for t in range(500):
         draws = order.batch(t)
@@ -306,8 +306,8 @@ def test_no_shard_is_read_by_two_ranks_and_a_batch_mixes_many(weights):
 
 
 def test_shares_that_no_batch_holds_exactly_still_keep_ranks_near_their_lanes():
-    shapes = [SourceShape(np.full(320, 1000), None, weight) for weight in (7, 2, 1)]
-    order = Order(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
+    shapes = [SamplerSource(np.full(320, 1000), None, weight) for weight in (7, 2, 1)]
+    order = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
     assert [order.lanes(i) for i in range(3)] == [64, 25, 12]
     shards: list[set[tuple[int, int]]] = [set(), set(), set(), set()]
     for t in range(500):
@@ -319,7 +319,7 @@ def test_shares_that_no_batch_holds_exactly_still_keep_ranks_near_their_lanes():
 
 
 def test_samples_of_a_shard_are_scattered_over_their_window():
-    order = Order([SourceShape(np.full(64, 4096))], batch_size=64, seed=0, full_shuffle_below=0)
+    order = Sampler([SamplerSource(np.full(64, 4096))], batch_size=64, seed=0, full_shuffle_below=0)
     positions = np.concatenate([order.batch(t).position for t in range(1024)]).reshape(1024, 64)
     same_shard = positions[1:] // 4096 == positions[:-1] // 4096
     steps = np.abs(np.diff(positions, axis=0))[same_shard]
@@ -344,49 +344,49 @@ def test_lanes_divide_the_batch_unless_that_leaves_too_few(batch_size, most, lan
 
 
 def test_mistakes_in_the_recipe_are_named():
-    ten = SourceShape(np.array([10]))
+    ten = SamplerSource(np.array([10]))
     with pytest.raises(UserError, match=r"training data hold 10 samples, less than one batch of 11"):
-        Order([ten], batch_size=11, seed=0)
+        Sampler([ten], batch_size=11, seed=0)
     with pytest.raises(UserError, match=r"data\.epoch_samples is 3 samples, less than one batch of 4"):
-        Order([ten], batch_size=4, seed=0, epoch_samples=3)
+        Sampler([ten], batch_size=4, seed=0, epoch_samples=3)
     with pytest.raises(UserError, match=r"data\.batch_size of at most 10"):
-        Order([ten], batch_size=11, seed=0, epoch_samples=100)
+        Sampler([ten], batch_size=11, seed=0, epoch_samples=100)
     with pytest.raises(UserError, match=r"data\.train\.0, data\.train\.2 has none"):
-        Order([ten, SourceShape(np.array([10]), None, 2.0), ten], batch_size=4, seed=0)
-    bare = SourceShape(np.array([3]), np.zeros(3, dtype=np.uint8), 1.0, name="flickr")
+        Sampler([ten, SamplerSource(np.array([10]), None, 2.0), ten], batch_size=4, seed=0)
+    bare = SamplerSource(np.array([3]), np.zeros(3, dtype=np.uint8), 1.0, name="flickr")
     with pytest.raises(UserError, match=r"data\.train\.1 flickr: no sample with a caption"):
-        Order([SourceShape(np.array([10]), None, 1.0), bare], batch_size=4, seed=0, captions="all")
+        Sampler([SamplerSource(np.array([10]), None, 1.0), bare], batch_size=4, seed=0, captions="all")
     with pytest.raises(UserError, match="no samples"):
-        Order([SourceShape(np.array([0, 0]))], batch_size=4, seed=0)
+        Sampler([SamplerSource(np.array([0, 0]))], batch_size=4, seed=0)
 
 
 def test_what_no_recipe_can_ask_for_is_a_programming_error():
-    ten = SourceShape(np.array([10]))
+    ten = SamplerSource(np.array([10]))
     with pytest.raises(ValueError, match="allowed: 'all', 'random', 'first'"):
-        Order([ten], batch_size=2, seed=0, captions="last")
+        Sampler([ten], batch_size=2, seed=0, captions="last")
     with pytest.raises(ValueError, match="at least 1"):
-        Order([ten], batch_size=2, seed=0, lanes=0)
+        Sampler([ten], batch_size=2, seed=0, lanes=0)
     for t, start, stop in ((-1, 0, 2), (0, 0, 3), (0, 2, 1)):
         with pytest.raises(ValueError, match="no slots"):
-            Order([ten], batch_size=2, seed=0).slots(t, start, stop)
+            Sampler([ten], batch_size=2, seed=0).slots(t, start, stop)
 
 
 def test_a_batch_smaller_than_a_source_may_hold_several_passes_of_a_tiny_one():
-    shapes = [SourceShape(np.array([2]), None, 1), SourceShape(np.full(50, 100), None, 1)]
-    order = Order(shapes, batch_size=20, seed=0)
+    shapes = [SamplerSource(np.array([2]), None, 1), SamplerSource(np.full(50, 100), None, 1)]
+    order = Sampler(shapes, batch_size=20, seed=0)
     batch = order.batch(3)
     tiny = batch.source == 0
-    assert Counter(batch.passage[tiny].tolist()) == Counter(dict.fromkeys(range(15, 20), 2))
+    assert Counter(batch.pass_index[tiny].tolist()) == Counter(dict.fromkeys(range(15, 20), 2))
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**9))
 def test_a_resume_from_any_step_of_twelve_million_samples_does_little_work(t):
-    shape = SourceShape(np.full(1280, 10_000), TWELVE_MILLION)
+    shape = SamplerSource(np.full(1280, 10_000), TWELVE_MILLION)
     np.unique(shape.sample_counts)  # the first time, numpy loads a part of itself
     tracemalloc.start()
     try:
-        order = Order([shape], batch_size=384, seed=0, captions="random")
+        order = Sampler([shape], batch_size=384, seed=0, captions="random")
         batch = order.batch(t)
         kept, peak = tracemalloc.get_traced_memory()
     finally:
@@ -405,15 +405,15 @@ def test_a_billion_samples_are_planned_by_shard(times, megabytes):
     counts = np.full(1_280_000, 10_000)
     captions = np.broadcast_to(np.uint8(2), (12_800_000_000,))  # what an index maps
     columns = {"more_than": counts.astype(np.int32)[None], "sample_ends": np.cumsum(counts)}
-    shape = SourceShape(counts, captions, repeats=Repeats(times), **columns)
+    shape = SamplerSource(counts, captions, repeats=Repeats(times), **columns)
     tracemalloc.start()
     try:
-        order = Order([shape], batch_size=384, seed=0, captions="random")
+        order = Sampler([shape], batch_size=384, seed=0, captions="random")
         batch = order.batch(33_000_000)
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert batch.passage[0] // times == 0
+    assert batch.pass_index[0] // times == 0
     assert batch.position.max() > 2**32
     assert len(np.unique(batch.position)) > 380
     assert kept < megabytes * 1e6  # 4 bytes a shard and copy
@@ -433,8 +433,8 @@ def test_a_billion_samples_are_planned_by_shard(times, megabytes):
 )
 def test_the_order_never_changes_from_one_version_to_the_next(captions, full_shuffle_below, digest):
     counts = (np.arange(1500) * 7 % 4).astype(np.uint8)
-    shapes = [SourceShape(np.full(15, 100), counts, 3), SourceShape(np.full(9, 50), None, 1)]
-    order = Order(
+    shapes = [SamplerSource(np.full(15, 100), counts, 3), SamplerSource(np.full(9, 50), None, 1)]
+    order = Sampler(
         shapes, batch_size=48, seed=5, captions=captions, lanes=8, window=16,
         full_shuffle_below=full_shuffle_below,
     )  # fmt: skip

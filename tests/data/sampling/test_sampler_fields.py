@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clipcluster.data.sampling.oversampling import Repeats
-from clipcluster.data.sampling.sampler import Field, Order, SourceShape
+from clipcluster.data.sampling.sampler import CaptionField, Sampler, SamplerSource
 from clipcluster.errors import UserError
 
 LENGTHS = st.integers(0, 3)
@@ -28,10 +28,10 @@ def shapes_with_fields(draw):
         repeats = draw(st.sampled_from([None, Repeats(2)]))
         if fields > 1:
             chances = draw(st.lists(st.floats(0.001, 100, allow_nan=False), min_size=fields, max_size=fields))
-            both = tuple(Field(column, chance) for column, chance in zip(counts, chances, strict=True))
-            shapes.append(SourceShape(sample_counts, fields=both, repeats=repeats))
+            both = tuple(CaptionField(column, chance) for column, chance in zip(counts, chances, strict=True))
+            shapes.append(SamplerSource(sample_counts, fields=both, repeats=repeats))
         else:
-            shapes.append(SourceShape(sample_counts, counts[0] if fields else None, repeats=repeats))
+            shapes.append(SamplerSource(sample_counts, counts[0] if fields else None, repeats=repeats))
     return shapes
 
 
@@ -39,7 +39,7 @@ def shapes_with_fields(draw):
 @given(shapes_with_fields(), st.sampled_from(["random", "first"]), st.sampled_from([0, 1000]), st.data())
 def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data):
     options = {"seed": data.draw(st.integers(0, 9)), "captions": captions, "full_shuffle_below": whole}
-    order = Order(shapes, batch_size=1, lanes=4, window=4, **options)
+    order = Sampler(shapes, batch_size=1, lanes=4, window=4, **options)
     shown = set()
     for t in range(order.draws_per_pass(0)):
         batch = order.batch(t)
@@ -69,7 +69,7 @@ def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data
         everything |= {(number, place) for place in np.flatnonzero(counts).tolist()}
     assert shown == everything  # a sample without a caption in any field is never drawn
     size = min(len(everything), 7)
-    several = Order(shapes, batch_size=size, lanes=4, window=4, **options)
+    several = Sampler(shapes, batch_size=size, lanes=4, window=4, **options)
     start, stop = sorted((data.draw(st.integers(0, size)), data.draw(st.integers(0, size))))
     part = several.slots(3, start, stop)
     assert part.caption.tolist() == several.batch(3).caption[start:stop].tolist()
@@ -78,9 +78,9 @@ def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data
 @pytest.mark.parametrize("full_shuffle_below", [0, 10**6])
 @pytest.mark.parametrize("chances", [(0.5, 0.5), (0.7, 0.2, 0.1), (3.0, 1.0)])
 def test_fields_are_drawn_by_their_probabilities(full_shuffle_below, chances):
-    fields = tuple(Field(np.full(20_000, 2, dtype=np.uint8), chance) for chance in chances)
-    shape = SourceShape(np.full(200, 100), fields=fields)
-    order = Order(
+    fields = tuple(CaptionField(np.full(20_000, 2, dtype=np.uint8), chance) for chance in chances)
+    shape = SamplerSource(np.full(200, 100), fields=fields)
+    order = Sampler(
         [shape], batch_size=1000, seed=4, captions="random", lanes=20, window=32,
         full_shuffle_below=full_shuffle_below,
     )  # fmt: skip
@@ -95,8 +95,12 @@ def test_fields_are_drawn_by_their_probabilities(full_shuffle_below, chances):
 def test_fields_without_a_caption_of_the_sample_are_left_to_the_others():
     kinds = np.arange(40_000) % 4  # no caption, only the first, only the last, all
     counts = [np.where(np.isin(kinds, own), 1, 0).astype(np.uint8) for own in ((1, 3), (3,), (2, 3))]
-    fields = tuple(Field(column, chance) for column, chance in zip(counts, (0.1, 0.6, 0.3), strict=True))
-    order = Order([SourceShape(np.full(40, 1000), fields=fields)], batch_size=1000, seed=0, captions="first")
+    fields = tuple(
+        CaptionField(column, chance) for column, chance in zip(counts, (0.1, 0.6, 0.3), strict=True)
+    )
+    order = Sampler(
+        [SamplerSource(np.full(40, 1000), fields=fields)], batch_size=1000, seed=0, captions="first"
+    )
     assert order.samples == 30_000
     draws = [order.batch(t) for t in range(30)]
     positions = np.concatenate([batch.position for batch in draws])
@@ -108,13 +112,16 @@ def test_fields_without_a_caption_of_the_sample_are_left_to_the_others():
 
 
 def test_each_pass_and_copy_draws_another_field():
-    fields = (Field(np.ones(4000, dtype=np.uint8), 1.0), Field(np.ones(4000, dtype=np.uint8), 1.0))
-    shape = SourceShape(np.full(40, 100), fields=fields, repeats=Repeats(2))
-    order = Order([shape], batch_size=100, seed=0, captions="random")
+    fields = (
+        CaptionField(np.ones(4000, dtype=np.uint8), 1.0),
+        CaptionField(np.ones(4000, dtype=np.uint8), 1.0),
+    )
+    shape = SamplerSource(np.full(40, 100), fields=fields, repeats=Repeats(2))
+    order = Sampler([shape], batch_size=100, seed=0, captions="random")
     shown = np.full((4, 4000), -1)  # pass x copies + copy
     for t in range(2 * order.steps_per_epoch):
         batch = order.batch(t)
-        shown[batch.passage, batch.position] = batch.caption
+        shown[batch.pass_index, batch.position] = batch.caption
     assert set(shown.ravel().tolist()) == {0, 1}
     for one in range(4):
         for other in range(one):
@@ -124,18 +131,18 @@ def test_each_pass_and_copy_draws_another_field():
 def test_the_draws_never_change_from_one_version_to_the_next():
     counts = (np.arange(1500) * 7 % 4).astype(np.uint8)
     classes = (np.arange(1500) % 5).astype(np.int32)
-    shape = SourceShape(
-        np.full(15, 100), fields=(Field(counts, 0.3), Field(counts[::-1], 0.7)),
+    shape = SamplerSource(
+        np.full(15, 100), fields=(CaptionField(counts, 0.3), CaptionField(counts[::-1], 0.7)),
         repeats=Repeats(1, {2: 3, 4: 0.5}, classes),
     )  # fmt: skip
     hashed = hashlib.blake2b(digest_size=8)
     for below in (0, 10**6):
-        order = Order(
+        order = Sampler(
             [shape], batch_size=48, seed=5, captions="random", lanes=8, window=16, full_shuffle_below=below
         )
         for t in (0, 30, 31, 1_000_000):
             draws = order.batch(t)
-            for column in (draws.passage, draws.position, draws.caption):
+            for column in (draws.pass_index, draws.position, draws.caption):
                 hashed.update(column.astype("<i8").tobytes())
     assert hashed.hexdigest() == "5451a50086cd393a"
 
@@ -143,8 +150,8 @@ def test_the_draws_never_change_from_one_version_to_the_next():
 def test_one_field_alone_is_what_caption_counts_are():
     counts = (np.arange(900) % 4).astype(np.uint8)
     options = {"batch_size": 30, "seed": 1, "captions": "all", "lanes": 5, "full_shuffle_below": 0}
-    told = Order([SourceShape(np.full(9, 100), fields=(Field(counts, 0.2),))], **options)
-    plain = Order([SourceShape(np.full(9, 100), counts)], **options)
+    told = Sampler([SamplerSource(np.full(9, 100), fields=(CaptionField(counts, 0.2),))], **options)
+    plain = Sampler([SamplerSource(np.full(9, 100), counts)], **options)
     for t in (0, 3, 44, 46):
         assert told.batch(t).position.tolist() == plain.batch(t).position.tolist()
         assert told.batch(t).caption.tolist() == plain.batch(t).caption.tolist()
@@ -165,32 +172,32 @@ def test_samples_counted_beforehand_are_not_counted_again():
             return self.counts[key]
 
     columns = [Guarded(np.ones(4000, dtype=np.uint8)), Guarded(np.zeros(4000, dtype=np.uint8))]
-    shape = SourceShape(
+    shape = SamplerSource(
         np.full(40, 100), more_than=np.full((1, 40), 100),
-        fields=tuple(Field(column, 0.5) for column in columns), repeats=Repeats(3),  # type: ignore[arg-type]
+        fields=tuple(CaptionField(column, 0.5) for column in columns), repeats=Repeats(3),  # type: ignore[arg-type]
     )  # fmt: skip
-    order = Order([shape], batch_size=100, seed=0, captions="random", full_shuffle_below=0)
+    order = Sampler([shape], batch_size=100, seed=0, captions="random", full_shuffle_below=0)
     assert order.samples == 12_000
     assert not order.batch(5).caption.any()
 
 
 def test_every_caption_of_several_fields_cannot_be_asked_for():
-    fields = (Field(np.ones(9, dtype=np.uint8), 1.0), Field(np.ones(9, dtype=np.uint8), 1.0))
-    shape = SourceShape(np.array([9]), fields=fields, name="datacomp")
+    fields = (CaptionField(np.ones(9, dtype=np.uint8), 1.0), CaptionField(np.ones(9, dtype=np.uint8), 1.0))
+    shape = SamplerSource(np.array([9]), fields=fields, name="datacomp")
     with pytest.raises(
         UserError, match=r"captions is all, and data\.train\.0 datacomp has its captions in sev"
     ):
-        Order([shape], batch_size=3, seed=0, captions="all")
-    bare = tuple(Field(np.zeros(9, dtype=np.uint8), 1.0) for _ in range(2))
+        Sampler([shape], batch_size=3, seed=0, captions="all")
+    bare = tuple(CaptionField(np.zeros(9, dtype=np.uint8), 1.0) for _ in range(2))
     with pytest.raises(UserError, match="no sample with a caption"):
-        Order([SourceShape(np.array([9]), fields=bare)], batch_size=3, seed=0, captions="random")
+        Sampler([SamplerSource(np.array([9]), fields=bare)], batch_size=3, seed=0, captions="random")
     with pytest.raises(ValueError, match=r"probability 0\.0"):
-        Order(
-            [SourceShape(np.array([9]), fields=(fields[0], Field(fields[0].counts, 0.0)))],
+        Sampler(
+            [SamplerSource(np.array([9]), fields=(fields[0], CaptionField(fields[0].counts, 0.0)))],
             batch_size=3, seed=0, captions="random",
         )  # fmt: skip
     with pytest.raises(ValueError, match="8 caption counts for 9 samples"):
-        Order(
-            [SourceShape(np.array([9]), fields=(fields[0], Field(np.ones(8), 1.0)))],
+        Sampler(
+            [SamplerSource(np.array([9]), fields=(fields[0], CaptionField(np.ones(8), 1.0)))],
             batch_size=3, seed=0, captions="random",
         )  # fmt: skip

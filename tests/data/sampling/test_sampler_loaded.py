@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clipcluster.data.loading.loader import Loader
-from clipcluster.data.sampling.sampler import Order, order_of
+from clipcluster.data.sampling.sampler import Sampler, sampler_of
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_source
 from clipcluster.data.tokenizer import ByteTokenizer
@@ -41,9 +41,9 @@ def recipe_of(*sources: dict[str, Any], captions: str = "random", **data: Any) -
     )
 
 
-def opened(recipe: Recipe) -> tuple[list[Dataset], Order]:
+def opened(recipe: Recipe) -> tuple[list[Dataset], Sampler]:
     shards = [open_source(source, text=True) for source in recipe.data.train]
-    return shards, order_of(recipe, shards)
+    return shards, sampler_of(recipe, shards)
 
 
 Content = tuple[list[tuple[int, str, str]], torch.Tensor, torch.Tensor]

@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as hnp
 
 from clipcluster.data.sampling import caption_rounds as rounds_module
 from clipcluster.data.sampling import shuffle as line_module
-from clipcluster.data.sampling.caption_rounds import Rounds
+from clipcluster.data.sampling.caption_rounds import CaptionRounds
 from clipcluster.data.sampling.oversampling import Repeats
-from clipcluster.data.sampling.sampler import Order, SourceShape
+from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 from clipcluster.errors import UserError
 
 CHOICES = st.sampled_from([0, 0.25, 0.5, 1, 1.5, 2, 3])
@@ -39,10 +39,10 @@ def source(draw, weight=None):
         own.classes[:2] = 5
     if own.every == 0:
         own = Repeats(1.0, own.by_class, own.classes)
-    return SourceShape(sample_counts, captions if draw(st.booleans()) else None, weight, repeats=own)
+    return SamplerSource(sample_counts, captions if draw(st.booleans()) else None, weight, repeats=own)
 
 
-def written(shape: SourceShape) -> list[Fraction]:
+def written(shape: SamplerSource) -> list[Fraction]:
     """Each sample's repeats as they are written."""
     own = shape.repeats or Repeats()
     n_samples = int(np.sum(shape.sample_counts))
@@ -73,9 +73,9 @@ def factor_of(shapes) -> int:
 
 
 def drawn(draws, captions):
-    columns = (draws.source, draws.passage, draws.position, draws.caption)
-    for source, passage, position, caption in zip(*(column.tolist() for column in columns), strict=True):
-        yield passage, (source, position, max(caption, 0) if captions == "all" else 0)
+    columns = (draws.source, draws.pass_index, draws.position, draws.caption)
+    for source, pass_index, position, caption in zip(*(column.tolist() for column in columns), strict=True):
+        yield pass_index, (source, position, max(caption, 0) if captions == "all" else 0)
 
 
 @settings(max_examples=60)
@@ -83,26 +83,26 @@ def drawn(draws, captions):
 def test_every_copy_of_a_sample_lies_in_a_portion_of_its_own(shapes, scan):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds_module, "_SCAN", scan)  # small: every boundary of a scan is met
-        rounds = Rounds(shapes, every_caption=True)
+        rounds = CaptionRounds(shapes, every_caption=True)
     assert rounds.factor == factor_of(shapes)
     everything = expected_pass(shapes, rounds.factor, "all")
     portions = np.arange(rounds.n_portions)
     found: Counter = Counter()
-    for turn in range(len(rounds.sizes)):
-        counts = rounds.counts(turn, portions)
-        assert counts.sum() == rounds.sizes[turn]
+    for round_index in range(len(rounds.sizes)):
+        counts = rounds.counts(round_index, portions)
+        assert counts.sum() == rounds.sizes[round_index]
         rows = np.repeat(portions, counts)
         numbers = np.concatenate([np.arange(count) for count in counts.tolist()])
         mixed = np.random.default_rng(0).permutation(len(rows))
-        positions, copies = rounds.samples(turn, rows[mixed], numbers[mixed])
-        whole, whole_copies = rounds.all_samples(turn)
+        positions, copies = rounds.samples(round_index, rows[mixed], numbers[mixed])
+        whole, whole_copies = rounds.all_samples(round_index)
         if whole_copies is None:
             whole_copies = np.zeros_like(whole)
         pairs = sorted(zip(positions.tolist(), copies.tolist(), strict=True))
         assert pairs == sorted(zip(whole.tolist(), whole_copies.tolist(), strict=True))
         assert len(set(pairs)) == len(pairs)
         sources, within = rounds.locate(positions)
-        found.update((s, p, turn) for s, p in zip(sources.tolist(), within.tolist(), strict=True))
+        found.update((s, p, round_index) for s, p in zip(sources.tolist(), within.tolist(), strict=True))
     assert found == everything
 
 
@@ -123,26 +123,26 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
         "full_shuffle_below": whole,
         "epoch_samples": 20,
     }
-    order = Order(shapes, **options)
+    order = Sampler(shapes, **options)
     passes: dict[tuple[int, int], Counter] = {}
     shown: Counter = Counter()
     for t in range(300 // options["batch_size"]):
         batch = order.batch(t)
-        for passage, thing in drawn(batch, captions):
-            passes.setdefault((thing[0], passage // order.copies(thing[0])), Counter())[thing] += 1
-            shown[passage, thing] += 1
+        for pass_index, thing in drawn(batch, captions):
+            passes.setdefault((thing[0], pass_index // order.copies(thing[0])), Counter())[thing] += 1
+            shown[pass_index, thing] += 1
     assert set(shown.values()) == {1}  # no two draws with the same augmentation
-    for (number, passage), things in passes.items():
-        line = [SourceShape(np.zeros(1))] * number + [shapes[number]]
+    for (number, pass_index), things in passes.items():
+        line = [SamplerSource(np.zeros(1))] * number + [shapes[number]]
         everything = expected_pass(line, factor_of([shapes[number]]), captions)
         assert everything.total() == order.draws_per_pass(number)
         assert all(times <= everything[thing] for thing, times in things.items())
-        if (number, passage + 1) in passes:
+        if (number, pass_index + 1) in passes:
             assert things == everything
     t = data.draw(st.integers(0, 300))
     start = data.draw(st.integers(0, options["batch_size"]))
     stop = data.draw(st.integers(start, options["batch_size"]))
-    part = list(drawn(Order(shapes, **options).slots(t, start, stop), captions))
+    part = list(drawn(Sampler(shapes, **options).slots(t, start, stop), captions))
     assert part == list(drawn(order.batch(t), captions))[start:stop]
 
 
@@ -151,11 +151,11 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
 def test_one_line_shows_no_sample_more_often_and_over_several_passes_all(captions, full_shuffle_below):
     generator = np.random.default_rng(0)
     shapes = [
-        SourceShape(np.full(9, 31), generator.integers(1, 3, 279).astype(np.uint8),
+        SamplerSource(np.full(9, 31), generator.integers(1, 3, 279).astype(np.uint8),
                     repeats=Repeats(1, {0: 4, 1: 0, 2: 0.5}, generator.integers(-1, 4, 279))),
-        SourceShape(np.full(4, 20), repeats=Repeats(0.5)),
+        SamplerSource(np.full(4, 20), repeats=Repeats(0.5)),
     ]  # fmt: skip
-    order = Order(
+    order = Sampler(
         shapes, batch_size=48, seed=2, captions=captions, lanes=8, window=8,
         full_shuffle_below=full_shuffle_below,
     )  # fmt: skip
@@ -166,11 +166,11 @@ def test_one_line_shows_no_sample_more_often_and_over_several_passes_all(caption
     assert order.steps_per_epoch == everything.total() // 2 // 48
     assert order.draws_per_pass(0) == steps * 48
     missed: Counter = Counter()
-    for passage in range(6):
+    for pass_index in range(6):
         shown: Counter = Counter()
-        for t in range(passage * steps, (passage + 1) * steps):
+        for t in range(pass_index * steps, (pass_index + 1) * steps):
             things = list(drawn(order.batch(t), captions))
-            assert {copy // 8 for copy, _ in things} == {passage}
+            assert {copy // 8 for copy, _ in things} == {pass_index}
             shown.update(thing for _, thing in things)
         assert shown <= everything
         missed += everything - shown
@@ -188,14 +188,14 @@ def test_an_epoch_keeps_the_length_that_is_written_though_a_pass_is_longer():
         (Repeats(0, {1: 2}, classes), 40, 40),
         (Repeats(1, {1: 0}, classes), 60, 60),
     ):
-        order = Order([SourceShape(np.full(8, 10), repeats=own)], batch_size=10, seed=0)
+        order = Sampler([SamplerSource(np.full(8, 10), repeats=own)], batch_size=10, seed=0)
         assert (order.samples, order.steps_per_epoch) == (samples, samples // 10)
         assert order.draws_per_pass(0) == a_pass // 10 * 10
 
 
 def over_sampled(share: float, times: int, shards: int = 64, per_shard: int = 1000) -> tuple:
     classes = (np.random.default_rng(5).random(shards * per_shard) < share).astype(np.int32)
-    shape = SourceShape(np.full(shards, per_shard), repeats=Repeats(1, {1: times}, classes))
+    shape = SamplerSource(np.full(shards, per_shard), repeats=Repeats(1, {1: times}, classes))
     return shape, classes
 
 
@@ -203,7 +203,7 @@ def over_sampled(share: float, times: int, shards: int = 64, per_shard: int = 10
 @pytest.mark.parametrize("lanes", [4, 32])
 def test_an_over_sampled_class_is_spread_over_all_batches(full_shuffle_below, lanes):
     shape, classes = over_sampled(0.05, 20)
-    order = Order(
+    order = Sampler(
         [shape], batch_size=128, seed=0, lanes=lanes, window=256, full_shuffle_below=full_shuffle_below
     )
     of_class = classes.sum() * 20 / (classes.sum() * 19 + len(classes))
@@ -219,10 +219,10 @@ def test_an_over_sampled_class_is_spread_over_all_batches(full_shuffle_below, la
 @pytest.mark.parametrize("shards", [128, 131])
 def test_copies_of_a_sample_are_spread_over_the_pass_and_meet_by_chance_alone(shards, full_shuffle_below):
     # 128: shards end together in all lanes, so that their portions would meet sample by sample
-    shape = SourceShape(np.full(shards, 250), repeats=Repeats(4))
+    shape = SamplerSource(np.full(shards, 250), repeats=Repeats(4))
     met, expected = 0, 0.0
     for seed in range(2):
-        order = Order(
+        order = Sampler(
             [shape], batch_size=64, seed=seed, lanes=16, window=64, full_shuffle_below=full_shuffle_below
         )
         steps = order.steps_per_epoch
@@ -240,24 +240,24 @@ def test_copies_of_a_sample_are_spread_over_the_pass_and_meet_by_chance_alone(sh
 
 def test_rounds_hold_every_caption_as_often_as_its_sample_is_repeated():
     counts = np.array([1, 3, 2, 3, 0], dtype=np.uint8)
-    shape = SourceShape(np.array([3, 2]), counts, repeats=Repeats(2, {7: 1}, np.array([0, 7, 0, 0, 0])))
-    rounds = Rounds([shape], every_caption=True)
+    shape = SamplerSource(np.array([3, 2]), counts, repeats=Repeats(2, {7: 1}, np.array([0, 7, 0, 0, 0])))
+    rounds = CaptionRounds([shape], every_caption=True)
     assert rounds.sizes.tolist() == [2 + 1 + 2 + 2, 1 + 2 + 2, 1 + 2]
-    told = SourceShape(
+    told = SamplerSource(
         shape.sample_counts, counts, repeats=shape.repeats, more_than=np.array([[3, 1], [2, 1], [1, 1]])
     )
-    assert Rounds([told], every_caption=True).sizes.tolist() == rounds.sizes.tolist()
-    assert Rounds([told], every_caption=False).sizes.tolist() == [7]
+    assert CaptionRounds([told], every_caption=True).sizes.tolist() == rounds.sizes.tolist()
+    assert CaptionRounds([told], every_caption=False).sizes.tolist() == [7]
 
 
 def test_a_line_of_many_portions_finds_the_same_samples(monkeypatch):
     shape, _ = over_sampled(0.3, 3, shards=41, per_shard=50)
     shape.sample_counts[7:9] = 0
-    shape = SourceShape(shape.sample_counts, repeats=Repeats(1, {1: 3}, shape.repeats.classes[:1950]))
+    shape = SamplerSource(shape.sample_counts, repeats=Repeats(1, {1: 3}, shape.repeats.classes[:1950]))
     options = {"batch_size": 32, "seed": 0, "lanes": 8, "window": 8, "full_shuffle_below": 0}
-    plain = Order([shape], **options)
+    plain = Sampler([shape], **options)
     monkeypatch.setattr(line_module, "_MANY", 10)
-    many = Order([shape], **options)
+    many = Sampler([shape], **options)
     for t in range(2 * plain.steps_per_epoch):
         assert list(drawn(many.batch(t), "first")) == list(drawn(plain.batch(t), "first"))
 
@@ -266,8 +266,8 @@ def test_mistakes_are_named():
     classes = np.zeros(80, dtype=np.int32)
 
     def order(*repeats, batch_size=4):
-        shapes = [SourceShape(np.array([80]), repeats=own, name="flickr") for own in repeats]
-        return Order(shapes, batch_size=batch_size, seed=0)
+        shapes = [SamplerSource(np.array([80]), repeats=own, name="flickr") for own in repeats]
+        return Sampler(shapes, batch_size=batch_size, seed=0)
 
     with pytest.raises(
         UserError, match=r"repeats 1, 0\.37 are whole only when multiplied by 100;.* at most 64"
@@ -286,20 +286,22 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"flickr: no samples and a repeat above zero.*repeat_classes"):
         order(Repeats(0))
     with pytest.raises(UserError, match=r"a pass through the training data, repeats counted, is 160 samples"):
-        Order([SourceShape(np.array([80]), repeats=Repeats(2))], batch_size=161, seed=0, epoch_samples=999)
+        Sampler(
+            [SamplerSource(np.array([80]), repeats=Repeats(2))], batch_size=161, seed=0, epoch_samples=999
+        )
     with pytest.raises(UserError, match=r"the repeats of flickr lay 200,000 shards up to 200 times over"):
-        Order([SourceShape(np.ones(200_000), name="flickr", repeats=Repeats(200))], batch_size=4, seed=0)
+        Sampler([SamplerSource(np.ones(200_000), name="flickr", repeats=Repeats(200))], batch_size=4, seed=0)
 
 
 def test_the_nearest_repeats_that_are_named_will_do():
     classes = np.zeros(80, dtype=np.int32)
     for value in (0.37, 1.2345, 0.001, 2.718281):
-        shape = SourceShape(np.array([80]), repeats=Repeats(1, {0: value}, classes))
+        shape = SamplerSource(np.array([80]), repeats=Repeats(1, {0: value}, classes))
         with pytest.raises(UserError) as caught:
-            Order([shape], batch_size=1, seed=0)
+            Sampler([shape], batch_size=1, seed=0)
         every, nearest = str(caught.value).rsplit("would do are ", 1)[1].rstrip(".").split(", ")
-        told = SourceShape(np.array([80]), repeats=Repeats(float(every), {0: float(nearest)}, classes))
-        assert Order([told], batch_size=1, seed=0).steps_per_epoch >= 1
+        told = SamplerSource(np.array([80]), repeats=Repeats(float(every), {0: float(nearest)}, classes))
+        assert Sampler([told], batch_size=1, seed=0).steps_per_epoch >= 1
         assert float(nearest) == pytest.approx(value, rel=0.02 if value > 0.1 else 20)
 
 
@@ -307,6 +309,8 @@ def test_what_no_recipe_can_ask_for_is_a_programming_error():
     with pytest.raises(ValueError, match="need the classes"):
         Repeats(1, {0: 2})
     with pytest.raises(ValueError, match="79 classes for 80 samples"):
-        Order([SourceShape(np.array([80]), repeats=Repeats(1, {0: 2}, np.zeros(79)))], batch_size=1, seed=0)
+        Sampler(
+            [SamplerSource(np.array([80]), repeats=Repeats(1, {0: 2}, np.zeros(79)))], batch_size=1, seed=0
+        )
     with pytest.raises(ValueError, match="zero or more"):
-        Order([SourceShape(np.array([80]), repeats=Repeats(-1))], batch_size=1, seed=0)
+        Sampler([SamplerSource(np.array([80]), repeats=Repeats(-1))], batch_size=1, seed=0)

@@ -8,33 +8,37 @@ import hashlib
 import numpy as np
 import pytest
 
-from clipcluster.data.sampling.sampler import Order, SourceShape
+from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 
 COUNTS = (np.arange(1500) * 7 % 4).astype(np.uint8)
 STEPS = (0, 1, 30, 31, 77, 1_000_000)
 
 
-def one() -> list[SourceShape]:
-    return [SourceShape(np.full(15, 100), COUNTS)]
+def one() -> list[SamplerSource]:
+    return [SamplerSource(np.full(15, 100), COUNTS)]
 
 
-def one_without_captions() -> list[SourceShape]:
-    return [SourceShape(np.array([0, 7, 640, 1, 0, 333]))]
+def one_without_captions() -> list[SamplerSource]:
+    return [SamplerSource(np.array([0, 7, 640, 1, 0, 333]))]
 
 
-def together() -> list[SourceShape]:
-    return [SourceShape(np.full(15, 100), COUNTS), SourceShape(np.full(9, 50)), SourceShape(np.full(3, 9))]
+def together() -> list[SamplerSource]:
+    return [
+        SamplerSource(np.full(15, 100), COUNTS),
+        SamplerSource(np.full(9, 50)),
+        SamplerSource(np.full(3, 9)),
+    ]
 
 
-def weighted() -> list[SourceShape]:
-    return [SourceShape(np.full(15, 100), COUNTS, 0.7), SourceShape(np.full(9, 50), None, 0.3)]
+def weighted() -> list[SamplerSource]:
+    return [SamplerSource(np.full(15, 100), COUNTS, 0.7), SamplerSource(np.full(9, 50), None, 0.3)]
 
 
-def digest(order: Order) -> str:
+def digest(order: Sampler) -> str:
     hashed = hashlib.blake2b(repr((order.samples, order.steps_per_epoch)).encode(), digest_size=8)
     for t in STEPS:
         draws = order.batch(t)
-        for column in (draws.source, draws.passage, draws.position, draws.caption):
+        for column in (draws.source, draws.pass_index, draws.position, draws.caption):
             hashed.update(column.astype("<i8").tobytes())
     return hashed.hexdigest()
 
@@ -69,7 +73,7 @@ def digest(order: Order) -> str:
     ],
 )
 def test_an_order_without_repeats_and_fields_is_what_it_was(sources, captions, full_shuffle_below, expected):
-    order = Order(
+    order = Sampler(
         sources(), batch_size=48, seed=11, captions=captions, lanes=8, window=16,
         full_shuffle_below=full_shuffle_below,
     )  # fmt: skip
