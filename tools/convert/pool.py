@@ -1,34 +1,35 @@
-"""The processes of a conversion on one machine.
+"""The worker processes of a conversion on one machine.
 
 Workers are forked from the command before it writes anything itself, so that they start at once and share
-what was listed. They draw shards from a counter in a file, and report over a pipe.
+what was listed. Each takes the next unfinished shard from a shared counter until none is left.
 """
 
 from __future__ import annotations
 
-import fcntl
 import gc
-import json
+import multiprocessing
 import os
 import signal
-import struct
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 from clipcluster.errors import UserError
 from tools.convert import work as making
 from tools.convert.plan import Plan, Shard
 
 Progress = Callable[[int, int], None]
-_NUMBER = struct.Struct("q")
+_FORK = multiprocessing.get_context("fork")
+_POLL_SECONDS = 0.2
 
 
 def run(plan: Plan, workers: int, progress: Progress | None = None) -> None:
-    """Writes the unfinished shards with up to `workers` processes, in this one if there is one shard left.
+    """Write the unfinished shards with up to `workers` processes, in this one if there is one shard left.
 
-    UserError and OSError as `work` raises them; the first worker that fails ends the others.
+    Raises what `work` raises (UserError, OSError); the first worker that fails ends the others. Raises
+    UserError, naming the signal, if a worker is killed.
     """
     left_out = making.read_left_out(plan)
     shards = [shard for shard in plan.shards() if making.finished(plan, shard, left_out) is None]
@@ -45,130 +46,101 @@ def run(plan: Plan, workers: int, progress: Progress | None = None) -> None:
     if min(workers, len(shards)) < 2:
         making.work(plan, lambda shard: True, report)
     else:
-        _Crew(plan, shards, min(workers, len(shards))).run(report)
+        _run_pool(_Job(plan, shards), min(workers, len(shards)), report)
 
 
-class _Counter:
-    """Deals the shards to processes: a file holds the next number, locked by whoever draws it.
+class _Stopped(Exception):
+    """The command wants no more shards: another worker failed, or Ctrl-C was pressed."""
 
-    Such a lock ends with the process that holds it, so one that is killed keeps nobody waiting.
-    """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._places = {shard: place for place, shard in enumerate(shards)}
-        self._fd = os.memfd_create("next-shard")
-        os.truncate(self._fd, _NUMBER.size)
+class _Job:
+    """What the workers inherit: the plan, the number of the next shard, and a count of samples done."""
+
+    def __init__(self, plan: Plan, shards: Sequence[Shard]) -> None:
+        self.plan = plan
+        self.parent = os.getpid()
+        self.samples = _FORK.Value("q", 0)
+        self.stopped = _FORK.Value("b", 0, lock=False)  # a killed worker may hold a lock for ever
+        self._numbers = {shard: number for number, shard in enumerate(shards)}
+        self._next = _FORK.Value("q", 0)
         self._mine = -1
 
-    def close(self) -> None:
-        """Nobody draws any more."""
-        os.close(self._fd)
-
     def claim(self, shard: Shard) -> bool:
-        """Whether the shard is this process's; asked in the order of the shards."""
-        place = self._places.get(shard)
-        if place is None:
+        """Whether the shard is this worker's; asked in the order of the shards."""
+        number = self._numbers.get(shard)
+        if number is None:
             return False
         if self._mine < 0:
             self._mine = self._draw()
-        if place != self._mine:
+        if number != self._mine:
             return False
         self._mine = -1
         return True
 
     def _draw(self) -> int:
-        fd = self._fd
-        fcntl.lockf(fd, fcntl.LOCK_EX)
-        try:
-            (number,) = _NUMBER.unpack(os.pread(fd, _NUMBER.size, 0))
-            os.pwrite(fd, _NUMBER.pack(number + 1), 0)
-        finally:
-            fcntl.lockf(fd, fcntl.LOCK_UN)
-        return int(number)
+        with self._next.get_lock():
+            number = int(self._next.value)
+            self._next.value = number + 1
+        return number
+
+    def report(self, samples: int) -> None:
+        """Count samples. Raises _Stopped; ends this worker if the command was killed."""
+        if os.getppid() != self.parent:
+            os._exit(1)
+        if self.stopped.value:
+            raise _Stopped
+        with self.samples.get_lock():
+            self.samples.value += samples
 
 
-class _Crew:
-    """The forked workers, and the pipe they report over: a line is a number of samples, or an error."""
-
-    def __init__(self, plan: Plan, shards: Sequence[Shard], size: int) -> None:
-        self._plan = plan
-        self._counter = _Counter(shards)
-        self._size = size
-        self._pids: set[int] = set()
-
-    def run(self, report: Callable[[int], None]) -> None:
-        reading, writing = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        try:
-            for _ in range(self._size):
-                pid = os.fork()
-                if pid == 0:
-                    os.close(reading)
-                    _work(self._plan, self._counter, writing)
-                self._pids.add(pid)
-            os.close(writing)
-            with open(reading, encoding="utf-8") as lines:
-                for line in lines:
-                    message = json.loads(line)
-                    if isinstance(message, int):
-                        report(message)
-                    else:
-                        _raise(message)
-            self._wait()
-        finally:
-            for pid in self._pids:
-                os.kill(pid, signal.SIGTERM)
-            for pid in self._pids:
-                os.waitpid(pid, 0)
-            self._counter.close()
-
-    def _wait(self) -> None:
-        while self._pids:
-            pid, status = os.wait()
-            self._pids.discard(pid)
-            if status:
-                code = os.waitstatus_to_exitcode(status)
-                how = signal.Signals(-code).name if code < 0 else f"code {code}"
-                raise UserError(
-                    f"convert: a worker was ended by {how} (out of memory?); the same command goes on where "
-                    "it stopped, --workers 1 needs less"
-                )
+def _run_pool(job: _Job, size: int, report: Callable[[int], None]) -> None:
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(size, mp_context=_FORK, initializer=_start, initargs=(job,))
+    workers: set[BaseProcess] = set()
+    reported = 0
+    try:
+        pending: set[Any] = {pool.submit(_work) for _ in range(size)}
+        workers = set(multiprocessing.active_children()) - others
+        while pending:
+            finished, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
+            samples = job.samples.get_obj().value  # without the lock, which a killed worker may hold
+            report(samples - reported)
+            reported = samples
+            for future in finished:
+                future.result()
+    except BrokenProcessPool:
+        pool.shutdown()
+        raise UserError(
+            f"convert: a worker was ended by {_first_signal(workers)} (out of memory?); the same command "
+            "continues where it stopped, and --workers 1 needs less memory"
+        ) from None
+    finally:
+        job.stopped.value = 1
+        pool.shutdown()
 
 
-def _work(plan: Plan, counter: _Counter, writing: int) -> NoReturn:
-    """The life of a worker."""
-    parent = os.getppid()
-    code = 1
-    gc.freeze()  # what was listed is looked at no more
+def _first_signal(workers: set[BaseProcess]) -> str:
+    """The signal or code that ended a worker; the pool ends the others by SIGTERM."""
+    for worker in workers:
+        worker.join()
+    codes = {worker.exitcode or 0 for worker in workers} - {0, -signal.SIGTERM}
+    code = min(codes, default=-signal.SIGTERM)
+    return signal.Signals(-code).name if code < 0 else f"code {code}"
+
+
+_job: _Job | None = None
+
+
+def _start(job: _Job) -> None:
+    """Begin the life of a worker."""
+    global _job
+    _job = job
+    gc.freeze()  # what was listed is not looked at again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def report(samples: int) -> None:
-        if os.getppid() != parent:
-            os._exit(1)  # the command was killed: nobody would collect the rest
-        os.write(writing, b"%d\n" % samples)
 
-    try:
-        making.work(plan, counter.claim, report)
-        code = 0
-    except UserError as error:
-        _tell(writing, {"user": str(error)})
-    except OSError as error:
-        _tell(writing, {"os": [error.errno, error.strerror, error.filename and str(error.filename)]})
-    except BaseException:
-        _tell(writing, {"crash": traceback.format_exc()})
-    finally:
-        os._exit(code)
-
-
-def _tell(writing: int, message: dict[str, Any]) -> None:
-    os.write(writing, json.dumps(message).encode() + b"\n")
-
-
-def _raise(message: dict[str, Any]) -> NoReturn:
-    if "user" in message:
-        raise UserError(str(message["user"]))
-    if "os" in message:
-        raise OSError(*message["os"])
-    raise RuntimeError(f"a worker failed:\n{message['crash']}")
+def _work() -> None:
+    assert _job is not None
+    making.work(_job.plan, _job.claim, _job.report)
+    _job.report(0)

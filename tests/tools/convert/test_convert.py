@@ -458,6 +458,23 @@ def test_slow_samples_are_reported_as_they_are_done(tmp_path: Path, numbers: Cal
     assert not list((tmp_path / "out").rglob("*.part"))
 
 
+def test_a_long_traceback_of_a_worker_is_shown_whole(
+    tmp_path: Path, numbers: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than what a pipe takes in one piece, while the other worker reports too."""
+    numbers([f"k{number}" for number in range(400)])
+
+    def broken(self: Numbers, number: int) -> Record:
+        raise RuntimeError("x" * 200_000 + f" the cause at {number}")
+
+    monkeypatch.setattr(Numbers, "read", broken)
+    monkeypatch.setattr(making, "_REPORT_SECONDS", 0)
+    with pytest.raises(RuntimeError, match="the cause at") as caught:
+        convert("numbers", tmp_path / "out", settings=Settings(samples_per_shard=20), workers=4)
+    assert "in broken" in str(caught.value.__cause__)  # the worker's own traceback
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_worker_killed_while_it_draws_keeps_nobody_waiting(
     tmp_path: Path, numbers: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,21 +482,23 @@ def test_a_worker_killed_while_it_draws_keeps_nobody_waiting(
     plan = conversion.prepare(
         "numbers", tmp_path / "out", [], NoOptions(), Settings(samples_per_shard=1)
     ).plan
-    write, killed = os.pwrite, tmp_path / "killed"
+    killed, draw = tmp_path / "killed", processes._Job._draw
 
-    def kill_the_first(fd: int, data: bytes, at: int) -> int:
+    def kill_the_first(job: processes._Job) -> int:
         try:
             killed.touch(exist_ok=False)
         except FileExistsError:
-            return write(fd, data, at)
-        os.kill(os.getpid(), signal.SIGKILL)
+            return draw(job)
+        with job._next.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
 
-    monkeypatch.setattr(os, "pwrite", kill_the_first)
+    monkeypatch.setattr(processes._Job, "_draw", kill_the_first)
     signal.alarm(30)  # what waits for the dead would wait for ever
     try:
         with conversion.begun(plan), pytest.raises(UserError, match="a worker was ended by SIGKILL"):
             processes.run(plan, 2)
     finally:
         signal.alarm(0)
+    assert convert("numbers", tmp_path / "out", settings=Settings(samples_per_shard=1), workers=2).made
     assert len(list((tmp_path / "out" / "train").glob("*.tar"))) == 6
