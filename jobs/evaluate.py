@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
+from clipcluster.runs.checkpoints import MANIFEST, is_whole, name_of, steps_in
 from clipcluster.runs.folder import Run, find_run
 
 
@@ -16,14 +17,17 @@ def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
     Raises UserError where there is none.
     """
     checkpoint = Path(what).absolute()
-    if (checkpoint / "manifest.json").is_file():
+    if (checkpoint / MANIFEST).is_file():
         run = Run(checkpoint.parent.parent)
         if not run.exists():
             raise UserError(f"{what} lies in no run folder: {run.path} has no recipe.yaml")
         return _measure(run, overrides, checkpoint)
     if (inside := Run(checkpoint.parent.parent)).exists():
-        there = sorted(path.parent.name for path in inside.checkpoints.glob("step-*/manifest.json"))
-        raise UserError(f"{what} is no whole checkpoint; {inside.name} has {', '.join(there) or 'none'}")
+        names = [name_of(step) for step in steps_in(inside.checkpoints)]
+        whole = [name for name in names if is_whole(inside.checkpoints / name)]
+        raise UserError(
+            f"{what} is not a complete checkpoint; {inside.name} has {', '.join(whole) or 'none'}."
+        )
     return _measure(find_run(what, runs), overrides, None)
 
 

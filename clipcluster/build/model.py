@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from clipcluster.errors import UserError
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.runs.checkpoints import weights_file
 from clipcluster.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path, 
         try:
             with reading(path):
                 step = int(verify(path)["step"])
-                averaged = (path / "ema.safetensors").exists()
-                model.load_state_dict(load_file(path / f"{'ema' if averaged else 'model'}.safetensors"))
+                file, averaged = weights_file(path)
+                model.load_state_dict(load_file(file))
         except (Broken, FileNotFoundError) as error:
             reasons.append(f"{path.name}: {error}")
             continue

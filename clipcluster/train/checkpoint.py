@@ -1,12 +1,7 @@
 """Checkpoints on disk: written wholly or not at all, verified before they are trusted.
 
-    step-00001234/
-      NAME.safetensors    the tensors of every part that has any (model, ema, optimizer)
-      state.json          format, step, samples, epoch, …, the parts' plain values, what the run is made of
-      manifest.json       bytes and SHA-256 of every file above, versions, commit, world size; written last
-      evaluation.json     added once the step was evaluated; not in the manifest
-
-A folder is written under another name, every file fsynced, renamed into place, and the parent fsynced.
+`clipcluster.runs.checkpoints` has the layout. A folder is written under another name, every file fsynced,
+renamed into place, and the parent fsynced.
 """
 
 from __future__ import annotations
@@ -16,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import re
 import secrets
 import shutil
 import time
@@ -31,17 +25,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clipcluster.runs.checkpoints import (
+    EVALUATION,
+    MANIFEST,
+    STATE,
+    name_of,
+    read_manifest,
+    steps_in,
+    tensors_file,
+)
 from clipcluster.runs.files import fsync_folder, read_json, write_json
 from clipcluster.runtime.stateful import Stateful
 from clipcluster.runtime.stop import CheckpointError
 from clipcluster.train.tensorfile import safetensors_bytes
 
 FORMAT = 1
-STATE, MANIFEST, EVALUATION = "state.json", "manifest.json", "evaluation.json"
+FORMATS = (1,)
 WRITING, DELETING, BROKEN, PINNED = ".writing-", ".deleting-", "broken-", "pinned-"
 PIN_SECONDS = 3600.0
 """A pin older than this was left by a reader that died."""
-_NAME = re.compile(r"step-(\d{8,})")
 logger = logging.getLogger("clipcluster")
 
 Parts = Mapping[str, Stateful]
@@ -62,11 +64,6 @@ class Contents:
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
-
-
-def name_of(step: int) -> str:
-    """`step-00001234`."""
-    return f"step-{step:08d}"
 
 
 def take_copy(step: int, state: Mapping[str, Any], parts: Parts) -> Contents:
@@ -99,7 +96,7 @@ def load_parts(folder: Path, state: Mapping[str, Any], parts: Parts) -> None:
             "Resume with the recipe and the code that wrote the checkpoint, or start another run.",
         )
     for name, part in parts.items():
-        file = folder / f"{name}.safetensors"
+        file = folder / tensors_file(name)
         values = dict(state.get(name, {}))
         if file.exists():
             values.update(load_file(file))
@@ -119,23 +116,66 @@ def verify(folder: Path) -> dict[str, Any]:
     may be whole.
     """
     try:
-        manifest = read_json(folder / MANIFEST)
-        listed = dict(manifest["files"])
+        listed = read_manifest(folder)
         if STATE not in listed:
             raise Broken(f"{MANIFEST} does not list {STATE}")
-        for name, expected in listed.items():
-            _verify_file(folder / name, expected["bytes"], expected["sha256"])
-        state = read_json(folder / STATE)
+        for name, (size, sha256) in listed.items():
+            _verify_file(folder / name, size, sha256)
+        return read_state(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Broken(f"{Path(error.filename).name} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Broken(f"{MANIFEST} cannot be understood: {error}") from error
-    if state.get("format") != FORMAT:
+    except ValueError as error:
+        raise Broken(str(error)) from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint.
+
+    Raises OSError, ValueError where it is not the state of a run, and CheckpointError for a newer format.
+    """
+    state = read_json(folder / STATE)
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise ValueError(f"{STATE} names no format")
+    if state["format"] not in FORMATS:
         raise CheckpointError(
-            f"{folder} has format {state.get('format')}; this version reads format {FORMAT}.",
+            f"{folder} has format {state['format']}; this version reads {' and '.join(map(str, FORMATS))}.",
             "Resume with the version that wrote it.",
         )
+    for key, valid in _STATE.items():
+        if not valid(state.get(key)):
+            raise ValueError(f"{STATE}: {key} cannot be {state.get(key)!r}")
     return state
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= -1
+
+
+def _are_ranges(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_count, pair)) for pair in value
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_sources(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(source, dict) and {"name", "fingerprint"} <= source.keys() for source in value)
+    )
+
+
+_STATE: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "samples", "batches_drawn", "evaluated_step"), _is_count),
+    "skipped": _are_ranges,
+    "parts": _are_names,
+    "index": _are_sources,
+    "starting_weights": lambda value: value is None or isinstance(value, dict),
+}
+"""What the values in state.json must be; None where a key may be absent."""
 
 
 def _verify_file(path: Path, size: int, sha256: str) -> None:
@@ -172,10 +212,7 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """The steps that have a folder, ascending, verified or not."""
-        if not self.folder.exists():
-            return []
-        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(int(match[1]) for match in names if match)
+        return steps_in(self.folder)
 
     def path(self, step: int) -> Path:
         """The folder of a step."""
@@ -261,7 +298,7 @@ class CheckpointFolder:
     def _write_files(self, aside: Path, contents: Contents, dropped: Callable[[], bool]) -> None:
         files: dict[str, dict[str, Any]] = {}
         for part, tensors in contents.tensors.items():
-            name = f"{part}.safetensors"
+            name = tensors_file(part)
             files[name] = _write_file(aside / name, safetensors_bytes(tensors), dropped)
         files[STATE] = _write_file(aside / STATE, [_json(contents.state)], dropped)
         manifest = {

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.runs.checkpoints import STATE
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.stop import DataError, Failure, RecipeFailure
 from clipcluster.runtime.world import World
-from clipcluster.train.checkpoint import STATE, CheckpointFolder, Parts, load_parts
+from clipcluster.train.checkpoint import CheckpointFolder, Parts, load_parts
 from clipcluster.train.progress import Progress
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs import files
+from clipcluster.runs import checkpoints, files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import local_job_runs
@@ -34,28 +33,9 @@ def last_verdict(attempt: Attempt) -> dict[str, Any] | None:
 def newest_checkpoint(run: Run) -> int | None:
     """The step of the newest whole checkpoint, or None.
 
-    Whole: its manifest can be read and every file has the size it names. Contents are hashed by whoever loads
-    it; the verdict has no time for that.
+    Whole by its sizes: contents are hashed by whoever loads it; the verdict has no time for that.
     """
-    try:
-        folders = sorted(run.checkpoints.glob("step-*"), reverse=True)
-    except OSError:
-        return None
-    for folder in folders:
-        step = folder.name.removeprefix("step-")
-        if step.isdecimal() and _is_whole(folder):
-            return int(step)
-    return None
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        named = json.loads((folder / "manifest.json").read_bytes())["files"]
-        return bool(named) and all(
-            (folder / name).stat().st_size == entry["bytes"] for name, entry in named.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+    return checkpoints.newest_whole(run.checkpoints)
 
 
 def fruitless(run: Run, attempt: Attempt, checkpoint: int | None) -> int:

@@ -165,10 +165,14 @@ def test_a_conversion_as_json_is_one_document(tmp_path):
 
 
 def test_a_checkpoint_that_is_not_there_is_told_beside_those_that_are(run):
-    (run.checkpoints / "step-00000004").mkdir(parents=True)
-    (run.checkpoints / "step-00000004" / "manifest.json").touch()
+    for step in ("step-00000003", "step-00000004"):
+        (run.checkpoints / step).mkdir(parents=True)
+    (run.checkpoints / "step-00000003" / "manifest.json").touch()
+    (run.checkpoints / "step-00000004" / "state.json").touch()
+    manifest = {"files": {"state.json": {"bytes": 0, "sha256": ""}}}
+    (run.checkpoints / "step-00000004" / "manifest.json").write_text(json.dumps(manifest))
     done = clipcluster("evaluate", run.checkpoints / "step-00000005")
-    fails(done, f"is no whole checkpoint; {run.name} has step-00000004")
+    fails(done, f"is not a complete checkpoint; {run.name} has step-00000004")
 
 
 def test_cancel(run):

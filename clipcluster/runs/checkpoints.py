@@ -1,0 +1,89 @@
+"""The layout of a run's checkpoints, and what can be told of one without hashing it. No torch.
+
+step-00001234/
+  PART.safetensors    the tensors of a part that all ranks hold alike (model, ema, optimizer)
+  state.json          format, step, samples, epoch, …, the parts' plain values, what the run is made of
+  manifest.json       bytes and SHA-256 of every file above, versions, commit, world size; written last
+  evaluation.json     added once the step was evaluated; not in the manifest
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from clipcluster.runs.files import read_json
+
+STATE, MANIFEST, EVALUATION = "state.json", "manifest.json", "evaluation.json"
+MODEL, AVERAGE = "model", "ema"
+"""The parts whose tensors are the weights that others read."""
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    """`step-00001234`."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder name; None for another name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a folder in `folder`, ascending, whole or not; none where it does not exist."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(step for name in names if (step := step_of(name)) is not None)
+
+
+def tensors_file(part: str) -> str:
+    """The file with the tensors of a part."""
+    return f"{part}.safetensors"
+
+
+def weights_file(checkpoint: Path) -> tuple[Path, bool]:
+    """The file of the weights to measure or export (the average where there is one); whether averaged."""
+    averaged = (checkpoint / tensors_file(AVERAGE)).exists()
+    return checkpoint / tensors_file(AVERAGE if averaged else MODEL), averaged
+
+
+def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    """The files that the manifest lists: name -> (bytes, SHA-256 in hex).
+
+    Raises OSError where it cannot be read, and ValueError, with the reason, where it is not a manifest.
+    """
+    document = read_json(checkpoint / MANIFEST)
+    files = document.get("files") if isinstance(document, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{MANIFEST} lists no files")
+    return {name: _entry(name, entry) for name, entry in files.items()}
+
+
+def _entry(name: str, entry: Any) -> tuple[int, str]:
+    size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(size, int) or not isinstance(sha256, str) or name != Path(name).name:
+        raise ValueError(f"{MANIFEST}: the entry of {name!r} needs a plain file name, bytes and sha256")
+    return size, sha256
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the manifest can be read and every file has the size it lists; contents are not hashed."""
+    try:
+        listed = read_manifest(checkpoint)
+        return all((checkpoint / name).stat().st_size == size for name, (size, _) in listed.items())
+    except (OSError, ValueError):
+        return False
+
+
+def newest_whole(folder: Path) -> int | None:
+    """The step of the newest checkpoint in `folder` that `is_whole`, or None."""
+    try:
+        newest_first = reversed(steps_in(folder))
+    except OSError:
+        return None
+    return next((step for step in newest_first if is_whole(folder / name_of(step))), None)
