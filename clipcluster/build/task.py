@@ -4,8 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import TASKS, resolve
+
 if TYPE_CHECKING:
+    from clipcluster.model.losses import Ranks
+    from clipcluster.model.protocols import DualEncoder
+    from clipcluster.model.task import ContrastiveTask, Task
     from clipcluster.runtime.world import World
+
+
+def build_task(recipe: Recipe, model: Any, ranks: Ranks) -> Task:
+    """The task that the recipe names, around its model."""
+    task: Task = resolve(TASKS[recipe.task].builder)(recipe, model, ranks)
+    return task
+
+
+def contrastive(recipe: Recipe, model: DualEncoder, ranks: Ranks) -> ContrastiveTask:
+    """`task: contrastive`."""
+    from clipcluster.model.task import ContrastiveTask
+
+    return ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, ranks)
 
 
 def wrapped(task: Any, world: World) -> Any:

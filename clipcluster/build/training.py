@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipcluster.build.data import Sources, open_batches
 from clipcluster.build.model import build_model, describe_start
-from clipcluster.build.task import wrapped
+from clipcluster.build.task import build_task, wrapped
 from clipcluster.recipe.plan import Plan, plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Time
@@ -32,7 +32,6 @@ def build_trainer(
 ) -> Trainer:
     """All parts of a run, put together; every rank builds the same."""
     from clipcluster.evals.suite import build_suite
-    from clipcluster.model.task import ContrastiveTask
     from clipcluster.train.bad_samples import BadSamples
     from clipcluster.train.checkpoint import CheckpointFolder, versions
     from clipcluster.train.ema import Ema
@@ -50,7 +49,7 @@ def build_trainer(
     precision = Precision(recipe.train.precision, world.device)
     model = build_model(recipe, sources.tokenizer, run.assets)
     weights = describe_start(model, plan_) if world.is_main else {}
-    task = ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, world).to(world.device)
+    task = build_task(recipe, model, world).to(world.device)
     optim = recipe.optim
     optimizer = Optimizer(
         model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipcluster.data.loading.batch import normalise
-from clipcluster.model.clip import Clip
+from clipcluster.model.protocols import DualEncoder
 from clipcluster.runtime.world import World
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ImageFeatures:
     classes: dict[int, int] = field(default_factory=dict)
 
 
-def encode_images(model: Clip, images: EvaluationSet, bench: Bench, tick: Tick) -> ImageFeatures:
+def encode_images(model: DualEncoder, images: EvaluationSet, bench: Bench, tick: Tick) -> ImageFeatures:
     """Every rank encodes its share; `features` and `present` are then those of all. Collective."""
     world = bench.world
     features = torch.zeros(images.samples, model.embed_dim, device=world.device)
@@ -105,7 +105,7 @@ def _remember(known: ImageFeatures, batch: EvaluationBatch, encoded: Tensor) -> 
     known.classes.update(zip(positions, batch.classes.tolist(), strict=True))
 
 
-def encode_texts(model: Clip, texts: Sequence[str], bench: Bench, tick: Tick) -> Tensor:
+def encode_texts(model: DualEncoder, texts: Sequence[str], bench: Bench, tick: Tick) -> Tensor:
     """Features of all texts on every rank, (n, E) float32; each rank encodes an equal share. Collective."""
     world, size = bench.world, bench.batch_size
     features = torch.zeros(len(texts), model.embed_dim, device=world.device)

@@ -26,7 +26,7 @@ from clipcluster.evals.features import (
     shares,
 )
 from clipcluster.evals.ranking import CHUNK_ELEMENTS, Owners, cosines, figures, first_right
-from clipcluster.model.clip import Clip
+from clipcluster.model.protocols import DualEncoder
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def group(captions: list[list[str]]) -> Captions:
     )
 
 
-def retrieval(model: Clip, images: EvaluationSet, bench: Bench, tick: Tick) -> Iterator[tuple[str, float]]:
+def retrieval(
+    model: DualEncoder, images: EvaluationSet, bench: Bench, tick: Tick
+) -> Iterator[tuple[str, float]]:
     """The figures of both conventions; see `figures` for the kinds.
 
     `i2t_*` and `t2i_*` grouped, over the images with a caption and over the distinct captions; `paired_i2t_*`

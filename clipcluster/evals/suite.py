@@ -18,7 +18,7 @@ from clipcluster.data.storage.cache import Cache
 from clipcluster.evals.features import Bench, EvaluationSet, Tick
 from clipcluster.evals.retrieval import retrieval
 from clipcluster.evals.zero_shot import zero_shot
-from clipcluster.model.clip import Clip
+from clipcluster.model.protocols import DualEncoder
 
 if TYPE_CHECKING:
     from clipcluster.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from clipcluster.runtime.world import World
 
 logger = logging.getLogger("clipcluster")
-Measure = Callable[[Clip, EvaluationSet, Bench, Tick], Iterator[tuple[str, float]]]
+Measure = Callable[[DualEncoder, EvaluationSet, Bench, Tick], Iterator[tuple[str, float]]]
 KINDS: dict[str, Measure] = {"zero_shot": zero_shot, "retrieval": retrieval}
 
 
@@ -49,7 +49,9 @@ class Suite:
         return bool(self.evaluations)
 
     @torch.no_grad()
-    def run(self, model: Clip, progress: Any = None, *, wishes: Tick = lambda: None) -> dict[str, float]:
+    def run(
+        self, model: DualEncoder, progress: Any = None, *, wishes: Tick = lambda: None
+    ) -> dict[str, float]:
         """Measure a model (without DDP around it): SET/METRIC -> value, the same on every rank.
 
         Every rank calls it, with the same weights. `wishes` is called between batches, equally often on all

@@ -19,12 +19,14 @@ from clipcluster.evals.features import (
     shares,
 )
 from clipcluster.evals.ranking import CHUNK_ELEMENTS, cosines, first_right
-from clipcluster.model.clip import Clip
+from clipcluster.model.protocols import DualEncoder
 
 PLACEHOLDER = "{c}"
 
 
-def zero_shot(model: Clip, images: EvaluationSet, bench: Bench, tick: Tick) -> Iterator[tuple[str, float]]:
+def zero_shot(
+    model: DualEncoder, images: EvaluationSet, bench: Bench, tick: Tick
+) -> Iterator[tuple[str, float]]:
     """`zero_shot_top1`, `zero_shot_top5` (left out below five classes), fractions of the `zero_shot_images`.
 
     A class vector is the mean of the normalised embeddings of its templates, normalised again (Radford et
@@ -52,7 +54,7 @@ def zero_shot(model: Clip, images: EvaluationSet, bench: Bench, tick: Tick) -> I
     yield "zero_shot_images", float(len(labels))
 
 
-def class_vectors(model: Clip, images: EvaluationSet, bench: Bench, tick: Tick) -> Tensor:
+def class_vectors(model: DualEncoder, images: EvaluationSet, bench: Bench, tick: Tick) -> Tensor:
     """(classes, E) float32, each of length one; the same on every rank. Collective."""
     if not images.classnames or not images.templates:
         missing = "classnames.txt" if not images.classnames else "zeroshot_classification_templates.txt"

@@ -40,10 +40,11 @@ class Clip(nn.Module):
         self.text = text
         self.image_projection = _projection(image.width, embed_dim)
         self.text_projection = _projection(text.width, embed_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(scale)]))  # (1,): FSDP2 shards no scalar
         self.embed_dim = embed_dim
         self.max_scale = max_scale
         self.starting_weights: tuple[Coverage, ...] = ()
+        self.register_load_state_dict_pre_hook(_read_scalar_scale)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
@@ -52,10 +53,6 @@ class Clip(nn.Module):
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(B, L) int64 and (B, L) bool, true on real tokens -> (B, E) of length one, float32 or wider."""
         return functional.normalize(widen(self.text_projection(self.text(tokens, mask))), dim=-1)
-
-    def forward(self, images: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image features (B, E), text features (B, E), and the scale of the logits ()."""
-        return self.encode_image(images), self.encode_text(tokens, mask), self.logit_scale.exp()
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -94,6 +91,13 @@ def build_clip(
     )
     clip.starting_weights = tuple(c for c in (image_coverage, text_coverage) if c is not None)
     return clip
+
+
+def _read_scalar_scale(clip: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Weights of other programs, and checkpoints of format 1, hold the scale as a 0-dimensional tensor."""
+    scale = state.get(f"{prefix}logit_scale")
+    if scale is not None and scale.ndim == 0:
+        state[f"{prefix}logit_scale"] = scale.reshape(1)
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:

@@ -1,20 +1,29 @@
-"""What one step computes."""
+"""A task: what turns a batch into a loss. The only part of a training step that knows the science."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from clipcluster.data.loading.batch import normalise
-from clipcluster.model.clip import Clip
 from clipcluster.model.losses import Ranks, contrastive
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
+    from clipcluster.model.protocols import DualEncoder
+
+Features = Mapping[str, Tensor]
+"""What a task makes of a batch, by name: tensors with one row a sample.
+
+Floating-point tensors carry gradients back to the towers where they have any; others (targets, a teacher's
+features) only travel to the loss.
+"""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,31 +34,65 @@ class Report:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class ContrastiveTask(nn.Module):
+class Task(nn.Module, ABC):
+    """Base of all tasks. DDP or FSDP2 wraps it, so everything of it runs through `forward`.
+
+    A wrapper watches its own `forward` and nothing else: a method called beside it reduces no gradient and
+    says nothing. Callers therefore write `wrapped(Task.report, batch)`, never `wrapped.module.report(batch)`.
+    """
+
+    def forward(self, call: Callable[..., T], *args: Any) -> T:
+        """`call(self, *args)`."""
+        return call(self, *args)
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Features:
+        """The features of a rank's part of the batch, or of any cut of it; the batch is on the device."""
+
+    @abstractmethod
+    def loss(self, features: Features) -> Report:
+        """The loss over the features of all ranks; this rank's part of it, so that the ranks' mean is whole.
+
+        It may use parameters of the task itself (a scale of the logits), and need not declare them.
+        """
+
+    def report(self, batch: Batch) -> Report:
+        """The loss of a batch in one pass."""
+        return self.loss(self.encode(batch))
+
+    def after_step(self) -> None:
+        """What follows every optimizer step."""
+
+
+class ContrastiveTask(Task):
     """Images and captions of one batch into the contrastive loss over all ranks.
 
-    DDP wraps this module: every parameter, the scale of the logits included, is used in its forward.
     mean, std: of the pixels in 0..1, one a channel.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Clip, mean: Sequence[float], std: Sequence[float], ranks: Ranks) -> None:
+    def __init__(self, model: DualEncoder, mean: Sequence[float], std: Sequence[float], ranks: Ranks) -> None:
         super().__init__()
         self.model = model
         self.ranks = ranks
         self.register_buffer("mean", torch.tensor(tuple(mean)), persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std)), persistent=False)
 
-    def forward(self, batch: Batch) -> Report:
-        """batch: a rank's share, on the module's device. The loss is over the shares of all ranks."""
+    def encode(self, batch: Batch) -> Features:
+        """`image` and `text`, (b, E) of length one each."""
+        assert batch.tokens is not None, "the contrastive task needs captions"
+        assert batch.mask is not None
         images = normalise(batch.images, self.mean, self.std)
-        image, text, scale = self.model(images, batch.tokens, batch.mask)
-        loss, accuracy = contrastive(image, text, scale, self.ranks)
-        report = {"loss": loss.detach(), "logit_scale": scale.detach(), "batch_accuracy": accuracy}
-        return Report(loss, report)
+        image = self.model.encode_image(images)
+        return {"image": image, "text": self.model.encode_text(batch.tokens, batch.mask)}
+
+    def loss(self, features: Features) -> Report:
+        scale = self.model.logit_scale.exp().squeeze()
+        loss, accuracy = contrastive(features["image"], features["text"], scale, self.ranks)
+        metrics = {"loss": loss.detach(), "logit_scale": scale.detach(), "batch_accuracy": accuracy}
+        return Report(loss, metrics)
 
     def after_step(self) -> None:
-        """What follows every optimizer step."""
         self.model.clamp_logit_scale()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clipcluster.model.task import Report, Task
 from clipcluster.runtime.devices import seed_step
 from clipcluster.train.ema import Ema
 from clipcluster.train.guard import Guard
@@ -19,7 +20,6 @@ from clipcluster.train.schedule import Schedule
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
-    from clipcluster.model.task import Report
 
 
 class Step:
@@ -73,7 +73,7 @@ class Step:
     def _gradients(self, batch: Batch, progress: Progress) -> Report:
         seed_step(self._seed, progress.step, self._slot)
         with self.precision.autocast():
-            report: Report = self.task(batch)
+            report: Report = self.task(Task.report, batch)
         report.loss.backward(self.precision.seed_gradient(report.loss.detach()))
         return report
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tiny_model import Ranks, tiny_batch, tiny_clip
 from torch.nn.parallel import DistributedDataParallel
 
-from clipcluster.model.task import ContrastiveTask
+from clipcluster.model.task import ContrastiveTask, Task
 
 BATCH = 12
 
@@ -35,7 +35,7 @@ def step(out: Path, rank: int, size: int) -> None:
     share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     batch = SimpleNamespace(**{name: values[share] for name, values in whole.items()})
     wrapped = DistributedDataParallel(task) if size > 1 else task
-    report = wrapped(batch)
+    report = wrapped(Task.report, batch)
     report.loss.backward()
     loss = report.loss.detach().clone()
     if size > 1:

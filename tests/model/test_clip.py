@@ -53,6 +53,15 @@ def test_a_checkpoint_needs_no_starting_weights() -> None:
     assert clip.load_state_dict(tiny_clip().state_dict()).missing_keys == []
 
 
+def test_a_scale_without_dimensions_is_read() -> None:
+    """Other programs, and checkpoints before format 2, hold it so."""
+    state = tiny_clip(seed=1).state_dict()
+    clip = tiny_clip()
+    assert clip.logit_scale.shape == (1,)
+    clip.load_state_dict(state | {"logit_scale": torch.tensor(3.0)})
+    assert clip.logit_scale.tolist() == [3.0]
+
+
 def test_the_loss_is_the_formula() -> None:
     torch.manual_seed(0)
     image, text = (functional.normalize(torch.randn(5, 7), dim=1) for _ in range(2))
@@ -75,16 +84,16 @@ def test_the_model_sees_normalised_pixels() -> None:
     pixels = (batch.images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
         3, 1, 1
     )
-    image, text, scale = clip(pixels.float(), batch.tokens, batch.mask)
-    expected, _ = contrastive(image, text, scale, Ranks())
-    torch.testing.assert_close(ContrastiveTask(clip, MEAN, STD, Ranks())(batch).loss, expected)
+    image, text = clip.encode_image(pixels.float()), clip.encode_text(batch.tokens, batch.mask)
+    expected, _ = contrastive(image, text, clip.logit_scale.exp().squeeze(), Ranks())
+    torch.testing.assert_close(ContrastiveTask(clip, MEAN, STD, Ranks()).report(batch).loss, expected)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_loss_is_float32_whatever_autocast_does(precision: torch.dtype) -> None:
     task = ContrastiveTask(tiny_clip(), MEAN, STD, Ranks())
     with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
-        report = task(tiny_batch(6))
+        report = task.report(tiny_batch(6))
     assert report.loss.dtype == torch.float32
     assert set(report.metrics) == {"loss", "logit_scale", "batch_accuracy"}
     assert not any(value.requires_grad for value in report.metrics.values())
@@ -97,7 +106,7 @@ def test_the_loss_is_float32_whatever_autocast_does(precision: torch.dtype) -> N
 def test_every_parameter_gets_a_gradient(image: str, text: str) -> None:
     # A parameter without one would keep DDP waiting, or be moved by weight decay alone.
     clip = tiny_clip(image=image_section(image), text=text_section(text))
-    ContrastiveTask(clip, MEAN, STD, Ranks())(tiny_batch(4)).loss.backward()
+    ContrastiveTask(clip, MEAN, STD, Ranks()).report(tiny_batch(4)).loss.backward()
     assert [name for name, p in clip.named_parameters() if p.grad is None] == []
 
 
@@ -107,7 +116,7 @@ def test_a_few_steps_learn_the_batch() -> None:
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        report = task(batch)
+        report = task.report(batch)
         report.loss.backward()
         optimizer.step()
         task.after_step()

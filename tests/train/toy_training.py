@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
-from clipcluster.model.task import Report
+from clipcluster.model.task import Features, Report, Task
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import Place
 from clipcluster.runtime.stop import Stop
@@ -70,7 +70,7 @@ class Towers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.logit_scale = nn.Parameter(torch.tensor([2.0]))
         self.last = nn.Linear(24, 16)
         self.norm = nn.BatchNorm1d(24)
         self.first = nn.Linear(3 * 4 * 4, 24)
@@ -83,18 +83,22 @@ class Towers(nn.Module):
         return nn.functional.normalize(self.last(hidden).float()), nn.functional.normalize(text.float())
 
 
-class ToyTask(nn.Module):
+class ToyTask(Task):
     def __init__(self, model: Towers, world: World, script: Script) -> None:
         super().__init__()
         self.model, self.world, self.script = model, world, script
 
-    def forward(self, batch: Batch) -> Report:
+    def encode(self, batch: Batch) -> Features:
         image, text = self.model(batch.images, batch.tokens)
-        loss, accuracy = contrastive(image, text, self.model.logit_scale.exp(), self.world)
-        if batch.index in self.script.poison and self.world.rank == self.script.poison_rank:
+        poisoned = batch.index in self.script.poison and self.world.rank == self.script.poison_rank
+        return {"image": image, "text": text, "poisoned": torch.full((len(batch),), poisoned)}
+
+    def loss(self, features: Features) -> Report:
+        scale = self.model.logit_scale.exp().squeeze()
+        loss, accuracy = contrastive(features["image"], features["text"], scale, self.world)
+        if features["poisoned"].any():
             loss = loss * torch.inf
-        scale = self.model.logit_scale.detach().exp()
-        return Report(loss, {"loss": loss.detach(), "logit_scale": scale, "accuracy": accuracy})
+        return Report(loss, {"loss": loss.detach(), "logit_scale": scale.detach(), "accuracy": accuracy})
 
     def after_step(self) -> None:
         with torch.no_grad():

@@ -1,0 +1,49 @@
+"""What tasks, evaluations and exports ask of a model; any module with these members will do."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Model(Protocol):
+    """What every `torch.nn.Module` brings."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+
+class DualEncoder(Model, Protocol):
+    """Images and texts into one space.
+
+    embed_dim: width E of the space. logit_scale: (1,), the logarithm of the factor of the similarities.
+    """
+
+    embed_dim: int
+
+    @property
+    def logit_scale(self) -> Tensor: ...
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
+        ...
+
+    def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) int64 and (B, L) bool, true on real tokens -> (B, E) of length one, float32 or wider."""
+        ...
+
+    def clamp_logit_scale(self) -> None:
+        """Keep the factor at or below its bound."""
+        ...
+
+
+class Classifier(Model, Protocol):
+    """Images into scores of a fixed list of classes."""
+
+    def classify(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) float, normalised pixels -> logits (B, classes), float32 or wider."""
+        ...

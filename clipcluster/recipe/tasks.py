@@ -1,0 +1,73 @@
+"""The tasks a recipe can name: who builds one, what it needs of the data, what can be measured. No torch.
+
+A new task is one entry of `TASKS` and its builder; the check, the data and the training read them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What is known of a task without building it.
+
+    Attributes:
+        builder: dotted name, `package.module:function`, of `(recipe, model, ranks) -> Task`.
+        loss_over: `batch` where a sample's loss depends on the other samples of the global batch (negatives),
+            `sample` where it is a mean over independent samples. It decides how gradients are accumulated.
+        captions, classes: whether every sample needs a caption, a class.
+        members: further members of a sample, extension -> dotted name of the decoder.
+        evaluations: the keys of the recipe's `evaluate` section that this task's model can be measured by.
+    """
+
+    builder: str
+    loss_over: Literal["batch", "sample"]
+    captions: bool = False
+    classes: bool = False
+    members: Mapping[str, str] = field(default_factory=dict)
+    evaluations: tuple[str, ...] = ()
+
+
+TASKS: Mapping[str, TaskSpec] = {
+    "contrastive": TaskSpec(
+        builder="clipcluster.build.task:contrastive",
+        loss_over="batch",
+        captions=True,
+        evaluations=("retrieval", "zero_shot"),
+    ),
+}
+
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "retrieval": tuple(
+        f"{prefix}{direction}_{figure}"
+        for prefix in ("", "paired_")
+        for direction in ("i2t", "t2i")
+        for figure in ("r1", "r5", "r10", "mean_rank", "median_rank")
+    ),
+    "zero_shot": ("zero_shot_top1", "zero_shot_top5"),
+}
+"""The metrics of each key of the `evaluate` section, without the counts (`images`, `pairs`, ...)."""
+
+
+def metric_names(task: str, folders: Mapping[str, Sequence[str]]) -> list[str]:
+    """SET/METRIC of all that a task's evaluations measure.
+
+    folders: key of the `evaluate` section -> its shard folders, each named by its last component.
+    """
+    return [
+        f"{Path(folder).name}/{metric}"
+        for evaluation in TASKS[task].evaluations
+        for folder in folders.get(evaluation, ())
+        for metric in METRICS[evaluation]
+    ]
+
+
+def resolve(dotted: str) -> Any:
+    """What a dotted name `package.module:name` stands for."""
+    module, _, name = dotted.partition(":")
+    return getattr(import_module(module), name)

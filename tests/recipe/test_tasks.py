@@ -1,0 +1,26 @@
+"""The table of tasks agrees with what is built and measured."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from clipcluster.evals.suite import KINDS
+from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import METRICS, TASKS, metric_names, resolve
+
+
+def test_every_task_of_the_schema_is_in_the_table_and_can_be_built() -> None:
+    assert set(get_args(Recipe.model_fields["task"].annotation)) == set(TASKS)
+    for spec in TASKS.values():
+        assert callable(resolve(spec.builder))
+        assert all(callable(resolve(decoder)) for decoder in spec.members.values())
+        assert set(spec.evaluations) <= METRICS.keys()
+
+
+def test_every_evaluation_has_its_metrics() -> None:
+    assert METRICS.keys() == KINDS.keys()
+
+
+def test_metrics_are_named_by_set() -> None:
+    names = metric_names("contrastive", {"zero_shot": ["/data/coco/val"]})
+    assert names == ["val/zero_shot_top1", "val/zero_shot_top5"]
