@@ -9,7 +9,8 @@ import signal
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import local_job_runs
-from jobs.status import Queue, State, job_ids, state_of
+from jobs.status import Queue, State, state_of
+from jobs.submissions import job_ids
 
 
 def cancel(run: Run, queue: Queue) -> str:
@@ -20,7 +21,9 @@ def cancel(run: Run, queue: Queue) -> str:
     state = state_of(run, queue)
     if state.name in ("FINISHED", "NEW"):
         return f"{run.name} is {state}: nothing to cancel"
-    jobs = job_ids(run)
+    if state.name == "SUBMITTING":
+        raise UserError(f"{run.name} is {state}. Cancel it in a minute: until then its job may appear.")
+    jobs = list(dict.fromkeys([*job_ids(run), *([state.job] if state.job else [])]))
     run.mark_cancelled(jobs)
     if not state.queued:
         return _not_queued(run, state)

@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import local_job_runs
 from jobs.endings import history
-from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
+from jobs.submissions import Intent, job_ids, unanswered
+from tools.slurm import QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
 
-SUBMISSIONS = "jobs.jsonl"  # in submitit/: one line a submission
 ENDED = frozenset({"FINISHED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "LOST", "NEW"})
 EXIT_CODES = {"FINISHED": 0, "STOPPED": 85, "CANCELLED": 130}
 _TAIL_BYTES = 65536
@@ -26,9 +25,10 @@ _TAIL_BYTES = 65536
 
 @dataclass(frozen=True)
 class State:
-    """What a run is doing: `name` is RUNNING, PENDING, COMPLETING, or one of ENDED, or UNKNOWN.
+    """What a run is doing: `name` is SUBMITTING, PENDING, RUNNING, COMPLETING, one of ENDED, or UNKNOWN.
 
-    `queued`: the job that SLURM still shows, or the local twin that still lives; COMPLETING ones included.
+    `queued`: SLURM still shows the job, COMPLETING included, or its local process still lives, or one of
+    them may still appear (SUBMITTING).
     """
 
     name: str
@@ -54,9 +54,9 @@ class Queue:
         self.slurm = slurm or Slurm()
 
     @cached_property
-    def _jobs(self) -> dict[str, tuple[str, str]] | None:
+    def _jobs(self) -> dict[str, QueuedJob] | None:
         try:
-            return {job.job_id: (job.state, job.reason) for job in self.slurm.queue(user=getpass.getuser())}
+            return {job.job_id: job for job in self.slurm.queue(user=getpass.getuser())}
         except (SlurmUnavailable, SlurmRefused):
             return None
 
@@ -68,12 +68,21 @@ class Queue:
     def state(self, job_id: str) -> str | None:
         """PENDING, RUNNING, COMPLETING, …; None for a job that the queue does not show."""
         found = (self._jobs or {}).get(job_id)
-        return found[0] if found else None
+        return found.state if found else None
 
     def reason(self, job_id: str) -> str:
         """Why a job waits, in SLURM's words; empty where it has none."""
-        reason = (self._jobs or {}).get(job_id, ("", ""))[1]
-        return "" if reason == "None" else reason
+        found = (self._jobs or {}).get(job_id)
+        return found.reason if found and found.reason != "None" else ""
+
+    def jobs_of(self, run: Run) -> list[str]:
+        """The jobs that carry the run's name and, as their comment, its folder."""
+        folder = os.path.realpath(run.path)
+        return [
+            job.job_id
+            for job in (self._jobs or {}).values()
+            if job.name == run.name and job.comment and os.path.realpath(job.comment) == folder
+        ]
 
     def afterwards(self, job_id: str) -> str | None:
         """How SLURM says that a job ended, as long as it remembers it."""
@@ -84,18 +93,6 @@ class Queue:
         return job.state if job else None
 
 
-def submissions(run: Run) -> list[dict[str, Any]]:
-    """What was submitted for a run, the oldest first: job, executor, code, time."""
-    return files.read_lines(run.submitit / SUBMISSIONS)
-
-
-def job_ids(run: Run) -> list[str]:
-    """Every job that was ever submitted for the run or claimed it, the newest last."""
-    claimed = [attempt.job for attempt in run.attempts()]
-    submitted = [line.get("job") for line in submissions(run)]
-    return [job for job in dict.fromkeys([*claimed, *submitted]) if job]
-
-
 def state_of(run: Run, queue: Queue) -> State:
     """What the run is doing now."""
     newest = run.newest()
@@ -103,6 +100,9 @@ def state_of(run: Run, queue: Queue) -> State:
     live = _live(run, queue)
     if live is not None:
         return _while_queued(run, queue, live, newest, verdict)
+    intent = unanswered(run)
+    if intent is not None and (submitting := _submitting(queue, intent)):
+        return submitting
     if newest is not None and verdict and verdict["event"] in history.FINAL:
         return _final(verdict, newest)
     if newest is not None:
@@ -117,6 +117,18 @@ def _live(run: Run, queue: Queue) -> str | None:
     for job in reversed(job_ids(run)):
         if local_job_runs(job) if job.startswith("local-") else queue.state(job):
             return job
+    intent = unanswered(run)
+    if intent is not None and intent.executor == "slurm":
+        return next(reversed(queue.jobs_of(run)), None)
+    return None
+
+
+def _submitting(queue: Queue, intent: Intent) -> State | None:
+    """The state of a run whose last launch has no answer; None once it is certain that it made no job."""
+    if not intent.settled:
+        return State("SUBMITTING", f"on {intent.host}; its job is not known yet", queued=True)
+    if intent.executor == "slurm" and queue.silent:
+        return State("UNKNOWN", "a job of SLURM, which cannot be asked here, may have been submitted")
     return None
 
 
@@ -183,11 +195,11 @@ def _gone(run: Run, queue: Queue, newest: Attempt | None, verdict: Mapping[str, 
             return State("TIMEOUT", "the ranks outlived the time limit", _GO_ON, job, code=1)
     where = f"attempt {newest.number}" if newest else "it never claimed the run"
     log = run.submitit / f"{job}_0_log.err"
-    detail = f"job {job} left without a word: {where}"
+    detail = f"job {job} ended without recording an outcome: {where}"
     return State("LOST", detail, f"{_GO_ON} Its log: {log}" if log.exists() else _GO_ON, job, code=1)
 
 
-_GO_ON = "Submit the run again: it goes on from its last checkpoint."
+_GO_ON = "Submit the run again: it resumes from its last checkpoint."
 
 
 def _refused(attempt: Attempt) -> bool:

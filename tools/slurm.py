@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-QUEUE_FORMAT = "%i|%T|%P|%u|%M|%l|%S|%N|%r|%j"  # the name last: it is the only field that may hold a bar
+# name and comment last, a unit separator between them: they may hold bars
+QUEUE_FORMAT = "%i|%T|%P|%u|%M|%l|%S|%N|%r|%j\x1f%k"
 NODE_FORMAT = "%N|%T|%P|%c|%m|%E"
 SILENT = (
     "unable to contact slurm controller",
@@ -96,6 +97,7 @@ class QueuedJob:
     nodes: tuple[str, ...]
     reason: str
     name: str
+    comment: str  # empty where there is none
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,8 @@ def parse_queue(text: str) -> list[QueuedJob]:
     for line in text.splitlines():
         parts = line.split("|", 9)
         if len(parts) == 10:
-            job_id, state, partition, user, elapsed, limit, start, nodes, reason, name = parts
+            job_id, state, partition, user, elapsed, limit, start, nodes, reason, rest = parts
+            name, _, comment = rest.partition("\x1f")
             jobs.append(
                 QueuedJob(
                     job_id=job_id,
@@ -260,6 +263,7 @@ def parse_queue(text: str) -> list[QueuedJob]:
                     nodes=expand_nodes(nodes),
                     reason=reason,
                     name=name,
+                    comment="" if comment == "(null)" else comment,
                 )
             )
     return jobs

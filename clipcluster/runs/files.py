@@ -132,13 +132,13 @@ def link_once(path: Path, value: Any) -> bool:
     return True
 
 
-def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON lines to `path` with a single write, making the file if needed.
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, durable: bool = False) -> None:
+    """Append JSON lines to `path` with a single write, making the file if needed; `durable` fsyncs it.
 
     A torn line that a killed writer left is closed first, so that it spoils no other. On a full disk the file
     is cut back to what it was and OSError raised. One writer a file. For NaN and infinities see `finite`.
     """
-    append_text(path, "".join(_line(line) for line in lines))
+    append_text(path, "".join(_line(line) for line in lines), durable=durable)
 
 
 def _line(line: Mapping[str, Any]) -> str:

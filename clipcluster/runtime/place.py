@@ -137,12 +137,12 @@ def _torchrun(environ: Mapping[str, str]) -> Place:
     )
 
 
-def local_job_id() -> str:
-    """A name for this process where no scheduler names the job: "local-HOST-PID-START".
+def local_job_id(pid: int | None = None) -> str:
+    """A name for a process (default: this one) where no scheduler names the job: "local-HOST-PID-START".
 
     START (clock ticks since boot) tells the process from a later one with the same pid.
     """
-    pid = os.getpid()
+    pid = os.getpid() if pid is None else pid
     process = _process(pid)
     return f"local-{socket.gethostname()}-{pid}-{process[1] if process else 0}"
 

@@ -245,7 +245,7 @@ def _queue(
     """Hand the conversion to SLURM, and say how to follow it."""
     from clipcluster.recipe.load import load_cluster
     from jobs import convert as array
-    from jobs.submit.submit import require_slurm
+    from jobs.submit.executor import require_slurm
 
     require_slurm()
     order = array.Order(name, out.absolute(), [path.absolute() for path in inputs], options, settings)

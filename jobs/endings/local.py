@@ -28,7 +28,7 @@ from jobs.endings.verdict import Job, Verdict, decide
 from tools.slurm import Slurm
 
 ORDER = "local.json"
-PICKLE = "local.pkl"
+PICKLE = "job.pkl"  # in submitit/: what the ranks are started from
 POLL_SECONDS = 0.1
 PEER_SECONDS = 10.0  # how long the peers of a crashed rank may take to leave by themselves
 CLOSE_SECONDS = 60.0  # the same where a rank left in peace: the others may still close their loaders
@@ -193,7 +193,7 @@ def live(run: Run) -> int:
     signals = Signals()
     job_id = local_job_id()
     order = Order.read(run.submitit)
-    shutil.copyfile(run.submitit / PICKLE, run.submitit / f"{job_id}_submitted.pkl")
+    shutil.copy(run.submitit / PICKLE, run.submitit / f"{job_id}_submitted.pkl")
     while True:
         try:
             attempt = endings.claim(run, job_id, Slurm())

@@ -1,4 +1,4 @@
-"""Starting runs: through submitit on SLURM, alone or as an array, and as a twin process on this machine."""
+"""Starting runs: through submitit on SLURM, alone or as an array, and as a process on this machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from typing import Any
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import local_job_runs
-from jobs.endings import local as twin
+from clipcluster.runtime.place import local_job_id, local_job_runs
+from jobs.endings import local
 from jobs.submit import parameters as clusters
 from jobs.submit import snapshot
 from jobs.submit.parameters import TRAINEE, Member
 from jobs.train import TrainJob
+from tools.slurm import SILENT
 
-START_SECONDS = 30.0
+START_SECONDS = 30.0  # how long a submission waits for the claim of a local run
+
+
+class NoAnswer(UserError):
+    """sbatch failed in a way that leaves open whether the job was accepted."""
 
 
 def on_slurm(
@@ -37,20 +42,47 @@ def on_slurm(
 ) -> list[str]:
     """Submit one job, or an array with a member for each run; returns the job ids ("17", or "17_0", …).
 
-    `logs` is the folder of submitit's files. Raises UserError with SLURM's own words where sbatch refuses.
+    `logs` is the folder of submitit's files. Raises UserError with SLURM's own words where sbatch refuses,
+    NoAnswer where it may have accepted.
     """
+    for member in members:
+        _write_job(member, trainee)
     parameters = clusters.parameters(cluster, members, name=name, logs=logs, grace=grace, used=used)
     return queue([TrainJob(str(member.run_dir), trainee) for member in members], parameters, logs)
+
+
+def _write_job(member: Member, trainee: str) -> Run:
+    """Write the run's pickled job, from which a local run starts its ranks.
+
+    A batch job takes it where its submitter died before submitit gave the pickle its name.
+    """
+    from submitit.core.utils import DelayedSubmission
+
+    run = Run(member.run_dir)
+    protect(run.submitit)
+    job = run.submitit / local.PICKLE
+    DelayedSubmission(TrainJob(str(member.run_dir), trainee)).dump(job)
+    job.chmod(0o600)
+    return run
+
+
+def protect(folder: Path) -> None:
+    """Make the folder of pickles, and let nobody but its owner change what is in it: a job executes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mode = folder.stat().st_mode
+    if mode & 0o022 and folder.stat().st_uid == os.getuid():
+        folder.chmod(mode & ~0o022)
 
 
 def queue(jobs: Sequence[Callable[[], None]], parameters: Mapping[str, Any], logs: Path) -> list[str]:
     """Submit callables, several as one array, with submitit's parameters; returns the job ids.
 
-    Raises UserError with SLURM's own words where sbatch refuses.
+    Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
     """
     import submitit
     from submitit.core.utils import FailedJobError
 
+    protect(logs)
     with _outside_of_jobs():
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
         executor.update_parameters(**parameters)
@@ -59,26 +91,33 @@ def queue(jobs: Sequence[Callable[[], None]], parameters: Mapping[str, Any], log
             with contextlib.redirect_stderr(said):  # submitit repeats there what a refusal says
                 submitted = executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]
         except FailedJobError as refusal:
-            raise UserError(
-                f"SLURM refused the job: {refusal}\n"
-                "Change the cluster section, for example on the command line: cluster.partition=NAME (of a "
-                "conversion: --cluster partition=NAME)"
-            ) from None
+            raise _refusal(refusal) from None
     sys.stderr.write(said.getvalue())
+    for job in submitted:
+        job.paths.submitted_pickle.chmod(0o600)
     return [job.job_id for job in submitted]
 
 
+def _refusal(failure: Exception) -> UserError:
+    """What a failed sbatch means: a refusal in SLURM's words, or nothing certain."""
+    code = getattr(failure.__cause__, "returncode", None)
+    text = str(failure)
+    if code is None or code < 0 or any(sign in text.lower() for sign in SILENT):
+        return NoAnswer(f"sbatch gave no answer ({text or f'code {code}'})")
+    return UserError(
+        f"SLURM refused the job: {text}\n"
+        "Change the cluster section, for example on the command line: cluster.partition=NAME (of a "
+        "conversion: --cluster partition=NAME)"
+    )
+
+
 def locally(cluster: Cluster, member: Member, *, grace: float, trainee: str = TRAINEE) -> str:
-    """Start the twin in a session of its own; returns its job id ("local-HOST-PID-START").
+    """Start the process that stands in for the batch script; returns its job id ("local-HOST-PID-START").
 
-    Raises UserError where it ends at once.
+    It lives on, in a session of its own, whatever becomes of this process.
     """
-    from submitit.core.utils import DelayedSubmission
-
-    run = Run(member.run_dir)
-    run.submitit.mkdir(exist_ok=True)
-    DelayedSubmission(TrainJob(str(member.run_dir), trainee)).dump(run.submitit / twin.PICKLE)
-    twin.Order(
+    run = _write_job(member, trainee)
+    local.Order(
         tasks=cluster.ranks_per_node,
         gpus=cluster.gpus_per_node,
         cpus_per_task=cluster.cpus_per_task,
@@ -87,8 +126,7 @@ def locally(cluster: Cluster, member: Member, *, grace: float, trainee: str = TR
         grace=grace,
         environment=clusters.environment(cluster),
     ).write(run.submitit)
-    log = run.submitit / "local.log"
-    with _outside_of_jobs(), log.open("ab") as stream:
+    with _outside_of_jobs(), local_log(run).open("ab") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.endings", "local", str(member.run_dir)],
             cwd=member.code,
@@ -98,22 +136,28 @@ def locally(cluster: Cluster, member: Member, *, grace: float, trainee: str = TR
             stderr=stream,
             start_new_session=True,
         )
-    return _await_claim(run, process, log)
+    return local_job_id(process.pid)
 
 
-def _await_claim(run: Run, process: subprocess.Popen[bytes], log: Path) -> str:
-    """The twin's job id once it owns the run."""
+def local_log(run: Run) -> Path:
+    """What the process of a local run prints."""
+    return run.submitit / "local.log"
+
+
+def await_claim(run: Run, job: str) -> bool:
+    """Whether a local run's process claims the run within START_SECONDS. Raises UserError where it ends."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
+        lives = local_job_runs(job)
         newest = run.newest()
-        job = (newest.job or "") if newest else ""
-        if f"-{process.pid}-" in job and local_job_runs(job) is not None:
-            return job
-        if process.poll() is not None:
+        if newest is not None and newest.job == job:
+            return True
+        if not lives:
+            log = local_log(run)
             said = "\n".join(log.read_text(errors="replace").splitlines()[-3:])
             raise UserError(f"the run could not be started on this machine:\n{said}\nSee {log}")
         time.sleep(0.05)
-    raise UserError(f"the run did not start within {START_SECONDS:g} s; see {log}")
+    return False
 
 
 @contextlib.contextmanager
@@ -133,11 +177,3 @@ def _outside_of_jobs() -> Iterator[None]:
         finally:
             for name in kept:
                 os.environ.pop(name, None)
-
-
-def environment_has_slurm() -> bool:
-    """Whether sbatch is on the PATH."""
-    return any(
-        os.access(os.path.join(folder, "sbatch"), os.X_OK)
-        for folder in os.environ.get("PATH", os.defpath).split(os.pathsep)
-    )

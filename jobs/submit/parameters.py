@@ -15,6 +15,7 @@ from typing import Any
 
 from clipcluster.recipe.sections.cluster import Cluster
 from jobs.endings.batch import ATTEMPT, LEAD, LOGS
+from jobs.endings.local import PICKLE
 from tools.slurm import Partition, Slurm, SlurmRefused, SlurmUnavailable
 
 GRACE_SECONDS = 30  # where neither the recipe nor SLURM says otherwise
@@ -81,6 +82,8 @@ def parameters(
         extra["nodes"] = str(cluster.nodes)
     chosen = {
         "job_name": name,
+        # by name and comment a job is found whose submitter died before it learned the job's id
+        "comment": str(members[0].run_dir) if len(members) == 1 else None,
         "time": cluster.time.minutes,
         "nodes": cluster.nodes.most,
         "ntasks_per_node": cluster.ranks_per_node,
@@ -126,6 +129,10 @@ def setup_lines(
         f'cd "${{codes[{member}]}}" || exit 1',
         'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
         f"export {LOGS}={shlex.quote(str(logs))} {LEAD}={lead}",
+        'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
+        f'pickle="${LOGS}/${{job:-$SLURM_JOB_ID}}_submitted.pkl"',
+        # submitit names it after sbatch: a submitter that dies in between leaves it without its name
+        f'[ -e "$pickle" ] || cp "$run/submitit/{PICKLE}" "$pickle"',
         f'{ATTEMPT}="$({python()} -m jobs.endings claim "$run")" || exit',
         f'[ -n "${ATTEMPT}" ] || exit 0  # finished, or cancelled',
         f"export {ATTEMPT}",

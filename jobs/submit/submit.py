@@ -1,11 +1,12 @@
-"""A recipe becomes a run, and the run a job: check, folder, assets, snapshot, submission. Twice is once.
+"""A recipe becomes a run, and the run a job: check, folder, assets, snapshot, launch. Twice is once.
 
-Submitting a recipe again finds its run: a running one is named, a finished one says so, any other goes on.
+Submitting a recipe again finds its run: a running one is named, a finished one says so, any other resumes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import tempfile
 import time
@@ -19,16 +20,18 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, result_keys, settings_keys
 from clipcluster.recipe.plan import Plan, usable_nodes
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.runs import files
 from clipcluster.runs.folder import Run, near_twins, run_name
-from jobs.status import SUBMISSIONS, Queue, State, state_of
-from jobs.submit import assets, launch, lock, snapshot
+from jobs import submissions
+from jobs.status import Queue, State, state_of
+from jobs.submit import assets, executor, launch, snapshot
 from jobs.submit import parameters as clusters
 from jobs.submit.parameters import TRAINEE, Member
-from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
+from tools.slurm import Slurm
 
 ENDING_SECONDS = 600.0  # how long --follow waits for a job that is still ending
-NO_CLUSTER = "configuration source"  # what SLURM's programs lack where they are installed and nothing else
+LOCK = ".submit.lock"  # in the folder of runs
+LOCK_SECONDS = 30.0
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 PLAN_KEYS = ("world_size", "nodes", "steps_per_epoch", "total_steps", "batch_size", "epoch_samples")
 
 
@@ -60,91 +63,54 @@ class Submitted:
 
 def submit(wanted: Wanted) -> Submitted:
     """Do what `clipcluster submit` does, but for following. Raises UserError, with nothing written."""
-    executor = choose_executor(wanted)
-    checked = checked_for(wanted, executor)
+    chosen = executor.choose(wanted.executor, wanted.say)
+    checked = checked_for(wanted, chosen)
     loaded, plan = checked.loaded, checked.plan
     assert loaded is not None
     assert plan is not None  # else there were errors
     run = Run(wanted.runs / run_name(loaded.recipe.name, result_keys(loaded)))
     found = _found(run, wanted)
     if found is not None:
-        return Submitted(run, found.job if not found.ended else None, executor)
+        return Submitted(run, found.job if not found.ended else None, chosen)
     if not run.exists():
         _say_twins(loaded, wanted)
     if wanted.dry_run:
-        _say_plan(run, checked, executor, wanted)
-        return Submitted(run, None, executor)
+        _say_plan(run, checked, chosen, wanted)
+        return Submitted(run, None, chosen)
     with _fetched(loaded.recipe, run, wanted) as fetched:
         if not wanted.quick:
             _deep(loaded.recipe, plan, fetched, wanted)
-        with _only_submission(run):
+        with _only_submission(wanted):
             said: list[str] = []
             found = _found(run, replace(wanted, say=said.append))
             if found is not None:  # somebody submitted it during the checks
                 wanted.say("\n".join(said))
-                return Submitted(run, found.job if not found.ended else None, executor)
-            return _start(run, loaded, plan, executor, fetched, wanted)
+                return Submitted(run, found.job if not found.ended else None, chosen)
+            return _start(run, loaded, plan, chosen, fetched, wanted)
 
 
 @contextlib.contextmanager
-def _only_submission(run: Run) -> Iterator[None]:
-    """Of several that submit a run at once one does. Raises UserError."""
+def _only_submission(wanted: Wanted) -> Iterator[None]:
+    """One submission at a time in a folder of runs; who dies releases the lock. Raises UserError."""
+    from filelock import FileLock, Timeout
+
+    wanted.runs.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(wanted.runs / LOCK, timeout=LOCK_SECONDS)
     try:
-        with lock.alone(run.path.parent / f".{run.name}.submitting"):
-            yield
-    except lock.Held:
+        lock.acquire()
+    except Timeout:
         raise UserError(
-            f"{run.name} is being submitted by another process right now; see: clipcluster status {run.name}"
+            f"another submission to {wanted.runs} has been under way for {LOCK_SECONDS:g} s; wait for it. "
+            f"If there is none, remove {wanted.runs / LOCK}"
         ) from None
-
-
-def choose_executor(wanted: Wanted) -> str:
-    """The executor asked for, else SLURM where it is set up, else this machine.
-
-    Raises UserError for --executor slurm without sbatch, and where SLURM does not answer.
-    """
-    there = launch.environment_has_slurm()
-    if wanted.executor in ("local", "none"):
-        return wanted.executor
-    if wanted.executor == "slurm":
-        require_slurm()
-        return "slurm"
-    if wanted.executor is not None:
-        raise UserError(f"--executor {wanted.executor}: allowed are slurm, local and none")
-    if not there:
-        wanted.say("no sbatch on the PATH: the run goes to this machine (--executor local)")
-        return "local"
-    if not _ask_slurm(""):
-        wanted.say("sbatch is here but no cluster: the run goes to this machine (--executor local)")
-        return "local"
-    return "slurm"
-
-
-def require_slurm() -> None:
-    """UserError where --executor slurm was given and no cluster can be asked."""
-    if not launch.environment_has_slurm():
-        raise UserError(
-            "--executor slurm: there is no sbatch on the PATH. Submit from a login node of the cluster, "
-            "use --executor local, or start a cluster on this machine with: clipcluster sandbox start"
-        )
-    _ask_slurm("--executor slurm: ")
-
-
-def _ask_slurm(asked: str) -> bool:
-    """Whether SLURM answers; False only where no cluster is set up here and none was `asked` for.
-
-    Raises UserError where a cluster is silent: its login node is no place to train on.
-    """
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        wanted.say(f"{wanted.runs} is on a file system without locks: submit a recipe once at a time")
     try:
-        Slurm().config()
-    except (SlurmUnavailable, SlurmRefused) as error:
-        if NO_CLUSTER in str(error) and not asked:
-            return False
-        raise UserError(
-            f"{asked}SLURM does not answer ({str(error).splitlines()[-1]}). Try again in a moment, see that "
-            "SLURM_CONF is right where you set it, or train on this machine with --executor local."
-        ) from None
-    return True
+        yield
+    finally:
+        lock.release()
 
 
 def checked_for(wanted: Wanted, executor: str) -> check.Checked:
@@ -175,18 +141,27 @@ def _found(run: Run, wanted: Wanted) -> State | None:
         if not state.queued:
             return _settled(run, state, wanted)
         if state.name in ("RUNNING", "PENDING"):
+            if not wanted.dry_run:
+                _adopt(run, state)
             wanted.say(f"{run.name} is {state}, as job {state.job}")
             return state
+        what = f"job {state.job} is still ending" if state.job else "an earlier submission was interrupted"
         if not wanted.follow or wanted.dry_run or time.monotonic() > deadline:
             raise UserError(
-                f"{run.name}: job {state.job} is still ending ({state}). Submit again in a moment, "
-                "or with --follow, which waits for it."
+                f"{run.name}: {what} ({state}). Submit again in a moment, or with --follow, which waits."
             )
         if not waiting:
-            wanted.say(f"{run.name}: waiting for job {state.job} to end ({state})")
+            wanted.say(f"{run.name}: {what}; waiting for it ({state})")
             waiting = True
         time.sleep(1.0)
     return None
+
+
+def _adopt(run: Run, state: State) -> None:
+    """Record the job of a launch whose process died before it did."""
+    intent = submissions.unanswered(run)
+    if intent is not None and state.job is not None and state.job not in submissions.job_ids(run):
+        submissions.launched(run, intent, state.job)
 
 
 def _settled(run: Run, state: State, wanted: Wanted) -> State | None:
@@ -199,7 +174,7 @@ def _settled(run: Run, state: State, wanted: Wanted) -> State | None:
             f"has ended: clipcluster cancel {run.name}"
         )
     if state.name != "NEW":
-        wanted.say(f"{run.name} was {state}: it goes on from its last checkpoint")
+        wanted.say(f"{run.name} was {state}: it resumes from its last checkpoint")
     return None
 
 
@@ -259,43 +234,77 @@ def _deep(recipe: Recipe, plan: Plan, fetched: Path, wanted: Wanted) -> None:
         wanted.say(f"warning: {warning}")
 
 
-def _start(run: Run, loaded: Loaded, plan: Plan, executor: str, fetched: Path, wanted: Wanted) -> Submitted:
-    """Make or update the folder, take the snapshot, submit. A new folder does not outlive a refusal."""
+def _start(run: Run, loaded: Loaded, plan: Plan, where: str, fetched: Path, wanted: Wanted) -> Submitted:
+    """Make or update the folder, take the snapshot, launch. A new folder does not outlive a refusal."""
     made = not run.exists()
     cluster = loaded.recipe.cluster
-    grace = clusters.grace_seconds(cluster, Slurm() if executor == "slurm" else None)
+    grace = clusters.grace_seconds(cluster, Slurm() if where == "slurm" else None)
     if made:
-        Run.create(run.path, recipe_keys(loaded), settings(loaded, plan, executor, None, grace=grace))
+        Run.create(run.path, recipe_keys(loaded), settings(loaded, plan, where, None, grace=grace))
         shutil.copytree(fetched, run.assets, dirs_exist_ok=True)
-    if executor == "none":
-        run.update_settings(settings(loaded, plan, executor, None, grace=grace))
+    if where == "none":
+        run.update_settings(settings(loaded, plan, where, None, grace=grace))
         wanted.say(f"{run.name}: made, and nothing started. Train it with one of:")
         wanted.say(f"  clipcluster train {run.path}")
         wanted.say(f"  torchrun --nproc-per-node={plan.world_size} -m jobs.cli train {run.path}")
-        return Submitted(run, None, executor)
+        return Submitted(run, None, where)
     try:
         code = snapshot.take(run)
         if code.new and not code.first:
             wanted.say(f"the code differs from the last submission's: {code.path.name}")
-        run.update_settings(settings(loaded, plan, executor, code.path.name, grace=grace))
-        job = _launch(run, loaded.recipe, code.path, executor, grace, wanted.trainee)
+        run.update_settings(settings(loaded, plan, where, code.path.name, grace=grace))
     except BaseException:
-        if made and run.newest() is None:
+        if made:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
-    run.submitit.mkdir(exist_ok=True)
-    files.append_line(
-        run.submitit / SUBMISSIONS,
-        {"job": job, "executor": executor, "code": code.path.name, "time": round(time.time(), 3)},
-    )
-    where = f"job {job}" if executor == "slurm" else f"{loaded.recipe.cluster.ranks_per_node} local ranks"
-    wanted.say(f"{run.name}: {plan.total_steps:,} steps, as {where}")
-    return Submitted(run, job, executor)
+    job = _launch(run, loaded.recipe, code.path, where, grace, wanted, made=made)
+    named = f"job {job}" if where == "slurm" else f"{loaded.recipe.cluster.ranks_per_node} local ranks"
+    wanted.say(f"{run.name}: {plan.total_steps:,} steps, as {named}")
+    if where == "local" and not launch.await_claim(run, job):
+        wanted.say(
+            f"{run.name}: its process runs but has not claimed the run within {launch.START_SECONDS:g} s; "
+            f"see {launch.local_log(run)}"
+        )
+    return Submitted(run, job, where)
 
 
-def _launch(run: Run, recipe: Recipe, code: Path, executor: str, grace: float, trainee: str) -> str:
+def _launch(
+    run: Run, recipe: Recipe, code: Path, where: str, grace: float, wanted: Wanted, *, made: bool
+) -> str:
+    """The job's id. The intent is recorded before, the job or the refusal after it.
+
+    Only what SLURM refused leaves no folder behind: after any other failure the job may exist.
+    """
+    intent = submissions.intend(run, where, code.name)
+    try:
+        job = _launch_on(where, run, recipe, code, grace, wanted.trainee)
+    except BaseException as failure:
+        if isinstance(failure, UserError) and not isinstance(failure, launch.NoAnswer):
+            submissions.refused(run, intent, str(failure))
+            if made:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        found = Queue().jobs_of(run) if where == "slurm" else []
+        if not found:
+            if isinstance(failure, launch.NoAnswer):
+                raise UserError(
+                    f"{run.name}: {failure}. Whether the job was accepted is not known: submit the run again "
+                    "in a minute, which finds the job or queues a new one."
+                ) from None
+            raise
+        job = found[-1]
+        submissions.launched(run, intent, job)
+        if not isinstance(failure, launch.NoAnswer):
+            wanted.say(f"{run.name} is queued, as job {job}; to end it: clipcluster cancel {run.name}")
+            raise
+        return job
+    submissions.launched(run, intent, job)
+    return job
+
+
+def _launch_on(where: str, run: Run, recipe: Recipe, code: Path, grace: float, trainee: str) -> str:
     member = Member(run.path, code)
-    if executor == "local":
+    if where == "local":
         return launch.locally(recipe.cluster, member, grace=grace, trainee=trainee)
     return launch.on_slurm(
         recipe.cluster,

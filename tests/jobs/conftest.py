@@ -73,6 +73,7 @@ class Local:
         self.jobs.append(
             launch.locally(cluster, Member(run.path, self.code), grace=grace, trainee="trainee:train")
         )
+        assert launch.await_claim(run, self.jobs[-1])
         return self.jobs[-1]
 
     def pid(self):

@@ -6,17 +6,25 @@ import pytest
 from rich.console import Console
 
 from clipcluster.runs import files
+from jobs import submissions
 from jobs.cli.tables import age, status_table
 from jobs.endings import history
-from jobs.status import SUBMISSIONS, Queue, last_metrics, report, state_of
-from tools.slurm import SlurmUnavailable
+from jobs.status import Queue, last_metrics, report, state_of
+from tools.slurm import SlurmUnavailable, parse_queue
 
 
 class Answers(Queue):
     """A queue with these jobs: what SLURM would say, told by hand."""
 
     def __init__(self, waiting=None, *, ended=None, silent=False):
-        self.__dict__["_jobs"] = None if silent else dict(waiting or {})
+        lines = [
+            f"{job}|{state}|low|me|0:00|1:00|N/A||{reason}|{name}\x1f{comment}"
+            for job, (state, reason, name, comment) in (
+                (job, (*told, "", "")[:4]) for job, told in (waiting or {}).items()
+            )
+        ]
+        found = {job.job_id: job for job in parse_queue("\n".join(lines))}
+        self.__dict__["_jobs"] = None if silent else found
         self._ended = ended or {}
 
     def afterwards(self, job_id):
@@ -33,7 +41,7 @@ def judged(attempt, event, **fields):
 
 def submitted(run, job="17"):
     run.submitit.mkdir(exist_ok=True)
-    files.append_line(run.submitit / SUBMISSIONS, {"job": job})
+    files.append_line(run.submitit / submissions.FILE, {"job": job})
 
 
 def test_before_and_while_it_waits(run):
@@ -159,3 +167,31 @@ def test_without_slurm(run, no_slurm):
 )
 def test_age(seconds, text):
     assert age(seconds) == text
+
+
+def test_a_launch_without_an_answer(run, monkeypatch):
+    intent = submissions.intend(run, "slurm", "code-1")
+    assert submissions.job_ids(run) == []
+    state = state_of(run, Answers())
+    assert (state.name, state.queued, state.ended) == ("SUBMITTING", True, False)
+    assert intent.host in state.detail
+    waits = Answers({"17": ("PENDING", "Priority", run.name, str(run.path))})
+    assert (state_of(run, waits).name, state_of(run, waits).job) == ("PENDING", "17")
+    others = Answers(
+        {"17": ("PENDING", "Priority", run.name, "/elsewhere/toy"), "18": ("RUNNING", "", "x", str(run.path))}
+    )
+    assert state_of(run, others).name == "SUBMITTING"
+    monkeypatch.setattr(submissions, "SETTLE_SECONDS", 0.0)
+    assert state_of(run, Answers()).name == "NEW"
+    assert state_of(run, Answers(silent=True)).name == "UNKNOWN"
+    claimed(run, "17")
+    assert submissions.unanswered(run) is None
+    assert submissions.job_ids(run) == ["17"]
+
+
+def test_a_launch_with_an_answer(run):
+    submissions.refused(run, submissions.intend(run, "slurm", "code-1"), "no such partition")
+    assert state_of(run, Answers()).name == "NEW"
+    submissions.launched(run, submissions.intend(run, "slurm", "code-1"), "17")
+    assert submissions.job_ids(run) == ["17"]
+    assert state_of(run, Answers({"17": ("PENDING", "Priority")})).name == "PENDING"

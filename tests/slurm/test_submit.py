@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from clipcluster.errors import UserError
+from clipcluster.runs.folder import all_runs
 from jobs.cancel import cancel
 from jobs.status import Queue, state_of
+from jobs.submissions import job_ids, submissions
 from jobs.submit.submit import Wanted, submit
 from tools.convert.convert import convert
 
 pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"
 
 
@@ -24,16 +32,19 @@ def ask(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("DIGITS", str(tmp_path / "digits"))
     said = []
 
+    def overrides(orders):
+        return [
+            "cluster.partition=low",
+            "cluster.tasks_per_node=2",
+            "data.batch_size=128",
+            f"cluster.environment.TRAINEE='{json.dumps(orders)}'",
+        ]
+
     def ask(orders, **more):
         said.clear()
         wanted = Wanted(
             recipe=RECIPE,
-            overrides=[
-                "cluster.partition=low",
-                "cluster.tasks_per_node=2",
-                "data.batch_size=128",
-                f"cluster.environment.TRAINEE='{json.dumps(orders)}'",
-            ],
+            overrides=overrides(orders),
             runs=tmp_path / "runs",
             trainee="trainee:train",
             quick=True,
@@ -45,7 +56,7 @@ def ask(bench, tmp_path, monkeypatch):
             bench.jobs.append(submitted.job)
         return submitted
 
-    ask.said = said
+    ask.said, ask.overrides = said, overrides
     return ask
 
 
@@ -88,5 +99,59 @@ def test_what_slurm_refuses_is_said_once_and_leaves_nothing(ask, tmp_path, capfd
                 say=lambda text: None,
             )
         )
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert all_runs(tmp_path / "runs") == []
     assert capfd.readouterr().err == ""
+
+
+SUBMIT = """
+import json, sys
+from pathlib import Path
+from jobs.submit.submit import Wanted, submit
+
+recipe, runs, *overrides = sys.argv[1:]
+submit(Wanted(Path(recipe), overrides, Path(runs), trainee="trainee:train", quick=True))
+"""
+
+
+@pytest.fixture
+def slow_sbatch(tmp_path, monkeypatch):
+    """Puts a wrapper in front of sbatch: `body` has {sbatch}; it makes the file `said` when it is reached."""
+    real = shutil.which("sbatch")
+
+    def wrap(body):
+        (tmp_path / "bin").mkdir()
+        program = tmp_path / "bin" / "sbatch"
+        program.write_text("#!/bin/bash\n" + body.format(sbatch=real, mark=tmp_path / "reached"))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", os.pathsep.join([str(program.parent), os.environ["PATH"]]))
+        return tmp_path / "reached"
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    ("body", "end"),
+    [
+        ('touch {mark}; sleep 2; exec {sbatch} "$@"\n', signal.SIGKILL),  # dies before sbatch asks SLURM
+        ('out=$({sbatch} "$@"); touch {mark}; sleep 2; echo "$out"\n', signal.SIGKILL),  # … after
+        ('out=$({sbatch} "$@"); touch {mark}; sleep 2; echo "$out"\n', signal.SIGINT),
+    ],
+    ids=["killed before", "killed after", "interrupted after"],
+)
+def test_a_job_whose_submitter_died_is_found_again(ask, bench, tmp_path, slow_sbatch, body, end):
+    mark = slow_sbatch(body)
+    overrides = ask.overrides({"steps": 6, "seconds": 0.1})
+    words = [sys.executable, "-c", SUBMIT, str(RECIPE), str(tmp_path / "runs"), *overrides]
+    submitter = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+    bench.until(mark.exists)
+    os.kill(submitter.pid, end)
+    submitter.wait()
+    (run,) = all_runs(tmp_path / "runs")
+    assert run.exists()
+    mark.unlink()
+    again = ask({"steps": 6, "seconds": 0.1}, follow=True)
+    assert again.run.path == run.path
+    bench.until(lambda: state_of(run, Queue()).name == "FINISHED")
+    assert len(job_ids(run)) == 1
+    assert len(submissions(run)) == 1
+    assert len(run.attempts()) == 1

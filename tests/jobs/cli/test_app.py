@@ -46,7 +46,7 @@ def finished(run):
 
 TORCH_FREE = """
 import sys, time
-from jobs.cli import app
+from jobs.cli.app import app
 sys.argv = ["clipcluster", *{words!r}]
 try:
     app(standalone_mode=False)

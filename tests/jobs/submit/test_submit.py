@@ -1,5 +1,7 @@
 """From a recipe to a running job, twice is once, and what is refused leaves nothing behind."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,8 +15,11 @@ import yaml
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run, all_runs
 from jobs.cancel import cancel
-from jobs.status import Queue, job_ids, state_of, submissions
-from jobs.submit.submit import Wanted, submit
+from jobs.status import Queue, state_of
+from jobs.submissions import job_ids, submissions
+from jobs.submit import launch
+from jobs.submit import submit as submission
+from jobs.submit.submit import LOCK, Wanted, submit
 
 PLAN = ["data.batch_size=128", "train.duration=15 epochs", "optim.lr=1e-3", "cluster.tasks_per_node=2"]
 
@@ -23,7 +28,7 @@ AT_ONCE = """
 import sys
 from pathlib import Path
 from clipcluster.errors import UserError
-from jobs.submit import Wanted, submit
+from jobs.submit.submit import Wanted, submit
 
 recipe, runs, *overrides = sys.argv[1:]
 try:
@@ -85,7 +90,7 @@ def test_twice_is_once(ask, local):
     os.kill(local.pid(), signal.SIGTERM)
     assert local.end(first.run).name == "STOPPED"
     third = ask(orders='{"steps": 400}')
-    assert any("goes on from its last checkpoint" in line for line in ask.said)
+    assert any("resumes from its last checkpoint" in line for line in ask.said)
     assert third.job != first.job
     local.at_step(first.run, 6, attempt=2)
     os.kill(local.pid(), signal.SIGTERM)
@@ -103,7 +108,7 @@ def test_of_several_at_once_one_submits(recipe, tmp_path, local, no_slurm, monke
     (run,) = all_runs(tmp_path / "runs")
     local.jobs.extend(job_ids(run))
     assert len(submissions(run)) == 1, said
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [run.name]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [LOCK, run.name]
     for process, words_said in zip(several, said, strict=True):
         assert process.returncode in (0, 2), words_said
         assert "Traceback" not in words_said
@@ -189,7 +194,7 @@ def test_a_broken_snapshot_never_starts(ask, tmp_path, monkeypatch):
     (tmp_path / "submitit.py").write_text("raise ImportError('no submitit here')\n")
     with pytest.raises(UserError, match="no submitit here"):
         ask()
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert all_runs(tmp_path / "runs") == []
 
 
 def test_one_node_here_whatever_the_cluster_has(ask):
@@ -221,3 +226,91 @@ def test_the_folder_alone(ask):
 def test_states_without_a_job(run):
     assert state_of(run, Queue()).name == "NEW"
     assert Run(run.path).exists()
+
+
+SLOW = """
+import sys, time
+if "jobs.endings" in sys.orig_argv:
+    time.sleep(2)
+"""
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """Local runs take two seconds to begin, as on a slow file system; a submission waits half a second."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "slow"), os.environ["PYTHONPATH"]]))
+    monkeypatch.setattr(launch, "START_SECONDS", 0.5)
+
+
+def test_a_run_that_is_slow_to_begin_keeps_its_folder(ask, local, slow):
+    submitted = ask(orders='{"steps": 2, "seconds": 0.01}')
+    assert any("has not claimed the run within 0.5 s" in line for line in ask.said)
+    assert state_of(submitted.run, Queue()).name == "RUNNING"
+    assert ask().job == submitted.job
+    assert local.end(submitted.run).name == "FINISHED"
+    assert len(submitted.run.attempts()) == 1
+
+
+def test_a_launch_that_is_interrupted_keeps_its_folder(ask, local, slow, monkeypatch):
+    def interrupted(*arguments, **more):
+        jobs.append(start(*arguments, **more))
+        raise KeyboardInterrupt
+
+    jobs, start = [], launch.locally
+    monkeypatch.setattr(launch, "locally", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(orders='{"steps": 20}')
+    monkeypatch.setattr(launch, "locally", start)
+    local.jobs.extend(jobs)
+    with pytest.raises(UserError, match=r"an earlier submission was interrupted \(SUBMITTING"):
+        ask()
+    run = ask(follow=True).run
+    assert job_ids(run) == jobs
+    assert submissions(run) == []
+    assert local.end(run).name == "FINISHED"
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_submission_that_is_killed_releases_the_lock(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(submission, "LOCK_SECONDS", 0.1)
+    (tmp_path / "runs").mkdir()
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "runs" / LOCK)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another submission"):
+            ask(executor="none")
+        holder.kill()
+    assert ask(executor="none").run.exists()
+
+
+def test_a_file_system_without_locks_is_said(ask, monkeypatch):
+    def without_locks(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    assert ask(executor="none").run.exists()
+    assert any("without locks" in line for line in ask.said)
+
+
+def test_pickles_belong_to_their_owner(ask, local):
+    before = os.umask(0)
+    try:
+        run = ask(orders='{"steps": 2, "seconds": 0.01}').run
+    finally:
+        os.umask(before)
+    local.end(run)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in run.submitit.glob("*.pkl")}
+    assert len(modes) == 2
+    assert set(modes.values()) == {0o600}
+    assert run.submitit.stat().st_mode & 0o022 == 0

@@ -1,0 +1,80 @@
+"""What was submitted for a run: `submitit/jobs.jsonl` has an intent before each launch, its answer after it.
+
+A process that dies between the two leaves an intent without an answer: a job may exist that no line names.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from clipcluster.runs import files
+from clipcluster.runs.folder import Run
+
+FILE = "jobs.jsonl"
+SETTLE_SECONDS = 60.0  # how long after its intent a job may still appear although its submitter died
+
+
+@dataclass(frozen=True)
+class Intent:
+    """A launch that was begun: its token, the executor ("slurm", "local"), `time` in seconds since 1970."""
+
+    launch: str
+    executor: str
+    code: str
+    host: str
+    time: float
+
+    @property
+    def settled(self) -> bool:
+        """Whether a job of this launch would be known by now."""
+        return time.time() - self.time > SETTLE_SECONDS
+
+
+def intend(run: Run, executor: str, code: str) -> Intent:
+    """Record, durably, that a job is about to be launched."""
+    run.submitit.mkdir(exist_ok=True)
+    intent = Intent(secrets.token_hex(4), executor, code, socket.gethostname(), round(time.time(), 3))
+    _append(run, vars(intent))
+    files.fsync_folder(run.submitit)
+    return intent
+
+
+def launched(run: Run, intent: Intent, job: str) -> None:
+    """Record the job that a launch made."""
+    _append(run, {**vars(intent), "job": job})
+
+
+def refused(run: Run, intent: Intent, reason: str) -> None:
+    """Record that a launch made no job."""
+    _append(run, {**vars(intent), "refused": reason})
+
+
+def _append(run: Run, line: dict[str, Any]) -> None:
+    files.append_lines(run.submitit / FILE, [line], durable=True)
+
+
+def submissions(run: Run) -> list[dict[str, Any]]:
+    """What was submitted for a run, the oldest first: job, executor, code, time."""
+    return [line for line in files.read_lines(run.submitit / FILE) if line.get("job")]
+
+
+def job_ids(run: Run) -> list[str]:
+    """Every job that was submitted for the run or claimed it, the newest last."""
+    claimed = [attempt.job for attempt in run.attempts()]
+    submitted = [line["job"] for line in submissions(run)]
+    return [job for job in dict.fromkeys([*claimed, *submitted]) if job]
+
+
+def unanswered(run: Run) -> Intent | None:
+    """The last launch, if no job and no refusal was recorded for it, and no attempt was claimed since."""
+    lines = files.read_lines(run.submitit / FILE)
+    if not lines or "launch" not in lines[-1] or "job" in lines[-1] or "refused" in lines[-1]:
+        return None
+    intent = Intent(**lines[-1])
+    newest = run.newest()
+    claimed = newest.claim().get("time", 0) if newest else 0
+    return intent if claimed < intent.time else None
