@@ -206,7 +206,13 @@ def run_conversion(
     after()
     if as_json:
         splits = {split: dataclasses.asdict(summary) for split, summary in done.splits.items()}
-        print_document({"out": str(out), "made": done.made, "splits": splits, "bad": done.bad})
+        document = {"out": str(out), "made": done.made, "splits": splits, "bad": done.bad}
+        if done.accounts:
+            document["accounts"] = {
+                split: {name.strip(): count for name, count in account}
+                for split, account in done.accounts.items()
+            }
+        print_document(document)
         _refuse_empty(done)
         return
     for note in done.notes:
@@ -214,6 +220,8 @@ def run_conversion(
     for split, summary in done.splits.items():
         bad = f", {done.bad[split]:,} bad ones left out: {summary.folder}/bad_samples.jsonl"
         say(summary_line(summary) + (bad if done.bad[split] else ""))
+        for name, count in done.accounts.get(split, ()):
+            say(f"  {name:<32} {count:>12,}")
     _refuse_empty(done)
     say(f"{out}: " + ("made" if done.made else "was there already, whole"))
 

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ _LOCK_PATIENCE = 10.0  # seconds: the workers of a killed conversion leave withi
 class Conversion:
     """`made` is False if the folder was there already, finished, and nothing was done.
 
-    `bad` counts the samples left out of each split; `bad_samples.jsonl` in its folder lists them.
+    `bad` counts the samples left out of each split; `bad_samples.jsonl` in its folder lists them. `accounts`
+    say, for kinds that tell and splits just made, where what was read went: (name, count), in order.
     """
 
     out: Path
@@ -53,6 +54,7 @@ class Conversion:
     splits: dict[str, IndexSummary]
     bad: dict[str, int]
     notes: Sequence[str] = ()
+    accounts: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
 
 
 def kind_named(name: str) -> Kind:
@@ -245,8 +247,8 @@ def told_to_people(plan: Plan) -> Iterator[None]:
 
 def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
     """The splits of a finished conversion; UserError if a shard is not what the index says."""
-    splits, bad = {}, {}
-    for split in plan.description["splits"]:
+    splits, bad, accounts = {}, {}, {}
+    for number, split in enumerate(plan.description["splits"]):
         folder = plan.out / split["name"]
         if not made:
             from clipcluster.data.shards.open import open_folder  # needs much that a conversion does not
@@ -255,4 +257,7 @@ def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
         name = split["name"] or "."
         splits[name] = read_summary(folder)
         bad[name] = split["samples"] - splits[name].samples
-    return Conversion(plan.out, made, splits, bad, notes)
+        account = getattr(plan.splits[number], "account", None) if made else None
+        if account is not None:
+            accounts[name] = account(making.read_bad_samples(folder), splits[name].captions)
+    return Conversion(plan.out, made, splits, bad, notes, accounts)

@@ -358,6 +358,15 @@ def _write_lists(plan: Plan, split: int, done: Mapping[Shard, Done]) -> None:
     folder_index.write_folder_index(folder, captions.DEFAULT, [kept.entry for kept in done.values()])
 
 
+def read_bad_samples(folder: Path) -> list[int]:
+    """The numbers of the samples that were left out of a split."""
+    try:
+        lines = (folder / BAD_SAMPLES).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [int(json.loads(line)["number"]) for line in lines]
+
+
 def read_left_out(plan: Plan) -> dict[str, dict[str, str]]:
     """Samples found to repeat the key of another shard: by shard's state, sample number to key."""
     try:

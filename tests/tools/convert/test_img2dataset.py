@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -255,17 +256,22 @@ def test_any_process_reads_any_sample(folder: Path) -> None:
     [
         (None, "neither NAME.tar nor folders NAME"),
         ("00000.parquet", "clipcluster shards convert parquet"),
-        ("part/00000.tar", "the tars lie in its folders part"),
+        ("part/00000.tar other/00000.tar", "the tars lie in its folders other, part"),
     ],
 )
 def test_other_folders_are_refused(tmp_path: Path, file: str | None, words: str) -> None:
     with pytest.raises(UserError, match="no such folder"):
         _open(tmp_path / "nowhere")
-    if file is not None:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_bytes(b"")
+    for name in (file or "").split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=words):
         _open(tmp_path)
+
+
+def test_downloads_one_folder_below_are_found(tmp_path: Path, folder: Path) -> None:
+    shutil.copytree(folder, tmp_path / "above" / "pool")
+    assert _keys(_open(tmp_path / "above")) == _keys(_open(folder))
 
 
 def test_broken_uid_files_are_refused(downloads: Any, folder: Path, tmp_path: Path) -> None:

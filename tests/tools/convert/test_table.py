@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
+from tools.convert.convert import convert
 from tools.convert.readers.table import KIND, Options, TableSplit
 from tools.convert.readers.table_rows import Table
 from tools.convert.records import BadRecord, InputFile, Record, Source
@@ -77,7 +78,7 @@ def test_rows_of_one_image_are_one_sample(tmp_path: Path, images: dict[str, byte
     assert source.inputs[0] == InputFile.of(table)
     os.utime(tmp_path / "images/c.jpg", ns=(1, 1))
     assert _open(table).inputs[1] != source.inputs[1]
-    assert source.notes == ["3 images in 6 rows"]
+    assert source.notes == []
 
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv", "pairs.txt", "pairs"])
@@ -111,6 +112,37 @@ def test_columns_separator_and_root_may_be_given(
         _open(table, **options)
 
 
+@pytest.mark.parametrize("header", ["image_path,caption", "path,text", "filepath,caption", "image,title"])
+def test_usual_column_names_are_found(tmp_path: Path, images: dict[str, bytes], header: str) -> None:
+    table = _write(tmp_path / "x.csv", f"{header}\nimages/a.jpg,a cat\n")
+    (record,) = _all(_open(table))
+    assert isinstance(record, Record)
+    assert record.captions == ["a cat"]
+
+
+def test_every_row_and_image_is_accounted_for(tmp_path: Path, images: dict[str, bytes]) -> None:
+    table = _write(
+        tmp_path / "x.csv",
+        b"filepath,title\nimages/a.jpg,good\nimages/a.jpg,\nimages/none.jpg,lost\nimages/none.jpg,too\n"
+        b"images/b.jpg,too,many\nimages/c.jpg,fine\nimages/a.jpg,good\n",
+    )
+    done = convert("csv", tmp_path / "out", [table])
+    account = dict(done.accounts["."])
+    assert account == {
+        "rows": 7,
+        "  not usable": 1,
+        "  of images left out": 2,
+        "  with an empty caption": 1,
+        "  captions written": 3,
+        "images": 3,
+        "  left out (no file, no image)": 1,
+        "  written": 2,
+    }
+    assert done.splits["."].captions == 3
+    assert done.splits["."].samples == 2
+    assert convert("csv", tmp_path / "out", [table]).accounts == {}
+
+
 def test_bad_rows_are_samples_of_their_own(tmp_path: Path, images: dict[str, bytes]) -> None:
     table = _write(
         tmp_path / "x.csv",
@@ -137,7 +169,7 @@ def test_bad_rows_are_samples_of_their_own(tmp_path: Path, images: dict[str, byt
         f"x.csv, line 8: {tmp_path}/images: Is a directory",
     ]
     assert source.splits[0].sizes().tolist() == [len(images["images/a.jpg"]), 0, 0, 0, 0, 0, 0]
-    assert source.notes[1] == "4 rows cannot be used; the first: x.csv, line 3: not UTF-8"
+    assert source.notes == ["4 rows cannot be used; the first: x.csv, line 3: not UTF-8"]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +196,7 @@ def test_no_quote_swallows_a_row(
     for reason, (line, words) in zip(reasons, faults.items(), strict=True):
         assert reason.startswith(f"x.tsv, line {line}: ")
         assert words in reason
-    assert "give --no-quotes" in _open(table).notes[1]
+    assert "give --no-quotes" in _open(table).notes[0]
     literal = _all(_open(table, quotes=False))
     if not lines[0].startswith('"'):
         assert [record.captions[0] for record in literal if isinstance(record, Record)] == [
@@ -216,11 +248,12 @@ def test_several_tables_are_one_split_or_named_ones(tmp_path: Path, images: dict
     [
         ("", {}, "first line names no columns"),
         (
-            "image,text\nx,y\n",
+            "picture,words\nx,y\n",
             {},
-            "no column 'filepath', but: 'image', 'text'; say which with --image-column",
+            "no column 'filepath' or 'title', but: 'picture', 'words'; name the columns with "
+            "--image-column NAME and --caption-column NAME",
         ),
-        ("filepath,text\nx,y\n", {}, "no column 'title'.*--caption-column"),
+        ("filepath,words\nx,y\n", {}, "no column 'title'.*--caption-column"),
         ("filepath,title\nx,y\n", {"class_column": "cls"}, "no column 'cls'.*--class-column"),
         ("filepath,title,title\nx,y,z\n", {}, "'title' is named twice"),
         ("filepath,title,captions\nx,y,z\n", {}, "'captions' would take the place"),

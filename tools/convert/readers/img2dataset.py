@@ -96,9 +96,12 @@ def find_parts(folder: Path) -> list[Path]:
             f"{folder}: parquet files without tars beside them; if the images are in them: "
             f"clipcluster shards convert parquet {folder}"
         )
-    below = [path.name for path in found if path.is_dir() and next(path.glob("*.tar"), None) is not None]
+    below = [path for path in found if path.is_dir() and next(path.glob("*.tar"), None) is not None]
+    if len(below) == 1:
+        return find_parts(below[0])
     if below:
-        raise UserError(f"{folder}: the tars lie in its folders {', '.join(below[:5])}; give these folders")
+        names = ", ".join(path.name for path in below[:5])
+        raise UserError(f"{folder}: the tars lie in its folders {names}; name the folders to convert")
     raise UserError(
         f"{folder}: neither NAME.tar nor folders NAME with NAME_stats.json, as img2dataset makes them"
     )

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
+from tools.convert.readers.column_names import CAPTIONS, IMAGE_PATHS
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
 
 CACHED_GROUPS = 4  # row groups that a process keeps, if they are not too large together
 CACHED_BYTES = 256 << 20
 
-_CAPTIONS = ("captions", "caption", "text", "txt", "TEXT", "title", "sentences")
-_PATHS = ("image_path", "filepath", "file_path", "path", "image", "file_name", "filename")
 _CLASSES = ("cls", "label")
 _FAILURE = ("status", "error_message")  # img2dataset says here why a row has no image
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
@@ -249,7 +248,7 @@ def _choose(schema: Any, options: Options, path: Path) -> Columns:
     kind = _image_kind(schema.field(image))
     if kind is None:
         raise UserError(f"{path}: column {image!r} holds {schema.field(image).type}, neither bytes nor paths")
-    by_name = [name for name in _CAPTIONS if name in schema.names and name != image][:1]
+    by_name = [name for name in CAPTIONS if name in schema.names and name != image][:1]
     captions = list(options.caption_column) or [name for name in by_name if _is_text(schema.field(name).type)]
     cls = options.class_column or next(
         (n for n in _CLASSES if n in schema.names and _is_integer(schema.field(n).type)), None
@@ -277,7 +276,9 @@ def _image_column(schema: Any, path: Path) -> str:
     binary = [name for name in schema.names if _image_kind(schema.field(name)) in ("bytes", "struct")]
     if len(binary) == 1:
         return binary[0]
-    named = [name for name in _PATHS if name in schema.names and _image_kind(schema.field(name)) == "path"]
+    named = [
+        name for name in IMAGE_PATHS if name in schema.names and _image_kind(schema.field(name)) == "path"
+    ]
     if not binary and named:
         return named[0]
     what = (

@@ -12,7 +12,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 
 from clipcluster.errors import UserError
 from tools.convert.readers.byte_ranges import ByteRanges
+from tools.convert.readers.column_names import CAPTIONS, IMAGE_PATHS, first_of
 from tools.convert.readers.table_rows import Row, Table
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
 
@@ -35,8 +36,12 @@ _TRIED = 100  # images, to see whether the paths lead anywhere
 class Options:
     """What can be chosen about tables."""
 
-    image_column: str = option("filepath", "The column with the images' paths.", metavar="NAME")
-    caption_column: str = option("title", "The column with the captions.", metavar="NAME")
+    image_column: str = option(
+        "filepath", "The column with the images' paths. Without that one: image_path, path, …", metavar="NAME"
+    )
+    caption_column: str = option(
+        "title", "The column with the captions. Without that one: caption, text, …", metavar="NAME"
+    )
     class_column: str | None = option(None, "The column with the images' class numbers.", metavar="NAME")
     separator: str | None = option(
         None,
@@ -189,15 +194,31 @@ class TableSplit:
         return Record(key, image, [text for text in captions if text.strip()], self._fields(cells), cls)
 
     def notes(self) -> Iterator[str]:
-        """How much there is, and what cannot be used."""
+        """What cannot be used."""
         faults = self.images.faults
-        name = f"{self.name}: " if self.name else ""
-        yield f"{name}{len(self) - len(faults):,} images in {self.images.row_count - len(faults):,} rows"
         if faults:
+            name = f"{self.name}: " if self.name else ""
             row = min(faults)
             first = f"{self.images.where(row)}: {faults[row]}"
             quotes = "; where quotes are letters, give --no-quotes" if "quote" in faults[row] else ""
             yield f"{name}{len(faults):,} rows cannot be used; the first: {first}{quotes}"
+
+    def account(self, left_out: Sequence[int], captions: int) -> list[tuple[str, int]]:
+        """Where the rows and the images went: each first line is the sum of the indented ones below it."""
+        faults = self.images.faults
+        lost = [number for number in left_out if self.images.rows(number)[0] not in faults]
+        rows_lost = sum(len(self.images.rows(number)) for number in lost)
+        rows, images = self.images.row_count, len(self) - len(faults)
+        return [
+            ("rows", rows),
+            ("  not usable", len(faults)),
+            ("  of images left out", rows_lost),
+            ("  with an empty caption", rows - len(faults) - rows_lost - captions),
+            ("  captions written", captions),
+            ("images", images),
+            ("  left out (no file, no image)", len(lost)),
+            ("  written", images - len(lost)),
+        ]
 
     def _fields(self, cells: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """The other columns: an image's one value, or where its rows differ the values of all rows."""
@@ -233,13 +254,15 @@ def open_tables(inputs: Sequence[Path], options: Options) -> Source:
     for name, path in _named(inputs):
         if path.is_dir():
             raise UserError(f"{path} is a folder; convert csv takes the tables in it: {path}/*.csv")
-        table = Table(path, separator, options.quotes)
+        tables.setdefault(name, []).append(Table(path, separator, options.quotes))
+    every = [table for of_split in tables.values() for table in of_split]
+    options = _with_usual_columns(every[0], options)
+    for table in every:
         _check_columns(table, options)
-        tables.setdefault(name, []).append(table)
     splits = [TableSplit(name, of_split, options) for name, of_split in tables.items()]
     for split in splits:
         _check_paths(split, options)
-    files = [InputFile.of(table.path) for of_split in tables.values() for table in of_split]
+    files = [InputFile.of(table.path) for table in every]
     files += [
         InputFile.of_many(f"images of {split.name or 'the table'}", split.states())
         for split in splits
@@ -262,17 +285,34 @@ def _named(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
     return found
 
 
+def _with_usual_columns(table: Table, options: Options) -> Options:
+    """The options with a usual column of `table` in place of a default one that it does not have."""
+    columns, default = table.columns, Options()
+    image, caption = options.image_column, options.caption_column
+    if image == default.image_column and image not in columns:
+        image = first_of(IMAGE_PATHS, columns) or image
+    if caption == default.caption_column and caption not in columns:
+        caption = first_of(CAPTIONS, [name for name in columns if name != image]) or caption
+    return replace(options, image_column=image, caption_column=caption)
+
+
 def _check_columns(table: Table, options: Options) -> None:
-    for option_name, column in (
+    """UserError that names all missing columns, with the option for each."""
+    chosen = (
         ("--image-column", options.image_column),
         ("--caption-column", options.caption_column),
         ("--class-column", options.class_column),
-    ):
-        if column is not None and column not in table.columns:
-            raise UserError(
-                f"{table.path} has no column {column!r}, but: {', '.join(map(repr, table.columns))}; say "
-                f"which with {option_name}, or how they are told apart with --separator"
-            )
+    )
+    missing = [
+        (option_name, column) for option_name, column in chosen if column and column not in table.columns
+    ]
+    if missing:
+        raise UserError(
+            f"{table.path} has no column {' or '.join(repr(column) for _, column in missing)}, but: "
+            f"{', '.join(map(repr, table.columns))}; name the columns with "
+            f"{' and '.join(f'{option_name} NAME' for option_name, _ in missing)}, or how cells are told "
+            "apart with --separator"
+        )
     if "captions" in table.columns and options.caption_column != "captions":
         raise UserError(
             f"{table.path}: the column 'captions' would take the place of a sample's captions; give "
