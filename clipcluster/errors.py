@@ -1,8 +1,12 @@
-"""The one exception that speaks to a person."""
+"""Exceptions that every floor knows."""
 
 
 class UserError(Exception):
-    """A mistake somebody can mend: the message says what was given, what is allowed and what to do.
+    """An error that the user can fix: the message says what was given, what is allowed and what to do.
 
     The command prints the message without a traceback and exits with code 2.
     """
+
+
+class StaleAttempt(Exception):
+    """A later attempt owns the run; this one must write nothing more and leave with code 88."""

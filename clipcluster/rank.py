@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clipcluster.errors import UserError
-from clipcluster.runs.attempts import Attempt, StaleAttempt
+from clipcluster.errors import StaleAttempt, UserError
+from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime import logs
 from clipcluster.runtime.place import Place, local_job_runs

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import time
 
-from clipcluster.errors import UserError
-from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.errors import StaleAttempt, UserError
 from clipcluster.runtime import stop as endings
 from clipcluster.runtime.stop import Outcome
 

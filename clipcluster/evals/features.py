@@ -132,6 +132,6 @@ def shares(count: int, world: World, rows: int) -> Iterator[tuple[int, int]]:
 def everyones(own: dict[int, Any], world: World) -> dict[int, Any]:
     """The entries of all ranks by rising key. Collective."""
     merged: dict[int, Any] = {}
-    for rank in range(world.size):
-        merged.update(world.broadcast_object(own if rank == world.rank else None, src=rank))
+    for entries in world.gather(list(own.items())):
+        merged.update(entries)
     return dict(sorted(merged.items()))

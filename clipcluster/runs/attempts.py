@@ -14,11 +14,8 @@ from typing import Any
 
 import yaml
 
+from clipcluster.errors import StaleAttempt
 from clipcluster.runs import files
-
-
-class StaleAttempt(Exception):
-    """A later attempt owns the run; this one must write nothing more and leave with code 88."""
 
 
 class Attempt:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
 from enum import IntEnum, IntFlag
 from types import FrameType
 from typing import ClassVar
+
+from clipcluster.errors import StaleAttempt, UserError
 
 
 class Outcome(IntEnum):
@@ -84,6 +87,23 @@ class CheckpointError(Failure):
     """No checkpoint could be written, or none of those there verifies."""
 
     outcome = Outcome.CHECKPOINT
+
+
+def described(error: Exception) -> dict[str, str]:
+    """An error as it travels between ranks: `name`, `reason` and `advice`, plain text."""
+    return {"name": type(error).__name__, "reason": str(error), "advice": getattr(error, "advice", "")}
+
+
+def restored(description: Mapping[str, str]) -> Exception:
+    """The error that another rank described; one of an unexpected kind is a RuntimeError that names it."""
+    name, reason = description["name"], description["reason"]
+    for failure in Failure.__subclasses__():
+        if name == failure.__name__:
+            return failure(reason, description["advice"])
+    for error in (StaleAttempt, UserError):
+        if name == error.__name__:
+            return error(reason)
+    return RuntimeError(f"{name}: {reason}" if reason else name)
 
 
 class LostPeers(Exception):

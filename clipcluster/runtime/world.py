@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import ipaddress
+import json
 import os
 import secrets
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,10 +24,11 @@ import torch.distributed as dist
 
 from clipcluster.errors import UserError
 from clipcluster.runtime.place import Place
-from clipcluster.runtime.stop import LostPeers, Wish
+from clipcluster.runtime.stop import Failure, LostPeers, Wish, described, restored
 
 INTERFACE = "CLIPCLUSTER_INTERFACE"  # network interface of the site, as the batch script exports it
 _LOOPBACK = "127.0.0.1"
+_BEAT_S = 1.0  # between two signs of life of rank 0 while it works alone
 # What gloo, NCCL and the store say of a peer that is gone or silent, in lower case.
 _LOST = (
     "/gloo/transport/",  # gloo names the source file that noticed
@@ -129,14 +132,77 @@ class World:
         """Wait until every rank is here. Raises LostPeers."""
         self.agree(Wish.NONE)
 
-    def broadcast_object(self, value: Any, src: int = 0) -> Any:
-        """The picklable `value` of rank `src`, on every rank, over the CPU. Raises LostPeers."""
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The `value` of rank `src`, on every rank, over the CPU.
+
+        It travels as JSON, never as a pickle: None, booleans, numbers, strings, lists and mappings. A tuple
+        arrives as a list and a key as a string, on rank `src` and in a single process too.
+        Raises TypeError for anything else, and LostPeers.
+        """
+        sent = _to_bytes(value) if self.rank == src else torch.empty(0, dtype=torch.uint8)
+        if self.size > 1:
+            length = torch.tensor([len(sent)])
+            with self._telling("lost its peers"):
+                dist.broadcast(length, src=src)
+                sent = sent if self.rank == src else torch.empty(int(length), dtype=torch.uint8)
+                dist.broadcast(sent, src=src)
+        return _from_bytes(sent)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in order of rank, on every rank. Types and errors as in `broadcast`."""
+        sent = _to_bytes(value)
         if self.size == 1:
-            return value
-        box = [value]
+            return [_from_bytes(sent)]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self._telling("lost its peers"):
-            dist.broadcast_object_list(box, src=src, device=torch.device("cpu"))
-        return box[0]
+            dist.all_gather(lengths, torch.tensor([len(sent)]))
+            longest = max(int(length) for length in lengths)
+            received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(received, torch.cat((sent, torch.zeros(longest - len(sent), dtype=torch.uint8))))
+        return [_from_bytes(one[: int(length)]) for one, length in zip(received, lengths, strict=True)]
+
+    def raise_first(self, error: Exception | None) -> None:
+        """Raise, on every rank, the error of the lowest rank that has one; return where none has.
+
+        Called by all ranks at the same point. Errors travel as name, reason and advice (`described`); a
+        Failure is `agreed` from here on. Raises LostPeers.
+        """
+        found = self.gather(described(error) if error else None)
+        first = next((rank for rank, description in enumerate(found) if description), None)
+        if first is None:
+            return
+        raised = error if first == self.rank and error else restored(found[first])
+        if isinstance(raised, Failure):
+            raised.agreed = True
+        raise raised
+
+    def while_main(self, action: Callable[[], Any]) -> Any:
+        """Let rank 0 run `action`, however long it takes, and return its value on every rank.
+
+        Called by all ranks at the same point. Rank 0 runs it in a thread and takes part in a short collective
+        every second meanwhile, so that the others can tell a slow action from a lost rank. The value is sent
+        as by `broadcast`; what `action` raises is raised on all ranks, as by `raise_first`. Raises LostPeers.
+        """
+        if self.size == 1:
+            return self.broadcast(action())
+        worker = _Worker(action) if self.is_main else None
+        try:
+            while self._beat(worker):
+                pass
+        finally:
+            if worker:
+                worker.join()  # a checkpoint under way is worth the wait, also where a peer is lost
+        self.raise_first(worker.error if worker else None)
+        return self.broadcast(worker.value if worker else None)
+
+    def _beat(self, worker: _Worker | None) -> bool:
+        """One short collective; whether rank 0 is still at work."""
+        if worker:
+            worker.join(_BEAT_S)
+        at_work = torch.tensor([int(worker is not None and worker.is_alive())])
+        with self._telling("lost its peers"):
+            dist.all_reduce(at_work)
+        return bool(at_work)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` (any shape, on the CPU or the world's device) over the ranks, in place; returns it.
@@ -149,10 +215,49 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
+    def broadcast_tensor(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Overwrite `tensor` (any shape, on the CPU or the world's device) with rank `src`'s; returns it.
+
+        Raises LostPeers.
+        """
+        if self.size > 1:
+            sent = tensor.contiguous()  # collectives take no other
+            with self._telling("lost its peers"):
+                dist.broadcast(sent, src=src)
+            if sent is not tensor:
+                tensor.copy_(sent)
+        return tensor
+
     def leave(self) -> None:
         """Close the process group; called once all ranks have agreed to end. Harmless in a single process."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+class _Worker(threading.Thread):
+    """An action in a thread, and what came of it."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        super().__init__(name="while_main", daemon=True)
+        self.value: Any = None
+        self.error: Exception | None = None
+        self._action = action
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.value = self._action()
+        except BaseException as error:  # raised in the main threads of all ranks
+            self.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+
+
+def _to_bytes(value: Any) -> torch.Tensor:
+    """`value` as JSON, (bytes,) uint8."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(content: torch.Tensor) -> Any:
+    return json.loads(content.numpy().tobytes())
 
 
 def is_lost_peer(error: BaseException) -> bool:

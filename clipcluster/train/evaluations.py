@@ -69,11 +69,8 @@ class Evaluations:
 
     def _share_buffers(self) -> None:
         """Give all ranks rank 0's running statistics: each rank counted its own batches."""
-        buffers = dict(self._model.named_buffers())
-        if buffers and self._world.size > 1:
-            shared = self._world.broadcast_object({name: buffer.cpu() for name, buffer in buffers.items()})
-            for name, buffer in buffers.items():
-                buffer.copy_(shared[name])
+        for _, buffer in self._model.named_buffers():
+            self._world.broadcast_tensor(buffer)
 
     def write(self, progress: Progress, results: Mapping[str, float]) -> None:
         """Write `evals/step-….json` (rank 0). Raises StaleAttempt."""

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs.attempts import StaleAttempt
 from clipcluster.runs.checkpoints import STATE
 from clipcluster.runs.files import read_json
-from clipcluster.runtime.stop import DataError, Failure, RecipeFailure
+from clipcluster.runtime.stop import DataError, RecipeFailure
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder, Parts, load_parts
 from clipcluster.train.progress import Progress
@@ -28,22 +27,17 @@ def restore(
     Rank 0 looks and verifies, the others load what it found. Raises, on all ranks together, CheckpointError
     where nothing verifies, DataError for another index, RecipeFailure for other starting weights.
     """
-    found: Path | None = None
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            found = folder.newest(usable)
-            if found:
-                check_same(read_json(found / STATE), constants, found)
-        except (Failure, StaleAttempt) as refusal:
-            error = refusal
-    found, error = world.broadcast_object((found, error))
-    if error:
-        if isinstance(error, Failure):
-            error.agreed = True
-        raise error
-    if found is None:
+
+    def look() -> str | None:
+        newest = folder.newest(usable)
+        if newest:
+            check_same(read_json(newest / STATE), constants, newest)
+        return newest.name if newest else None
+
+    name = world.while_main(look)
+    if name is None:
         return None
+    found = folder.folder / name
     state = read_json(found / STATE)
     load_parts(found, state, parts)
     progress.load_state_dict(state)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.errors import StaleAttempt
 from clipcluster.runtime.stop import CheckpointError, Wish
 from clipcluster.train.checkpoint import CheckpointFolder, Contents, Dropped, Parts, take_copy
 from clipcluster.train.progress import Progress

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clipcluster.runs.attempts import Attempt, StaleAttempt
+from clipcluster.errors import StaleAttempt
+from clipcluster.runs.attempts import Attempt
 from clipcluster.runtime.stop import Failure, LostPeers, NonFiniteError, Outcome, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 from clipcluster.train.bad_samples import BadSamples
@@ -264,8 +265,7 @@ class Trainer:
     def _reason_to_stop(self) -> str:
         """What the first of the ranks that were asked to stop was told."""
         own = f"rank {self.world.rank} got {self.stop.reason}" if self.stop.requested else None
-        reasons = [self.world.broadcast_object(own, src=rank) for rank in range(self.world.size)]
-        return next(reason for reason in reasons if reason)
+        return next(reason for reason in self.world.gather(own) if reason)
 
     def _finished(self) -> Outcome:
         self.saver.save_and_wait(self.progress, self.parts)
@@ -293,14 +293,7 @@ class Trainer:
 
     def _abort(self) -> None:
         """Raise, on all ranks, the first failure that any of them has."""
-        own = self.saver.failure or self._failure
-        if own is not None and not isinstance(own, (Failure, StaleAttempt)):
-            own = RuntimeError(f"{type(own).__name__}: {own}")
-        every = (self.world.broadcast_object(own, src=rank) for rank in range(self.world.size))
-        failure = next(error for error in list(every) if error is not None)
-        if isinstance(failure, Failure):
-            failure.agreed = True
-        raise failure
+        self.world.raise_first(self.saver.failure or self._failure)
 
     def _event(self, kind: str, **fields: Any) -> None:
         """An event of rank 0."""

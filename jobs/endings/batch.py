@@ -13,7 +13,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from clipcluster.runs.attempts import Attempt, StaleAttempt
+from clipcluster.errors import StaleAttempt
+from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import slurm_job_id
 from clipcluster.runtime.stop import Outcome

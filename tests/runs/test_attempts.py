@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from clipcluster.errors import StaleAttempt
 from clipcluster.runs import files
-from clipcluster.runs.attempts import StaleAttempt
 
 OUTCOME = {"outcome_name": "stopped", "code": 85, "rank": 0, "host": "n1"}
 WRITES = {

@@ -13,7 +13,7 @@ import torch
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import Place
-from clipcluster.runtime.stop import LostPeers, Wish
+from clipcluster.runtime.stop import DataError, LostPeers, Wish
 from clipcluster.runtime.world import World, _address, is_lost_peer
 
 PEER = Path(__file__).with_name("world_peer.py")
@@ -60,14 +60,18 @@ def finish(process):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_meet_and_agree(attempt, start, size):
-    said = finish(start(size, "values"))
+    # Rank 0 works alone for longer than a rank may be silent.
+    said = finish(start(size, "values", timeout=3))
     wishes = Wish.STOP | Wish.SAVE | (Wish.ABORT if size == 3 else Wish.NONE)
     for rank, values in enumerate(said):
         del values["ended"]
         assert values == {
             "agree": int(wishes),
             "none": 0,
-            "object": {"from": size - 1},
+            "plain": {"from": size - 1, "text": "é" * (size - 1)},
+            "all": [[rank] * rank for rank in range(size)],
+            "buffer": [[1, 1], [1, 1], [1, 1]],
+            "slow": "done",
             "sum": [size * (size + 1) / 2] * 2,
             "main": rank == 0,
             "code": 0,
@@ -76,6 +80,22 @@ def test_ranks_meet_and_agree(attempt, start, size):
     address, _, token = attempt.find(1)
     assert address == "127.0.0.1"
     assert token
+
+
+def test_an_error_of_one_rank_is_raised_on_all(start):
+    own, others = ["own", "JSONDecodeError"], "JSONDecodeError: Expecting property name enclosed in double"
+    for rank, said in enumerate(finish(start(3, "failures"))):
+        *errors, last = said["arrived"]
+        assert errors == [
+            ["DataError('0.tar changed')", "index it again", True],
+            ["StaleAttempt('later')", "", None],
+            [
+                "OSError('full')" if rank == 1 else "RuntimeError('OSError: full')",
+                "",
+                None,
+            ],
+        ]
+        assert last == own if rank == 0 else last[0] == "another's" and last[1].startswith(others)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +181,14 @@ def test_alone():
     )
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     assert world.agree(Wish.STOP) == Wish.STOP
-    assert world.broadcast_object("a") == "a"
+    assert world.broadcast({"a": (1, 2.5)}) == {"a": [1, 2.5]}
+    assert world.gather("a") == ["a"]
+    assert world.while_main(lambda: (1,)) == [1]
+    world.raise_first(None)
+    with pytest.raises(DataError, match="changed"):
+        world.raise_first(DataError("0.tar changed"))
+    with pytest.raises(TypeError):
+        world.broadcast(Path("/"))
     assert world.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
     world.barrier()
     world.leave()

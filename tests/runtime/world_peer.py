@@ -14,10 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from clipcluster.errors import StaleAttempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.place import Place
-from clipcluster.runtime.stop import LostPeers, Wish
+from clipcluster.runtime.stop import DataError, LostPeers, Wish
 from clipcluster.runtime.world import World, is_lost_peer
+
+SLOW_S = 5.0  # of rank 0's work in `values`: longer than the silence that the test allows
 
 
 def say(**fields):
@@ -28,9 +31,9 @@ def collectives(world):
     model = DistributedDataParallel(torch.nn.Linear(4, 4)) if world.size > 1 else torch.nn.Linear(4, 4)
     return {
         "agree": lambda: world.agree(Wish.NONE),
-        "broadcast": lambda: world.broadcast_object({"step": 1}),
+        "broadcast": lambda: world.broadcast({"step": 1}),
         "backward": lambda: model(torch.randn(2, 4)).sum().backward(),
-        "gather": lambda: dist.all_gather_object([None] * world.size, 1),
+        "gather": lambda: world.gather(1),
     }
 
 
@@ -39,10 +42,39 @@ def values(world):
     return {
         "agree": int(world.agree([Wish.STOP, Wish.SAVE, Wish.ABORT][world.rank % 3])),
         "none": int(world.agree(Wish.NONE)),
-        "object": world.broadcast_object({"from": world.rank}, src=world.size - 1),
+        "plain": world.broadcast({"from": world.rank, "text": "é" * world.rank}, src=world.size - 1),
+        "all": world.gather([world.rank] * world.rank),
+        "buffer": world.broadcast_tensor(torch.full((2, 3), world.rank).t(), src=1).tolist(),
+        "slow": world.while_main(lambda: time.sleep(SLOW_S) or "done"),
         "sum": world.all_reduce_sum(torch.full((2,), float(world.rank + 1))).tolist(),
         "main": world.is_main,
     }
+
+
+def failures(world):
+    """How an error of one rank arrives at the others."""
+    arrived = []
+    for error in (
+        DataError("0.tar changed", "index it again"),
+        StaleAttempt("later"),
+        OSError("full"),
+    ):
+        try:
+            world.raise_first(error if world.rank == 1 else None)
+        except Exception as raised:
+            arrived.append([repr(raised), getattr(raised, "advice", ""), getattr(raised, "agreed", None)])
+    world.raise_first(None)
+    try:
+        world.while_main(lambda: json.loads("{") if world.is_main else None)
+    except ValueError as own:
+        arrived.append(["own", type(own).__name__])
+    except RuntimeError as raised:
+        arrived.append(["another's", str(raised)])
+    return {"arrived": arrived}
+
+
+def no_pickles(*_, **__):
+    raise AssertionError("ranks exchange plain data alone")
 
 
 def rounds(world, name, mishap):
@@ -69,8 +101,9 @@ def serve(rank, size, folder, name, mishap, timeout):
             device=torch.device("cpu"),
             timeout_s=timeout,
         )
-        if name == "values":
-            say(rank=rank, **values(world))
+        dist.distributed_c10d._object_to_tensor = dist.distributed_c10d._tensor_to_object = no_pickles
+        if name in ("values", "failures"):
+            say(rank=rank, **{"values": values, "failures": failures}[name](world))
             world.barrier()
             world.leave()
             return 0

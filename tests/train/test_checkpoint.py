@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.errors import StaleAttempt
 from clipcluster.runs.checkpoints import newest_whole
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.stop import CheckpointError, Wish

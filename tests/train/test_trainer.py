@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipcluster.runs.attempts import StaleAttempt
+from clipcluster.errors import StaleAttempt
 from clipcluster.runs.files import read_json, read_lines
 from clipcluster.runs.merge import bad_samples, events, merged_metrics, merged_samples
 from clipcluster.runtime.stop import CheckpointError, DataError, NonFiniteError, Outcome, RecipeFailure, Stop
