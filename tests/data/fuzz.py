@@ -265,9 +265,9 @@ def examples(draw: st.DrawFn) -> Example:
 
 def look(folder: Path) -> dict[str, Any]:
     """What the project finds in a folder, and what is wrong with how it counts."""
-    from clipcluster.data.shards.folder_index import read_entries
     from clipcluster.data.shards.indexing import index_folder, index_shard
     from clipcluster.data.shards.open import open_folder
+    from clipcluster.data.shards.shard_list import read_entries
     from clipcluster.errors import UserError
     from tools.shards.salvage import mend
     from tools.shards.stats import stats

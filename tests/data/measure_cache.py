@@ -9,8 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from clipcluster.data.shards.folder_index import file_sha256
 from clipcluster.data.shards.open import open_folder
+from clipcluster.data.shards.shard_index import file_sha256
 from clipcluster.data.storage.cache import Cache
 from tools.convert.shard_writer import ShardWriter
 

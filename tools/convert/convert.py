@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clipcluster.data.shards.folder_index import IndexSummary, read_summary
+from clipcluster.data.shards.shard_list import IndexSummary, read_summary
 from clipcluster.errors import UserError
 from tools.convert import plan as planning
 from tools.convert import pool as processes

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcluster.data.shards import captions, folder_index, indexing, shard_index
+from clipcluster.data.shards import captions, folder_index, indexing, shard_index, shard_list
 from clipcluster.data.shards.tar import BLOCK, END, Member, header
 
 SAMPLES_PER_SHARD = 10_000
@@ -124,7 +124,7 @@ class ShardFile:
     def close(
         self,
         rows: Callable[[], tuple[Mapping[str, np.ndarray], int]],
-        complete: Callable[[folder_index.ShardEntry, Mapping[str, np.ndarray]], None],
+        complete: Callable[[shard_list.ShardEntry, Mapping[str, np.ndarray]], None],
     ) -> None:
         """Ends the tar. In the thread: syncs, renames and indexes it, then calls `complete`.
 
@@ -184,7 +184,7 @@ class ShardWriter:
         self.folder = folder
         self.samples_per_shard = samples_per_shard
         self.choice = captions_choice
-        self.entries: list[folder_index.ShardEntry] = []
+        self.entries: list[shard_list.ShardEntry] = []
         self._behind = Behind()
         self._shard: ShardFile | None = None
         self._rows = shard_index.ShardIndexBuilder(captions_choice)
@@ -237,14 +237,14 @@ class ShardWriter:
         if self._samples >= self.samples_per_shard:
             self._close_shard()
 
-    def finish(self) -> folder_index.IndexSummary:
+    def finish(self) -> shard_list.IndexSummary:
         """Closes the last shard and writes the folder's list."""
         if self._shard is not None:
             self._close_shard()
         self._behind.wait()
         self._behind.close()
         folder_index.write_folder_index(self.folder, self.choice, self.entries)
-        return folder_index.summarize(self.folder, self.folder, self.choice, self.entries)
+        return shard_list.summarize(self.folder, self.folder, self.choice, self.entries)
 
     def _put(self, shard: ShardFile, name: str, data: bytes) -> None:
         start = shard.at
@@ -256,7 +256,7 @@ class ShardWriter:
         self._shard, self._rows, self._samples = None, shard_index.ShardIndexBuilder(self.choice), 0
         self._shards += 1
 
-        def complete(entry: folder_index.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
+        def complete(entry: shard_list.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
             self.entries.append(entry)
 
         if shard is not None:

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from clipcluster.data.images.format import extension_of, kind_of, no_image
-from clipcluster.data.shards import captions, folder_index, shard_index
-from clipcluster.data.shards.columns import BrokenColumns, read_columns
+from clipcluster.data.shards import captions, folder_index, shard_index, shard_list
+from clipcluster.data.shards.columns import BrokenColumns
 from tools.convert.plan import DESCRIPTION, Plan, Settings, Shard, read_description
 from tools.convert.records import BadRecord, Record, WholeRecord
 from tools.convert.shard_writer import Behind, ShardFile, check_key, json_member
@@ -48,7 +48,7 @@ LeftOut = Mapping[str, Mapping[str, str]]
 class Done(NamedTuple):
     """What is kept of a finished shard: `bad` holds (number, key, reason) of samples left out."""
 
-    entry: folder_index.ShardEntry
+    entry: shard_list.ShardEntry
     bad: list[tuple[int, str, str]]
 
 
@@ -116,7 +116,7 @@ def _write(
                 report(count - reported)
                 reported, due = count, time.monotonic() + _REPORT_SECONDS
 
-        def complete(entry: folder_index.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
+        def complete(entry: shard_list.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
             _keep(plan, shard, Done(entry, contents.bad), contents.keys)
             report(len(numbers) - reported)
 
@@ -300,14 +300,14 @@ def finished(plan: Plan, shard: Shard, left_out: LeftOut) -> Done | None:
     try:
         document = json.loads(state.with_suffix(".json").read_bytes())
         bad = [(number, key, reason) for number, key, reason in document["bad"]]
-        done = Done(folder_index.ShardEntry(**document["entry"]), bad)
+        done = Done(shard_list.entry_of(document["entry"]), bad)
         path = plan.folder(shard.split) / shard.name
         found = path.stat()
-        rows = read_columns(shard_index.shard_index_path(path.parent, path.name))
+        rows = shard_index.read_shard_index(shard_index.shard_index_path(path.parent, path.name))
     except (OSError, ValueError, KeyError, TypeError, BrokenColumns):
         return None
     same = (found.st_size, found.st_mtime_ns) == (done.entry.bytes, done.entry.mtime_ns)
-    if not same or rows.meta.get("sha256") != done.entry.sha256:
+    if not same or rows.meta["sha256"] != done.entry.sha256:
         return None
     return done if set(left_out.get(state.name, {})) <= {str(number) for number, _, _ in done.bad} else None
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clipcluster.data.shards.folder_index import IndexSummary
 from clipcluster.data.shards.indexing import find_shards, index_folder
+from clipcluster.data.shards.shard_list import IndexSummary
 from clipcluster.data.storage.urls import is_remote
 from clipcluster.errors import UserError
 

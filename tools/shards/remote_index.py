@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from clipcluster.data.shards import captions as choices_of
-from clipcluster.data.shards import folder_index, indexing, shard_index
+from clipcluster.data.shards import folder_index, indexing, shard_index, shard_list
 from clipcluster.data.storage.cache import Cache, default_folder
 from clipcluster.data.storage.download import read_beside, state_of
 from clipcluster.data.storage.urls import (
@@ -36,7 +36,7 @@ def index_remote(
     again: bool = False,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> folder_index.IndexSummary:
+) -> shard_list.IndexSummary:
     """Indexes the shards that an address or a command names, into the local folder `target`.
 
     A shard whose size and ETag (or time) are those of the index that is there keeps its rows unless `again`;
@@ -59,13 +59,13 @@ def _index(
     again: bool,
     workers: int,
     progress: Callable[[int, int], None] | None,
-) -> folder_index.IndexSummary:
+) -> shard_list.IndexSummary:
     folder, names = _shards(written)
     asked = [captions] if isinstance(captions, str) else list(captions or ())
     try:
         target.mkdir(parents=True, exist_ok=True)
         _copy_words(folder, target)
-        known = folder_index.read_entries(target) | _done_before(target)
+        known = shard_list.read_entries(target) | _done_before(target)
         have = next((entry.captions for entry in known.values()), {})
         choices = tuple(dict.fromkeys([*have, *map(choices_of.check_choice, asked)]))
         choices = choices or (choices_of.choice_for(target, None),)
@@ -80,16 +80,16 @@ def _index(
         (target / _DONE).unlink(missing_ok=True)
     except PermissionError as error:
         raise UserError(f"{target}: {error}; give a folder that can be written to with --index") from None
-    return folder_index.summarize(str(folder), target, choices, entries)
+    return shard_list.summarize(str(folder), target, choices, entries)
 
 
-def _done_before(target: Path) -> dict[str, folder_index.ShardEntry]:
+def _done_before(target: Path) -> dict[str, shard_list.ShardEntry]:
     """The shards that a killed call had indexed; its last line may be torn."""
     found = {}
     with contextlib.suppress(FileNotFoundError):
         for line in (target / _DONE).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, TypeError):
-                entry = folder_index.ShardEntry(**json.loads(line))
+                entry = shard_list.entry_of(json.loads(line))
                 found[entry.name] = entry
     return found
 
@@ -122,9 +122,9 @@ class _Job:
     folder: RemoteFolder
     target: Path
     choices: tuple[str, ...]
-    known: dict[str, folder_index.ShardEntry]
+    known: dict[str, shard_list.ShardEntry]
 
-    def entry(self, name: str) -> folder_index.ShardEntry:
+    def entry(self, name: str) -> shard_list.ShardEntry:
         """Indexes one shard, unless its rows are there already."""
         try:
             entry = self._unchanged(name)
@@ -140,7 +140,7 @@ class _Job:
             file.write(json.dumps(asdict(made)) + "\n")  # one write: the lines of several threads stay whole
         return made
 
-    def _unchanged(self, name: str) -> folder_index.ShardEntry | None:
+    def _unchanged(self, name: str) -> shard_list.ShardEntry | None:
         entry = self.known.get(name)
         if entry is None or not shard_index.shard_index_path(self.target, name).is_file():
             return None
@@ -148,7 +148,7 @@ class _Job:
         same = state.stamp != 0 and state == State(entry.bytes, entry.mtime_ns)
         return entry if same else None
 
-    def _fetched(self, name: str, entry: folder_index.ShardEntry | None) -> tuple[int, str, int]:
+    def _fetched(self, name: str, entry: shard_list.ShardEntry | None) -> tuple[int, str, int]:
         """A handle on the bytes, their sha256, and the server's stamp."""
         address = (self.folder / name).address
         if entry is not None:

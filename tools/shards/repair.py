@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from clipcluster.data.shards import captions, folder_index, indexing, shard_index
+from clipcluster.data.shards import captions, indexing, shard_index, shard_list
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.errors import UserError
 from tools.shards.salvage import mend
@@ -70,7 +70,7 @@ def _repair(
     gone = [entry["shard"] for entry in report.broken if entry["fault"] == GONE]
     if gone:
         yield Deed(
-            folder_index.ENTRIES_FILE,
+            shard_list.ENTRIES_FILE,
             False,
             f"the list was left as it is while {gone[0]} is gone: it says what is missing",
         )
@@ -84,16 +84,14 @@ def _listed(folder: Path, index: Path, choices: list[str], workers: int, words: 
     try:
         indexing.index_folder(folder, index, choices, workers=workers)
     except UserError as error:
-        return Deed(
-            folder_index.ENTRIES_FILE, False, f"the list was left as it is: {error}; then repair again"
-        )
-    return Deed(folder_index.ENTRIES_FILE, True, words)
+        return Deed(shard_list.ENTRIES_FILE, False, f"the list was left as it is: {error}; then repair again")
+    return Deed(shard_list.ENTRIES_FILE, True, words)
 
 
 def _choices(folder: Path, index: Path) -> list[str]:
     """The choices of captions that the index has, or is to have."""
     try:
-        return list(folder_index.read_summary(folder, index).choices)
+        return list(shard_list.read_summary(folder, index).choices)
     except UserError:
         return [captions.choice_for(folder, None)]
 
@@ -114,7 +112,7 @@ def _parts_left(place: Path) -> Iterator[Deed]:
 
 def _shards(folder: Path, index: Path, choices: list[str], report: Report) -> Iterator[Deed]:
     """Deals with each broken shard; a deed that is done for a tar asks for a new list."""
-    entries = folder_index.read_entries(index) if report.broken else {}
+    entries = shard_list.read_entries(index) if report.broken else {}
     for entry in report.broken:
         path, fault = folder / entry["shard"], entry["fault"]
         if fault == GONE:
@@ -133,9 +131,9 @@ def _shards(folder: Path, index: Path, choices: list[str], report: Report) -> It
 
 
 def _rows(
-    path: Path, index: Path, choices: list[str], listed: folder_index.ShardEntry | None
+    path: Path, index: Path, choices: list[str], listed: shard_list.ShardEntry | None
 ) -> Iterator[Deed]:
-    if listed is not None and folder_index.file_sha256(path) != listed.sha256:
+    if listed is not None and shard_index.file_sha256(path) != listed.sha256:
         if _looks_unchanged(path, listed):
             yield _rotten(path)
         else:
@@ -156,7 +154,7 @@ def _rotten(path: Path) -> Deed:
     )
 
 
-def _looks_unchanged(path: Path, listed: folder_index.ShardEntry | None) -> bool:
+def _looks_unchanged(path: Path, listed: shard_list.ShardEntry | None) -> bool:
     """By size and time: what was rewritten by somebody has another time."""
     state = path.stat()
     return listed is not None and (state.st_size, state.st_mtime_ns) == (listed.bytes, listed.mtime_ns)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcluster.data.shards import captions, folder_index, indexing
+from clipcluster.data.shards import captions, indexing, shard_list
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from clipcluster.runtime.stop import DataError
@@ -95,7 +95,7 @@ def stats(
 def _chosen(folder: Path, index: Path | None) -> str | None:
     """The choice of captions that the index was made for; None without one."""
     try:
-        return folder_index.read_summary(folder, index).captions_choice
+        return shard_list.read_summary(folder, index).captions_choice
     except UserError:
         return None
 
@@ -133,7 +133,7 @@ def _stats(
     alone = 0 if workers == 1 and not images else workers
     found = crew.over_shards(task, shards, workers=alone, progress=progress)
     shards.close()
-    whole = folder_index.read_summary(folder, index)
+    whole = shard_list.read_summary(folder, index)
     bad = [entry for one in found for entry in one.bad]
     counts = np.asarray(shards.caption_counts)
     classes, numbers = np.unique(_joined(found, "classes"), return_counts=True)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipcluster.data.shards import folder_index, indexing, shard_index
-from clipcluster.data.shards.columns import BrokenColumns, read_columns
+from clipcluster.data.shards import indexing, shard_index, shard_list
+from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.metadata import IndexedFolder
 from tools.shards import pool as crew
@@ -77,7 +77,7 @@ def verify(
     the index does not know too; an image that cannot be decoded in `bad`. UserError if there is no index.
     """
     shards = Dataset([IndexedFolder(folder, index or folder, None)])
-    found = folder_index.read_summary(folder, index)
+    found = shard_list.read_summary(folder, index)
     report = Report(
         str(folder), shards=len(shards), without_image=found.without_image, duplicates=found.duplicates
     )
@@ -123,10 +123,10 @@ def _shard_fault(
     if not path.is_file():
         return GONE, "gone", False
     try:
-        meta, rows = read_columns(shard_index.shard_index_path(index, path.name))
+        meta, rows = shard_index.read_shard_index(shard_index.shard_index_path(index, path.name))
     except (OSError, BrokenColumns) as error:
         return ROWS, f"its rows in the index cannot be read: {error}", False
-    digest = folder_index.file_sha256(path)
+    digest = shard_index.file_sha256(path)
     if digest != shards.sha256(number):
         return (
             CHANGED,

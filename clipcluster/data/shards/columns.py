@@ -5,9 +5,10 @@ for every column its dtype, shape and offset), then the columns, each aligned to
 """
 
 import json
+import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,13 @@ import numpy as np
 
 MAGIC = b"CLCOLUMN"
 _ALIGNMENT = 64
+_BYTES = {
+    "|u1": 1,
+    "<i4": 4,
+    "<i8": 8,
+}  # the dtypes that a file may hold: no objects, whatever its header says
+
+Expected = Mapping[str, tuple[tuple[str, ...], tuple[int | None, ...]]]  # dtypes and shape (None: any length)
 
 
 class BrokenColumns(Exception):
@@ -68,8 +76,13 @@ def write_columns(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, np.n
         raise
 
 
-def read_columns(path: Path) -> Columns:
-    """Maps a file of columns. Raises OSError if it cannot be read, BrokenColumns if it is cut or foreign."""
+def read_columns(path: Path, expected: Callable[[dict[str, Any]], Expected] | None = None) -> Columns:
+    """Maps a file of columns, which may be anybody's: only plain integers within the file's bytes are mapped.
+
+    `expected`, given the file's `meta`, says which columns there have to be, beside any others; it raises
+    ValueError where the meta itself is none. Raises OSError if the file cannot be read, BrokenColumns if it
+    is cut or foreign, or if an expected column is missing or of another dtype or shape.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(16)
@@ -78,19 +91,56 @@ def read_columns(path: Path) -> Columns:
             raise BrokenColumns(f"{path} is no index of clipcluster")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
-            raise BrokenColumns(f"{path} is damaged") from None
+            meta, layout = header["meta"], header["columns"]
+            if not isinstance(meta, dict):
+                raise TypeError("meta is an object")
+            found = {name: _found(column, size) for name, column in layout.items()}
+            _require(found, {} if expected is None else expected(meta))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BrokenColumns(f"{path} is damaged ({error})") from None
         base = _aligned(16 + length)
+        needed = base + max((column.end for column in found.values()), default=0)
+        if needed > size:
+            raise BrokenColumns(f"{path} is cut: {size} bytes of at least {needed}")
         # one mapping for all columns: each holds a file handle of its own
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        arrays = {}
-        for name, column in header["columns"].items():
-            dtype, shape = np.dtype(column["dtype"]), tuple(column["shape"])
-            end = base + column["offset"] + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-            if end > size:
-                raise BrokenColumns(f"{path} is cut: {size} bytes of at least {end}")
-            arrays[name] = np.ndarray(shape, dtype, memory, base + column["offset"])
-    return Columns(header["meta"], arrays)
+    arrays = {
+        name: np.ndarray(column.shape, column.dtype, memory, base + column.offset)
+        for name, column in found.items()
+    }
+    return Columns(meta, arrays)
+
+
+class _Column(NamedTuple):
+    """One column as a header describes it; `end` is the byte behind it, from where the columns begin."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    end: int
+
+
+def _found(column: dict[str, Any], size: int) -> _Column:
+    """The description of a column in a file of `size` bytes. ValueError, KeyError, TypeError: it is none."""
+    dtype, shape, offset = column["dtype"], tuple(column["shape"]), column["offset"]
+    if not isinstance(dtype, str) or dtype not in _BYTES:
+        raise ValueError(f"{dtype!r} is no dtype of a column")
+    if not 1 <= len(shape) <= 2 or not all(type(length) is int and 0 <= length <= size for length in shape):
+        raise ValueError(f"{shape} is no shape of a column")
+    if type(offset) is not int or offset < 0 or offset % _ALIGNMENT:
+        raise ValueError(f"a column begins at {offset!r}")
+    return _Column(dtype, shape, offset, offset + _BYTES[dtype] * math.prod(shape))
+
+
+def _require(found: Mapping[str, _Column], expected: Expected) -> None:
+    """KeyError where a column is missing, ValueError where it is of another dtype or shape."""
+    for name, (dtypes, shape) in expected.items():
+        column = found[name]
+        fits = len(shape) == len(column.shape) and all(
+            length in (None, there) for length, there in zip(shape, column.shape, strict=True)
+        )
+        if column.dtype not in dtypes or not fits:
+            raise ValueError(f"column {name} is {column.dtype} {column.shape}")
 
 
 def _aligned(size: int) -> int:
@@ -99,88 +149,3 @@ def _aligned(size: int) -> int:
 
 def _bytes_of(array: np.ndarray | Stream) -> int:
     return int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
-
-
-class Concatenated:
-    """Columns laid end to end without copying them; a piece of several columns is their sum.
-
-    Indexed as an array of one dimension is: by a number, a slice, an array of numbers or of booleans.
-    """
-
-    def __init__(self, pieces: Sequence[Sequence["np.ndarray | Concatenated"]]) -> None:
-        self._pieces = [tuple(piece) for piece in pieces]
-        self._ends = np.cumsum([len(piece[0]) for piece in self._pieces], dtype=np.int64)
-        kinds = {column.dtype for piece in self._pieces for column in piece}
-        summed = any(len(piece) > 1 for piece in self._pieces)
-        self.dtype: np.dtype = kinds.pop() if len(kinds) == 1 and not summed else np.dtype(np.int32)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    @property
-    def shape(self) -> tuple[int]:
-        return (len(self),)
-
-    @property
-    def size(self) -> int:
-        return len(self)
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            return self._stretch(start, max(start, stop))[::step] if step > 0 else np.asarray(self)[key]
-        numbers = np.asarray(key)
-        if numbers.dtype == bool:
-            numbers = np.flatnonzero(numbers)
-        flat = np.where(numbers < 0, numbers + len(self), numbers).reshape(-1)
-        if len(flat) and not 0 <= flat.min() <= flat.max() < len(self):
-            raise IndexError(f"a number is out of 0 to {len(self) - 1}")
-        values = np.empty(len(flat), self.dtype)
-        rows = np.searchsorted(self._ends, flat, side="right")
-        for number in np.unique(rows).tolist():
-            mine = rows == number
-            values[mine] = self._of(number, flat[mine] - self._begin(number))
-        return values.reshape(numbers.shape)[()]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        values = self._stretch(0, len(self))
-        return values if dtype is None else values.astype(dtype)
-
-    def tolist(self) -> list[Any]:
-        return self._stretch(0, len(self)).tolist()
-
-    def max(self) -> int:
-        """The largest value, one piece after the other. ValueError if there is none."""
-        return max(int(values.max()) for values in self._values() if len(values))
-
-    def min(self) -> int:
-        """The smallest value, as `max`."""
-        return min(int(values.min()) for values in self._values() if len(values))
-
-    def sum(self, dtype: Any = None) -> int:
-        """The sum of all values."""
-        return sum(int(column.sum(dtype=np.int64)) for piece in self._pieces for column in piece)
-
-    def _values(self) -> Iterator[np.ndarray]:
-        return (self._of(number, slice(None)) for number in range(len(self._pieces)))
-
-    def _begin(self, number: int) -> int:
-        return int(self._ends[number - 1]) if number else 0
-
-    def _of(self, number: int, within: Any) -> np.ndarray:
-        """The values of one piece at the places `within` it."""
-        first, *others = self._pieces[number]
-        values = first[within]
-        for column in others:
-            values = values.astype(np.int32) + column[within]
-        return np.asarray(values)
-
-    def _stretch(self, start: int, stop: int) -> np.ndarray:
-        parts = [
-            self._of(number, slice(max(start - self._begin(number), 0), stop - self._begin(number)))
-            for number in range(len(self._pieces))
-            if start < self._ends[number] and stop > self._begin(number)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts).astype(self.dtype) if parts else np.zeros(0, self.dtype)

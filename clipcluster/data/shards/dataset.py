@@ -6,18 +6,19 @@ can be sent to another process: paths travel and which bytes were compared, the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from clipcluster.data.shards import captions, folder_index, shard_index
-from clipcluster.data.shards.columns import BrokenColumns, Columns, read_columns
+from clipcluster.data.shards import captions, shard_index
+from clipcluster.data.shards.columns import BrokenColumns, Columns
 from clipcluster.data.shards.metadata import IndexedFolder, Metadata
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
@@ -48,8 +49,30 @@ class Sample(NamedTuple):
 
 
 class _Open(NamedTuple):
+    """A shard that is open: its handle, the columns of its index and its bytes, which both agree on."""
+
     fd: int
     columns: dict[str, np.ndarray]
+    size: int
+
+    def image(self, row: int) -> tuple[int, int]:
+        """Offset and size of an image, in bytes. BrokenColumns if they lie outside of the shard."""
+        return self._within(row, "image_offset", "image_size")
+
+    def text(self, row: int, choice: str) -> tuple[int, int]:
+        """The same of the member that holds the captions of a choice."""
+        offset, size = (shard_index.caption_column(name, choice) for name in ("text_offset", "text_size"))
+        return self._within(row, offset, size)
+
+    def begin(self, row: int) -> int:
+        """Where the first header of a sample lies. BrokenColumns as `image`."""
+        return self._within(row, "offset")[0]
+
+    def _within(self, row: int, offset: str, size: str | None = None) -> tuple[int, int]:
+        at, count = int(self.columns[offset][row]), int(self.columns[size][row]) if size else 0
+        if at < 0 or count < 0 or at + count > self.size:
+            raise BrokenColumns(f"sample {row} has {count} bytes at {at} of {self.size}")
+        return at, count
 
 
 class Dataset(Metadata):
@@ -91,28 +114,30 @@ class Dataset(Metadata):
         return self._patiently(shard, partial(self._read, shard, row, text))
 
     def _read(self, shard: int, row: int, text: bool) -> Sample:
-        fd, columns = self._handle(shard)
-        try:
-            member = next(scan(fd, int(columns["offset"][row])))
-        except (BrokenTar, StopIteration):
-            raise self._changed(shard) from None
-        name = shard_index.sample_name(member.name)
-        image = _bytes(fd, int(columns["image_offset"][row]), int(columns["image_size"][row]))
-        texts = self._captions(shard, fd, columns, row) if text else []
+        opened = self._handle(shard)
+        with self._whole_index(shard):
+            try:
+                member = next(scan(opened.fd, opened.begin(row)))
+            except (BrokenTar, StopIteration):
+                raise self._changed(shard) from None
+            name = shard_index.sample_name(member.name)
+            image = _bytes(opened.fd, *opened.image(row))
+            texts = self._captions(shard, opened, row) if text else []
         return Sample(
-            name[0] if name else member.name, self.shard_name(shard), image, texts, int(columns["class"][row])
-        )
+            name[0] if name else member.name, self.shard_name(shard), image, texts,
+            int(opened.columns["class"][row]),
+        )  # fmt: skip
 
-    def _captions(self, shard: int, fd: int, columns: dict[str, np.ndarray], row: int) -> list[str]:
+    def _captions(self, shard: int, opened: _Open, row: int) -> list[str]:
         """The captions of all fields, laid end to end."""
         found: list[str] = []
         for choice in self._choices_of(self._place(shard)[0]):
-            kind, count, at, size = (
-                int(columns[shard_index.caption_column(name, choice)][row])
-                for name in ("text_kind", "captions", "text_offset", "text_size")
+            kind, count = (
+                int(opened.columns[shard_index.caption_column(name, choice)][row])
+                for name in ("text_kind", "captions")
             )
             if kind != captions.NO_TEXT:
-                texts = captions.texts(kind, _bytes(fd, at, size), choice)
+                texts = captions.texts(kind, _bytes(opened.fd, *opened.text(row, choice)), choice)
                 if len(texts) != count:
                     raise self._changed(shard)
                 found += texts
@@ -128,19 +153,16 @@ class Dataset(Metadata):
             places.setdefault(shard, []).append(row)
         self._fetch_ahead([shard for shard in places if shard not in self._open])
         for shard, rows in places.items():
-            fd, columns = self._patiently(shard, partial(self._handle, shard))
-            ends = [("image_offset", "image_size")]
-            for choice in self._choices_of(self._place(shard)[0]):
-                ends.append(
-                    (
-                        shard_index.caption_column("text_offset", choice),
-                        shard_index.caption_column("text_size", choice),
-                    )
-                )
+            self._patiently(shard, partial(self._announce, shard, rows))
+
+    def _announce(self, shard: int, rows: Sequence[int]) -> None:
+        opened, choices = self._handle(shard), self._choices_of(self._place(shard)[0])
+        with self._whole_index(shard):
             for row in rows:
-                begin = int(columns["offset"][row])
-                end = max(int(columns[offset][row] + columns[size][row]) for offset, size in ends)
-                os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+                begin = opened.begin(row)
+                spans = [opened.image(row), *(opened.text(row, choice) for choice in choices)]
+                end = max(map(sum, spans), default=begin)
+                os.posix_fadvise(opened.fd, begin, max(1, end - begin), os.POSIX_FADV_WILLNEED)
 
     def _fetch_ahead(self, shards: Sequence[int]) -> None:
         """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
@@ -204,14 +226,14 @@ class Dataset(Metadata):
         try:
             if not self._is_remote(shard):
                 self._compare(shard, _local_state(os.fstat(fd)))
-            columns = self._columns(shard)
+            opened = _Open(fd, self._columns(shard), os.fstat(fd).st_size)
         except BaseException:
             os.close(fd)
             raise
         while len(self._open) >= OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].fd)
-        self._open[shard] = _Open(fd, columns)
-        return self._open[shard]
+        self._open[shard] = opened
+        return opened
 
     def _is_remote(self, shard: int) -> bool:
         return isinstance(self.parts[self._place(shard)[0]].folder, RemoteFolder)
@@ -234,13 +256,11 @@ class Dataset(Metadata):
     def _columns(self, shard: int) -> dict[str, np.ndarray]:
         """The rows of a shard; they must be those of the content that the folder's list names."""
         part = self.parts[self._place(shard)[0]]
-        try:
+        with self._whole_index(shard):
             if part.rows_at is not None:
                 return self._fetched_columns(shard, part.rows_at)
             path = shard_index.shard_index_path(part.index, self.shard_name(shard))
-            return self._rows_of(shard, read_columns(path), path)
-        except (BrokenColumns, FileNotFoundError) as error:
-            raise DataError(f"the index is damaged: {error}", self._advice(shard)) from None
+            return self._rows_of(shard, shard_index.read_shard_index(path), path)
 
     def _fetched_columns(self, shard: int, at: RemoteFolder) -> dict[str, np.ndarray]:
         """The rows of a remote shard; what came damaged is fetched once more."""
@@ -249,10 +269,13 @@ class Dataset(Metadata):
         key = f"{self.sha256(shard)} {self.parts[self._place(shard)[0]].index}"
         for last in (False, True):
             fd = self.cache.rows(place.address, key)
+            path = Path(f"/dev/fd/{fd}")
             try:
-                return self._rows_of(shard, read_columns(Path(f"/dev/fd/{fd}")), place)
-            except (BrokenColumns, DataError):
+                return self._rows_of(shard, shard_index.read_shard_index(path), place)
+            except (BrokenColumns, DataError) as error:
                 self.cache.drop_rows(place.address, key)
+                if last and isinstance(error, BrokenColumns):
+                    raise BrokenColumns(str(error).replace(str(path), str(place))) from None
                 if last:
                     raise
             finally:
@@ -262,11 +285,11 @@ class Dataset(Metadata):
     def _rows_of(self, shard: int, rows: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
         """The columns of a shard, if they are those that the folder's list speaks of, else DataError."""
         if (
-            rows.meta.get("format") != shard_index.FORMAT
-            or rows.meta["sha256"] != self.sha256(shard)
+            rows.meta["sha256"] != self.sha256(shard)
+            or len(rows.arrays["offset"]) != self.sample_counts[shard]
             or not set(self._choices_of(self._place(shard)[0])) <= set(rows.meta["choices"])
         ):
-            raise DataError(f"{path} is not what the folder's list says", self._advice(shard))
+            raise DataError(f"{path} does not match the index of its folder", self._advice(shard))
         return rows.arrays
 
     @property
@@ -323,7 +346,7 @@ class Dataset(Metadata):
     def _compare(self, shard: int, state: State) -> None:
         if self._is_as_indexed(shard, state):
             return
-        if state.size != self._bytes_of(shard) or folder_index.file_sha256(
+        if state.size != self._bytes_of(shard) or shard_index.file_sha256(
             self.shard_path(shard)
         ) != self.sha256(shard):
             raise self._changed(shard)
@@ -334,6 +357,16 @@ class Dataset(Metadata):
         return DataError(
             f"shard {self.shard_location(shard)} changed since it was indexed{told}", self._advice(shard)
         )
+
+    @contextlib.contextmanager
+    def _whole_index(self, shard: int) -> Iterator[None]:
+        """What the index of a shard is found to be damaged by is a DataError."""
+        try:
+            yield
+        except (BrokenColumns, FileNotFoundError) as error:
+            raise DataError(
+                f"the index of {self.shard_location(shard)} is damaged: {error}", self._advice(shard)
+            ) from None
 
     def _advice(self, shard: int) -> str:
         part = self.parts[self._place(shard)[0]]

@@ -22,118 +22,29 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipcluster.data.shards.columns import BrokenColumns, Columns, Stream, read_columns, write_columns
-from clipcluster.data.shards.find import compressed_tars, find_shards
-from clipcluster.data.shards.shard_index import FORMAT, caption_column, shard_index_path
+from clipcluster.data.shards.columns import (
+    BrokenColumns,
+    Columns,
+    Expected,
+    Stream,
+    read_columns,
+    write_columns,
+)
+from clipcluster.data.shards.find import find_shards
+from clipcluster.data.shards.shard_index import FORMAT, caption_column, read_shard_index, shard_index_path
+from clipcluster.data.shards.shard_list import ENTRIES_FILE, ShardEntry, plain
 from clipcluster.data.storage.urls import RemoteFolder
 from clipcluster.errors import UserError
 
-ENTRIES_FILE = "index.json"
 COLUMNS_FILE = "index.bin"
 
-_HASH_CHUNK = 4 << 20
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One line of the folder's list. `broken` says from where on the tar could not be read, or is None.
-
-    `captions` and `without_caption` (samples) are by choice; `duplicates` are samples whose key came before.
-    """
-
-    name: str
-    samples: int
-    captions: dict[str, int]
-    bytes: int
-    sha256: str
-    mtime_ns: int
-    without_caption: dict[str, int] = field(default_factory=dict)
-    without_image: int = 0
-    duplicates: int = 0
-    broken: str | None = None
-
-
-@dataclass(frozen=True)
-class ChoiceCounts:
-    """What one choice of captions finds in a folder: captions, samples with one (`used`) and without."""
-
-    captions: int
-    used: int
-    without_caption: int
-
-
-@dataclass(frozen=True)
-class IndexSummary:
-    """What an index holds, for the command's answer.
-
-    `captions`, `used` and `without_caption` are those of `captions_choice`, the index's first; `choices` has
-    every choice. All the tars hold is samples + without_image + duplicates. `left_out` are compressed tars.
-    """
-
-    folder: Path | str
-    index: Path
-    captions_choice: str
-    shards: int
-    samples: int
-    captions: int
-    bytes: int
-    used: int
-    without_caption: int
-    without_image: int
-    duplicates: int
-    choices: dict[str, ChoiceCounts]
-    broken: list[dict[str, str]] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def read_summary(folder: Path, index: Path | None = None) -> IndexSummary:
-    """What an index on disk holds, from its list. UserError if there is none that can be read."""
-    target = index or folder
-    choices, entries = read_list(target)
-    if not choices or any(set(entry.captions) != set(choices) for entry in entries.values()):
-        raise UserError(f"{target}: no index there; make it with: clipcluster shards index {folder}")
-    return summarize(folder, target, choices, list(entries.values()))
-
-
-def read_entries(target: Path) -> dict[str, ShardEntry]:
-    """The shards of the list at `target`, by name; none if it cannot be read."""
-    return read_list(target)[1]
-
-
-def read_list(target: Path) -> tuple[tuple[str, ...], dict[str, ShardEntry]]:
-    """Choices of captions and entries by name of the list at `target`; ((), {}) if it cannot be read.
-
-    Of a list of format 1 the hashes are taken over, so that the index is made anew without reading all.
-    """
-    try:
-        document = json.loads((target / ENTRIES_FILE).read_text(encoding="utf-8"))
-        if document["format"] == 1:
-            entries = [
-                ShardEntry(**{**entry, "captions": {}, "without_caption": {}}) for entry in document["shards"]
-            ]
-            return (document["captions_choice"],), {entry.name: entry for entry in entries}
-        if document["format"] != FORMAT:
-            return (), {}
-        return tuple(document["captions"]), {
-            entry["name"]: ShardEntry(**entry) for entry in document["shards"]
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        return (), {}
+_CHUNK = 1 << 16  # shards whose columns are compared at once
+_SCAN = 1 << 20  # bytes of names that are looked at at once
 
 
 def write_folder_index(target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]) -> None:
@@ -148,7 +59,7 @@ def write_folder_index(target: Path, choices: str | Sequence[str], entries: Sequ
         "samples": sum(entry.samples for entry in entries),
         "captions": {choice: sum(entry.captions[choice] for entry in entries) for choice in choices},
     }
-    document = {**totals, "shards": [_plain(entry) for entry in entries]}
+    document = {**totals, "shards": [plain(entry) for entry in entries]}
     _write_text(target / ENTRIES_FILE, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
     names = [entry.name.encode("utf-8", "surrogateescape") for entry in entries]
     samples = np.array([entry.samples for entry in entries], np.int64)
@@ -197,10 +108,12 @@ def _of_samples(
 def _rows_of(target: Path, entry: ShardEntry) -> dict[str, np.ndarray]:
     path = shard_index_path(target, entry.name)
     try:
-        meta, arrays = read_columns(path)
+        meta, arrays = read_shard_index(path)
     except (OSError, BrokenColumns) as error:
-        raise UserError(f"the rows of {entry.name} cannot be read: {error}; index the folder again") from None
-    if meta.get("format") != FORMAT or meta.get("sha256") != entry.sha256:
+        raise UserError(
+            f"the index of {entry.name} cannot be read: {error}; index the folder again"
+        ) from None
+    if meta["sha256"] != entry.sha256:
         raise UserError(f"{path} is of other bytes than its shard: somebody else indexes this folder too")
     return arrays
 
@@ -209,15 +122,6 @@ def _more_than(counts: np.ndarray) -> np.ndarray:
     """Samples with more than c captions, for c = 0, 1, …: (largest count,) int64, one row at least."""
     exact = np.bincount(counts, minlength=2)
     return exact[:0:-1].cumsum()[::-1]
-
-
-def _plain(entry: ShardEntry) -> dict[str, Any]:
-    """An entry without the fields that say nothing."""
-    return {
-        name: value
-        for name, value in vars(entry).items()
-        if value not in (None, 0, {}) or name in ("samples", "captions", "bytes")
-    }
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -237,33 +141,6 @@ def fingerprint(shards: Sequence[tuple[str, bytes]]) -> str:
     return digest.hexdigest()
 
 
-def summarize(
-    folder: Path | str, target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]
-) -> IndexSummary:
-    """The sums over a list of shards."""
-    choices = (choices,) if isinstance(choices, str) else tuple(choices)
-    samples = sum(entry.samples for entry in entries)
-    counts = {}
-    for choice in choices:
-        without = sum(entry.without_caption.get(choice, 0) for entry in entries)
-        found = sum(entry.captions[choice] for entry in entries)
-        counts[choice] = ChoiceCounts(found, samples - without, without)
-    return IndexSummary(
-        folder=folder,
-        index=target,
-        captions_choice=choices[0],
-        shards=len(entries),
-        samples=samples,
-        **vars(counts[choices[0]]),
-        bytes=sum(entry.bytes for entry in entries),
-        without_image=sum(entry.without_image for entry in entries),
-        duplicates=sum(entry.duplicates for entry in entries),
-        choices=counts,
-        broken=[{"shard": entry.name, "reason": entry.broken} for entry in entries if entry.broken],
-        left_out=compressed_tars(folder) if isinstance(folder, Path) and folder.is_dir() else [],
-    )
-
-
 def read_folder_index(
     folder: Path | RemoteFolder,
     target: Path,
@@ -280,7 +157,7 @@ def read_folder_index(
         place = "" if target == folder else f" --index {target}"
     command = f"clipcluster shards index {folder}{place}"
     try:
-        table = read_columns(target / COLUMNS_FILE)
+        table = _read_columns(target / COLUMNS_FILE)
     except (FileNotFoundError, NotADirectoryError):
         if isinstance(folder, Path):
             find_shards(folder)
@@ -306,3 +183,68 @@ def read_folder_index(
             + f"; add {'it' if len(missing) == 1 else 'them'} with: {command}{options}"
         )
     return table
+
+
+def _read_columns(path: Path) -> Columns:
+    """index.bin, whose columns fit each other; of another format its `meta` alone. BrokenColumns, OSError."""
+    table = read_columns(path, _expected)
+    if table.meta["format"] == FORMAT:
+        problem = _problem(table)
+        if problem:
+            raise BrokenColumns(f"{path} is damaged ({problem})")
+    return table
+
+
+def _expected(meta: dict[str, Any]) -> Expected:
+    if meta["format"] != FORMAT:
+        return {}
+    totals = [meta["samples"], *meta["captions"].values()]
+    if not isinstance(meta["fingerprint"], str) or not all(type(n) is int and n >= 0 for n in totals):
+        raise ValueError("its totals are no numbers")
+    if not meta["captions"]:
+        raise ValueError("it counts no captions")
+    per_shard = ("samples", "sample_ends", "bytes", "mtime_ns", "name_ends")
+    expected: dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]] = {
+        **dict.fromkeys(per_shard, (("<i8",), (None,))),
+        "sha256": (("|u1",), (None, 32)),
+        "names": (("|u1",), (None,)),
+    }
+    for choice in meta["captions"]:
+        expected[caption_column("captions", choice)] = (("|u1", "<i4"), (meta["samples"],))
+        expected[f"more_than/{choice}"] = (("<i4",), (None, None))
+    return expected
+
+
+def _problem(table: Columns) -> str | None:
+    """Why the columns by shard do not fit each other; None: they do. Those by sample are not looked at."""
+    arrays, samples = table.arrays, table.meta["samples"]
+    depths = [arrays[f"more_than/{choice}"] for choice in table.meta["captions"]]
+    shards = len(arrays["samples"])
+    by_shard = [arrays[name] for name in ("sample_ends", "bytes", "mtime_ns", "name_ends", "sha256")]
+    if {len(column) for column in by_shard} != {shards} or {depth.shape[1] for depth in depths} != {shards}:
+        return "its columns differ in length"
+    if min(map(len, depths)) == 0:
+        return "more_than is empty"
+    classes = arrays.get("classes")
+    if classes is not None and (classes.dtype != np.int32 or classes.shape != (samples,)):
+        return "column classes is of another type or length"
+    sample_end = name_end = 0
+    for low in range(0, shards, _CHUNK):
+        part = slice(low, low + _CHUNK)
+        counts, ends, names = arrays["samples"][part], arrays["sample_ends"][part], arrays["name_ends"][part]
+        if counts.min() < 0 or counts.max() > samples or (sample_end + np.cumsum(counts) != ends).any():
+            return "sample_ends is no sum of samples"
+        if names[0] <= name_end or (np.diff(names) <= 0).any() or arrays["bytes"][part].min() < 0:
+            return "a name or a size is missing"
+        for depth in depths:
+            if depth[-1, part].min() < 0 or (depth[1:, part] > depth[:-1, part]).any():
+                return "more_than grows"
+            if (depth[0, part] > counts).any():
+                return "more captions are counted than there are samples"
+        sample_end, name_end = int(ends[-1]), int(names[-1])
+    text = arrays["names"]
+    if sample_end != samples or name_end != len(text):
+        return "its sums are not those of its columns"
+    if any(np.isin(text[low : low + _SCAN], (0, ord("/"))).any() for low in range(0, len(text), _SCAN)):
+        return "a shard's name is a path"
+    return None

@@ -10,24 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from clipcluster.data.shards import captions
-from clipcluster.data.shards.columns import BrokenColumns, read_columns
+from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.find import find_shards
-from clipcluster.data.shards.folder_index import (
-    IndexSummary,
-    ShardEntry,
-    file_sha256,
-    read_list,
-    summarize,
-    write_folder_index,
-)
+from clipcluster.data.shards.folder_index import write_folder_index
 from clipcluster.data.shards.shard_index import (
     CAPTION_COLUMNS,
-    FORMAT,
     caption_column,
+    file_sha256,
+    read_shard_index,
     scan_shard,
     shard_index_path,
     write_shard_index,
 )
+from clipcluster.data.shards.shard_list import IndexSummary, ShardEntry, read_list, summarize
 from clipcluster.errors import UserError
 
 
@@ -116,14 +111,11 @@ def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool
     if set(entry.captions) != set(choices):
         return False
     try:
-        meta = read_columns(shard_index_path(target, entry.name)).meta
+        meta, arrays = read_shard_index(shard_index_path(target, entry.name))
     except (OSError, BrokenColumns):
         return False
-    return (
-        meta.get("format") == FORMAT
-        and meta.get("sha256") == entry.sha256
-        and set(choices) == set(meta["choices"])
-    )
+    same = meta["sha256"] == entry.sha256 and len(arrays["offset"]) == entry.samples
+    return same and set(choices) == set(meta["choices"])
 
 
 def index_shard(

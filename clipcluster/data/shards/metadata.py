@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from clipcluster.data.shards import folder_index, shard_index
-from clipcluster.data.shards.columns import Concatenated
+from clipcluster.data.shards.concatenated import Concatenated
 from clipcluster.data.storage.urls import RemoteFile, RemoteFolder
 
 _SCAN = 1 << 20  # samples looked at together

@@ -5,6 +5,7 @@ bytes), `class` (int32, -1: none). For each choice of captions, named `NAME/CHOI
 `text_size` (int64, bytes), `text_kind` (uint8: NO_TEXT, JSON or TXT), `captions` (their number).
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from clipcluster.data.shards import captions
 from clipcluster.data.shards.captions import JSON, NO_TEXT
-from clipcluster.data.shards.columns import write_columns
+from clipcluster.data.shards.columns import BrokenColumns, Columns, Expected, read_columns, write_columns
 from clipcluster.data.shards.tar import BLOCK, BrokenTar, Member, compression, scan
 from clipcluster.errors import UserError
 
@@ -32,6 +33,7 @@ CAPTION_COLUMNS = {
     "captions": np.int32,
 }
 
+_HASH_CHUNK = 4 << 20
 _LARGEST_TEXT = 64 << 20  # bytes of a member that is looked into for captions
 _ABOUT_THE_TAR = re.compile(r"(^|/)__[^/]*__($|/)")
 
@@ -177,6 +179,38 @@ def narrow(counts: np.ndarray) -> np.ndarray:
 def shard_index_path(folder: Path, shard: str) -> Path:
     """The file of one shard's rows."""
     return folder / f"{shard}.idx"
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_shard_index(path: Path) -> Columns:
+    """The columns of one shard, each (samples,), and in `meta` its `sha256` and the `choices` of captions.
+
+    OSError if the file cannot be read; BrokenColumns if it is damaged, or of another format.
+    """
+    index = read_columns(path, _expected)
+    if len({len(index.arrays[name]) for name in _expected(index.meta)}) > 1:
+        raise BrokenColumns(f"{path} is damaged (its columns differ in length)")
+    return index
+
+
+def _expected(meta: dict[str, Any]) -> Expected:
+    choices = meta["choices"]
+    if meta["format"] != FORMAT or not isinstance(meta["sha256"], str) or not isinstance(choices, list):
+        raise ValueError(f"format {meta['format']!r}, not {FORMAT}")
+    expected = {name: ((np.dtype(dtype).str,), (None,)) for name, dtype in SAMPLE_COLUMNS.items()}
+    for choice in choices:
+        for name, dtype in CAPTION_COLUMNS.items():
+            narrowed = ("|u1",) if name == "captions" else ()
+            expected[caption_column(name, choice)] = ((np.dtype(dtype).str, *narrowed), (None,))
+    return expected
 
 
 def scan_shard(

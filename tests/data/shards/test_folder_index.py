@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from clipcluster.data.shards.columns import read_columns
-from clipcluster.data.shards.folder_index import COLUMNS_FILE, ENTRIES_FILE, file_sha256, read_summary
+from clipcluster.data.shards.folder_index import COLUMNS_FILE
 from clipcluster.data.shards.indexing import index_folder, write_entry
 from clipcluster.data.shards.open import open_folder
-from clipcluster.data.shards.shard_index import sample_name, scan_shard, shard_index_path
+from clipcluster.data.shards.shard_index import file_sha256, sample_name, scan_shard, shard_index_path
+from clipcluster.data.shards.shard_list import ENTRIES_FILE, read_summary
 from clipcluster.errors import UserError
 
 

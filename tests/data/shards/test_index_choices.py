@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 from clipcluster.data.shards import indexing
 from clipcluster.data.shards import metadata as catalogue
 from clipcluster.data.shards.columns import read_columns, write_columns
-from clipcluster.data.shards.folder_index import (
-    COLUMNS_FILE,
-    ENTRIES_FILE,
-    read_entries,
-    read_summary,
-    write_folder_index,
-)
+from clipcluster.data.shards.folder_index import COLUMNS_FILE, write_folder_index
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.data.shards.shard_index import ShardIndexBuilder, shard_index_path
+from clipcluster.data.shards.shard_list import ENTRIES_FILE, read_entries, read_summary
 from clipcluster.data.shards.tar import END, Member, header, padded
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source

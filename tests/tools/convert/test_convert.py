@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipcluster.data.shards.folder_index import read_summary
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
+from clipcluster.data.shards.shard_list import read_summary
 from clipcluster.data.shards.tar import header, scan
 from clipcluster.errors import UserError
 from tools.convert import convert as conversion

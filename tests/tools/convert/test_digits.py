@@ -8,9 +8,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from clipcluster.data.images.decode import decode
-from clipcluster.data.shards.folder_index import read_summary
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
+from clipcluster.data.shards.shard_list import read_summary
 from clipcluster.errors import UserError
 from tools.convert.convert import convert
 from tools.convert.readers import digits

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from clipcluster.data.shards.folder_index import read_summary
 from clipcluster.data.shards.open import open_folder
+from clipcluster.data.shards.shard_list import read_summary
 from clipcluster.errors import UserError
 from tools.convert.shard_writer import ShardWriter
 from tools.shards.index import index_folders

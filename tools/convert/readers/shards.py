@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from clipcluster.data.images.format import KIND_NAMES, kind_of, size_of
-from clipcluster.data.shards import folder_index, indexing, shard_index
+from clipcluster.data.shards import indexing, shard_index, shard_list
 from clipcluster.data.shards.captions import choice_for
-from clipcluster.data.shards.columns import read_columns
+from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import OPEN_SHARDS, Dataset
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.tar import BrokenTar, scan
@@ -58,7 +58,7 @@ class _Folder:
         self.shards: Dataset = open_folder(path, None, self.choice)
         for shard in self.shards.modified_shards():
             self.shards.check(shard)
-        summary = folder_index.read_summary(path)
+        summary = shard_list.read_summary(path)
         self.choices = tuple(summary.choices)
         self.without_image, self.repeated, self.broken = (
             summary.without_image,
@@ -73,9 +73,7 @@ class _Folder:
             for shard, row in map(self.shards.locate, positions.tolist()):
                 if shard != opened:
                     path = self.shards.shard_path(shard)
-                    offsets = read_columns(shard_index.shard_index_path(self.path, path.name)).arrays[
-                        "offset"
-                    ]
+                    offsets = _columns(self.path, path.name)["offset"]
                     if fd >= 0:
                         os.close(fd)
                     fd, opened = os.open(path, os.O_RDONLY), shard
@@ -85,6 +83,14 @@ class _Folder:
         finally:
             if fd >= 0:
                 os.close(fd)
+
+
+def _columns(folder: Path, shard: str) -> dict[str, np.ndarray]:
+    """The index of a shard; UserError where it is damaged."""
+    try:
+        return shard_index.read_shard_index(shard_index.shard_index_path(folder, shard)).arrays
+    except BrokenColumns as error:
+        raise UserError(f"{error}; repair it with: clipcluster shards verify {folder} --repair") from None
 
 
 class Resharding:
@@ -116,10 +122,7 @@ class Resharding:
         """Bytes of each image, (n,) int64."""
         pieces = []
         for folder, taken in zip(self._folders, self._taken, strict=True):
-            every = [
-                read_columns(shard_index.shard_index_path(folder.path, name)).arrays["image_size"]
-                for name in folder.shards.shard_names
-            ]
+            every = [_columns(folder.path, name)["image_size"] for name in folder.shards.shard_names]
             pieces.append(np.concatenate(every)[taken])
         return np.concatenate(pieces)
 
@@ -142,8 +145,8 @@ class Resharding:
         if name not in self._open:
             folder = self._folders[part]
             path = folder.shards.shard_path(shard)
-            rows = read_columns(shard_index.shard_index_path(folder.path, path.name))
-            self._open[name] = (os.open(path, os.O_RDONLY), rows.arrays["offset"])
+            offsets = _columns(folder.path, path.name)["offset"]
+            self._open[name] = (os.open(path, os.O_RDONLY), offsets)
             while len(self._open) > OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1][0])
         self._open.move_to_end(name)
@@ -383,8 +386,8 @@ def _hash(seed: int, key: str) -> int:
 
 def index_as_before(inputs: Sequence[Path], out: Path) -> None:
     """Counts in the new shards the choices of captions that the indexes of the old ones have."""
-    choices = dict.fromkeys(choice for path in inputs for choice in folder_index.read_summary(path).choices)
-    if not set(choices) <= set(folder_index.read_summary(out).choices):
+    choices = dict.fromkeys(choice for path in inputs for choice in shard_list.read_summary(path).choices)
+    if not set(choices) <= set(shard_list.read_summary(out).choices):
         indexing.index_folder(out, None, list(choices))
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcluster.data.shards.columns import Concatenated
+from clipcluster.data.shards.concatenated import Concatenated
 
 PIECES = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3), st.integers(0, 99)), min_size=1, max_size=4)
 

@@ -1,0 +1,164 @@
+"""index.json: the shards of a folder's index, one entry each, and the sums over them."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipcluster.data.shards import captions
+from clipcluster.data.shards.find import compressed_tars
+from clipcluster.data.shards.shard_index import FORMAT
+from clipcluster.errors import UserError
+
+ENTRIES_FILE = "index.json"
+
+_LARGEST = (1 << 63) - 1
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One line of the folder's list. `broken` says from where on the tar could not be read, or is None.
+
+    `captions` and `without_caption` (samples) are by choice; `duplicates` are samples whose key came before.
+    """
+
+    name: str
+    samples: int
+    captions: dict[str, int]
+    bytes: int
+    sha256: str
+    mtime_ns: int
+    without_caption: dict[str, int] = field(default_factory=dict)
+    without_image: int = 0
+    duplicates: int = 0
+    broken: str | None = None
+
+
+@dataclass(frozen=True)
+class ChoiceCounts:
+    """What one choice of captions finds in a folder: captions, samples with one (`used`) and without."""
+
+    captions: int
+    used: int
+    without_caption: int
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What an index holds, for the command's answer.
+
+    `captions`, `used` and `without_caption` are those of `captions_choice`, the index's first; `choices` has
+    every choice. All the tars hold is samples + without_image + duplicates. `left_out` are compressed tars.
+    """
+
+    folder: Path | str
+    index: Path
+    captions_choice: str
+    shards: int
+    samples: int
+    captions: int
+    bytes: int
+    used: int
+    without_caption: int
+    without_image: int
+    duplicates: int
+    choices: dict[str, ChoiceCounts]
+    broken: list[dict[str, str]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def read_summary(folder: Path, index: Path | None = None) -> IndexSummary:
+    """What an index on disk holds, from its list. UserError if there is none that can be read."""
+    target = index or folder
+    choices, entries = read_list(target)
+    if not choices or any(set(entry.captions) != set(choices) for entry in entries.values()):
+        raise UserError(f"{target}: no index there; make it with: clipcluster shards index {folder}")
+    return summarize(folder, target, choices, list(entries.values()))
+
+
+def read_entries(target: Path) -> dict[str, ShardEntry]:
+    """The shards of the list at `target`, by name; none if it cannot be read."""
+    return read_list(target)[1]
+
+
+def read_list(target: Path) -> tuple[tuple[str, ...], dict[str, ShardEntry]]:
+    """Choices of captions and entries by name of the list at `target`; ((), {}) if it cannot be read.
+
+    Of a list of format 1 the hashes are taken over, so that the index is made anew without reading all.
+    """
+    try:
+        document = json.loads((target / ENTRIES_FILE).read_text(encoding="utf-8"))
+        if document["format"] == 1:
+            choices = [document["captions_choice"]]
+            entries = [
+                entry_of({**entry, "captions": {}, "without_caption": {}}) for entry in document["shards"]
+            ]
+        elif document["format"] == FORMAT:
+            choices = list(document["captions"])
+            entries = [entry_of(entry) for entry in document["shards"]]
+        else:
+            return (), {}
+        return tuple(map(captions.check_choice, choices)), {entry.name: entry for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+        return (), {}
+
+
+def entry_of(document: Any) -> ShardEntry:
+    """A shard's entry as it was written to JSON, by whomever. ValueError or TypeError if it is none."""
+    entry = ShardEntry(**document)
+    numbers = (entry.samples, entry.bytes, entry.without_image, entry.duplicates)
+    by_choice = (entry.captions, entry.without_caption)
+    if (
+        type(entry.name) is not str
+        or not entry.name
+        or set(entry.name) & {"/", "\0"}
+        or type(entry.sha256) is not str
+        or not _SHA256.fullmatch(entry.sha256)
+        or not isinstance(entry.broken, str | None)
+        or type(entry.mtime_ns) is not int
+        or not all(type(count) is int and 0 <= count <= _LARGEST for count in numbers)
+        or not -_LARGEST <= entry.mtime_ns <= _LARGEST
+        or not all(isinstance(counts, dict) for counts in by_choice)
+        or not all(type(n) is int and 0 <= n <= _LARGEST for counts in by_choice for n in counts.values())
+    ):
+        raise ValueError(f"{document!r} describes no shard")
+    return entry
+
+
+def plain(entry: ShardEntry) -> dict[str, Any]:
+    """An entry without the fields that say nothing."""
+    return {
+        name: value
+        for name, value in vars(entry).items()
+        if value not in (None, 0, {}) or name in ("samples", "captions", "bytes")
+    }
+
+
+def summarize(
+    folder: Path | str, target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]
+) -> IndexSummary:
+    """The sums over a list of shards."""
+    choices = (choices,) if isinstance(choices, str) else tuple(choices)
+    samples = sum(entry.samples for entry in entries)
+    counts = {}
+    for choice in choices:
+        without = sum(entry.without_caption.get(choice, 0) for entry in entries)
+        found = sum(entry.captions[choice] for entry in entries)
+        counts[choice] = ChoiceCounts(found, samples - without, without)
+    return IndexSummary(
+        folder=folder,
+        index=target,
+        captions_choice=choices[0],
+        shards=len(entries),
+        samples=samples,
+        **vars(counts[choices[0]]),
+        bytes=sum(entry.bytes for entry in entries),
+        without_image=sum(entry.without_image for entry in entries),
+        duplicates=sum(entry.duplicates for entry in entries),
+        choices=counts,
+        broken=[{"shard": entry.name, "reason": entry.broken} for entry in entries if entry.broken],
+        left_out=compressed_tars(folder) if isinstance(folder, Path) and folder.is_dir() else [],
+    )
