@@ -72,7 +72,7 @@ class Findings:
     def raise_errors(self) -> None:
         """UserError with all the errors, if there is one."""
         if self.errors:
-            head = "" if len(self.errors) == 1 else f"{len(self.errors)} mistakes\n  "
+            head = "" if len(self.errors) == 1 else f"{len(self.errors)} errors\n  "
             raise UserError(head + "\n  ".join(self.errors))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from clipcluster.build.data import check_shards, open_sources
 from clipcluster.build.model import build_model, load_weights
 from clipcluster.build.training import build_trainer
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import from_run, load
+from clipcluster.recipe.load import from_run, override
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
@@ -88,7 +87,7 @@ def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None
     from clipcluster.runtime.world import World
     from clipcluster.train.precision import Precision
 
-    recipe = _overridden(from_run(run.recipe(), run.settings()), overrides)
+    recipe = override(from_run(run.recipe(), run.settings()), overrides)
     world = World(0, 1, 0, pick_device(0))
     tokenizer = load_tokenizer(recipe.data.text, run.assets)
     suite = build_suite(recipe, world=world, tokenizer=tokenizer)
@@ -102,16 +101,6 @@ def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None
     with torch.no_grad(), Precision(recipe.train.precision, world.device).autocast():
         metrics = suite.run(model)
     return {"run": run.name, "checkpoint": str(found), "step": step, "ema": averaged, "metrics": metrics}
-
-
-def _overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with `key=value` put over it, checked as a recipe from a file is."""
-    if not overrides:
-        return recipe
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(recipe.model_dump_json())  # JSON is YAML
-        return load(file, overrides).recipe
 
 
 def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> None:

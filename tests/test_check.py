@@ -182,12 +182,12 @@ def test_every_count_of_a_range_of_nodes_is_tried(checked: Callable[..., Checked
     assert message.startswith("data.batch_size 4 does not divide by 6 ranks")
 
 
-def test_every_mistake_is_told(checked: Callable[..., Checked]) -> None:
+def test_every_error_is_told(checked: Callable[..., Checked]) -> None:
     found = checked("data.train.0.shards=data/none", "evaluate.zero_shot=[data/nix]", "model.image.weights=w")
     assert len(found.errors) == 3
     assert found.plan is None
     assert found.summary == []
-    with pytest.raises(UserError, match=r"^3 mistakes\n"):
+    with pytest.raises(UserError, match=r"^3 errors\n"):
         found.raise_errors()
 
 

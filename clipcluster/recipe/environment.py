@@ -10,7 +10,7 @@ from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.fields import extra_of, walk
-from clipcluster.recipe.tree import Branch, Leaf, Loc, Row, Tree, dotted, read_scalar
+from clipcluster.recipe.tree import Branch, Leaf, Loc, Row, Tree, Value, dotted, read_scalar
 
 _REFERENCE = re.compile(r"\$?\$\{([^}]*)\}?")
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
@@ -41,7 +41,7 @@ def expand(text: str, environ: Mapping[str, str]) -> str:
             return match[0][1:]
         named = _NAMED.fullmatch(match[1]) if match[0].endswith("}") else None
         if named is None or "${" in match[1]:
-            raise ValueError(f"{match[0]} is not understood: write ${{NAME}} or ${{NAME:-default}}")
+            raise ValueError(f"{match[0]} is not valid; write ${{NAME}} or ${{NAME:-default}}")
         name, default = named[1], named[2]
         if default is not None:
             return environ.get(name) or default
@@ -78,6 +78,8 @@ def plain(
             plain(entry, (*loc, place), environ, problems, keep_paths=keep_paths)
             for place, entry in enumerate(tree.entries)
         ]
+    if isinstance(tree, Value):
+        return tree.value
     if _kind(loc, "shell") or (keep_paths and _kind(loc, "path")):
         return read_scalar(tree.text) if tree.bare else tree.text
     try:

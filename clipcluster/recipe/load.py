@@ -1,8 +1,8 @@
 """From a YAML file to a validated recipe: extends, overrides, environment, paths; and back from a run folder.
 
 A path (shards, weights, a tokenizer's folder, …) belongs to the recipe as it is written, ``${NAME}``
-unexpanded, so that a run moved to another disk is the same run. What it resolves to here and now is kept
-apart (`Loaded.paths`); relative paths start from the working directory, as in a shell. No torch.
+unexpanded, so that a run moved to another disk is the same run. What it resolves to here is kept apart
+(`Loaded.paths`); relative paths start from the working directory, as in a shell. No torch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from clipcluster.errors import UserError
 from clipcluster.recipe.environment import expanded, plain, resolve_paths
 from clipcluster.recipe.problems import validated
@@ -24,18 +22,19 @@ from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, se
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sites import find_site
 from clipcluster.recipe.tree import (
+    COMMAND_LINE,
     Branch,
     Leaf,
     Loc,
     Origin,
     assign,
-    dotted,
     merge,
     nearest,
     origin_of,
     parse_file,
     parse_override,
     shown,
+    tree_of,
 )
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -43,7 +42,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A recipe that was read and found right.
+    """A valid recipe, as read.
 
     Attributes:
         recipe: ready for use; its paths are absolute.
@@ -84,7 +83,7 @@ def load(
         site: name of the site profile; default the only one of the user's, if there is exactly one.
 
     Raises:
-        UserError: everything that is wrong, each with file, line, dotted path and what is allowed.
+        UserError: all errors, each with file, line, dotted path and what is allowed.
     """
     environ = os.environ if environ is None else environ
     file = _existing(Path(path))
@@ -92,24 +91,48 @@ def load(
     profile = find_site(site, environ)
     if profile is not None:
         tree = merge(profile.tree, tree)
-    for text in overrides:
-        keys, value = parse_override(text)
-        if keys == ["extends"]:
-            raise UserError(f"from the command line: {text}: extends can only be written in a file")
-        assign(tree, keys, value)
+    _assign_all(tree, overrides)
     problems: dict[Loc, str] = {}
-    resolved = plain(tree, (), environ, problems, keep_paths=False)
     written = plain(tree, (), environ, problems, keep_paths=True)
-    paths: dict[str, str] = {}
-    resolve_paths(resolved, (), paths)
-    recipe = validated(resolved, tree, problems, shown(file), Recipe)
+    recipe, paths = _resolved(tree, environ, problems, shown(file))
     return Loaded(
         recipe, Recipe.model_validate(written), paths, file, profile.name if profile else None, tree
     )
 
 
-class _Place(Section):
-    """What a job has that trains nothing."""
+def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Recipe:
+    """A loaded recipe with ``key=value`` over it, checked and its paths made absolute as by `load`.
+
+    Raises:
+        UserError: as `load`.
+    """
+    tree = tree_of(recipe.model_dump(mode="json"), Origin("the run's recipe"))
+    assert isinstance(tree, Branch)
+    _assign_all(tree, overrides)
+    return _resolved(tree, os.environ if environ is None else environ, {}, "the run's recipe")[0]
+
+
+def _assign_all(tree: Branch, overrides: Sequence[str], below: Sequence[str] = ()) -> None:
+    """Put ``key=value`` over a tree, or over its section `below`."""
+    for text in overrides:
+        keys, value = parse_override(text)
+        if keys == ["extends"]:
+            raise UserError(value.origin.problem("", "extends can only be written in a file"))
+        assign(tree, [*below, *keys], value)
+
+
+def _resolved(
+    tree: Branch, environ: Mapping[str, str], problems: dict[Loc, str], name: str
+) -> tuple[Recipe, dict[str, str]]:
+    """The recipe of a tree with its paths absolute, and these paths by their keys."""
+    value = plain(tree, (), environ, problems, keep_paths=False)
+    paths: dict[str, str] = {}
+    resolve_paths(value, (), paths)
+    return validated(value, tree, problems, name, Recipe), paths
+
+
+class _ClusterOnly(Section):
+    """The recipe of a job that trains nothing."""
 
     cluster: Cluster = section("Where it runs.", Cluster)
 
@@ -124,13 +147,11 @@ def load_cluster(
     """
     environ = os.environ if environ is None else environ
     profile = find_site(site, environ)
-    tree = profile.tree if profile is not None else Branch({}, {}, Origin("from the command line"))
-    for text in overrides:
-        keys, value = parse_override(text)
-        assign(tree, ["cluster", *keys], value)
+    tree = profile.tree if profile is not None else Branch({}, {}, Origin(COMMAND_LINE))
+    _assign_all(tree, overrides, below=["cluster"])
     problems: dict[Loc, str] = {}
     resolved = plain(tree, (), environ, problems, keep_paths=False)
-    return validated(resolved, tree, problems, "the cluster section", _Place).cluster
+    return validated(resolved, tree, problems, "the cluster section", _ClusterOnly).cluster
 
 
 def _existing(path: Path) -> Path:
@@ -145,12 +166,10 @@ def _existing(path: Path) -> Path:
     if near or shipped.is_file():
         hint = f"did you mean {shipped if shipped.is_file() else path.parent / str(near)}?"
     elif not path.parent.is_dir():
-        hint = f"the folder {path.parent} is not there"
+        hint = f"the folder {path.parent} does not exist"
     else:
         names = sorted(_yaml_names(path.parent))
-        hint = (
-            f"in {path.parent} there is {', '.join(names[:10])}" if names else "there is no recipe beside it"
-        )
+        hint = f"{path.parent} has {', '.join(names[:10])}" if names else f"{path.parent} has no recipe"
     raise UserError(f"{path}: no such recipe; {hint}")
 
 
@@ -162,7 +181,7 @@ def _with_parents(file: Path, environ: Mapping[str, str], children: tuple[Path, 
     """The file's tree over that of the file it extends, and so on."""
     if file.resolve() in children:
         chain = " -> ".join(shown(step) for step in (*children, file.resolve()))
-        raise UserError(f"{shown(file)}: extends goes in a circle: {chain}")
+        raise UserError(f"{shown(file)}: extends forms a circle: {chain}")
     tree = parse_file(file)
     parent = tree.entries.pop("extends", None)
     origin = tree.marks.pop("extends", None)
@@ -179,7 +198,7 @@ def _with_parents(file: Path, environ: Mapping[str, str], children: tuple[Path, 
     where = (
         f"{shown(file.parent)} and {shown(RECIPES)}" if file.parent.resolve() != RECIPES else shown(RECIPES)
     )
-    raise UserError(origin.problem("extends", f"{name} is not there (looked in {where}){hint}"))
+    raise UserError(origin.problem("extends", f"{name} does not exist (looked in {where}){hint}"))
 
 
 def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dict[str, Any]:
@@ -196,7 +215,7 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
         elif is_list_of_sections(field):
             chosen[name] = [_select(entry, keep, full=full) for entry in value]
         elif value is None:
-            # Left out: a full account says so, since a later version may have another default.
+            # Left out: the full form says so, since a later version may have another default.
             if full and any(
                 keep(extra_of(leaf)["mark"]) for _, leaf in walk(inner) if section_of(leaf) is None
             ):
@@ -231,28 +250,22 @@ def settings_keys(loaded: Loaded) -> dict[str, Any]:
 def from_run(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
     """The recipe as a job reads it back from recipe.yaml and settings.yaml, with absolute paths.
 
-    Keys of the settings that are no recipe's (which code folder, …) are left aside.
+    Keys of the settings that belong to no recipe (which code folder, …) are ignored.
 
     Raises:
-        UserError: a file was edited into something that is no recipe, or is of a newer version.
+        UserError: a file was edited and is no valid recipe, or is of a newer version.
     """
     known = {name: value for name, value in settings.items() if name in Recipe.model_fields}
     merged = _merged(recipe, known)
     for name, path in settings.get("paths", {}).items():
         _put(merged, name.split("."), path)
-    try:
-        return Recipe.model_validate(merged)
-    except ValidationError as error:
-        lines = [
-            f"  {dotted(tuple(entry['loc']))}: {entry['msg']}" for entry in error.errors(include_url=False)
-        ]
-        raise UserError(
-            "the run's recipe.yaml and settings.yaml do not make a recipe:\n" + "\n".join(lines)
-        ) from None
+    tree = tree_of(merged, Origin("recipe.yaml and settings.yaml"))
+    assert isinstance(tree, Branch)
+    return validated(merged, tree, {}, "the run's recipe.yaml and settings.yaml", Recipe)
 
 
 def _merged(below: Any, above: Any) -> Any:
-    """Two halves of one recipe put together again; lists of sections place by place."""
+    """Two halves of one recipe merged; lists of sections entry by entry."""
     if isinstance(below, Mapping) and isinstance(above, Mapping):
         names = [*below, *(name for name in above if name not in below)]
         return {name: _merged(below.get(name, _ABSENT), above.get(name, _ABSENT)) for name in names}
@@ -268,7 +281,7 @@ _ABSENT = object()
 
 
 def _put(value: Any, path: list[str], text: str) -> None:
-    """Set one path of a run's recipe, if the place is still there."""
+    """Set one path of a run's recipe, where its key still exists."""
     for part in path[:-1]:
         value = value[int(part)] if isinstance(value, list) else value.get(part)
         if value is None:

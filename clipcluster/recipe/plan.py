@@ -1,7 +1,7 @@
-"""The arithmetic of a run: ranks, their share of the batch, steps an epoch, steps in all, warm-up. No torch.
+"""The arithmetic of a run: ranks, their part of the batch, steps an epoch, steps in all, warm-up. No torch.
 
-The science does not depend on the cluster: the batch is global, so the plan only says how it is shared out,
-or why it cannot be, with the values that would do.
+The result does not depend on the cluster: the batch is global, and the plan says how the ranks divide it, or
+why they cannot, with values that work.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
-    """Share a recipe's work among `world_size` ranks.
+    """Divide a recipe's work among `world_size` ranks.
 
     Args:
         recipe: the validated recipe.
@@ -46,8 +46,8 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         world_size: ranks in all.
 
     Raises:
-        UserError: the batch does not divide, accumulation would be needed, no step is left to do, or the
-            warm-up takes the whole run; with the arithmetic and the values that would do.
+        UserError: the batch does not divide, accumulation would be needed, the run or an epoch has no step,
+            or the warm-up takes the whole run; with the arithmetic and values that work.
     """
     batch = recipe.data.batch_size
     per_rank = share(batch, world_size)
@@ -63,19 +63,17 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
             f"set data.batch_size to at most {epoch_samples:,}, or data.epoch_samples to at least {batch:,}"
         )
 
-    def steps(duration: Duration) -> int:
-        return duration.steps(steps_per_epoch, batch)
-
-    def period(duration: Duration | None) -> int | None:
-        return None if duration is None else duration.period(steps_per_epoch, batch)
-
-    total = steps(recipe.train.duration)
+    total = recipe.train.duration.steps(steps_per_epoch, batch, 0)
     if total == 0:
         raise UserError(
-            f"train.duration {recipe.train.duration} is no step at all: an epoch has {steps_per_epoch:,} "
+            f"train.duration {recipe.train.duration} rounds to zero steps: an epoch has {steps_per_epoch:,} "
             f"steps of {batch:,} samples"
         )
-    warmup = steps(recipe.optim.warmup)
+
+    def period(duration: Duration) -> int:
+        return max(1, duration.steps(steps_per_epoch, batch, total))
+
+    warmup = recipe.optim.warmup.steps(steps_per_epoch, batch, total)
     every = recipe.checkpoint.every
     return Plan(
         world_size=world_size,
@@ -89,10 +87,10 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         total_steps=total,
         total_samples=total * batch,
         warmup_steps=warmup,
-        log_every=recipe.train.log_every.period(steps_per_epoch, batch),
-        evaluate_every=period(recipe.evaluate.every),
+        log_every=period(recipe.train.log_every),
+        evaluate_every=period(recipe.evaluate.every) if recipe.evaluate.every else None,
         checkpoint_every=period(every) if isinstance(every, Duration) else None,
-        keep_every=period(recipe.checkpoint.keep.every),
+        keep_every=period(recipe.checkpoint.keep.every) if recipe.checkpoint.keep.every else None,
         warnings=_warmup_fits(recipe, warmup, total),
     )
 
@@ -104,7 +102,7 @@ def _warmup_fits(recipe: Recipe, warmup: int, total: int) -> tuple[str, ...]:
     if warmup and warmup >= total:
         raise UserError(
             f"{text} takes the whole run of {total:,} steps ({recipe.train.duration}), which would end while "
-            f"still warming up; set optim.warmup to at most {int(total * LONG_WARMUP):,} steps, or train on"
+            f"still warming up; set it to at most {int(total * LONG_WARMUP):,} steps, or train longer"
         )
     if warmup > LONG_WARMUP * total:
         return (f"{text} is {warmup / total:.1%} of the run's {total:,} steps; 2% to 10% is usual",)
@@ -112,7 +110,7 @@ def _warmup_fits(recipe: Recipe, warmup: int, total: int) -> tuple[str, ...]:
 
 
 def share(batch: int, world_size: int) -> int:
-    """Each rank's part of the global batch; where it does not divide, UserError with what would do."""
+    """Each rank's part of the global batch; UserError with values that work where it does not divide."""
     if batch % world_size == 0:
         return batch // world_size
     lower, upper = batch - batch % world_size, batch + world_size - batch % world_size
@@ -169,7 +167,7 @@ def usable_nodes(recipe: Recipe, granted: int) -> int:
 def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int | None = None) -> Plan:
     """The plan with so many granted nodes (default: the most that the recipe asks for).
 
-    Idle nodes are said in the plan's warnings. UserError as `plan` and `usable_nodes`.
+    The plan's warnings name idle nodes. UserError as `plan` and `usable_nodes`.
     """
     granted = granted or recipe.cluster.nodes.most
     nodes = usable_nodes(recipe, granted)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,6 +24,7 @@ _INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _DIGITS = r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9_]*|[0-9][0-9_]*(?=[eE]))"  # a dot or an exponent: 007 is text
 _FLOAT = re.compile(_DIGITS + r"([eE][-+]?[0-9]+)?")
 _WORDS: dict[str, Plain] = {"": None, "~": None, "null": None, "true": True, "false": False}
+COMMAND_LINE = "from the command line"
 _TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
@@ -41,7 +43,7 @@ def read_scalar(text: str) -> Plain:
 class Origin:
     """Where an entry was written."""
 
-    place: str  # "recipes/base.yaml:12" or "from the command line"
+    place: str  # "recipes/base.yaml:12" or COMMAND_LINE
     override: str | None = None  # "optim.lr=3"
 
     def problem(self, dotted: str, message: str) -> str:
@@ -57,6 +59,14 @@ class Leaf:
 
     text: str
     bare: bool
+    origin: Origin
+
+
+@dataclass
+class Value:
+    """A scalar that was read before: nothing in it is expanded again."""
+
+    value: Plain
     origin: Origin
 
 
@@ -77,7 +87,24 @@ class Row:
     origin: Origin
 
 
-Tree = Leaf | Branch | Row
+Tree = Leaf | Value | Branch | Row
+
+
+def tree_of(value: Any, origin: Origin) -> Tree:
+    """What was read before (mappings, lists, scalars) as a tree, every entry written at `origin`."""
+    if isinstance(value, Mapping):
+        entries = {name: tree_of(entry, origin) for name, entry in value.items()}
+        return Branch(entries, dict.fromkeys(entries, origin), origin)
+    if isinstance(value, (list, tuple)):
+        return Row([tree_of(entry, origin) for entry in value], origin)
+    return Value(value, origin)
+
+
+def is_null(tree: Tree | None) -> bool:
+    """Whether there is nothing at a place: no entry, or null."""
+    if isinstance(tree, Leaf):
+        return tree.bare and read_scalar(tree.text) is None
+    return tree is None or (isinstance(tree, Value) and tree.value is None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -103,12 +130,11 @@ def parse_file(path: Path) -> Branch:
     except OSError as error:
         raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from None
     node = _compose(text, shown(path), None)
-    if node is None:
-        top = Origin(f"{shown(path)}:1")
-        return Branch({}, {}, top)
-    tree = _convert(node, shown(path), None)
+    tree = None if node is None else _convert(node, shown(path), None)
+    if tree is None or is_null(tree):
+        raise UserError(f"{shown(path)} is empty; write at least one key, such as name: my-run")
     if not isinstance(tree, Branch):
-        raise UserError(tree.origin.problem("", "a recipe is a mapping (key: value) at its top level"))
+        raise UserError(tree.origin.problem("", "should be a mapping (key: value) at its top level"))
     return tree
 
 
@@ -117,8 +143,8 @@ def parse_override(text: str) -> tuple[list[str], Tree]:
     dotted, equals, value = text.partition("=")
     path = [part.strip() for part in dotted.split(".")]
     if not equals or not all(path):
-        raise UserError(f"from the command line: {text}: write key=value, such as optim.lr=3e-4")
-    origin = Origin("from the command line", text)
+        raise UserError(f"{COMMAND_LINE}: {text}: write key=value, such as optim.lr=3e-4")
+    origin = Origin(COMMAND_LINE, text)
     node = _compose(value, "", text)
     return path, Leaf("", True, origin) if node is None else _convert(node, "", text)
 
@@ -131,8 +157,10 @@ def _compose(text: str, file: str, override: str | None) -> yaml.Node | None:
         why = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         if override is not None:
             message = f"the value is not YAML: {why}; put it in quotes, such as 'key=\"text\"'"
-            raise UserError(Origin("from the command line", override).problem("", message)) from None
+            raise UserError(Origin(COMMAND_LINE, override).problem("", message)) from None
         line = mark.line + 1 if mark is not None else 1
+        if mark is not None and text[mark.index : mark.index + 1] == "\t":
+            raise UserError(f"{file}:{line}: a tab character; YAML takes spaces instead") from None
         raise UserError(f"{file}:{line}: not YAML: {why}") from None
     return node
 
@@ -141,11 +169,11 @@ def _convert(node: yaml.Node, file: str, override: str | None, within: frozenset
     if override is None:
         origin = Origin(f"{file}:{node.start_mark.line + 1}")
     else:
-        origin = Origin("from the command line", override)
+        origin = Origin(COMMAND_LINE, override)
     if node.tag not in _TAGS:
-        raise UserError(origin.problem("", f"the tag {node.tag} is not read here; leave it out"))
+        raise UserError(origin.problem("", f"YAML tags are not allowed here ({node.tag}); leave it out"))
     if id(node) in within:
-        raise UserError(origin.problem("", "an alias stands inside its own anchor"))
+        raise UserError(origin.problem("", "an alias refers to the anchor that contains it"))
     within = within | {id(node)}
     if isinstance(node, yaml.ScalarNode):
         return Leaf(node.value, node.style is None, origin)
@@ -155,9 +183,9 @@ def _convert(node: yaml.Node, file: str, override: str | None, within: frozenset
     for name, value in node.value:
         mark = Origin(f"{file}:{name.start_mark.line + 1}") if override is None else origin
         if not isinstance(name, yaml.ScalarNode):
-            raise UserError(mark.problem("", "a key is a word, not a list or a mapping"))
+            raise UserError(mark.problem("", "a key should be a word, not a list or a mapping"))
         if name.value == "<<":
-            raise UserError(mark.problem("", "merge keys (<<) are not read here: use extends"))
+            raise UserError(mark.problem("", "merge keys (<<) are not supported; use extends"))
         if name.value in branch.entries:
             raise UserError(
                 mark.problem(name.value, f"written twice, first at {branch.marks[name.value].place}")
@@ -179,16 +207,13 @@ def merge(below: Branch, above: Branch) -> Branch:
 
 
 def assign(tree: Branch, path: list[str], value: Tree) -> None:
-    """Put `value` at `path` of `tree`, making the sections between; UserError where the path steps wrong."""
+    """Put `value` at `path` of `tree`, creating the sections between; else UserError."""
     here: Tree = tree
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         walked = ".".join(path[:depth])
         if isinstance(here, Branch):
-            child = here.entries.get(part)
-            absent = child is None or (
-                isinstance(child, Leaf) and child.bare and read_scalar(child.text) is None
-            )
+            absent = is_null(here.entries.get(part))
             if last:
                 here.entries[part] = value
             elif absent:
@@ -205,8 +230,9 @@ def assign(tree: Branch, path: list[str], value: Tree) -> None:
                 here.entries[int(part)] = value
             here = here.entries[int(part)]
         else:
+            given = here.text if isinstance(here, Leaf) else here.value
             raise UserError(
-                value.origin.problem("", f"{walked} is a value ({here.text}), {part!r} is not in it")
+                value.origin.problem("", f"{walked} is a value ({given}) and has no key {part!r}")
             )
 
 

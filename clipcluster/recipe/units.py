@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
+    AfterValidator,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PlainSerializer,
@@ -20,13 +22,14 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic_core import CoreSchema, core_schema
+from typing_extensions import Self
 
 _NUMBER = r"[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?"
-_QUANTITY = re.compile(rf"\s*(?P<count>{_NUMBER})\s*(?P<unit>[A-Za-z]+)\s*")
-_DURATION_UNITS = {"step": "steps", "steps": "steps", "sample": "samples", "samples": "samples"} | {
-    "epoch": "epochs",
-    "epochs": "epochs",
+_QUANTITY = re.compile(rf"\s*(?P<count>{_NUMBER})\s*(?P<unit>[A-Za-z]+|%)?\s*")
+_LENGTH_UNITS = {
+    f"{unit}{plural}": f"{unit}s" for unit in ("step", "sample", "epoch") for plural in ("", "s")
 }
+_DURATION_UNITS = {**_LENGTH_UNITS, "%": "%"}
 _TIME_UNITS = (
     dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1)
     | dict.fromkeys(("min", "mins", "minute", "minutes"), 60)
@@ -36,16 +39,27 @@ _TIME_UNITS = (
 _MEMORY_UNITS = {"m": 1, "mb": 1, "mib": 1, "g": 1024, "gb": 1024, "gib": 1024} | dict.fromkeys(
     ("t", "tb", "tib"), 1024 * 1024
 )
-_DURATION_HELP = "a duration is 'N steps', 'N samples' or 'N epochs'"
+_LENGTH_HELP = "a duration is 'N steps', 'N samples' or 'N epochs'"
+_DURATION_HELP = "a duration is 'N steps', 'N samples', 'N epochs' or 'N%' of the run"
 _TIME_HELP = "a time is 'N s', 'N min', 'N h' or 'N d'"
+_MEMORY_HELP = "memory is 'N MB', 'N GB' or 'N TB'"
+
+T = TypeVar("T")
 
 
-def _quantity(text: object, help_: str) -> tuple[Fraction, str]:
-    """Split ``"1.5 h"`` into (3/2, "h"); ValueError with `help_` for anything else."""
-    match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
+def _quantity(value: object, units: Mapping[str, T], help_: str, guesses: str) -> tuple[Fraction, T]:
+    """Split ``"1.5 h"`` into 3/2 and what `units` says of ``h``.
+
+    Raises ValueError with `help_` for anything else; a number alone is asked back with the units `guesses`.
+    """
+    bare = isinstance(value, (int, float)) and not isinstance(value, bool)
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if bare or (match is not None and match["unit"] is None):
+        asked = " or ".join(f"{str(value).strip()} {unit}" for unit in guesses.split())
+        raise ValueError(f"{help_}; did you mean {asked}?")
+    if match is None or match["unit"].lower() not in units:
         raise ValueError(help_)
-    return Fraction(match["count"].replace("_", "")), match["unit"].lower()
+    return Fraction(match["count"].replace("_", "")), units[match["unit"].lower()]
 
 
 def _decimal(value: Fraction) -> str:
@@ -61,7 +75,12 @@ class _Text:
     """What the units share: they are read from text and written as text."""
 
     @classmethod
-    def parse(cls, value: object) -> Any:
+    def parse(cls, value: object) -> Self:
+        """Read a recipe's value; ValueError says what is allowed."""
+        return value if isinstance(value, cls) else cls._read(value)
+
+    @classmethod
+    def _read(cls, value: object) -> Self:
         raise NotImplementedError
 
     @classmethod
@@ -83,42 +102,51 @@ class _Text:
 
 @dataclass(frozen=True)
 class Duration(_Text):
-    """A length of training: a count of optimizer steps, of samples, or of epochs (which may be a decimal)."""
+    """A length of training: optimizer steps, samples, epochs, or a percentage of the run's steps."""
 
     count: Fraction
-    unit: str  # steps | samples | epochs
+    unit: str  # steps | samples | epochs | %
 
     @classmethod
-    def parse(cls, value: object) -> Duration:
-        """Read ``"2200 steps"``, ``"1e6 samples"``, ``"0.5 epochs"``; ValueError says what is allowed."""
-        if isinstance(value, Duration):
-            return value
-        count, unit = _quantity(value, _DURATION_HELP)
-        if unit not in _DURATION_UNITS:
-            raise ValueError(_DURATION_HELP)
-        unit = _DURATION_UNITS[unit]
-        if unit != "epochs" and count.denominator != 1:
-            raise ValueError(f"{unit} come whole; only epochs may be a decimal")
+    def _read(cls, value: object) -> Duration:
+        """``"2200 steps"``, ``"1e6 samples"``, ``"0.5 epochs"``, ``"5%"``."""
+        count, unit = _quantity(value, _DURATION_UNITS, _DURATION_HELP, "steps")
+        if unit in ("steps", "samples") and count.denominator != 1:
+            raise ValueError(f"should be a whole number of {unit}; only epochs and % may be a decimal")
+        if unit == "%" and count > 100:
+            raise ValueError("should be at most 100%: of the run's steps")
         return cls(count, unit)
 
-    def steps(self, steps_per_epoch: int, batch_size: int) -> int:
-        """This duration in optimizer steps, rounded to the nearest (a half goes up)."""
+    def steps(self, steps_per_epoch: int, batch_size: int, total_steps: int) -> int:
+        """In optimizer steps of a run of `total_steps`, rounded to the nearest (a half goes up)."""
         if self.unit == "steps":
             return int(self.count)
         if self.unit == "samples":
             return _round_half_up(self.count / batch_size)
-        return _round_half_up(self.count * steps_per_epoch)
-
-    def period(self, steps_per_epoch: int, batch_size: int) -> int:
-        """The same for something that comes every so often: at least 1 step."""
-        return max(1, self.steps(steps_per_epoch, batch_size))
+        return _round_half_up(
+            self.count * (steps_per_epoch if self.unit == "epochs" else Fraction(total_steps, 100))
+        )
 
     def __str__(self) -> str:
-        return f"{_decimal(self.count)} {self.unit}"
+        return f"{_decimal(self.count)}{'' if self.unit == '%' else ' '}{self.unit}"
 
     @classmethod
     def _pattern(cls) -> dict[str, Any]:
-        return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?)\s*$"}
+        return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?|%)\s*$"}
+
+
+def _no_share(value: Duration) -> Duration:
+    if value.unit == "%":
+        raise ValueError(f"is the length of the run itself; {_LENGTH_HELP}")
+    return value
+
+
+Length = Annotated[
+    Duration,
+    AfterValidator(_no_share),
+    WithJsonSchema({"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?)\s*$"}),
+]
+"""The duration of a whole run, of which a percentage would say nothing."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +156,12 @@ class Time(_Text):
     seconds: float
 
     @classmethod
-    def parse(cls, value: object) -> Time:
-        """Read ``"90 s"``, ``"15 min"``, ``"4 h"``, ``"2 d"``; ValueError says what is allowed."""
-        if isinstance(value, Time):
-            return value
-        count, unit = _quantity(value, _TIME_HELP)
-        if unit not in _TIME_UNITS:
-            raise ValueError(_TIME_HELP)
+    def _read(cls, value: object) -> Time:
+        """``"90 s"``, ``"15 min"``, ``"4 h"``, ``"2 d"``."""
+        count, unit = _quantity(value, _TIME_UNITS, _TIME_HELP, "min h")
         if count <= 0:
-            raise ValueError("a time is longer than zero")
-        return cls(float(count * _TIME_UNITS[unit]))
+            raise ValueError("a time should be longer than zero")
+        return cls(float(count * unit))
 
     @property
     def minutes(self) -> int:
@@ -159,12 +183,11 @@ def parse_period(value: object) -> Duration | Time:
     """Read a duration or a time; ValueError says what is allowed."""
     if isinstance(value, (Duration, Time)):
         return value
-    _, unit = _quantity(value, f"{_DURATION_HELP}, {_TIME_HELP}")
-    if unit in _DURATION_UNITS:
-        return Duration.parse(value)
-    if unit in _TIME_UNITS:
-        return Time.parse(value)
-    raise ValueError(f"{_DURATION_HELP}, {_TIME_HELP}")
+    kinds: dict[str, type[Duration] | type[Time]] = {
+        **dict.fromkeys(_DURATION_UNITS, Duration),
+        **dict.fromkeys(_TIME_UNITS, Time),
+    }
+    return _quantity(value, kinds, f"{_DURATION_HELP}, {_TIME_HELP}", "steps min")[1].parse(value)
 
 
 Period = Annotated[
@@ -182,16 +205,12 @@ class Memory(_Text):
     megabytes: int
 
     @classmethod
-    def parse(cls, value: object) -> Memory:
-        """Read ``"200 GB"``, ``"500 MB"``, ``"1.5 TB"``; ValueError says what is allowed."""
-        if isinstance(value, Memory):
-            return value
-        count, unit = _quantity(value, "memory is 'N MB', 'N GB' or 'N TB'")
-        if unit not in _MEMORY_UNITS:
-            raise ValueError("memory is 'N MB', 'N GB' or 'N TB'")
-        megabytes = math.ceil(count * _MEMORY_UNITS[unit])
+    def _read(cls, value: object) -> Memory:
+        """``"200 GB"``, ``"500 MB"``, ``"1.5 TB"``."""
+        count, unit = _quantity(value, _MEMORY_UNITS, _MEMORY_HELP, "GB")
+        megabytes = math.ceil(count * unit)
         if megabytes < 1:
-            raise ValueError("memory is more than zero")
+            raise ValueError("memory should be more than zero")
         return cls(megabytes)
 
     def __str__(self) -> str:
@@ -210,20 +229,14 @@ class Nodes(_Text):
     most: int
 
     @classmethod
-    def parse(cls, value: object) -> Nodes:
-        """Read ``2`` or ``"2-4"``; ValueError says what is allowed."""
-        if isinstance(value, Nodes):
-            return value
-        match = (
-            None
-            if isinstance(value, bool)
-            else re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6}))?\s*", str(value))
-        )
+    def _read(cls, value: object) -> Nodes:
+        """``2`` or ``"2-4"``."""
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6}))?\s*", str(value))
         if match is None:
             raise ValueError("nodes are a count (2) or a range (2-4)")
         least, most = int(match[1]), int(match[2] or match[1])
         if least < 1 or most < least:
-            raise ValueError("nodes start at 1, and a range goes from the fewer to the more (2-4)")
+            raise ValueError("nodes start at 1, and a range has the smaller count first (2-4)")
         return cls(least, most)
 
     def __str__(self) -> str:

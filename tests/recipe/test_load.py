@@ -1,4 +1,6 @@
 import contextlib
+import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -8,11 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import RECIPES, Loaded, from_run, load, recipe_keys, result_keys, settings_keys
+from clipcluster.recipe.load import (
+    RECIPES,
+    Loaded,
+    from_run,
+    load,
+    override,
+    recipe_keys,
+    result_keys,
+    settings_keys,
+)
+from clipcluster.recipe.problems import EXPECTED
+from clipcluster.recipe.sections.fields import walk
+from clipcluster.recipe.sections.recipe import Recipe
 
 Small = Callable[..., Loaded]
 
@@ -95,13 +111,30 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("data.image.flip=7", "got 7; should be true or false"),
         ("name=2024", "got 2024; should be text; write it in quotes"),
         ("optim=3", "got 3; should be a section with the keys name, lr"),
-        ("optim.warmup=100", "got 100; a duration is 'N steps', 'N samples' or 'N epochs'"),
+        (
+            "optim.warmup=100",
+            "got 100; a duration is 'N steps', 'N samples', 'N epochs' or 'N%' of the run; did you mean "
+            "100 steps?",
+        ),
+        ("train.duration=50%", "got '50%'; is the length of the run itself; a duration is 'N steps'"),
+        ("data.train=data/pairs", "should be a list; write data.train: [{shards: data/pairs}]"),
+        ("data.train={shards: a}", "should be a list; write data.train: [{shards: a}]"),
+        ("data.train=[a, b]", "2 errors"),
+        ("data.train.0=a", "should be a section with the keys shards, weight, repeat"),
+        ("data.train.0=a", "; write {shards: a}"),
+        ("model.image=convnext_atto", "; write model.image: {timm: convnext_atto}"),
+        ("train.ema=0.99", "; write train.ema: {decay: 0.99}"),
+        ("optim.schedule=cosin", "should be cosine or constant; did you mean cosine?"),
+        ("seed=-1", "got -1; should be at least 0"),
+        ("train.ema={decay: 1}", "got 1; should be less than 1"),
+        ("name=a/b", "should be letters, digits, '.', '_' and '-'"),
+        ("data.batch_size=1e400", "should be a finite number"),
         ("checkpoint.every=5 weeks", "a time is 'N s'"),
         ("cluster.mem=200", "got 200; memory is"),
-        ("evaluate.zero_shot=abc", "got 'abc'; should be a list"),
+        ("evaluate.zero_shot=abc", "got 'abc'; should be a list; write evaluate.zero_shot: [abc]"),
         ("optim.betas=[0.9]", "got [0.9]; should be a list of 2 numbers"),
         ("optim.betas=[0.9, x]", "got 'x'; should be a number"),
-        ("train.precision=fp8", "should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=fp8", "should be fp32 or bf16 or fp16"),
         ("data.train.3.shards=x", "data.train is a list: '3' should be 0"),
         ("seed.x=1", "seed is a value"),
         ("extends=base.yaml", "extends can only be written in a file"),
@@ -109,14 +142,14 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
 )
 def test_an_override_that_is_wrong(small: Small, override: str, said: str) -> None:
     message = message_of(small, *(("seed=0",) if override.startswith("seed") else ()), override)
-    assert message.startswith(f"from the command line: {override}: ")
+    assert message.startswith(f"from the command line: {override}: ") or "errors" in said
     assert said in message
 
 
-def test_all_mistakes_come_at_once_in_the_order_of_the_lines(small: Small, recipe_file: Path) -> None:
+def test_all_errors_come_at_once_in_the_order_of_the_lines(small: Small, recipe_file: Path) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("batch_size: 12", "batch_sise: ${NOPE}"))
     lines = message_of(small, "optim.lr=x").splitlines()
-    assert lines[0] == "small.yaml: 3 mistakes"
+    assert lines[0] == "small.yaml: 3 errors"
     assert lines[
         1
     ] == "  small.yaml:2: data: the key data.batch_size is missing (Global batch: samples of one " + (
@@ -128,11 +161,31 @@ def test_all_mistakes_come_at_once_in_the_order_of_the_lines(small: Small, recip
     assert lines[3].startswith("  from the command line: optim.lr=x: got 'x'")
 
 
-def test_an_empty_recipe_says_what_is_missing(small: Small, recipe_file: Path) -> None:
-    recipe_file.write_text("")
+def test_a_recipe_without_its_keys_says_what_is_missing(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text("seed: 1\n")
     message = message_of(small)
     for key in ("name", "data", "model", "optim", "train"):
         assert f"small.yaml:1: the key {key} is missing" in message
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n"])
+def test_an_empty_file_is_one_error(small: Small, recipe_file: Path, text: str) -> None:
+    recipe_file.write_text(text)
+    assert message_of(small).splitlines() == [
+        "small.yaml is empty; write at least one key, such as name: my-run"
+    ]
+
+
+def test_a_tab_is_named(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("  batch_size", "\tbatch_size"))
+    assert message_of(small) == "small.yaml:5: a tab character; YAML takes spaces instead"
+
+
+def test_a_percentage_is_of_the_run(small: Small) -> None:
+    loaded = small("optim.warmup=5%", "evaluate.every=12.5 %")
+    assert str(loaded.recipe.optim.warmup) == "5%"
+    assert str(loaded.recipe.evaluate.every) == "12.5%"
+    assert from_run(recipe_keys(loaded), settings_keys(loaded)) == loaded.recipe
 
 
 def test_a_wrong_type_is_said_once(small: Small) -> None:
@@ -145,14 +198,14 @@ def test_a_missing_recipe_names_the_nearest(small: Small, recipe_file: Path) -> 
         load(recipe_file.parent / "smal.yaml")
     with pytest.raises(UserError, match=r"did you mean .*small\.yaml\?"):
         load(recipe_file.parent / "small")
-    with pytest.raises(UserError, match=r"there is small\.yaml"):
+    with pytest.raises(UserError, match=r" has small\.yaml"):
         load(recipe_file.parent / "entirely-different.yaml")
     with pytest.raises(UserError, match="is a folder"):
         load(recipe_file.parent)
-    with pytest.raises(UserError, match=r"the folder .*nowhere is not there"):
+    with pytest.raises(UserError, match=r"the folder .*nowhere does not exist"):
         load(recipe_file.parent / "nowhere" / "x.yaml")
     (recipe_file.parent / "recipes").mkdir()
-    with pytest.raises(UserError, match="there is no recipe beside it"):
+    with pytest.raises(UserError, match=r"/recipes has no recipe"):
         load(recipe_file.parent / "recipes" / "digits.yaml")
     (recipe_file.parent / "recipes" / "digits.yaml").touch()
     with pytest.raises(UserError, match=r"did you mean .*/recipes/digits\.yaml\?"):
@@ -184,14 +237,14 @@ def test_extends_finds_the_shipped_recipes(small: Small, recipe_file: Path) -> N
 def test_extends_of_a_missing_file_names_the_nearest(small: Small, recipe_file: Path) -> None:
     recipe_file.write_text("# a comment\nextends: bas.yaml\n" + recipe_file.read_text())
     message = message_of(small)
-    assert message.startswith("small.yaml:2: extends: bas.yaml is not there")
+    assert message.startswith("small.yaml:2: extends: bas.yaml does not exist")
     assert message.endswith("did you mean base.yaml?")
 
 
 def test_extends_in_a_circle(small: Small, recipe_file: Path) -> None:
     (recipe_file.parent / "other.yaml").write_text("extends: small.yaml\n")
     recipe_file.write_text("extends: other.yaml\n")
-    assert "extends goes in a circle: small.yaml -> other.yaml -> small.yaml" in message_of(small)
+    assert "extends forms a circle: small.yaml -> other.yaml -> small.yaml" in message_of(small)
 
 
 @pytest.mark.parametrize("value", ["[a.yaml, b.yaml]", "{a: b}", "3", ""])
@@ -231,9 +284,7 @@ def test_an_unset_variable_is_named(small: Small, recipe_file: Path) -> None:
 
 @pytest.mark.parametrize("text", ["${", "${}", "${A", "${A-b}", "${1}", "${A:-${B}}"])
 def test_a_reference_that_is_not_understood(small: Small, text: str) -> None:
-    assert "is not understood: write ${NAME} or ${NAME:-default}" in message_of(
-        small, f"name='x{text}'", A="a"
-    )
+    assert "is not valid; write ${NAME} or ${NAME:-default}" in message_of(small, f"name='x{text}'", A="a")
 
 
 def test_a_wrong_value_from_the_environment_names_the_variable(small: Small) -> None:
@@ -366,8 +417,6 @@ def test_a_run_folder_gives_the_recipe_back(small: Small) -> None:
 
 
 def test_a_run_folder_gives_the_recipe_back_through_yaml(small: Small) -> None:
-    import yaml
-
     loaded = small(*RICH, DATA="/disk")
     recipe, settings = (
         yaml.safe_load(yaml.safe_dump(keys)) for keys in (recipe_keys(loaded), settings_keys(loaded))
@@ -404,8 +453,38 @@ def test_settings_may_move_the_paths(small: Small) -> None:
 
 def test_a_run_folder_that_was_edited_is_refused(small: Small) -> None:
     loaded = small()
-    with pytest.raises(UserError, match=r"do not make a recipe:\n  optim\.lr"):
+    with pytest.raises(
+        UserError, match=r"^recipe\.yaml and settings\.yaml: optim\.lr: got 'x'; should be a number"
+    ):
         from_run({**recipe_keys(loaded), "optim": {"lr": "x"}}, settings_keys(loaded))
+
+
+# A recipe that was loaded, overridden.
+
+
+def test_an_override_of_a_loaded_recipe(small: Small, tmp_path: Path) -> None:
+    loaded = small(*RICH, DATA="/disk")
+    assert override(loaded.recipe, []) == loaded.recipe
+    changed = override(
+        loaded.recipe,
+        ["evaluate.zero_shot=['${DATA}/z', z]", "train.ema=null", "data.train.0.weight=2"],
+        {"DATA": "/d"},
+    )
+    assert changed.evaluate.zero_shot == ("/d/z", str(tmp_path / "z"))
+    assert changed.train.ema is None
+    assert changed.data.train[0].weight == 2
+    assert changed.cluster.setup == ("echo ${X}",)
+    assert override(changed, ["train.ema.decay=0.5"]).train.ema is not None
+
+
+def test_what_was_read_before_is_not_expanded_again(small: Small) -> None:
+    recipe = small("cluster.environment={A: '$${JOB}'}").recipe
+    assert override(recipe, ["seed=3"], {}).cluster.environment == {"A": "${JOB}"}
+
+
+def test_a_wrong_override_of_a_loaded_recipe(small: Small) -> None:
+    with pytest.raises(UserError, match=r"^from the command line: optim\.lrr=3: .*did you mean optim\.lr\?"):
+        override(small().recipe, ["optim.lrr=3"])
 
 
 def test_places_of_keys(small: Small) -> None:
@@ -440,6 +519,45 @@ def test_no_damage_breaks_the_reading(at: int, length: int, text: str) -> None:
         file.write_text(whole[:at] + text + whole[at + length :])
         with contextlib.suppress(UserError):
             load(file, (), NOWHERE)
+
+
+JUNK = [
+    None,
+    True,
+    3,
+    -1,
+    1.5,
+    1e400,
+    float("nan"),
+    10**5000,
+    "",
+    "x",
+    "x" * 200,
+    "3 %",
+    [],
+    [1],
+    ["x", {}],
+    {},
+    {"x": 1},
+]
+
+
+@pytest.mark.parametrize("path", [path for path, _ in walk()], ids=".".join)
+def test_no_message_is_pydantics_own(recipe_file: Path, path: tuple[str, ...]) -> None:
+    """Whatever stands at a key, the type of the error is one that has words here."""
+    right = yaml.safe_load(recipe_file.read_text())
+    found = set()
+    for junk in JUNK:
+        value: Any = copy.deepcopy(right)
+        here = value
+        for part, after in itertools.pairwise(path):
+            here = here[0] if part == "*" else here.setdefault(part, {} if after != "*" else [{}])
+        here[path[-1]] = junk
+        try:
+            Recipe.model_validate(value)
+        except ValidationError as error:
+            found |= {entry["type"] for entry in error.errors()}
+    assert found <= {*EXPECTED, "missing", "model_type", "literal_error", "extra_forbidden"}
 
 
 # The shipped recipes, and what reading one costs.

@@ -9,6 +9,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded
 from clipcluster.recipe.plan import micro_batches, plan, plan_for_nodes, share, usable_nodes
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.units import Duration
 
 Small = Callable[..., Loaded]
 
@@ -36,6 +37,20 @@ def test_the_arithmetic_of_coco() -> None:
     # With one caption an image the same numbers are another experiment.
     (warning,) = plan(recipe, 118_287, 2).warnings
     assert warning == "optim.warmup 2200 steps is 27.5% of the run's 8,008 steps; 2% to 10% is usual"
+
+
+def test_percentages_are_of_the_runs_steps() -> None:
+    found = plan(recipe_of(4, "100 steps", "5%"), 40, 1)
+    assert (found.warmup_steps, found.total_steps) == (5, 100)
+    recipe = recipe_of(4, "100 steps")
+    often = recipe.model_copy(
+        update={
+            "evaluate": recipe.evaluate.model_copy(update={"every": Duration.parse("25%")}),
+            "train": recipe.train.model_copy(update={"log_every": Duration.parse("0.1%")}),
+        }
+    )
+    found = plan(often, 40, 1)
+    assert (found.evaluate_every, found.log_every) == (25, 1)
 
 
 @given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 10**7), st.integers(1, 40))
@@ -128,11 +143,11 @@ def test_the_ranks_named_against_accumulation_would_do(batch: int, ranks: int, b
             "the samples of the sources are 11, data.batch_size is 12; set data.batch_size to at most 11",
         ),
         ("data.epoch_samples=5", 100, "data.epoch_samples is 5, data.batch_size is 12"),
-        ("train.duration=0 steps", 100, "train.duration 0 steps is no step at all"),
+        ("train.duration=0 steps", 100, "train.duration 0 steps rounds to zero steps"),
         ("train.duration=0.01 epochs", 100, "an epoch has 8 steps of 12 samples"),
         ("optim.warmup=16 steps", 100, "takes the whole run of 16 steps"),
         ("optim.warmup=2 epochs", 100, r"optim.warmup 2 epochs \(16 steps\) takes the whole run"),
-        ("optim.warmup=900 steps", 100, "set optim.warmup to at most 3 steps, or train on"),
+        ("optim.warmup=900 steps", 100, "set it to at most 3 steps, or train longer"),
     ],
 )
 def test_runs_that_cannot_be(small: Small, override: str, samples: int, message: str) -> None:

@@ -86,11 +86,11 @@ def test_entries_know_their_lines(tmp_path: Path) -> None:
         ("- 1\n", "mapping"),
         ("just text", "mapping"),
         ("a: [1\nb: 2", r"r\.yaml:2: not YAML"),
-        ("a: 1\n\tb: 2\n", r"r\.yaml:2: not YAML"),
+        ("a: 1\n\tb: 2\n", r"r\.yaml:2: a tab character"),
         ("a: &x {b: *x}\n", "alias"),
         ("a: !!python/object:os.system {}\n", "tag"),
         ("x: &x {b: 1}\ny:\n  <<: *x\n", r"r\.yaml:3: merge keys .* extends"),
-        ("? [a, b]\n: 1\n", "a key is a word"),
+        ("? [a, b]\n: 1\n", "a key should be a word"),
         ("a: 1\n---\nb: 2\n", "not YAML"),
     ],
 )
@@ -110,8 +110,9 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         parse_file(tmp_path / "r.yaml")
 
 
-def test_an_empty_file_is_an_empty_mapping(tmp_path: Path) -> None:
-    assert tree_of(tmp_path, "# nothing\n").entries == {}
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is empty"):
+        tree_of(tmp_path, "# nothing\n")
 
 
 def test_merge_goes_into_mappings_and_replaces_lists(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_assign_makes_the_sections_between(tmp_path: Path) -> None:
         ("l.2.x=1", "l is a list: '2' should be 0 to 1"),
         ("l.x=1", "l is a list: 'x' should be 0 to 1"),
         ("l.-1=1", "l is a list"),
-        ("s.x=1", r"s is a value \(7\), 'x' is not in it"),
+        ("s.x=1", r"s is a value \(7\) and has no key 'x'"),
     ],
 )
 def test_assign_refuses_a_step_into_nothing(tmp_path: Path, text: str, message: str) -> None:

@@ -1,3 +1,6 @@
+import re
+from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
@@ -5,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from clipcluster.recipe.units import Duration, Memory, Nodes, Period, Time, parse_period
+from clipcluster.recipe.units import Duration, Length, Memory, Nodes, Period, Time, parse_period
 
 
 @pytest.mark.parametrize(
@@ -20,17 +23,44 @@ from clipcluster.recipe.units import Duration, Memory, Nodes, Period, Time, pars
         ("1 epoch", 1541),
         ("1000 samples", 3),  # 2.6
         ("0 steps", 0),
+        ("5%", 2003),  # of 40,066 steps
+        ("0.5 %", 200),
+        ("100%", 40_066),
     ],
 )
 def test_a_duration_becomes_steps(text: str, steps: int) -> None:
-    assert Duration.parse(text).steps(steps_per_epoch=1541, batch_size=384) == steps
+    assert Duration.parse(text).steps(steps_per_epoch=1541, batch_size=384, total_steps=40_066) == steps
 
 
 @pytest.mark.parametrize(
-    "text", ["", "5", 5, None, "five steps", "-1 steps", "1.5 steps", "3 hours", "1 steps x", True]
+    ("parse", "value", "asked"),
+    [
+        (Duration.parse, 100, "did you mean 100 steps?"),
+        (Duration.parse, " 1e3", "did you mean 1e3 steps?"),
+        (Time.parse, "15", "did you mean 15 min or 15 h?"),
+        (Memory.parse, 200, "did you mean 200 GB?"),
+        (parse_period, 15, "did you mean 15 steps or 15 min?"),
+    ],
+)
+def test_a_number_without_a_unit_is_asked_back(
+    parse: Callable[[object], object], value: object, asked: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(asked)):
+        parse(value)
+
+
+def test_the_length_of_a_run_is_no_share_of_itself() -> None:
+    assert TypeAdapter(Length).validate_python("2 epochs") == Duration.parse("2 epochs")
+    with pytest.raises(ValidationError, match="the length of the run itself"):
+        TypeAdapter(Length).validate_python("5%")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5", 5, None, "five steps", "-1 steps", "1.5 steps", "3 hours", "1 steps x", True, "101%", "%"],
 )
 def test_what_is_no_duration(text: object) -> None:
-    with pytest.raises(ValueError, match=r"epochs"):
+    with pytest.raises(ValueError, match=r"steps"):
         Duration.parse(text)
 
 
@@ -41,16 +71,16 @@ def test_a_duration_is_read_back_as_it_was(count: int, unit: str) -> None:
 
 
 @given(st.decimals(min_value=0, max_value=10**5, places=3, allow_nan=False))
-def test_a_decimal_of_epochs_is_read_back_as_it_was(count: object) -> None:
-    duration = Duration.parse(f"{count} epochs")
-    assert Duration.parse(str(duration)) == duration
+def test_a_decimal_is_read_back_as_it_was(count: Decimal) -> None:
+    for unit in ("epochs", "%") if count <= 100 else ("epochs",):
+        duration = Duration.parse(f"{count} {unit}")
+        assert Duration.parse(str(duration)) == duration
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**5), st.integers(1, 10**6))
 def test_a_duration_in_samples_is_the_nearest_step(samples: int, batch: int, steps_per_epoch: int) -> None:
-    steps = Duration(Fraction(samples), "samples").steps(steps_per_epoch, batch)
+    steps = Duration(Fraction(samples), "samples").steps(steps_per_epoch, batch, 1)
     assert abs(steps * batch - samples) * 2 <= batch
-    assert Duration(Fraction(samples), "samples").period(steps_per_epoch, batch) >= 1
 
 
 @pytest.mark.parametrize(

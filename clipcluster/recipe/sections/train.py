@@ -6,7 +6,7 @@ from typing import Literal
 
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.values import Float, Int
-from clipcluster.recipe.units import Duration
+from clipcluster.recipe.units import Duration, Length
 
 
 class Ema(Section):
@@ -30,7 +30,7 @@ class NonFinite(Section):
 class Train(Section):
     """The run itself."""
 
-    duration: Duration = key("result", "Length of the run.")
+    duration: Length = key("result", "Length of the run: steps, samples or epochs.")
     micro_batch: Int | None = key(
         "speed",
         "Upper bound of the samples a rank takes at once. Default: its whole share of the batch.",
