@@ -49,8 +49,9 @@ A recipe is one YAML file that says what is trained. `clipcluster check RECIPE` 
   `~`; else a name on the hub.
 - **Numbers** may be written `7e-4` and `1_000_000`. `no`, `on` and `1:30` are text.
 - **Durations** are `N steps`, `N samples`, `N epochs` (`0.5 epochs` too) or `N%` of the run's steps
-  (`warmup: 5%`; not for `train.duration` itself), turned into steps once and rounded to the nearest. **Times** are `90 s`, `15 min`, `4 h`, `2 d`. **Memory** is `500 MB`, `200 GB`,
-  `1.5 TB`, with 1 GB = 1024 MB as SLURM counts.
+  (`warmup: 5%`; not for `train.duration` itself), turned into steps once and rounded to the nearest.
+  **Times** are `90 s`, `15 min`, `4 h`, `2 d`. **Memory** is `500 MB`, `200 GB`, `1.5 TB`, with
+  1 GB = 1024 MB as SLURM counts.
 - **Site profiles** say what a cluster wants in every recipe: a file with a `cluster` section, `NAME.yaml` in
   `~/.config/clipcluster/sites` or in `recipes/sites`. `--site NAME` takes one; without it the only one there
   is (the example aside). Profiles lie under the recipe, which may say otherwise.
