@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clipcluster.data.loading.loader import evaluation_batches
+from clipcluster.data.loading.loader import EvaluationLoader
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.storage.cache import Cache
 from clipcluster.evals.features import Bench, EvaluationSet, Tick
@@ -110,7 +110,7 @@ def set_names(folders: Sequence[str]) -> list[str]:
 def _open(folder: str, name: str, recipe: Recipe, world: World) -> EvaluationSet:
     shards = open_folder(folder, cache=Cache.of(recipe.data.cache))
     batches = partial(
-        evaluation_batches,
+        EvaluationLoader,
         shards,
         recipe.data,
         None,  # captions are tokenized once each, by text

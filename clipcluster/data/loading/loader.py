@@ -1,49 +1,43 @@
 """Batches for one rank. The whole state is one integer: the number of the next batch."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from clipcluster.data.images.transforms import evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch, EvaluationBatch
+from clipcluster.data.loading.extras import concatenated, decoders_of
+from clipcluster.data.loading.messages import PartialBatch, WorkItem
 from clipcluster.data.loading.shared_buffer import SHAREABLE, SharedBuffer
-from clipcluster.data.loading.worker import EvaluationReader, PartialBatch, TrainReader, WorkItem
+from clipcluster.data.loading.worker import EvaluationReader, TrainReader
 from clipcluster.data.loading.worker_pool import PREFETCH, WorkerPool
-from clipcluster.data.sampling.oversampling import ShownClasses
-from clipcluster.data.sampling.sampler import Draws
+from clipcluster.data.sampling.sampler import Sampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.tokenizer import Tokenizer
 
 
-class BatchSampler(Protocol):
-    """Which samples a batch holds, for any batch number."""
-
-    batch_size: int
-
-    def slots(self, t: int, start: int, stop: int) -> Draws: ...
-
-    def shown_classes(self, source: int) -> ShownClasses: ...
-
-
 class Loader:
-    """Yields batches `start`, `start` + 1, … of `order` for ever, stepping over the `skipped` ranges.
+    """Yields batches `start`, `start` + 1, … of `sampler` without end, leaving out the `skipped` ranges.
 
-    `data` is the recipe's data section. Rank r of W owns the contiguous r-th share of each batch's slots, its
-    workers contiguous shares of that, so that batch t is the same for every number of ranks and workers.
-    `skipped` are half-open (begin, end) ranges of batch numbers. A sample that cannot be decoded is replaced
-    by the next good one of its shard (of a class that is shown) and reported once, in `Batch.bad`.
+    `data` is the recipe's data section. Rank r of W owns the contiguous r-th part of each batch's slots, its
+    workers contiguous parts of that, so that batch t is the same for every number of ranks and workers.
+    `skipped` are half-open (begin, end) ranges of batch numbers. `extras` are further members of every sample
+    for `Batch.extras`: extension -> dotted name of the decoder (`clipcluster.data.loading.extras`). A sample
+    that cannot be decoded, or lacks one of these members, is replaced by the next good one of its shard (of a
+    class that is shown) and reported once, in `Batch.bad`.
 
-    `next` raises DataError (a shard changed or is gone, nothing of a shard can be decoded, an unexpected
-    error at a sample), OSError (a disk that fails after retries), OutOfMemory and WorkerDied.
+    `next` raises DataError (a shard changed or is gone, nothing of a shard can be decoded, the values of an
+    extra cannot be stacked, an unexpected error at a sample), OSError (a disk that fails after retries),
+    OutOfMemory and WorkerDied.
     """
 
     def __init__(
         self,
         sources: Sequence[Dataset],
-        order: BatchSampler,
+        sampler: Sampler,
         data: Any,
         *,
         tokenizer: Tokenizer | None,
@@ -53,97 +47,110 @@ class Loader:
         workers: int = 0,
         start: int = 0,
         skipped: Sequence[tuple[int, int]] = (),
+        extras: Mapping[str, str] | None = None,
         prefetch: int = PREFETCH,
     ) -> None:
-        self._order = order
-        self._slots = order.batch_size * rank // world_size, order.batch_size * (rank + 1) // world_size
-        self._pieces = max(1, workers)
+        self._sampler = sampler
+        size = sampler.batch_size
+        self._slots = size * rank // world_size, size * (rank + 1) // world_size
+        self._items_per_batch = max(1, workers)
         self._skipped = [(begin, end) for begin, end in skipped]
-        shown = [order.shown_classes(number) for number in range(len(sources))]
+        shown = [sampler.shown_classes(number) for number in range(len(sources))]
         transform = train_transform(data.image)
         self._image_shape = (3, transform.size, transform.size)
-        self._rooms: deque[SharedBuffer] | None = (
-            deque() if workers and SHAREABLE else None
-        )  # batches in the making
-        reader = TrainReader(sources, tokenizer, transform, seed, shown)
-        self._stream = WorkerPool(reader, self._shares(start), workers, prefetch)
+        # of the batches that workers are preparing
+        self._buffers: deque[SharedBuffer] | None = deque() if workers and SHAREABLE else None
+        decoders = decoders_of(extras or {})
+        self._extras = tuple(decoders)
+        reader = TrainReader(sources, tokenizer, transform, seed, shown, decoders)
+        self._pool = WorkerPool(reader, self._items(start), workers, prefetch)
         self._reported: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        pieces = self._stream.take(self._pieces)
+        parts = self._pool.take(self._items_per_batch)
         bad = []
-        for entry in (entry for piece in pieces for entry in piece.bad):
+        for entry in (entry for part in parts for entry in part.bad):
             sample = (entry["source"], entry["position"])
             if sample not in self._reported:
                 self._reported.add(sample)
                 bad.append(entry)
-        classes = torch.tensor([number for piece in pieces for number in piece.classes], dtype=torch.int64)
+        classes = torch.tensor([number for part in parts for number in part.classes], dtype=torch.int64)
         return Batch(
-            index=pieces[0].index,
-            images=self._images(pieces),
-            tokens=_joined([piece.tokens for piece in pieces]),
-            mask=_joined([piece.mask for piece in pieces]),
+            index=parts[0].index,
+            images=self._images(parts),
+            tokens=_concatenated([part.tokens for part in parts]),
+            mask=_concatenated([part.mask for part in parts]),
             classes=classes if (classes >= 0).any() else None,
-            keys=[key for piece in pieces for key in piece.keys],
+            keys=[key for part in parts for key in part.keys],
             bad=bad,
+            extras=self._joined_extras([part for part in parts if part.keys]),
         )
 
-    def _images(self, pieces: Sequence[PartialBatch]) -> torch.Tensor:
-        if self._rooms is None:
-            return _laid_together([piece.images for piece in pieces if piece.images is not None])
-        room = self._rooms.popleft()
-        room.close()  # every worker has written its part
-        return room.images
+    def _images(self, parts: Sequence[PartialBatch]) -> torch.Tensor:
+        if self._buffers is None:
+            images = _concatenated([part.images for part in parts])
+            assert images is not None, "without a shared buffer the images are in the partial batches"
+            return images
+        buffer = self._buffers.popleft()
+        buffer.close()  # every worker has written its slice
+        return buffer.images
+
+    def _joined_extras(self, parts: Sequence[PartialBatch]) -> dict[str, torch.Tensor | list[Any]]:
+        samples = [f"{part.keys[0][1]}, key {part.keys[0][2]}" for part in parts] if self._extras else []
+        return {
+            extension: concatenated(extension, [part.extras[extension] for part in parts], samples)
+            for extension in self._extras
+        }
 
     def close(self) -> None:
         """Ends the workers; may be called twice."""
-        self._stream.close()
-        while self._rooms:
-            self._rooms.popleft().close()
+        self._pool.close()
+        while self._buffers:
+            self._buffers.popleft().close()
 
-    def _shares(self, start: int) -> Iterator[WorkItem]:
+    def _items(self, start: int) -> Iterator[WorkItem]:
         t = start
         while True:
             ahead = [end for begin, end in self._skipped if begin <= t < end]
             if ahead:
                 t = max(ahead)
                 continue
-            draws = self._order.slots(t, *self._slots)
+            draws = self._sampler.slots(t, *self._slots)
             columns = (draws.source, draws.pass_index, draws.position, draws.caption)
-            place = None
-            if self._rooms is not None:
-                self._rooms.append(SharedBuffer((len(draws), *self._image_shape)))
-                place = self._rooms[-1].place
-            share = WorkItem(t, self._slots[0], *columns, place)
-            yield from share.cut(self._pieces)
+            images = None
+            if self._buffers is not None:
+                self._buffers.append(SharedBuffer((len(draws), *self._image_shape)))
+                images = self._buffers[-1].whole
+            yield from WorkItem(t, self._slots[0], *columns, images).cut(self._items_per_batch)
             t += 1
 
 
 class EvaluationLoader:
-    """Every sample of a source once over all ranks, in order: ceil(n_samples / batch_size) batches.
+    """Every sample of a dataset once over all ranks, in order: ceil(n_samples / batch_size) batches.
 
     `batch_size` is global; every rank gets the same number of batches, the last of which may hold no sample
-    for it. Raises what Loader raises; a sample that cannot be decoded is left out and reported.
+    for it. Each batch tells the samples' positions and has all their captions. Raises what Loader raises; a
+    sample that cannot be decoded is left out and reported.
     """
 
     def __init__(
         self,
-        shards: Dataset,
+        dataset: Dataset,
         data: Any,
         tokenizer: Tokenizer | None,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        workers: int,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 64,
+        workers: int = 0,
     ) -> None:
-        self._samples, self._batch_size = shards.n_samples, batch_size
+        self._samples, self._batch_size = dataset.n_samples, batch_size
         self._rank, self._world_size = rank, world_size
-        self._pieces = max(1, workers)
-        reader = EvaluationReader(shards, tokenizer, evaluation_transform(data.image))
-        self._stream = WorkerPool(reader, self._shares(), workers)
+        self._items_per_batch = max(1, workers)
+        reader = EvaluationReader(dataset, tokenizer, evaluation_transform(data.image))
+        self._pool = WorkerPool(reader, self._items(), workers)
 
     def __len__(self) -> int:
         return -(-self._samples // self._batch_size)
@@ -151,62 +158,46 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[EvaluationBatch]:
         try:
             for _ in range(len(self)):
-                yield self._join(self._stream.take(self._pieces))
+                yield self._joined(self._pool.take(self._items_per_batch))
         finally:
             self.close()
 
     def close(self) -> None:
         """Ends the workers; may be called twice."""
-        self._stream.close()
+        self._pool.close()
 
-    def _shares(self) -> Iterator[WorkItem]:
+    def _items(self) -> Iterator[WorkItem]:
         for index in range(len(self)):
             begin = index * self._batch_size
             size = min(self._batch_size, self._samples - begin)
             first, end = size * self._rank // self._world_size, size * (self._rank + 1) // self._world_size
             positions = np.arange(begin + first, begin + end)
-            nothing = np.zeros(len(positions), np.int64)
-            share = WorkItem(
-                index, first, nothing.astype(np.int32), nothing, positions, nothing.astype(np.int32)
-            )
-            yield from share.cut(self._pieces)
+            zeros = np.zeros(len(positions), np.int64)
+            yield from WorkItem(index, first, zeros, zeros, positions, zeros).cut(self._items_per_batch)
 
-    def _join(self, pieces: list[PartialBatch]) -> EvaluationBatch:
-        positions = [position for piece in pieces for position in piece.positions]
-        captions = [texts for piece in pieces for texts in piece.captions]
-        tokens = _joined([piece.tokens for piece in pieces])
+    def _joined(self, parts: list[PartialBatch]) -> EvaluationBatch:
+        positions = [position for part in parts for position in part.positions]
+        captions = [texts for part in parts for texts in part.captions]
+        images = _concatenated([part.images for part in parts])
+        assert images is not None, "evaluation uses no shared buffer"
+        tokens = _concatenated([part.tokens for part in parts])
         owners = [position for position, texts in zip(positions, captions, strict=True) for _ in texts]
         return EvaluationBatch(
-            index=pieces[0].index,
+            index=parts[0].index,
             positions=torch.tensor(positions, dtype=torch.int64),
-            images=_laid_together([piece.images for piece in pieces if piece.images is not None]),
-            classes=torch.tensor([number for piece in pieces for number in piece.classes], dtype=torch.int64),
+            images=images,
+            classes=torch.tensor([number for part in parts for number in part.classes], dtype=torch.int64),
             captions=captions,
             tokens=tokens,
-            mask=_joined([piece.mask for piece in pieces]),
+            mask=_concatenated([part.mask for part in parts]),
             owners=None if tokens is None else torch.tensor(owners, dtype=torch.int64),
-            keys=[key for piece in pieces for key in piece.keys],
-            bad=[entry for piece in pieces for entry in piece.bad],
+            keys=[key for part in parts for key in part.keys],
+            bad=[entry for part in parts for entry in part.bad],
         )
 
 
-def evaluation_batches(
-    shards: Dataset,
-    data: Any,
-    tokenizer: Tokenizer | None,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_size: int = 64,
-    workers: int = 0,
-) -> EvaluationLoader:
-    """Every sample of `shards` once over the ranks, with its position and all its captions."""
-    return EvaluationLoader(shards, data, tokenizer, rank, world_size, batch_size, workers)
-
-
-def _joined(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def _concatenated(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
-    return _laid_together(present) if present else None
-
-
-def _laid_together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    if not present:
+        return None
+    return present[0] if len(present) == 1 else torch.cat(present)

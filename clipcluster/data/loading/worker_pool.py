@@ -1,4 +1,4 @@
-"""The loader's processes: started safely, deaf to the signals of their rank, gone when it is gone.
+"""The loader's worker processes: they ignore the signals of their rank, and end when it ends.
 
 They come from a fork server, never from a fork of the rank: the rank has threads (collectives, saving), and
 a fork copies their locks. The server imports torch once, so that a worker starts in milliseconds.
@@ -17,58 +17,70 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from clipcluster.data.loading.worker import PartialBatch, Reader, WorkerFailure, WorkItem
+from clipcluster.data.loading.messages import PartialBatch, WorkerFailure, WorkItem
+from clipcluster.data.loading.worker import Reader
 from clipcluster.runtime.stop import ignore_signals
 
-PREFETCH = 2  # batches in the making ahead of the one in use
-_PRELOAD = ["torch", "torch.utils.data", "torchvision.io", "torchvision.transforms.v2", "PIL.Image", "numpy"]
+PREFETCH = 2  # batches a worker prepares ahead of the one in use
+_PRELOAD = [
+    "clipcluster.data.loading.single_thread",  # first: what is loaded after it reads what it sets
+    "torch",
+    "torch.utils.data",
+    "torchvision.io",
+    "torchvision.transforms.v2",
+    "PIL.Image",
+    "numpy",
+]
 _SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
 
 
 class WorkerDied(Exception):
-    """A loader worker was killed or crashed; a new attempt may fare better.
+    """A loader worker was killed or crashed; a new attempt may succeed.
 
     No RuntimeError: what a dead worker leaves ("Connection reset by peer") would be taken for a lost rank.
     """
 
 
 class WorkerPool:
-    """Hands shares to workers in turn and their pieces back in that order; without workers, works itself."""
+    """Hands work items to workers in turn and yields their partial batches in the same order.
+
+    Without workers it does the work itself, in the process that asks.
+    """
 
     def __init__(
-        self, reader: Reader, shares: Iterator[WorkItem], workers: int, prefetch: int = PREFETCH
+        self, reader: Reader, items: Iterator[WorkItem], workers: int, prefetch: int = PREFETCH
     ) -> None:
         context = multiprocessing.get_context("forkserver") if workers else None
         if context is not None:
             context.set_forkserver_preload([*_PRELOAD, *getattr(reader.tokenizer, "modules", ())])
-        with _no_advice():
+        with _no_worker_warning():
             self._loader: DataLoader[Any] = DataLoader(
                 reader,  # type: ignore[arg-type]
-                batch_sampler=shares,  # type: ignore[arg-type]
-                collate_fn=_as_it_is,
+                batch_sampler=items,  # type: ignore[arg-type]
+                collate_fn=_unchanged,
                 num_workers=workers,
                 multiprocessing_context=context,
-                worker_init_fn=_begin if workers else None,
+                worker_init_fn=_initialize if workers else None,
                 prefetch_factor=prefetch if workers else None,
                 generator=torch.Generator(),  # its seeds must not come from the process-wide generator
             )
-        self._pieces: Any = None
+        self._results: Any = None
         self._closed = False
 
     def take(self, count: int) -> list[PartialBatch]:
-        """The next `count` pieces; StopIteration when the shares are used up.
+        """The next `count` partial batches; StopIteration when the work items are used up.
 
-        Raises what a worker met (DataError, OSError, OutOfMemory) and WorkerDied; the stream is closed then.
+        Raises what a worker met (DataError, OSError, OutOfMemory) and WorkerDied; the pool is closed then.
         """
         if self._closed:
             raise ValueError("this loader is closed")
         try:
-            if self._pieces is None:
+            if self._results is None:
                 if self._loader.num_workers:
                     _start_servers()
-                with _signals_blocked(), _no_advice():
-                    self._pieces = iter(self._loader)
-            pieces = [next(self._pieces) for _ in range(count)]
+                with _signals_blocked(), _no_worker_warning():
+                    self._results = iter(self._loader)
+            results = [next(self._results) for _ in range(count)]
         except StopIteration:
             raise
         except Exception as error:
@@ -79,15 +91,15 @@ class WorkerPool:
                     f"loader worker {', '.join(map(str, dead))} was killed or crashed: {error}"
                 ) from error
             raise
-        for piece in pieces:
-            if isinstance(piece, WorkerFailure):
+        for result in results:
+            if isinstance(result, WorkerFailure):
                 self.close()
-                raise piece.error()
-        return pieces
+                raise result.error()
+        return results
 
     def _dead(self, *, wait: bool) -> list[int]:
         """Process ids of dead workers; a broken connection may be seen before the death that broke it."""
-        workers = getattr(self._pieces, "_workers", [])
+        workers = getattr(self._results, "_workers", [])
         if wait and workers:
             connection.wait([worker.sentinel for worker in workers], timeout=2)
         return [worker.pid for worker in workers if not worker.is_alive()]
@@ -95,27 +107,27 @@ class WorkerPool:
     def close(self) -> None:
         """Ends the workers at once: they hold nothing that is worth keeping."""
         self._closed = True
-        pieces, self._pieces = self._pieces, None
-        for worker in getattr(pieces, "_workers", []):
+        results, self._results = self._results, None
+        for worker in getattr(results, "_workers", []):
             with contextlib.suppress(ProcessLookupError, TypeError):
                 os.kill(worker.pid, signal.SIGKILL)
-        del pieces
+        del results
 
 
-def _as_it_is(piece: Any) -> Any:
-    return piece
+def _unchanged(result: Any) -> Any:
+    return result
 
 
-def _begin(worker: int) -> None:
-    """The first lines of a worker's life."""
+def _initialize(worker: int) -> None:
+    """What a worker does first."""
     ignore_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+    threading.Thread(target=_exit_with_rank, daemon=True).start()
 
 
-def _end_with_the_rank() -> None:
-    """Waits for the rank's end, however it came: the fork server between the two would go on."""
+def _exit_with_rank() -> None:
+    """Waits for the rank's end, however it came: the fork server between the two would live on."""
     rank = multiprocessing.parent_process()
     if rank is not None:
         rank.join()
@@ -131,8 +143,8 @@ def _start_servers() -> None:
 
 
 @contextlib.contextmanager
-def _no_advice() -> Iterator[None]:
-    """Without torch's words on the number of workers: the recipe decides it."""
+def _no_worker_warning() -> Iterator[None]:
+    """Without torch's warning about the number of workers: the recipe decides it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*worker processes in total", category=UserWarning)
         yield

@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -143,8 +143,30 @@ class Dataset(Metadata):
                 found += texts
         return found
 
-    def announce(self, positions: Iterable[int]) -> None:
-        """Tells the kernel which images and captions will be read soon."""
+    def read_members(self, position: int, extensions: Collection[str]) -> dict[str, bytes]:
+        """The bytes of further members of a sample by extension, without those that it does not have.
+
+        An extension is what follows the key's first dot, in lower case: `npz`, `paug.json`. Raises as `read`.
+        """
+        shard, row = self.locate(position)
+        return self._patiently(shard, partial(self._read_members, shard, row, extensions))
+
+    def _read_members(self, shard: int, row: int, extensions: Collection[str]) -> dict[str, bytes]:
+        opened = self._handle(shard)
+        found: dict[str, bytes] = {}
+        with self._whole_index(shard):
+            try:
+                for extension, member in shard_index.sample_members(opened.fd, opened.begin(row)):
+                    if extension in extensions:
+                        found[extension] = _bytes(opened.fd, member.offset, member.size)
+                        if len(found) == len(extensions):
+                            break
+            except BrokenTar:
+                raise self._changed(shard) from None
+        return found
+
+    def announce(self, positions: Iterable[int], *, members: bool = False) -> None:
+        """Tells the kernel which images and captions will be read soon; with `members`, whole samples."""
         if not hasattr(os, "posix_fadvise"):
             return
         places: dict[int, list[int]] = {}
@@ -153,15 +175,18 @@ class Dataset(Metadata):
             places.setdefault(shard, []).append(row)
         self._fetch_ahead([shard for shard in places if shard not in self._open])
         for shard, rows in places.items():
-            self._patiently(shard, partial(self._announce, shard, rows))
+            self._patiently(shard, partial(self._announce, shard, rows, members))
 
-    def _announce(self, shard: int, rows: Sequence[int]) -> None:
+    def _announce(self, shard: int, rows: Sequence[int], members: bool) -> None:
         opened, choices = self._handle(shard), self._choices_of(self._place(shard)[0])
         with self._whole_index(shard):
             for row in rows:
                 begin = opened.begin(row)
                 spans = [opened.image(row), *(opened.text(row, choice) for choice in choices)]
                 end = max(map(sum, spans), default=begin)
+                if members:  # they lie between this sample's beginning and the next one's
+                    last = row + 1 == len(opened.columns["offset"])
+                    end = max(end, opened.size if last else opened.begin(row + 1))
                 os.posix_fadvise(opened.fd, begin, max(1, end - begin), os.POSIX_FADV_WILLNEED)
 
     def _fetch_ahead(self, shards: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ bytes), `class` (int32, -1: none). For each choice of captions, named `NAME/CHOI
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,31 @@ def sample_name(member: str) -> tuple[str, str] | None:
     if dot <= base or ("__" in member and _ABOUT_THE_TAR.search(member)):
         return None
     return member[:dot], member[dot + 1 :].lower()
+
+
+def sample_members(fd: int, start: int) -> Iterator[tuple[str, Member]]:
+    """Extension and member of all members of the sample whose first header is at byte `start`, in tar order.
+
+    Raises BrokenTar if there is no member at `start`.
+    """
+    links: list[str] = []
+    key, seen = None, set()
+    try:
+        for member in scan(fd, start, others=links.append):
+            for name in (*links, member.name):
+                split = sample_name(name)
+                if split is None:
+                    continue
+                if (key is not None and split[0] != key) or split[1] in seen:
+                    return
+                key = split[0]
+                seen.add(split[1])
+            links.clear()
+            if split is not None:
+                yield split[1], member
+    except BrokenTar:
+        if key is None:
+            raise
 
 
 class ShardIndexBuilder:

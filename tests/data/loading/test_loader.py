@@ -14,7 +14,7 @@ import torch
 from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import draw_seed, evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch
-from clipcluster.data.loading.loader import Loader, evaluation_batches
+from clipcluster.data.loading.loader import EvaluationLoader, Loader
 from clipcluster.data.sampling.sampler import CaptionField, Sampler, SamplerSource
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
@@ -246,7 +246,7 @@ def test_an_unexpected_error_names_shard_and_key(shards: Dataset, section: Data,
 
 def _evaluated(shards: Dataset, section: Data, world_size: int, workers: int) -> Iterator[tuple]:
     for rank in range(world_size):
-        batches = evaluation_batches(shards, section, TOKENIZER, rank, world_size, 16, workers)
+        batches = EvaluationLoader(shards, section, TOKENIZER, rank, world_size, 16, workers)
         assert len(batches) == 4
         seen = list(batches)
         assert len(seen) == 4
@@ -281,7 +281,7 @@ def test_evaluation_leaves_bad_samples_out_and_says_so(
     tmp_path: Path, make_shards: Callable[..., Path], section: Data
 ) -> None:
     shards = open_folder(make_shards(tmp_path / "s", 10, bad={2, 3}))
-    batches = list(evaluation_batches(shards, section, TOKENIZER, batch_size=2))
+    batches = list(EvaluationLoader(shards, section, TOKENIZER, batch_size=2))
     assert [batch.positions.tolist() for batch in batches] == [[0, 1], [], [4, 5], [6, 7], [8, 9]]
     assert [entry["key"] for entry in batches[1].bad] == ["s00002", "s00003"]
     assert batches[1].images.shape == (0, 3, 8, 8)

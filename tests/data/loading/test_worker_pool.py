@@ -42,7 +42,7 @@ def loader(shards: Dataset, data_section: Callable[..., Data]) -> Loader:
 
 
 def pids(loader: Loader) -> list[int]:
-    return [worker.pid for worker in loader._stream._pieces._workers]
+    return [worker.pid for worker in loader._pool._results._workers]
 
 
 def running(pid: int) -> bool:
@@ -108,17 +108,17 @@ def test_a_dead_worker_is_not_taken_for_a_lost_rank() -> None:
 def test_workers_end_with_a_rank_that_is_killed(shards: Dataset, tmp_path: Path) -> None:
     code = f"""
         import time
-        from clipcluster.data.loading.loader import evaluation_batches
+        from clipcluster.data.loading.loader import EvaluationLoader
         from clipcluster.data.shards.open import open_folder
         from clipcluster.recipe.sections.data import Data
 
         if __name__ == "__main__":
             section = Data(train=[{{"shards": "x"}}], batch_size=8, image={{"size": 8}})
             shards = open_folder({str(shards.parts[0].folder)!r})
-            loader = evaluation_batches(shards, section, None, batch_size=4, workers=2)
+            loader = EvaluationLoader(shards, section, None, batch_size=4, workers=2)
             batches = iter(loader)
             next(batches)
-            print(*[worker.pid for worker in loader._stream._pieces._workers], flush=True)
+            print(*[worker.pid for worker in loader._pool._results._workers], flush=True)
             time.sleep(60)
     """
     script = tmp_path / "rank.py"
