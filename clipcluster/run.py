@@ -20,7 +20,7 @@ from clipcluster.recipe.load import from_run, override
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Outcome, Stop, Wish
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ SILENCE_S = 600.0
 """Seconds after which a silent rank is lost."""
 
 
-def train(run: Run, attempt: Attempt, place: Place, stop: Stop) -> Outcome:
+def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
     """One rank of one attempt: train from the newest checkpoint until the end or an agreed stop.
 
     Raises what `Trainer.run` raises, and UserError or DataError where a part cannot be built.
@@ -40,9 +40,9 @@ def train(run: Run, attempt: Attempt, place: Place, stop: Stop) -> Outcome:
     from clipcluster.runtime.world import World
 
     recipe = from_run(run.recipe(), attempt.settings())
-    device = pick_device(place.local_rank)
-    use_processors(recipe, place)
-    world = World.join(place, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
+    device = pick_device(launch.local_rank)
+    use_processors(recipe, launch)
+    world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
     began = time.monotonic()
     if world.agree(stop.wishes()) & Wish.STOP:
         return (
@@ -59,13 +59,13 @@ def train(run: Run, attempt: Attempt, place: Place, stop: Stop) -> Outcome:
     return outcome
 
 
-def use_processors(recipe: Recipe, place: Place) -> None:
+def use_processors(recipe: Recipe, launch: Launch) -> None:
     """Give this rank its share of the node's cores, and arithmetic that repeats."""
     import torch
 
     from clipcluster.runtime.devices import set_threads
 
-    usable = min(len(os.sched_getaffinity(0)), max(1, (os.cpu_count() or 1) // place.local_size))
+    usable = min(len(os.sched_getaffinity(0)), max(1, (os.cpu_count() or 1) // launch.local_size))
     set_threads(min(recipe.cluster.cpus_per_task, usable))
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -8,7 +8,7 @@ import signal
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import local_job_runs
+from clipcluster.runtime.job_id import local_job_runs
 from jobs.status import Queue, State, state_of
 from jobs.submissions import job_ids
 

@@ -21,7 +21,7 @@ from typing import Any
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs import files
-from clipcluster.runtime.place import slurm_job_id
+from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.stop import Outcome, Stop, Wish
 from jobs.submit import launch, snapshot
 from jobs.submit import parameters as clusters

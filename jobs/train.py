@@ -28,9 +28,9 @@ class TrainJob:
         stop.install(interactive="SLURM_JOB_ID" not in os.environ)
         code: int = Outcome.ERROR
         try:
-            from clipcluster import rank  # after the handlers: a signal during imports would kill
+            from clipcluster.rank.serve import serve  # after the handlers: a signal during imports would kill
 
-            code = rank.serve(self.run_dir, self.trainee, stop)
+            code = serve(self.run_dir, self.trainee, stop)
         except BaseException:
             traceback.print_exc()
         finally:

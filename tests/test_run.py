@@ -23,7 +23,7 @@ from clipcluster.run import evaluate, train
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import DataError, Outcome, RecipeFailure, Stop
 from tools.convert.convert import convert
 
@@ -47,7 +47,7 @@ checkpoint: {{every: 3 steps}}
 evaluate: {{retrieval: [{digits}/test], zero_shot: [{digits}/test], batch_size: 120}}
 cluster: {{gpus_per_node: 0, cpus_per_task: 1}}
 """
-ALONE = Place(0, 1, 0, 1, 0, 1, "test", "single")
+ALONE = Launch(0, 1, 0, 1, 0, 1, "test", "single")
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
 
 
@@ -170,7 +170,7 @@ RANK = """
 import sys
 from clipcluster.run import train
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 
 class StopAfter(Stop):
@@ -183,7 +183,7 @@ class StopAfter(Stop):
         return super().wishes()
 
 run = Run(sys.argv[1])
-sys.exit(train(run, run.newest(), Place.from_environment(), StopAfter()))
+sys.exit(train(run, run.newest(), Launch.from_environment(), StopAfter()))
 """
 
 
@@ -227,7 +227,7 @@ import sys, time
 from clipcluster import run
 from clipcluster.data import index
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 
 hash_of = index.file_sha256
@@ -238,7 +238,7 @@ def slowly(path):
 
 index.file_sha256, run.SILENCE_S = slowly, 8
 folder = Run(sys.argv[1])
-sys.exit(run.train(folder, folder.newest(), Place.from_environment(), Stop()))
+sys.exit(run.train(folder, folder.newest(), Launch.from_environment(), Stop()))
 """
 
 

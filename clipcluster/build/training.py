@@ -16,15 +16,12 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events
-from clipcluster.runtime.stop import Stop
+from clipcluster.runtime.stop import GRACE_SECONDS, Stop
 
 if TYPE_CHECKING:
     from clipcluster.runtime.world import World
     from clipcluster.train.saver import Saver
     from clipcluster.train.trainer import Trainer
-
-GRACE_S = 30.0
-"""Seconds between the request to stop and the kill, where the recipe does not say."""
 
 
 def build_trainer(
@@ -101,7 +98,7 @@ def build_trainer(
             run, attempt, rank=world.rank, samples=sources.samples, limit=recipe.data.bad_samples.limit
         ),
         record_samples=recipe.train.record_samples,
-        grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_S,
+        grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_SECONDS,
     )
 
 

@@ -32,6 +32,22 @@ class Outcome(IntEnum):
     CANCELLED = 130
 
 
+ADVICE = {
+    Outcome.ERROR: "The traceback is in attempts/*/rank-*.out; see: clipcluster logs RUN",
+    Outcome.RECIPE: "Fix the recipe (clipcluster check RECIPE --deep) and submit it again.",
+    Outcome.DATA: "Repair or re-index the shards named (clipcluster shards verify DIR), then submit again.",
+    Outcome.OUT_OF_MEMORY: "Lower train.micro_batch, or ask for more memory (cluster.mem) or more ranks, "
+    "then submit again.",
+    Outcome.NON_FINITE: "Lower optim.lr, lengthen optim.warmup or set optim.clip_norm, then submit again.",
+    Outcome.CHECKPOINT: "Check checkpoints/ in the run folder and the free space of its disk, then submit "
+    "again.",
+}
+"""What to do about an ending that ends the run, where whoever found it says nothing better."""
+
+GRACE_SECONDS = 30
+"""From the request to stop to the kill, where neither the recipe nor the scheduler says."""
+
+
 class Wish(IntFlag):
     """What a rank asks of all ranks at a step boundary; the ranks reduce it with a bitwise OR."""
 

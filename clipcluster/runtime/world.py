@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from clipcluster.errors import UserError
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.environment import INTERFACE
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Failure, LostPeers, Wish, described, restored
 
-INTERFACE = "CLIPCLUSTER_INTERFACE"  # network interface of the site, as the batch script exports it
 _LOOPBACK = "127.0.0.1"
 _BEAT_S = 1.0  # between two signs of life of rank 0 while it works alone
 # What gloo, NCCL and the store say of a peer that is gone or silent, in lower case.
@@ -71,14 +71,14 @@ class World:
     @classmethod
     def join(
         cls,
-        place: Place,
+        launch: Launch,
         *,
         publish: Callable[[str, int, str], None],
         find: Callable[[float], tuple[str, int, str]],
         device: torch.device,
         timeout_s: float,
     ) -> World:
-        """Meet the other ranks of `place`: gloo on the CPU, and NCCL beside it where `device` is CUDA.
+        """Meet the other ranks of `launch`: gloo on the CPU, and NCCL beside it where `device` is CUDA.
 
         Rank 0 listens on a free port of the site's interface and calls `publish(address, port, token)`; the
         others call `find(timeout_s)`, which waits for it. The token keeps attempts apart: a rank left over
@@ -87,10 +87,10 @@ class World:
         `timeout_s` (seconds) bounds the meeting and every collective afterwards: a peer silent for so long is
         lost. Raises LostPeers, and UserError for an interface that does not exist.
         """
-        world = cls(place.rank, place.size, place.local_rank, device)
-        if place.size == 1:
+        world = cls(launch.rank, launch.size, launch.local_rank, device)
+        if launch.size == 1:
             return world
-        interface = _interface(place)
+        interface = _interface(launch)
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -98,9 +98,9 @@ class World:
         with world._telling("did not meet the others"):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-                store=_meet(place, interface, publish, find, timeout_s),
-                rank=place.rank,
-                world_size=place.size,
+                store=_meet(launch, interface, publish, find, timeout_s),
+                rank=launch.rank,
+                world_size=launch.size,
                 timeout=timedelta(seconds=timeout_s),
                 device_id=device if on_cuda else None,
             )
@@ -276,7 +276,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _meet(
-    place: Place,
+    launch: Launch,
     interface: str | None,
     publish: Callable[[str, int, str], None],
     find: Callable[[float], tuple[str, int, str]],
@@ -284,7 +284,7 @@ def _meet(
 ) -> dist.Store:
     """The store of this attempt, held by rank 0."""
     timeout = timedelta(seconds=timeout_s)
-    if place.rank == 0:
+    if launch.rank == 0:
         address = _address(interface)
         # Bound here and handed over: left to itself the store would listen on every address of the machine.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -306,7 +306,7 @@ def _meet(
     return dist.PrefixStore(token, store)
 
 
-def _interface(place: Place) -> str | None:
+def _interface(launch: Launch) -> str | None:
     """The network interface to use: the site's, else loopback on a single machine, else gloo's own choice."""
     named = os.environ.get(INTERFACE)
     if named:
@@ -317,7 +317,7 @@ def _interface(place: Place) -> str | None:
                 f"it has {', '.join(known)}. Name one of them, or leave the key out."
             )
         return named
-    return _loopback_name() if place.nodes == 1 or _nodes_are_one_machine() else None
+    return _loopback_name() if launch.nodes == 1 or _nodes_are_one_machine() else None
 
 
 def _nodes_are_one_machine() -> bool:

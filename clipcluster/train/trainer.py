@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runtime.stop import Failure, LostPeers, NonFiniteError, Outcome, Stop, Wish
+from clipcluster.runtime.stop import GRACE_SECONDS, Failure, LostPeers, NonFiniteError, Outcome, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder, Parts
@@ -68,7 +68,7 @@ class Trainer:
     metrics: Metrics
     bad_samples: BadSamples
     record_samples: bool = False
-    grace_seconds: float = 30.0
+    grace_seconds: float = GRACE_SECONDS
     results: dict[str, float] = field(default_factory=dict)
     _loader: Batches | None = None
     _batches: Iterator[Batch] = field(default_factory=lambda: iter(()))

@@ -276,9 +276,9 @@ def train(
 
     stop = Stop()
     stop.install(interactive=True)
-    from clipcluster import rank
+    from clipcluster.rank.serve import serve
 
-    code = rank.serve(run_dir, "clipcluster.run:train", stop)
+    code = serve(run_dir, "clipcluster.run:train", stop)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

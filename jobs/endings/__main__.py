@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from clipcluster.runs.folder import AlreadyOwned, Run
-from clipcluster.runtime.place import slurm_job_id
+from clipcluster.runtime.environment import ATTEMPT
+from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.stop import Outcome
 from jobs.endings import local
-from jobs.endings.batch import ATTEMPT, claim, conclude, say
+from jobs.endings.batch import claim, conclude, say
 from tools.slurm import Slurm
 
 

@@ -16,15 +16,13 @@ from pathlib import Path
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import slurm_job_id
+from clipcluster.runtime.environment import LEAD, LOGS
+from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.stop import Outcome
 from jobs.endings import history
 from jobs.endings.verdict import Facts, Job, Said, Verdict, blamed, decide, error_lines
 from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
 
-ATTEMPT = "CLIPCLUSTER_ATTEMPT"  # number of the attempt that this job claimed
-LOGS = "CLIPCLUSTER_LOGS"  # folder of submitit's files
-LEAD = "CLIPCLUSTER_LEAD"  # seconds before the limit at which the ranks are asked to stop
 EARLY_SECONDS = 90  # SLURM may send that signal up to a minute early, and looks every half minute
 REFUSED_SECONDS = 30.0  # how long a requeue that SLURM refuses is tried again
 EXCLUDE_SECONDS = 3.0

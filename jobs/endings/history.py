@@ -10,7 +10,7 @@ from typing import Any
 from clipcluster.runs import checkpoints, files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import local_job_runs
+from clipcluster.runtime.job_id import local_job_runs
 from tools.slurm import ENDED, Slurm, SlurmRefused, SlurmUnavailable
 
 WRITER = "verdict"  # of events-verdict.jsonl: the batch script, or its local twin

@@ -21,7 +21,8 @@ from types import FrameType
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import AlreadyOwned, Run
-from clipcluster.runtime.place import local_job_id
+from clipcluster.runtime.environment import ATTEMPT, LOGS
+from clipcluster.runtime.job_id import local_job_id
 from clipcluster.runtime.stop import Outcome
 from jobs.endings import batch as endings
 from jobs.endings.verdict import Job, Verdict, decide
@@ -146,8 +147,8 @@ def _start(run: Run, attempt: Attempt, job_id: str, order: Order, rank: int) -> 
         **os.environ,
         "OMP_NUM_THREADS": str(order.cpus_per_task),
         **order.environment,
-        endings.ATTEMPT: str(attempt.number),
-        endings.LOGS: str(run.submitit),
+        ATTEMPT: str(attempt.number),
+        LOGS: str(run.submitit),
         "SUBMITIT_EXECUTOR": "local",
         "SUBMITIT_LOCAL_JOB_ID": job_id,
         "SUBMITIT_LOCAL_NTASKS": str(order.tasks),

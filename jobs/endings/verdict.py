@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from clipcluster.runtime.stop import Outcome
+from clipcluster.runtime.stop import ADVICE, Outcome
 from tools.slurm import expand_nodes
 
 Action = Literal["leave", "finish", "cancel", "stop", "note", "requeue", "fail"]
@@ -30,14 +30,6 @@ Ending = Literal[
 ]
 FRUITLESS = 3  # endings in a row without a newer checkpoint that end a run
 REPEATED = 1  # exit code of a run that such a row ended
-ADVICE = {
-    Outcome.ERROR: "The traceback is in attempts/*/rank-*.out: clipcluster logs RUN",
-    Outcome.RECIPE: "Mend the recipe (clipcluster check RECIPE --deep) and submit it again.",
-    Outcome.DATA: "Mend or re-index the shards named (clipcluster shards verify DIR), then submit again.",
-    Outcome.OUT_OF_MEMORY: "Lower train.micro_batch or ask for more memory or ranks, then submit again.",
-    Outcome.NON_FINITE: "Lower optim.lr, lengthen optim.warmup or clip gradients, then submit again.",
-    Outcome.CHECKPOINT: "See checkpoints/ in the run folder and the disk's free space, then submit again.",
-}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import local_job_id, local_job_runs
+from clipcluster.runtime.job_id import local_job_id, local_job_runs
 from jobs.endings import local
 from jobs.submit import parameters as clusters
 from jobs.submit import snapshot

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.recipe.sections.cluster import Cluster
-from jobs.endings.batch import ATTEMPT, LEAD, LOGS
+from clipcluster.runtime.environment import ATTEMPT, INTERFACE, LEAD, LOGS
+from clipcluster.runtime.stop import GRACE_SECONDS
 from jobs.endings.local import PICKLE
 from tools.slurm import Partition, Slurm, SlurmRefused, SlurmUnavailable
 
-GRACE_SECONDS = 30  # where neither the recipe nor SLURM says otherwise
 TRAINEE = "clipcluster.run:train"
 
 
@@ -167,7 +167,7 @@ def teardown_lines() -> list[str]:
 
 def environment(cluster: Cluster) -> dict[str, str]:
     """The job's variables: nodes may be offline, so nothing is looked for on a hub."""
-    interface = {"CLIPCLUSTER_INTERFACE": cluster.interface} if cluster.interface else {}
+    interface = {INTERFACE: cluster.interface} if cluster.interface else {}
     return {"HF_HUB_OFFLINE": "1", **interface, **cluster.environment}
 
 

@@ -22,7 +22,7 @@ from clipcluster.runs.folder import Run
 PACKAGES = ("clipcluster", "jobs", "tools")
 FACTS = "snapshot.json"
 CHECK = (
-    "import sys, jobs.train, jobs.endings.__main__, clipcluster.rank, submitit.core.submission\n"
+    "import sys, jobs.train, jobs.endings.__main__, clipcluster.rank.serve, submitit.core.submission\n"
     "assert 'torch' not in sys.modules, 'torch is imported before the signal handlers stand'\n"
     "print(jobs.train.__file__)"
 )

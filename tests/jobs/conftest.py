@@ -9,7 +9,7 @@ import pytest
 
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import local_job_runs
+from clipcluster.runtime.job_id import local_job_runs
 from jobs.endings import history
 from jobs.status import Queue, state_of
 from jobs.submit import launch, snapshot

@@ -12,12 +12,12 @@ import torch
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import DataError, LostPeers, Wish
 from clipcluster.runtime.world import World, _address, is_lost_peer
 
 PEER = Path(__file__).with_name("world_peer.py")
-SINGLE = Place(0, 1, 0, 1, 0, 1, "1", "single")
+SINGLE = Launch(0, 1, 0, 1, 0, 1, "1", "single")
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_rank_of_another_attempt_meets_nobody(attempt, start):
 
     with pytest.raises(LostPeers, match="rank 1 of 2 did not meet the others"):
         World.join(
-            Place(1, 2, 1, 2, 0, 1, "1", "single"),
+            Launch(1, 2, 1, 2, 0, 1, "1", "single"),
             publish=attempt.publish,
             find=find,
             device=torch.device("cpu"),
@@ -151,7 +151,7 @@ def test_a_silent_peer_is_noticed_after_the_timeout(start, collective):
 def test_rank_0_never_comes(attempt):
     with pytest.raises(LostPeers, match="rank 1 of 2 did not meet the others: rank 0 published no address"):
         World.join(
-            Place(1, 2, 1, 2, 0, 1, "1", "single"),
+            Launch(1, 2, 1, 2, 0, 1, "1", "single"),
             publish=attempt.publish,
             find=attempt.find,
             device=torch.device("cpu"),
@@ -163,7 +163,7 @@ def test_rank_0_is_gone_already(attempt):
     attempt.publish("127.0.0.1", 9, "token")  # the discard port: nobody listens
     with pytest.raises(LostPeers):
         World.join(
-            Place(1, 2, 1, 2, 0, 1, "1", "single"),
+            Launch(1, 2, 1, 2, 0, 1, "1", "single"),
             publish=attempt.publish,
             find=attempt.find,
             device=torch.device("cpu"),
@@ -199,7 +199,7 @@ def test_an_interface_that_is_not_there(attempt, monkeypatch):
     monkeypatch.setenv("CLIPCLUSTER_INTERFACE", "ib9")
     with pytest.raises(UserError, match=r"no network interface 'ib9'; it has .*lo"):
         World.join(
-            Place(0, 2, 0, 1, 0, 2, "1", "slurm"),
+            Launch(0, 2, 0, 1, 0, 2, "1", "slurm"),
             publish=attempt.publish,
             find=attempt.find,
             device=torch.device("cpu"),

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import DataError, LostPeers, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 
@@ -95,7 +95,7 @@ def serve(rank, size, folder, name, mishap, timeout):
     began = time.monotonic()
     try:
         world = World.join(
-            Place(rank, size, rank, size, 0, 1, "1", "single"),
+            Launch(rank, size, rank, size, 0, 1, "1", "single"),
             publish=attempt.publish,
             find=attempt.find,
             device=torch.device("cpu"),

@@ -17,7 +17,7 @@ from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
 from clipcluster.model.task import Features, Report, Task
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 from clipcluster.runtime.world import World
 from clipcluster.train.bad_samples import BadSamples
@@ -254,7 +254,7 @@ def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, A
     first = run.newest()
     assert first
     world = World.join(
-        Place.from_environment(),
+        Launch.from_environment(),
         publish=first.publish,
         find=first.find,
         device=torch.device("cpu"),

@@ -18,7 +18,7 @@ from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.run import train
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
-from clipcluster.runtime.place import Place
+from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Outcome, Stop
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,7 +40,7 @@ train: {{duration: {steps} steps, log_every: 1 steps, record_samples: true}}
 checkpoint: {{every: 100 steps}}
 cluster: {{gpus_per_node: 0, cpus_per_task: 1}}
 """
-ALONE = Place(0, 1, 0, 1, 0, 1, "test", "single")
+ALONE = Launch(0, 1, 0, 1, 0, 1, "test", "single")
 
 
 class Way(NamedTuple):

@@ -1,20 +1,20 @@
-"""Where this process stands among its peers, read from the environment. Standard library only."""
+"""How this process was launched: its rank among how many, and by whom. Standard library only."""
 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from clipcluster.errors import UserError
+from clipcluster.runtime.job_id import local_job_id, slurm_job_id
 
 Manager = Literal["slurm", "local", "torchrun", "single"]
 
 
 @dataclass(frozen=True)
-class Place:
+class Launch:
     """One process of `size`: its rank, its node among `nodes`, and who started it.
 
     `job_id` is what the manager calls the job; a member of a SLURM array is "ARRAYJOB_TASK".
@@ -30,7 +30,7 @@ class Place:
     manager: Manager
 
     @staticmethod
-    def from_environment(environ: Mapping[str, str] | None = None) -> Place:
+    def from_environment(environ: Mapping[str, str] | None = None) -> Launch:
         """Ask the innermost manager: torchrun, submitit's local executor, a SLURM step, or none.
 
         A shell inside `salloc` or a batch script carries SLURM_* too, but no step started this process there:
@@ -40,20 +40,20 @@ class Place:
         """
         environ = os.environ if environ is None else environ
         if "RANK" in environ and "WORLD_SIZE" in environ:
-            place = _torchrun(environ)
+            launch = _torchrun(environ)
         elif "SUBMITIT_LOCAL_GLOBALID" in environ:
-            place = _local(environ)
+            launch = _local(environ)
         elif _in_slurm_step(environ):
-            place = _slurm(environ)
+            launch = _slurm(environ)
         else:
-            place = Place(0, 1, 0, 1, 0, 1, local_job_id(), "single")
-        if not 0 <= place.rank < place.size or not 0 <= place.local_rank < place.local_size:
+            launch = Launch(0, 1, 0, 1, 0, 1, local_job_id(), "single")
+        if not 0 <= launch.rank < launch.size or not 0 <= launch.local_rank < launch.local_size:
             raise UserError(
-                f"The environment says rank {place.rank} of {place.size} "
-                f"(local {place.local_rank} of {place.local_size}), as set by {place.manager}: "
+                f"The environment says rank {launch.rank} of {launch.size} "
+                f"(local {launch.local_rank} of {launch.local_size}), as set by {launch.manager}: "
                 "ranks run from 0 to the size less one. Unset the variables of an outer launcher."
             )
-        return place
+        return launch
 
 
 def _in_slurm_step(environ: Mapping[str, str]) -> bool:
@@ -72,11 +72,11 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         raise UserError(f"The environment variable {name} {given}; it must be a whole number here.") from None
 
 
-def _slurm(environ: Mapping[str, str]) -> Place:
+def _slurm(environ: Mapping[str, str]) -> Launch:
     node = _number(environ, "SLURM_NODEID", 0)
     size = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1))
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(size)
-    return Place(
+    return Launch(
         rank=_number(environ, "SLURM_PROCID"),
         size=size,
         local_rank=_number(environ, "SLURM_LOCALID", 0),
@@ -88,17 +88,6 @@ def _slurm(environ: Mapping[str, str]) -> Place:
     )
 
 
-def slurm_job_id(environ: Mapping[str, str]) -> str:
-    """The job as `scontrol requeue` must be told it: "ARRAYJOB_TASK" for a member of an array.
-
-    A member's plain id would requeue the whole array.
-    """
-    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    if array and task:
-        return f"{array}_{task}"
-    return environ["SLURM_JOB_ID"]
-
-
 def _tasks_of_node(text: str, node: int) -> int:
     """Tasks on node number `node` from SLURM's short form, for example "2(x3),1"."""
     counts: list[int] = []
@@ -108,9 +97,9 @@ def _tasks_of_node(text: str, node: int) -> int:
     return counts[min(node, len(counts) - 1)]
 
 
-def _local(environ: Mapping[str, str]) -> Place:
+def _local(environ: Mapping[str, str]) -> Launch:
     size = _number(environ, "SUBMITIT_LOCAL_NTASKS", 1)
-    return Place(
+    return Launch(
         rank=_number(environ, "SUBMITIT_LOCAL_GLOBALID"),
         size=size,
         local_rank=_number(environ, "SUBMITIT_LOCAL_LOCALID", 0),
@@ -122,10 +111,10 @@ def _local(environ: Mapping[str, str]) -> Place:
     )
 
 
-def _torchrun(environ: Mapping[str, str]) -> Place:
+def _torchrun(environ: Mapping[str, str]) -> Launch:
     size = _number(environ, "WORLD_SIZE")
     local_size = _number(environ, "LOCAL_WORLD_SIZE", size)
-    return Place(
+    return Launch(
         rank=_number(environ, "RANK"),
         size=size,
         local_rank=_number(environ, "LOCAL_RANK", 0),
@@ -135,42 +124,3 @@ def _torchrun(environ: Mapping[str, str]) -> Place:
         job_id=local_job_id(),
         manager="torchrun",
     )
-
-
-def local_job_id(pid: int | None = None) -> str:
-    """A name for a process (default: this one) where no scheduler names the job: "local-HOST-PID-START".
-
-    START (clock ticks since boot) tells the process from a later one with the same pid.
-    """
-    pid = os.getpid() if pid is None else pid
-    process = _process(pid)
-    return f"local-{socket.gethostname()}-{pid}-{process[1] if process else 0}"
-
-
-def local_job_runs(job_id: str) -> bool | None:
-    """Whether the process named by `local_job_id` still runs; None where this machine cannot know."""
-    prefix, _, start = job_id.rpartition("-")
-    prefix, _, pid = prefix.rpartition("-")
-    if prefix != f"local-{socket.gethostname()}" or not pid.isdigit() or not start.isdigit():
-        return None
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's process: it runs, and the start time says whether it is the one meant
-    process = _process(int(pid))
-    if process is None:
-        return True  # no /proc here: the pid alone must do
-    state, ticks = process
-    return state not in "ZX" and int(start) in (0, ticks)
-
-
-def _process(pid: int) -> tuple[str, int] | None:
-    """State and start time (clock ticks since boot): fields 3 and 22 of /proc/PID/stat, proc(5)."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stream:
-            fields = stream.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return fields[0].decode(), int(fields[19])

@@ -13,15 +13,15 @@ import pytest
 
 from clipcluster.runs import files, merge
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.place import local_job_id
+from clipcluster.runtime.job_id import local_job_id
 
 SERVE = """
 import os, sys
 from clipcluster.runtime.stop import Stop
 stop = Stop()
 stop.install(interactive=True)
-from clipcluster import rank
-code = rank.serve(sys.argv[1], sys.argv[2], stop)
+from clipcluster.rank.serve import serve
+code = serve(sys.argv[1], sys.argv[2], stop)
 try:
     sys.stdout.flush(), sys.stderr.flush()
 except OSError:
@@ -65,7 +65,7 @@ def _none_left():
     _started.clear()
 
 
-def start(run, trainee, *, module="rank_trainees", **environ):
+def start(run, trainee, *, module="trainees", **environ):
     """One rank, in a process of its own."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -91,7 +91,7 @@ def local(attempt, rank, size):
     }
 
 
-def serve(attempt, trainee, *, size=1, module="rank_trainees", **environ):
+def serve(attempt, trainee, *, size=1, module="trainees", **environ):
     """All ranks to their end; returns their exit codes."""
     run = Run(attempt.run)
     ranks = [
@@ -161,7 +161,7 @@ def test_stopped_by_a_signal(run, attempt, name):
 
 
 def test_a_signal_during_the_import_of_the_trainee_is_kept(run, attempt):
-    process = start(run, "train", module="rank_slow_import", **local(attempt, 0, 1))
+    process = start(run, "train", module="slow_import", **local(attempt, 0, 1))
     wait_until(lambda: "start" in kinds(attempt))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
@@ -204,13 +204,32 @@ def test_exceptions(attempt, name, code, ends_run):
     assert "Traceback" in log(attempt)
 
 
+def test_the_same_error_at_the_same_step_can_be_recognised(run):
+    """An attempt after another: what the verdict compares, whatever the addresses in the message."""
+    known = []
+    for _ in range(2):
+        start(run, "fail_at_a_step").communicate(timeout=30)
+        (event,) = files.read_lines(run.newest().path / "events-rank-0.jsonl")[1:]
+        known.append({key: event[key] for key in ("event", "outcome", "step", "signature")})
+    assert (
+        known[0]
+        == known[1]
+        == {
+            "event": "fail",
+            "outcome": "error",
+            "step": 5,
+            "signature": "RuntimeError: shape of <Tensor at ?> does not fit (peer ?, pid ?)",
+        }
+    )
+
+
 @pytest.mark.parametrize("trainee", ["leave_with_a_code", "interrupt"])
 def test_no_way_out_gives_1(attempt, trainee):
     assert serve(attempt, trainee) == [86]
     assert attempt.outcome() is None
 
 
-@pytest.mark.parametrize(("module", "trainee"), [("rank_nowhere", "train"), ("rank_trainees", "nowhere")])
+@pytest.mark.parametrize(("module", "trainee"), [("rank_nowhere", "train"), ("trainees", "nowhere")])
 def test_a_trainee_that_is_not_there_started(attempt, module, trainee):
     assert serve(attempt, trainee, module=module) == [86]
     assert kinds(attempt) == ["start", "fail"]
@@ -372,7 +391,7 @@ def torchrun(run, trainee, **environ):
 
 
 def test_under_torchrun_rank_0_claims_for_all(run):
-    ranks = torchrun(run, "places")
+    ranks = torchrun(run, "launches")
     for rank in ranks:
         rank.communicate(timeout=60)
     assert [rank.returncode for rank in ranks] == [0, 0]
@@ -384,7 +403,7 @@ def test_under_torchrun_rank_0_claims_for_all(run):
 
 def test_under_torchrun_a_refusal_reaches_all(run):
     run.claim(local_job_id(), host="n1", still_running=lambda job: False)  # this test's own process owns it
-    ranks = torchrun(run, "places")
+    ranks = torchrun(run, "launches")
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert local_job_id() in said[0]

@@ -16,7 +16,7 @@ from clipcluster.runtime.stop import Outcome
 OTHERS = {"UserError": UserError, "StaleAttempt": StaleAttempt}
 
 
-def finish(run, attempt, place, stop):
+def finish(run, attempt, launch, stop):
     attempt.step = 7
     print("from Python")
     print("to stderr", file=sys.stderr)
@@ -26,8 +26,8 @@ def finish(run, attempt, place, stop):
     return Outcome.FINISHED
 
 
-def until_stopped(run, attempt, place, stop):
-    attempt.event("ready", writer=f"rank-{place.rank}")
+def until_stopped(run, attempt, launch, stop):
+    attempt.event("ready", writer=f"rank-{launch.rank}")
     deadline = time.monotonic() + 30
     while not stop.requested and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -35,55 +35,63 @@ def until_stopped(run, attempt, place, stop):
     return Outcome.STOPPED
 
 
-def rank_0_is_slow(run, attempt, place, stop):
-    time.sleep(1 if place.rank == 0 else 0)
+def rank_0_is_slow(run, attempt, launch, stop):
+    time.sleep(1 if launch.rank == 0 else 0)
     return Outcome.STOPPED
 
 
-def fail(run, attempt, place, stop):
+def fail(run, attempt, launch, stop):
     """Raise $RAISE."""
     name = os.environ["RAISE"]
     kind = getattr(endings, name, None) or OTHERS.get(name) or getattr(builtins, name)
     raise kind("on purpose")
 
 
-def fail_together(run, attempt, place, stop):
-    time.sleep(0.5 if place.rank == 0 else 0)
+def fail_at_a_step(run, attempt, launch, stop):
+    attempt.step = 5
+    pid, address = os.getpid(), id(run)
+    raise RuntimeError(
+        f"shape of <Tensor at 0x{address:x}> does not fit (peer [127.0.0.1]:{pid}, pid {pid})\nframes"
+    )
+
+
+def fail_together(run, attempt, launch, stop):
+    time.sleep(0.5 if launch.rank == 0 else 0)
     raise endings.NonFiniteError("not finite", "lower optim.lr", agreed=True)
 
 
-def fail_on_rank_1(run, attempt, place, stop):
-    if place.rank == 1:
+def fail_on_rank_1(run, attempt, launch, stop):
+    if launch.rank == 1:
         raise endings.DataError("0.tar changed", "index it again")
     attempt.wait_for_outcome(20)
     raise endings.LostPeers("rank 1 is gone")
 
 
-def leave_with_a_code(run, attempt, place, stop):
+def leave_with_a_code(run, attempt, launch, stop):
     sys.exit(1)
 
 
-def interrupt(run, attempt, place, stop):
+def interrupt(run, attempt, launch, stop):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(10)
 
 
-def overtaken(run, attempt, place, stop):
+def overtaken(run, attempt, launch, stop):
     """The node was called dead: the job claims elsewhere while this rank goes on."""
     run.claim(attempt.job, host="n2", still_running=lambda job: False)
     if os.environ.get("RAISE"):
-        fail(run, attempt, place, stop)
+        fail(run, attempt, launch, stop)
     return Outcome.FINISHED
 
 
-def full_disk(run, attempt, place, stop):
+def full_disk(run, attempt, launch, stop):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     raise endings.DataError("0.tar changed")
 
 
-def with_torch(run, attempt, place, stop):
+def with_torch(run, attempt, launch, stop):
     import torch
     import torch.distributed
 
@@ -95,8 +103,8 @@ def with_torch(run, attempt, place, stop):
     raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
 
 
-def places(run, attempt, place, stop):
-    line = {"rank": place.rank, "attempt": attempt.number, "job": attempt.job}
+def launches(run, attempt, launch, stop):
+    line = {"rank": launch.rank, "attempt": attempt.number, "job": attempt.job}
     print(json.dumps(line), file=sys.__stdout__, flush=True)
-    (run.path / f"rank-{place.rank}.json").write_text(json.dumps(line))
+    (run.path / f"rank-{launch.rank}.json").write_text(json.dumps(line))
     return Outcome.FINISHED

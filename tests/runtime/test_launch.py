@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
-from clipcluster.runtime.place import Place, _tasks_of_node, local_job_id, local_job_runs
+from clipcluster.runtime.job_id import local_job_id, local_job_runs
+from clipcluster.runtime.launch import Launch, _tasks_of_node
 
 # What `srun` on two nodes with two tasks each sets for the last task (Slurm 22.05).
 SLURM = {
@@ -30,26 +31,26 @@ SLURM = {
 
 
 def test_slurm_step():
-    assert Place.from_environment(SLURM) == Place(3, 4, 1, 2, 1, 2, "41", "slurm")
+    assert Launch.from_environment(SLURM) == Launch(3, 4, 1, 2, 1, 2, "41", "slurm")
 
 
 def test_member_of_an_array():
     array = {**SLURM, "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"}
-    assert Place.from_environment(array).job_id == "40_7"
+    assert Launch.from_environment(array).job_id == "40_7"
 
 
 def test_shell_inside_an_allocation_is_no_step():
     shell = {name: value for name, value in SLURM.items() if "STEP" not in name and name != "SLURM_PROCID"}
-    place = Place.from_environment(shell)
+    place = Launch.from_environment(shell)
     assert (place.manager, place.rank, place.size) == ("single", 0, 1)
     # The batch script itself: SLURM gives it a rank, but no step.
     batch = {name: value for name, value in SLURM.items() if "STEP" not in name}
-    assert Place.from_environment(batch).manager == "single"
+    assert Launch.from_environment(batch).manager == "single"
 
 
 def test_smaller_step_of_a_larger_job():
     step = {**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
-    assert Place.from_environment(step).size == 4
+    assert Launch.from_environment(step).size == 4
 
 
 def test_submitit_local():
@@ -62,16 +63,16 @@ def test_submitit_local():
         "SUBMITIT_LOCAL_GLOBALID": "1",
         "SUBMITIT_LOCAL_LOCALID": "1",
     }
-    assert Place.from_environment(environ) == Place(1, 2, 1, 2, 0, 1, "4711", "local")
+    assert Launch.from_environment(environ) == Launch(1, 2, 1, 2, 0, 1, "4711", "local")
     # Started from a shell inside an allocation: the local executor is the inner one.
-    assert Place.from_environment({**SLURM, **environ}).manager == "local"
+    assert Launch.from_environment({**SLURM, **environ}).manager == "local"
 
 
 def test_submitit_says_so_itself(tmp_path):
     submitit = pytest.importorskip("submitit")
     executor = submitit.LocalExecutor(tmp_path)
     executor.update_parameters(tasks_per_node=2, timeout_min=1)
-    job = executor.submit(Place.from_environment)
+    job = executor.submit(Launch.from_environment)
     places = job.results()
     assert [(place.rank, place.size, place.local_size, place.manager) for place in places] == [
         (0, 2, 2, "local"),
@@ -89,13 +90,13 @@ def test_torchrun():
         "GROUP_RANK": "1",
         "GROUP_WORLD_SIZE": "2",
     }
-    place = Place.from_environment({**SLURM, **environ})
-    assert place == Place(5, 8, 1, 4, 1, 2, place.job_id, "torchrun")
+    place = Launch.from_environment({**SLURM, **environ})
+    assert place == Launch(5, 8, 1, 4, 1, 2, place.job_id, "torchrun")
 
 
 def test_nobody():
-    place = Place.from_environment({})
-    assert place == Place(0, 1, 0, 1, 0, 1, place.job_id, "single")
+    place = Launch.from_environment({})
+    assert place == Launch(0, 1, 0, 1, 0, 1, place.job_id, "single")
     assert local_job_runs(place.job_id)
 
 
@@ -110,7 +111,7 @@ def test_nobody():
 )
 def test_contradictions_are_told(environ, message):
     with pytest.raises(UserError, match=message):
-        Place.from_environment(environ)
+        Launch.from_environment(environ)
 
 
 @given(counts=st.lists(st.integers(1, 64), min_size=1, max_size=12))
@@ -127,7 +128,7 @@ def test_tasks_of_a_node(counts):
 
 def test_local_job_ids_tell_who_lives():
     assert local_job_runs(local_job_id()) is True
-    code = "from clipcluster.runtime.place import local_job_id; print(local_job_id())"
+    code = "from clipcluster.runtime.job_id import local_job_id; print(local_job_id())"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
     assert ended.startswith(f"local-{socket.gethostname()}-")
     assert local_job_runs(ended) is False
@@ -140,7 +141,7 @@ def test_another_process_with_the_same_pid_is_not_the_job():
 
 def test_a_zombie_runs_no_more():
     process = subprocess.Popen(
-        [sys.executable, "-c", "from clipcluster.runtime.place import local_job_id; print(local_job_id())"],
+        [sys.executable, "-c", "from clipcluster.runtime.job_id import local_job_id; print(local_job_id())"],
         stdout=subprocess.PIPE,
         text=True,
     )

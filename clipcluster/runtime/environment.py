@@ -1,0 +1,9 @@
+"""Environment variables by which the batch script, the ranks and a user tell each other things."""
+
+from __future__ import annotations
+
+ATTEMPT = "CLIPCLUSTER_ATTEMPT"  # number of the attempt that the batch script claimed for this job
+TAKE_OVER = "CLIPCLUSTER_TAKE_OVER"  # id of a job that the user knows to have ended
+INTERFACE = "CLIPCLUSTER_INTERFACE"  # network interface by which the site's nodes reach each other
+LOGS = "CLIPCLUSTER_LOGS"  # folder of submitit's files
+LEAD = "CLIPCLUSTER_LEAD"  # seconds before the time limit at which the ranks are asked to stop
