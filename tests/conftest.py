@@ -81,7 +81,8 @@ class WebServer(http.server.ThreadingHTTPServer):
 
     `log` holds (method, path, first byte asked for, status) of every request. If they are set, `status` is
     what to answer instead (for names that end in `status_of`) and `password` (USER:PASSWORD) is asked for;
-    while `stalled` is cleared, a tar stops in its middle.
+    while `stalled` is cleared, a tar stops in its middle. With `hides_size` a continued transfer tells its own
+    bytes and not the whole file's (`bytes N-M/*`); with `hides_length` no answer tells its length.
     """
 
     daemon_threads = True
@@ -97,6 +98,7 @@ class WebServer(http.server.ThreadingHTTPServer):
         self.counting = threading.Lock()
         self.stalled = threading.Event()
         self.stalled.set()
+        self.hides_size = self.hides_length = False
 
     @property
     def address(self) -> str:
@@ -136,9 +138,11 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         self.server.log.append((self.command, path, first, 206 if partial else 200))
         self.send_response(206 if partial else 200)
         self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(last + 1 - first))
+        if not self.server.hides_length:
+            self.send_header("Content-Length", str(last + 1 - first))
         if partial:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            whole = "*" if self.server.hides_size else len(data)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{whole}")
         self.end_headers()
         if body:
             self._send(data[first : last + 1], path.endswith(".tar"))

@@ -215,7 +215,10 @@ class Cache:
             os.close(fd)
 
     def _reserve(self, root: Path, fd: int, part: Path, what: str, size: int) -> None:
-        """Gives `part` its length once there is room for it, evicting what was used longest ago."""
+        """Gives `part` its length once there is room for it, evicting what was used longest ago.
+
+        It never gets shorter: what is written stays.
+        """
         if size > self.size:
             raise DataError(
                 f"{shown(what)} has {size:,} bytes and the cache holds {self.size:,}",
@@ -229,7 +232,7 @@ class Cache:
                 if missing > 0:
                     missing = _evict(others, missing)
                 if missing <= 0:
-                    os.ftruncate(fd, size)
+                    os.ftruncate(fd, max(size, os.fstat(fd).st_size))
                     return
             if not any(entry.path.suffix == ".part" for entry in others) or time.monotonic() > deadline:
                 raise OSError(

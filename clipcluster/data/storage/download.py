@@ -122,7 +122,7 @@ def download(
 
 
 class _Download:
-    """One file on its way; an attempt goes on where the last one broke."""
+    """One file on its way; an attempt continues where the last one broke. What is hashed is the file."""
 
     def __init__(
         self, address: str, fd: int, reserve: Callable[[int], None], size: int | None, sha256: str | None
@@ -132,56 +132,61 @@ class _Download:
         self.gained = 0  # bytes that the last attempt brought
         self._tag: str | None = None
         self._wrong: str | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        self._done, self._digest = 0, hashlib.sha256()
+        self._done = 0  # bytes that are written, from the file's beginning
+        self._announced: int | None = None  # the size that the server told, now or when the transfer began
 
     def attempt(self) -> Got:
         self.gained = 0
         with _opened(self.address, self._done, self._tag) as transfer:
             if transfer.start != self._done:
-                self._begin()
+                self._done, self._announced = 0, None
             self._tag = transfer.tag
-            announced = transfer.state.size
-            if self.size is not None and announced not in (None, self.size):
-                raise OtherContent(f"it has {announced:,} bytes, was {self.size:,}")
-            self._reserve(announced if self.size is None else self.size)
+            if transfer.state.size is not None:
+                self._announced = transfer.state.size
+            if self.size is not None and self._announced not in (None, self.size):
+                raise OtherContent(f"it has {self._announced:,} bytes, was {self.size:,}")
+            whole = self._announced if self.size is None else self.size
+            self._reserve(whole or 0)
             for piece in transfer.pieces:
                 self._write(piece)
-        if announced is not None and self._done != announced:
-            raise OSError(f"the transfer ended after {self._done:,} of {announced:,} bytes")
+        if whole is not None and self._done != whole:
+            raise OSError(f"the transfer ended after {self._done:,} of {whole:,} bytes")
         return self._checked(transfer.state.stamp)
 
-    def _reserve(self, size: int | None) -> None:
-        self._room = size or 0
-        self.reserve(self._room)
+    def _reserve(self, size: int) -> None:
+        self._reserved = max(size, self._done)  # what is written stays
+        self.reserve(self._reserved)
 
     def _write(self, piece: bytes) -> None:
         end = self._done + len(piece)
         if self.size is not None and end > self.size:
             raise OtherContent(f"it has more than the {self.size:,} bytes it had")
-        if end > self._room:  # a size that nobody told
+        if end > self._reserved:  # a size that nobody told
             self._reserve(end + max(_RANGE, end // 4))
         view = memoryview(piece)
         while view:
             written = os.pwrite(self.fd, view, self._done)
-            self._digest.update(view[:written])
             self._done += written
             self.gained += written
             view = view[written:]
 
     def _checked(self, stamp: int) -> Got:
-        found, done = self._digest.hexdigest(), self._done
+        done = self._done
+        os.ftruncate(self.fd, done)
+        found = self._sha256_of_file()
         if self.sha256 is not None and found != self.sha256:
-            self._begin()
-            self.gained = 0
+            self.gained = self._done = 0
             if found == self._wrong:
                 raise OtherContent(f"its sha256 is {found}, was {self.sha256}")
             self._wrong, self._tag = found, None
             raise OSError(f"{done:,} bytes came with another hash than indexed")
-        os.ftruncate(self.fd, done)
         return Got(done, found, stamp)
+
+    def _sha256_of_file(self) -> str:
+        digest = hashlib.sha256()
+        for at in range(0, self._done, _CHUNK):
+            digest.update(os.pread(self.fd, min(_CHUNK, self._done - at), at))
+        return digest.hexdigest()
 
 
 def _patiently(
@@ -324,7 +329,14 @@ def _of_the_web(address: str, start: int, tag: str | None) -> Iterator[Transfer]
             begin = start
         etag = answer.headers.get("ETag", "W/")
         mark = answer.headers.get("Last-Modified") if etag.startswith("W/") else etag
-        yield Transfer(begin, _state(answer), mark, iter(lambda: answer.read1(_CHUNK), b""))
+        yield Transfer(begin, _state(answer), mark, _body(answer))
+
+
+def _body(answer: Any) -> Iterator[bytes]:
+    while piece := answer.read1(_CHUNK):
+        yield piece
+    if answer.length:
+        raise OSError(f"the connection ended {answer.length:,} bytes before the answer's end")
 
 
 # everything that fsspec knows

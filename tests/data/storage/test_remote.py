@@ -1,5 +1,7 @@
 """Sources behind servers and commands read as local ones do, through breaks, and within the cache's bound."""
 
+import hashlib
+import os
 import pickle
 import time
 from collections.abc import Callable
@@ -60,6 +62,45 @@ def test_a_server_that_breaks_every_fifth_connection(
     tars = [entry for entry in server.log if entry[1].endswith(".tar")]
     assert len(tars) == 20 + 4 + 0  # 20 shards, every fifth body broken
     assert sum(first > 0 for _, _, first, _ in tars) == 4  # and gone on with where it broke
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(("known", "hides_length"), [(False, False), (True, False), (True, True)])
+def test_a_transfer_that_goes_on_without_a_size(
+    tmp_path: Path, cache: Cache, web_server: Callable[..., Any], known: bool, hides_length: bool
+) -> None:
+    """`206 bytes N-M/*`, with and without a size told before: the file has every byte that was counted."""
+    data = bytes(range(1, 256)) * 500
+    (tmp_path / "0.tar").write_bytes(data)
+    server = web_server(tmp_path, drop_every=2)
+    server.bodies, server.hides_size, server.hides_length = 1, True, hides_length
+    digest = hashlib.sha256(data).hexdigest()
+    address = f"{server.address}/0.tar"
+    if known:
+        fd = cache.shard(address, len(data), digest)
+    else:
+        fd, got = cache.unnamed(address)
+        assert (got.size, got.sha256) == (len(data), digest)
+    try:
+        assert os.pread(fd, len(data) + 1, 0) == data
+    finally:
+        os.close(fd)
+    assert [first for _, _, first, _ in server.log] == [0, len(data) // 2]
+    assert hashlib.sha256((Path(cache.folder) / f"{digest}.tar").read_bytes()).hexdigest() == digest
+
+
+def test_the_file_is_verified_and_not_what_came(
+    tmp_path: Path, cache: Cache, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that keeps other bytes than it was given: the file gets no name."""
+    data = os.urandom(5000)
+    (tmp_path / "0.tar").write_bytes(data)
+    server, real = web_server(tmp_path), os.pwrite
+    monkeypatch.setattr(download, "RETRIES", (0.01,))
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, at: real(fd, os.urandom(len(view)), at))
+    with pytest.raises(OSError, match="another hash"):
+        cache.shard(f"{server.address}/0.tar", len(data), hashlib.sha256(data).hexdigest())
+    assert not list(Path(cache.folder).glob("*.tar"))
 
 
 def test_tars_by_braces_through_an_index_on_this_machine(
