@@ -81,8 +81,8 @@ class WebServer(http.server.ThreadingHTTPServer):
 
     `log` holds (method, path, first byte asked for, status) of every request. If they are set, `status` is
     what to answer instead (for names that end in `status_of`) and `password` (USER:PASSWORD) is asked for;
-    while `stalled` is cleared, a tar stops in its middle. With `hides_size` a continued transfer tells its own
-    bytes and not the whole file's (`bytes N-M/*`); with `hides_length` no answer tells its length.
+    while `stalled` is cleared, a tar stops in its middle. With `hides_size` a continued transfer tells only
+    its own bytes (`bytes N-M/*`); with `hides_length` no answer tells its length.
     """
 
     daemon_threads = True

@@ -23,6 +23,7 @@ from clipcluster.data.shards.metadata import IndexedFolder, Metadata
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
 from clipcluster.errors import UserError
+from clipcluster.runs.files import read_at
 from clipcluster.runtime.stop import DataError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Dataset(Metadata):
             except (BrokenTar, StopIteration):
                 raise self._changed(shard) from None
             name = shard_index.sample_name(member.name)
-            image = _bytes(opened.fd, *opened.image(row))
+            image = read_at(opened.fd, *opened.image(row))
             texts = self._captions(shard, opened, row) if text else []
         return Sample(
             name[0] if name else member.name, self.shard_name(shard), image, texts,
@@ -137,7 +138,7 @@ class Dataset(Metadata):
                 for name in ("text_kind", "captions")
             )
             if kind != captions.NO_TEXT:
-                texts = captions.texts(kind, _bytes(opened.fd, *opened.text(row, choice)), choice)
+                texts = captions.texts(kind, read_at(opened.fd, *opened.text(row, choice)), choice)
                 if len(texts) != count:
                     raise self._changed(shard)
                 found += texts
@@ -438,14 +439,3 @@ def _together(count: int, action: Callable[[int], T], shards: Sequence[int]) -> 
 
 def _local_state(state: os.stat_result) -> State:
     return State(state.st_size, state.st_mtime_ns)
-
-
-def _bytes(fd: int, offset: int, size: int) -> bytes:
-    """All the bytes asked for; one pread returns 2 GiB at most. OSError if the file ends before."""
-    data = os.pread(fd, size, offset)
-    while len(data) < size:
-        more = os.pread(fd, size - len(data), offset + len(data))
-        if not more:
-            raise OSError(5, f"the file ends at byte {offset + len(data)}")
-        data += more
-    return data

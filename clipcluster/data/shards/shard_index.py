@@ -20,6 +20,7 @@ from clipcluster.data.shards.captions import JSON, NO_TEXT
 from clipcluster.data.shards.columns import BrokenColumns, Columns, Expected, read_columns, write_columns
 from clipcluster.data.shards.tar import BLOCK, BrokenTar, Member, compression, scan
 from clipcluster.errors import UserError
+from clipcluster.runs.files import read_at
 
 FORMAT = 2
 IMAGE_EXTENSIONS = frozenset(
@@ -245,7 +246,7 @@ def scan_shard(
     broken = None
     fd = os.open(path, os.O_RDONLY)
     try:
-        rows = ShardIndexBuilder(choices, lambda member: os.pread(fd, member.size, member.offset))
+        rows = ShardIndexBuilder(choices, lambda member: read_at(fd, member.offset, member.size))
         try:
             for member in scan(fd, others=rows.add_other):
                 rows.add(member)

@@ -34,6 +34,7 @@ from clipcluster.data.storage.urls import (
     shown,
 )
 from clipcluster.errors import UserError
+from clipcluster.runs.files import read_at
 
 RETRIES = (0.2, 1.0, 3.0, 8.0)  # seconds to wait before another try
 QUESTIONS = (0.3, 1.5)  # the same for a question that somebody waits for
@@ -185,7 +186,7 @@ class _Download:
     def _sha256_of_file(self) -> str:
         digest = hashlib.sha256()
         for at in range(0, self._done, _CHUNK):
-            digest.update(os.pread(self.fd, min(_CHUNK, self._done - at), at))
+            digest.update(read_at(self.fd, at, min(_CHUNK, self._done - at)))
         return digest.hexdigest()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import Any
+
+from clipcluster.runs.files import read_at
 
 
 class ByteRanges:
@@ -20,14 +21,10 @@ class ByteRanges:
         """`size` bytes from `offset` on. OSError where the disk fails or the file ends before."""
         if self._handle is None:
             self._handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        data = os.pread(self._handle, size, offset)
-        while len(data) < size:
-            more = os.pread(self._handle, size - len(data), offset + len(data))
-            if not more:
-                reason = f"ends at byte {offset + len(data):,}, before {offset + size:,}"
-                raise OSError(errno.EIO, reason, str(self.path))
-            data += more
-        return data
+        try:
+            return read_at(self._handle, offset, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         """Closes the handle; a later read opens it again."""

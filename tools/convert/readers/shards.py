@@ -24,6 +24,7 @@ from clipcluster.data.shards.dataset import OPEN_SHARDS, Dataset
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.errors import UserError
+from clipcluster.runs.files import read_at
 from clipcluster.runtime.stop import DataError
 from tools.convert.records import BadRecord, InputFile, Kind, Source, WholeRecord, option
 
@@ -167,22 +168,12 @@ def _members(fd: int, start: int) -> tuple[str, dict[str, bytes]]:
                 break
             key = name[0]
             seen.add(name[1])
-            members[member.name[len(key) + 1 :]] = _bytes(fd, member.offset, member.size)
+            members[member.name[len(key) + 1 :]] = read_at(fd, member.offset, member.size)
     except BrokenTar:
         if key is None:  # what lies before a cut is taken, as training does
             raise
     assert key is not None
     return key, members
-
-
-def _bytes(fd: int, offset: int, size: int) -> bytes:
-    data = os.pread(fd, size, offset)
-    while len(data) < size:  # one read gives no more than 2 GiB
-        more = os.pread(fd, size - len(data), offset + len(data))
-        if not more:
-            raise OSError(5, f"the tar ends at byte {offset + len(data)}, inside a member: was it changed?")
-        data += more
-    return data
 
 
 def _require_decodable(key: str, members: Mapping[str, bytes]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name
 from clipcluster.data.shards.tar import BrokenTar, padded, scan
+from clipcluster.runs.files import read_at
 
 OPEN_SHARDS = 64  # handles kept open in each process
 
@@ -143,7 +144,7 @@ class _Tar:
                 sizes[name[1]] = member.size
                 end = member.offset + padded(member.size)
                 if name[1] == "json":
-                    json = partial(os.pread, self._fd, member.size, member.offset)
+                    json = partial(read_at, self._fd, member.offset, member.size)
         except BrokenTar as error:
             broken = error
         if sizes:
@@ -157,7 +158,7 @@ class _Tar:
             name = sample_name(member.name)
             if name is not None:
                 key = name[0]
-                members[name[1]] = _whole(self._fd, member.offset, member.size)
+                members[name[1]] = read_at(self._fd, member.offset, member.size)
             if member.offset + padded(member.size) >= end:
                 break
         return key, members
@@ -203,14 +204,3 @@ def _image_bytes(sizes: dict[str, int]) -> int:
 
 def _joined(pieces: Sequence[np.ndarray], dtype: object) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype)  # type: ignore[call-overload]
-
-
-def _whole(fd: int, offset: int, size: int) -> bytes:
-    """All bytes of a member: one read gives no more than 2 GiB."""
-    data = os.pread(fd, size, offset)
-    while len(data) < size:
-        more = os.pread(fd, size - len(data), offset + len(data))
-        if not more:
-            raise OSError(f"the tar ends at byte {offset + len(data)}, inside a member: was it changed?")
-        data += more
-    return data
