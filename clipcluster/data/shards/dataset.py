@@ -159,7 +159,7 @@ class Dataset(Metadata):
             try:
                 for extension, member in shard_index.sample_members(opened.fd, opened.begin(row)):
                     if extension in extensions:
-                        found[extension] = _bytes(opened.fd, member.offset, member.size)
+                        found[extension] = read_at(opened.fd, member.offset, member.size)
                         if len(found) == len(extensions):
                             break
             except BrokenTar:
