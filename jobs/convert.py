@@ -248,7 +248,7 @@ def ending(code: int, slurm: Slurm) -> int:
     if not taken_away and (job is None or job.state != "RUNNING" or restarts >= _CRASHES):
         print(f"clipcluster: job {job_id} ends with code {code}", file=sys.stderr)
         return code
-    print(f"clipcluster: job {job_id} left with code {code}: requeued", file=sys.stderr)
+    print(f"clipcluster: job {job_id} exited with code {code}: requeued", file=sys.stderr)
     slurm.requeue(job_id)
     return code
 

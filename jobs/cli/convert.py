@@ -27,7 +27,7 @@ _COMMON = {
     ],
     "bytes_per_shard": Annotated[
         str | None,
-        typer.Option("--bytes-per-shard", metavar="SIZE", help="Such as '1 GB', by the images' sizes."),
+        typer.Option("--bytes-per-shard", metavar="SIZE", help="Such as '1 GB', counted by image sizes."),
     ],
     "shuffle": Annotated[
         int | None,
@@ -85,7 +85,7 @@ class Kinds(typer.core.TyperGroup):
 
 
 convert = typer.Typer(
-    help="Convert data into indexed shards; goes on where it was stopped, leaves a finished folder as it is.",
+    help="Convert data into indexed shards; continues where it stopped, leaves a finished folder unchanged.",
     cls=Kinds,
     add_completion=False,
     no_args_is_help=True,
@@ -223,7 +223,7 @@ def run_conversion(
         for name, count in done.accounts.get(split, ()):
             say(f"  {name:<32} {count:>12,}")
     _refuse_empty(done)
-    say(f"{out}: " + ("made" if done.made else "was there already, whole"))
+    say(f"{out}: " + ("made" if done.made else "complete already"))
 
 
 def _refuse_empty(done: Any) -> None:
@@ -261,11 +261,11 @@ def _queue(
     if as_json:
         print_document({"out": str(out), "jobs": ids})
     elif not ids:
-        say(f"{out}: was there already, whole")
+        say(f"{out}: complete already")
     else:
         logs = out / array.FOLDER / "submitit"
         say(f"{out}: job {ids[0].split('_')[0]}, {len(ids)} tasks; logs in {logs}")
-        say("The same command says when it is whole, and goes on where a task was lost for good.")
+        say("Run the same command again to see whether it is complete; it continues where a task failed.")
 
 
 def _refuse_for_slurm_alone(executor: str, jobs: Any, site: Any, cluster: Any) -> None:

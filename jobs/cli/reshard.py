@@ -30,7 +30,7 @@ Elsewhere = Annotated[
 ]
 Images = Annotated[
     bool,
-    typer.Option("--images/--no-images", help="Decode every image, or tell only what is no image at all."),
+    typer.Option("--images/--no-images", help="Decode every image, or only recognise its format."),
 ]
 Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Processes.")]
 
@@ -45,7 +45,9 @@ def verify(
     folders: Folders,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="First mend what can be mended without losing anything, and say what."),
+        typer.Option(
+            "--repair", help="First repair what can be repaired without losing data, and report it."
+        ),
     ] = False,
     elsewhere: Elsewhere = None,
     images: Images = True,
@@ -54,7 +56,7 @@ def verify(
 ) -> None:
     """Read every byte again and compare with the index; exit 1 where something is broken."""
     from tools.shards.index import require_one
-    from tools.shards.repair import repair as mend
+    from tools.shards.repair import repair_folder
     from tools.shards.verify import verify as read
 
     require_one(folders, elsewhere)
@@ -62,10 +64,10 @@ def verify(
     for folder in folders:
         deeds = []
         if repair:
-            with _progress(f"{folder}: looking for what is broken") as progress:
-                deeds = mend(folder, elsewhere, workers=workers, progress=progress)
+            with _progress(f"{folder}: checking") as progress:
+                deeds = repair_folder(folder, elsewhere, workers=workers, progress=progress)
         for deed in () if as_json else deeds:  # now: what follows may end with a message
-            say(f"{'mended' if deed.done else 'left  '}  {deed.file}: {deed.what}")
+            say(f"{'repaired' if deed.done else 'left  '}  {deed.file}: {deed.what}")
         with _progress(str(folder)) as progress:
             report = read(folder, elsewhere, images=images, workers=workers, progress=progress)
         report.repairs = [deed._asdict() for deed in deeds]

@@ -95,7 +95,9 @@ def measure(settings: Settings, say: Any = lambda text: None) -> dict[str, Any]:
         _check_peer(settings.peer)
     results = []
     for workers in settings.workers:
-        say(f"{workers} worker{'s' * (workers > 1)}, {settings.repetitions} turns of {settings.seconds:g} s:")
+        say(
+            f"{workers} worker{'s' * (workers > 1)}, {settings.repetitions} rounds of {settings.seconds:g} s:"
+        )
         results.append(_measure(settings, workers, tars, say))
     return {
         "shards": str(settings.shards),

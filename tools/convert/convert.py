@@ -67,7 +67,7 @@ def kind_named(name: str) -> Kind:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise UserError(f"convert {name!r}: this installation has no reader for it") from None
+        raise UserError(f"convert {name!r}: no reader for it is installed") from None
     assert isinstance(kind, Kind)
     return kind
 
@@ -89,7 +89,7 @@ def prepare(
     _refuse_places(out, inputs, chosen)
     was = planning.read_description(out)
     if was is None and not _is_free(out):
-        raise UserError(f"{out} is there and holds something else; give another --out, or remove it first")
+        raise UserError(f"{out} exists and is not a conversion; choose another --out, or remove it first")
     settings = settings or Settings()
     if settings.samples_per_shard is None and settings.bytes_per_shard is None:
         settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
@@ -164,7 +164,7 @@ def _refuse_places(out: Path, inputs: Sequence[Path], kind: Kind) -> None:
             word = "--out" if path is out else "INPUT"
             address = str(path).replace(":/", "://", 1)  # pathlib takes one of two strokes away
             raise UserError(
-                f"{word} {address}: an address; convert works on files of this machine, so copy the data "
+                f"{word} {address}: a URL; convert reads and writes files of this machine, so copy the data "
                 + ("there afterwards" if path is out else "here first")
             )
     there = next((place for place in (out, *out.parents) if place.exists()), None)
@@ -235,13 +235,13 @@ def told_to_people(plan: Plan) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
-                f"{plan.out}: no space left to write to ({error.strerror}); make space and give the same "
-                "command again: it goes on where it stopped"
+                f"{plan.out}: no space left to write to ({error.strerror}); make space and run the same "
+                "command again: it continues where it stopped"
             ) from None
         where = f"{error.filename}: " if error.filename else ""
         raise UserError(
             f"convert: {where}{error.strerror or error}; the shards made so far are kept, the same command "
-            "goes on"
+            "continues"
         ) from None
 
 

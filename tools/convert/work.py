@@ -236,7 +236,7 @@ def _members(record: Record, extension: str, image: bytes) -> dict[str, bytes]:
         if record.captions and "txt" not in record.members:
             members["txt"] = record.captions[0].encode()
     except UnicodeEncodeError:
-        raise BadRecord(record.key, "a caption or field that is no Unicode text") from None
+        raise BadRecord(record.key, "a caption or field that is not Unicode text") from None
     except (TypeError, ValueError) as error:
         raise BadRecord(record.key, f"its fields cannot be written as JSON: {error}") from None
     if record.cls is not None:

@@ -32,7 +32,7 @@ def index_folders(
         if not is_remote(folder):
             find_shards(Path(folder))
         elif index is None:
-            raise UserError(f"{folder}: say where its index is put on this machine, with --index FOLDER")
+            raise UserError(f"{folder}: its index needs a folder on this machine: --index FOLDER")
     summaries = []
     for folder in folders:
         if is_remote(folder) and index is not None:

@@ -1,7 +1,7 @@
 """Work on shards in processes of their own, so that a decoder that crashes or hangs costs one sample.
 
-A child says at which sample it is. If it dies there, or stays there longer than `patience`, the sample is
-handed back with the reason, and another child does the shard again without it.
+A worker says at which sample it is. If it dies there, or stays there longer than `patience`, the sample is
+handed back with the reason, and another worker does the shard again without it.
 """
 
 import signal
@@ -26,12 +26,12 @@ T = TypeVar("T")
 Task = Callable[[Dataset, int, Mapping[int, str], Callable[[int], None]], T]
 
 
-class CrewError(UserError):
-    """A child died outside of a sample, for want of memory most likely; the message says how."""
+class PoolError(UserError):
+    """A worker died outside of a sample, for want of memory most likely; the message says how."""
 
 
 @dataclass(eq=False)
-class _Child(Generic[T]):
+class _Worker(Generic[T]):
     """One process, what it is doing, and since when it has been at the same sample."""
 
     task: Task[T]
@@ -41,25 +41,25 @@ class _Child(Generic[T]):
     since: float = 0.0
     pipe: Any = field(init=False)
     process: Any = field(init=False)
-    place: Any = field(init=False)
+    position: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.pipe, theirs = _CONTEXT.Pipe()
-        self.place = _CONTEXT.Value("q", -1, lock=False)
+        self.position = _CONTEXT.Value("q", -1, lock=False)
         self.process = _CONTEXT.Process(
-            target=_serve, args=(theirs, self.place, self.task, self.shards), daemon=True
+            target=_serve, args=(theirs, self.position, self.task, self.shards), daemon=True
         )
         self.process.start()
         theirs.close()
 
     def give(self, shard: int, lost: Mapping[int, str]) -> None:
         self.shard, self.seen, self.since = shard, -1, time.monotonic()
-        self.place.value = -1
+        self.position.value = -1
         self.pipe.send((shard, dict(lost)))
 
     def late(self, patience: float) -> bool:
         """Whether it has been at one sample for too long."""
-        at, now = self.place.value, time.monotonic()
+        at, now = self.position.value, time.monotonic()
         if at != self.seen or at < 0:
             self.seen, self.since = at, now
         return now - self.since > patience
@@ -83,41 +83,41 @@ def over_shards(
     With `workers` 0 it works in this process, for tasks that decode nothing or nothing dangerous.
 
     `progress(done, total)` is called after every shard. Raises what the task raises (OSError and the like),
-    and CrewError if a process dies outside of a sample.
+    and PoolError if a process dies outside of a sample.
     """
     if workers == 0:
         return _inline(task, shards, progress)
     todo, results = deque(range(len(shards))), dict[int, T]()
     lost: dict[int, dict[int, str]] = {}
-    crew = [_Child(task, shards) for _ in range(max(1, min(workers, len(shards))))]
+    pool = [_Worker(task, shards) for _ in range(max(1, min(workers, len(shards))))]
     try:
-        idle = list(crew)
+        idle = list(pool)
         while len(results) < len(shards):
             while idle and todo:
                 shard = todo.popleft()
                 idle.pop().give(shard, lost.get(shard, {}))
-            busy = [child for child in crew if child not in idle]
-            for child, answer in _answers(busy, patience):
+            busy = [worker for worker in pool if worker not in idle]
+            for worker, answer in _answers(busy, patience):
                 if isinstance(answer, str):
-                    if child.seen < 0 or child.seen in lost.get(child.shard, ()):
-                        raise CrewError(
-                            f"the process that read {shards.shard_name(child.shard)} {answer}; see whether "
-                            "memory is short, and try fewer --workers"
+                    if worker.seen < 0 or worker.seen in lost.get(worker.shard, ()):
+                        raise PoolError(
+                            f"the process that read {shards.shard_name(worker.shard)} {answer}; check "
+                            "memory, and try fewer --workers"
                         )
-                    lost.setdefault(child.shard, {})[child.seen] = f"the decoder {answer}"
-                    todo.appendleft(child.shard)
-                    child.end()
-                    crew.remove(child)
-                    crew.append(_Child(task, shards))
-                    idle.append(crew[-1])
+                    lost.setdefault(worker.shard, {})[worker.seen] = f"the decoder {answer}"
+                    todo.appendleft(worker.shard)
+                    worker.end()
+                    pool.remove(worker)
+                    pool.append(_Worker(task, shards))
+                    idle.append(pool[-1])
                     continue
-                results[child.shard] = answer[0]
-                idle.append(child)
+                results[worker.shard] = answer[0]
+                idle.append(worker)
                 if progress is not None:
                     progress(len(results), len(shards))
     finally:
-        for child in crew:
-            child.end()
+        for worker in pool:
+            worker.end()
     return [results[shard] for shard in range(len(shards))]
 
 
@@ -130,37 +130,37 @@ def _inline(task: Task[T], shards: Dataset, progress: Callable[[int, int], None]
     return results
 
 
-def _answers(busy: list[_Child[T]], patience: float) -> Iterator[tuple[_Child[T], tuple[T] | str]]:
-    """What came within a moment: a result as a tuple of one, or what became of the child."""
-    ready = connection.wait([child.pipe for child in busy], timeout=min(1.0, patience / 4))
-    for child in busy:
-        if child.pipe in ready:
+def _answers(busy: list[_Worker[T]], patience: float) -> Iterator[tuple[_Worker[T], tuple[T] | str]]:
+    """What came within a moment: a result as a tuple of one, or what became of the worker."""
+    ready = connection.wait([worker.pipe for worker in busy], timeout=min(1.0, patience / 4))
+    for worker in busy:
+        if worker.pipe in ready:
             try:
-                kind, value = child.pipe.recv()
+                kind, value = worker.pipe.recv()
             except (EOFError, ConnectionResetError):
-                child.process.join()
-                child.seen = child.place.value
-                yield child, _death(child.process.exitcode)
+                worker.process.join()
+                worker.seen = worker.position.value
+                yield worker, _death(worker.process.exitcode)
                 continue
             if kind == "error":
                 raise value
-            yield child, (value,)
-        elif child.late(patience):
-            yield child, f"took longer than {patience:.0f} s"
+            yield worker, (value,)
+        elif worker.late(patience):
+            yield worker, f"took longer than {patience:.0f} s"
 
 
 def _death(code: int) -> str:
     if code >= 0:
-        return f"left with code {code}"
+        return f"exited with code {code}"
     return f"crashed ({signal.Signals(-code).name})"
 
 
-def _serve(pipe: Any, place: Any, task: Task[T], shards: Dataset) -> None:
-    """A child's life: one shard after the other, until the parent goes away."""
+def _serve(pipe: Any, current: Any, task: Task[T], shards: Dataset) -> None:
+    """A worker's life: one shard after the other, until the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
     def at(position: int) -> None:
-        place.value = position
+        current.value = position
 
     while True:
         try:

@@ -48,7 +48,7 @@ def index_remote(
         return _index(written, target, captions, again, workers, progress)
     except (Unreachable, Refused) as error:
         raise UserError(
-            f"{error.filename}: {error.strerror}; the same command goes on with the shards that are left"
+            f"{error.filename}: {error.strerror}; the same command continues with the remaining shards"
         ) from None
 
 
@@ -79,7 +79,7 @@ def _index(
         folder_index.write_folder_index(target, choices, entries)
         (target / _DONE).unlink(missing_ok=True)
     except PermissionError as error:
-        raise UserError(f"{target}: {error}; give a folder that can be written to with --index") from None
+        raise UserError(f"{target}: {error}; choose a writable folder with --index") from None
     return shard_list.summarize(str(folder), target, choices, entries)
 
 
@@ -99,8 +99,8 @@ def _shards(written: str) -> tuple[RemoteFolder, list[str]]:
     groups = named(written)
     if len(groups) != 1:
         raise UserError(
-            f"{written}: shards of {len(groups)} folders; an index names those of one, so index each into a "
-            "folder of its own"
+            f"{written}: shards of {len(groups)} folders; an index covers one folder, so "
+            "index each separately"
         )
     folder, tars = groups[0].folder, groups[0].tars
     if tars is not None and not any(set("*?[") & set(name) for name in tars):

@@ -1,4 +1,4 @@
-"""`clipcluster shards verify --repair`: mends what can be mended without losing anything.
+"""`clipcluster shards verify --repair`: repairs what can be repaired without losing data.
 
 It deletes no data and blesses no damage: what was left half-written is removed, the rows of the index are
 made again from their tars, shards that are new or were written anew are indexed, and of a damaged tar the
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from clipcluster.data.shards import captions, indexing, shard_index, shard_list
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.errors import UserError
-from tools.shards.salvage import mend
+from tools.shards.salvage import salvage
 from tools.shards.verify import CHANGED, CUT, GONE, ROWS, UNKNOWN, Report, verify
 
 _ABANDONED = 600.0  # seconds without a write after which a half-written file is nobody's
@@ -28,14 +28,14 @@ class Deed(NamedTuple):
     what: str
 
 
-def repair(
+def repair_folder(
     folder: Path,
     index: Path | None = None,
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Deed]:
-    """Mends a folder of shards and its index, as the module says; returns what it did, in order.
+    """Repairs a folder of shards and its index, as the module says; returns what it did, in order.
 
     UserError: no folder, no shards, or a place that cannot be written.
     """
@@ -44,8 +44,8 @@ def repair(
         return list(_repair(folder, index or folder, workers, progress))
     except PermissionError as error:
         raise UserError(
-            f"{folder} cannot be repaired ({error.strerror}: {error.filename}); give yourself the right to "
-            "write, or copy the shards to where you have it"
+            f"{folder} cannot be repaired ({error.strerror}: {error.filename}); change permissions, "
+            "or copy the shards to a folder you can write to"
         ) from None
 
 
@@ -59,7 +59,7 @@ def _repair(
         report = verify(folder, index, images=False, workers=workers, progress=progress)
     except UserError as error:  # no index, or a damaged one
         for path in indexing.find_shards(folder):
-            yield from _mended(path)
+            yield from _salvaged(path)
         words = f"the index was made ({str(error).partition(';')[0]})"
         yield _listed(folder, index, choices, workers, words)
         return
@@ -75,7 +75,7 @@ def _repair(
             f"the list was left as it is while {gone[0]} is gone: it says what is missing",
         )
         return
-    words = "the list was written anew: a run that used the old one refuses to go on"
+    words = "the list was rewritten: a run that used the old one will not resume"
     yield _listed(folder, index, choices, workers, words)
 
 
@@ -117,17 +117,19 @@ def _shards(folder: Path, index: Path, choices: list[str], report: Report) -> It
         path, fault = folder / entry["shard"], entry["fault"]
         if fault == GONE:
             yield Deed(
-                path.name, False, f"gone: bring it back, or go on without: clipcluster shards index {folder}"
+                path.name,
+                False,
+                f"gone: restore it, or continue without it: clipcluster shards index {folder}",
             )
         elif fault == ROWS:
             yield from _rows(path, index, choices, entries.get(path.name))
         elif fault == CHANGED and _looks_unchanged(path, entries.get(path.name)):
             yield _rotten(path)
         elif fault in (CHANGED, UNKNOWN, CUT):
-            mended = list(_mended(path))
-            yield from mended
-            if not mended and fault != CUT:
-                yield Deed(path.name, True, "new, or written anew: indexed")
+            salvaged = list(_salvaged(path))
+            yield from salvaged
+            if not salvaged and fault != CUT:
+                yield Deed(path.name, True, "new or rewritten: indexed")
 
 
 def _rows(
@@ -137,11 +139,11 @@ def _rows(
         if _looks_unchanged(path, listed):
             yield _rotten(path)
         else:
-            yield Deed(path.name, True, "written anew: indexed")
+            yield Deed(path.name, True, "rewritten: indexed")
         return
     indexing.index_shard(path, index, choices)
     yield Deed(
-        shard_index.shard_index_path(index, path.name).name, True, "its rows were made again from the tar"
+        shard_index.shard_index_path(index, path.name).name, True, "its shard index was rebuilt from the tar"
     )
 
 
@@ -149,8 +151,8 @@ def _rotten(path: Path) -> Deed:
     return Deed(
         path.name,
         False,
-        "its bytes changed while size and time did not, as a failing disk does: bring it back from where it "
-        f"came, or take it as it is: clipcluster shards index --again {path.parent}",
+        "its bytes changed while size and time did not, as on a failing disk: restore it from its source, "
+        f"or accept it as it is: clipcluster shards index --again {path.parent}",
     )
 
 
@@ -160,7 +162,7 @@ def _looks_unchanged(path: Path, listed: shard_list.ShardEntry | None) -> bool:
     return listed is not None and (state.st_size, state.st_mtime_ns) == (listed.bytes, listed.mtime_ns)
 
 
-def _mended(path: Path) -> Iterator[Deed]:
+def _salvaged(path: Path) -> Iterator[Deed]:
     """Makes a damaged tar sound; nothing if it is."""
     with open(path, "rb") as file:
         try:
@@ -169,12 +171,12 @@ def _mended(path: Path) -> Iterator[Deed]:
             return
         except BrokenTar as error:
             reason = str(error)
-    mended = mend(path)
-    if mended is None:
-        yield Deed(path.name, False, f"{reason}; there is no whole sample in it")
+    salvaged = salvage(path)
+    if salvaged is None:
+        yield Deed(path.name, False, f"{reason}; it holds no complete sample")
         return
-    text = f"{reason}; its {mended.kept} whole samples are in a sound tar now, the original is kept as "
-    text += mended.original.name
-    if mended.left_out:
-        text += f"; not whole, and left out: {', '.join(mended.left_out[:10])}"
+    text = f"{reason}; its {salvaged.kept} complete samples are in a valid tar now, the original is kept as "
+    text += salvaged.original.name
+    if salvaged.left_out:
+        text += f"; incomplete and left out: {', '.join(salvaged.left_out[:10])}"
     yield Deed(path.name, True, text)

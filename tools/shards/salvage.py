@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
 
 @dataclass
-class Mended:
+class Salvaged:
     """What became of a damaged tar: how many samples are in the sound one, and which were left out."""
 
     original: Path
@@ -52,7 +52,7 @@ def runs(members: Iterable[Member]) -> Iterator[Run]:
         yield Run(key, tuple(held.items()))
 
 
-def mend(path: Path) -> Mended | None:
+def salvage(path: Path) -> Salvaged | None:
     """Replaces a damaged tar by a sound one of its whole samples; None, and nothing done, if none is whole.
 
     The original stays beside it as NAME.broken (.broken.2, … if there is one already). A sample next to the
@@ -79,7 +79,7 @@ def mend(path: Path) -> Mended | None:
         os.close(fd)
     original = _keep(path)
     os.replace(aside, path)
-    return Mended(original, sum(run.key is not None for run in whole), left_out)
+    return Salvaged(original, sum(run.key is not None for run in whole), left_out)
 
 
 class _Stretch(NamedTuple):
@@ -179,4 +179,4 @@ def _keep(path: Path) -> Path:
         except OSError:  # a file system without hard links
             os.rename(path, original)
         return original
-    raise FileExistsError(f"{path}{ASIDE}: too many of them")
+    raise FileExistsError(f"{path}{ASIDE}: too many copies exist; remove some")

@@ -14,7 +14,7 @@ from clipcluster.data.shards import captions, indexing, shard_list
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from clipcluster.runtime.stop import DataError
-from tools.shards import pool as crew
+from tools.shards.pool import over_shards
 from tools.shards.survey import Survey, survey
 
 _EXAMPLES = 20  # groups of duplicates that are named
@@ -110,12 +110,12 @@ def _misfit(folder: Path, index: Path | None, choice: str) -> str | None:
         unknown = {path.name for path in indexing.find_shards(folder)} - set(shards.shard_names)
         shards.close()
     except DataError as error:
-        return f"the index does not fit ({error.reason}); the figures are those of the shards as they are"
+        return f"the index does not match ({error.reason}); the figures are of the shards as they are now"
     except UserError as error:
         indexing.find_shards(folder)
         return f"no index was used ({str(error).partition(';')[0]})"
     if unknown:
-        return f"the index lacks {len(unknown)} shards ({min(unknown)}, …); the figures have them all"
+        return f"the index lacks {len(unknown)} shards ({min(unknown)}, …); the figures include them"
     return None
 
 
@@ -131,7 +131,7 @@ def _stats(
     shards = open_folder(folder, index, choice)
     task = partial(survey, decoded=images, details=True)
     alone = 0 if workers == 1 and not images else workers
-    found = crew.over_shards(task, shards, workers=alone, progress=progress)
+    found = over_shards(task, shards, workers=alone, progress=progress)
     shards.close()
     whole = shard_list.read_summary(folder, index)
     bad = [entry for one in found for entry in one.bad]

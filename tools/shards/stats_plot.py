@@ -22,7 +22,7 @@ def require_drawable(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--picture {path}: no folder {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--picture {path}: cannot be written there; name a place where it can")
+        raise UserError(f"--picture {path}: cannot be written there; choose another path")
 
 
 def draw(figures: Sequence[Stats], path: Path) -> None:

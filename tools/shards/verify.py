@@ -13,7 +13,7 @@ from clipcluster.data.shards import indexing, shard_index, shard_list
 from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.metadata import IndexedFolder
-from tools.shards import pool as crew
+from tools.shards.pool import over_shards
 from tools.shards.survey import Survey, survey
 
 GONE, ROWS, CHANGED, CUT, UNKNOWN = "gone", "rows", "changed", "cut", "unknown"  # faults of a shard
@@ -83,7 +83,7 @@ def verify(
     )
     task = partial(_look, index=index or folder, choices=tuple(found.choices), images=images)
     alone = 0 if workers == 1 and not images else workers
-    looks = crew.over_shards(task, shards, workers=alone, progress=progress)
+    looks = over_shards(task, shards, workers=alone, progress=progress)
     for number, (name, look) in enumerate(zip(shards.shard_names, looks, strict=True)):
         if look.fault is not None:
             report.broken.append({"shard": name, "key": None, "reason": look.reason, "fault": look.fault})
@@ -125,7 +125,7 @@ def _shard_fault(
     try:
         meta, rows = shard_index.read_shard_index(shard_index.shard_index_path(index, path.name))
     except (OSError, BrokenColumns) as error:
-        return ROWS, f"its rows in the index cannot be read: {error}", False
+        return ROWS, f"its shard index cannot be read: {error}", False
     digest = shard_index.file_sha256(path)
     if digest != shards.sha256(number):
         return (
@@ -137,7 +137,7 @@ def _shard_fault(
     if digest != meta["sha256"] or any(
         name not in rows or not np.array_equal(rows[name], column) for name, column in columns.items()
     ):
-        return ROWS, "its rows in the index are not those of the tar", False
+        return ROWS, "its shard index does not match the tar", False
     return (CUT, broken, True) if broken else (None, "", True)
 
 
@@ -170,6 +170,7 @@ def other_files(folder: Path) -> list[str]:
             notes.append(f"{path.name}: compressed, not read; unpack it to .tar first")
         elif ".tar.broken" in path.name:
             notes.append(
-                f"{path.name}: the original of a mended shard, not read; remove it when you need it no more"
+                f"{path.name}: the original of a repaired shard, not read; remove it when it is no longer "
+                "needed"
             )
     return notes

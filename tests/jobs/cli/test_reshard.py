@@ -42,7 +42,7 @@ def test_json_is_one_object_for_one_folder_and_a_list_for_several(folder: Path, 
     assert several == [document, document]
 
 
-def test_verify_exits_with_1_until_it_is_mended(folder: Path) -> None:
+def test_verify_exits_with_1_until_it_is_repaired(folder: Path) -> None:
     path = folder / "00000.tar"
     path.write_bytes(path.read_bytes()[:-2000])
     done = clipcluster("verify", folder, "--no-images")
@@ -51,7 +51,7 @@ def test_verify_exits_with_1_until_it_is_mended(folder: Path) -> None:
     assert "00000.tar: changed since it was indexed" in done.stdout
     done = clipcluster("verify", folder, "--no-images", "--repair")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("mended  00000.tar: ")
+    assert done.stdout.startswith("repaired  00000.tar: ")
     assert "00000.tar.broken" in done.stdout
     assert "4 samples (4 JPEG) with 8 captions in 2 shards, whole" in done.stdout
 
@@ -102,7 +102,7 @@ def test_a_conversion_without_a_good_sample_ends_with_the_reason(tmp_path: Path)
         done = clipcluster("convert", "csv", table, "--class-column", "label", "--out", tmp_path / "out")
         assert done.returncode == 2
         assert "none of the 1 samples can be used" in done.stderr
-        assert "no class number" in done.stderr
+        assert "not a class number" in done.stderr
 
 
 def test_what_the_file_system_refuses_is_one_message(tmp_path: Path, folder: Path) -> None:

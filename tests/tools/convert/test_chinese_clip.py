@@ -146,13 +146,13 @@ def test_lines_that_cannot_be_used(tmp_path: Path, picture: Any) -> None:
         *[f"text-line-{line}" for line in (2, 3, 4, 5, 6, 7)],
     ]
     reasons = dict(bad)
-    assert reasons["line-2"] == "train_imgs.tsv, line 2: no number, tab and base64"
-    assert reasons["5"] == "train_imgs.tsv: the id stands on an earlier line too"
+    assert reasons["line-2"] == "train_imgs.tsv, line 2: expected a number, a tab and base64"
+    assert reasons["5"] == "train_imgs.tsv: the id also appears on an earlier line"
     assert "broken base64" in reasons["9"]
     assert "broken base64" in reasons["10"]
     assert "train_texts.jsonl, line 3: 'utf-8' codec" in reasons["text-line-3"]
     assert "surrogates" in reasons["text-line-4"]
-    assert "something else than ids" in reasons["text-line-5"]
+    assert "a value that is not an id" in reasons["text-line-5"]
     assert any(
         "2 pairs name images that are not there, the first: text 1, image 77" in n for n in source.notes
     )
@@ -186,7 +186,7 @@ def test_entries_that_cannot_be_used(chinese_clip: Any, tmp_path: Path, picture:
     bad = dict(entry for entry in found if not isinstance(entry, Record))
     assert list(bad) == ["12", "007", "note", "pair-4", "pair-5", "pair-6", "pair-7", "pair-8", "pair-x"]
     assert "a pickle that asks for posix.system" in bad["pair-4"]
-    assert "no pickle that can be read" in bad["pair-5"]
+    assert "not a readable pickle" in bad["pair-5"]
     assert "not of (image_id, text_id, text)" in bad["pair-6"]
     assert "not of (image_id, text_id, text)" in bad["pair-7"]
     assert "broken base64" in bad["12"]
@@ -208,7 +208,7 @@ def test_a_database_that_was_cut_is_refused(chinese_clip: Any, tmp_path: Path, p
     with pytest.raises(UserError, match=r"imgs/data.mdb was cut, it has .* bytes: copy it again"):
         _open(folder, kind="lmdb")
     (folder / "imgs" / "data.mdb").write_bytes(b"no database" * 1000)
-    with pytest.raises(UserError, match=r"imgs is no database that can be read: .*not an LMDB file"):
+    with pytest.raises(UserError, match=r"imgs is not a readable database: .*not an LMDB file"):
         _open(folder, kind="lmdb")
 
 
@@ -225,12 +225,12 @@ def test_what_is_not_there_is_said(chinese_clip: Any, tmp_path: Path) -> None:
             _open(*inputs)
     one = chinese_clip.files(tmp_path / "one", "train")
     other = chinese_clip.files(tmp_path / "other", "train")
-    with pytest.raises(UserError, match="are of one split"):
+    with pytest.raises(UserError, match="belong to one split"):
         _open(one, other)
     for inputs, words in (
         ([tmp_path / "empty"], r"empty: no such databases; .*SPLIT/imgs and SPLIT/pairs"),
         ([], "no INPUT was given"),
-        ([tmp_path / "thesis.txt"], "no folder that is there"),
+        ([tmp_path / "thesis.txt"], "is not an existing folder"),
     ):
         with pytest.raises(UserError, match=words):
             _open(*inputs, kind="lmdb")

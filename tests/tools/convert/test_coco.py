@@ -107,11 +107,11 @@ def test_images_that_do_not_fit_the_annotations(coco: Any, tmp_path: Path) -> No
     assert list(records[1].captions) == []
     assert bad == [
         ("000000000007", "val2017/000000000007.jpg is not there"),
-        ("000000000008", "1 captions of an image that is listed nowhere"),
+        ("000000000008", "1 captions of images that are not listed"),
         ("000000000139", "val2017/000000000139.jpg is listed twice"),
     ]
     assert "val: 4 images listed, 2 of them without a caption; 13 captions" in source.notes
-    assert any("val2017: 1 files (000000000700.jpg, …) are listed nowhere" in note for note in source.notes)
+    assert any("val2017: 1 files (000000000700.jpg, …) are not listed" in note for note in source.notes)
     assert split.sizes().tolist().count(0) == 3
 
 
@@ -200,12 +200,12 @@ def test_what_is_not_coco_is_said(coco: Any, tmp_path: Path) -> None:
     folder = coco.zips(tmp_path / "coco")
     whole = (folder / "train2017.zip").read_bytes()
     (folder / "train2017.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"train2017.zip is no whole zip .*fetch it again"):
+    with pytest.raises(UserError, match=r"train2017.zip is not a complete zip .*download it again"):
         _open(folder)
     (folder / "train2017.zip").write_bytes(whole)
     with zipfile.ZipFile(folder / "annotations_trainval2017.zip", "w") as archive:
         archive.writestr("annotations/captions_train2017.json", '{"images": [')
-    with pytest.raises(UserError, match=r"captions_train2017.json is no whole JSON"):
+    with pytest.raises(UserError, match=r"captions_train2017.json is not complete JSON"):
         _open(folder)
     with zipfile.ZipFile(folder / "annotations_trainval2017.zip", "w") as archive:
         archive.writestr("annotations/captions_train2017.json", '{"images": [{"name": 1}]}')

@@ -85,6 +85,6 @@ def test_what_cannot_be_converted_is_said(tmp_path: Path) -> None:
         convert("digit", tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="exists and is not a conversion"):
         convert("digits", tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["thesis.txt"]

@@ -137,11 +137,11 @@ def test_classnames_from_a_file(tmp_path: Path, text: str) -> None:
     assert (tmp_path / "out" / "classnames.txt").read_text() == "Katze\nHund\n"
 
 
-def test_mistakes_are_said(tmp_path: Path) -> None:
+def test_errors_are_said(tmp_path: Path) -> None:
     root = fill(tmp_path / "in", {"cat/1.png": picture(), "dog/1.png": picture()})
     (tmp_path / "names.txt").write_text("Katze\n")
     for where, options, words in [
-        (tmp_path / "nowhere", {}, "no folder"),
+        (tmp_path / "nowhere", {}, "is not a folder"),
         (root / "cat", {}, "no class folders"),
         (root, {"template": ("a cat",)}, "{c}"),
         (root, {"classnames": tmp_path / "names.txt"}, "1 lines for 2"),

@@ -73,7 +73,7 @@ def test_failures_are_counted_from_the_parquet(downloads: Any, folder: Path, tmp
     notes = _open(half).notes
     assert len(notes) == 3
     assert "00001.tar: cut" in notes[0] or "00001.tar: ends" in notes[0]
-    assert "00001.parquet is not there (1 of 2 shards have none)" in notes[1]
+    assert "00001.parquet does not exist (1 of 2 shards have none)" in notes[1]
     assert notes[2].startswith("2 of 8 downloads failed")
 
 
@@ -83,7 +83,7 @@ def test_an_unfinished_parquet_is_said(downloads: Any, tmp_path: Path) -> None:
     with open(out / "00001.parquet", "r+b") as file:
         file.truncate(300)
     assert _open(out).notes == [
-        f"{out / name} is cut or no parquet file: that download may be unfinished"
+        f"{out / name} is truncated or not a parquet file: the download may be unfinished"
         for name in ("00000.parquet", "00001.parquet")
     ]
 
@@ -279,15 +279,15 @@ def test_broken_uid_files_are_refused(downloads: Any, folder: Path, tmp_path: Pa
     (tmp_path / "text").write_text(downloads.uid(0) + "\nnot a uid\n")
     np.save(tmp_path / "one.npy", np.zeros(4, np.uint64))
     for name, words in (
-        ("raw", "17 bytes are no uid file"),
-        ("text", "line 2 is no uid: 'not'"),
+        ("raw", "17 bytes are not a uid file"),
+        ("text", "line 2 is not a uid: 'not'"),
         ("one.npy", "uids have dtype u8,u8"),
         ("none", "No such file"),
     ):
         with pytest.raises(UserError, match=words):
             _open(folder, uids=tmp_path / name)
     none = _write_uids(tmp_path / "none_there", list(map(downloads.uid, [900])), "raw")
-    with pytest.raises(UserError, match="no sample is left"):
+    with pytest.raises(UserError, match="no sample meets these conditions"):
         _open(folder, uids=none)
 
 
@@ -416,7 +416,7 @@ def test_any_list_of_uids_is_taken_as_often_as_it_says(held: list[int], wanted: 
             for repeat in range(wanted.count(number))
         ]
         if not expected:
-            with pytest.raises(UserError, match="no sample is left"):
+            with pytest.raises(UserError, match="no sample meets these conditions"):
                 _open(folder, uids=folder / "uids")
             return
         (split,) = _open(folder, uids=folder / "uids").splits

@@ -264,7 +264,7 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
     other = _write(tmp_path / "z.parquet", [{"jpg": _picture(0)}])
     none = _write(tmp_path / "none.parquet", [], pa.schema([("png", pa.binary())]))
     for inputs, options, message in (
-        ([tmp_path / "text.parquet"], {}, "no parquet file"),
+        ([tmp_path / "text.parquet"], {}, "not a parquet file"),
         ([tmp_path / "nowhere"], {}, "no such file or folder"),
         ([tmp_path / "empty"], {}, "no .parquet in this folder"),
         ([words], {}, "no column of image bytes or paths; name it with --image-column; its columns are text"),

@@ -198,7 +198,7 @@ def test_another_condition_is_refused_and_a_changed_shard_too(folder: Path, tmp_
         ({"first": 0}, "--first 0"),
         ({"min_side": -1}, "--min-side -1"),
         ({"max_aspect": 0.5}, "--max-aspect 0.5"),
-        ({"classes": (9,)}, "no sample is left"),
+        ({"classes": (9,)}, "no sample meets these conditions"),
         ({"samples": Path("nowhere.txt")}, "nowhere.txt"),
     ],
 )

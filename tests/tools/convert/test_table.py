@@ -221,7 +221,7 @@ def test_classes(tmp_path: Path, images: dict[str, bytes]) -> None:
     )
     a, b, c, d, e = _all(_open(table, class_column="label"))
     assert [record.cls for record in (a, b, e) if isinstance(record, Record)] == [7, None, 3]
-    assert c == "x.csv, line 4: label 'cat' is no class number"
+    assert c == "x.csv, line 4: label 'cat' is not a class number"
     assert d == "x.csv, line 5: of several classes: 1, 2"
     assert isinstance(a, Record)
     assert a.fields == {"filepath": "images/a.jpg"}

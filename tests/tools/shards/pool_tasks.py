@@ -1,4 +1,4 @@
-"""Tasks for the crew's processes, which import them by name."""
+"""Tasks for the pool's workers, which import them by name."""
 
 import os
 import signal

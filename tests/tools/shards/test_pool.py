@@ -9,7 +9,7 @@ import pytest
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_folder
 from tools.convert.shard_writer import ShardWriter
-from tools.shards.pool import CrewError, over_shards
+from tools.shards.pool import PoolError, over_shards
 
 
 @pytest.fixture
@@ -43,12 +43,12 @@ def test_what_a_task_raises_is_raised(tasks: ModuleType, shards: Dataset) -> Non
 
 
 def test_a_death_outside_of_a_sample_is_no_bad_sample(tasks: ModuleType, shards: Dataset) -> None:
-    with pytest.raises(CrewError, match=r"00000\.tar left with code 3"):
+    with pytest.raises(PoolError, match=r"00000\.tar exited with code 3"):
         over_shards(tasks.dies, shards, workers=1)
 
 
 def test_a_sample_that_kills_although_it_is_left_out_ends_the_work(
     tasks: ModuleType, shards: Dataset
 ) -> None:
-    with pytest.raises(CrewError, match=r"00000\.tar crashed \(SIGSEGV\); see whether memory"):
+    with pytest.raises(PoolError, match=r"00000\.tar crashed \(SIGSEGV\); check memory"):
         over_shards(tasks.dies_twice, shards, workers=1)

@@ -1,4 +1,4 @@
-"""`shards verify --repair`: mends what can be mended, deletes nothing, blesses no damage."""
+"""`shards verify --repair`: repairs what can be repaired, deletes nothing, blesses no damage."""
 
 import gzip
 import os
@@ -13,7 +13,7 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from tools.convert.readers.digits import png
 from tools.convert.shard_writer import ShardWriter
-from tools.shards.repair import repair
+from tools.shards.repair import repair_folder
 from tools.shards.verify import verify
 
 
@@ -34,12 +34,12 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 def _done(folder: Path) -> list[tuple[str, bool]]:
-    return [(deed.file, deed.done) for deed in repair(folder)]
+    return [(deed.file, deed.done) for deed in repair_folder(folder)]
 
 
 def test_what_is_whole_is_not_touched(folder: Path) -> None:
     before = _bytes(folder)
-    assert repair(folder) == []
+    assert repair_folder(folder) == []
     assert _bytes(folder) == before
 
 
@@ -48,7 +48,7 @@ def test_an_index_that_is_lost_or_damaged_is_made_again(folder: Path, lost: str)
     before = _bytes(folder)
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:40])):
         damage(folder / lost)
-        assert all(deed.done for deed in repair(folder))
+        assert all(deed.done for deed in repair_folder(folder))
         assert verify(folder, workers=0).whole
         assert _bytes(folder) == before
 
@@ -87,22 +87,22 @@ def test_of_a_cut_shard_the_whole_samples_are_kept_and_the_original_too(folder: 
     cut = (folder / "00001.tar").read_bytes()
     if not indexed:
         (folder / "index.bin").unlink()
-    deeds = repair(folder)
+    deeds = repair_folder(folder)
     assert [deed.file for deed in deeds] == ["00001.tar", "index.json"]
-    assert "3 whole samples" in deeds[0].what
+    assert "3 complete samples" in deeds[0].what
     assert "00001.tar.broken" in deeds[0].what
     assert (folder / "00001.tar.broken").read_bytes() == cut
     report = verify(folder, workers=0)
     assert report.whole
     assert report.samples == 11
     assert "00001.tar.broken: the original" in report.notes[0]
-    assert repair(folder) == []
+    assert repair_folder(folder) == []
 
 
 def test_behind_the_end_of_a_tar_nothing_is_lost(folder: Path) -> None:
     path = folder / "00001.tar"
     path.write_bytes(path.read_bytes() + (folder / "00002.tar").read_bytes())
-    repair(folder)
+    repair_folder(folder)
     report = verify(folder, workers=0)
     assert report.whole
     assert report.samples == 16
@@ -119,9 +119,9 @@ def test_bit_rot_is_not_blessed(folder: Path) -> None:
         if not rows:
             (folder / "00002.tar.idx").unlink()
             del before["00002.tar.idx"]
-        (deed,) = repair(folder)
+        (deed,) = repair_folder(folder)
         assert (deed.file, deed.done) == ("00002.tar", False)
-        assert "bring it back" in deed.what
+        assert "restore it" in deed.what
         assert _bytes(folder) == before
         assert not verify(folder, workers=0).whole
 
@@ -129,13 +129,13 @@ def test_bit_rot_is_not_blessed(folder: Path) -> None:
 def test_a_shard_that_is_gone_stays_on_the_list(folder: Path) -> None:
     (folder / "00000.tar").rename(folder / "elsewhere")
     _cut(folder)
-    deeds = repair(folder)
+    deeds = repair_folder(folder)
     assert [(deed.file, deed.done) for deed in deeds] == [
         ("00000.tar", False), ("00001.tar", True), ("index.json", False)
     ]  # fmt: skip
-    assert "bring it back" in deeds[0].what
+    assert "restore it" in deeds[0].what
     (folder / "elsewhere").rename(folder / "00000.tar")
-    repair(folder)
+    repair_folder(folder)
     assert verify(folder, workers=0).samples == 11
 
 
@@ -150,7 +150,7 @@ def test_halves_are_removed_when_nobody_writes_them_any_more(folder: Path) -> No
 
 def test_nothing_to_save_is_left_and_said(folder: Path) -> None:
     (folder / "00001.tar").write_bytes(b"\x1f\x8b" + bytes(range(256)) * 10)
-    deeds = repair(folder)
+    deeds = repair_folder(folder)
     assert ("00001.tar", False) in [(deed.file, deed.done) for deed in deeds]
     assert not (folder / "00001.tar.broken").exists()
     assert not verify(folder, workers=0).whole
@@ -166,21 +166,21 @@ def test_a_folder_that_cannot_be_written(folder: Path) -> None:
     _cut(folder)
     _refusing(folder)
     with pytest.raises(UserError, match="cannot be repaired"):
-        repair(folder)
+        repair_folder(folder)
 
 
 def test_wrong_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        repair(tmp_path / "x")
+        repair_folder(tmp_path / "x")
     with pytest.raises(UserError, match=r"no \.tar shards"):
-        repair(tmp_path)
+        repair_folder(tmp_path)
 
 
-def test_a_compressed_shard_does_not_hide_what_was_mended(folder: Path) -> None:
+def test_a_compressed_shard_does_not_hide_what_was_repaired(folder: Path) -> None:
     (folder / "00001.tar").write_bytes(gzip.compress((folder / "00001.tar").read_bytes()))
     cut = folder / "00002.tar"
     cut.write_bytes(cut.read_bytes()[:-3000])
-    deeds = {deed.file: deed for deed in repair(folder)}
+    deeds = {deed.file: deed for deed in repair_folder(folder)}
     assert deeds["00002.tar"].done
     assert not deeds["00001.tar"].done
     assert not deeds["index.json"].done

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clipcluster.data.shards.tar import BrokenTar, Member, scan
-from tools.shards.salvage import mend, runs
+from tools.shards.salvage import runs, salvage
 
 KEYS = [f"s{number}" for number in range(6)]
 
@@ -56,7 +56,7 @@ def test_a_cut(tmp_path: Path, member: str, shift: int, kept: list[str], left_ou
     original = _samples(path)
     cut = whole[: _starts(path)[member] + shift]
     path.write_bytes(cut)
-    done = mend(path)
+    done = salvage(path)
     assert done is not None
     assert (done.kept, done.left_out) == (len(kept), left_out)
     assert _samples(path) == {key: original[key] for key in kept}
@@ -72,7 +72,7 @@ def test_behind_a_damaged_header_it_goes_on(tmp_path: Path) -> None:
     data[at + 3] ^= 64
     data[at + 1024 + 3] ^= 64
     path.write_bytes(data)
-    done = mend(path)
+    done = salvage(path)
     assert done is not None
     assert _samples(path) == {key: value for key, value in original.items() if key != "s2"}
     assert done.left_out == ["s2", "s2"]
@@ -87,13 +87,13 @@ def test_behind_a_damaged_header_it_goes_on(tmp_path: Path) -> None:
 def test_what_is_kept_is_whole(
     tmp_path_factory: pytest.TempPathFactory, cut: int, form: int, flip: int | None
 ) -> None:
-    path = tmp_path_factory.mktemp("mend") / "a.tar"
+    path = tmp_path_factory.mktemp("salvage") / "a.tar"
     data = bytearray(_tar(path, form=form))
     original, ends = _samples(path), _starts(path)
     if flip is not None:
         data[flip % len(data)] ^= 1
     path.write_bytes(data[:cut])
-    done = mend(path)
+    done = salvage(path)
     if done is None:
         assert path.read_bytes() == data[:cut]
         return
@@ -113,7 +113,7 @@ def test_nothing_whole_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     for content in (b"\x1f\x8b packed" * 200, _tar(tmp_path / "b.tar")[:1100]):
         path.write_bytes(content)
-        assert mend(path) is None
+        assert salvage(path) is None
         assert path.read_bytes() == content
         assert not path.with_name("a.tar.broken").exists()
 
@@ -123,17 +123,17 @@ def test_an_original_is_never_written_over(tmp_path: Path) -> None:
     whole = _tar(path)
     path.write_bytes(whole[:-5000])
     (tmp_path / "a.tar.broken").write_bytes(b"of another day")
-    done = mend(path)
+    done = salvage(path)
     assert done is not None
     assert done.original.name == "a.tar.broken.2"
     assert (tmp_path / "a.tar.broken").read_bytes() == b"of another day"
 
 
-def test_a_mend_killed_before_the_last_step_is_done_again(tmp_path: Path) -> None:
+def test_a_repair_killed_before_the_last_step_is_done_again(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(_tar(path)[:-5000])
     os.link(path, tmp_path / "a.tar.broken")
-    done = mend(path)
+    done = salvage(path)
     assert done is not None
     assert done.original.name == "a.tar.broken"
 
@@ -148,7 +148,7 @@ def test_members_of_no_sample_are_kept(tmp_path: Path) -> None:
     assert [(run.key, sorted(run.extensions)) for run in runs(members)] == [
         (None, [""]), ("a", ["jpg", "txt"]), (None, [""]), ("b", ["jpg", "txt"]), ("b", ["jpg"])
     ]  # fmt: skip
-    done = mend(path)
+    done = salvage(path)
     assert done is not None
     assert (done.kept, done.left_out) == (2, ["b"])
     with tarfile.open(path) as tar:

@@ -59,7 +59,7 @@ def test_a_broken_shard_is_named(folder: Path, way: str) -> None:
     report = verify(folder, workers=0)
     reasons = {
         "flipped": "changed since it was indexed", "gone": "gone", "rows": "cannot be read",
-        "other rows": "not those of the tar", "unknown": "not in the index",
+        "other rows": "does not match the tar", "unknown": "not in the index",
     }  # fmt: skip
     assert [entry["shard"] for entry in report.broken] == ["00003.tar" if way == "unknown" else "00002.tar"]
     assert reasons[way] in report.broken[0]["reason"]

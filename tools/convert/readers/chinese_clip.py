@@ -40,7 +40,7 @@ class _Images:
             if not usable:
                 self.faults[len(ids)] = (
                     f"line-{line}",
-                    f"{path.name}, line {line}: no number, tab and base64",
+                    f"{path.name}, line {line}: expected a number, a tab and base64",
                 )
             ids.append(int(key) if usable else NO_ID)
             self._offset.append(offset + len(text) - len(rest))
@@ -49,7 +49,7 @@ class _Images:
         for number in repeated(self.ids):
             self.faults[number] = (
                 str(self.ids[number]),
-                f"{path.name}: the id stands on an earlier line too",
+                f"{path.name}: the id also appears on an earlier line",
             )
             self.ids[number] = NO_ID
 
@@ -70,12 +70,12 @@ class _Text(NamedTuple):
         """A line of `_texts.jsonl`. ValueError saying what is wrong with it."""
         document = json.loads(line.decode())
         if not isinstance(document, dict) or not {"text_id", "text", "image_ids"} <= document.keys():
-            raise ValueError("no object with text_id, text and image_ids")
+            raise ValueError("expected an object with text_id, text and image_ids")
         text, images = document["text"], document["image_ids"]
         if not isinstance(text, str) or not isinstance(images, list):
-            raise ValueError("text is no string, or image_ids no list")
+            raise ValueError("text is not a string, or image_ids is not a list")
         if not all(type(image) is int and 0 <= image < 2**63 for image in images):
-            raise ValueError("image_ids holds something else than ids")
+            raise ValueError("image_ids holds a value that is not an id")
         text.encode()  # half a surrogate pair is a UnicodeEncodeError, and that a ValueError
         return cls(document["text_id"], text, images)
 
@@ -130,7 +130,9 @@ def open_chinese_clip(inputs: Sequence[Path], options: NoOptions) -> Source:
             if match is None:
                 raise UserError(f"{file}: {_WANTED}")
             if found.setdefault(match[1], {}).setdefault(match[2], file) != file:
-                raise UserError(f"{file} and {found[match[1]][match[2]]} are of one split: give one of them")
+                raise UserError(
+                    f"{file} and {found[match[1]][match[2]]} belong to one split: give one of them"
+                )
     splits, notes = [], []
     used: list[Path] = []
     for name in sorted(found):

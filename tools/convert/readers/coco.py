@@ -143,9 +143,9 @@ def _listed(text: Mapping[str, Any], folder: str, path: Path) -> list[_Listed]:
                 texts = tuple(filter(None, captions.get(number, ())))
                 listed[number] = _Listed(number, folder, file, texts, image)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: what is said of {folder} is not as COCO says it ({error!r})") from None
+        raise UserError(f"{path}: the entries of {folder} are not in COCO's format ({error!r})") from None
     unknown = (
-        _Listed(number, folder, "", fault=f"{len(texts)} captions of an image that is listed nowhere")
+        _Listed(number, folder, "", fault=f"{len(texts)} captions of images that are not listed")
         for number, texts in captions.items()
         if number not in listed
     )
@@ -197,7 +197,7 @@ def _counts(splits: Sequence[CocoSplit]) -> Iterator[str]:
             unlisted[image.folder].discard(image.file)
     for name, files in unlisted.items():
         if files:
-            yield f"{name}: {len(files):,} files ({min(files)}, …) are listed nowhere and were left out"
+            yield f"{name}: {len(files):,} files ({min(files)}, …) are not listed and were left out"
 
 
 def _key(number: int) -> str:

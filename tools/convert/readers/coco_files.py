@@ -119,7 +119,7 @@ class CocoFiles:
         try:
             data = where.read_bytes() if isinstance(where, Path) else where[0].read(where[1])
         except DamagedMember as error:
-            raise UserError(f"{name}: {error}; fetch the zip again") from None
+            raise UserError(f"{name}: {error}; download the zip again") from None
         return document(data, str(where) if isinstance(where, Path) else f"{where[0].path}: {where[1]}")
 
     def _add(self, path: Path) -> None:
@@ -164,7 +164,7 @@ def document(data: bytes, what: str) -> Mapping[str, Any]:
     try:
         read = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{what} is no whole JSON ({error}); fetch it again") from None
+        raise UserError(f"{what} is not complete JSON ({error}); download it again") from None
     if not isinstance(read, dict) or not isinstance(read.get("images"), list):
-        raise UserError(f"{what} has no list 'images': not a file of COCO's")
+        raise UserError(f"{what} has no list 'images': not one of COCO's files")
     return read

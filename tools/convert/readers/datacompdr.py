@@ -147,7 +147,7 @@ def _label(key: str, read_json: Any) -> bytes:
 
 def _hashes(samples: TarSamples, numbers: np.ndarray) -> np.ndarray:
     if samples.labels is None:
-        raise ValueError("the labels were given up")
+        raise ValueError("without labels")
     return np.ascontiguousarray(samples.labels[numbers, -_HASH:]).view(f"S{_HASH}").ravel()
 
 

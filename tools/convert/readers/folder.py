@@ -89,7 +89,7 @@ class _Images:
             key = self._special.get((part, place), key)
         size = directory.sizes[place]
         if size == _NO_FILE:
-            raise BadRecord(key, "no file: a broken link, or something that is no regular file")
+            raise BadRecord(key, "no file: a broken link, or not a regular file")
         folder = self._handles.get(part)
         data = _read(name, size, self._handle(part) if folder is None else folder)
         return Record(key, data, self._captions[directory.cls], {}, directory.cls)
@@ -148,7 +148,7 @@ def _open(inputs: Sequence[Path], options: FolderOptions) -> Source:
     (root,) = inputs
     if not root.is_dir():
         raise UserError(
-            f"convert folder: {root} is no folder; give a folder that holds a folder for each class"
+            f"convert folder: {root} is not a folder; give a folder that holds a folder for each class"
         )
     for template in options.template:
         if "{c}" not in template or "\n" in template:

@@ -62,7 +62,9 @@ def open_downloads(inputs: Sequence[Path], options: Options) -> Source:
     """Opens folders of downloads as one split. UserError: none there, a broken uid file, no sample left."""
     paths = [path for folder in inputs for path in find_parts(folder)]
     if options.uids and options.once:
-        raise UserError("--uids takes each uid once already, or as often as its file says; leave --once away")
+        raise UserError(
+            "--uids takes each uid once already, or as often as its file says; do not give --once"
+        )
     label = uid_label if options.uids else partial(field_label, options.once) if options.once else None
     samples = TarSamples(paths, label=label)
     notes = [*samples.broken, *failures(paths, samples)]
@@ -70,7 +72,9 @@ def open_downloads(inputs: Sequence[Path], options: Options) -> Source:
         notes.append(f"{samples.without_image:,} samples without an image are left out")
     chosen, more = by_uids(samples, options.uids) if options.uids else all_or_once(samples, options.once)
     if len(chosen.numbers) == 0:
-        raise UserError(f"{', '.join(map(str, inputs))}: no sample is left; " + "; ".join([*notes, *more]))
+        raise UserError(
+            f"{', '.join(map(str, inputs))}: no sample meets these conditions; " + "; ".join([*notes, *more])
+        )
     samples.forget()
     files = [input_of(path) for path in paths]
     files += [InputFile.of(options.uids)] if options.uids else []
@@ -127,8 +131,8 @@ def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:
     if len(there) < len(paths):
         missing = next(table for path, table in tables.items() if path not in there)
         notes.append(
-            f"{missing} is not there ({len(paths) - len(there)} of {len(paths)} shards have none): "
-            "that download may be unfinished"
+            f"{missing} does not exist ({len(paths) - len(there)} of {len(paths)} shards have none): "
+            "the download may be unfinished"
         )
     counts: Counter[str] = Counter()
     held = np.bincount(samples.shards, minlength=len(paths))
@@ -141,7 +145,7 @@ def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:
             advice = "pip install 'clipcluster[parquet]'"
             return [*notes, f"what failed to download was not counted; that needs: {advice}"]
         if status is None:
-            notes.append(f"{there[path]} is cut or no parquet file: that download may be unfinished")
+            notes.append(f"{there[path]} is truncated or not a parquet file: the download may be unfinished")
             continue
         counts += status
         if status and status["success"] != held[number]:

@@ -40,7 +40,7 @@ class _Database:
             environment = self._environment()
             wanted = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         except _lmdb().Error as error:
-            raise UserError(f"{folder} is no database that can be read: {error}") from None
+            raise UserError(f"{folder} is not a readable database: {error}") from None
         found = (folder / _DATA).stat().st_size
         if found < wanted:
             raise UserError(f"{folder / _DATA} was cut, it has {found:,} of {wanted:,} bytes: copy it again")
@@ -110,7 +110,7 @@ class _Images:
         self.ids = np.append(np.array(ids, np.int64)[order], np.full(len(others), NO_ID))
         self._sizes = np.append(np.array(sizes, np.int64)[order], np.zeros(len(others), np.int64))
         for number, name in enumerate(others, len(ids)):
-            self.faults[number] = (name, f"a key of {database.path} that is no id of an image")
+            self.faults[number] = (name, f"a key of {database.path} that is not the id of an image")
 
     def sizes(self) -> np.ndarray:
         return self._sizes
@@ -134,7 +134,7 @@ class _Texts:
                 continue
             try:
                 if not _NUMBER.fullmatch(key):
-                    raise ValueError("a key that is no number")
+                    raise ValueError("a key that is not a number")
                 image_id, text_id, _ = _pair(bytes(value))
             except ValueError as error:
                 name = key.decode("utf-8", "replace")
@@ -166,7 +166,7 @@ def _pair(data: bytes) -> tuple[int, int, str]:
     try:
         pair = _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # a broken pickle raises nearly anything
-        raise ValueError(f"no pickle that can be read: {error}") from None
+        raise ValueError(f"not a readable pickle: {error}") from None
     if not isinstance(pair, tuple) or [type(part) for part in pair] != [int, int, str]:
         raise ValueError("a pickle, but not of (image_id, text_id, text)")
     image_id, text_id, text = pair
@@ -214,7 +214,7 @@ def open_lmdb(inputs: Sequence[Path], options: NoOptions) -> Source:
 def _splits(path: Path) -> list[Path]:
     """The splits in a folder: itself, or those in it or in its `lmdb`. UserError: one lacks a database."""
     if not path.is_dir():
-        raise UserError(f"{path} is no folder that is there; {_WANTED}")
+        raise UserError(f"{path} is not an existing folder; {_WANTED}")
     parent = path / "lmdb" if (path / "lmdb").is_dir() else path
     found = []
     for folder in [path, *sorted(parent.iterdir())]:

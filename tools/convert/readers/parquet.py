@@ -236,7 +236,7 @@ def _schema(path: Path) -> Any:
     try:
         return parquet.read_schema(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: no parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _choose(schema: Any, options: Options, path: Path) -> Columns:

@@ -41,7 +41,7 @@ def _fields(key: str, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise BadRecord(key, "its json cannot be read") from None
     if not isinstance(fields, dict):
-        raise BadRecord(key, "its json is no mapping")
+        raise BadRecord(key, "its json is not an object")
     return fields
 
 

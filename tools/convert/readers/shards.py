@@ -194,7 +194,7 @@ def _open(inputs: Sequence[Path], options: Options) -> Source:
         notes += _left_behind(folder)
     taken = _taken(folders, options)
     if not any(map(len, taken)):
-        raise UserError("reshard: no sample is left by these conditions; nothing to write")
+        raise UserError("reshard: no sample meets these conditions; nothing to write")
     tars = [
         InputFile.of(folder.shards.shard_path(shard))
         for folder in folders
@@ -241,7 +241,7 @@ def _left_behind(folder: _Folder) -> list[str]:
             "key came before in their shard"
         )
     notes += [
-        f"{folder.path}: {one['shard']} is broken: {one['reason']}; what lies before goes over"
+        f"{folder.path}: {one['shard']} is broken: {one['reason']}; the samples before that point are taken"
         for one in folder.broken
     ]
     return notes

@@ -237,7 +237,7 @@ class TableSplit:
         values.pop("", None)
         for value, row in values.items():
             if not (value.isascii() and value.isdigit()):
-                raise BadRecord(key, f"{self.images.where(row)}: {column} {value!r} is no class number")
+                raise BadRecord(key, f"{self.images.where(row)}: {column} {value!r} is not a class number")
         if len({int(value) for value in values}) > 1:
             raise BadRecord(key, f"{self.images.where(rows[0])}: of several classes: {', '.join(values)}")
         return next(map(int, values), None)

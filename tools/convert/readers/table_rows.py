@@ -58,7 +58,7 @@ class Table:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         if b"\0" in header or header.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{path} is no text in UTF-8 (its first line looks like UTF-16, or like no text)")
+            raise UserError(f"{path} is not UTF-8 text (its first line looks like UTF-16 or binary data)")
         self.form = Form(separator or ("\t" if b"\t" in header else ","), quotes)
         self._begin = len(header)
         try:

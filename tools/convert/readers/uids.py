@@ -41,8 +41,8 @@ def read_uids(path: Path) -> np.ndarray:
         return _of_lines(path.read_text(encoding="ascii", errors="replace").split(), path)
     if path.stat().st_size % NBYTES:
         raise UserError(
-            f"{path}: {path.stat().st_size} bytes are no uid file; it is .npy of dtype u8,u8, the same as "
-            "raw bytes (16 a uid), or text with one uid a line"
+            f"{path}: {path.stat().st_size} bytes are not a uid file: expected .npy of dtype u8,u8, "
+            "the same as raw bytes (16 a uid), or text with one uid a line"
         )
     return _of_array(np.fromfile(path, _PAIR), path)
 
@@ -65,5 +65,5 @@ def _of_array(array: np.ndarray, path: Path) -> np.ndarray:
 def _of_lines(lines: list[str], path: Path) -> np.ndarray:
     uids = [from_hex(line) for line in lines]
     if None in uids:
-        raise UserError(f"{path}: line {uids.index(None) + 1} is no uid: {lines[uids.index(None)][:40]!r}")
+        raise UserError(f"{path}: line {uids.index(None) + 1} is not a uid: {lines[uids.index(None)][:40]!r}")
     return np.frombuffer(b"".join(uid for uid in uids if uid), f"S{NBYTES}")

@@ -42,7 +42,7 @@ class ZipMembers:
                 found = [info for info in archive.infolist() if not info.is_dir()]
         except zipfile.BadZipFile as error:
             raise UserError(
-                f"{path} is no whole zip ({error}); a download that was cut looks like this: fetch it again"
+                f"{path} is not a complete zip ({error}), as after an interrupted download: download it again"
             ) from None
         for info in found:
             if info.flag_bits & _ENCRYPTED or info.compress_type not in _METHODS:
