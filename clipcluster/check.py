@@ -21,6 +21,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, load
 from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tree import nearest
 
@@ -356,7 +357,8 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     from clipcluster.model.towers import build_text_tower
 
     tower, coverage = build_text_tower(recipe.model.text, tokenizer=tokenizer, assets=assets)
-    name = recipe.model.text.hf or recipe.model.text.arch
+    text = recipe.model.text
+    name = text.hf if isinstance(text, HfTextTower) else text.arch
     findings.summary.append(
         f"text tower: {name}, {_millions(tower.parameters())} parameters, pool {tower.pool}"
     )

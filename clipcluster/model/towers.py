@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from clipcluster.data.tokenizer import asset_folder
 from clipcluster.errors import UserError
 from clipcluster.model.weights import FOLDER_FILES, Coverage, load_weights, shard_names
-
-if TYPE_CHECKING:
-    from clipcluster.recipe.sections import model as sections
+from clipcluster.recipe.sections import model as sections
 
 # How a caption's vector is taken from its tokens' when the recipe does not say.
 _POOLS = {
@@ -144,12 +142,10 @@ def build_text_tower(
     context longer than the tower's positions, and for weights that do not match.
     """
     folder = None
-    if config.hf is not None:
+    if isinstance(config, sections.HfTextTower):
         settings, folder = _config_from_hf(config.hf, assets)
-    elif config.arch is not None:
-        settings = _config_from_arch(config.arch, dict(config.config), tokenizer)
     else:
-        raise UserError("model.text: name a tower by hf or by arch.")
+        settings = _config_from_arch(config.arch, dict(config.config), tokenizer)
     settings.use_cache = False
     _check_fits(settings, tokenizer)
     transformer = _transformer(settings)
@@ -162,9 +158,7 @@ def build_text_tower(
     coverage = None
     if starting_weights and config.weights:
         source = Path(config.weights)
-        if config.weights == "pretrained":
-            if config.hf is None:
-                raise UserError("model.text.weights: pretrained needs model.text.hf; with arch, name a file.")
+        if isinstance(config, sections.HfTextTower) and config.weights == "pretrained":
             source = _pretrained(config.hf, folder)
         coverage = load_weights(transformer, source, name="text")
     return TextTower(transformer, int(settings.hidden_size), pool), coverage

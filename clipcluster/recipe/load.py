@@ -18,7 +18,7 @@ from clipcluster.recipe.environment import expanded, plain, resolve_paths
 from clipcluster.recipe.problems import validated
 from clipcluster.recipe.sections.base import Section, section
 from clipcluster.recipe.sections.cluster import Cluster
-from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, section_of, walk
+from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, sections_of, walk
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sites import find_site
 from clipcluster.recipe.tree import (
@@ -207,8 +207,8 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
     values = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        inner = section_of(field)
-        if inner is None:
+        inner = sections_of(field)
+        if not inner:
             at_default = not field.is_required() and value == field.get_default(call_default_factory=True)
             if keep(extra_of(field)["mark"]) and (full or not at_default):
                 chosen[name] = values[name]
@@ -216,9 +216,7 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
             chosen[name] = [_select(entry, keep, full=full) for entry in value]
         elif value is None:
             # Left out: the full form says so, since a later version may have another default.
-            if full and any(
-                keep(extra_of(leaf)["mark"]) for _, leaf in walk(inner) if section_of(leaf) is None
-            ):
+            if full and _decides(inner, keep):
                 chosen[name] = None
         else:
             below = _select(value, keep, full=full)
@@ -227,9 +225,10 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
     return chosen
 
 
-def _decides(section: type[Section], keep: Callable[[str], bool]) -> bool:
-    """Whether a section has a key whose mark is kept."""
-    return any(keep(extra_of(leaf)["mark"]) for _, leaf in walk(section) if section_of(leaf) is None)
+def _decides(kinds: Sequence[type[Section]], keep: Callable[[str], bool]) -> bool:
+    """Whether a section, in one of its kinds, has a key whose mark is kept."""
+    leaves = [leaf for kind in kinds for _, leaf in walk(kind) if not sections_of(leaf)]
+    return any(keep(extra_of(leaf)["mark"]) for leaf in leaves)
 
 
 def result_keys(loaded: Loaded) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Messages are built from the type and context of pydantic's errors, not from its 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -14,8 +15,7 @@ from pydantic.fields import FieldInfo
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.base import Section
-from clipcluster.recipe.sections.fields import is_list_of_sections, section_of, walk
-from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.sections.fields import is_list_of_sections, kinds_of, sections_of, walk
 from clipcluster.recipe.tree import Branch, Leaf, Loc, Origin, dotted, find, nearest, origin_of, read_scalar
 
 S = TypeVar("S", bound=Section)
@@ -59,9 +59,10 @@ def validated(value: Any, tree: Branch, problems: dict[Loc, str], file: str, mod
         recipe = model.model_validate(value)
     except ValidationError as error:
         for entry in error.errors(include_url=False):
-            loc = tuple(entry["loc"])
-            if not any(loc[: len(failed)] == failed for failed in problems):
-                problems[loc] = _message(loc, entry, tree)
+            key = Key.of(entry["loc"], model)
+            if not any(key.loc[: len(failed)] == failed for failed in problems):
+                message = _message(key, entry, tree, model)
+                problems[key.loc] = message
     if recipe is not None and not problems:
         return recipe
     lines = [problems[loc] for loc in sorted(problems, key=lambda loc: _line_order(origin_of(tree, loc)))]
@@ -75,41 +76,93 @@ def _line_order(origin: Origin) -> tuple[str, int]:
     return (file, int(line)) if line.isdigit() else ("~", 0)
 
 
-def _message(loc: Loc, entry: Mapping[str, Any], tree: Branch) -> str:
+@dataclass(frozen=True)
+class Key:
+    """A key or section of a recipe, known or not, at the location of an error.
+
+    Attributes:
+        loc: the path as a recipe writes it, without the kind that pydantic names after a union of sections.
+        field: the field; for an entry of a list, the list's; None for an unknown key.
+        around: the section that has the key.
+        others: the other kinds of `around`, by the key that tells each.
+    """
+
+    loc: Loc
+    field: FieldInfo | None
+    around: type[Section]
+    others: Mapping[str, type[Section]]
+
+    @classmethod
+    def of(cls, given: Loc, root: type[Section]) -> Key:
+        """The key at pydantic's location `given` in a recipe of the class `root`."""
+        loc: list[str | int] = []
+        key = cls((), None, root, {})
+        inner: type[Section] | None = root
+        others: Mapping[str, type[Section]] = {}
+        kinds: Mapping[str, type[Section]] = {}
+        for part in given:
+            if kinds and part in kinds:
+                inner = kinds[str(part)]
+                others = {name: kind for name, kind in kinds.items() if name != part}
+                kinds = {}
+                continue
+            loc.append(part)
+            if isinstance(part, int) or inner is None:
+                key = cls(tuple(loc), key.field if isinstance(part, int) else None, key.around, key.others)
+                continue
+            field = inner.model_fields.get(part)
+            key = cls(tuple(loc), field, inner, others)
+            kinds, others = (kinds_of(field), {}) if field else ({}, {})
+            inner = next(iter(sections_of(field)), None) if field else None
+        return key
+
+    @property
+    def path(self) -> str:
+        return dotted(self.loc)
+
+
+def _message(key: Key, entry: Mapping[str, Any], tree: Branch, root: type[Section]) -> str:
     """One line for one of pydantic's errors."""
-    origin = origin_of(tree, loc)
-    kind, value, field = entry["type"], entry["input"], _field_at(loc)
+    origin = origin_of(tree, key.loc)
+    kind, value = entry["type"], entry["input"]
     if kind == "extra_forbidden":
-        return origin.problem(dotted(loc), _unknown(loc))
+        return origin.problem(key.path, _unknown(key, root))
     if kind == "missing":
-        about = f" ({field.description.rstrip('.')})" if field and field.description else ""
-        return origin.problem(dotted(loc[:-1]), f"the key {dotted(loc)} is missing{about}")
-    if kind == "model_type":
-        expected = f"should be a section with the keys {', '.join(_known_keys(loc))}"
+        about = f" ({key.field.description.rstrip('.')})" if key.field and key.field.description else ""
+        return origin.problem(dotted(key.loc[:-1]), f"the key {key.path} is missing{about}")
+    if kind in ("kind_missing", "kind_ambiguous"):
+        return origin.problem(key.path, _which_kind(key, value))
+    if kind in ("model_type", "kind_type"):
+        expected = f"should be a section with the keys {_keys_of(key)}"
     elif kind == "literal_error":
-        expected = _one_of(value, _choices(field))
+        expected = _one_of(value, _choices(key.field))
     elif kind in EXPECTED:
         expected = EXPECTED[kind].format(**entry.get("ctx", {}))
     else:  # a type that no key had when this was written: pydantic's own words
         expected = entry["msg"]
-    example = (
-        _example(loc, field, _written(loc, value, tree)) if kind in ("model_type", "tuple_type") else None
-    )
-    if example is not None:
-        expected += f"; write {example}"
-    if isinstance(value, dict) and example is None:
-        return origin.problem(dotted(loc), expected)
-    return origin.problem(dotted(loc), f"got {_given(loc, value, tree)}; {expected}")
+    examples = []
+    if kind in ("model_type", "kind_type", "tuple_type"):
+        examples = _examples(key, _written(key.loc, value, tree))
+        expected += f"; write {' or '.join(examples)}" if examples else ""
+    if isinstance(value, dict) and not examples:
+        return origin.problem(key.path, expected)
+    return origin.problem(key.path, f"got {_given(key.loc, value, tree)}; {expected}")
+
+
+def _keys_of(key: Key) -> str:
+    """The keys of the section at `key`, of each kind."""
+    kinds = sections_of(key.field) if key.field else ()
+    return ", or ".join(", ".join(kind.model_fields) for kind in kinds)
 
 
 def _choices(field: FieldInfo | None) -> list[str]:
     """The words of a key that takes one of several."""
-    kinds = [field.annotation] if field else []
-    while kinds:
-        kind = kinds.pop()
-        if get_origin(kind) is Literal:
-            return [str(choice) for choice in get_args(kind)]
-        kinds.extend(get_args(kind))
+    annotations = [field.annotation] if field else []
+    while annotations:
+        annotation = annotations.pop()
+        if get_origin(annotation) is Literal:
+            return [str(choice) for choice in get_args(annotation)]
+        annotations.extend(get_args(annotation))
     return []
 
 
@@ -118,23 +171,22 @@ def _one_of(value: Any, choices: list[str]) -> str:
     return f"should be {' or '.join(choices)}" + (f"; did you mean {near}?" if near else "")
 
 
-def _example(loc: Loc, field: FieldInfo | None, value: Any) -> str | None:
-    """How a value of the wrong shape would be written; None where that cannot be guessed."""
-    if field is None:
-        return None
-    shown = _in_yaml(value)
-    inner = section_of(field)
-    if inner is not None and not isinstance(value, dict):
-        keys = [name for name, entry in inner.model_fields.items() if entry.is_required()]
-        keys = keys or list(inner.model_fields)
-        if isinstance(value, (list, tuple)) or value is None or len(keys) != 1:
-            return None
-        shown = f"{{{keys[0]}: {shown}}}"
-    if isinstance(loc[-1], int):
-        return shown
-    if inner is None or is_list_of_sections(field):
-        shown = f"[{shown}]"
-    return f"{dotted(loc)}: {shown}"
+def _examples(key: Key, value: Any) -> list[str]:
+    """How a value of the wrong shape would be written, one for each kind; [] where it cannot be guessed."""
+    if key.field is None:
+        return []
+    shapes = [_in_yaml(value)]
+    kinds = sections_of(key.field)
+    if kinds and not isinstance(value, dict):
+        if isinstance(value, (list, tuple)) or value is None:
+            return []
+        required = [[n for n, f in kind.model_fields.items() if f.is_required()] for kind in kinds]
+        names = [keys or list(kind.model_fields) for keys, kind in zip(required, kinds, strict=True)]
+        shapes = [f"{{{keys[0]}: {shapes[0]}}}" for keys in names if len(keys) == 1]
+    if isinstance(key.loc[-1], int):
+        return shapes
+    listed = not kinds or is_list_of_sections(key.field)
+    return [f"{key.path}: [{shape}]" if listed else f"{key.path}: {shape}" for shape in shapes]
 
 
 def _in_yaml(value: Any) -> str:
@@ -163,33 +215,34 @@ def _got(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _field_at(loc: Loc) -> FieldInfo | None:
-    """The key or section that `loc` names; for an entry of a list, the list's."""
-    here: type[Section] | None = Recipe
-    field = None
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = here.model_fields.get(part) if here else None
-        here = section_of(field) if field else None
-    return field
+def _which_kind(key: Key, value: Mapping[str, Any]) -> str:
+    """What to say of a section whose kind cannot be told: it has no key that tells it, or several."""
+    kinds = kinds_of(key.field) if key.field else {}
+    given = [name for name in kinds if value.get(name) is not None]
+    if given:
+        return (
+            f"has {' and '.join(given)}; should have exactly one of {', '.join(kinds)} (null removes a key)"
+        )
+    known = {name for kind in kinds.values() for name in kind.model_fields}
+    for name in value:
+        near = nearest(name, kinds) if name not in known else None
+        if near:
+            return f"unknown key {name}; did you mean {key.path}.{near}?"
+    return f"should have exactly one of the keys {', '.join(kinds)}"
 
 
-def _known_keys(loc: Loc) -> list[str]:
-    """The keys of the section that `loc` names."""
-    around = Recipe if not loc else section_of(field) if (field := _field_at(loc)) else None
-    return list(around.model_fields) if around else []
-
-
-def _unknown(loc: Loc) -> str:
-    """What to say of an unknown key: the nearest right one, here or elsewhere, else all known here."""
-    word, around = str(loc[-1]), dotted(loc[:-1])
-    known = _known_keys(loc[:-1])
+def _unknown(key: Key, root: type[Section]) -> str:
+    """What to say of an unknown key: its kind, the nearest right one, here or elsewhere, else all here."""
+    word, around = str(key.loc[-1]), dotted(key.loc[:-1])
+    known = list(key.around.model_fields)
+    for name, kind in key.others.items():
+        if word in kind.model_fields:
+            return f"belongs to {around} with the key {name}; here it has the keys {', '.join(known)}"
     prefix = f"{around}." if around else ""
     near = nearest(word, known)
     if near:
         return f"unknown key; did you mean {prefix}{near}?"
-    everywhere = {str(path[-1]): ".".join(path) for path, _ in reversed(list(walk()))}
+    everywhere = {str(path[-1]): ".".join(path) for path, _ in reversed(list(walk(root)))}
     if word in everywhere:
         return f"unknown key; did you mean {everywhere[word].replace('*', '0')}?"
-    return f"unknown key; {around or 'a recipe'} knows {', '.join(known)}"
+    return f"unknown key; {around or 'a recipe'} has the keys {', '.join(known)}"

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from clipcluster.recipe.sections.base import Section
-from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, section_of, walk
+from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, kinds_of, sections_of, walk
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sections.values import DEVIATIONS, MEANS
 from clipcluster.recipe.units import Duration, Memory, Nodes, Time
@@ -88,7 +88,7 @@ def schema() -> dict[str, Any]:
 def _made() -> dict[str, Any]:
     """Pydantic's JSON Schema, with defaults as a recipe writes them (``15 min``, not seconds)."""
     made = Recipe.model_json_schema(mode="validation")
-    models = {Recipe} | {inner for _, field in walk() if (inner := section_of(field)) is not None}
+    models = {Recipe} | {inner for _, field in walk() for inner in sections_of(field)}
     for model in models:
         properties = (made if model is Recipe else made["$defs"][model.__name__])["properties"]
         for name, field in model.model_fields.items():
@@ -129,7 +129,7 @@ def _for_editors(value: dict[str, Any]) -> dict[str, Any]:
 def page() -> str:
     """The reference page in Markdown."""
     made = _made()
-    parts = [_INTRODUCTION, "## Keys\n\n", _table(Recipe, made["properties"], "")]
+    parts = [_INTRODUCTION, "## Keys\n\n", _table(Recipe, made["properties"])]
     parts += _sections(Recipe, made["$defs"], "")
     return "".join(parts).rstrip() + "\n"
 
@@ -138,25 +138,30 @@ def _sections(model: type[Section], definitions: dict[str, Any], prefix: str) ->
     """The parts of the page for the sections below one."""
     parts = []
     for name, field in model.model_fields.items():
-        inner = section_of(field)
-        if inner is None:
+        if not sections_of(field):
             continue
         title = f"{prefix}{name}"
         kind = "A list; each entry has:" if is_list_of_sections(field) else ""
         if not field.is_required() and field.default is None:
             kind = "Left out unless it is written."
         parts.append(f"\n### {title}\n\n{(field.description or '').rstrip('.')}. {kind}".rstrip() + "\n\n")
-        table = _table(inner, definitions[inner.__name__]["properties"], title)
-        parts.append(table)
-        parts += _sections(inner, definitions, f"{title}.N." if is_list_of_sections(field) else f"{title}.")
+        kinds = kinds_of(field)
+        if kinds:
+            parts.append(f"One of {len(kinds)} kinds, told by its first key.\n")
+        for inner in sections_of(field):
+            about = next((f"\nWith `{name}`:\n\n" for name, kind in kinds.items() if kind is inner), "")
+            parts += [about, _table(inner, definitions[inner.__name__]["properties"])]
+            parts += _sections(
+                inner, definitions, f"{title}.N." if is_list_of_sections(field) else f"{title}."
+            )
     return parts
 
 
-def _table(model: type[Section], properties: dict[str, Any], title: str) -> str:
+def _table(model: type[Section], properties: dict[str, Any]) -> str:
     """One section's keys as a table; "" if it has only sections."""
     rows = []
     for name, field in model.model_fields.items():
-        if section_of(field) is not None:
+        if sections_of(field):
             continue
         cells = (
             f"`{name}`",

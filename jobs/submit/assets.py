@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from clipcluster.errors import UserError
+from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs import files
 
@@ -20,7 +21,7 @@ def hub_names(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     tokenizer, tower = recipe.data.text.tokenizer, recipe.model.text
     if tokenizer != "bytes" and not Path(tokenizer).exists():
         names[tokenizer] = TOKENIZER
-    if tower.hf is not None and not Path(tower.hf).exists():
+    if isinstance(tower, HfTextTower) and not Path(tower.hf).exists():
         more = WEIGHTS if tower.weights == "pretrained" else ()
         names[tower.hf] = (*names.get(tower.hf, ("config.json",)), *more)
     return names

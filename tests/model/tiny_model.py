@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from pydantic import TypeAdapter
 
 from clipcluster.model.clip import Clip, build_clip
 from clipcluster.recipe.sections import model as sections
@@ -43,7 +44,7 @@ def image_section(timm: str = "test_vit", weights: str | None = None, **args: ob
 
 def text_section(arch: str | None = "gpt2", **keys: object) -> sections.TextTower:
     keys = {"config": WORDS.get(arch or "", {})} | keys
-    return sections.TextTower(arch=arch, **keys)
+    return TypeAdapter(sections.TextTower).validate_python({"arch": arch, **keys})
 
 
 def model_section(**changes: object) -> sections.Model:

@@ -28,6 +28,7 @@ from clipcluster.recipe.load import (
 )
 from clipcluster.recipe.problems import EXPECTED
 from clipcluster.recipe.sections.fields import walk
+from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 
 Small = Callable[..., Loaded]
@@ -103,7 +104,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("train.weight_decay=1", "unknown key; did you mean optim.weight_decay?"),
         (
             "optim.zzz=1",
-            "unknown key; optim knows name, lr, weight_decay, betas, eps, clip_norm, schedule, warmup",
+            "unknown key; optim has the keys name, lr, weight_decay, betas, eps, clip_norm, schedule, warmup",
         ),
         ("optim.lr=high", "got 'high'; should be a number"),
         ("data.batch_size=1.5", "got 1.5; should be a whole number"),
@@ -123,6 +124,18 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("data.train.0=a", "should be a section with the keys shards, weight, repeat"),
         ("data.train.0=a", "; write {shards: a}"),
         ("model.image=convnext_atto", "; write model.image: {timm: convnext_atto}"),
+        ("model.text=gpt2", "should be a section with the keys hf, weights, pool, or arch, config, weights"),
+        ("model.text=gpt2", "; write model.text: {hf: gpt2} or model.text: {arch: gpt2}"),
+        ("model.text={pool: mean}", "should have exactly one of the keys hf, arch"),
+        ("model.text={arhc: gpt2}", "unknown key arhc; did you mean model.text.arch?"),
+        ("model.text={hf: gpt2, confg: {}}", "unknown key"),
+        (
+            "model.text={hf: gpt2, config: {n_layer: 2}}",
+            "belongs to model.text with the key arch",
+        ),
+        ("model.text.wieghts=x", "unknown key; did you mean model.text.weights?"),
+        ("model.text.pool=men", "should be last or first or mean; did you mean mean?"),
+        ("model.text.weights=pretrained", "belong to a model named by hf"),
         ("train.ema=0.99", "; write train.ema: {decay: 0.99}"),
         ("optim.schedule=cosin", "should be cosine or constant; did you mean cosine?"),
         ("seed=-1", "got -1; should be at least 0"),
@@ -144,6 +157,13 @@ def test_an_override_that_is_wrong(small: Small, override: str, said: str) -> No
     message = message_of(small, *(("seed=0",) if override.startswith("seed") else ()), override)
     assert message.startswith(f"from the command line: {override}: ") or "errors" in said
     assert said in message
+
+
+def test_two_kinds_of_a_tower_are_refused(small: Small) -> None:
+    said = "model.text: has hf and arch; should have exactly one of hf, arch (null removes a key)"
+    assert message_of(small, "model.text.hf=gpt2") == f"small.yaml:8: {said}"
+    text = small("model.text.hf=org/gpt2", "model.text.arch=null", "model.text.config=null").recipe.model.text
+    assert text == HfTextTower(hf="org/gpt2")
 
 
 def test_all_errors_come_at_once_in_the_order_of_the_lines(small: Small, recipe_file: Path) -> None:
@@ -179,6 +199,15 @@ def test_an_empty_file_is_one_error(small: Small, recipe_file: Path, text: str) 
 def test_a_tab_is_named(small: Small, recipe_file: Path) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("  batch_size", "\tbatch_size"))
     assert message_of(small) == "small.yaml:5: a tab character; YAML takes spaces instead"
+
+
+def test_a_run_of_before_the_kinds_of_towers_is_read(small: Small) -> None:
+    loaded = small()
+    older = recipe_keys(loaded)
+    older["model"]["text"] |= {"hf": None, "weights": None}
+    assert from_run(older, settings_keys(loaded)) == loaded.recipe
+    older["model"]["text"] |= {"hf": "org/gpt2", "arch": None, "config": {}}
+    assert from_run(older, settings_keys(loaded)).model.text == HfTextTower(hf="org/gpt2")
 
 
 def test_a_percentage_is_of_the_run(small: Small) -> None:
@@ -521,6 +550,7 @@ def test_no_damage_breaks_the_reading(at: int, length: int, text: str) -> None:
             load(file, (), NOWHERE)
 
 
+KINDS = ("kind_type", "kind_missing", "kind_ambiguous")
 JUNK = [
     None,
     True,
@@ -557,7 +587,7 @@ def test_no_message_is_pydantics_own(recipe_file: Path, path: tuple[str, ...]) -
             Recipe.model_validate(value)
         except ValidationError as error:
             found |= {entry["type"] for entry in error.errors()}
-    assert found <= {*EXPECTED, "missing", "model_type", "literal_error", "extra_forbidden"}
+    assert found <= {*EXPECTED, "missing", "model_type", "literal_error", "extra_forbidden", *KINDS}
 
 
 # The shipped recipes, and what reading one costs.

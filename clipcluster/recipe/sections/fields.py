@@ -9,22 +9,36 @@ from pydantic.fields import FieldInfo
 
 from clipcluster.recipe.sections.base import Section
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.sections.union import Kinds
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section behind a field, also of an optional one and of a list of sections; None for a plain key."""
+def sections_of(field: FieldInfo) -> tuple[type[Section], ...]:
+    """The section behind a field (optional and listed ones too), every kind of a union, () for a key."""
+    found: dict[type[Section], None] = {}
+    candidates = [field.annotation]
+    while candidates:
+        annotation = candidates.pop(0)
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            found[annotation] = None
+        else:
+            candidates.extend(getattr(annotation, "__args__", ()))
+    return tuple(found)
+
+
+def kinds_of(field: FieldInfo) -> dict[str, type[Section]]:
+    """The kinds of a union of sections by the key that tells them; {} for any other field."""
+    marks = list(field.metadata)
     candidates = [field.annotation]
     while candidates:
         annotation = candidates.pop()
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            return annotation
+        marks.extend(getattr(annotation, "__metadata__", ()))
         candidates.extend(getattr(annotation, "__args__", ()))
-    return None
+    return next((mark.sections for mark in marks if isinstance(mark, Kinds)), {})
 
 
 def is_list_of_sections(field: FieldInfo) -> bool:
     """Whether a field holds several sections (data.train)."""
-    return section_of(field) is not None and getattr(field.annotation, "__origin__", None) is tuple
+    return bool(sections_of(field)) and getattr(field.annotation, "__origin__", None) is tuple
 
 
 def extra_of(field: FieldInfo) -> dict[str, Any]:
@@ -35,10 +49,12 @@ def extra_of(field: FieldInfo) -> dict[str, Any]:
 def walk(
     model: type[Section] = Recipe, prefix: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Every field of a section and of those below it, with its path; list positions are written ``*``."""
+    """Every field of a section and of those below it, with its path; list positions are written ``*``.
+
+    A key that several kinds of a union have comes once for each.
+    """
     for name, field in model.model_fields.items():
         path = (*prefix, name)
         yield path, field
-        inner = section_of(field)
-        if inner is not None:
+        for inner in sections_of(field):
             yield from walk(inner, (*path, "*") if is_list_of_sections(field) else path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.union import Kinds
 from clipcluster.recipe.sections.values import Float, Int
 
 
@@ -24,22 +25,24 @@ class ImageTower(Section):
     args: dict[str, Any] = key("result", "Arguments for timm's create_model, such as drop_path_rate.", {})
 
 
-class TextTower(Section):
-    """The text tower: exactly one of `hf` and `arch`."""
+def _pool() -> Any:
+    return key(
+        "result",
+        "Which token stands for the caption: the last real one, the first, or the mean of the real ones. "
+        "Default: by architecture (last for causal ones, first for the others).",
+        None,
+    )
 
-    hf: str | None = key(
+
+class HfTextTower(Section):
+    """A text tower by the configuration of a published model."""
+
+    hf: str = key(
         "result",
         "Folder with a transformers model's configuration, or its name on the hub.",
-        None,
         path="name",
         min_length=1,
     )
-    arch: str | None = key(
-        "result",
-        "Model type known to transformers (gpt2, roberta, …), built from scratch with `config`.",
-        None,
-    )
-    config: dict[str, Any] = key("result", "With `arch`: values of its configuration, such as n_layer.", {})
     weights: str | None = key(
         "result",
         "File with the tower's starting weights, or 'pretrained' for those that belong to `hf`. "
@@ -48,24 +51,32 @@ class TextTower(Section):
         path="path",
         min_length=1,
     )
-    pool: Literal["last", "first", "mean"] | None = key(
-        "result",
-        "Which token stands for the caption: the last real one, the first, or the mean of the real ones. "
-        "Default: by architecture (last for causal ones, first for the others).",
-        None,
-    )
+    pool: Literal["last", "first", "mean"] | None = _pool()
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> TextTower:
-        if (self.hf is None) == (self.arch is None):
-            raise ValueError(
-                "should have exactly one of hf (a folder or a hub name) and arch (a model type, from scratch)"
-            )
-        if self.config and self.arch is None:
-            raise ValueError("config goes with arch; a tower named by hf brings its own configuration")
-        if self.weights == "pretrained" and self.hf is None:
-            raise ValueError("weights: pretrained goes with hf; with arch give a file, or leave it out")
-        return self
+
+class ArchTextTower(Section):
+    """A text tower from scratch, by its architecture and sizes."""
+
+    arch: str = key("result", "Model type known to transformers (gpt2, roberta, …).", min_length=1)
+    config: dict[str, Any] = key("result", "Values of its configuration, such as n_layer.", {})
+    weights: str | None = key(
+        "result",
+        "File with the tower's starting weights. Default: from scratch.",
+        None,
+        path="path",
+        min_length=1,
+    )
+    pool: Literal["last", "first", "mean"] | None = _pool()
+
+    @field_validator("weights")
+    @classmethod
+    def _a_file(cls, value: str | None) -> str | None:
+        if value == "pretrained":
+            raise ValueError("pretrained weights belong to a model named by hf; with arch, name a file")
+        return value
+
+
+TextTower = Annotated[HfTextTower | ArchTextTower, Kinds(hf=HfTextTower, arch=ArchTextTower)]
 
 
 class LogitScale(Section):
