@@ -16,6 +16,7 @@ from clipcluster.build.data import check_shards, open_sources
 from clipcluster.build.model import build_model, load_weights
 from clipcluster.build.training import build_trainer
 from clipcluster.errors import UserError
+from clipcluster.evals.headline import ordered
 from clipcluster.recipe.load import from_run, override
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.attempts import Attempt
@@ -42,12 +43,14 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
     recipe = from_run(run.recipe(), attempt.settings())
     device = pick_device(launch.local_rank)
     use_processors(recipe, launch)
+    attempt.phase(launch.rank, "rendezvous")
     world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
     began = time.monotonic()
     if world.agree(stop.wishes()) & Wish.STOP:
         return (
             Outcome.STOPPED
         )  # while starting up: nothing to save, and building may take longer than there is
+    attempt.phase(world.rank, "data")
     sources = open_sources(recipe, run.assets)
     if check_shards(sources.shards, world, stop) & Wish.STOP:
         return Outcome.STOPPED
@@ -115,7 +118,8 @@ def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> 
         done.epoch,
         seconds,
     )
-    if trainer.results:
-        for name, value in trainer.results.items():
-            logger.info("  %-32s %.4f", name, value)
+    for kind, results in ordered(trainer.results).items():
+        logger.info("%s: %s", kind.title, kind.explanation)
+        for result in results:
+            logger.info("  %-32s %s", result.name, result.text)
     logger.info("run folder: %s", run.path)

@@ -22,7 +22,7 @@ from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.run import evaluate, train
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
-from clipcluster.runs.merge import merged_metrics, merged_samples
+from clipcluster.runs.merge import events, merged_metrics, merged_samples
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import DataError, Outcome, RecipeFailure, Stop
 from tools.convert.convert import convert
@@ -110,6 +110,8 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
     lines = merged_metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all(line["loss"] > 0 and 0 < line["lr"] <= 1e-3 for line in lines)
+    phases = [event["phase"] for event in events(run) if event["event"] == "phase"]
+    assert phases == ["rendezvous", "data", "model", "checkpoint", "first batch"]
     results = read_json(run.evals / "step-00000008.json")["metrics"]
     assert results["test/zero_shot_images"] == 360
     assert {
@@ -225,7 +227,7 @@ def test_a_stop_while_starting_builds_nothing(tiny: Tiny) -> None:
 SLOW_HASH = """
 import sys, time
 from clipcluster import run
-from clipcluster.data import index
+from clipcluster.data.shards import shard_index as index
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop

@@ -73,7 +73,8 @@ def check_shards(sources: Sequence[Dataset], world: World, stop: Stop) -> Wish:
     They speak after each, so that none is taken for lost meanwhile; returns STOP where one was asked to.
     Raises DataError on the rank that finds a changed shard.
     """
-    found = world.broadcast([source.modified_shards() for source in sources] if world.is_main else None)
+    modified = [list(source.modified_shards().items()) for source in sources] if world.is_main else None
+    found = [dict(shards) for shards in world.broadcast(modified)]
     turns = [(source, shard) for source, shards in zip(sources, found, strict=True) for shard in shards]
     if turns and world.is_main:
         logger.warning(

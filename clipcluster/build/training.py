@@ -44,6 +44,7 @@ def build_trainer(
 
     plan_ = plan(recipe, sources.sampler.samples, world.size)
     precision = Precision(recipe.train.precision, world.device)
+    attempt.phase(world.rank, "model")
     model = build_model(recipe, sources.tokenizer, run.assets)
     weights = describe_start(model, plan_) if world.is_main else {}
     task = build_task(recipe, model, world).to(world.device)

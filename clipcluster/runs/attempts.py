@@ -86,6 +86,11 @@ class Attempt:
             line["step"] = self.step
         self._append(f"events-{writer}.jsonl", [{**line, **fields}])
 
+    def phase(self, rank: int, phase: str) -> None:
+        """Rank 0's event of what the attempt does before its first step; the other ranks write nothing."""
+        if rank == 0:
+            self.event("phase", writer="rank-0", phase=phase)
+
     def metrics(self, line: Mapping[str, Any]) -> None:
         """Append one log step (it needs `step`) to `metrics.jsonl`; rank 0 alone may. Raises StaleAttempt."""
         if not isinstance(line.get("step"), int):

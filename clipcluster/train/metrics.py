@@ -1,19 +1,20 @@
-"""Metrics of a run: one line of JSON a log step first, TensorBoard and the display after it."""
+"""Metrics of a run: one line of JSON a log step first, TensorBoard and the rank's log after it."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clipcluster.evals.headline import headline_text
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
 from clipcluster.train.board import Board
-from clipcluster.train.display import Display, results_text
 from clipcluster.train.progress import Progress
 from clipcluster.train.step import plain_metrics
 
@@ -30,7 +31,7 @@ class Metrics:
     Rates are measured since the last line.
 
     Args:
-        every: steps between two lines; the last step has one too.
+        every: steps between two lines; the first and the last step have one too.
     """
 
     def __init__(self, run: Run, attempt: Attempt, world: World, *, every: int, total_steps: int) -> None:
@@ -38,14 +39,12 @@ class Metrics:
         self._every, self._total = every, total_steps
         self._last_line: dict[str, Any] = {}
         self._board: Board | None = None
-        self._display: Display | None = None
         self.restart_clock(0)
 
     def open(self, progress: Progress) -> None:
-        """Begin where the run stands. On rank 0 the display appears."""
+        """Begin where the run stands."""
         self.restart_clock(progress.samples)
         if self._world.is_main:
-            self._display = Display(self._total, progress.step)
             self._board = Board(self._run.tensorboard, attempt=self._attempt.number, step=progress.step)
 
     def restart_clock(self, samples: int) -> None:
@@ -58,7 +57,7 @@ class Metrics:
 
     def due(self, progress: Progress) -> bool:
         """Whether this step has a line."""
-        return progress.step % self._every == 0 or progress.step == self._total
+        return progress.step % self._every == 0 or progress.step in (1, self._total)
 
     def write(self, progress: Progress, report: Report, *, lr: float, bad: int, **extra: float) -> int:
         """Reduce over the ranks and write a line. Every rank calls it at the same step.
@@ -87,8 +86,7 @@ class Metrics:
         self._attempt.metrics(line)
         self._last_line = line
         self._scalars(line, "train", line["step"])
-        if self._display:
-            self._display.show(line)
+        logger.info("step %s/%s  %s", f"{line['step']:,}", f"{self._total:,}", summary(line))
 
     def write_results(self, progress: Progress, results: dict[str, float]) -> None:
         """Add an evaluation's results to the line of its step (rank 0). Raises StaleAttempt.
@@ -105,12 +103,12 @@ class Metrics:
         self._last_line = {"step": progress.step, **line, **results}
         self._attempt.metrics(self._last_line)
         self._scalars(results, "evaluation", progress.step)
-        self.say(f"evaluation at step {progress.step:,}: {results_text(results)}")
+        self.say(f"evaluation at step {progress.step:,}: {headline_text(results)}")
 
     def say(self, text: str) -> None:
         """A message beside the metrics, from rank 0."""
         if self._world.is_main:
-            (self._display.note if self._display else logger.info)(text)
+            logger.info("%s", text)
 
     def _scalars(self, line: dict[str, Any], group: str, step: int) -> None:
         if self._board:
@@ -118,8 +116,16 @@ class Metrics:
             self._board.add(group, {name: value for name, value in line.items() if name not in counts}, step)
 
     def close(self) -> None:
-        """Flush TensorBoard's file and leave the terminal as it was."""
-        if self._display:
-            self._display.close()
+        """Flush TensorBoard's file."""
         if self._board:
             self._board.close()
+
+
+def summary(line: Mapping[str, Any]) -> str:
+    """The few numbers of a line of metrics that a person follows."""
+    parts = [f"epoch {line['epoch']:.2f}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}"]
+    parts.append(f"{line['samples_per_second']:,.0f} samples/s")
+    parts.append(f"waited {line['data_wait_seconds']:.2f} s for data")
+    if line.get("skipped_steps"):
+        parts.append(f"{line['skipped_steps']} steps skipped")
+    return "  ".join(parts)

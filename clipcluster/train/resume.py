@@ -1,8 +1,8 @@
-"""Finding the checkpoint to go on from, and refusing one that belongs to other data or weights."""
+"""Finding the checkpoint to resume from, and refusing one that belongs to other data or weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from clipcluster.runtime.stop import DataError, RecipeFailure
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder, Parts, load_parts
 from clipcluster.train.progress import Progress
+from clipcluster.train.rollback import Range, before
 
 
 def restore(
@@ -20,30 +21,31 @@ def restore(
     progress: Progress,
     parts: Parts,
     constants: Mapping[str, Any],
-    usable: Callable[[Mapping[str, Any]], bool] = lambda state: True,
+    skipped: Sequence[Range] = (),
 ) -> Path | None:
-    """Load the newest usable checkpoint into `progress` and `parts` on every rank; None where there is none.
+    """Load the newest checkpoint into `progress` and `parts` on every rank; None where there is none.
 
-    Rank 0 looks and verifies, the others load what it found. Raises, on all ranks together, CheckpointError
-    where nothing verifies, DataError for another index, RecipeFailure for other starting weights.
+    Rank 0 looks and verifies, the others load what it found. A checkpoint that was saved within the batches
+    `skipped` is passed over; the progress leaves them out from then on, with a checkpoint or without. Raises,
+    on all ranks together, CheckpointError where nothing verifies, DataError for another index, RecipeFailure
+    for other starting weights.
     """
 
     def look() -> str | None:
-        newest = folder.newest(usable)
+        newest = folder.newest(before(skipped))
         if newest:
             check_same(read_json(newest / STATE), constants, newest)
         return newest.name if newest else None
 
     name = world.while_main(look)
-    if name is None:
-        return None
-    found = folder.folder / name
-    state = read_json(found / STATE)
-    load_parts(found, state, parts)
-    progress.load_state_dict(state)
-    evaluated = folder.evaluation(progress.step)
-    if evaluated:
-        progress.evaluated_step = progress.step
+    found = folder.folder / name if name else None
+    if found:
+        state = read_json(found / STATE)
+        load_parts(found, state, parts)
+        progress.load_state_dict(state)
+        if folder.evaluation(progress.step):
+            progress.evaluated_step = progress.step
+    progress.skipped = sorted({*progress.skipped, *skipped})
     return found
 
 

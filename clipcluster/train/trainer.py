@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runtime.stop import GRACE_SECONDS, Failure, LostPeers, NonFiniteError, Outcome, Stop, Wish
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.stop import GRACE_SECONDS, Failure, LostPeers, Outcome, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
+from clipcluster.train import rollback
 from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder, Parts
 from clipcluster.train.evaluations import Evaluations, Interrupted
@@ -94,6 +96,7 @@ class Trainer:
 
     def _run(self) -> Outcome:
         self._resume()
+        self.attempt.phase(self.world.rank, "first batch")
         wishes = self._rehearse()
         if wishes & Wish.STOP:
             return self._stopped()
@@ -112,6 +115,7 @@ class Trainer:
             if wishes & Wish.STOP and self._more():
                 return self._stopped()
             if wishes & Wish.SAVE:
+                self.world.while_main(self.saver.finish)
                 self.saver.save(self.progress, self.parts)
         return self._finished()
 
@@ -123,14 +127,19 @@ class Trainer:
         return wishes | (Wish.ABORT if self._failure else Wish.NONE)
 
     def _resume(self) -> None:
+        self.attempt.phase(self.world.rank, "checkpoint")
         if self.world.is_main:
             self.checkpoints.prepare()
-        found = restore(self.world, self.checkpoints, self.progress, self.parts, self.constants)
+        skipped = rollback.recorded(self.world, Run(self.attempt.run))
+        found = restore(self.world, self.checkpoints, self.progress, self.parts, self.constants, skipped)
         self.attempt.step = self.progress.step
-        if found:
+        if found is None:
+            self.world.while_main(lambda: rollback.refuse_to_start_anew(self.checkpoints, skipped))
+        else:
+            self.world.while_main(lambda: rollback.set_aside_later(self.checkpoints, self.progress))
             self.saver.resumed_from(self.progress.step)
             self._event("resume", checkpoint=found.name)
-            self.metrics.say(f"goes on from {found.name}")
+            self.metrics.say(f"resuming from {found.name}")
         self.metrics.open(self.progress)
         self._open_batches()
 
@@ -196,41 +205,25 @@ class Trainer:
             self._roll_back(streak)
 
     def _roll_back(self, streak: Streak) -> None:
-        """Back to the last checkpoint before a row of non-finite steps, once; the row is left out then."""
-        row = (
-            f"{streak.length} steps in a row had a loss or gradient that is not finite "
-            f"(batches {streak.first_batch} to {streak.last_batch})"
-        )
-        advice = (
-            "Lower optim.lr, lengthen optim.warmup, set optim.clip_norm, or use train.precision bf16 or fp32."
-        )
+        """Continue from the last checkpoint before a row of non-finite steps, without the row; only once."""
         if self.progress.skipped:
-            self._failure = NonFiniteError(f"{row}, although the run went back once already.", advice)
+            self._failure = rollback.impossible(streak, "although the run went back once already")
             return
-        self.saver.finish()
-        found = restore(
-            self.world,
-            self.checkpoints,
-            self.progress,
-            self.parts,
-            self.constants,
-            usable=lambda state: state["batches_drawn"] <= streak.first_batch,
-        )
+        self.world.while_main(self.saver.finish)
+        row = (streak.first_batch, streak.last_batch + 1)
+        found = restore(self.world, self.checkpoints, self.progress, self.parts, self.constants, [row])
         if found is None:
-            self._failure = NonFiniteError(f"{row}, and no checkpoint is older.", advice)
+            self._failure = rollback.impossible(streak, "and no checkpoint is older")
             return
-        self.progress.skipped = [(streak.first_batch, streak.last_batch + 1)]
         self.attempt.step = self.progress.step
+        reason = rollback.describe(streak)
         with self._noting_failures():
             if self.world.is_main:
-                for step in self.checkpoints.steps():
-                    if step > self.progress.step:
-                        self.checkpoints.set_aside(
-                            step, f"the run went back to step {self.progress.step}: {row}"
-                        )
+                rollback.record(self.attempt, row, checkpoint=found.name, reason=reason)
+                rollback.set_aside_later(self.checkpoints, self.progress)
         self.saver.resumed_from(self.progress.step)
-        self._event("roll_back", reason=row, checkpoint=found.name)
-        self.metrics.say(f"{row}; back to {found.name}, without these batches")
+        self._event("roll_back", reason=reason, checkpoint=found.name)
+        self.metrics.say(f"{reason}: back to {found.name}, without these batches")
         self.step.guard.reset()
         self._open_batches()
         self.metrics.restart_clock(self.progress.samples)
@@ -259,8 +252,12 @@ class Trainer:
                 self.attempt.event("stop_requested", writer=writer, reason=self.stop.reason)
         if self.progress.step:
             left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
-            self.saver.save_and_wait(self.progress, self.parts, left)
+            self._save_and_wait(left)
         return self._leave(Outcome.STOPPED, self._reason_to_stop(), go_on=True)
+
+    def _save_and_wait(self, seconds_left: float | None = None) -> None:
+        """Have the current step durable; the other ranks wait for rank 0, however long its disk takes."""
+        self.world.while_main(lambda: self.saver.save_and_wait(self.progress, self.parts, seconds_left))
 
     def _reason_to_stop(self) -> str:
         """What the first of the ranks that were asked to stop was told."""
@@ -268,7 +265,7 @@ class Trainer:
         return next(reason for reason in self.world.gather(own) if reason)
 
     def _finished(self) -> Outcome:
-        self.saver.save_and_wait(self.progress, self.parts)
+        self._save_and_wait()
         return self._leave(Outcome.FINISHED, "all steps done", go_on=False)
 
     def _leave(self, outcome: Outcome, reason: str, *, go_on: bool) -> Outcome:

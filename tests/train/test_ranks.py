@@ -118,3 +118,11 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
     assert samples(killed) == samples(whole)
     end = "checkpoints/step-00000060"
     assert differing_tensors(killed.path / end, whole.path / end) == []
+
+
+def test_peers_wait_for_a_slow_disk_however_long(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
+    """Saving and verifying take rank 0 longer than the silence after which a rank counts as lost."""
+    run = ranked_run(toy, tmp_path / "run")
+    script = {"steps": 4, "save_every": 2, "silence": 2.0, "slow_disk": 3.0}
+    start_ranks(run, 2, {**script, "stop_at": 1}, script).finish(0)
+    assert [event["step"] for event in events(run) if event["event"] == "checkpoint"] == [2, 4]

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,13 @@ def test_a_run_leaves_metrics_checkpoints_and_an_outcome(toy: ModuleType, run: A
     assert list(run.tensorboard.iterdir())
     keys = [(line["step"], line["slot"], line["key"]) for line in merged_samples(run)]
     assert keys == [(t + 1, slot, f"{t}-{slot}") for t in range(12) for slot in range(16)]
+
+
+def test_the_first_step_is_logged_and_what_comes_before_it_is_told(toy: ModuleType, run: Any) -> None:
+    toy.go(run, log_every=5)
+    assert [line["step"] for line in merged_metrics(run)] == [1, 5, 10, 12]
+    phases = [event["phase"] for event in events(run) if event["event"] == "phase"]
+    assert phases == ["checkpoint", "first batch"]
 
 
 @pytest.mark.parametrize("stops", [[0], [4], [5], [10], [2, 3, 9]])
@@ -222,6 +230,96 @@ def test_a_row_of_non_finite_steps_goes_back_once_and_leaves_it_out(toy: ModuleT
     trainer.progress.skipped = [(5, 8)]
     trainer.run()
     assert_same_weights(clean.checkpoints / "step-00000012", run.checkpoints / "step-00000012")
+
+
+def until_the_roll_back(toy: ModuleType, run: Any, then: Callable[[Any], None], **wishes: Any) -> Any:
+    """Train until the run has gone back to a checkpoint, and do something right after that."""
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**wishes))
+    event = trainer.attempt.event
+
+    def telling(kind: str, **fields: Any) -> None:
+        event(kind, **fields)
+        if kind == "roll_back":
+            then(trainer)
+
+    trainer.attempt.event = telling
+    return trainer
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def kill(trainer: Any) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_run_stopped_right_after_it_went_back_replays_nothing(toy: ModuleType, run: Any, end: str) -> None:
+    script = {"poison": [5, 6, 7], "save_every": 3, "limit": 2}
+    if end == "kill":
+        with pytest.raises(Killed):
+            until_the_roll_back(toy, run, kill, **script).run()
+    else:
+        trainer = until_the_roll_back(toy, run, lambda it: it.stop.request("the test's wish"), **script)
+        assert trainer.run() is Outcome.STOPPED
+        assert trainer.progress.step == 3
+    trainer = toy.go(run, **script)
+    assert trainer.outcome is Outcome.FINISHED
+    assert trainer.progress.skipped == [(5, 8)]
+    assert [event["event"] for event in events(run)].count("roll_back") == 1
+    consumed = [int(line["key"].split("-")[0]) for line in merged_samples(run) if line["slot"] == 0]
+    assert consumed == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]
+
+
+def test_a_run_stopped_right_after_it_went_back_does_not_go_back_twice(toy: ModuleType, run: Any) -> None:
+    script = {"poison": [5, 6, 7, 9, 10, 11], "save_every": 3, "limit": 2}
+    with pytest.raises(Killed):
+        until_the_roll_back(toy, run, kill, **script).run()
+    with pytest.raises(NonFiniteError, match="once already"):
+        toy.go(run, **script)
+    assert [event["event"] for event in events(run)].count("roll_back") == 1
+
+
+def test_a_run_killed_while_it_went_back_resumes_before_the_row(toy: ModuleType, run: Any) -> None:
+    script = {"poison": [4, 5, 6, 7, 8, 9], "save_every": 3, "limit": 2, "log_every": 9, "steps": 18}
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
+    trainer.checkpoints.set_aside = lambda step, reason: kill(trainer)  # the first thing after the record
+    with pytest.raises(Killed):
+        trainer.run()
+    assert (run.checkpoints / "step-00000006").is_dir()
+    trainer = toy.go(run, **script)
+    assert trainer.outcome is Outcome.FINISHED
+    assert trainer.progress.skipped == [(4, 9)]
+    assert next(event for event in events(run) if event["event"] == "resume")["checkpoint"] == "step-00000003"
+    aside = sorted(path.name for path in run.checkpoints.iterdir() if path.name.startswith("broken-"))
+    assert aside == ["broken-step-00000006-1"]
+
+
+def test_a_roll_back_that_cannot_be_recorded_ends_the_run(toy: ModuleType, run: Any) -> None:
+    trainer = toy.build(
+        run, toy.claim(run), toy.alone(), Stop(), toy.Script(poison=[5, 6, 7], save_every=3, limit=2)
+    )
+    fetch = trainer._fetch
+
+    def fetch_and_obstruct() -> Any:
+        (trainer.attempt.path / "roll_back.json" / "in the way").mkdir(parents=True, exist_ok=True)
+        return fetch()
+
+    trainer._fetch = fetch_and_obstruct
+    with pytest.raises(CheckpointError, match=r"roll-back to step-00000003 cannot be recorded"):
+        trainer.run()
+
+
+def test_where_all_checkpoints_are_of_the_row_the_run_does_not_start_anew(toy: ModuleType, run: Any) -> None:
+    script = {"poison": [4, 5, 6, 7, 8, 9], "save_every": 3, "limit": 2, "log_every": 9, "steps": 18}
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
+    trainer.checkpoints.set_aside = lambda step, reason: kill(trainer)
+    with pytest.raises(Killed):
+        trainer.run()
+    (run.checkpoints / "step-00000003").rename(run.path / "lost")
+    with pytest.raises(CheckpointError, match=r"step-00000006.*batches 4 to 8"):
+        toy.go(run, **script)
 
 
 def test_checkpoints_of_a_row_of_non_finite_steps_are_set_aside(toy: ModuleType, run: Any) -> None:

@@ -6,11 +6,13 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 
 from clipcluster.data.loading.batch import Batch
@@ -63,6 +65,8 @@ class Script:
     weights: str = "w"
     lr: float = 0.05
     pause: float = 0.0
+    slow_disk: float = 0.0  # seconds that reading and writing a checkpoint takes
+    silence: float = 60.0  # seconds after which a rank is lost
 
 
 class Towers(nn.Module):
@@ -157,6 +161,18 @@ class ToySuite:
         return {"toy/size": float(model.first.weight.abs().sum()), "toy/step": float(progress.step)}
 
 
+class SlowDisk(CheckpointFolder):
+    seconds = 0.0
+
+    def newest(self, *arguments: Any) -> Path | None:
+        time.sleep(self.seconds)
+        return super().newest(*arguments)
+
+    def write(self, *arguments: Any) -> Path:
+        time.sleep(self.seconds)
+        return super().write(*arguments)
+
+
 class Unrehearsed(Step):
     needs_rehearsal = False
 
@@ -180,7 +196,8 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         "starting_weights": {"image": script.weights},
         "plan": {"total_steps": script.steps},
     }
-    checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about={"world_size": world.size})
+    checkpoints = SlowDisk(run.checkpoints, check=attempt.check, about={"world_size": world.size})
+    checkpoints.seconds = script.slow_disk
     saver = Saver(
         checkpoints if world.is_main else None,
         keep=Keep(last=script.keep_last, metric=script.keep_best, count=1 if script.keep_best else 0),
@@ -265,6 +282,8 @@ def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, A
             if world.is_main:
                 claim(run)
             world.barrier()
+        silence = Script(**script).silence
+        distributed_c10d._set_pg_timeout(timedelta(seconds=silence), distributed_c10d._get_default_group())
         stop = Stop()
         stop.install(interactive=False)
         outcome = build(run, run.attempt(attempt), world, stop, Script(**script)).run()

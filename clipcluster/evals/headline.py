@@ -1,0 +1,95 @@
+"""The results of an evaluation in the order in which people read them: the headline first. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A group of metrics that belong together, and what they mean."""
+
+    title: str
+    explanation: str
+    prefixes: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
+
+    def has(self, metric: str) -> bool:
+        """Whether the metric (without its set) is of this kind."""
+        return metric.startswith(self.prefixes) and (not self.suffixes or metric.endswith(self.suffixes))
+
+
+COUNTS = Kind("counts", "what the fractions are taken of", ("",), ("images", "pairs", "captions", "classes"))
+ZERO_SHOT = Kind("zero-shot", "fraction of the images whose class is nearest, or among five", ("zero_shot_",))
+GROUPED = Kind(
+    "retrieval",
+    "rK: fraction of the queries with a match among the first K; any caption of an image is a match",
+    ("i2t_", "t2i_"),
+)
+PAIRED = Kind(
+    "retrieval, paired",
+    "row i must find row i, as OpenCLIP counts in training: an image's other captions are wrong, so that "
+    "with five captions an image a perfect model has r1 0.2",
+    ("paired_",),
+)
+OTHER = Kind("other", "", ("",))
+ORDER = (ZERO_SHOT, GROUPED, PAIRED, COUNTS, OTHER)
+HEADLINE = ("zero_shot_top1", "i2t_r1", "t2i_r1")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure. `name` is SET/METRIC as in the files; `value` is None where it was not finite."""
+
+    name: str
+    value: float | None
+
+    @property
+    def set(self) -> str:
+        return self.name.rpartition("/")[0]
+
+    @property
+    def metric(self) -> str:
+        """The metric without its set and without what its kind says already."""
+        metric = self.name.rpartition("/")[2]
+        return metric.removeprefix("zero_shot_").removeprefix("paired_")
+
+    @property
+    def kind(self) -> Kind:
+        metric = self.name.rpartition("/")[2]
+        return next(kind for kind in (COUNTS, *ORDER) if kind.has(metric))
+
+    @property
+    def text(self) -> str:
+        """A fraction as a percentage, a count whole, a rank with one decimal."""
+        if self.value is None:
+            return "not finite"
+        if "rank" in self.metric:
+            return f"{self.value:.1f}"
+        if self.kind is COUNTS:
+            return f"{self.value:,.0f}"
+        return f"{100 * self.value:.2f} %" if 0 <= self.value <= 1 else f"{self.value:g}"
+
+
+def ordered(results: Mapping[str, float | None]) -> dict[Kind, list[Result]]:
+    """SET/METRIC -> value by kind: zero-shot, grouped retrieval, paired retrieval, counts, others.
+
+    Within a kind the sets and metrics keep their order; kinds without a result are absent.
+    """
+    found = [Result(name, value) for name, value in results.items()]
+    by_kind = {kind: [result for result in found if result.kind is kind] for kind in ORDER}
+    return {kind: own for kind, own in by_kind.items() if own}
+
+
+def headline(results: Mapping[str, float | None]) -> list[Result]:
+    """The few results that a line has room for: zero-shot top-1 and grouped R@1; else the first ones."""
+    every = [result for own in ordered(results).values() for result in own]
+    return [result for result in every if result.name.rpartition("/")[2] in HEADLINE] or every[:3]
+
+
+def headline_text(results: Mapping[str, float | None]) -> str:
+    """`headline` in one line, and how many results there are."""
+    chosen = headline(results)
+    shown = ", ".join(f"{result.name} {result.text}" for result in chosen)
+    return shown + (f" ({len(results)} results in all)" if len(results) > len(chosen) else "")

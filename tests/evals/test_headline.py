@@ -1,0 +1,56 @@
+"""What is said first of an evaluation, and by which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from clipcluster.evals.headline import COUNTS, GROUPED, PAIRED, ZERO_SHOT, headline_text, ordered
+from clipcluster.recipe.tasks import METRICS
+
+RESULTS: dict[str, float | None] = {
+    "val/i2t_r1": 0.25,
+    "val/i2t_mean_rank": 3.5,
+    "val/t2i_r1": 0.2,
+    "val/paired_i2t_r1": 0.05,
+    "val/images": 1000.0,
+    "val/distinct_captions": 5000.0,
+    "test/zero_shot_top1": None,
+    "test/zero_shot_top5": 0.9,
+    "test/zero_shot_images": 360.0,
+}
+
+
+def test_the_headline_comes_first_and_the_paired_figures_behind() -> None:
+    kinds = ordered(RESULTS)
+    assert list(kinds) == [ZERO_SHOT, GROUPED, PAIRED, COUNTS]
+    shown = [(result.set, result.metric, result.text) for own in kinds.values() for result in own]
+    assert shown == [
+        ("test", "top1", "not finite"),
+        ("test", "top5", "90.00 %"),
+        ("val", "i2t_r1", "25.00 %"),
+        ("val", "i2t_mean_rank", "3.5"),
+        ("val", "t2i_r1", "20.00 %"),
+        ("val", "i2t_r1", "5.00 %"),
+        ("val", "images", "1,000"),
+        ("val", "distinct_captions", "5,000"),
+        ("test", "images", "360"),
+    ]
+    assert "five captions" in PAIRED.explanation
+
+
+def test_a_line_has_the_headline_alone() -> None:
+    expected = "test/zero_shot_top1 not finite, val/i2t_r1 25.00 %, val/t2i_r1 20.00 % (9 results in all)"
+    assert headline_text(RESULTS) == expected
+    assert headline_text({"toy/size": 3.0}) == "toy/size 3"
+    assert headline_text({}) == ""
+
+
+def test_every_metric_of_the_tasks_has_a_kind() -> None:
+    names = {f"set/{metric}": 0.5 for metrics in METRICS.values() for metric in metrics}
+    assert list(ordered(names)) == [ZERO_SHOT, GROUPED, PAIRED]
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, clipcluster.evals.headline; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
