@@ -1,22 +1,16 @@
-"""What the ranks and the batch side printed, and a run's metrics as a table."""
+"""What the ranks and the batch side printed."""
 
 from __future__ import annotations
 
-import csv
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
 
 from clipcluster.errors import UserError
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
-from clipcluster.runs.merge import merged_metrics
 
 LOOK_SECONDS = 0.5
-BEFORE_ALL = ("step", "samples", "epoch", "loss")
-AFTER_ALL = ("time", "attempt")
 
 
 def log_files(run: Run, *, rank: int = 0, attempt: int | None = None) -> list[Path]:
@@ -65,25 +59,3 @@ def stream(
         if last or not following:
             return
         time.sleep(LOOK_SECONDS)
-
-
-def write_metrics(run: Run, out: IO[str], *, kind: str) -> None:
-    """The merged table as "csv" or "jsonl". Raises UserError where there is none yet."""
-    lines = merged_metrics(run)
-    if not lines:
-        raise UserError(f"{run.name} has no metrics yet; see: clipcluster status {run.name}")
-    if kind == "jsonl":
-        for line in lines:
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return
-    writer = csv.DictWriter(out, columns(lines), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-
-
-def columns(lines: list[dict[str, Any]]) -> list[str]:
-    """Every key that a line has: the step first, bookkeeping last, the others as they came."""
-    keys = list(dict.fromkeys(key for line in lines for key in line))
-    first = [key for key in BEFORE_ALL if key in keys]
-    last = [key for key in AFTER_ALL if key in keys]
-    return [*first, *(key for key in keys if key not in (*first, *last)), *last]

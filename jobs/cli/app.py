@@ -13,9 +13,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from clipcluster.errors import UserError
+from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import all_runs, find_run, runs_folder
 from jobs.cli.bench import bench
-from jobs.cli.options import AsJson, Runs, group, print_document, say
+from jobs.cli.options import AsJson, Runs, group, pointer, print_document, say, verb_first
 from jobs.cli.reshard import register
 from jobs.cli.sandbox import sandbox
 from jobs.cli.shards import shards
@@ -27,6 +28,30 @@ UsageProblem: type[Exception] = next(
 
 
 app = group("Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe.")
+
+
+def _print_version(wanted: bool) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    if not wanted:
+        return
+    try:
+        say(f"clipcluster {version('clipcluster')}")
+    except PackageNotFoundError:
+        say(f"clipcluster, not installed, in {Path(__file__).resolve().parents[2]}")
+    raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    """Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe."""
+
+
 register(shards)
 app.add_typer(shards, name="shards")
 app.add_typer(sandbox, name="sandbox")
@@ -48,7 +73,7 @@ Overrides = Annotated[
 ]
 Site = Annotated[str | None, typer.Option("--site", metavar="NAME", help="The site profile.")]
 OneRun = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's folder, its name, or a unique beginning of it.")
+    str, typer.Argument(metavar="RUN", help="A run's folder, its name, or a unique beginning of its name.")
 ]
 
 
@@ -68,7 +93,7 @@ def check(
     for line in checked.summary:
         say(line)
     checked.raise_errors()
-    found = [checked.warnings]
+    found = [checked.warnings, _device_line(checked.recipe.cluster)]
     if deep:
         findings = checks.deep(checked.recipe, world_size=checked.plan.world_size if checked.plan else 1)
         for line in findings.summary:
@@ -77,7 +102,18 @@ def check(
         found.append(findings.warnings)
     for warning in (text for warnings in found for text in warnings):
         say(f"warning: {warning}")
-    say(f"{recipe}: right" + ("" if deep else " (clipcluster check --deep also tries towers and samples)"))
+    more = "" if deep else " (clipcluster check --deep also builds the towers and decodes samples)"
+    say(f"{recipe}: no problems found{more}")
+
+
+def _device_line(cluster: Cluster) -> list[str]:
+    """Say which devices a submission from here would use; returns a warning where it would be refused."""
+    from jobs.submit import devices, executor
+
+    where = "slurm" if executor.has_sbatch() else "local"
+    say(devices.describe(cluster, where))
+    missing = devices.missing(cluster) if where == "local" else ""
+    return [missing] if missing else []
 
 
 @app.command()
@@ -89,19 +125,19 @@ def submit(
         Executor | None,
         typer.Option(
             "--executor",
-            help="Where it runs; none: make the folder only. Default: SLURM where there is one, else here.",
+            help="Where it runs; none: make the folder only. Default: SLURM where it is set up, else local.",
         ),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Watch until it ends; Ctrl-C stops watching only.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out the deep check.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the deep check.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Start a run, or go on with it: the same recipe finds its run again."""
+    """Start a run, or resume it: the same recipe finds its run again."""
     from jobs.submit import submit as submission
 
     submitted = submission.submit(
@@ -132,14 +168,12 @@ def submit(
 
 @app.command()
 def status(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs; default: all there are.")
-    ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs. Default: all.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds.")] = False,
     as_json: AsJson = False,
     runs: Runs = None,
 ) -> None:
-    """Show what every run is doing."""
+    """Show the state of runs."""
     from jobs.status import Queue, reports
 
     folder = runs_folder(runs)
@@ -187,11 +221,11 @@ def _watch(console: Any, look: Any) -> None:
 def logs(
     run: OneRun,
     following: Annotated[
-        bool, typer.Option("-f", "--follow", help="Print what comes, until the end.")
+        bool, typer.Option("-f", "--follow", help="Keep printing until the run ends.")
     ] = False,
-    rank: Annotated[int, typer.Option("--rank", metavar="R", help="Whose log.")] = 0,
+    rank: Annotated[int, typer.Option("--rank", metavar="R", help="The rank.")] = 0,
     attempt: Annotated[
-        int | None, typer.Option("--attempt", metavar="A", help="Of which attempt. Default: the newest.")
+        int | None, typer.Option("--attempt", metavar="A", help="The attempt. Default: the newest.")
     ] = None,
     runs: Runs = None,
 ) -> None:
@@ -219,16 +253,50 @@ def logs(
 @app.command()
 def metrics(
     run: OneRun,
-    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV (the default).")] = False,
-    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="As JSON, one line a step.")] = False,
+    names: Annotated[
+        str, typer.Option("--columns", metavar="NAME[,NAME]", help="These columns, in this order.")
+    ] = "",
+    every: Annotated[
+        int | None, typer.Option("--every", metavar="N", min=1, help="Only steps that N divides.")
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Plot the columns (default: loss) here.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Plot them into a .png, .pdf or .svg.")
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSON, one line a step.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Print the metrics of all attempts as one table."""
-    from jobs.logs import write_metrics
+    """Print the metrics of all attempts as one table: of a long run, a selection of its steps."""
+    from jobs import metrics as table
 
-    if as_csv and as_jsonl:
-        raise UserError("metrics: --csv and --jsonl were given; give one of them")
-    write_metrics(find_run(run, runs_folder(runs)), sys.stdout, kind="jsonl" if as_jsonl else "csv")
+    forms = {"--csv": as_csv, "--jsonl": as_jsonl, "--plot": plot, "--picture": picture is not None}
+    given = [name for name, wanted in forms.items() if wanted]
+    if len(given) > 1:
+        raise UserError(f"metrics: {' and '.join(given)} were given; give one of them")
+    found = find_run(run, runs_folder(runs))
+    lines = table.lines_of(found, every=every)
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if as_csv or as_jsonl:
+        table.write(lines, table.columns(lines, wanted), sys.stdout, kind="csv" if as_csv else "jsonl")
+    elif picture is not None:
+        table.picture(table.curves(lines, wanted), found.name, picture)
+        say(f"wrote {picture}")
+    elif plot:
+        for name, curve in table.curves(lines, wanted).items():
+            say("\n".join(table.terminal_plot(name, curve)))
+    else:
+        from rich.console import Console
+
+        from jobs.cli.tables import metrics_table
+
+        shown = lines if every is not None else table.thinned(lines)
+        chosen = table.columns(
+            lines, wanted or [name for name in table.SHOWN if any(name in x for x in lines)]
+        )
+        Console(width=None if sys.stdout.isatty() else 200).print(metrics_table(shown, chosen))
+        if len(shown) < len(lines):
+            say(f"{len(shown)} of {len(lines):,} lines; choose with --every N and --columns, all: --csv")
 
 
 @app.command()
@@ -238,7 +306,7 @@ def cancel(
     ],
     runs: Runs = None,
 ) -> None:
-    """End runs for good. Submitting one again goes on from its last checkpoint."""
+    """End runs for good. Submitting one again resumes it from its last checkpoint."""
     from jobs.cancel import cancel as end
     from jobs.status import Queue
 
@@ -284,14 +352,14 @@ def train(
     os._exit(code)
 
 
-_RIGHTS = "give yourself the right to it, or name another place"
-_SPACE = "make space and give the same command again"
-_OTHER = "something of another kind has this name; give another"
+_RIGHTS = "permission denied; change its permissions or choose another path"
+_SPACE = "make space and run the same command again"
+_OTHER = "a file or folder of another kind has this name; give another"
 # What the file system says to a path that somebody typed; all else is a fault of the program.
 _REFUSALS = {
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
-    errno.EROFS: _RIGHTS,
+    errno.EROFS: "choose another path",
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.ENOTDIR: _OTHER,
@@ -302,14 +370,16 @@ _REFUSALS = {
 
 
 def main() -> NoReturn:
-    """Run the command; a mistake of the user is one message on stderr and code 2."""
+    """Run the command; a user's error is one message on stderr and code 2."""
+    command = typer.main.get_command(app)
+    words = verb_first(sys.argv[1:], command)
     try:
-        code = app(standalone_mode=False)
+        code = command.main(words, prog_name="clipcluster", standalone_mode=False)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         code = 2
     except UsageProblem as problem:
-        code = _usage(problem)
+        code = _usage(problem, words, command)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
@@ -323,7 +393,7 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _usage(problem: Any) -> int:
+def _usage(problem: Any, words: list[str], command: Any) -> int:
     """One message for a command line that cannot be understood."""
     context = getattr(problem, "ctx", None)
     if type(problem).__name__ == "NoArgsIsHelpError":
@@ -332,6 +402,10 @@ def _usage(problem: Any) -> int:
         return 2
     message = problem.format_message() if hasattr(problem, "format_message") else str(problem)
     message = message.replace(": Value error, ", ": ")
+    unknown = type(problem).__name__ in ("NoSuchOption", "NoSuchCommand") or "No such command" in message
+    instead = pointer(words, command, getattr(problem, "option_name", None)) if unknown else ""
+    if instead:
+        message = f"{message.partition(' (Possible options')[0].rstrip('.')}; instead: {instead}"
     hint = f"\nSee: {context.command_path} --help" if context is not None else ""
     typer.echo(f"error: {message}{hint}", err=True)
     return 2

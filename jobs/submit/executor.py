@@ -23,7 +23,7 @@ def choose(asked: str | None, say: Callable[[str], None]) -> str:
         return "slurm"
     if asked is not None:
         raise UserError(f"--executor {asked}: allowed are slurm, local and none")
-    if not _has_sbatch():
+    if not has_sbatch():
         say("no sbatch on the PATH: the run goes to this machine (--executor local)")
         return "local"
     if not _ask_slurm(""):
@@ -34,7 +34,7 @@ def choose(asked: str | None, say: Callable[[str], None]) -> str:
 
 def require_slurm() -> None:
     """UserError where --executor slurm was given and no cluster can be asked."""
-    if not _has_sbatch():
+    if not has_sbatch():
         raise UserError(
             "--executor slurm: there is no sbatch on the PATH. Submit from a login node of the cluster, "
             "use --executor local, or start a cluster on this machine with: clipcluster sandbox start"
@@ -59,7 +59,8 @@ def _ask_slurm(asked: str) -> bool:
     return True
 
 
-def _has_sbatch() -> bool:
+def has_sbatch() -> bool:
+    """Whether sbatch is on the PATH."""
     return any(
         os.access(os.path.join(folder, "sbatch"), os.X_OK)
         for folder in os.environ.get("PATH", os.defpath).split(os.pathsep)

@@ -23,7 +23,7 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.folder import Run, near_twins, run_name
 from jobs import submissions
 from jobs.status import Queue, State, state_of
-from jobs.submit import assets, executor, launch, snapshot
+from jobs.submit import assets, devices, executor, launch, snapshot
 from jobs.submit import parameters as clusters
 from jobs.submit.parameters import TRAINEE, Member
 from tools.slurm import Slurm
@@ -125,6 +125,8 @@ def checked_for(wanted: Wanted, executor: str) -> check.Checked:
         wanted.say(f"this machine is one node: cluster.nodes=1 instead of {nodes}")
         checked = plain("cluster.nodes=1")
     checked.raise_errors()
+    if executor == "local":
+        devices.require(checked.recipe.cluster)
     if executor == "local" and checked.recipe.cluster.setup:
         wanted.say("cluster.setup belongs to the cluster: its lines are left out on this machine")
     for warning in checked.warnings:
@@ -188,7 +190,7 @@ def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
 
 
 def _say_plan(run: Run, checked: check.Checked, executor: str, wanted: Wanted) -> None:
-    for line in checked.summary:
+    for line in [*checked.summary, devices.describe(checked.recipe.cluster, executor)]:
         wanted.say(line)
     wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))
     if executor == "none":
@@ -196,7 +198,8 @@ def _say_plan(run: Run, checked: check.Checked, executor: str, wanted: Wanted) -
         return
     if executor == "local":
         cluster = checked.recipe.cluster
-        wanted.say(f"would start {cluster.ranks_per_node} ranks on this machine, for {cluster.time} at most")
+        ranks = f"{cluster.ranks_per_node} rank{'s' * (cluster.ranks_per_node > 1)}"
+        wanted.say(f"would start {ranks} on this machine, for {cluster.time} at most")
         return
     cluster = checked.recipe.cluster
     chosen = clusters.parameters(
@@ -258,8 +261,10 @@ def _start(run: Run, loaded: Loaded, plan: Plan, where: str, fetched: Path, want
             shutil.rmtree(run.path, ignore_errors=True)
         raise
     job = _launch(run, loaded.recipe, code.path, where, grace, wanted, made=made)
-    named = f"job {job}" if where == "slurm" else f"{loaded.recipe.cluster.ranks_per_node} local ranks"
+    ranks = cluster.ranks_per_node
+    named = f"job {job}" if where == "slurm" else f"{ranks} local rank{'s' * (ranks > 1)}"
     wanted.say(f"{run.name}: {plan.total_steps:,} steps, as {named}")
+    wanted.say(devices.describe(cluster, where))
     if where == "local" and not launch.await_claim(run, job):
         wanted.say(
             f"{run.name}: its process runs but has not claimed the run within {launch.START_SECONDS:g} s; "

@@ -138,7 +138,7 @@ def test_a_report_counts_steps_that_only_a_checkpoint_tells_of(run):
     folder = run.checkpoints / "step-00000008"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text("{}")
-    (folder / "manifest.json").write_text('{"files": {"state.json": {"bytes": 2}}}')
+    (folder / "manifest.json").write_text('{"files": {"state.json": {"bytes": 2, "sha256": ""}}}')
     found = report(run, Answers())
     assert (found.step, found.checkpoint) == (8, 8)
 

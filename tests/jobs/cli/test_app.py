@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from clipcluster.runs.folder import Run
+from jobs import metrics
+from jobs.cli.app import main
+from jobs.cli.options import print_document
 from jobs.endings import history
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -106,7 +109,7 @@ def test_status_for_people(finished, tmp_path):
 
 
 def test_metrics_of_all_attempts(finished):
-    done = clipcluster("metrics", finished.path)
+    done = clipcluster("metrics", finished.path, "--csv")
     lines = done.stdout.splitlines()
     assert lines[0] == "step,loss,time,attempt"
     assert [line.split(",")[:2] for line in lines[1:]] == [
@@ -118,6 +121,40 @@ def test_metrics_of_all_attempts(finished):
     as_json = clipcluster("metrics", finished.path, "--jsonl").stdout.splitlines()
     assert [json.loads(line)["attempt"] for line in as_json] == [1, 1, 2, 2]
     fails(clipcluster("metrics", finished.path, "--csv", "--jsonl"), "give one of them")
+
+
+def test_metrics_for_people(finished, tmp_path):
+    words = clipcluster("metrics", finished.path).stdout.split()
+    assert words[:6] == ["step", "loss", "attempt", "1", "1.0000", "1"]
+    chosen = clipcluster("--runs", tmp_path, "metrics", finished.path, "--columns", "loss,step", "--every", 2)
+    assert chosen.stdout.split() == ["loss", "step", "1.0000", "1", "2.0000", "2", "2.0000", "4"]
+    fails(clipcluster("metrics", finished.path, "--columns", "los"), "--columns los", "did you mean loss?")
+    plot = clipcluster("metrics", finished.path, "--plot").stdout
+    assert plot.startswith("loss\n         2 ┤")
+    assert plot.count("•") == 4
+    done = clipcluster("metrics", finished.path, "--picture", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    fails(clipcluster("metrics", finished.path, "--picture", tmp_path / "loss.what"), "loss.what", "png")
+
+
+def test_a_long_run_is_thinned(run):
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    for step in range(1, 401):
+        attempt.metrics({"step": step, "loss": float("nan") if step == 7 else 1 / step})
+    lines = metrics.lines_of(run)
+    assert len(lines) == 400
+    steps = [line["step"] for line in metrics.thinned(lines)]
+    assert (len(steps), steps[0], steps[-1]) == (metrics.ROWS, 1, 400)
+    assert len(metrics.curves(lines, [])["loss"]) == 399
+    rows = clipcluster("metrics", run.path, "--jsonl").stdout.splitlines()
+    assert json.loads(rows[6])["loss"] is None
+    assert json.loads(rows[6])["non_finite"] == ["loss"]
+
+
+def test_a_document_has_no_nan(capsys):
+    print_document([{"loss": float("inf"), "step": 3}])
+    (document,) = json.loads(capsys.readouterr().out)
+    assert document == {"loss": None, "step": 3, "non_finite": ["loss"]}
 
 
 def test_logs(finished):
@@ -156,6 +193,27 @@ def test_one_message_for_a_mistake(words, parts, tmp_path):
     fails(clipcluster(*words, env={**os.environ, "CLIPCLUSTER_RUNS": str(tmp_path)}), *parts)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("resume toy", "No such command 'resume'; instead: clipcluster submit RECIPE"),
+        ("status --follow", "No such option: --follow; instead: --watch"),
+        ("submit r.yaml --gpus 2", "No such option: --gpus; instead: cluster.gpus_per_node=2"),
+        ("check r.yaml --lr=3e-4", "No such option: --lr; instead: optim.lr=3e-4"),
+        ("submit r.yaml --epochs 4", "No such option: --epochs; instead: train.duration='4 epochs'"),
+        ("submit r.yaml --optim.lr 1", "No such option: --optim.lr; instead: optim.lr=1"),
+        ("submit --mem r.yaml", "No such option: --mem; instead: cluster.mem=r.yaml"),
+        ("convert csv", "No such command 'convert'; instead: clipcluster shards convert"),
+    ],
+)
+def test_words_of_other_programs_get_a_pointer(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["clipcluster", *words.split()])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}\n")
+
+
 def test_a_conversion_as_json_is_one_document(tmp_path):
     for made in (True, False):
         done = clipcluster("shards", "convert", "digits", "--out", tmp_path / "digits", "--json")
@@ -181,6 +239,20 @@ def test_cancel(run):
     done = clipcluster("cancel", run.path, env={**os.environ, "PATH": "/nowhere"})
     fails(done, "marked as cancelled")
     assert run.cancelled_jobs() == {"17"}
+
+
+def test_options_stand_before_or_after(finished, tmp_path):
+    runs = finished.path.parent
+    for words in (["--runs", runs, "status", "--json"], ["--json", f"--runs={runs}", "status", "toy"]):
+        (report,) = json.loads(clipcluster(*words).stdout)
+        assert report["name"] == finished.name
+    assert (
+        f"no sandbox in {tmp_path / 'x'}" in clipcluster("sandbox", "--dir", tmp_path / "x", "status").stderr
+    )
+
+
+def test_version():
+    assert clipcluster("--version").stdout.startswith("clipcluster")
 
 
 def test_help_names_every_verb():

@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from clipcluster.errors import UserError
+from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run, all_runs
+from clipcluster.runtime.accelerators import count_accelerators
 from jobs.cancel import cancel
 from jobs.status import Queue, state_of
 from jobs.submissions import job_ids, submissions
-from jobs.submit import launch
+from jobs.submit import devices, launch
 from jobs.submit import submit as submission
 from jobs.submit.submit import LOCK, Wanted, submit
 
@@ -314,3 +316,28 @@ def test_pickles_belong_to_their_owner(ask, local):
     assert len(modes) == 2
     assert set(modes.values()) == {0o600}
     assert run.submitit.stat().st_mode & 0o022 == 0
+
+
+def test_the_device_is_said(ask, tmp_path):
+    ask(dry_run=True)
+    assert "device: CPU, 2 ranks per node (cluster.gpus_per_node is 0)" in ask.said
+    ask("cluster.tasks_per_node=1", "cluster.nodes=2", executor="none", dry_run=True)
+    assert "device: CPU, 1 rank per node (cluster.gpus_per_node is 0)" in ask.said
+
+
+@pytest.mark.skipif(count_accelerators() > 0, reason="this machine has a GPU")
+def test_gpus_that_were_requested_and_are_not_here_are_refused(ask, tmp_path):
+    with pytest.raises(
+        UserError, match=r"gpus_per_node: 2 requested, and this machine has none"
+    ):
+        ask("cluster.gpus_per_node=2", "cluster.tasks_per_node=2")
+    assert not (tmp_path / "runs").exists()
+    assert devices.missing(Cluster()) == ""
+    assert devices.describe(Cluster(), "local") == "device: CPU, 1 rank (this machine has no GPU)"
+
+
+def test_gpus_of_a_cluster_are_said():
+    asked = Cluster(gpus_per_node=2)
+    assert devices.describe(asked, "slurm") == (
+        "device: 2 GPUs per node, requested from SLURM, for 2 ranks per node"
+    )
