@@ -327,9 +327,7 @@ def test_the_device_is_said(ask, tmp_path):
 
 @pytest.mark.skipif(count_accelerators() > 0, reason="this machine has a GPU")
 def test_gpus_that_were_requested_and_are_not_here_are_refused(ask, tmp_path):
-    with pytest.raises(
-        UserError, match=r"gpus_per_node: 2 requested, and this machine has none"
-    ):
+    with pytest.raises(UserError, match=r"gpus_per_node: 2 requested, and this machine has none"):
         ask("cluster.gpus_per_node=2", "cluster.tasks_per_node=2")
     assert not (tmp_path / "runs").exists()
     assert devices.missing(Cluster()) == ""
