@@ -17,7 +17,6 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import all_runs, find_run, runs_folder
 from jobs.cli.bench import bench
 from jobs.cli.options import AsJson, Runs, group, pointer, print_document, say, verb_first
-from jobs.cli.reshard import register
 from jobs.cli.sandbox import sandbox
 from jobs.cli.shards import shards
 
@@ -52,7 +51,6 @@ def _top(
     """Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe."""
 
 
-register(shards)
 app.add_typer(shards, name="shards")
 app.add_typer(sandbox, name="sandbox")
 app.add_typer(bench, name="bench")

@@ -6,10 +6,8 @@ import dataclasses
 import inspect
 import json
 import os
-import sys
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +16,7 @@ import typer.core
 
 from clipcluster.errors import UserError
 from jobs.cli.options import SETTINGS, AsJson, print_document, say
+from jobs.cli.progress import progress_bar
 
 _COMMON = {
     "out": Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
@@ -66,6 +65,13 @@ _COMMON = {
     ],
     "as_json": AsJson,
 }
+_DEFAULTS = {
+    "out": inspect.Parameter.empty,
+    "as_json": False,
+    "executor": "local",
+    "resize_mode": "keep_ratio",
+    "quality": 95,
+}
 
 
 class Kinds(typer.core.TyperGroup):
@@ -110,31 +116,41 @@ def _kind(name: str) -> Any:
 
 
 def _command(name: str, kind: Any) -> Any:
-    """The command of one kind: inputs, its reader's options, the common ones."""
-    parameters = {**_inputs(kind), **_own_options(kind)}
+    """The sub-command of one kind, for a group."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
+    app.command(name=name, help=kind.help)(conversion_command(name, kind))
+    return typer.main.get_command(app)
+
+
+def conversion_command(
+    name: str,
+    kind: Any,
+    common: Sequence[str] = tuple(_COMMON),
+    after: Callable[[list[Path], Path], object] = lambda inputs, out: None,
+) -> Callable[..., None]:
+    """The function behind a command that converts: inputs, its reader's options, the `common` ones.
+
+    `after` is called with the inputs and the output folder when the shards are there.
+    """
     own = [field.name for field in dataclasses.fields(kind.options)]
-    required = inspect.Parameter.empty
 
     def run(**given: Any) -> None:
         options = kind.options(**{key: _frozen(given.pop(key)) for key in own})
-        run_conversion(name, given.pop("inputs", None) or [], options, **given)
+        run_conversion(name, given.pop("inputs", None) or [], options, after=after, **given)
 
-    everything = {**parameters, **{key: (annotation, None) for key, annotation in _COMMON.items()}}
-    everything["out"] = (_COMMON["out"], required)
-    everything["as_json"] = (AsJson, False)
-    everything["executor"] = (_COMMON["executor"], "local")
-    everything["resize_mode"] = (_COMMON["resize_mode"], "keep_ratio")
-    everything["quality"] = (_COMMON["quality"], 95)
+    parameters = {
+        **_inputs(kind),
+        **_own_options(kind),
+        **{key: (_COMMON[key], _DEFAULTS.get(key)) for key in common},
+    }
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for key, (annotation, default) in everything.items()
+            for key, (annotation, default) in parameters.items()
         ]
     )
-    run.__annotations__ = {key: annotation for key, (annotation, _) in everything.items()}
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
-    app.command(name=name, help=kind.help)(run)
-    return typer.main.get_command(app)
+    run.__annotations__ = {key: annotation for key, (annotation, _) in parameters.items()}
+    return run
 
 
 def _inputs(kind: Any) -> dict[str, tuple[Any, Any]]:
@@ -149,7 +165,7 @@ def _own_options(kind: Any) -> dict[str, tuple[Any, Any]]:
     found = {}
     for field in dataclasses.fields(kind.options):
         default: Any = field.default
-        flag = "--" + field.name.replace("_", "-")
+        flag = field.metadata.get("flag") or "--" + field.name.replace("_", "-")
         kind_of_value = types[field.name]
         if kind_of_value is bool:
             flag = f"{flag}/--no-{flag[2:]}"
@@ -179,7 +195,7 @@ def run_conversion(
     site: str | None = None,
     cluster: list[str] | None = None,
     as_json: bool,
-    after: Callable[[], object] = lambda: None,
+    after: Callable[[list[Path], Path], object] = lambda inputs, out: None,
     **settings: Any,
 ) -> None:
     """Converts and says what became of it; `after` is called when the shards are there."""
@@ -203,7 +219,7 @@ def run_conversion(
             workers=workers or len(os.sched_getaffinity(0)),
             progress=progress,
         )
-    after()
+    after(inputs, out)
     if as_json:
         splits = {split: dataclasses.asdict(summary) for split, summary in done.splits.items()}
         document = {"out": str(out), "made": done.made, "splits": splits, "bad": done.bad}
@@ -314,23 +330,3 @@ def _bytes(text: str | None) -> int | None:
         return int(Memory.parse(text).megabytes) << 20
     except ValueError as error:
         raise UserError(f"--bytes-per-shard {text!r}: {str(error).replace('memory', 'a size')}") from None
-
-
-@contextmanager
-def progress_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress(
-        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
-        task = bar.add_task("samples")
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield show

@@ -58,9 +58,10 @@ OPTIONS = {
 STATUS_OPTIONS = dict.fromkeys(("--follow", "-f"), "--watch")
 
 
-def group(text: str) -> typer.Typer:
-    """A group of verbs with this help."""
+def group(text: str, **more: Any) -> typer.Typer:
+    """A group of verbs with this help; `more` as typer takes it."""
     return typer.Typer(
+        **more,
         help=text,
         add_completion=False,
         no_args_is_help=True,

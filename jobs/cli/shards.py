@@ -3,14 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from jobs.cli.convert import convert, progress_bar, summary_line
-from jobs.cli.options import AsJson, group, print_document, say
+from clipcluster.errors import UserError
+from jobs.cli.convert import conversion_command, convert, summary_line
+from jobs.cli.options import SETTINGS, AsJson, group, print_document, say
+from jobs.cli.progress import progress_bar
 
-shards = group("Shards of samples, and their indexes.")
+_SHOWN = 20  # faults that are printed one by one
+
+
+def _local(folder: str) -> Path:
+    """A folder of this machine. UserError: an address, or a command."""
+    if "://" in folder or folder.startswith("pipe:"):
+        raise UserError(f"{folder}: only folders of this machine; copy the shards first")
+    return Path(folder)
+
+
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="DIR...", parser=_local, help="Folders of shards of this machine.")
+]
+Elsewhere = Annotated[
+    Path | None, typer.Option("--index", metavar="FOLDER", help="Where the index of the one DIR is.")
+]
+Images = Annotated[
+    bool,
+    typer.Option("--images/--no-images", help="Decode every image, or only recognise its format."),
+]
+Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Processes.")]
+
+
+_RESHARD = """Write samples of shards into others: a subset, a filter, several folders, another size of shard.
+
+Conditions are applied in the order of this list. A sample is copied byte for byte, with all its members; the
+same command continues where it stopped.
+"""
+_RESHARD_OPTIONS = ("out", "samples_per_shard", "bytes_per_shard", "shuffle", "workers", "as_json")
+
+
+class _Verbs(typer.core.TyperGroup):
+    """The verbs below, and `reshard`, which is built from its reader when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in the order of the help."""
+        return [*super().list_commands(ctx), "reshard"]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of one verb, or None."""
+        return _reshard() if cmd_name == "reshard" else super().get_command(ctx, cmd_name)
+
+
+shards = group("Shards of samples, and their indexes.", cls=_Verbs)
 shards.add_typer(convert, name="convert")
 
 
@@ -49,3 +95,125 @@ def index(
         return
     for summary in summaries:
         say(summary_line(summary))
+
+
+@shards.command()
+def verify(
+    folders: Folders,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="First repair what can be repaired without losing data, and report it."
+        ),
+    ] = False,
+    elsewhere: Elsewhere = None,
+    images: Images = True,
+    workers: Workers = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte again and compare with the index; exit 1 where something is broken."""
+    from tools.shards.index import require_one
+    from tools.shards.repair import repair_folder
+    from tools.shards.verify import verify as read
+
+    require_one(folders, elsewhere)
+    reports = []
+    for folder in folders:
+        deeds = []
+        if repair:
+            with progress_bar(f"{folder}: checking") as progress:
+                deeds = repair_folder(folder, elsewhere, workers=workers, progress=progress)
+        for deed in () if as_json else deeds:  # now: what follows may end with a message
+            say(f"{'repaired' if deed.done else 'left  '}  {deed.file}: {deed.what}")
+        with progress_bar(str(folder)) as progress:
+            report = read(folder, elsewhere, images=images, workers=workers, progress=progress)
+        report.repairs = [deed._asdict() for deed in deeds]
+        reports.append(report)
+        if not as_json:
+            _say_report(report)
+    if as_json:
+        _print([report.as_dict() for report in reports])
+    if not all(report.whole for report in reports):
+        raise typer.Exit(1)
+
+
+@shards.command()
+def stats(
+    folders: Folders,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE.png", help="Draw the figures into this file.")
+    ] = None,
+    elsewhere: Elsewhere = None,
+    captions: Annotated[
+        str | None,
+        typer.Option("--captions", metavar="CHOICE", help="Which captions; default: those of the index."),
+    ] = None,
+    images: Images = True,
+    workers: Workers = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in shards: samples, images, captions, duplicates, what cannot be read."""
+    from jobs.cli.stats_table import table
+    from tools.shards.index import require_one
+    from tools.shards.stats import stats as read
+
+    require_one(folders, elsewhere)
+    if picture is not None:
+        from tools.shards.stats_plot import require_drawable
+
+        require_drawable(picture)
+    figures = []
+    for folder in folders:
+        with progress_bar(str(folder)) as progress:
+            figures.append(
+                read(
+                    folder,
+                    elsewhere,
+                    captions_choice=captions,
+                    images=images,
+                    workers=workers,
+                    progress=progress,
+                )
+            )
+        if not as_json:
+            table(figures[-1])
+    if picture is not None:
+        from tools.shards.stats_plot import draw
+
+        draw(figures, picture)
+        if not as_json:
+            say(f"drawn: {picture}")
+    if as_json:
+        _print([one.as_dict() for one in figures])
+
+
+def _reshard() -> Any:
+    from tools.convert.readers.shards import KIND, index_as_before
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
+    app.command(name="reshard", help=_RESHARD)(
+        conversion_command("shards", KIND, _RESHARD_OPTIONS, after=index_as_before)
+    )
+    return typer.main.get_command(app)
+
+
+def _print(documents: list[dict[str, Any]]) -> None:
+    """One folder's document as it is, those of several as a list."""
+    print_document(documents[0] if len(documents) == 1 else documents)
+
+
+def _say_report(report: Any) -> None:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items())
+    say(
+        f"{report.folder}: {report.samples:,} samples ({kinds or 'no image'}) with {report.captions:,} "
+        f"captions in {report.shards} shards, "
+        + ("whole" if report.whole else f"{len(report.broken)} broken shards, {len(report.bad)} bad samples")
+    )
+    faults = [*report.broken, *report.bad]
+    for fault in faults[:_SHOWN]:
+        where = fault["shard"] if fault["key"] is None else f"{fault['shard']} {fault['key']}"
+        say(f"  {where}: {fault['reason']}")
+    if len(faults) > _SHOWN:
+        say(f"  … and {len(faults) - _SHOWN} more; --json names all")
+    for note in report.notes:
+        say(f"  note: {note}")

@@ -134,6 +134,6 @@ class Kind:
     takes_all_below: bool = False
 
 
-def option(default: Any, help: str, *, metavar: str | None = None) -> Any:
-    """A field of a kind's options."""
-    return field(default=default, metadata={"help": help, "metavar": metavar})
+def option(default: Any, help: str, *, metavar: str | None = None, flag: str | None = None) -> Any:
+    """A field of a kind's options. `flag`: its name on the command line, default --NAME."""
+    return field(default=default, metadata={"help": help, "metavar": metavar, "flag": flag})

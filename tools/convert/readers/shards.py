@@ -38,15 +38,19 @@ class Options:
 
     samples: Path | None = option(None, "Take the keys of this file, one a line.", metavar="FILE")
     has_caption: bool = option(False, "Take samples with a caption.")
-    classes: tuple[int, ...] = option((), "Take samples of this class; repeatable.", metavar="NUMBER")
-    kinds: tuple[str, ...] = option((), "Take images of this kind by content; repeatable.", metavar="KIND")
-    min_side: int | None = option(None, "Take images with no side shorter.", metavar="PIXELS")
+    classes: tuple[int, ...] = option(
+        (), "Take samples of this class; repeatable.", metavar="NUMBER", flag="--class"
+    )
+    kinds: tuple[str, ...] = option((), "Take images of this kind by content, as JPEG,PNG.", metavar="KIND")
+    min_side: int | None = option(None, "Take images with no shorter side.", metavar="PIXELS")
     max_aspect: float | None = option(None, "Take images whose sides have no larger ratio.", metavar="RATIO")
     dedupe: bool = option(False, "Of samples with the same image bytes take the first.")
-    fraction: float | None = option(None, "Take this share, drawn by a hash of seed and key.", metavar="F")
+    fraction: float | None = option(
+        None, "Take this fraction, drawn by a hash of --seed and key.", metavar="F"
+    )
     seed: int = option(0, "The seed of --fraction.", metavar="N")
     first: int | None = option(None, "Take the first N of what is left.", metavar="N")
-    drop_bad: bool = option(False, "Decode every image and leave out those that cannot be.")
+    drop_bad: bool = option(False, "Decode every image; leave out and list those that cannot be.")
     prefix: bool = option(False, "Put the folder's name before each key, FOLDER/KEY.")
 
 
