@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs import files
 
@@ -49,8 +47,11 @@ class Attempt:
             raise StaleAttempt(f"attempt {self.number} of {self.run.name}: a later attempt owns the run")
 
     def claim(self) -> dict[str, Any]:
-        """`job` (id), `host`, `time` (seconds since 1970); empty for a folder that holds no claim."""
-        return self._read("claim.json") or {}
+        """`job` (id), `host`, `time` (seconds since 1970); empty for a folder that holds no claim.
+
+        This and the other reads raise UserError, naming the file, for one that cannot be read.
+        """
+        return files.read_object(self.path / "claim.json", job=str) or {}
 
     @property
     def job(self) -> str | None:
@@ -61,18 +62,11 @@ class Attempt:
 
     def settings(self) -> dict[str, Any]:
         """The settings in force, as copied when the attempt was claimed."""
-        return yaml.safe_load((self.path / "settings.yaml").read_text()) or {}
+        return files.read_yaml(self.path / "settings.yaml")
 
     def outcome(self) -> dict[str, Any] | None:
         """`outcome.json`, or None while there is none."""
-        return self._read("outcome.json")
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            value: dict[str, Any] = files.read_json(self.path / name)
-        except FileNotFoundError:
-            return None
-        return value
+        return files.read_object(self.path / "outcome.json", outcome=str, code=int)
 
     def event(self, kind: str, *, writer: str, **fields: Any) -> None:
         """Append to `events-WRITER.jsonl`: start, resume, stop_requested, checkpoint, requeue, finish, ….
@@ -162,9 +156,8 @@ class Attempt:
     def publish(self, address: str, port: int, token: str) -> None:
         """Tell the other ranks where rank 0 listens (`rendezvous.json`). Raises StaleAttempt."""
         self.check()
-        files.write_json(
-            self.path / "rendezvous.json", {"address": address, "port": port, "token": token, **self._stamp()}
-        )
+        found = {"address": address, "port": port, "token": token, **self._stamp()}
+        files.write_json(self.path / "rendezvous.json", found, private=True)
 
     def find(self, timeout_s: float) -> tuple[str, int, str]:
         """(address, port, token) as rank 0 published them, waiting up to `timeout_s` seconds.
@@ -173,7 +166,7 @@ class Attempt:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            found = self._read("rendezvous.json")
+            found = files.read_object(self.path / "rendezvous.json", address=str, port=int, token=str)
             if found is not None:
                 return found["address"], found["port"], found["token"]
             self.check()

@@ -15,6 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from clipcluster.errors import UserError
+
 
 def fsync_folder(folder: Path) -> None:
     """Make renames, links and deletions inside `folder` durable."""
@@ -28,10 +32,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_aside(path: Path, content: bytes) -> Path:
+def _write_aside(path: Path, content: bytes, mode: int = 0o666) -> Path:
     """Write and fsync `content` beside `path`; returns the aside's path. Nothing stays behind on an error."""
     aside = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         try:
             _write_all(descriptor, content)
@@ -50,9 +54,12 @@ def _write_all(descriptor: int, content: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace or create `path` with `content`, durably and in one step. On OSError the old file stays."""
-    aside = _write_aside(path, content)
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Replace or create `path` with `content`, durably and in one step. On OSError the old file stays.
+
+    A `private` file can be read and written by its owner alone, whatever the umask.
+    """
+    aside = _write_aside(path, content, 0o600 if private else 0o666)
     try:
         os.replace(aside, path)
     except BaseException:
@@ -66,9 +73,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """`write_bytes` of one JSON document, indented, with a newline at its end; see `finite`."""
-    write_bytes(path, _document(value))
+    write_bytes(path, _document(value), private=private)
 
 
 def _document(value: Any) -> bytes:
@@ -106,13 +113,60 @@ def _without_non_finite(value: Any, name: str, names: list[str]) -> Any:
     return value
 
 
+class BrokenFile(UserError, ValueError):
+    """A file holds something else than what belongs there; the message names it."""
+
+
+def _broken(path: Path, what: str) -> BrokenFile:
+    # Files are renamed into place whole, so that no kill leaves one behind.
+    return BrokenFile(f"{path} {what}. Restore it, or delete it if no job of the run is running.")
+
+
 def read_json(path: Path) -> Any:
-    """The JSON document in `path`. Raises FileNotFoundError, and ValueError with the path for broken JSON."""
+    """The JSON document in `path`. Raises FileNotFoundError, and BrokenFile where it is none."""
     content = path.read_bytes()
     try:
         return json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"is not valid JSON: {_one_line(error)}") from error
+
+
+def read_object(path: Path, **types: type) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None where there is no such file.
+
+    `types` names the fields it must have, with the type of each. Raises BrokenFile where it has not, and
+    UserError where the file may not be read.
+    """
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise UserError(
+            f"{path}: permission denied; files of a run may be readable by the user who started it alone. "
+            "Run the command as that user."
+        ) from error
+    if not isinstance(value, dict):
+        raise _broken(path, f"holds {type(value).__name__} where a JSON object is expected")
+    for name, kind in types.items():
+        if not isinstance(value.get(name), kind):
+            raise _broken(path, f"has {value.get(name)!r:.60} as {name!r}, expected {kind.__name__}")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The YAML mapping in `path`; an empty file is an empty one. Raises FileNotFoundError and BrokenFile."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _broken(path, f"is not valid YAML: {_one_line(error)}") from error
+    if value is not None and not isinstance(value, dict):
+        raise _broken(path, f"holds {type(value).__name__} where a mapping is expected")
+    return value or {}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def link_once(path: Path, value: Any) -> bool:
@@ -179,7 +233,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for text in content.split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # empty, or torn by a kill
         if isinstance(line, dict):
             lines.append(line)

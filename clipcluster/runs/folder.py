@@ -23,6 +23,7 @@ from clipcluster.runs.attempts import Attempt
 
 FORMAT = 1  # of the run folder; part of every run's name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _RUN_NAME = re.compile(r"(?P<name>.+)-[0-9a-f]{8}")
 
 
@@ -82,11 +83,11 @@ class Run:
 
     def recipe(self) -> dict[str, Any]:
         """The mapping in `recipe.yaml`: the result keys, as they were written at the first submission."""
-        return _read_yaml(self.recipe_file)
+        return files.read_yaml(self.recipe_file)
 
     def settings(self) -> dict[str, Any]:
         """The mapping in `settings.yaml`: speed and record keys as last submitted."""
-        return _read_yaml(self.settings_file)
+        return files.read_yaml(self.settings_file)
 
     def update_settings(self, settings: Mapping[str, Any]) -> None:
         """Replace `settings.yaml`; attempts already claimed keep their own copy."""
@@ -98,7 +99,7 @@ class Run:
             names = os.listdir(self.attempts_dir)
         except FileNotFoundError:
             return []
-        numbers = sorted(int(name) for name in names if name.isdecimal())
+        numbers = sorted(int(name) for name in names if _NUMBER.fullmatch(name))
         return [Attempt(self.attempts_dir / str(number)) for number in numbers]
 
     def newest(self) -> Attempt | None:
@@ -142,7 +143,7 @@ class Run:
         aside.mkdir()
         try:
             claim = {"job": job_id, "host": host, "time": round(time.time(), 3), "attempt": number}
-            files.write_json(aside / "claim.json", claim)
+            files.write_json(aside / "claim.json", claim, private=True)
             files.write_bytes(aside / "settings.yaml", self.settings_file.read_bytes())
             _rename_new(aside, self.attempts_dir / str(number))
         except BaseException:
@@ -159,7 +160,7 @@ class Run:
     def cancelled_jobs(self) -> set[str]:
         """The job ids that `marks/cancelled` binds."""
         try:
-            return set((self.marks / "cancelled").read_text().split())
+            return set((self.marks / "cancelled").read_text(errors="replace").split())
         except FileNotFoundError:
             return set()
 
@@ -199,11 +200,6 @@ _Dumper.add_representer(str, _represent_text)
 
 def _yaml(mapping: Mapping[str, Any]) -> str:
     return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return value if isinstance(value, dict) else {}
 
 
 def run_name(name: str, result: Mapping[str, Any]) -> str:

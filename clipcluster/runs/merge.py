@@ -13,18 +13,22 @@ from clipcluster.runs import files
 from clipcluster.runs.folder import Run
 
 
-def _lines(run: Run, pattern: str) -> Iterator[dict[str, Any]]:
-    """Lines of all files that fit `pattern`, attempt by attempt, each with its `attempt`."""
+def _lines(run: Run, pattern: str, **types: type) -> Iterator[dict[str, Any]]:
+    """Lines of all files that fit `pattern`, attempt by attempt, each with its `attempt`.
+
+    A line that lacks a field named in `types`, or has it with another type, is left out like a torn one.
+    """
     for attempt in run.attempts():
         for path in sorted(attempt.path.glob(pattern)):
             for line in files.read_lines(path):
-                yield {"attempt": attempt.number, **line}
+                if all(isinstance(line.get(name), kind) for name, kind in types.items()):
+                    yield {**line, "attempt": attempt.number}
 
 
 def merged_metrics(run: Run) -> list[dict[str, Any]]:
     """The run's metrics, one line a step, by step."""
     merged: dict[int, dict[str, Any]] = {}
-    for line in _lines(run, "metrics.jsonl"):
+    for line in _lines(run, "metrics.jsonl", step=int):
         known = merged.get(line["step"])
         if known is None or line["attempt"] >= known["attempt"]:
             merged[line["step"]] = line
@@ -38,7 +42,7 @@ def merged_samples(run: Run) -> list[dict[str, Any]]:
     """
     merged: dict[tuple[int, int], dict[str, Any]] = {}
     owner: dict[int, int] = {}
-    for line in _lines(run, "samples-*.jsonl"):
+    for line in _lines(run, "samples-*.jsonl", step=int, slot=int):
         owner[line["step"]] = max(owner.get(line["step"], 0), line["attempt"])
         known = merged.get((line["step"], line["slot"]))
         if known is None or line["attempt"] >= known["attempt"]:
@@ -48,12 +52,17 @@ def merged_samples(run: Run) -> list[dict[str, Any]]:
 
 def events(run: Run) -> list[dict[str, Any]]:
     """Every event of the run, by attempt, then by time."""
-    return sorted(_lines(run, "events-*.jsonl"), key=lambda line: (line["attempt"], line.get("time", 0)))
+
+    def when(line: dict[str, Any]) -> tuple[int, float]:
+        time = line.get("time")
+        return line["attempt"], time if isinstance(time, (int, float)) else 0.0
+
+    return sorted(_lines(run, "events-*.jsonl", event=str), key=when)
 
 
 def bad_samples(run: Run) -> list[dict[str, Any]]:
     """The run's distinct bad samples (shard and key), each as it was first written down."""
     distinct: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in _lines(run, "bad_samples-*.jsonl"):
+    for line in _lines(run, "bad_samples-*.jsonl", shard=str, key=str):
         distinct.setdefault((line["shard"], line["key"]), line)
     return list(distinct.values())
