@@ -25,6 +25,7 @@ from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Outcome, Stop, Wish
 
 if TYPE_CHECKING:
+    from clipcluster.runtime.world import World
     from clipcluster.train.trainer import Trainer
 
 logger = logging.getLogger("clipcluster")
@@ -47,19 +48,25 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
     world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
     began = time.monotonic()
     if world.agree(stop.wishes()) & Wish.STOP:
-        return (
-            Outcome.STOPPED
-        )  # while starting up: nothing to save, and building may take longer than there is
+        return _stopped_early(world, attempt, stop)
     attempt.phase(world.rank, "data")
     sources = open_sources(recipe, run.assets)
     if check_shards(sources.shards, world, stop) & Wish.STOP:
-        return Outcome.STOPPED
+        return _stopped_early(world, attempt, stop)
     trainer = build_trainer(run, attempt, world, stop, recipe, sources)
     outcome = trainer.run()
     if world.is_main:
         _summarise(run, trainer, outcome, time.monotonic() - began)
     world.leave()
     return outcome
+
+
+def _stopped_early(world: World, attempt: Attempt, stop: Stop) -> Outcome:
+    """Stop while starting up: there is nothing to save, and building may take longer than the grace time."""
+    reason = f"{world.reason_to_stop(stop)} during start-up"
+    if world.is_main:
+        attempt.end("stopped", Outcome.STOPPED, reason)
+    return Outcome.STOPPED
 
 
 def use_processors(recipe: Recipe, launch: Launch) -> None:

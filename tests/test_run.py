@@ -222,6 +222,7 @@ def test_a_stop_while_starting_builds_nothing(tiny: Tiny) -> None:
     stop.request("before the first step")
     assert tiny.go(run, stop) is Outcome.STOPPED
     assert list(run.checkpoints.iterdir()) == []
+    assert run.newest().outcome()["reason"] == "rank 0 got before the first step during start-up"
 
 
 SLOW_HASH = """
@@ -271,6 +272,7 @@ def test_a_stop_while_shards_are_compared_builds_nothing(digits: Path, tmp_path:
     run = tiny.make("copied")
     assert tiny.go(run, StopAfter(2)) is Outcome.STOPPED
     assert list(run.checkpoints.iterdir()) == []
+    assert run.newest().outcome()["reason"] == "rank 0 got the test's wish during start-up"
     assert tiny.go(run) is Outcome.FINISHED
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import socket
 import sys
 import traceback
 
@@ -13,7 +12,7 @@ from clipcluster.errors import StaleAttempt, UserError
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runtime import logs
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import ADVICE, Failure, LostPeers, Outcome
+from clipcluster.runtime.stop import ADVICE, Failure, LostPeers, Outcome, Stop
 
 # Errors of the program, which the next attempt would repeat: they end the run.
 _PROGRAMMING_ERRORS = (
@@ -30,14 +29,16 @@ _OUTCOME_WAIT_S = 10.0  # how long the other ranks wait for rank 0 to make the o
 _log = logging.getLogger(logs.NAME)
 
 
-def returned(outcome: Outcome, attempt: Attempt, launch: Launch) -> int:
-    """An ending that all ranks agreed on: rank 0 makes the outcome, the others leave after it."""
+def returned(outcome: Outcome, attempt: Attempt, launch: Launch, stop: Stop) -> int:
+    """The exit code for an ending that all ranks agreed on: rank 0 makes its outcome, the others wait for it.
+
+    A trainer makes the outcome itself, before its last barrier, with the reason that the ranks agreed on.
+    """
     if outcome in (Outcome.FINISHED, Outcome.STOPPED):
         name = outcome.name.lower()
         if launch.rank == 0:
-            # A trainer makes the outcome itself, before its last barrier; then this makes none.
-            if _write_outcome(attempt, launch, name, outcome, go_on=outcome is Outcome.STOPPED):
-                attempt.event("finish" if outcome is Outcome.FINISHED else "stop", writer="rank-0")
+            reason = f"rank 0 got {stop.reason}" if stop.requested and outcome is Outcome.STOPPED else ""
+            attempt.end(name, outcome, reason)
         elif attempt.wait_for_outcome(_OUTCOME_WAIT_S) is None:
             # Leaving before rank 0 would let the launcher kill it before the outcome is made.
             _log.warning("rank 0 made no outcome within %g s", _OUTCOME_WAIT_S)
@@ -152,21 +153,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _write_outcome(
-    attempt: Attempt,
-    launch: Launch,
-    name: str,
-    outcome: Outcome,
-    *,
-    reason: str = "",
-    advice: str = "",
-    go_on: bool = False,
+    attempt: Attempt, launch: Launch, name: str, outcome: Outcome, *, reason: str = "", advice: str = ""
 ) -> bool:
     return attempt.write_outcome(
-        outcome_name=name,
-        code=int(outcome),
-        rank=launch.rank,
-        host=socket.gethostname(),
-        reason=reason,
-        advice=advice,
-        go_on=go_on,
+        outcome_name=name, code=int(outcome), rank=launch.rank, reason=reason, advice=advice
     )

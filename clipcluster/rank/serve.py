@@ -63,7 +63,7 @@ def serve(
         logs.setup(launch.rank, sys.stdout)
         attempt.event("start", writer=writer, rank=launch.rank, host=socket.gethostname(), pid=os.getpid())
         outcome = _load(trainee)(run, attempt, launch, stop)
-        code = returned(Outcome(outcome), attempt, launch)
+        code = returned(Outcome(outcome), attempt, launch, stop)
     except BaseException as error:
         code = raised(error, attempt, launch)
     if terminal is not None:

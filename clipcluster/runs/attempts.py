@@ -7,6 +7,7 @@ on: so every rename, deletion and append asks first.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,31 +118,38 @@ class Attempt:
         outcome_name: str,
         code: int,
         rank: int,
-        host: str,
         step: int | None = None,
         reason: str = "",
         advice: str = "",
-        go_on: bool = False,
     ) -> bool:
         """Make `outcome.json` unless it exists; returns whether this call did. Raises StaleAttempt.
 
-        `outcome_name` is "finished", "stopped" or "failed"; `go_on`: whether another attempt should follow.
+        `outcome_name` is "finished", "stopped" or "failed"; after "stopped" another attempt should follow.
         """
         if outcome_name not in ("finished", "stopped", "failed"):
             raise ValueError(f"an outcome is finished, stopped or failed, not {outcome_name!r}")
         self.check()
         outcome = {
             "outcome": outcome_name,
-            "code": code,
+            "code": int(code),
             "step": self.step if step is None else step,
             "rank": rank,
-            "host": host,
+            "host": socket.gethostname(),
             "reason": reason,
             "advice": advice,
-            "go_on": go_on,
+            "go_on": outcome_name == "stopped",
             **self._stamp(),
         }
         return files.link_once(self.path / "outcome.json", outcome)
+
+    def end(self, outcome_name: str, code: int, reason: str = "") -> None:
+        """What rank 0 writes where all ranks agreed to end: the outcome, unless there is one, and its event.
+
+        `outcome_name` is "finished" or "stopped". Raises StaleAttempt.
+        """
+        if self.write_outcome(outcome_name=outcome_name, code=code, rank=0, reason=reason):
+            kind = "finish" if outcome_name == "finished" else "stop"
+            self.event(kind, writer="rank-0", reason=reason)
 
     def wait_for_outcome(self, timeout_s: float) -> dict[str, Any] | None:
         """The outcome once some rank has made it, or None after `timeout_s` seconds. Raises StaleAttempt."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from clipcluster.errors import UserError
 from clipcluster.runtime.environment import INTERFACE
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import Failure, LostPeers, Wish, described, restored
+from clipcluster.runtime.stop import Failure, LostPeers, Stop, Wish, described, restored
 
 _LOOPBACK = "127.0.0.1"
 _BEAT_S = 1.0  # between two signs of life of rank 0 while it works alone
@@ -127,6 +127,14 @@ class World:
         with self._telling("lost its peers"):
             dist.all_reduce(mask, op=dist.ReduceOp.BOR)
         return Wish(int(mask.item()))
+
+    def reason_to_stop(self, stop: Stop) -> str:
+        """Who was asked to stop and how, of the lowest rank that was, on every rank. Raises LostPeers.
+
+        Called by all ranks at the same point, after they agreed to stop.
+        """
+        own = f"rank {self.rank} got {stop.reason}" if stop.requested else None
+        return next((reason for reason in self.gather(own) if reason), "asked to stop")
 
     def barrier(self) -> None:
         """Wait until every rank is here. Raises LostPeers."""

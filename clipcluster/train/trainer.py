@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -253,38 +252,23 @@ class Trainer:
         if self.progress.step:
             left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
             self._save_and_wait(left)
-        return self._leave(Outcome.STOPPED, self._reason_to_stop(), go_on=True)
+        return self._leave(Outcome.STOPPED, self.world.reason_to_stop(self.stop))
 
     def _save_and_wait(self, seconds_left: float | None = None) -> None:
         """Have the current step durable; the other ranks wait for rank 0, however long its disk takes."""
         self.world.while_main(lambda: self.saver.save_and_wait(self.progress, self.parts, seconds_left))
 
-    def _reason_to_stop(self) -> str:
-        """What the first of the ranks that were asked to stop was told."""
-        own = f"rank {self.world.rank} got {self.stop.reason}" if self.stop.requested else None
-        return next(reason for reason in self.world.gather(own) if reason)
-
     def _finished(self) -> Outcome:
         self._save_and_wait()
-        return self._leave(Outcome.FINISHED, "all steps done", go_on=False)
+        return self._leave(Outcome.FINISHED, "all steps done")
 
-    def _leave(self, outcome: Outcome, reason: str, *, go_on: bool) -> Outcome:
+    def _leave(self, outcome: Outcome, reason: str) -> Outcome:
         """Write the outcome once everything is durable, and leave together."""
         failed = self.saver.failure or self._failure
         if self.world.agree(Wish.ABORT if failed else Wish.NONE) & Wish.ABORT:
             self._abort()
         if self.world.is_main:
-            name = outcome.name.lower()
-            self._event("finish" if outcome is Outcome.FINISHED else "stop", reason=reason)
-            self.attempt.write_outcome(
-                outcome_name=name,
-                code=int(outcome),
-                step=self.progress.step,
-                rank=0,
-                host=socket.gethostname(),
-                reason=reason,
-                go_on=go_on,
-            )
+            self.attempt.end(outcome.name.lower(), outcome, reason)
         self.world.barrier()
         return outcome
 

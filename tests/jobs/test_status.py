@@ -108,7 +108,7 @@ def test_a_refused_requeue_is_stopped(run):
 def test_without_a_batch_script_the_outcome_is_the_verdict(run):
     attempt = claimed(run, "local-nowhere-1-1")
     assert state_of(run, Answers()).name == "UNKNOWN"
-    attempt.write_outcome(outcome_name="stopped", code=85, rank=0, host="n1", reason="SIGINT")
+    attempt.write_outcome(outcome_name="stopped", code=85, rank=0, reason="SIGINT")
     assert str(state_of(run, Answers())) == "STOPPED (SIGINT)"
 
 

@@ -317,7 +317,7 @@ def test_a_job_nobody_here_knows_can_be_written_off(run):
 
 
 def test_a_job_that_left_an_outcome_needs_no_asking(run, attempt):
-    attempt.write_outcome(outcome_name="stopped", code=85, rank=0, host="n1", go_on=True)
+    attempt.write_outcome(outcome_name="stopped", code=85, rank=0)
     process = start(run, "finish")
     process.communicate(timeout=30)
     assert process.returncode == 0

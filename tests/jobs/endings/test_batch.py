@@ -69,7 +69,7 @@ def test_claim_knows_members_of_arrays(run, no_slurm):
 )
 def test_a_verdict_without_slurm(run, no_slurm, outcome, code, event):
     attempt = run.claim("17", host="n1", still_running=lambda job: False)
-    attempt.write_outcome(**{"rank": 0, "host": "n1", **outcome})
+    attempt.write_outcome(**{"rank": 0, **outcome})
     done = endings("verdict", run.path, code, CLIPCLUSTER_ATTEMPT="1")
     assert done.returncode == code
     verdict = history.last_verdict(attempt)

@@ -94,7 +94,7 @@ def test_nothing_is_claimed_for_a_finished_or_cancelled_run(run, no_slurm, capsy
     run.mark_cancelled(["17"])
     assert endings.claim(run, "17", Slurm()) is None
     attempt = endings.claim(run, "18", Slurm())
-    attempt.write_outcome(outcome_name="finished", code=0, rank=0, host="n1")
+    attempt.write_outcome(outcome_name="finished", code=0, rank=0)
     assert endings.claim(run, "18", Slurm()) is None
     assert capsys.readouterr().out == ""
 
