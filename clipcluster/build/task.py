@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from clipcluster.model.losses import Ranks
     from clipcluster.model.protocols import DualEncoder
     from clipcluster.model.task import ContrastiveTask, Task
-    from clipcluster.runtime.world import World
 
 
 def build_task(recipe: Recipe, model: Any, ranks: Ranks) -> Task:
@@ -25,16 +24,3 @@ def contrastive(recipe: Recipe, model: DualEncoder, ranks: Ranks) -> Contrastive
     from clipcluster.model.task import ContrastiveTask
 
     return ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, ranks)
-
-
-def wrapped(task: Any, world: World) -> Any:
-    """The task under DDP where there are peers."""
-    if world.size == 1:
-        return task
-    import warnings
-
-    from torch.nn.parallel import DistributedDataParallel
-
-    # Said of 1x1 convolutions whose gradient comes with another stride: a copy, and no matter for a user.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return DistributedDataParallel(task)

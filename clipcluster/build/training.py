@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from clipcluster.build.data import Sources, open_batches
 from clipcluster.build.model import build_model, describe_start
-from clipcluster.build.task import build_task, wrapped
+from clipcluster.build.task import build_task
 from clipcluster.recipe.plan import Plan, plan
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import TASKS
 from clipcluster.recipe.units import Time
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import read_json
@@ -20,7 +21,9 @@ from clipcluster.runtime.stop import GRACE_SECONDS, Stop
 
 if TYPE_CHECKING:
     from clipcluster.runtime.world import World
+    from clipcluster.train.evaluations import Evaluations
     from clipcluster.train.saver import Saver
+    from clipcluster.train.step import Step
     from clipcluster.train.trainer import Trainer
 
 
@@ -28,46 +31,20 @@ def build_trainer(
     run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe, sources: Sources
 ) -> Trainer:
     """All parts of a run, put together; every rank builds the same."""
-    from clipcluster.evals.suite import build_suite
     from clipcluster.train.bad_samples import BadSamples
     from clipcluster.train.checkpoint import CheckpointFolder, versions
-    from clipcluster.train.ema import Ema
-    from clipcluster.train.evaluations import Evaluations
-    from clipcluster.train.guard import Guard
     from clipcluster.train.metrics import Metrics
-    from clipcluster.train.optimizer import Optimizer
-    from clipcluster.train.precision import Precision
     from clipcluster.train.progress import Progress
-    from clipcluster.train.schedule import make_schedule
-    from clipcluster.train.step import Step
     from clipcluster.train.trainer import Trainer
 
     plan_ = plan(recipe, sources.sampler.samples, world.size)
-    precision = Precision(recipe.train.precision, world.device)
     attempt.phase(world.rank, "model")
     model = build_model(recipe, sources.tokenizer, run.assets)
     weights = describe_start(model, plan_) if world.is_main else {}
-    task = build_task(recipe, model, world).to(world.device)
-    optim = recipe.optim
-    optimizer = Optimizer(
-        model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
-    )
-    ema = Ema(model, recipe.train.ema.decay) if recipe.train.ema else None
-    step = Step(
-        wrapped(task, world),
-        task,
-        optimizer,
-        make_schedule(optim.schedule, peak=optim.lr, warmup=plan_.warmup_steps, total=plan_.total_steps),
-        precision,
-        Guard(world.device, recipe.train.non_finite.limit),
-        ema,
-        clip_norm=optim.clip_norm,
-        seed=recipe.seed,
-        slot=world.rank * plan_.per_rank_batch,
-    )
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision}
-    if ema:
-        parts["ema"] = ema
+    step = build_step(recipe, plan_, model, world)
+    parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.precision}
+    if step.ema:
+        parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
     about = {"versions": versions(), "commit": _commit(run, attempt), "world_size": world.size}
     checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about=about)
@@ -83,23 +60,78 @@ def build_trainer(
         constants=constants,
         checkpoints=checkpoints,
         saver=_saver(run, recipe, plan_, world, attempt, checkpoints, constants),
-        evaluations=Evaluations(
-            build_suite(recipe, world=world, tokenizer=sources.tokenizer) or None,
-            ema.model if ema else model,
-            every=plan_.evaluate_every,
-            total_steps=plan_.total_steps,
-            run=run,
-            attempt=attempt,
-            world=world,
-            precision=precision,
-            averaged=ema is not None,
-        ),
+        evaluations=_evaluations(run, recipe, plan_, world, attempt, sources, model, step),
         metrics=Metrics(run, attempt, world, every=plan_.log_every, total_steps=plan_.total_steps),
         bad_samples=BadSamples(
             run, attempt, rank=world.rank, samples=sources.samples, limit=recipe.data.bad_samples.limit
         ),
         record_samples=recipe.train.record_samples,
         grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_SECONDS,
+    )
+
+
+def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
+    """What happens to the weights at a step; the model moves to the world's device."""
+    from clipcluster.train.backward import Cached, Independent, Whole
+    from clipcluster.train.ema import Ema
+    from clipcluster.train.guard import Guard
+    from clipcluster.train.optimizer import Optimizer
+    from clipcluster.train.precision import Precision
+    from clipcluster.train.schedule import make_schedule
+    from clipcluster.train.stages import Stages
+    from clipcluster.train.statistics import RunningStatistics
+    from clipcluster.train.step import Step
+    from clipcluster.train.wrapping import WrappedTask
+
+    precision = Precision(recipe.train.precision, world.device)
+    task = build_task(recipe, model, world).to(world.device)
+    wrapped, optim = WrappedTask(task, world), recipe.optim
+    optimizer = Optimizer(
+        model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
+    )
+    accumulating = Cached if TASKS[recipe.task].loss_over == "batch" else Independent
+    backward = (Whole if plan_.accumulation == 1 else accumulating)(
+        wrapped,
+        precision,
+        RunningStatistics(task, world),
+        seed=recipe.seed,
+        slot=world.rank * plan_.per_rank_batch,
+        micro_batches=plan_.accumulation,
+    )
+    return Step(
+        backward,
+        Stages(model, wrapped, optimizer),
+        optimizer,
+        make_schedule(optim.schedule, peak=optim.lr, warmup=plan_.warmup_steps, total=plan_.total_steps),
+        Guard(world.device, recipe.train.non_finite.limit),
+        Ema(model, recipe.train.ema.decay) if recipe.train.ema else None,
+        clip_norm=optim.clip_norm,
+    )
+
+
+def _evaluations(
+    run: Run,
+    recipe: Recipe,
+    plan_: Plan,
+    world: World,
+    attempt: Attempt,
+    sources: Sources,
+    model: Any,
+    step: Step,
+) -> Evaluations:
+    from clipcluster.evals.suite import build_suite
+    from clipcluster.train.evaluations import Evaluations
+
+    return Evaluations(
+        build_suite(recipe, world=world, tokenizer=sources.tokenizer) or None,
+        model,
+        every=plan_.evaluate_every,
+        total_steps=plan_.total_steps,
+        run=run,
+        attempt=attempt,
+        world=world,
+        precision=step.precision,
+        ema=step.ema,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class Task(nn.Module, ABC):
         It may use parameters of the task itself (a scale of the logits), and need not declare them.
         """
 
+    @final
     def report(self, batch: Batch) -> Report:
         """The loss of a batch in one pass."""
         return self.loss(self.encode(batch))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -70,9 +71,9 @@ class Coverage:
         if self.prefix:
             text += f", prefix {self.prefix!r} removed"
         if self.missing:
-            text += f"; left at their random start: {_some(self.missing)}"
+            text += f"; left at their random start: {some(self.missing)}"
         if self.left_out:
-            text += f"; not used: {_some(self.left_out)}"
+            text += f"; not used: {some(self.left_out)}"
         return text
 
 
@@ -135,7 +136,7 @@ def read_state_dict(source: Path) -> dict[str, Tensor]:
             break
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
-        raise UserError(f"The file {source} holds no tensors; its keys are {_some(tuple(content))}.")
+        raise UserError(f"The file {source} holds no tensors; its keys are {some(tuple(content))}.")
     return state
 
 
@@ -200,8 +201,8 @@ def _check_coverage(
         raise UserError(
             f"{file} brings {coverage.loaded} of the {name} tower's {coverage.tensors} tensors "
             f"({coverage.share:.1%} of its elements), which is not this tower's file.\n"
-            f"  The tower lacks: {_some(coverage.missing)}\n"
-            f"  The file holds: {_some(tuple(state))}"
+            f"  The tower lacks: {some(coverage.missing)}\n"
+            f"  The file holds: {some(tuple(state))}"
             + (f"\n  Shapes that differ:{shapes}" if shapes else "")
             + f"\nName the tower the file was made for, or leave "
             f"model.{name}.weights out to start from scratch."
@@ -211,10 +212,11 @@ def _check_coverage(
     if larger:
         raise UserError(
             f"{file} holds a larger tower than the {name} tower built: {len(larger)} of its tensors "
-            f"have no place ({_some(tuple(larger))}). Name the tower the file was made for."
+            f"have no place ({some(tuple(larger))}). Name the tower the file was made for."
         )
 
 
-def _some(names: tuple[str, ...], count: int = 6) -> str:
+def some(names: Sequence[str], count: int = 6) -> str:
+    """The first names, and how many there are where not all are shown."""
     shown = ", ".join(names[:count])
     return f"{shown}, … ({len(names)} in all)" if len(names) > count else shown or "nothing"

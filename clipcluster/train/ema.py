@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +11,16 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """A second model whose weights follow the first: `ema += (1 - decay) * (weights - ema)` after a step.
+    """Tensors that follow the model's weights: `average += (1 - decay) * (weights - average)` after a step.
 
-    Buffers (running statistics) are copied, not averaged. The state is the averaged model's own.
+    Buffers (running statistics) are the model's own and not averaged. The state has the model's names.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._rate = 1.0 - decay
-        self._averaged = [p.data for p in self.model.parameters()]
-        self._followed = [p.data for p in model.parameters()]
-        self._buffers = list(self.model.buffers())
-        self._followed_buffers = list(model.buffers())
+        self._model, self._rate = model, 1.0 - decay
+        self._parameters = list(model.parameters())
+        self._followed = [parameter.data for parameter in self._parameters]
+        self._averaged = [weights.clone() for weights in self._followed]
 
     @torch.no_grad()
     def update(self, found_inf: Tensor) -> None:
@@ -32,13 +30,26 @@ class Ema:
         distance = torch._foreach_sub(self._followed, self._averaged)
         torch._foreach_mul_(distance, rate)
         torch._foreach_add_(self._averaged, distance)
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._followed_buffers)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model computes with the averaged weights; nothing is copied."""
+        self._point_at(self._averaged)
+        try:
+            yield
+        finally:
+            self._point_at(self._followed)
+
+    def _point_at(self, tensors: list[Tensor]) -> None:
+        for parameter, tensor in zip(self._parameters, tensors, strict=True):
+            parameter.data = tensor
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged model's weights and buffers."""
-        return self.model.state_dict()
+        """The averaged weights and the model's buffers, by the model's names."""
+        with self.applied():
+            return self._model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take weights and buffers, all of them."""
-        self.model.load_state_dict(state)
+        """Take averaged weights, all of them; buffers go to the model."""
+        with self.applied():
+            self._model.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.world import World
+from clipcluster.train.ema import Ema
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
 
@@ -29,7 +31,7 @@ class Suite(Protocol):
 class Evaluations:
     """Owed at every `every` steps and at the end; None for `suite` means never.
 
-    `model` is what is measured: the averaged weights where there are any, else the trained ones.
+    `model` is measured, with the averaged weights where there is an `ema`.
     """
 
     def __init__(
@@ -43,11 +45,11 @@ class Evaluations:
         attempt: Attempt,
         world: World,
         precision: Precision,
-        averaged: bool,
+        ema: Ema | None,
     ) -> None:
         self._suite, self._model, self._every, self._total = suite, model, every, total_steps
         self._run, self._attempt, self._world = run, attempt, world
-        self._precision, self._averaged = precision, averaged
+        self._precision, self._ema = precision, ema
 
     def owed(self, progress: Progress) -> bool:
         """Whether this step is to be evaluated and was not yet."""
@@ -58,19 +60,9 @@ class Evaluations:
     def measure(self, progress: Progress, wishes: Callable[[], None]) -> dict[str, float]:
         """Evaluate; every rank calls it. `wishes` runs between batches and may raise Interrupted."""
         assert self._suite is not None
-        training = self._model.training
-        self._share_buffers()
-        self._model.eval()
-        try:
-            with torch.no_grad(), self._precision.autocast():
-                return self._suite.run(self._model, progress, wishes=wishes)
-        finally:
-            self._model.train(training)
-
-    def _share_buffers(self) -> None:
-        """Give all ranks rank 0's running statistics: each rank counted its own batches."""
-        for _, buffer in self._model.named_buffers():
-            self._world.broadcast_tensor(buffer)
+        averaged = self._ema.applied() if self._ema else nullcontext()
+        with averaged, torch.no_grad(), self._precision.autocast():
+            return self._suite.run(self._model, progress, wishes=wishes)
 
     def write(self, progress: Progress, results: Mapping[str, float]) -> None:
         """Write `evals/step-….json` (rank 0). Raises StaleAttempt."""
@@ -83,7 +75,7 @@ class Evaluations:
             "samples": progress.samples,
             "epoch": round(progress.epoch, 6),
             "attempt": self._attempt.number,
-            "ema": self._averaged,
+            "ema": self._ema is not None,
             "metrics": dict(results),
         }
         write_json(self._run.evals / f"step-{progress.step:08d}.json", document)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ def restore(
     progress: Progress,
     parts: Parts,
     constants: Mapping[str, Any],
+    enter: Callable[[int], object],
     skipped: Sequence[Range] = (),
 ) -> Path | None:
     """Load the newest checkpoint into `progress` and `parts` on every rank; None where there is none.
 
+    `enter(step)` comes before the loading: it puts the stage of the checkpoint's step in force (0: no checkpoint).
     Rank 0 looks and verifies, the others load what it found. A checkpoint that was saved within the batches
     `skipped` is passed over; the progress leaves them out from then on, with a checkpoint or without. Raises,
     on all ranks together, CheckpointError where nothing verifies, DataError for another index, RecipeFailure
@@ -39,8 +41,9 @@ def restore(
 
     name = world.while_main(look)
     found = folder.folder / name if name else None
+    state = read_json(found / STATE) if found else {"step": 0}
+    enter(state["step"])
     if found:
-        state = read_json(found / STATE)
         load_parts(found, state, parts)
         progress.load_state_dict(state)
         if folder.evaluation(progress.step):

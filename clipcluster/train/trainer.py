@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clipcluster.errors import StaleAttempt
@@ -96,16 +97,18 @@ class Trainer:
     def _run(self) -> Outcome:
         self._resume()
         self.attempt.phase(self.world.rank, "first batch")
-        wishes = self._rehearse()
-        if wishes & Wish.STOP:
+        if self.world.agree(self.stop.wishes()) & Wish.STOP:
             return self._stopped()
         while self._more():
             if self.evaluations.owed(self.progress):
                 self._evaluate()
+            elif self.step.needs_rehearsal:
+                self._rehearse()
             else:
                 batch = self._fetch()
                 report = self.step(batch, self.progress)
                 self._count(batch)
+                self.step.stages.enter(self.progress.step)  # before a checkpoint of this step is made
                 if self.metrics.due(self.progress):
                     self._log(report)
             wishes = self.world.agree(self._wishes())
@@ -130,7 +133,7 @@ class Trainer:
         if self.world.is_main:
             self.checkpoints.prepare()
         skipped = rollback.recorded(self.world, Run(self.attempt.run))
-        found = restore(self.world, self.checkpoints, self.progress, self.parts, self.constants, skipped)
+        found = self._restore(skipped)
         self.attempt.step = self.progress.step
         if found is None:
             self.world.while_main(lambda: rollback.refuse_to_start_anew(self.checkpoints, skipped))
@@ -141,6 +144,18 @@ class Trainer:
             self.metrics.say(f"resuming from {found.name}")
         self.metrics.open(self.progress)
         self._open_batches()
+
+    def _restore(self, skipped: Sequence[tuple[int, int]]) -> Path | None:
+        """The newest checkpoint outside the skipped batches, in the stage of its step."""
+        return restore(
+            self.world,
+            self.checkpoints,
+            self.progress,
+            self.parts,
+            self.constants,
+            self.step.stages.enter,
+            skipped,
+        )
 
     def _open_batches(self) -> None:
         self._close_batches()
@@ -153,20 +168,11 @@ class Trainer:
             self._loader.close()
         self._loader, self._ahead, self._batches = None, None, iter(())
 
-    def _rehearse(self) -> Wish:
-        """Two discarded passes over the first batch, so that restarts round as an uninterrupted run does."""
-        wishes = self.world.agree(self.stop.wishes())
-        if not self.step.needs_rehearsal or self.progress.step >= self.total_steps:
-            return wishes
-        for _ in range(2):
-            if wishes & Wish.STOP:
-                break
-            batch = self._fetch()
-            self.step.rehearse(batch, self.progress)
-            self._ahead = batch
-            wishes = self.world.agree(self.stop.wishes())
+    def _rehearse(self) -> None:
+        """A discarded pass over the next batch, so that restarts round as an uninterrupted run does."""
+        self._ahead = self._fetch()
+        self.step.rehearse(self._ahead)
         self.metrics.restart_clock(self.progress.samples)
-        return wishes
 
     def _fetch(self) -> Batch:
         """The next batch, on the device."""
@@ -210,7 +216,7 @@ class Trainer:
             return
         self.world.while_main(self.saver.finish)
         row = (streak.first_batch, streak.last_batch + 1)
-        found = restore(self.world, self.checkpoints, self.progress, self.parts, self.constants, [row])
+        found = self._restore([row])
         if found is None:
             self._failure = rollback.impossible(streak, "and no checkpoint is older")
             return

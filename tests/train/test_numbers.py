@@ -34,11 +34,37 @@ def test_the_average_follows_the_weights() -> None:
         ema.update(number(0.0))
         for name, value in model.named_parameters():
             expected[name] += 0.1 * (value.detach().double() - expected[name])
-    for name, value in ema.model.named_parameters():
-        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
-        assert not value.requires_grad
-    assert torch.equal(ema.model[1].running_mean, model[1].running_mean)
-    assert not ema.model.training
+    state = ema.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name].double(), value, rtol=1e-5, atol=1e-6)
+    assert state.keys() == model.state_dict().keys()
+    assert torch.equal(state["1.running_mean"], model[1].running_mean)
+
+
+def test_the_average_is_applied_and_taken_away_without_a_copy() -> None:
+    model = nn.Linear(3, 3)
+    ema = Ema(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update(number(0.0))
+    trained, averaged = model.weight.detach().clone(), ema.state_dict()["weight"]
+    storage = model.weight.data_ptr()
+    with ema.applied():
+        assert model.weight.data_ptr() == averaged.data_ptr()
+    assert model.weight.data_ptr() == storage
+    assert torch.equal(model.weight, trained)
+    assert not torch.equal(averaged, trained)
+
+
+def test_an_average_is_taken_from_a_state_whole_or_not_at_all() -> None:
+    model, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    weights = model.weight.detach().clone()
+    ema = Ema(model, 0.5)
+    ema.load_state_dict(other.state_dict())
+    assert torch.equal(ema.state_dict()["weight"], other.weight)
+    assert torch.equal(model.weight, weights)
+    with pytest.raises(RuntimeError, match="bias"):
+        ema.load_state_dict({"weight": other.weight})
 
 
 def test_the_average_stays_at_a_skipped_step() -> None:

@@ -14,7 +14,7 @@ from clipcluster.train.optimizer import Optimizer, trained_parameters
 class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.logit_scale = nn.Parameter(torch.tensor([2.0]))
         self.position = nn.Parameter(torch.zeros(1, 4, 8))
         self.linear = nn.Linear(8, 8)
         self.shared = self.linear
@@ -24,7 +24,7 @@ class Tower(nn.Module):
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.linear(x + self.position)).sum() * self.logit_scale
+        return self.norm(self.linear(x + self.position)).sum() * self.logit_scale.squeeze()
 
 
 def optimizer_of(model: nn.Module, **changes: Any) -> Optimizer:
@@ -79,7 +79,9 @@ def test_a_parameter_without_gradient_does_not_move() -> None:
     assert len(optimizer.gradients()) == 6
     optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
     assert torch.equal(model.unused.weight, before)
-    assert not any(key.startswith(("unused", "conv", "frozen")) for key in optimizer.state_dict())
+    state = optimizer.state_dict()
+    assert state["unused.weight.step"] == 0
+    assert not any(key.startswith("frozen") for key in state)
 
 
 def test_found_inf_skips_the_step_and_its_count() -> None:
@@ -122,7 +124,45 @@ def test_a_state_goes_round_by_name() -> None:
     assert not (optimizer.state_dict()["linear.weight.exp_avg"] == 7).any()
 
 
-def test_a_state_of_another_model_is_refused() -> None:
+def test_a_state_is_taken_whole_or_refused_by_name() -> None:
+    """A parameter without its moments would begin with fresh ones, and nobody would know."""
+    state = optimizer_of(nn.Linear(2, 2)).state_dict()
     optimizer = optimizer_of(nn.Linear(2, 2))
-    with pytest.raises(KeyError, match=r"elsewhere\.weight"):
-        optimizer.load_state_dict({"elsewhere.weight.exp_avg": torch.zeros(2, 2)})
+    for key in state:
+        with pytest.raises(RuntimeError, match=rf"no entries for: {key}$"):
+            optimizer.load_state_dict({name: value for name, value in state.items() if name != key})
+    with pytest.raises(RuntimeError, match=r"what does not train in this model: elsewhere\.weight"):
+        optimizer.load_state_dict(state | {"elsewhere.weight.exp_avg": torch.zeros(2, 2)})
+    with pytest.raises(RuntimeError, match=r"another shape: weight\.exp_avg$"):
+        optimizer.load_state_dict(state | {"weight.exp_avg": torch.zeros(1, 2)})
+    optimizer.load_state_dict(state)
+
+
+def test_a_state_from_when_the_scale_had_no_dimension() -> None:
+    optimizer = optimizer_of(Tower())
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state | {"logit_scale.exp_avg": torch.tensor(3.0)})
+    assert optimizer.state_dict()["logit_scale.exp_avg"].tolist() == [3.0]
+
+
+def test_regrouping_keeps_the_state_of_what_goes_on_training() -> None:
+    model = Tower()
+    optimizer = optimizer_of(model)
+    model(torch.randn(4, 8)).backward()
+    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    before = {name: value.clone() for name, value in optimizer.state_dict().items()}
+    model.linear.requires_grad_(False)
+    model.frozen.requires_grad_(True)
+    optimizer.regroup(lambda name: 0.5 if name == "position" else 1.0)
+    state = optimizer.state_dict()
+    assert torch.equal(state["position.exp_avg"], before["position.exp_avg"])
+    assert "linear.weight.exp_avg" not in state
+    assert state["frozen.weight.step"] == 0
+    lrs = {model.position: 0.05, model.norm.weight: 0.1, model.frozen.weight: 0.1}
+    optimizer.clear()
+    model(torch.randn(4, 8)).backward()
+    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    for group in optimizer._adamw.param_groups:
+        for parameter, lr in lrs.items():
+            if any(parameter is member for member in group["params"]):
+                assert group["lr"] == lr

@@ -162,7 +162,8 @@ def test_averaged_weights_are_evaluated(toy: ModuleType, run: Any) -> None:
     averaged = load_file(run.checkpoints / "step-00000012" / "ema.safetensors")
     assert results["metrics"]["toy/size"] == pytest.approx(float(averaged["first.weight"].abs().sum()))
     assert results["ema"] is True
-    assert trainer.step.ema.model.training is False
+    trained = load_file(run.checkpoints / "step-00000012" / "model.safetensors")
+    assert torch.equal(trainer.evaluations._model.first.weight, trained["first.weight"])
 
 
 def test_the_best_checkpoint_stays(toy: ModuleType, run: Any) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
-from torch.nn.parallel import DistributedDataParallel
 
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
@@ -22,6 +21,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 from clipcluster.runtime.world import World
+from clipcluster.train.backward import Backward, Cached, Independent, Whole
 from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.ema import Ema
@@ -34,8 +34,11 @@ from clipcluster.train.progress import Progress
 from clipcluster.train.rotation import Keep
 from clipcluster.train.saver import Saver
 from clipcluster.train.schedule import make_schedule
+from clipcluster.train.stages import Stage, Stages
+from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Step
 from clipcluster.train.trainer import Trainer
+from clipcluster.train.wrapping import WrappedTask
 
 BATCH, WORDS, LENGTH = 16, 50, 6
 
@@ -67,6 +70,8 @@ class Script:
     pause: float = 0.0
     slow_disk: float = 0.0  # seconds that reading and writing a checkpoint takes
     silence: float = 60.0  # seconds after which a rank is lost
+    backward: str = "whole"
+    thaw_at: int | None = None  # until this step the words do not train, then at half the learning rate
 
 
 class Towers(nn.Module):
@@ -152,7 +157,6 @@ class ToySuite:
         self.steps: list[int] = []
 
     def run(self, model: Any, progress: Progress, *, wishes: Any) -> dict[str, float]:
-        assert not model.training
         if self.script.stop_in_evaluation:
             self.stop.request("the test's wish in an evaluation")
         for _ in range(3):
@@ -173,6 +177,18 @@ class SlowDisk(CheckpointFolder):
         return super().write(*arguments)
 
 
+BACKWARD: dict[str, type[Backward]] = {"whole": Whole, "independent": Independent, "cached": Cached}
+
+
+def stages_of(script: Script) -> list[Stage]:
+    if script.thaw_at is None:
+        return [Stage()]
+    return [
+        Stage(0, lambda name: None if name.startswith("words") else 1.0),
+        Stage(script.thaw_at, lambda name: 0.5 if name.startswith("words") else 1.0),
+    ]
+
+
 class Unrehearsed(Step):
     needs_rehearsal = False
 
@@ -181,7 +197,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     torch.manual_seed(7)
     model = Towers()
     task = ToyTask(model, world, script)
-    wrapped = DistributedDataParallel(task) if world.size > 1 else task
+    wrapped = WrappedTask(task, world)
     optimizer = Optimizer(model, lr=script.lr, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
     precision = Precision(script.precision, world.device)  # type: ignore[arg-type]
     guard = Guard(world.device, script.limit)
@@ -206,18 +222,23 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         event=lambda kind, **fields: attempt.event(kind, writer="rank-0", **fields),
     )
     slot = world.rank * (BATCH // world.size)
+    statistics = RunningStatistics(task, world)
+    strategy = BACKWARD[script.backward]
+    micro_batches = 1 if strategy is Whole else 2
+    backward = strategy(wrapped, precision, statistics, seed=3, slot=slot, micro_batches=micro_batches)
+    stages = Stages(model, wrapped, optimizer, stages_of(script))
     kind = Step if script.rehearse else Unrehearsed
-    step = kind(wrapped, task, optimizer, schedule, precision, guard, ema, clip_norm=1.0, seed=3, slot=slot)
+    step = kind(backward, stages, optimizer, schedule, guard, ema, clip_norm=1.0)
     evaluations = Evaluations(
         ToySuite(script, stop) if script.evaluate_every else None,
-        ema.model if ema else model,
+        model,
         every=script.evaluate_every,
         total_steps=script.steps,
         run=run,
         attempt=attempt,
         world=world,
         precision=precision,
-        averaged=ema is not None,
+        ema=ema,
     )
     return Trainer(
         world=world,

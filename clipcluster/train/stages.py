@@ -1,0 +1,62 @@
+"""Stages: what trains, and how fast, as a function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from clipcluster.train.optimizer import Optimizer
+from clipcluster.train.wrapping import WrappedTask
+
+
+def everything(name: str) -> float | None:
+    """Every parameter trains, at the schedule's learning rate."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What trains from step `start` on.
+
+    lr_scale: parameter name -> factor of the schedule's learning rate, or None where it is frozen.
+    """
+
+    start: int = 0
+    lr_scale: Callable[[str], float | None] = everything
+
+
+class Stages:
+    """The stages of a run; the one in force follows from the step alone, at a resume too.
+
+    A frozen parameter has no gradient (None: zero would let weight decay move it).
+    """
+
+    def __init__(
+        self, model: nn.Module, task: WrappedTask, optimizer: Optimizer, stages: Sequence[Stage] = (Stage(),)
+    ) -> None:
+        """Raises ValueError unless the stages begin with step 0, in rising order."""
+        starts = [stage.start for stage in stages]
+        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            raise ValueError(f"stages begin at rising steps, the first at 0, not at {starts}")
+        self._model, self._task, self._optimizer, self._stages = model, task, optimizer, tuple(stages)
+        self._current: Stage | None = None
+
+    def enter(self, step: int) -> bool:
+        """Put the stage of `step` in force; whether it changed. Called before a checkpoint of it is loaded.
+
+        A change wraps the task again, so that a rehearsal has to follow.
+        """
+        stage = [stage for stage in self._stages if stage.start <= step][-1]
+        if stage is self._current:
+            return False
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(stage.lr_scale(name) is not None)
+            if not parameter.requires_grad:
+                parameter.grad = None
+        self._optimizer.regroup(stage.lr_scale)
+        self._task.wrap()
+        self._current = stage
+        return True

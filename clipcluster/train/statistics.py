@@ -1,0 +1,67 @@
+"""Running statistics (BatchNorm's), which move once a step, and alike on all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clipcluster.runtime.world import World
+
+
+class RunningStatistics:
+    """The buffers that a forward pass may move.
+
+    A step's new values are the mean of what its micro-batches on all ranks made of the old ones, each having
+    started from them; with equal micro-batches they do not depend on the number of ranks. Integer buffers
+    (the count of batches) move as in the first micro-batch. Constant buffers stay exactly as they are.
+    """
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        saved = module.state_dict(keep_vars=True)  # without what is constant
+        buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
+        self._buffers = sorted(buffers, key=lambda buffer: not buffer.is_floating_point())
+        self._floats = sum(buffer.is_floating_point() for buffer in buffers)
+        self._world = world
+        self._before: list[Tensor] = []
+        self._passes: list[list[Tensor]] = []
+
+    def begin(self) -> None:
+        """Remember the values at the beginning of a step."""
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self._passes = []
+
+    def take(self) -> None:
+        """Count what a micro-batch left, and put the old values back for the next one."""
+        self._passes.append([buffer.clone() for buffer in self._buffers])
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Put the values of `begin` back: after a pass that does not count, its backward included."""
+        for buffer, old in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(old)
+
+    def commit(self, found_inf: Tensor) -> None:
+        """Move to the step's new values; stay where `found_inf` (0-dimensional, on the device) is 1.
+
+        Collective where there are buffers.
+        """
+        if not self._buffers:
+            return
+        passes = self._passes or [self._buffers]
+        after = list(passes[0])
+        if len(passes) * self._world.size > 1:
+            after[: self._floats] = self._mean([values[: self._floats] for values in passes])
+        for buffer, old, new in zip(self._buffers, self._before, after, strict=True):
+            buffer.copy_(torch.where(found_inf.bool(), old, new))
+
+    def _mean(self, passes: list[list[Tensor]]) -> list[Tensor]:
+        """Old values plus the mean move, over micro-batches and ranks."""
+        before = self._before[: self._floats]
+        if not before:
+            return []
+        moves = torch.cat([value.flatten() for value in before]) * 0
+        for values in passes:
+            moves += torch.cat([(new - old).flatten() for new, old in zip(values, before, strict=True)])
+        moves = self._world.all_reduce_sum(moves) / (len(passes) * self._world.size)
+        parts = moves.split([value.numel() for value in before])
+        return [old + move.view_as(old) for old, move in zip(before, parts, strict=True)]

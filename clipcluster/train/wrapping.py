@@ -1,0 +1,77 @@
+"""A task as the ranks train it together: the one way into it, and the switch of gradient reduction."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from clipcluster.model.task import Task
+from clipcluster.runtime.world import World
+
+T = TypeVar("T")
+Wrapper = Callable[[Task], nn.Module]
+
+
+def data_parallel(task: Task) -> nn.Module:
+    """DDP around a task. Running statistics are not broadcast: `RunningStatistics` averages them."""
+    # Said of 1x1 convolutions whose gradient has another stride: it is copied, which no user has to know.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Its successor does not exist before torch 2.15.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    return DistributedDataParallel(task, broadcast_buffers=False)
+
+
+class WrappedTask:
+    """A task under what reduces its gradients over the ranks; by default DDP, or nothing on a single rank.
+
+    `wrapped(call, *args)` is `call(task, *args)` run inside the wrapper's `forward`, the only place that it
+    watches. Nothing else knows DDP from FSDP2.
+
+    `needs_rehearsal`: DDP puts its buckets into another order after its first backward pass that reduces, so
+    that sums over ranks round differently from then on. A discarded pass after every wrapping makes all real
+    steps alike.
+    """
+
+    def __init__(self, task: Task, world: World, wrapper: Wrapper | None = None) -> None:
+        self.task = task
+        self._wrapper = wrapper or (data_parallel if world.size > 1 else None)
+        self._outer: nn.Module = task
+        self.needs_rehearsal = False
+
+    def wrap(self) -> None:
+        """Wrap the task, again where it was: DDP reduces what was trainable when it was made."""
+        if self._wrapper is None or isinstance(self.task, FSDPModule):
+            return
+        if self._outer is not self.task:
+            self._outer = self.task
+            gc.collect()  # the old wrapper holds buckets, and hooks that would reduce a second time
+        self._outer = self._wrapper(self.task)
+        self.needs_rehearsal = isinstance(self._outer, DistributedDataParallel)
+
+    def __call__(self, call: Callable[..., T], *args: Any) -> T:
+        """`call(task, *args)`, seen by the wrapper."""
+        result: T = self._outer(call, *args)
+        return result
+
+    @contextmanager
+    def reduction(self, on: bool) -> Iterator[None]:
+        """Whether backward passes reduce gradients over the ranks; forward and backward go inside."""
+        outer = self._outer
+        if isinstance(outer, FSDPModule):
+            outer.set_requires_gradient_sync(on)
+            try:
+                yield
+            finally:
+                outer.set_requires_gradient_sync(True)
+        elif isinstance(outer, DistributedDataParallel) and not on:
+            with outer.no_sync():
+                yield
+        else:
+            yield
