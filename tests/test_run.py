@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipcluster.build.model import hash_of
-from clipcluster.build.training import seconds_of_a_save
+from clipcluster.build.training import seconds_of_a_save, try_task
 from clipcluster.data.storage import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
@@ -216,6 +216,13 @@ def test_another_number_of_ranks_sees_the_same_samples_and_losses(tiny: Tiny) ->
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
+def test_the_task_of_a_recipe_is_tried_on_two_samples(tiny: Tiny, tmp_path: Path) -> None:
+    assert try_task(load(tiny.file, [], {}).recipe, tmp_path) == []
+    larger = ["model.image={timm: inception_v3}"]  # which no image of 32 pixels passes through
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        try_task(load(tiny.file, larger, {}).recipe, tmp_path)
+
+
 def test_a_stop_while_starting_builds_nothing(tiny: Tiny) -> None:
     run = tiny.make("early")
     stop = Stop()
@@ -228,18 +235,18 @@ def test_a_stop_while_starting_builds_nothing(tiny: Tiny) -> None:
 SLOW_HASH = """
 import sys, time
 from clipcluster import run
-from clipcluster.data.shards import shard_index as index
+from clipcluster.data.shards import shard_index
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 
-hash_of = index.file_sha256
+hash_of = shard_index.file_sha256
 
 def slowly(path):
     time.sleep(2)
     return hash_of(path)
 
-index.file_sha256, run.SILENCE_S = slowly, 8
+shard_index.file_sha256, run.SILENCE_S = slowly, 8
 folder = Run(sys.argv[1])
 sys.exit(run.train(folder, folder.newest(), Launch.from_environment(), Stop()))
 """

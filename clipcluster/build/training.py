@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipcluster.build.data import Sources, open_batches
+from clipcluster.build.data import Sources, open_batches, open_sources
 from clipcluster.build.model import build_model, describe_start
 from clipcluster.build.task import build_task
 from clipcluster.recipe.plan import Plan, plan
@@ -17,7 +18,7 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events
-from clipcluster.runtime.stop import GRACE_SECONDS, Stop
+from clipcluster.runtime.stop import GRACE_SECONDS, NonFiniteError, Stop
 
 if TYPE_CHECKING:
     from clipcluster.runtime.world import World
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from clipcluster.train.saver import Saver
     from clipcluster.train.step import Step
     from clipcluster.train.trainer import Trainer
+
+TRIED_SAMPLES = 2  # a batch norm needs more than one
 
 
 def build_trainer(
@@ -107,6 +110,40 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
         Ema(model, recipe.train.ema.decay) if recipe.train.ema else None,
         clip_norm=optim.clip_norm,
     )
+
+
+def try_task(recipe: Recipe, assets: Path) -> list[str]:
+    """One forward and backward pass of the recipe's task on two of its samples, on the CPU in float32.
+
+    Shows what only running shows: shapes that do not fit, what a tower does not take. Starting weights are
+    not read. Returns the names of the parameters without a gradient, which several ranks cannot train.
+
+    Raises UserError and DataError as building and reading do, NonFiniteError, and whatever the towers raise.
+    """
+    import torch
+
+    from clipcluster.model.task import Task
+    from clipcluster.runtime.world import World
+
+    world = World(0, 1, 0, torch.device("cpu"))
+    data = recipe.data.model_copy(update={"batch_size": TRIED_SAMPLES, "workers": 0})
+    small = recipe.model_copy(update={"data": data})
+    sources = open_sources(small, assets)
+    model = build_model(small, sources.tokenizer, assets, starting_weights=False)
+    task = build_task(small, model, world)
+    batches = open_batches(small, sources, world, 0, ())
+    try:
+        report = task(Task.report, next(iter(batches)))
+    finally:
+        batches.close()
+    if not torch.isfinite(report.loss):
+        raise NonFiniteError(
+            f"The loss of {TRIED_SAMPLES} samples with untrained weights is {float(report.loss.detach())}.",
+            "Check data.image.mean and std, and model.logit_scale.",
+        )
+    report.loss.backward()
+    task.after_step()
+    return [name for name, value in task.named_parameters() if value.requires_grad and value.grad is None]
 
 
 def _evaluations(

@@ -26,7 +26,7 @@ def restore(
 ) -> Path | None:
     """Load the newest checkpoint into `progress` and `parts` on every rank; None where there is none.
 
-    `enter(step)` comes before the loading: it puts the stage of the checkpoint's step in force (0: no checkpoint).
+    `enter(step)` comes before the loading and puts the stage of that step in force (0 without a checkpoint).
     Rank 0 looks and verifies, the others load what it found. A checkpoint that was saved within the batches
     `skipped` is passed over; the progress leaves them out from then on, with a checkpoint or without. Raises,
     on all ranks together, CheckpointError where nothing verifies, DataError for another index, RecipeFailure

@@ -1,7 +1,7 @@
 """Run by test_backward: gradients in float64, on worlds of real processes.
 
-python backward_of_ranks.py OUT SIZE:CASE,CASE …  writes OUT/SIZE-RANK.pt: what each case of CASES gave on that
-rank. The processes are forked after the imports, before any backward pass.
+python backward_of_ranks.py OUT SIZE:CASE,CASE …  writes OUT/SIZE-RANK.pt, what each case gave on that rank.
+The processes are forked after the imports, before any backward pass.
 """
 
 from __future__ import annotations

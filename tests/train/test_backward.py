@@ -1,4 +1,4 @@
-"""Gradients of three ranks are those of one process with the whole batch; the forms that only look so are not.
+"""Gradients of three ranks are those of one process with the whole batch; similar forms silently are not.
 
 Every comparison is in float64. The silently wrong forms stand here so that the exact ones are known to be
 measured by something that would notice.
