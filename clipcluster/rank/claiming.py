@@ -11,7 +11,8 @@ from clipcluster.errors import UserError
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime.environment import ATTEMPT, TAKE_OVER
-from clipcluster.runtime.launch import Launch
+from clipcluster.runtime.launch import Launch, whole_number
+from clipcluster.runtime.network import listen
 
 
 def open_attempt(run: Run, launch: Launch, still_running: Callable[[str], bool]) -> Attempt | None:
@@ -102,17 +103,24 @@ def _torchrun_store(launch: Launch) -> Any:
 
     from torch.distributed import TCPStore
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], whole_number(os.environ, "MASTER_PORT")
     is_master = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    listener = None
-    if is_master and address in ("127.0.0.1", "localhost"):
-        # Left to itself the store would listen on every address of the machine.
-        listener = socket.create_server(("127.0.0.1", port), backlog=4096).detach()
     return TCPStore(
         address,
         port,
         is_master=is_master,
         timeout=timedelta(seconds=300),
         wait_for_workers=False,
-        master_listen_fd=listener,
+        # Left to itself the store would listen on every address of the machine.
+        master_listen_fd=_listen(address, port).detach() if is_master else None,
     )
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    try:
+        return listen(address, port)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"Rank 0 cannot listen on MASTER_ADDR:MASTER_PORT, {address}:{port}: {error}. Set MASTER_ADDR to "
+            f"an address of rank 0's machine ({socket.gethostname()}) and MASTER_PORT to a free port."
+        ) from error

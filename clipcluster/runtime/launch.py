@@ -61,7 +61,8 @@ def _in_slurm_step(environ: Mapping[str, str]) -> bool:
     return all(name in environ for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_ID"))
 
 
-def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+def whole_number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """The number in an environment variable. Raises UserError where it is missing or none."""
     text = environ.get(name)
     if text is None and default is not None:
         return default
@@ -73,16 +74,16 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch:
-    node = _number(environ, "SLURM_NODEID", 0)
-    size = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1))
+    node = whole_number(environ, "SLURM_NODEID", 0)
+    size = whole_number(environ, "SLURM_STEP_NUM_TASKS", whole_number(environ, "SLURM_NTASKS", 1))
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(size)
     return Launch(
-        rank=_number(environ, "SLURM_PROCID"),
+        rank=whole_number(environ, "SLURM_PROCID"),
         size=size,
-        local_rank=_number(environ, "SLURM_LOCALID", 0),
+        local_rank=whole_number(environ, "SLURM_LOCALID", 0),
         local_size=_tasks_of_node(per_node, node),
         node=node,
-        nodes=_number(environ, "SLURM_STEP_NUM_NODES", _number(environ, "SLURM_JOB_NUM_NODES", 1)),
+        nodes=whole_number(environ, "SLURM_STEP_NUM_NODES", whole_number(environ, "SLURM_JOB_NUM_NODES", 1)),
         job_id=slurm_job_id(environ),
         manager="slurm",
     )
@@ -98,11 +99,11 @@ def _tasks_of_node(text: str, node: int) -> int:
 
 
 def _local(environ: Mapping[str, str]) -> Launch:
-    size = _number(environ, "SUBMITIT_LOCAL_NTASKS", 1)
+    size = whole_number(environ, "SUBMITIT_LOCAL_NTASKS", 1)
     return Launch(
-        rank=_number(environ, "SUBMITIT_LOCAL_GLOBALID"),
+        rank=whole_number(environ, "SUBMITIT_LOCAL_GLOBALID"),
         size=size,
-        local_rank=_number(environ, "SUBMITIT_LOCAL_LOCALID", 0),
+        local_rank=whole_number(environ, "SUBMITIT_LOCAL_LOCALID", 0),
         local_size=size,
         node=0,
         nodes=1,
@@ -112,15 +113,15 @@ def _local(environ: Mapping[str, str]) -> Launch:
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch:
-    size = _number(environ, "WORLD_SIZE")
-    local_size = _number(environ, "LOCAL_WORLD_SIZE", size)
+    size = whole_number(environ, "WORLD_SIZE")
+    local_size = whole_number(environ, "LOCAL_WORLD_SIZE", size)
     return Launch(
-        rank=_number(environ, "RANK"),
+        rank=whole_number(environ, "RANK"),
         size=size,
-        local_rank=_number(environ, "LOCAL_RANK", 0),
+        local_rank=whole_number(environ, "LOCAL_RANK", 0),
         local_size=local_size,
-        node=_number(environ, "GROUP_RANK", 0),
-        nodes=_number(environ, "GROUP_WORLD_SIZE", max(1, size // local_size)),
+        node=whole_number(environ, "GROUP_RANK", 0),
+        nodes=whole_number(environ, "GROUP_WORLD_SIZE", max(1, size // local_size)),
         job_id=local_job_id(),
         manager="torchrun",
     )

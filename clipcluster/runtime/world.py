@@ -6,13 +6,9 @@ together goes over gloo on the CPU, never over the device, so that it costs no s
 
 from __future__ import annotations
 
-import fcntl
-import ipaddress
 import json
 import os
 import secrets
-import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipcluster.errors import UserError
-from clipcluster.runtime.environment import INTERFACE
 from clipcluster.runtime.launch import Launch
+from clipcluster.runtime.network import address_of, listen, site_interface
 from clipcluster.runtime.stop import Failure, LostPeers, Stop, Wish, described, restored
 
-_LOOPBACK = "127.0.0.1"
 _BEAT_S = 1.0  # between two signs of life of rank 0 while it works alone
 # What gloo, NCCL and the store say of a peer that is gone or silent, in lower case.
 _LOST = (
@@ -90,7 +84,7 @@ class World:
         world = cls(launch.rank, launch.size, launch.local_rank, device)
         if launch.size == 1:
             return world
-        interface = _interface(launch)
+        interface = site_interface(launch)
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -293,11 +287,9 @@ def _meet(
     """The store of this attempt, held by rank 0."""
     timeout = timedelta(seconds=timeout_s)
     if launch.rank == 0:
-        address = _address(interface)
-        # Bound here and handed over: left to itself the store would listen on every address of the machine.
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.bind((address, 0))
-        listener.listen(4096)
+        address = address_of(interface)
+        # Handed over: left to itself the store would listen on every address of the machine.
+        listener = listen(address)
         port, token = listener.getsockname()[1], secrets.token_hex(8)
         store = dist.TCPStore(
             address,
@@ -312,65 +304,3 @@ def _meet(
         address, port, token = find(timeout_s)
         store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return dist.PrefixStore(token, store)
-
-
-def _interface(launch: Launch) -> str | None:
-    """The network interface to use: the site's, else loopback on a single machine, else gloo's own choice."""
-    named = os.environ.get(INTERFACE)
-    if named:
-        known = [name for _, name in socket.if_nameindex()]
-        if named not in known:
-            raise UserError(
-                f"cluster.interface: {socket.gethostname()} has no network interface {named!r}; "
-                f"it has {', '.join(known)}. Name one of them, or leave the key out."
-            )
-        return named
-    return _loopback_name() if launch.nodes == 1 or _nodes_are_one_machine() else None
-
-
-def _nodes_are_one_machine() -> bool:
-    """Whether SLURM's nodes all live here, as in a sandbox: srun was started at a loopback address."""
-    try:
-        return ipaddress.ip_address(os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")).is_loopback
-    except ValueError:
-        return False
-
-
-def _loopback_name() -> str | None:
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), None)
-
-
-def _address(interface: str | None) -> str:
-    """The IPv4 address that rank 0 listens on."""
-    if interface is None:
-        return _host_address()
-    if interface in ("lo", "lo0"):
-        return _LOOPBACK
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = struct.pack("256s", interface.encode()[:15])
-        try:
-            answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR, netdevice(7)
-        except OSError as error:
-            raise UserError(
-                f"cluster.interface: {interface!r} on {socket.gethostname()} has no IPv4 address ({error}). "
-                "Name an interface that the nodes reach each other by."
-            ) from error
-    return socket.inet_ntoa(answer[20:24])
-
-
-def _host_address() -> str:
-    """The address that other machines reach this one by: the host name's, unless that is loopback."""
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        address = _LOOPBACK
-    if not ipaddress.ip_address(address).is_loopback:
-        return address
-    # Debian gives the host name 127.0.1.1: ask which address leads outside. Connecting UDP sends nothing.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("198.51.100.1", 9))
-        except OSError:
-            return address
-        return str(probe.getsockname()[0])

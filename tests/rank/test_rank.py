@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from clipcluster.rank.claiming import _torchrun_store
 from clipcluster.runs import files, merge
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_id
+from clipcluster.runtime.launch import Launch
 
 SERVE = """
 import os, sys
@@ -340,6 +342,14 @@ def test_a_job_that_left_an_outcome_needs_no_asking(run, attempt):
         ({"CLIPCLUSTER_ATTEMPT": "x"}, "CLIPCLUSTER_ATTEMPT is 'x'"),
         ({"CLIPCLUSTER_ATTEMPT": "2"}, "no attempt 2; there are: 1"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT is not set"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+            "MASTER_PORT is 'x'; it must be a whole number",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "9"},
+            "Rank 0 cannot listen on MASTER_ADDR:MASTER_PORT, 192.0.2.1:9",
+        ),
     ],
 )
 def test_what_cannot_be_joined_is_told(run, attempt, environ, message):
@@ -409,3 +419,14 @@ def test_under_torchrun_a_refusal_reaches_all(run):
     assert local_job_id() in said[0]
     assert "Rank 0 could not claim" in said[1]
     assert run.newest().number == 1
+
+
+def test_without_an_agent_rank_0_holds_the_store_on_its_address_alone(run, monkeypatch):
+    with socket.create_server(("127.0.0.2", 0)) as probe:
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.2")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    store = _torchrun_store(Launch(0, 2, 0, 2, 0, 1, "1", "torchrun"))
+    store.set("key", "value")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
