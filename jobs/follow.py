@@ -9,33 +9,55 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
+from jobs import results
 from jobs.status import EXIT_CODES, Queue, State, last_metrics, state_of, total_steps
 
 LOOK_SECONDS = 0.5
 ASK_SECONDS = 10.0  # between two questions to SLURM
 LINE_SECONDS = 5.0  # between two plain lines of progress
+STARTING = frozenset({"claim", "phase", "resume"})
 TOLD = {
-    "events-rank-0.jsonl": frozenset({"resume"}),
+    "events-rank-0.jsonl": frozenset({"phase", "resume"}),
     "events-verdict.jsonl": frozenset({"requeue", "note", "requeue_refused", "fail", "cancel", "stop"}),
+}
+PHASES = {
+    "rendezvous": "waiting for all ranks",
+    "data": "opening the data",
+    "model": "building the model",
+    "weights": "loading weights",
+    "checkpoint": "looking for a checkpoint",
+    "first batch": "waiting for the first batch",
 }
 
 
 class Events:
-    """The batch side's and rank 0's events that a person wants to hear of, each once."""
+    """The batch side's and rank 0's events that a person wants to hear of, each once.
+
+    The first call of `fresh` has, of what happened before, where an attempt that is starting stands.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._seen: dict[str, int] = {}
-        self.fresh()
+        before = self._found()
+        newest = run.newest()
+        starting = newest is not None and before and before[-1]["attempt"] == newest.number
+        self._before = before[-1:] if starting and before[-1]["event"] in STARTING else []
 
     def fresh(self) -> list[dict[str, Any]]:
         """Those that were not there at the last call."""
+        before, self._before = self._before, []
+        return [*before, *self._found()]
+
+    def _found(self) -> list[dict[str, Any]]:
         found = []
         for attempt in self._run.attempts():
+            if str(attempt.path) not in self._seen:
+                self._seen[str(attempt.path)] = 0
+                found.append({"event": "claim", **attempt.claim(), "attempt": attempt.number})
             for name, told in TOLD.items():
                 path = attempt.path / name
                 size = path.stat().st_size if path.exists() else 0
@@ -56,7 +78,7 @@ def follow(run: Run, console: Console, *, queue: Callable[[], Queue] = Queue) ->
             state = _watch(run, view, queue)
     except KeyboardInterrupt:
         console.print(
-            f"\nNo longer following; {run.name} goes on. "
+            f"\nNo longer following; {run.name} continues. "
             f"Follow again: clipcluster logs -f {run.name}   End it: clipcluster cancel {run.name}"
         )
         return 0
@@ -91,6 +113,7 @@ class View:
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console, self.total = run, console, total_steps(run)
         self._state = ""
+        self._attempt = 0
         self._step: int | None = None
         self._told = 0.0
 
@@ -103,13 +126,21 @@ class View:
     def show(self, state: State, line: Mapping[str, Any] | None, events: list[dict[str, Any]]) -> None:
         """Bring what is seen up to date."""
         for event in events:
+            self._attempt = max(self._attempt, event["attempt"])
             self.say(event_text(event))
+            if event["event"] in STARTING:
+                self.starting(event)
         if str(state) != self._state:
             self._state = str(state)
             self.say(f"{self.run.name}: {state}")
-        if line is not None and line.get("step") != self._step:
+        if line is None or line["attempt"] < self._attempt:
+            return  # a line of the attempt before
+        if line.get("step") != self._step:
             self._step = line.get("step")
             self.progress(line)
+
+    def starting(self, event: Mapping[str, Any]) -> None:
+        """An attempt has not come to its first step yet."""
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -142,6 +173,16 @@ class Bar(View):
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
+    def starting(self, event: Mapping[str, Any]) -> None:
+        self._bar.update(
+            self._task, completed=event.get("step"), description=PHASES.get(event.get("phase", ""))
+        )
+
+    @property
+    def completed(self) -> int:
+        """The step at which the bar stands."""
+        return int(self._bar.tasks[0].completed)
+
     def progress(self, line: Mapping[str, Any]) -> None:
         self._bar.update(self._task, completed=line["step"], description=metrics_text(line))
 
@@ -165,25 +206,24 @@ def metrics_text(line: Mapping[str, Any]) -> str:
 
 def event_text(event: Mapping[str, Any]) -> str:
     """One line for an event."""
-    step = f" at step {event['step']:,}" if isinstance(event.get("step"), int) else ""
+    kind, step = event["event"], event.get("step")
     reason = " ".join(str(event.get("reason") or "").split())
-    return f"attempt {event['attempt']}: {event['event'].replace('_', ' ')}{step}" + (
-        f" ({reason})" if reason else ""
-    )
-
-
-def latest_results(run: Run) -> dict[str, Any] | None:
-    """The document of the last evaluation, or None."""
-    found = sorted(run.evals.glob("step-*.json"))
-    document: dict[str, Any] | None = files.read_json(found[-1]) if found else None
-    return document
+    if kind == "claim":
+        text = f"starting, as job {event.get('job')} on {event.get('host')}"
+    elif kind == "phase":
+        text = PHASES.get(event["phase"], event["phase"])
+    elif kind == "resume":
+        text = f"resuming from step {step:,}"
+    else:
+        text = kind.replace("_", " ") + (f" at step {step:,}" if isinstance(step, int) else "")
+    return f"attempt {event['attempt']}: {text}" + (f" ({reason})" if reason else "")
 
 
 def show_end(run: Run, state: State, console: Console) -> None:
-    """The last evaluation as a table, an advice, where the run lies, and what to type next."""
-    document = latest_results(run)
+    """The last evaluation, an advice, the run's folder, and what to type next."""
+    document = results.latest(run)
     if document and document.get("metrics"):
-        console.print(results_table(document))
+        console.print(results.shown(document))
     if state.advice:
         console.print(state.advice, markup=False, highlight=False, soft_wrap=True)
     console.print(f"run folder: {run.path}", markup=False, highlight=False, soft_wrap=True)
@@ -196,7 +236,7 @@ def next_commands(run: Run, state: State) -> list[str]:
     name = where(run)
     if state.name == "FINISHED":
         return [
-            f"clipcluster metrics {name} --csv     # the training curve",
+            f"clipcluster metrics {name} --plot    # the loss; --columns, --csv and more",
             f"clipcluster evaluate {name}          # evaluate the last checkpoint again",
             f"tensorboard --logdir {run.tensorboard}",
         ]
@@ -208,47 +248,6 @@ def where(run: Run) -> str:
     from clipcluster.runs.folder import runs_folder
 
     return run.name if (runs_folder().absolute() == run.path.parent) else str(run.path)
-
-
-def results_table(document: Mapping[str, Any]) -> Table:
-    """Results by set and kind: SET/METRIC -> value, shares as percentages."""
-    table = Table(title=f"evaluation at step {document['step']:,}", title_justify="left")
-    for name in ("set", "measured", "metric"):
-        table.add_column(name)
-    table.add_column("value", justify="right")
-    shown = ("", "")
-    for name, value in document["metrics"].items():
-        group, _, metric = name.rpartition("/")
-        kind, short = kind_of(metric)
-        same = shown == (group, kind)
-        table.add_row(
-            "" if shown[0] == group else group, "" if same else kind, short, value_text(metric, value)
-        )
-        shown = (group, kind)
-    return table
-
-
-def kind_of(metric: str) -> tuple[str, str]:
-    """What a metric belongs to, and its name there."""
-    for prefix, kind in (("zero_shot_", "zero-shot"), ("paired_", "retrieval, paired")):
-        if metric.startswith(prefix):
-            return kind, metric.removeprefix(prefix)
-    if metric.startswith(("i2t_", "t2i_")):
-        return "retrieval, grouped", metric
-    return "counts", metric
-
-
-def value_text(metric: str, value: float | None) -> str:
-    """A share as a percentage, a count whole, a rank with one decimal; None was not finite."""
-    if value is None:
-        return "not finite"
-    if "rank" in metric:
-        return f"{value:.1f}"
-    if metric.endswith(("images", "captions", "pairs", "classes")):
-        return f"{value:,.0f}"
-    if 0 <= value <= 1:
-        return f"{100 * value:.2f} %"
-    return f"{value:g}"
 
 
 def terminal() -> Console:

@@ -328,9 +328,10 @@ def evaluate(
     if as_json:
         print_document(document)
         return
-    from jobs.follow import results_table, terminal
+    from jobs.follow import terminal
+    from jobs.results import shown
 
-    terminal().print(results_table(document))
+    terminal().print(shown(document))
 
 
 @app.command()

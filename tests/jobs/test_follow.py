@@ -14,7 +14,8 @@ from rich.console import Console
 
 from clipcluster.runs import files
 from jobs import logs
-from jobs.follow import Events, follow, kind_of, latest_results, metrics_text, results_table, value_text
+from jobs.follow import Bar, Events, event_text, follow, metrics_text
+from jobs.status import State, last_metrics
 
 
 def watched(run):
@@ -33,7 +34,7 @@ def test_from_start_to_results(local, run):
     code, text = watched(run)
     assert code == 0
     assert "attempt 1: requeue" in text
-    assert "attempt 2: resume at step 5" in text
+    assert "attempt 2: resuming from step 5" in text
     assert "step 6/20" in text or "FINISHED" in text
     assert "97.50 %" in text
     assert f"run folder: {run.path}" in text
@@ -78,7 +79,7 @@ def test_events_are_told_once(run):
     events = Events(run)
     attempt.event("checkpoint", writer="rank-0", step=5)
     attempt.event("requeue", writer="verdict", reason="preempted")
-    assert [event["event"] for event in events.fresh()] == ["requeue"]
+    assert [event["event"] for event in events.fresh()] == ["resume", "requeue"]
     assert events.fresh() == []
 
 
@@ -100,19 +101,43 @@ def test_logs_are_followed_into_the_next_attempt(run):
     assert text == "one\ntwo\n"
 
 
-def test_results(run):
-    assert latest_results(run) is None
-    document = {"step": 3, "metrics": {"a/zero_shot_top1": 0.5, "a/paired_i2t_r1": 0.1, "b/i2t_r1": 1.0}}
-    assert results_table(document).row_count == 3
-    assert kind_of("paired_t2i_mean_rank") == ("retrieval, paired", "t2i_mean_rank")
-    assert kind_of("distinct_captions") == ("counts", "distinct_captions")
-    assert value_text("i2t_mean_rank", 1.25) == "1.2"
-    assert value_text("distinct_captions", 50) == "50"
-    assert value_text("top1", 0.97222) == "97.22 %"
-
-
 def test_a_loss_that_is_not_finite_is_said(tmp_path):
     files.append_line(tmp_path / "metrics.jsonl", {"step": 3, "epoch": 0.5, "loss": float("nan")})
     (line,) = files.read_lines(tmp_path / "metrics.jsonl")
     assert metrics_text(line) == "epoch 0.50  loss not finite"
-    assert value_text("i2t_r1", None) == "not finite"
+
+
+def test_what_an_attempt_does_before_its_first_step_is_told(run):
+    events = Events(run)
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    attempt.phase(0, "rendezvous")
+    attempt.phase(0, "first batch")
+    assert [event_text(event) for event in events.fresh()] == [
+        "attempt 1: starting, as job 17 on n1",
+        "attempt 1: waiting for all ranks",
+        "attempt 1: waiting for the first batch",
+    ]
+    assert [event_text(event) for event in Events(run).fresh()] == ["attempt 1: waiting for the first batch"]
+    attempt.event("requeue", writer="verdict", reason="preempted")
+    assert Events(run).fresh() == []
+    assert event_text({"event": "note", "attempt": 2, "reason": "a\nb", "step": 1000}) == (
+        "attempt 2: note at step 1,000 (a b)"
+    )
+
+
+def test_a_resumed_attempt_is_shown_at_its_step_at_once(run):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    attempt.metrics({"step": 8, "loss": 1.0})
+    bar = Bar(run, console)
+    with bar:
+        bar.show(State("RUNNING"), last_metrics(run), Events(run).fresh())
+        assert bar.completed == 8
+        again = run.claim("17", host="n1", still_running=lambda job: False)
+        again.step = 5
+        again.event("resume", writer="rank-0")
+        bar.show(State("RUNNING"), last_metrics(run), Events(run).fresh())
+        assert bar.completed == 5
+        again.metrics({"step": 6, "loss": 1.0})
+        bar.show(State("RUNNING"), last_metrics(run), [])
+        assert bar.completed == 6
