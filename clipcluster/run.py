@@ -18,8 +18,10 @@ from clipcluster.build.training import build_trainer
 from clipcluster.errors import UserError
 from clipcluster.evals.headline import ordered
 from clipcluster.recipe.load import from_run, override
+from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Outcome, Stop, Wish
@@ -87,8 +89,10 @@ def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None
     `checkpoint`: its folder, default the newest that verifies. `overrides`: `key=value` over the run's recipe
     and its settings as last submitted; the `evaluate` section says what is measured. Averaged weights where
     there are any. Returns `run`, `checkpoint`, `step`, `ema` and `metrics` (SET/METRIC -> value). Raises
-    UserError where there is nothing to measure.
+    UserError where there is nothing to measure, before torch is loaded where that can be known.
     """
+    recipe = override(from_run(run.recipe(), run.settings()), overrides)
+    _require_measurable(run, recipe, checkpoint)
     import torch
 
     from clipcluster.data.tokenizer import load_tokenizer
@@ -97,20 +101,30 @@ def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None
     from clipcluster.runtime.world import World
     from clipcluster.train.precision import Precision
 
-    recipe = override(from_run(run.recipe(), run.settings()), overrides)
     world = World(0, 1, 0, pick_device(0))
     tokenizer = load_tokenizer(recipe.data.text, run.assets)
     suite = build_suite(recipe, world=world, tokenizer=tokenizer)
-    if not suite:
-        raise UserError(
-            "There is nothing to measure: name shard folders in evaluate.retrieval or evaluate.zero_shot."
-        )
     model = build_model(recipe, tokenizer, run.assets, starting_weights=False)
     found, step, averaged = load_weights(run, model, checkpoint)
     model.to(world.device)
     with torch.no_grad(), Precision(recipe.train.precision, world.device).autocast():
         metrics = suite.run(model)
     return {"run": run.name, "checkpoint": str(found), "step": step, "ema": averaged, "metrics": metrics}
+
+
+def _require_measurable(run: Run, recipe: Recipe, checkpoint: Path | None) -> None:
+    """UserError where the run has no checkpoint, or the recipe no evaluation whose shards can be opened."""
+    from clipcluster.data.shards.open import open_source
+
+    if checkpoint is None and not steps_in(run.checkpoints):
+        raise UserError(f"{run.name} has no checkpoint to measure: none was written yet.")
+    named = [*recipe.evaluate.zero_shot, *recipe.evaluate.retrieval]
+    if not named:
+        raise UserError(
+            "There is nothing to measure: name shard folders in evaluate.retrieval or evaluate.zero_shot."
+        )
+    for folder in dict.fromkeys(named):
+        open_source(Source(shards=folder), text=folder in recipe.evaluate.retrieval)
 
 
 def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> None:
