@@ -15,6 +15,7 @@ import torch
 from clipcluster.data.loading.loader import EvaluationLoader
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.storage.cache import Cache
+from clipcluster.data.storage.urls import redacted
 from clipcluster.evals.features import Bench, EvaluationSet, Tick
 from clipcluster.evals.retrieval import retrieval
 from clipcluster.evals.zero_shot import zero_shot
@@ -95,7 +96,7 @@ def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer) -> Suite:
 
 def set_names(folders: Sequence[str]) -> list[str]:
     """A name for each folder: its last component, after as many parents as tell it from the others."""
-    parts = [[part for part in Path(folder).parts if part != "/"] or ["root"] for folder in folders]
+    parts = [[part for part in Path(redacted(folder)).parts if part != "/"] or ["root"] for folder in folders]
     lengths = [1] * len(parts)
     while True:
         names = ["-".join(own[-length:]) for own, length in zip(parts, lengths, strict=True)]

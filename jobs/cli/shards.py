@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from clipcluster.data.storage.urls import is_remote, redacted
 from clipcluster.errors import UserError
 from jobs.cli.convert import conversion_command, convert, summary_line
 from jobs.cli.options import SETTINGS, AsJson, group, print_document, say
@@ -18,8 +19,8 @@ _SHOWN = 20  # faults that are printed one by one
 
 def _local(folder: str) -> Path:
     """A folder of this machine. UserError: an address, or a command."""
-    if "://" in folder or folder.startswith("pipe:"):
-        raise UserError(f"{folder}: only folders of this machine; copy the shards first")
+    if is_remote(folder):
+        raise UserError(f"{redacted(folder)}: only folders of this machine; copy the shards first")
     return Path(folder)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clipcluster.data.shards.indexing import find_shards, index_folder
 from clipcluster.data.shards.shard_list import IndexSummary
-from clipcluster.data.storage.urls import is_remote
+from clipcluster.data.storage.urls import is_remote, redacted
 from clipcluster.errors import UserError
 
 
@@ -32,7 +32,9 @@ def index_folders(
         if not is_remote(folder):
             find_shards(Path(folder))
         elif index is None:
-            raise UserError(f"{folder}: its index needs a folder on this machine: --index FOLDER")
+            raise UserError(
+                f"{redacted(str(folder))}: its index needs a folder on this machine: --index FOLDER"
+            )
     summaries = []
     for folder in folders:
         if is_remote(folder) and index is not None:

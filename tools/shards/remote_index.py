@@ -20,6 +20,7 @@ from clipcluster.data.storage.urls import (
     State,
     Unreachable,
     named,
+    redacted,
     tars_of,
 )
 from clipcluster.errors import UserError
@@ -99,7 +100,7 @@ def _shards(written: str) -> tuple[RemoteFolder, list[str]]:
     groups = named(written)
     if len(groups) != 1:
         raise UserError(
-            f"{written}: shards of {len(groups)} folders; an index covers one folder, so "
+            f"{redacted(written)}: shards of {len(groups)} folders; an index covers one folder, so "
             "index each separately"
         )
     folder, tars = groups[0].folder, groups[0].tars

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from clipcluster.data.shards import captions, folder_index
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.metadata import IndexedFolder
-from clipcluster.data.storage.urls import Named, RemoteFolder, braces, folder_at, is_remote, named
+from clipcluster.data.storage.urls import (
+    Forbidden,
+    Named,
+    RemoteFolder,
+    braces,
+    folder_at,
+    is_remote,
+    named,
+    redacted,
+)
 from clipcluster.errors import UserError
 from clipcluster.recipe.captions import shares_of
 
@@ -60,15 +69,16 @@ def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None
     a shard larger than the cache. OSError where a remote index cannot be fetched.
     """
     written = [source.shards] if isinstance(source.shards, str) else list(source.shards)
+    shown = ", ".join(map(redacted, written))
     shares = shares_of(source.captions_in) if text else None
     if cache is None and any(map(is_remote, written)):
         cache = _default_cache()
     parts = [part for entry in written for part in _parts(entry, source.index, shares, cache)]
     shards = Dataset(parts, tuple(shares.values()) if shares else (None,), cache)
     if shards.n_samples == 0:
-        raise UserError(f"{', '.join(written)}: the shards hold no sample with an image")
+        raise UserError(f"{shown}: the shards hold no sample with an image")
     if text:
-        _require_captions(", ".join(written), shards)
+        _require_captions(shown, shards)
     if cache is not None:
         shards.check_cache_size(cache.size)
     return shards
@@ -107,7 +117,7 @@ def _parts(
         return
     if index is not None and is_remote(index):
         raise UserError(
-            f"index {index!r}: the shards {entry!r} are on this machine; their index has to be too"
+            f"index {redacted(index)!r}: the shards {entry!r} are on this machine; their index has to be too"
         )
     if entry.endswith(".tar"):
         paths = [Path(name) for pattern in braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
@@ -152,7 +162,7 @@ def _remote_parts(
 
 def _index_of(taken: Named, entry: str, index: str | None, cache: Cache) -> tuple[Path, RemoteFolder | None]:
     """Where the index of remote shards lies here, and where the rows of each shard are fetched from."""
-    command = f"clipcluster shards index {entry!r} --index FOLDER"
+    command = f"clipcluster shards index {redacted(entry)!r} --index FOLDER"
     if index is not None and not is_remote(index):
         if not (Path(index) / folder_index.COLUMNS_FILE).is_file():
             raise UserError(f"{taken.folder}: there is no index in {index}; make it with: {command}")
@@ -160,14 +170,17 @@ def _index_of(taken: Named, entry: str, index: str | None, cache: Cache) -> tupl
     at = folder_at(index) if index is not None else taken.folder
     if at.is_pipe:
         raise UserError(
-            f"{entry!r}: a command cannot list its shards; make an index with: {command} and say "
+            f"{redacted(entry)!r}: a command cannot list its shards; make an index with: {command} and say "
             "index: FOLDER"
         )
-    place = cache.index(at, folder_index.COLUMNS_FILE, _WORDS)
+    try:
+        place, why = cache.index(at, folder_index.COLUMNS_FILE, _WORDS), ""
+    except Forbidden as error:
+        place, why = None, f": {error.strerror}"
     if place is None:
         raise UserError(
-            f"{at}: these shards have no index ({folder_index.COLUMNS_FILE}) there; put one beside them, or "
-            f"make one here with: {command} and say index: FOLDER"
+            f"{at}: these shards have no index ({folder_index.COLUMNS_FILE}) there{why}; put one beside "
+            f"them, or make one here with: {command} and say index: FOLDER"
             + (" (an http server cannot list: name the tars by braces)" if taken.tars is None else "")
         )
     return place, at

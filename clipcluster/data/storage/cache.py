@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from clipcluster.data.storage.download import Got, download, read_beside, state_of
-from clipcluster.data.storage.urls import RemoteFolder, shown
+from clipcluster.data.storage.urls import RemoteFolder, redacted
 from clipcluster.errors import UserError
 from clipcluster.recipe.units import Memory
 from clipcluster.runtime.stop import DataError
@@ -128,12 +128,12 @@ class Cache:
     def index(self, folder: RemoteFolder, table: str, words: str) -> Path | None:
         """A local folder with the list `table` of a remote folder, as it is there now, and the text `words`.
 
-        None if the remote folder has no list. OSError if it cannot be had.
+        None if the remote folder has no list. Forbidden if the server keeps it, OSError if it is unreachable.
         """
         source = (folder / table).address
         try:
             state = state_of(source)
-        except (FileNotFoundError, PermissionError):
+        except FileNotFoundError:
             return None
         root = self.root
         known = f"{source} {state.size} {state.stamp}" if state.stamp else ""
@@ -221,7 +221,7 @@ class Cache:
         """
         if size > self.size:
             raise DataError(
-                f"{shown(what)} has {size:,} bytes and the cache holds {self.size:,}",
+                f"{redacted(what)} has {size:,} bytes and the cache holds {self.size:,}",
                 "set data.cache.size to several times the largest shard",
             )
         deadline = time.monotonic() + WAIT_S
@@ -237,7 +237,7 @@ class Cache:
             if not any(entry.path.suffix == ".part" for entry in others) or time.monotonic() > deadline:
                 raise OSError(
                     errno.ENOSPC,
-                    f"no room for {size:,} bytes of {shown(what)}: {missing:,} are missing beside what "
+                    f"no room for {size:,} bytes of {redacted(what)}: {missing:,} are missing beside what "
                     f"cannot be removed (the cache may hold {self.size:,})",
                     str(root),
                 )

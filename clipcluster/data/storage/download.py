@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from clipcluster.data.storage.urls import (
     PIPE,
+    Forbidden,
     OtherContent,
     Refused,
     RemoteFolder,
@@ -31,7 +32,7 @@ from clipcluster.data.storage.urls import (
     Unreachable,
     file_system,
     is_web,
-    shown,
+    redacted,
 )
 from clipcluster.errors import UserError
 from clipcluster.runs.files import read_at
@@ -92,7 +93,7 @@ def read_small(address: str) -> bytes | None:
 
     try:
         return _patiently(address, read, QUESTIONS)
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, Forbidden):
         return None
 
 
@@ -201,7 +202,7 @@ def _patiently(
     while True:
         try:
             return action()
-        except (Refused, FileNotFoundError, PermissionError, UserError, OtherContent):
+        except (Refused, FileNotFoundError, UserError, OtherContent):
             raise
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in _OURS:
@@ -211,9 +212,9 @@ def _patiently(
                 raise Unreachable(
                     getattr(_cause(error), "errno", None) or 5,
                     f"{_reason(error)} (tried {failures} times)",
-                    shown(address),
+                    redacted(address),
                 ) from error
-            logger.debug("%s: %s; trying again", shown(address), _reason(error))
+            logger.debug("%s: %s; trying again", redacted(address), _reason(error))
             time.sleep(waits[failures - 1])
 
 
@@ -223,7 +224,7 @@ def _cause(error: Exception) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(_cause(error), "strerror", None) or _cause(error)) or type(error).__name__
+    return redacted(str(getattr(_cause(error), "strerror", None) or _cause(error))) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -240,9 +241,7 @@ def _ask(address: str) -> State:
     try:
         with _request(address, "HEAD") as answer:
             return _state(answer)
-    except FileNotFoundError:
-        raise
-    except (Refused, PermissionError):  # some servers, and signed addresses, answer nothing but GET
+    except Refused:  # some servers, and signed addresses, answer nothing but GET
         with _request(address, "GET", {"Range": "bytes=0-0"}) as answer:
             return _state(answer)
 
@@ -263,7 +262,7 @@ def _web(address: str) -> str | None:
     parts = parts[1:] if prefix else parts
     repository, _, revision = parts[1].partition("@") if len(parts) > 2 else ("", "", "")
     if not repository:
-        raise UserError(f"{address}: write hf://datasets/OWNER/NAME/FILE (or …/NAME@REVISION/FILE)")
+        raise UserError(f"{redacted(address)}: write hf://datasets/OWNER/NAME/FILE (or …/NAME@REVISION/FILE)")
     root = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return f"{root}/{prefix}{parts[0]}/{repository}/resolve/{revision or 'main'}/{'/'.join(parts[2:])}"
 
@@ -302,11 +301,11 @@ def _refusal(error: urllib.error.HTTPError, address: str) -> OSError:
     """What a status means: gone, kept from us, final, or worth another try."""
     text = f"the server answers {error.code} {error.reason}"
     if error.code in (404, 410):
-        return FileNotFoundError(2, text, shown(address))
+        return FileNotFoundError(2, text, redacted(address))
     if error.code in (401, 403):
-        return PermissionError(13, text, shown(address))
+        return Forbidden(13, text, redacted(address))
     if error.code in _FINAL and error.code != 416:
-        return Refused(5, text, shown(address))
+        return Refused(5, text, redacted(address))
     return OSError(5, text)
 
 
@@ -326,7 +325,7 @@ def _of_the_web(address: str, start: int, tag: str | None) -> Iterator[Transfer]
         if answer.status == 206:
             first = (answer.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
             if first != str(start):
-                raise Refused(5, "the server sends another range than was asked for", shown(address))
+                raise Refused(5, "the server sends another range than was asked for", redacted(address))
             begin = start
         etag = answer.headers.get("ETag", "W/")
         mark = answer.headers.get("Last-Modified") if etag.startswith("W/") else etag
@@ -343,20 +342,22 @@ def _body(answer: Any) -> Iterator[bytes]:
 # everything that fsspec knows
 
 
-def _wrapped(action: Callable[[], Any]) -> Any:
+def _wrapped(address: str, action: Callable[[], Any]) -> Any:
     """The clients of buckets raise errors of their own; each is one of the network's here."""
     try:
         return action()
+    except PermissionError as error:
+        raise Forbidden(13, redacted(error.strerror or str(error)), redacted(address)) from None
     except (OSError, UserError):
         raise
     except Exception as error:
-        raise OSError(5, f"{type(error).__name__}: {error}") from error
+        raise OSError(5, redacted(f"{type(error).__name__}: {error}")) from error
 
 
 def _told(address: str) -> State:
     system, path = file_system(address)
     system.invalidate_cache()
-    about = _wrapped(lambda: system.info(path))
+    about = _wrapped(address, lambda: system.info(path))
     stamp = next((str(about[name]) for name in _STAMPS if about.get(name)), None)
     return State(about.get("size"), stamp_of(stamp))
 
@@ -367,16 +368,16 @@ def _by_fsspec(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
     state = _told(address)
     now = str(state.stamp)
     begin = start if tag == now and state.stamp else 0
-    yield Transfer(begin, state, now, _ranges(system, path, begin, state.size))
+    yield Transfer(begin, state, now, _ranges(address, system, path, begin, state.size))
 
 
-def _ranges(system: Any, path: str, begin: int, size: int | None) -> Iterator[bytes]:
+def _ranges(address: str, system: Any, path: str, begin: int, size: int | None) -> Iterator[bytes]:
     if size is None:
-        yield _wrapped(lambda: system.cat_file(path))
+        yield _wrapped(address, lambda: system.cat_file(path))
         return
     while begin < size:
         end = min(begin + _RANGE, size)
-        piece = _wrapped(partial(system.cat_file, path, start=begin, end=end))
+        piece = _wrapped(address, partial(system.cat_file, path, start=begin, end=end))
         if not piece:
             return
         yield piece

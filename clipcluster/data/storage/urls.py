@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote
 
 from clipcluster.errors import UserError
 
@@ -19,14 +19,25 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 PIPE = "pipe:"
 
 _GLOB = re.compile(r"[*?\[]")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s'\"]*@)?([^\s'\"<>]*)")
+_ASSIGNMENT = re.compile(r"\w+=")
+_WORDS = "token|secret|password|passwd|signature|credentials?|sig|authorization"
+_SECRET = re.compile(
+    rf"(?i)((?:(?:{_WORDS}|key)['\"]?\s*=\s*|(?<![a-z])(?:{_WORDS})['\"]?\s*:\s*)(?:(?:bearer|basic)\s+)?)"
+    r"['\"]?[^\s&'\"]+"
+)
 
 
 class Unreachable(OSError):
-    """A file could not be had after all tries."""
+    """A file could not be fetched after all retries."""
 
 
 class Refused(OSError):
     """The server's answer is final: another try would get the same."""
+
+
+class Forbidden(Refused):
+    """The server keeps a file from us; a bucket that may not be listed says so of what is not there, too."""
 
 
 class OtherContent(Exception):
@@ -69,12 +80,30 @@ def is_web(address: str) -> bool:
     return address.startswith(("http://", "https://"))
 
 
-def shown(address: str) -> str:
-    """An address for messages and logs: without a password and without a query, which may hold a key."""
-    if address.startswith(PIPE):
-        return address
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+def redacted(text: str) -> str:
+    """An address, a command or what a server says, without what may be a key: for messages, logs and files.
+
+    An address loses its user, its query and its fragment; of a command its program and the name of the shard
+    that it prints are left. Values called token, secret, password and the like are left out anywhere.
+    """
+    if text.startswith(PIPE):
+        words = [word for word in text[len(PIPE) :].split() if not _ASSIGNMENT.match(word)]
+        shards = [tar.rpartition("/")[2] for tar in _tars_in(text)[-1:]]
+        return PIPE + _SECRET.sub(r"\1…", " ".join([*words[:1], "…", *shards]))
+    return _SECRET.sub(r"\1…", _URL.sub(_without_keys, text))
+
+
+def _without_keys(url: "re.Match[str]") -> str:
+    scheme, rest = url.groups()
+    if is_web(scheme) or "=" in rest.partition("?")[2]:  # elsewhere a ? may be a glob's
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
+    return scheme + rest
+
+
+def _tars_in(command: str) -> list[str]:
+    """The words of a command that end in `.tar`."""
+    words = (word.strip("'\";|&()<>") for word in command[len(PIPE) :].split())
+    return [word for word in words if word.endswith(".tar")]
 
 
 @dataclass(frozen=True)
@@ -89,7 +118,10 @@ class RemoteFile:
         return self.parent.address_of(self.name)
 
     def __str__(self) -> str:
-        return shown(self.address)
+        return redacted(self.address)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 @dataclass(frozen=True)
@@ -108,7 +140,7 @@ class RemoteFolder:
 
     @property
     def name(self) -> str:
-        return unquote(shown(self.address).rpartition("/")[2])
+        return unquote(redacted(self.address).rpartition("/")[2])
 
     @property
     def parent(self) -> "RemoteFolder | None":
@@ -120,23 +152,25 @@ class RemoteFolder:
         return RemoteFile(self, name)
 
     def __str__(self) -> str:
-        return shown(self.address)
+        return redacted(self.address)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
     @cached_property
     def commands(self) -> dict[str, str]:
         """The commands of a pipe by the name of their shard. UserError where one cannot be named."""
         found: dict[str, str] = {}
         for command in braces(self.address):
-            words = [word.strip("'\";|&()<>") for word in command[len(PIPE) :].split()]
-            tars = [word for word in words if word.endswith(".tar")]
+            tars = _tars_in(command)
             if not tars:
                 raise UserError(
-                    f"{command!r}: no word of this command ends in .tar, so the shard it prints has no name; "
-                    "write the shard's name in it (pipe:cat /x/{00..09}.tar)"
+                    f"{redacted(command)}: no word of this command ends in .tar, so the shard it prints has "
+                    "no name; write the shard's name in it (pipe:cat /x/{00..09}.tar)"
                 )
             name = tars[-1].rpartition("/")[2]
             if name in found:
-                raise UserError(f"{self.address!r}: two of its commands print {name}; names have to differ")
+                raise UserError(f"{self}: two of its commands print {name}; names have to differ")
             found[name] = command
         return found
 
@@ -261,7 +295,8 @@ def _answer(folder: RemoteFolder, question: Callable[[], Sequence[Any]]) -> Sequ
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise Unreachable(5, f"it cannot be listed: {type(error).__name__}: {error}", str(folder)) from error
+        reason = redacted(f"it cannot be listed: {type(error).__name__}: {error}")
+        raise Unreachable(5, reason, str(folder)) from error
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -274,9 +309,9 @@ def file_system(address: str) -> tuple[Any, str]:
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         package = f"'clipcluster[{extra}]'" if extra else f"the package it names ({error})"
-        raise UserError(f"{shown(address)}: reading {protocol}:// needs: pip install {package}") from None
+        raise UserError(f"{redacted(address)}: reading {protocol}:// needs: pip install {package}") from None
     except ValueError as error:
         raise UserError(
-            f"{shown(address)}: {error}; there are http://, https://, s3://, gs://, hf:// and what else "
-            "fsspec knows, and pipe:COMMAND"
+            f"{redacted(address)}: {redacted(str(error))}; there are http://, https://, s3://, gs://, hf:// "
+            "and what else fsspec knows, and pipe:COMMAND"
         ) from None

@@ -149,7 +149,7 @@ def test_an_index_that_was_broken_off_goes_on(
     server = web_server(folder)
     written = server.address + "/{00000..00019}.tar"
     server.status, server.status_of = 500, "7.tar"
-    with pytest.raises(UserError, match=r"/00007\.tar: .*500.*; the same command goes on"):
+    with pytest.raises(UserError, match=r"/00007\.tar: .*500.*; the same command continues"):
         index_folders([written], index=tmp_path / "index")
     assert not (tmp_path / "index" / "index.bin").exists()
     server.status = None
