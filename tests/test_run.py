@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from clipcluster.data.storage import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.run import evaluate, train
-from clipcluster.runs.files import read_json
+from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
 from clipcluster.runtime.launch import Launch
@@ -147,6 +148,16 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
         evaluate(run, overrides=["model.embed_dim=8"])
 
 
+def differing(*runs: Run) -> list[str]:
+    """The tensors of the last checkpoint that differ between two runs."""
+    found = []
+    for name in ("model", "ema", "optimizer"):
+        one, other = (load_file(run.checkpoints / "step-00000008" / f"{name}.safetensors") for run in runs)
+        assert one.keys() == other.keys()
+        found += [f"{name}: {key}" for key in one if not torch.equal(one[key], other[key])]
+    return found
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, workers: int) -> None:
     whole, stopped = tiny.make("whole"), tiny.make("stopped")
@@ -162,10 +173,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, workers: int) -> N
         (line["step"], line["slot"], line["shard"], line["key"]) for line in merged_samples(whole)
     ]
     assert len(keys) == 8 * 32
-    for name in ("model", "ema", "optimizer"):
-        one = load_file(whole.checkpoints / "step-00000008" / f"{name}.safetensors")
-        other = load_file(stopped.checkpoints / "step-00000008" / f"{name}.safetensors")
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert differing(whole, stopped) == []
 
 
 RANK = """
@@ -300,6 +308,38 @@ def test_shards_made_anew_are_refused_at_a_resume(tiny: Tiny, digits: Path, tmp_
     index_folder(copy / "train")
     with pytest.raises(DataError, match=f"shard {shard.name} of train has changed"):
         moved.go(run)
+
+
+def as_format_1(checkpoint: Path) -> None:
+    """Rewrite a checkpoint as it was when the scale of the logits had no dimension."""
+    from safetensors.torch import save_file
+
+    for part in ("model", "ema", "optimizer"):
+        file = checkpoint / f"{part}.safetensors"
+        tensors = load_file(file)
+        scales = {key: value.squeeze() for key, value in tensors.items() if key.startswith("logit_scale")}
+        assert scales
+        save_file(tensors | scales, file)
+    write_json(checkpoint / "state.json", read_json(checkpoint / "state.json") | {"format": 1})
+    manifest = read_json(checkpoint / "manifest.json")
+    for name, entry in manifest["files"].items():
+        content = (checkpoint / name).read_bytes()
+        entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    write_json(checkpoint / "manifest.json", manifest | {"format": 1})
+
+
+def test_a_checkpoint_of_format_1_is_resumed_and_measured(tiny: Tiny) -> None:
+    whole, older = tiny.make("whole"), tiny.make("older")
+    assert tiny.go(whole) is Outcome.FINISHED
+    assert tiny.go(older, StopAfter(6)) is Outcome.STOPPED
+    step = older.newest().outcome()["step"]  # type: ignore[union-attr, index]
+    assert 0 < step < 8
+    expected = evaluate(older)
+    as_format_1(older.checkpoints / f"step-{step:08d}")
+    assert evaluate(older) == expected
+    assert tiny.go(older) is Outcome.FINISHED
+    assert logged(older) == logged(whole)
+    assert differing(whole, older) == []
 
 
 def test_other_starting_weights_are_refused_at_a_resume(tiny: Tiny, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import TASKS
 from clipcluster.runtime.stop import Stop, Wish
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def open_sources(recipe: Recipe, assets: Path) -> Sources:
     from clipcluster.data.tokenizer import load_tokenizer
 
     cache = Cache.of(recipe.data.cache)
-    shards = [open_source(source, text=True, cache=cache) for source in recipe.data.train]
+    captions = TASKS[recipe.task].captions
+    shards = [open_source(source, text=captions, cache=cache) for source in recipe.data.train]
     tokenizer = load_tokenizer(recipe.data.text, assets)
     return Sources(shards, sampler_of(recipe, shards), tokenizer)
 
@@ -110,4 +112,5 @@ def open_batches(
         workers=recipe.data.workers,
         start=start,
         skipped=skipped,
+        extras=TASKS[recipe.task].members,
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.recipe.tasks import TASKS, resolve
+from clipcluster.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from clipcluster.model.losses import Ranks
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def build_task(recipe: Recipe, model: Any, ranks: Ranks) -> Task:
     """The task that the recipe names, around its model."""
-    task: Task = resolve(TASKS[recipe.task].builder)(recipe, model, ranks)
+    task: Task = resolve_name(TASKS[recipe.task].builder)(recipe, model, ranks)
     return task
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,3 @@ def metric_names(task: str, folders: Mapping[str, Sequence[str]]) -> list[str]:
         for folder in folders.get(evaluation, ())
         for metric in METRICS[evaluation]
     ]
-
-
-def resolve(dotted: str) -> Any:
-    """What a dotted name `package.module:name` stands for."""
-    module, _, name = dotted.partition(":")
-    return getattr(import_module(module), name)
