@@ -1,6 +1,6 @@
 """A conversion as an array of jobs: each task claims shards until none is left, the last one finishes.
 
-    python -m jobs.convert ending CODE    the batch script's last word; CODE: srun's exit code
+    python -m jobs.convert ending CODE    CODE: srun's exit code; prints the batch script's and exits with it
 
 A shard's bytes do not depend on who writes it, so a task may be killed at any moment: its claims stay its own
 when SLURM requeues it, and are dropped when the conversion is submitted again. `convert-jobs` in the output
@@ -23,7 +23,10 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs import files
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.stop import Outcome, Stop, Wish
-from jobs.submit import launch, snapshot
+from jobs.endings import facts
+from jobs.endings.act import requeue
+from jobs.endings.log import say
+from jobs.submit import launch, script, snapshot
 from jobs.submit import parameters as clusters
 from tools.convert import work as making
 from tools.convert.convert import begun, prepare, sweep, told_to_people
@@ -119,7 +122,7 @@ def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
             print("another task finished the conversion")
             return
         if missing and not any(claims.mine(shard, turn) for shard in missing):
-            print(f"{len(missing)} shards are in other hands: nothing left to do")
+            print(f"{len(missing)} shards are being written by other tasks: nothing left to do")
             return
         if not missing and making.finish(plan):
             sweep(plan)  # what tasks that were killed left aside
@@ -201,34 +204,19 @@ def refuse_running(out: Path) -> None:
 def _parameters(cluster: Cluster, order: Order, code: Path) -> dict[str, Any]:
     """submitit's parameters: one task a member, requeued when its node is taken away."""
     lead = min(_LEAD_SECONDS, int(cluster.time.minutes * 20))
-    chosen = {
-        "job_name": f"convert-{order.out.name}",
-        "time": cluster.time.minutes,
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "cpus_per_task": cluster.cpus_per_task,
-        "mem": f"{cluster.mem.megabytes}M" if cluster.mem else None,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "setup": [
-            "trap : TERM  # outlive the task, so that the end is decided",
-            *(f"export {n}={shlex.quote(v)}" for n, v in clusters.environment(cluster).items()),
+    decide = script.python("-m", "jobs.convert", "ending", '"$1"')
+    return clusters.job(
+        cluster,
+        name=f"convert-{order.out.name}",
+        setup=[
+            *script.begin(decide, logs=order.out / FOLDER / "submitit"),
+            *script.exports(clusters.environment(cluster)),
             *cluster.setup,
-            f"cd {shlex.quote(str(code))} || exit 1",
-            'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
+            *script.enter(shlex.quote(str(code))),
+            *script.ranks_begin(),
         ],
-        "teardown": [
-            "rc=$?",
-            "trap '' TERM INT",
-            f'{clusters.python()} -m jobs.convert ending "$rc"',
-            "exit",
-        ],
-        "srun_args": ["--open-mode=append", f"--cpus-per-task={cluster.cpus_per_task}"],
-        "additional_parameters": {"requeue": True, "signal": f"{_TIME_IS_UP.removeprefix('SIG')}@{lead}"},
-    }
-    return {name: value for name, value in chosen.items() if value is not None}
+        signal=f"{_TIME_IS_UP.removeprefix('SIG')}@{lead}",
+    )
 
 
 def ending(code: int, slurm: Slurm) -> int:
@@ -237,19 +225,19 @@ def ending(code: int, slurm: Slurm) -> int:
         return code
     job_id = slurm_job_id(os.environ)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    job = slurm.job(job_id)
+    job = facts.ask(slurm, job_id)
     if job is not None and job.restarts > restarts:
-        print(f"clipcluster: job {job_id} was requeued already", file=sys.stderr)
+        say(f"verdict: job {job_id} was requeued already")
         return code
     taken_away = job is not None and (
         (job.state == "RUNNING" and (job.preempt_time is not None or code == Outcome.STOPPED))
         or (job.state != "RUNNING" and job.reason == "TimeLimit")
     )
     if not taken_away and (job is None or job.state != "RUNNING" or restarts >= _CRASHES):
-        print(f"clipcluster: job {job_id} ends with code {code}", file=sys.stderr)
+        say(f"verdict: job {job_id} ends with code {code}")
         return code
-    print(f"clipcluster: job {job_id} exited with code {code}: requeued", file=sys.stderr)
-    slurm.requeue(job_id)
+    say(f"verdict: job {job_id} exited with code {code}: it is requeued")
+    requeue(slurm, job_id)
     return code
 
 
@@ -258,7 +246,9 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2 or arguments[0] != "ending" or not arguments[1].isdigit():
         print(__doc__, file=sys.stderr)
         return 2
-    return ending(int(arguments[1]), Slurm())
+    code = ending(int(arguments[1]), Slurm())
+    print(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the batch script calls.
 
 python -m jobs.endings claim RUN_DIR         prints the attempt's number; nothing where none is due
-python -m jobs.endings verdict RUN_DIR CODE  CODE: srun's exit code; leaves with the run's
+python -m jobs.endings verdict RUN_DIR CODE  CODE: srun's exit code; prints the script's, and leaves with it
 python -m jobs.endings local RUN_DIR         the batch script's twin on a machine without SLURM
 """
 
@@ -11,13 +11,18 @@ import os
 import sys
 from collections.abc import Sequence
 
+from clipcluster.errors import UserError
 from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime.environment import ATTEMPT
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.stop import Outcome
 from jobs.endings import local
-from jobs.endings.batch import claim, conclude, say
+from jobs.endings.act import conclude
+from jobs.endings.claim import claim
+from jobs.endings.log import say
 from tools.slurm import Slurm
+
+UNCLAIMED = 1  # the run's folder fails: the batch script leaves this node
 
 
 def _claim_command(run: Run) -> int:
@@ -26,6 +31,9 @@ def _claim_command(run: Run) -> int:
     except AlreadyOwned as error:
         say(str(error))
         return int(Outcome.STALE)
+    except (OSError, UserError) as error:
+        say(f"{run.name} could not be claimed: {error}")
+        return UNCLAIMED
     if attempt is not None:
         print(attempt.number)
     return 0
@@ -38,7 +46,9 @@ def main(arguments: Sequence[str]) -> int:
         return _claim_command(run)
     if command == "verdict":
         attempt = run.attempt(int(os.environ[ATTEMPT]))
-        return conclude(run, attempt, int(arguments[2]), Slurm(), os.environ)
+        code = conclude(run, attempt, int(arguments[2]), Slurm(), os.environ)
+        print(int(code))
+        return code
     if command == "local":
         return local.live(run)
     raise SystemExit(f"unknown: {command}")

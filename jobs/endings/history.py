@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from clipcluster.runs import checkpoints, files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
+from jobs.endings.verdict import Raised
 from tools.slurm import ENDED, Slurm, SlurmRefused, SlurmUnavailable
 
 WRITER = "verdict"  # of events-verdict.jsonl: the batch script, or its local twin
@@ -60,6 +59,15 @@ def broken_before(run: Run, attempt: Attempt) -> bool:
     return bool(endings) and endings[0] == "never started"
 
 
+def raised_before(run: Run, attempt: Attempt, checkpoint: int | None) -> list[Raised]:
+    """What ranks raised in the same job's ending just before; nothing where a checkpoint is newer."""
+    for verdict in _earlier(run, attempt):
+        if verdict["ending"] not in NEUTRAL:
+            same = verdict.get("checkpoint") == checkpoint
+            return [Raised(**each) for each in verdict.get("raised", [])] if same else []
+    return []
+
+
 def blamed_twice(run: Run, attempt: Attempt, node: str) -> list[str]:
     """The nodes to exclude when `node` is blamed for this attempt's crash: those blamed twice by now."""
     counts = Counter(verdict.get("blamed") for verdict in _earlier(run, attempt))
@@ -100,19 +108,3 @@ def _not_ended(run: Run, job_id: str) -> bool:
     attempts = [attempt for attempt in run.attempts() if attempt.job == job_id]
     verdict = last_verdict(attempts[-1]) if attempts else None
     return verdict is None or verdict["event"] not in FINAL
-
-
-def tail(paths: Sequence[Path], *, after: str = "", lines: int = 15, limit: int = 65536) -> str:
-    """The last lines of each file, of what follows the last line with `after`; absent files are empty."""
-    parts = []
-    for path in paths:
-        try:
-            with path.open("rb") as stream:
-                stream.seek(max(0, path.stat().st_size - limit))
-                text = stream.read().decode(errors="replace")
-        except OSError:
-            continue
-        if after and after in text:
-            text = text.rpartition(after)[2].partition("\n")[2]
-        parts.extend([line for line in text.splitlines() if line.strip()][-lines:])
-    return "\n".join(parts)

@@ -24,8 +24,11 @@ from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime.environment import ATTEMPT, LOGS
 from clipcluster.runtime.job_id import local_job_id
 from clipcluster.runtime.stop import Outcome
-from jobs.endings import batch as endings
-from jobs.endings.verdict import Job, Verdict, decide
+from jobs.endings import act
+from jobs.endings.claim import claim
+from jobs.endings.facts import gather
+from jobs.endings.log import marker, say
+from jobs.endings.verdict import Facts, Job, decide
 from tools.slurm import Slurm
 
 ORDER = "local.json"
@@ -176,16 +179,13 @@ def _visible(gpus: int) -> str:
     return ",".join(devices[:gpus])
 
 
-def judge(run: Run, attempt: Attempt, ranks: Ranks, signals: Signals, job_id: str) -> Verdict:
-    """The verdict on an attempt whose ranks have all left."""
-    facts = endings.gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit)
-    return decide(
-        replace(
-            facts,
-            told=signals.told,
-            job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
-            time_nearly_over=ranks.asked,
-        )
+def see(run: Run, attempt: Attempt, ranks: Ranks, signals: Signals, job_id: str) -> Facts:
+    """The facts of an attempt whose ranks have all left."""
+    return replace(
+        gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit),
+        told=signals.told,
+        job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
+        time_nearly_over=ranks.asked,
     )
 
 
@@ -197,17 +197,18 @@ def live(run: Run) -> int:
     shutil.copy(run.submitit / PICKLE, run.submitit / f"{job_id}_submitted.pkl")
     while True:
         try:
-            attempt = endings.claim(run, job_id, Slurm())
+            attempt = claim(run, job_id, Slurm())
         except AlreadyOwned as error:
-            endings.say(str(error))
+            say(str(error))
             return int(Outcome.STALE)
         if attempt is None:
             return int(Outcome.FINISHED)
         _open_log(run, attempt, job_id)
         ranks = Ranks(run, attempt, job_id, order)
         ranks.watch(signals)
-        verdict = judge(run, attempt, ranks, signals, job_id)
-        if not endings.record(run, attempt, verdict, job_id):
+        seen = see(run, attempt, ranks, signals, job_id)
+        verdict = decide(seen)
+        if not act.record(run, attempt, seen, verdict, job_id):
             return int(Outcome.STALE)
         if verdict.action != "requeue":
             return verdict.code
@@ -216,4 +217,4 @@ def live(run: Run) -> int:
 def _open_log(run: Run, attempt: Attempt, job_id: str) -> None:
     """Mark where the attempt begins in the first rank's log, as the batch script's own lines do on SLURM."""
     with (run.submitit / f"{job_id}_0_log.err").open("a") as stream:
-        stream.write(f"clipcluster: {endings.marker(attempt)}\n")
+        stream.write(f"clipcluster: {marker(attempt)}\n")

@@ -53,6 +53,14 @@ class Said:
 
 
 @dataclass(frozen=True)
+class Raised:
+    """An unexpected exception that ended a rank: type and message, and the step it stood at, if at any."""
+
+    step: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything the verdict rests on, gathered once."""
 
@@ -65,6 +73,8 @@ class Facts:
     restart_count: int = 0  # restarts when this attempt began
     time_nearly_over: bool = False  # within the lead time before the limit
     started: bool = False  # some rank wrote `start`
+    raised: Sequence[Raised] = ()  # by ranks of this attempt
+    raised_before: Sequence[Raised] = ()  # just before, with no newer checkpoint since
     fruitless: int = 0  # endings in a row just before this one that count, with no newer checkpoint since
     broken_before: bool = False  # the ending just before was "never started"
     errors: Sequence[str] = ()  # lines of srun about tasks and nodes
@@ -124,12 +134,19 @@ def _by_ranks(facts: Facts) -> Verdict:
         return verdict
     if said:
         return Verdict("fail", "failed", said.code, said.reason, said.advice or _advice(said.code))
+    again = next((each for each in facts.raised if each in facts.raised_before), None)
+    if again is not None:
+        where = "before the first step" if again.step is None else f"at step {again.step}"
+        reason = f"{again.reason} ({where}, twice in a row)"
+        return Verdict("fail", "failed", Outcome.ERROR, reason, _advice(Outcome.ERROR))
     if facts.started:
-        reason = "; ".join(facts.errors[:3]) or f"a rank or a node died without a word (code {facts.code})"
+        reason = "; ".join(facts.errors[:3]) or (
+            f"a rank or a node ended without recording an outcome (code {facts.code})"
+        )
         return _unless_fruitless(facts, _requeue("crashed", reason))
     reason = f"no rank started (code {facts.code}):\n{facts.tail}".rstrip(":\n")
     if facts.broken_before:
-        advice = "Mend the environment (cluster.setup, the Python of the submission), then submit again."
+        advice = "Fix the environment (cluster.setup, the Python of the submission), then submit again."
         return Verdict("fail", "never started", REPEATED, reason, advice)
     return _unless_fruitless(facts, _requeue("never started", reason))
 
@@ -147,7 +164,7 @@ def _unless_fruitless(facts: Facts, verdict: Verdict) -> Verdict:
         verdict.ending,
         REPEATED,
         f"{reason} ({verdict.reason})" if verdict.reason else reason,
-        "Look at clipcluster logs RUN; save more often (checkpoint.every) or ask for more time, then submit.",
+        "See clipcluster logs RUN; save more often (checkpoint.every) or ask for more time, submit again.",
     )
 
 

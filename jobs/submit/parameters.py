@@ -6,8 +6,6 @@ their members, so folders are looked up by the member's number.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runtime.environment import ATTEMPT, INTERFACE, LEAD, LOGS
 from clipcluster.runtime.stop import GRACE_SECONDS
 from jobs.endings.local import PICKLE
+from jobs.submit import script
 from tools.slurm import Partition, Slurm, SlurmRefused, SlurmUnavailable
 
 TRAINEE = "clipcluster.run:train"
@@ -77,66 +76,84 @@ def parameters(
     `used`: of a range of nodes SLURM grants some, of which so many take part; the rest idle.
     """
     lead = lead_seconds(cluster.time.minutes * 60, grace)
-    extra: dict[str, Any] = {"requeue": True, "signal": f"USR1@{lead}"}
-    if cluster.nodes.least != cluster.nodes.most:
-        extra["nodes"] = str(cluster.nodes)
+    return job(
+        cluster,
+        name=name,
+        # by name and comment a job is found whose submitter died before it learned the job's id
+        comment=str(members[0].run_dir) if len(members) == 1 else None,
+        nodes=str(cluster.nodes),
+        tasks=cluster.ranks_per_node,
+        gpus=cluster.gpus_per_node,
+        setup=_setup(cluster, members, logs=logs, lead=lead, used=used),
+        signal=f"USR1@{lead}",
+        srun_args=["--kill-on-bad-exit=1"],
+    )
+
+
+def job(
+    cluster: Cluster,
+    *,
+    name: str,
+    comment: str | None = None,
+    nodes: str = "1",
+    tasks: int = 1,
+    gpus: int = 0,
+    setup: Sequence[str],
+    signal: str,
+    srun_args: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Parameters of a job whose batch script begins with the lines of `setup` (see `jobs.submit.script`).
+
+    `nodes` may be a range ("2-4"); `tasks` and `gpus` are those of a node; `signal` ("USR1@60") is sent
+    before the time limit.
+    """
     chosen = {
         "job_name": name,
-        # by name and comment a job is found whose submitter died before it learned the job's id
-        "comment": str(members[0].run_dir) if len(members) == 1 else None,
+        "comment": comment,
         "time": cluster.time.minutes,
-        "nodes": cluster.nodes.most,
-        "ntasks_per_node": cluster.ranks_per_node,
+        "ntasks_per_node": tasks,
         "cpus_per_task": cluster.cpus_per_task,
-        "gpus_per_node": cluster.gpus_per_node or None,
+        "gpus_per_node": gpus or None,
         "mem": f"{cluster.mem.megabytes}M" if cluster.mem else None,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "setup": setup_lines(cluster, members, logs=logs, lead=lead, used=used),
-        "teardown": teardown_lines(),
+        "setup": list(setup),
+        "teardown": script.end(),
         # srun no longer takes --cpus-per-task from sbatch (Slurm 22.05)
-        "srun_args": [
-            "--kill-on-bad-exit=1",
-            "--open-mode=append",
-            f"--cpus-per-task={cluster.cpus_per_task}",
-        ],
-        "additional_parameters": extra,
+        "srun_args": [*srun_args, "--open-mode=append", f"--cpus-per-task={cluster.cpus_per_task}"],
+        "additional_parameters": {"requeue": True, "nodes": nodes, "signal": signal},
     }
     return {key: value for key, value in chosen.items() if value is not None}
 
 
-def setup_lines(
+def _setup(
     cluster: Cluster,
     members: Sequence[Member],
     *,
     logs: Path,
     lead: int,
-    used: Callable[[int], int] = lambda granted: granted,
+    used: Callable[[int], int],
 ) -> list[str]:
     """What the batch script does before srun: the site's lines, the snapshot, the claim."""
-    runs = " ".join(shlex.quote(str(member.run_dir)) for member in members)
-    codes = " ".join(shlex.quote(str(member.code)) for member in members)
     member = "${SLURM_ARRAY_TASK_ID:-0}" if len(members) > 1 else "0"
     return [
-        "trap : TERM  # outlive the ranks, so that the verdict is reached",
-        *(f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()),
-        *cluster.setup,
-        f"runs=({runs})",
-        f"codes=({codes})",
+        *script.begin(script.python("-m", "jobs.endings", "verdict", '"$run"', '"$1"'), logs=logs),
+        script.table("runs", [member.run_dir for member in members]),
+        script.table("codes", [member.code for member in members]),
         f'run="${{runs[{member}]}}"',
-        f'cd "${{codes[{member}]}}" || exit 1',
-        'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
-        f"export {LOGS}={shlex.quote(str(logs))} {LEAD}={lead}",
-        'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
-        f'pickle="${LOGS}/${{job:-$SLURM_JOB_ID}}_submitted.pkl"',
+        'clipcluster_marks="$run/marks"',
+        *script.exports(environment(cluster)),
+        *cluster.setup,
+        *script.enter(f'"${{codes[{member}]}}"'),
+        f"export {LEAD}={lead}",
+        f'pickle="${LOGS}/${{clipcluster_job}}_submitted.pkl"',
         # submitit names it after sbatch: a submitter that dies in between leaves it without its name
         f'[ -e "$pickle" ] || cp "$run/submitit/{PICKLE}" "$pickle"',
-        f'{ATTEMPT}="$({python()} -m jobs.endings claim "$run")" || exit',
-        f'[ -n "${ATTEMPT}" ] || exit 0  # finished, or cancelled',
-        f"export {ATTEMPT}",
+        *script.claim('"$run"', ATTEMPT),
         *_node_lines(cluster, used),
+        *script.ranks_begin(),
     ]
 
 
@@ -155,22 +172,7 @@ def _node_lines(cluster: Cluster, used: Callable[[int], int]) -> list[str]:
     ]
 
 
-def teardown_lines() -> list[str]:
-    """What the batch script does after srun: the verdict, shielded from a scancel."""
-    return [
-        "rc=$?",
-        "trap '' TERM INT  # children of bash get a trap reset, but what is ignored stays ignored",
-        f'{python()} -m jobs.endings verdict "$run" "$rc"',
-        "exit",
-    ]
-
-
 def environment(cluster: Cluster) -> dict[str, str]:
     """The job's variables: nodes may be offline, so nothing is looked for on a hub."""
     interface = {INTERFACE: cluster.interface} if cluster.interface else {}
     return {"HF_HUB_OFFLINE": "1", **interface, **cluster.environment}
-
-
-def python() -> str:
-    """The submitting environment's interpreter, quoted for the shell."""
-    return shlex.quote(sys.executable)

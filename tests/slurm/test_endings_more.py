@@ -222,3 +222,45 @@ def test_preempted_without_grace(bench_on, members):
     finally:
         sandboxes.stop(folder / "sandbox", patience=0)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("members", [1, 2], ids=["single", "array"])
+def test_a_node_without_the_code_is_left_once(bench, members):
+    """As where a folder is not mounted: no claim and no verdict can run; the shell requeues, once."""
+    runs, jobs = bench.submit({"steps": 3}, code=bench.folder / "absent", members=members)
+    run, job = runs[-1], jobs[-1]
+    bench.until(lambda: bench.slurm.job(job).restarts == 1)
+    assert bench.slurm.job(jobs[0]).restarts <= 1
+    shutil.copytree(bench.code, bench.folder / "absent")
+    for each in jobs:
+        bench.come_back(each)
+    bench.finished(run, job, 1, 3, 1)
+
+
+def test_scancel_during_the_setup(bench):
+    (run,), (job,) = bench.submit({"steps": 3}, setup=["sleep 20"])
+    bench.until(lambda: bench.slurm.job(job).state == "RUNNING")
+    time.sleep(0.5)
+    subprocess.run(["scancel", job], check=True)
+    assert bench.gone(job) == "CANCELLED"
+    assert run.cancelled_jobs() == {job}
+    assert bench.state(run).name == "CANCELLED"
+
+
+def test_a_rank_preempted_before_its_handlers_stand(bench):
+    """TERM kills the interpreter: no rank has started, and still the environment is not to blame."""
+    slow = bench.folder / "slow"
+    slow.mkdir()
+    late = (
+        "import os, time\nif 'SLURM_STEP_ID' in os.environ and 'SLURM_PROCID' in os.environ: time.sleep(4)\n"
+    )
+    (slow / "sitecustomize.py").write_text(late)
+    (run,), (job,) = bench.submit({"steps": 5}, setup=[f"export PYTHONPATH={slow}:$PYTHONPATH"])
+    bench.until(lambda: (run.attempts_dir / "1").exists())
+    time.sleep(1.5)
+    sandboxes.preempt(bench.sandbox.folder, job, come_back=False)
+    verdict = bench.verdict(run, 1)
+    assert not list((run.attempts_dir / "1").glob("events-rank-*"))
+    assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "preempted", False)
+    bench.come_back(job)
+    bench.finished(run, job, 2, 5, 1)

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from jobs.endings import batch as endings
 from jobs.endings import history
+from jobs.endings.claim import claim
+from jobs.endings.log import tail
+from jobs.endings.verdict import Raised
 from tools.slurm import Slurm
 
 
@@ -72,6 +74,18 @@ def test_a_broken_environment_just_before(run):
     assert not history.broken_before(run, attempt_with(run))
 
 
+def test_what_was_raised_just_before(run):
+    shape = {"step": 7, "reason": "RuntimeError: shapes"}
+    attempt_with(run, "crashed", checkpoint=5, raised=[shape])
+    attempt_with(run, "preempted", checkpoint=5, counts=False)
+    last = attempt_with(run)
+    assert history.raised_before(run, last, 5) == [Raised(7, "RuntimeError: shapes")]
+    assert history.raised_before(run, last, 6) == []
+    assert history.raised_before(run, attempt_with(run, job="18"), 5) == []
+    attempt_with(run, "crashed", checkpoint=5)
+    assert history.raised_before(run, attempt_with(run), 5) == []
+
+
 def test_a_node_blamed_twice(run):
     attempt_with(run, "crashed", blamed="n2")
     last = attempt_with(run)
@@ -92,16 +106,16 @@ def test_an_unknown_job_counts_as_running_until_it_ended(run, no_slurm):
 
 def test_nothing_is_claimed_for_a_finished_or_cancelled_run(run, no_slurm, capsys):
     run.mark_cancelled(["17"])
-    assert endings.claim(run, "17", Slurm()) is None
-    attempt = endings.claim(run, "18", Slurm())
+    assert claim(run, "17", Slurm()) is None
+    attempt = claim(run, "18", Slurm())
     attempt.write_outcome(outcome_name="finished", code=0, rank=0)
-    assert endings.claim(run, "18", Slurm()) is None
+    assert claim(run, "18", Slurm()) is None
     assert capsys.readouterr().out == ""
 
 
 def test_the_tail_begins_at_the_attempt(tmp_path):
     log = tmp_path / "log"
     log.write_text("attempt 1 of run begins\nold\nattempt 2 of run begins (job 7)\nnew\n\nlast\n")
-    assert history.tail([log], after="attempt 2 of run begins") == "new\nlast"
-    assert history.tail([log], after="attempt 3 of run begins", lines=1) == "last"
-    assert history.tail([tmp_path / "absent"]) == ""
+    assert tail([log], after="attempt 2 of run begins") == "new\nlast"
+    assert tail([log], after="attempt 3 of run begins", lines=1) == "last"
+    assert tail([tmp_path / "absent"]) == ""

@@ -71,6 +71,17 @@ def test_a_crash_that_repeats_ends_the_run(local, run):
     assert local.end(run).name == "FAILED"
 
 
+def test_the_same_exception_twice_in_a_row_ends_the_run(local, run):
+    local.start(run, json.dumps({"seconds": 0.02, "raises": {"step": 7, "rank": 1, "error": "RuntimeError"}}))
+    verdict = local.verdict(run, 2)
+    assert (verdict["event"], verdict["ending"], verdict["code"]) == ("fail", "failed", 86)
+    assert verdict["reason"] == "RuntimeError: on purpose (at step 7, twice in a row)"
+    assert history.last_verdict(run.attempt(1))["raised"] == [
+        {"step": 7, "reason": "RuntimeError: on purpose"}
+    ]
+    assert local.end(run).name == "FAILED"
+
+
 def test_crashes_with_newer_checkpoints_between_go_on(local, run):
     local.start(
         run,

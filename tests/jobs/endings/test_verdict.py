@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.endings.verdict import Facts, Job, Said, blamed, decide, error_lines
+from jobs.endings.verdict import Facts, Job, Raised, Said, blamed, decide, error_lines
 
 RUNNING = Job(running=True)
 FINISHED = Said("finished", 0)
@@ -147,6 +147,20 @@ def test_what_the_run_is_not_to_blame_for_never_ends_it(line):
     verdict = decide(replace(LINES[line], fruitless=9))
     assert verdict.action == EXPECTED[line][0]
     assert not verdict.counts
+
+
+def test_the_same_exception_at_the_same_step_twice_in_a_row_ends_the_run():
+    shape = Raised(7, "RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    seen = replace(LINES["crashed"], raised=[Raised(7, "RuntimeError: rank 2's words"), shape])
+    assert decide(seen).action == "requeue"
+    assert decide(replace(seen, raised_before=[replace(shape, step=6)])).action == "requeue"
+    assert decide(replace(seen, raised_before=[replace(shape, reason="another")])).action == "requeue"
+    verdict = decide(replace(seen, raised_before=[shape]))
+    assert (verdict.action, verdict.ending, verdict.code) == ("fail", "failed", 86)
+    assert verdict.reason == f"{shape.reason} (at step 7, twice in a row)"
+    assert verdict.advice
+    preempted = replace(seen, raised_before=[shape], job=LINES["preempted"].job)
+    assert decide(preempted).ending == "preempted"
 
 
 def test_a_stop_just_before_the_limit_counts_as_out_of_time():

@@ -71,11 +71,11 @@ def test_what_is_not_given_is_not_asked_for(script):
 def test_the_script_is_shielded_before_anything_else(script):
     lines = script(Cluster(setup=("module load cuda",), environment={"NCCL_DEBUG": "a 'b'"})).splitlines()
     setup = lines[lines.index("# setup") + 1 :]
-    assert setup[0].startswith("trap : TERM")
+    assert setup[0] == "trap 'clipcluster_end $?' EXIT"
+    assert setup[1].startswith("trap : TERM")
     assert setup.index("module load cuda") > 0
     teardown = lines[lines.index("# teardown") + 1 :]
-    assert teardown[0] == "rc=$?"
-    assert teardown[1].startswith("trap '' TERM INT")
+    assert teardown == ["clipcluster_end $?"]
 
 
 @pytest.mark.parametrize("members", [1, 3])
@@ -87,7 +87,7 @@ def test_bash_understands_the_script(script, tmp_path, members):
     assert (done.returncode, done.stderr) == (0, "")
     # up to the claim it can be run here: which folder does a member of the array take?
     ending = next(n for n, line in enumerate(text.splitlines()) if line.startswith("cd "))
-    file.write_text("\n".join([*text.splitlines()[:ending], 'echo "$run|$WORDS"']))
+    file.write_text("\n".join([*text.splitlines()[:ending], 'echo "$run|$WORDS"', "trap - EXIT"]))
     environment = {"SLURM_ARRAY_TASK_ID": "2"} if members > 1 else {}
     done = subprocess.run(["bash", file], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == f"{tmp_path}/run {2 if members > 1 else 0}|a 'b' \"c\" $d"

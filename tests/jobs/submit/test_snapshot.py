@@ -25,7 +25,7 @@ def test_a_copy_of_what_is_imported(run):
 def test_the_copy_runs_instead_of_the_checkout(run):
     code = snapshot.take(run).path
     done = subprocess.run(
-        [sys.executable, "-c", "import jobs.endings.batch, clipcluster.runs.folder as f; print(f.__file__)"],
+        [sys.executable, "-c", "import jobs.endings.act, clipcluster.runs.folder as f; print(f.__file__)"],
         cwd=code,
         env=snapshot.environment(code),
         capture_output=True,

@@ -1,0 +1,115 @@
+"""The end of an attempt: the verdict is written down and acted on. Standard library only.
+
+A scancel gives all of it little time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from clipcluster.errors import StaleAttempt
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.job_id import slurm_job_id
+from clipcluster.runtime.stop import Outcome
+from jobs.endings import facts, history
+from jobs.endings.log import say
+from jobs.endings.verdict import Facts, Verdict, blamed, decide
+from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
+
+REFUSED_SECONDS = 30.0  # how long a requeue that SLURM refuses is tried again
+EXCLUDE_SECONDS = 3.0
+
+
+def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mapping[str, str]) -> int:
+    """Decide, write the verdict down, act on it; returns the batch script's exit code."""
+    job_id = slurm_job_id(environ)
+    job = facts.ask(slurm, job_id)
+    seen = facts.on_slurm(run, attempt, code, job, environ)
+    verdict = decide(seen)
+    node = None
+    if verdict.action == "requeue" and verdict.ending == "crashed":
+        node = blamed(seen.errors, facts.down(slurm, job))
+    if not record(run, attempt, seen, verdict, job_id, blamed=node):
+        return int(Outcome.STALE)
+    if verdict.action != "requeue":
+        return verdict.code
+    refusal = requeue(slurm, job_id)
+    if refusal is not None:
+        attempt.event("requeue_refused", writer=history.WRITER, reason=refusal)
+    elif node and job:
+        _exclude(slurm, job, job_id, history.blamed_twice(run, attempt, node))
+    return verdict.code
+
+
+def record(
+    run: Run, attempt: Attempt, seen: Facts, verdict: Verdict, job_id: str, *, blamed: str | None = None
+) -> bool:
+    """Write the verdict to the attempt, and the mark it wants; False where another attempt took over."""
+    say(
+        f"verdict on attempt {attempt.number} of {run.name}: "
+        f"{verdict.ending} -> {verdict.action} ({verdict.code})"
+        + (f": {verdict.reason}" if verdict.reason else "")
+    )
+    if verdict.action == "leave":
+        return False
+    fields: dict[str, Any] = {
+        "ending": verdict.ending,
+        "code": verdict.code,
+        "reason": verdict.reason,
+        "advice": verdict.advice,
+        "counts": verdict.counts,
+        "checkpoint": history.newest_checkpoint(run),
+    }
+    if seen.raised:
+        fields["raised"] = [asdict(each) for each in seen.raised]
+    if blamed:
+        fields["blamed"] = blamed
+    try:
+        if verdict.mark:
+            run.mark_cancelled([job_id])
+        attempt.event(verdict.action, writer=history.WRITER, **fields)
+    except StaleAttempt:
+        return False
+    except OSError as error:  # a full disk must not keep a run from being requeued
+        say(f"the verdict could not be recorded: {error}")
+    return True
+
+
+def requeue(slurm: Slurm, job_id: str) -> str | None:
+    """Have the job run again, asking for up to `REFUSED_SECONDS`; None, or why SLURM did not do it."""
+    deadline = time.monotonic() + REFUSED_SECONDS
+    while True:
+        try:
+            slurm.requeue(job_id)
+            return None
+        except (SlurmUnavailable, SlurmRefused) as refusal:
+            if time.monotonic() >= deadline:
+                say(f"SLURM did not requeue job {job_id}: {refusal}")
+                return str(refusal)
+        time.sleep(1.0)
+
+
+def _exclude(slurm: Slurm, job: JobState, job_id: str, nodes: Sequence[str]) -> None:
+    """Keep the pending job away from nodes, unless too few would be left for it to start at all."""
+    excluded = sorted({*job.excluded, *nodes})
+    if not nodes or excluded == sorted(job.excluded):
+        return
+    deadline = time.monotonic() + EXCLUDE_SECONDS
+    while True:
+        try:
+            there = {name for part in slurm.partitions() if part.name == job.partition for name in part.nodes}
+            if len(there - set(excluded)) < len(job.nodes):
+                say(f"{', '.join(nodes)} blamed twice, but not excluded: too few nodes would be left")
+                return
+            slurm.exclude(job_id, excluded)
+            say(f"{', '.join(nodes)} blamed twice: excluded")
+            return
+        except (SlurmUnavailable, SlurmRefused) as refusal:
+            if time.monotonic() >= deadline:
+                say(f"SLURM did not exclude {', '.join(nodes)}: {refusal}")
+                return
+        time.sleep(0.2)

@@ -1,0 +1,114 @@
+"""What the verdict rests on: the run folder, the logs, and what SLURM says. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from clipcluster.runs import files
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.environment import LEAD, LOGS
+from clipcluster.runtime.job_id import slurm_job_id
+from jobs.endings import history
+from jobs.endings.log import marker, say, tail
+from jobs.endings.verdict import Facts, Job, Raised, Said, error_lines
+from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
+
+EARLY_SECONDS = 90  # SLURM may send that signal up to a minute early, and looks every half minute
+RAISED = 8  # of how many ranks the exception is kept: their messages may differ
+
+
+def on_slurm(
+    run: Run, attempt: Attempt, code: int, job: JobState | None, environ: Mapping[str, str]
+) -> Facts:
+    """All facts of an attempt whose srun left with `code`; `environ` is the batch script's."""
+    logs = Path(environ.get(LOGS) or run.submitit)
+    return replace(
+        gather(run, attempt, code, job_id=slurm_job_id(environ), logs=logs),
+        job=_seen(job),
+        restart_count=int(environ.get("SLURM_RESTART_COUNT") or 0),
+        time_nearly_over=_nearly_over(job, environ),
+    )
+
+
+def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) -> Facts:
+    """The facts that the run folder and the logs tell; the scheduler's are for the caller."""
+    first = logs / f"{job_id}_0_log.err"
+    others = [path for path in sorted(logs.glob(f"{job_id}_*_log.err")) if path != first]
+    events = [event for path in attempt.path.glob("events-rank-*.jsonl") for event in files.read_lines(path)]
+    checkpoint = history.newest_checkpoint(run)
+    return Facts(
+        code=code,
+        superseded=attempt.is_stale(),
+        said=_said(attempt),
+        cancelled=job_id in run.cancelled_jobs(),
+        started=any(event.get("event") == "start" for event in events),
+        raised=_raised(events),
+        raised_before=history.raised_before(run, attempt, checkpoint),
+        fruitless=history.fruitless(run, attempt, checkpoint),
+        broken_before=history.broken_before(run, attempt),
+        errors=error_lines(tail([first], after=marker(attempt), lines=1000)),
+        tail=tail([*others[:1], first], after=marker(attempt)),
+    )
+
+
+def _said(attempt: Attempt) -> Said | None:
+    """What the ranks said of their ending, if they came to it."""
+    outcome = attempt.outcome()
+    if outcome is None:
+        return None
+    speaker = f" (rank {outcome['rank']} on {outcome['host']})" if outcome["outcome"] == "failed" else ""
+    return Said(outcome["outcome"], outcome["code"], f"{outcome['reason']}{speaker}", outcome["advice"])
+
+
+def _raised(events: Sequence[Mapping[str, Any]]) -> list[Raised]:
+    """The first exceptions with which ranks ended; those that merely lost their peers raised none."""
+    failed = [event for event in events if event.get("event") == "fail" and event.get("outcome") == "error"]
+    failed.sort(key=lambda event: float(event.get("time", 0)))
+    return [Raised(event.get("step"), _message(event.get("reason", ""))) for event in failed[:RAISED]]
+
+
+def _message(reason: str) -> str:
+    """The message without what differs each time: addresses in memory."""
+    return re.sub(r"\b0x[0-9a-fA-F]+", "0x…", reason)
+
+
+def ask(slurm: Slurm, job_id: str) -> JobState | None:
+    """The job as SLURM sees it, or None where it gives no answer."""
+    try:
+        return slurm.job(job_id)
+    except (SlurmUnavailable, SlurmRefused) as error:
+        say(f"SLURM gives no answer about job {job_id}: {error}")
+        return None
+
+
+def _seen(job: JobState | None) -> Job | None:
+    if job is None:
+        return None
+    running = job.state == "RUNNING"
+    over = job.reason == "TimeLimit" or job.state == "TIMEOUT"
+    return Job(running, over, job.restarts, running and job.preempt_time is not None)
+
+
+def _nearly_over(job: JobState | None, environ: Mapping[str, str]) -> bool:
+    lead = float(environ.get(LEAD) or 0)
+    if job is None or job.end_time is None or not lead:
+        return False
+    return (job.end_time - datetime.now()).total_seconds() <= lead + EARLY_SECONDS
+
+
+def down(slurm: Slurm, job: JobState | None) -> list[str]:
+    """The job's nodes that SLURM calls down or that answer no more."""
+    if job is None:
+        return []
+    try:
+        nodes = {node.name: node for node in slurm.nodes()}
+    except (SlurmUnavailable, SlurmRefused):
+        return []
+    mine = [nodes[name] for name in job.nodes if name in nodes]
+    return [node.name for node in mine if not node.responding or node.state in ("down", "fail", "failing")]

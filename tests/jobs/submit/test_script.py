@@ -1,0 +1,231 @@
+"""The batch script, run by bash as it is: SLURM's two programs are stand-ins, claim and verdict are real."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipcluster.recipe.sections.cluster import Cluster
+from jobs.endings import history
+from jobs.submit.parameters import Member, parameters
+
+ROOT = Path(__file__).resolve().parents[3]
+RUNNING = (
+    "JobId=17 JobName=toy\n   JobState=RUNNING Reason=None\n   Requeue=1 Restarts=0\n   PreemptTime=None\n"
+)
+SCONTROL = """#!/bin/sh
+echo "$@" >> {folder}/calls
+case "$1" in
+show) cat {folder}/job ;;
+requeue) [ ! -e {folder}/refused ] || {{ echo "disabled" >&2; exit 1; }} ;;
+esac
+"""
+
+
+class Job:
+    """One job's batch script: made by submitit of a cluster section, run by bash, logging as SLURM would."""
+
+    def __init__(self, run, folder):
+        self.run, self.folder, self.name, self.code = run, folder, "17", ROOT
+        self.programs = folder / "programs"
+        self.programs.mkdir()
+        self.program("scontrol", SCONTROL.format(folder=folder))
+        self.program("sleep", "#!/bin/sh\n")
+        self.seen()
+        run.submitit.mkdir()
+        (run.submitit / "job.pkl").touch()
+
+    def program(self, name, text):
+        (self.programs / name).write_text(text)
+        (self.programs / name).chmod(0o755)
+
+    def seen(self, **changed):
+        """What `scontrol show job` prints."""
+        text = RUNNING
+        for key, value in changed.items():
+            text = " ".join(
+                f"{key}={value}" if word.startswith(f"{key}=") else word for word in text.split(" ")
+            )
+        (self.folder / "job").write_text(text)
+
+    def script(self, srun, *, members=1, **cluster):
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        self.program("srun", f"#!/bin/sh\n{srun}\n")
+        chosen = parameters(
+            Cluster(gpus_per_node=0, **cluster),
+            [Member(self.run.path, self.code)] * members,
+            name="toy",
+            logs=self.run.submitit,
+            grace=30,
+        )
+        return _make_sbatch_string(command="ranks", folder=self.run.submitit, **chosen)
+
+    def start(self, srun="exit 0", *, restarts=0, environment=None, **cluster):
+        """Run the script to its end; its exit code."""
+        given = {**os.environ, "PATH": f"{self.programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+        given |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+        with (self.run.submitit / f"{self.name}_0_log.err").open("ab") as log:
+            done = subprocess.run(
+                ["bash", "-c", self.script(srun, **cluster)], stderr=log, env={**given, **(environment or {})}
+            )
+        return done.returncode
+
+    @property
+    def log(self):
+        return (self.run.submitit / f"{self.name}_0_log.err").read_text()
+
+    def asked(self, verb):
+        """What scontrol was asked with this verb."""
+        calls = self.folder / "calls"
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        return [line for line in lines if line.startswith(verb)]
+
+
+@pytest.fixture
+def job(run, tmp_path):
+    return Job(run, tmp_path)
+
+
+def no_interpreter(job, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/bin/python")
+
+
+def no_code(job, monkeypatch):
+    job.code = Path("/nowhere/code")
+
+
+def no_claim(job, monkeypatch):
+    job.run.attempts_dir.rmdir()
+    job.run.attempts_dir.write_text("a file, as a file system that fails might have it")
+
+
+BROKEN = [no_interpreter, no_code, no_claim]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_bad_node_is_left_once_and_then_ends_the_run(job, monkeypatch, broken):
+    broken(job, monkeypatch)
+    assert job.start() == 85
+    assert job.asked("requeue") == ["requeue 17"]
+    assert "clipcluster: no verdict" in job.log
+    job.seen(Restarts=1)
+    assert job.start(restarts=1) == 1
+    assert job.asked("requeue") == ["requeue 17"]
+
+
+@pytest.mark.parametrize("line", ["exit 3", "set -eu; false", "set -u; echo $not_set_anywhere"])
+def test_a_failing_line_of_the_site_is_a_bad_node(job, line):
+    assert job.start(setup=[line]) == 85
+    assert job.asked("requeue") == ["requeue 17"]
+
+
+def test_a_verdict_between_begins_anew(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        no_interpreter(job, patch)
+        assert job.start() == 85
+    job.seen(Restarts=1)
+    assert job.start("exit 1", restarts=1) == 85  # never started: requeued by the verdict
+    assert history.last_verdict(job.run.newest())["event"] == "requeue"
+    job.seen(Restarts=2)
+    no_interpreter(job, monkeypatch)
+    assert job.start(restarts=2) == 85, job.log
+    assert len(job.asked("requeue")) == 3
+
+
+def test_a_preemption_counts_nothing(job, monkeypatch):
+    no_interpreter(job, monkeypatch)
+    job.seen(PreemptTime="2026-11-21T02:23:32")
+    assert [job.start() for _ in range(3)] == [85, 85, 85]
+    assert len(job.asked("requeue")) == 3
+    job.seen()
+    assert job.start() == 85
+
+
+def test_scancel_before_the_ranks_ends_the_run(job, monkeypatch):
+    no_interpreter(job, monkeypatch)
+    job.seen(JobState="COMPLETING")
+    assert job.start() == 130
+    assert job.asked("requeue") == []
+    assert job.run.cancelled_jobs() == {"17"}
+
+
+def test_a_job_that_somebody_requeued_is_left_alone(job, monkeypatch):
+    no_interpreter(job, monkeypatch)
+    job.seen(JobState="COMPLETING", Restarts=1)
+    assert job.start() == 85
+    assert job.asked("requeue") == []
+
+
+def test_a_member_of_an_array_requeues_itself_alone(job, monkeypatch):
+    no_interpreter(job, monkeypatch)
+    job.name = "40_1"
+    member = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"}
+    assert job.start(members=2, environment=member) == 85
+    assert job.asked("requeue") == ["requeue 40_1"]
+    assert job.asked("show") == ["show job 40_1"]
+
+
+def test_a_refused_requeue_is_tried_and_then_left(job, monkeypatch):
+    no_interpreter(job, monkeypatch)
+    (job.folder / "refused").touch()
+    assert job.start() == 85
+    assert len(job.asked("requeue")) == 30
+    assert "did not requeue job 17" in job.log
+
+
+def test_without_a_log_the_restarts_alone_count(job, monkeypatch):
+    no_interpreter(job, monkeypatch)
+    monkeypatch.setattr(Job, "log", "")
+    job.run.submitit.rename(job.folder / "elsewhere")
+    given = {**os.environ, "PATH": f"{job.programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    script = job.script("exit 0")
+    for restarts, code in ((0, 85), (1, 1)):
+        job.seen(Restarts=restarts)
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env={**given, "SLURM_RESTART_COUNT": str(restarts)},
+            capture_output=True,
+        )
+        assert done.returncode == code
+    assert job.asked("requeue") == ["requeue 17"]
+
+
+def test_an_owned_run_is_left_and_a_finished_one_is_no_error(job):
+    job.run.claim("16", host="n1", still_running=lambda job: False)
+    (job.folder / "job").write_text(RUNNING.replace("JobId=17", "JobId=16"))
+    assert job.start() == 88
+    job.run.newest().write_outcome(outcome_name="finished", code=0, rank=0)
+    assert job.start() == 0
+    assert job.asked("requeue") == []
+    assert len(job.run.attempts()) == 1
+
+
+def test_the_verdict_decides_where_it_can(job):
+    outcome = json.dumps(
+        {"outcome": "failed", "code": 90, "reason": "shard 3", "advice": "", "rank": 0, "host": "n"}
+    )
+    assert job.start(f"echo '{outcome}' > {job.run.attempts_dir}/1/outcome.json; exit 90") == 90
+    assert history.last_verdict(job.run.attempt(1))["event"] == "fail"
+    assert job.asked("requeue") == []
+
+
+@pytest.mark.parametrize("line", ["", "set -euo pipefail", "trap 'echo mine' EXIT"])
+def test_whatever_the_site_sets_the_verdict_is_reached(job, line):
+    assert job.start("exit 1", setup=[line]) == 85
+    assert history.last_verdict(job.run.attempt(1))["ending"] == "never started"
+    assert job.asked("requeue") == ["requeue 17"]
+
+
+def test_a_verdict_that_fails_is_made_good_once(job):
+    torn = f"echo torn > {job.run.attempts_dir}/$CLIPCLUSTER_ATTEMPT/outcome.json; exit 85"
+    assert job.start(torn) == 85
+    assert job.asked("requeue") == ["requeue 17"]
+    assert "is not whole JSON" in job.log
+    job.seen(Restarts=1)
+    job.run.attempt(1).path.joinpath("outcome.json").unlink()
+    assert job.start(torn, restarts=1) == 1
+    assert job.asked("requeue") == ["requeue 17"]
