@@ -93,10 +93,14 @@ def test_tasks_are_killed_and_preempted_and_the_bytes_are_the_same(images, clust
     running = [job for job in jobs if job != killed and process_of(job) is not None]
     sandboxes.preempt(cluster.folder, running[0])
     assert shards_done(out) < 20, "the conversion was over before anything happened to it"
-    for job in jobs:
-        if cluster.slurm.job(job).state == "PENDING":
-            cluster.slurm.release(job)
-    wait_for(lambda: not cluster.slurm.queue(job_ids=jobs), 120)
+
+    def over() -> bool:
+        for job in (queued := cluster.slurm.queue(job_ids=jobs)):
+            if job.state == "PENDING" and job.reason == "BeginTime":
+                cluster.slurm.release(job.job_id)
+        return not queued
+
+    wait_for(over, 120)
 
     assert json.loads((out / "conversion.json").read_text())["finished"]
     assert tars(out) == tars(alone)
