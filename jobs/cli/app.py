@@ -85,20 +85,21 @@ def check(
     site: Site = None,
 ) -> None:
     """Find everything that can be known before queueing."""
-    from clipcluster import check as checks
+    from clipcluster.check import deep as deep_check
+    from clipcluster.check import plain
+    from clipcluster.check.findings import Findings
 
-    checked = checks.plain(recipe, overrides or [], site=site)
-    for line in checked.summary:
-        say(line)
+    checked = plain.check(recipe, overrides or [], site=site, runs=runs_folder())
     checked.raise_errors()
-    found = [checked.warnings, _device_line(checked.recipe.cluster)]
+    found: list[Findings] = [checked]
     if deep:
-        findings = checks.deep(checked.recipe, world_size=checked.plan.world_size if checked.plan else 1)
-        for line in findings.summary:
-            say(line)
-        findings.raise_errors()
-        found.append(findings.warnings)
-    for warning in (text for warnings in found for text in warnings):
+        ranks = checked.plan.world_size if checked.plan else 1
+        found.append(deep_check.check(checked.recipe, world_size=ranks))
+        found[1].raise_errors()
+    for line in (text for findings in found for text in findings.summary):
+        say(line)
+    warnings = [text for findings in found for text in findings.warnings]
+    for warning in [*warnings, *_device_line(checked.recipe.cluster)]:
         say(f"warning: {warning}")
     more = "" if deep else " (clipcluster check --deep also builds the towers and decodes samples)"
     say(f"{recipe}: no problems found{more}")

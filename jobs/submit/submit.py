@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clipcluster import check
+from clipcluster.check import deep
+from clipcluster.check import plain as checks
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, result_keys, settings_keys
 from clipcluster.recipe.plan import Plan, usable_nodes
@@ -113,11 +114,13 @@ def _only_submission(wanted: Wanted) -> Iterator[None]:
         lock.release()
 
 
-def checked_for(wanted: Wanted, executor: str) -> check.Checked:
+def checked_for(wanted: Wanted, executor: str) -> checks.Checked:
     """The plain check, for one node where the run stays on this machine. Raises UserError."""
 
-    def plain(*more: str) -> check.Checked:
-        return check.plain(wanted.recipe, [*wanted.overrides, *more], wanted.environ, site=wanted.site)
+    def plain(*more: str) -> checks.Checked:
+        return checks.check(
+            wanted.recipe, [*wanted.overrides, *more], wanted.environ, site=wanted.site, runs=wanted.runs
+        )
 
     checked = plain()
     nodes = checked.recipe.cluster.nodes
@@ -189,7 +192,7 @@ def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
             )
 
 
-def _say_plan(run: Run, checked: check.Checked, executor: str, wanted: Wanted) -> None:
+def _say_plan(run: Run, checked: checks.Checked, executor: str, wanted: Wanted) -> None:
     for line in [*checked.summary, devices.describe(checked.recipe.cluster, executor)]:
         wanted.say(line)
     wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))
@@ -231,7 +234,7 @@ def _fetched(recipe: Recipe, run: Run, wanted: Wanted) -> Iterator[Path]:
 
 
 def _deep(recipe: Recipe, plan: Plan, fetched: Path, wanted: Wanted) -> None:
-    findings = check.deep(recipe, world_size=plan.world_size, assets=fetched)
+    findings = deep.check(recipe, world_size=plan.world_size, assets=fetched)
     findings.raise_errors()
     for warning in findings.warnings:
         wanted.say(f"warning: {warning}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
+
+from pydantic import AfterValidator, WithJsonSchema
 
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.checkpoint import Checkpoint
@@ -13,6 +15,21 @@ from clipcluster.recipe.sections.model import Model
 from clipcluster.recipe.sections.optim import Optim
 from clipcluster.recipe.sections.train import Train
 from clipcluster.recipe.sections.values import Int
+from clipcluster.recipe.tasks import TASKS
+from clipcluster.recipe.tree import nearest
+
+
+def _in_table(name: str) -> str:
+    if name not in TASKS:
+        near = nearest(name, TASKS)
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"should be {' or '.join(TASKS)}{hint}")
+    return name
+
+
+TaskName = Annotated[
+    str, AfterValidator(_in_table), WithJsonSchema({"type": "string", "enum": sorted(TASKS)})
+]
 
 
 class Recipe(Section):
@@ -24,7 +41,7 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
     )
-    task: Literal["contrastive"] = key("result", "What is learnt.", "contrastive")
+    task: TaskName = key("result", "What is learnt.", "contrastive")
     seed: Int = key("result", "Seed of everything that is random.", 0, ge=0, lt=2**63)
     data: Data = section("What is trained on.")
     model: Model = section("The towers and what joins them.")

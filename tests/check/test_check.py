@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipcluster import check
-from clipcluster.check import Checked, Findings, deep, plain
+from clipcluster.check import deep, names, plain
+from clipcluster.check.__main__ import examine
+from clipcluster.check.findings import Findings
+from clipcluster.check.plain import Checked
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.errors import UserError
+from clipcluster.recipe.load import load, result_keys
+from clipcluster.runs.folder import run_name
 
 RECIPE = """\
 name: tiny
@@ -65,10 +69,21 @@ def write_shard(path: Path, count: int, broken: int = 0) -> None:
                 tar.addfile(entry, io.BytesIO(content))
 
 
+@pytest.fixture(scope="session")
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's cache folder in which a deep check has stored timm's names."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        names.store_timm_names()
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, user_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a recipe, eleven training samples and five test samples."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     write_shard(tmp_path / "data/train/00000.tar", 6)
@@ -84,7 +99,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def checked(folder: Path) -> Callable[..., Checked]:
     """Check the recipe with overrides."""
-    return lambda *overrides: plain("tiny.yaml", overrides)
+    return lambda *overrides: plain.check("tiny.yaml", overrides)
 
 
 def test_a_right_recipe(checked: Callable[..., Checked]) -> None:
@@ -148,8 +163,8 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
             "accumulation is not supported yet: set train.micro_batch to 2 or use 4 ranks",
         ),
         (["optim.warmup=10 epochs"], "takes the whole run of 20 steps"),
-        (["model.image.weights=data/trian"], "data/trian is not there; did you mean"),
-        (["data.text.tokenizer=./nowhere"], "nowhere is not there"),
+        (["model.image.weights=data/trian"], "data/trian does not exist; did you mean"),
+        (["data.text.tokenizer=./nowhere"], "nowhere does not exist"),
         (["evaluate.retrieval=[data/none]"], "evaluate.retrieval=[data/none]: "),
         (["evaluate.zero_shot=[data/test, data/sub/test]"], "2 sets are called 'test'"),
         (
@@ -218,7 +233,7 @@ def test_warnings_do_not_stop(checked: Callable[..., Checked]) -> None:
     found = checked("optim.warmup=5 epochs", "data.workers=9")
     assert found.errors == []
     assert "50.0% of the run's 20 steps" in found.warnings[0]
-    assert "data.workers 9 share cluster.cpus_per_task 2" in found.warnings[1]
+    assert "data.workers: 9 loader processes share cluster.cpus_per_task 2" in found.warnings[1]
 
 
 def test_a_recipe_that_cannot_be_read_raises(checked: Callable[..., Checked]) -> None:
@@ -226,9 +241,85 @@ def test_a_recipe_that_cannot_be_read_raises(checked: Callable[..., Checked]) ->
         checked("optim.lrr=3")
 
 
+# Names that only timm or the hub knows.
+
+
+def test_a_misspelled_tower_is_found_by_the_plain_check(checked: Callable[..., Checked]) -> None:
+    (error,) = checked("model.image.timm=test_convnex").errors
+    assert error.startswith("from the command line: model.image.timm=test_convnex: timm ")
+    assert error.endswith("has no model 'test_convnex'; did you mean test_convnext?")
+    for known in ("resnet50.a1_in1k", "convnext_tiny_in22ft1k"):  # a tag; a name of before
+        assert checked(f"model.image.timm={known}").errors == []
+
+
+def test_without_timms_names_the_plain_check_says_what_it_leaves_out(
+    checked: Callable[..., Checked], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    found = checked("model.image.timm=test_convnex")
+    assert found.errors == []
+    assert found.summary[-1] == (
+        "not checked: model.image.timm 'test_convnex': the first check with --deep stores timm's list of "
+        "names"
+    )
+    names.store_timm_names()
+    assert len(checked("model.image.timm=test_convnex").errors) == 1
+    assert checked().summary == checked("model.image.timm=test_vit").summary
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Hugging Face's cache with one tokenizer and one configuration."""
+    cache = tmp_path / "hub"
+    for name in ("tokenizer.json", "config.json"):
+        file = cache / "models--org--gpt2" / "snapshots" / "0a1b" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def test_names_on_the_hub_are_looked_for_in_its_cache(
+    checked: Callable[..., Checked], hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    known = ("model.text={hf: org/gpt2}", "data.text.tokenizer=org/gpt2")
+    assert checked(*known).summary == checked().summary
+    unknown = ("model.text={hf: org/gpt}", "data.text.tokenizer=org/gpt")
+    found = checked(*unknown)
+    assert found.errors == []
+    reason = (
+        "'org/gpt' is not a folder and not in Hugging Face's cache: the hub is asked at submission; did you "
+        "mean org/gpt2, which is in the cache?"
+    )
+    assert found.summary[-1] == f"not checked: model.text.hf {reason}; data.text.tokenizer {reason}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert checked(*known).errors == []
+    errors = checked(*unknown).errors
+    assert len(errors) == 2
+    assert "HF_HUB_OFFLINE is set; did you mean org/gpt2, which is in the cache?" in errors[1]
+
+
+def test_what_an_earlier_submission_fetched_is_there(
+    folder: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    override = ["data.text.tokenizer=org/other"]
+    (error,) = plain.check("tiny.yaml", override, runs=folder / "runs").errors
+    assert "'org/other' is not a folder" in error
+    loaded = load("tiny.yaml", override)
+    (folder / "runs" / run_name("tiny", result_keys(loaded)) / "assets" / "org--other").mkdir(parents=True)
+    assert plain.check("tiny.yaml", override, runs=folder / "runs").errors == []
+
+
+def test_a_folder_without_a_tokenizer(checked: Callable[..., Checked]) -> None:
+    (error,) = checked("data.text.tokenizer=./data").errors
+    assert "/data has none of tokenizer.json, tokenizer_config.json" in error
+
+
 def test_the_plain_check_loads_no_torch(folder: Path) -> None:
     code = (
-        "import sys; from clipcluster.check import plain; assert not plain('tiny.yaml').errors;"
+        "import sys; from clipcluster.check import plain; assert not plain.check('tiny.yaml').errors;"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'timm', 'transformers'}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
@@ -239,11 +330,11 @@ def test_the_plain_check_loads_no_torch(folder: Path) -> None:
 
 
 def examined(*overrides: str, world_size: int = 2) -> Findings:
-    return check.examine(plain("tiny.yaml", overrides).recipe, world_size, None)
+    return examine(plain.check("tiny.yaml", overrides).recipe, world_size, None)
 
 
 def test_a_right_recipe_in_a_process_of_its_own(folder: Path) -> None:
-    found = deep(plain("tiny.yaml").recipe, world_size=2)
+    found = deep.check(plain.check("tiny.yaml").recipe, world_size=2)
     assert (found.errors, found.warnings) == ([], [])
     text = "\n".join(found.summary)
     assert "image tower: test_convnext" in text
@@ -256,7 +347,7 @@ def test_a_process_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "broken").mkdir()
     (folder / "broken" / "pydantic.py").write_text("raise ImportError('no such thing here')\n")
     monkeypatch.setenv("PYTHONPATH", str(folder / "broken"))
-    (message,) = deep(plain("tiny.yaml").recipe).errors
+    (message,) = deep.check(plain.check("tiny.yaml").recipe).errors
     assert "the deep check itself failed" in message
     assert "no such thing here" in message
 
@@ -264,16 +355,14 @@ def test_a_process_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.image.timm=test_convnex", "test_convnext"),
         ("model.image.args={no_such_argument: 1}", "no_such_argument"),
         ("model.image.args={depths: [1, 1], dims: [8, 8]}", "model.image"),
         ("model.text={arch: gpt5}", "gpt5"),
-        ("data.text.tokenizer=./data", "data.text.tokenizer"),
         ("model.image.weights=tiny.yaml", "tiny.yaml"),
     ],
 )
 def test_what_only_the_deep_check_finds(folder: Path, override: str, said: str) -> None:
-    assert plain("tiny.yaml", [override]).errors == []
+    assert plain.check("tiny.yaml", [override]).errors == []
     assert said in "\n".join(examined(override).errors)
 
 
@@ -352,7 +441,7 @@ def test_a_server_that_is_not_there(checked: Callable[..., Checked]) -> None:
 
 def test_plain_checks_of_local_shards_load_nothing_for_remote_ones(folder: Path) -> None:
     code = (
-        "import sys; from clipcluster.check import plain; plain('tiny.yaml');"
+        "import sys; from clipcluster.check import plain; plain.check('tiny.yaml');"
         "loaded = {'fsspec', 'urllib.request', 'clipcluster.data.storage.cache'} & set(sys.modules);"
         "sys.exit(' '.join(loaded))"
     )

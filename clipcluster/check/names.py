@@ -1,0 +1,82 @@
+"""Names that only timm or the hub knows, checked as far as files on this machine tell. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.tree import nearest
+from clipcluster.runs import files
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+CONFIGURATION = ("config.json",)
+
+
+def check_image_tower(name: str) -> str:
+    """Why the name of a tower in timm cannot be checked here, or "". UserError for one that does not exist.
+
+    The names are those that the last deep check with this version of timm kept.
+    """
+    file = _timm_file()
+    if not file.is_file():
+        return f"{name!r}: the first check with --deep stores timm's list of names"
+    stored: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
+    if name.split(".", 1)[0] in (*stored["names"], *stored["deprecated"]):  # what follows a dot is a tag
+        return ""
+    near = nearest(name, stored["names"])
+    hint = f"; did you mean {near}?" if near else ""
+    raise UserError(f"timm {metadata.version('timm')} has no model {name!r}{hint}")
+
+
+def store_timm_names() -> None:
+    """Keep timm's names for later plain checks, once for each version. Loads timm; may raise OSError."""
+    file = _timm_file()
+    if file.is_file():
+        return
+    import timm
+    from timm.models import get_deprecated_models
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(file, {"names": timm.list_models(), "deprecated": list(get_deprecated_models())})
+
+
+def _timm_file() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "clipcluster" / "names" / f"timm-{metadata.version('timm')}.json"
+
+
+def check_hub_name(name: str, patterns: Sequence[str], assets: Path) -> str:
+    """Why the name of a folder, or on the hub, cannot be checked here, or "".
+
+    Args:
+        name: what the recipe says.
+        patterns: of the files of which one must be there: `TOKENIZER` or `CONFIGURATION`.
+        assets: folder of what an earlier submission of the run fetched (ORG--NAME for each); may be absent.
+
+    Raises UserError for a folder without the files, and for a name that is not stored here while
+    HF_HUB_OFFLINE is set.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(name)
+    if folder.is_dir():
+        if any(next(folder.glob(pattern), None) for pattern in patterns):
+            return ""
+        raise UserError(f"the folder {name} has none of {', '.join(patterns)}")
+    cache, stored = Path(constants.HF_HUB_CACHE), name.replace("/", "--")
+    if (assets / stored).is_dir() or any(
+        next(cache.glob(f"models--{stored}/snapshots/*/{pattern}"), None) for pattern in patterns
+    ):
+        return ""
+    cached = [entry.name.removeprefix("models--").replace("--", "/") for entry in cache.glob("models--*")]
+    near = nearest(name, cached)
+    hint = f"; did you mean {near}, which is in the cache?" if near else ""
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{name!r} is not a folder and not in Hugging Face's cache ({cache}); HF_HUB_OFFLINE is set{hint}"
+        )
+    return f"{name!r} is not a folder and not in Hugging Face's cache: the hub is asked at submission{hint}"
