@@ -171,7 +171,7 @@ def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
             key = _place(loaded, f"evaluate.{kind}.{place}")
             shards = findings.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
-                _check_classes(shards, key, findings)
+                findings.attempt(key, _check_classes, shards, key, findings)
     every = dict.fromkeys([*evaluate.retrieval, *evaluate.zero_shot])
     findings.errors += [
         f"{_place(loaded, 'evaluate')}: {count} sets are called {name!r}; the last component of each path "

@@ -227,6 +227,8 @@ def test_zero_shot_needs_names_and_templates(checked: Callable[..., Checked], fo
     errors = checked().errors
     assert errors[0].startswith("tiny.yaml:15: evaluate.zero_shot.0: zero-shot needs classnames.txt")
     assert errors[1].endswith("needs {c}")
+    (folder / "data/classnames.txt").write_text("even\n\nodd\n")
+    assert "classnames.txt: line 2 is empty, and would be the name of class 1" in checked().errors[0]
 
 
 def test_warnings_do_not_stop(checked: Callable[..., Checked]) -> None:

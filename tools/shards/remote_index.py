@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clipcluster.data.shards import captions as choices_of
 from clipcluster.data.shards import folder_index, indexing, shard_index, shard_list
+from clipcluster.data.shards.texts import BESIDE_SHARDS
 from clipcluster.data.storage.cache import Cache, default_folder
 from clipcluster.data.storage.download import read_beside, state_of
 from clipcluster.data.storage.urls import (
@@ -26,7 +27,6 @@ from clipcluster.data.storage.urls import (
 from clipcluster.errors import UserError
 
 _DONE = ".indexing.jsonl"  # the shards that are done, until the list is written
-WORDS = ("dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt")
 
 
 def index_remote(
@@ -111,7 +111,7 @@ def _shards(written: str) -> tuple[RemoteFolder, list[str]]:
 
 def _copy_words(folder: RemoteFolder, target: Path) -> None:
     """Brings the texts that say what captions and classes are, of the folder or of the one above."""
-    for name in WORDS:
+    for name in BESIDE_SHARDS:
         data = read_beside(folder, name)
         if data is not None:
             (target / name).write_bytes(data)

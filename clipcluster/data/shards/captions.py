@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from clipcluster.data.shards.texts import DATASET_TYPE
 from clipcluster.errors import UserError
 from clipcluster.recipe.captions import CHOICES, DEFAULT, LINES, checked, field_of
 from clipcluster.recipe.captions import TXT as TXT_ALONE
@@ -28,7 +29,7 @@ def choice_for(folder: Path, asked: str | None) -> str:
     if asked is not None:
         return check_choice(asked)
     for place in (folder, folder.parent):
-        kind = place / "dataset_type.txt"
+        kind = place / DATASET_TYPE
         if kind.is_file():
             return LINES if kind.read_text(encoding="utf-8").strip() == "retrieval" else DEFAULT
     return DEFAULT

@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from clipcluster.data.shards import folder_index, shard_index
+from clipcluster.data.shards import folder_index, shard_index, texts
 from clipcluster.data.shards.concatenated import Concatenated
 from clipcluster.data.storage.urls import RemoteFile, RemoteFolder
 
@@ -221,33 +221,32 @@ class Metadata:
 
     @property
     def classnames(self) -> list[str] | None:
-        """The lines of `classnames.txt` beside the tars or in the folder above; None if there is none."""
-        return self._lines("classnames.txt")
+        """The lines of `classnames.txt` beside the tars or in the folder above: line N + 1 names class N.
+
+        None if there is no such file; UserError as `texts.class_names`.
+        """
+        found = self._beside(texts.CLASS_NAMES)
+        return None if found is None else texts.class_names(*found)
 
     @property
     def templates(self) -> list[str] | None:
         """The lines of `zeroshot_classification_templates.txt`, each with `{c}`; None if there is none."""
-        return self._lines("zeroshot_classification_templates.txt")
+        found = self._beside(texts.TEMPLATES)
+        return None if found is None else texts.templates(*found)
 
-    def _lines(self, name: str) -> list[str] | None:
-        folder = self.parts[0].folder
-        if isinstance(folder, RemoteFolder):
-            return self._remote_lines(name, folder)
-        for path in (folder / name, folder.parent / name):
+    def _beside(self, name: str) -> tuple[bytes, object] | None:
+        """A text beside the shards, or in the folder above, and where it lies; None if it is not there."""
+        folder, index = self.parts[0].folder, self.parts[0].index
+        places = [index] if isinstance(folder, RemoteFolder) else [folder, folder.parent]
+        for path in (place / name for place in places):
             if path.is_file():
-                return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return None
+                return path.read_bytes(), path
+        if not isinstance(folder, RemoteFolder):
+            return None
+        from clipcluster.data.storage.download import read_beside
 
-    def _remote_lines(self, name: str, folder: RemoteFolder) -> list[str] | None:
-        """The same of a remote folder: of the copy beside a local index, else of the server."""
-        local = self.parts[0].index / name
-        if local.is_file():
-            data: bytes | None = local.read_bytes()
-        else:
-            from clipcluster.data.storage.download import read_beside
-
-            data = read_beside(folder, name)
-        return None if data is None else [line for line in data.decode().splitlines() if line.strip()]
+        data = read_beside(folder, name)
+        return None if data is None else (data, folder / name)
 
     def _place(self, shard: int) -> tuple[int, int]:
         """IndexedFolder, and row in its table."""

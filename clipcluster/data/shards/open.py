@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clipcluster.data.shards import captions, folder_index
+from clipcluster.data.shards import captions, folder_index, texts
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.metadata import IndexedFolder
 from clipcluster.data.storage.urls import (
@@ -26,9 +26,6 @@ from clipcluster.recipe.captions import shares_of
 
 if TYPE_CHECKING:
     from clipcluster.data.storage.cache import Cache
-
-
-_WORDS = "dataset_type.txt"  # says which captions a folder's txt members hold
 
 
 class SourceSection(Protocol):
@@ -174,7 +171,7 @@ def _index_of(taken: Named, entry: str, index: str | None, cache: Cache) -> tupl
             "index: FOLDER"
         )
     try:
-        place, why = cache.index(at, folder_index.COLUMNS_FILE, _WORDS), ""
+        place, why = cache.index(at, folder_index.COLUMNS_FILE, texts.DATASET_TYPE), ""
     except Forbidden as error:
         place, why = None, f": {error.strerror}"
     if place is None:

@@ -23,12 +23,12 @@ from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import OPEN_SHARDS, Dataset
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.tar import BrokenTar, scan
+from clipcluster.data.shards.texts import BESIDE_SHARDS, CLASS_NAMES
 from clipcluster.errors import UserError
 from clipcluster.runs.files import read_at
 from clipcluster.runtime.stop import DataError
 from tools.convert.records import BadRecord, InputFile, Kind, Source, WholeRecord, option
 
-_FILES = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
 _HEADER = 128 << 10  # bytes of an image in which its size usually stands
 
 
@@ -255,11 +255,11 @@ def _files(folders: Sequence[_Folder]) -> tuple[dict[str, str], list[str]]:
     """The files beside the shards that all folders agree on. UserError: class names that differ."""
     files: dict[str, str] = {}
     notes: list[str] = []
-    for name in _FILES:
+    for name in BESIDE_SHARDS:
         texts = [_text_beside(folder.path, name) for folder in folders]
         if None not in texts and len(set(texts)) == 1:
             files[name] = texts[0] or ""
-        elif len({text for text in texts if text is not None}) > 1 and name == "classnames.txt":
+        elif len({text for text in texts if text is not None}) > 1 and name == CLASS_NAMES:
             raise UserError(
                 f"{' and '.join(str(folder.path) for folder in folders)} have other class names: the same "
                 "number would mean two things; reshard them one by one"

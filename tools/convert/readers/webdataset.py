@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from clipcluster.data.shards import captions
+from clipcluster.data.shards.texts import CLASS_NAMES, TEMPLATES, class_names, templates
 from clipcluster.errors import UserError
 from tools.convert.readers.sample_choice import Chosen, all_or_once
 from tools.convert.readers.sample_members import record_of
 from tools.convert.readers.tar_samples import TarSamples
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
 
-_NAMES = "classnames.txt"
-_TEMPLATES = "zeroshot_classification_templates.txt"
 _INFO = ("_info.json", "info.json")  # timm's list of splits
 
 
@@ -62,7 +61,7 @@ class Tars:
     ) -> None:
         self.name, self.files = name, files
         self._samples, self._chosen, self._options, self._lines = samples, chosen, options, lines
-        names = files.get(_NAMES, "").splitlines()
+        names = files.get(CLASS_NAMES, "").split("\n")[:-1]
         self._captions = [[text.replace("{c}", name) for text in options.template] for name in names]
 
     def __len__(self) -> int:
@@ -123,12 +122,15 @@ def _split(name: str, paths: Sequence[Path], options: Options, notes: list[str])
     if samples.without_image:
         notes.append(f"{where}{samples.without_image:,} samples without an image are left out")
     folder = paths[0].parent
-    files = {_NAMES: _beside(folder, _NAMES, options.classnames), _TEMPLATES: _beside(folder, _TEMPLATES)}
+    files = {
+        CLASS_NAMES: _beside(folder, CLASS_NAMES, options.classnames),
+        TEMPLATES: _beside(folder, TEMPLATES),
+    }
     for template in options.template:
         if "{c}" not in template or "\n" in template:
             raise UserError(f"--template {template!r}: a template is one line with {{c}} for the class name")
-    if options.template and not files[_NAMES]:
-        raise UserError(f"--template: no {_NAMES} in {folder} or above it; give --classnames FILE")
+    if options.template and not files[CLASS_NAMES]:
+        raise UserError(f"--template: no {CLASS_NAMES} in {folder} or above it; give --classnames FILE")
     lines = captions.choice_for(folder, None) == captions.LINES
     return Tars(name, {file: text for file, text in files.items() if text}, samples, chosen, options, lines)
 
@@ -138,9 +140,8 @@ def _beside(folder: Path, name: str, given: Path | None = None) -> str:
     places = (given,) if given else (folder / name, folder.parent / name)
     for path in places:
         if path.is_file():
-            return "".join(
-                f"{line}\n" for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-            )
+            lines = class_names if name == CLASS_NAMES else templates
+            return "".join(f"{line}\n" for line in lines(path.read_bytes(), path))
     if given:
         raise UserError(f"{given}: no such file; give the names of the classes, one a line")
     return ""
