@@ -147,7 +147,7 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
     [
         (["data.train.0.repeat_classes={ood: 2}"], "'ood'; did you mean 'odd'?"),
         (["data.train.0.repeat_classes={2: 2}"], "there is no class 2; the classes are 0 to 1"),
-        (["data.train.0.repeat=0.37"], "The nearest that would do are 0.37037037"),
+        (["data.train.0.repeat=0.37"], "The nearest possible repeats are 0.37037037"),
         (["data.train.0.repeat=0"], "data.train.0 train: no sample with a caption and a repeat above zero"),
         (["data.train.0.shards=data/trian"], "data.train.0.shards"),
         (["data.train.0.shards=data/trian"], "no such folder"),
@@ -156,7 +156,7 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
         (["data.batch_size=10", "data.epoch_samples=20"], "the training data hold 9 samples; a batch holds"),
         (
             ["data.train=[{shards: data/train, weight: 0.333331}, {shards: data/test, weight: 1}]"],
-            "The nearest that would do are",
+            "The nearest possible weights are",
         ),
         (
             ["train.micro_batch=1"],

@@ -1,52 +1,41 @@
-"""What a line is laid from: the shards of one or several sources, and which of their samples a round holds.
+"""The caption rounds of one group of sources: which samples of their shards each round holds.
 
 Round c holds the samples with more than c captions. With one caption a sample (or none needed) there is one
-round. A shard whose samples are shown C times a pass is C portions (`repeats` says which sample lies in
-which), each of which a line treats as a shard of its own; without repeats a portion is a shard.
+round. A shard whose samples are shown C times a pass is C portions (`oversampling` says which sample lies in
+which), each of which is shuffled as a shard of its own; without repeats a portion is a shard.
 
 Kept in memory are counts by shard alone, and by portion where repeats differ by class; which samples of a
 shard belong to a round is looked up in the caption counts and classes (memory-mapped) when it is reached.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from clipcluster.data.sampling.lru_cache import LruCache
 from clipcluster.data.sampling.oversampling import Copies, Repeats, whole_copies
+from clipcluster.data.shards.metadata import CaptionField
 from clipcluster.errors import UserError
 
 MAX_PORTIONS = 1 << 25  # 4 bytes each in every rank
 _SCAN = 1 << 22  # samples of the caption counts looked at together
-_KEPT = 1 << 23  # sample numbers of partly held portions kept, in all
-
-
-@dataclass(frozen=True, eq=False)
-class CaptionField:
-    """One of several fields that hold captions.
-
-    counts: (n_samples,) integers, captions of each sample in this field. probability: of showing this field,
-        among those in which a sample has captions; above zero.
-    """
-
-    counts: np.ndarray
-    probability: float
+_KEPT = 1 << 23  # numbers of samples in partial portions that are kept, in all
 
 
 @dataclass(frozen=True, eq=False)
 class SamplerSource:
-    """What the order of samples knows of one source.
+    """What the sampler knows of one source.
 
     sample_counts: (n_shards,) integers, samples of each shard in the index's order.
     caption_counts: (n_samples,) integers, captions of each sample in the index's order; a sample with none is
         never drawn. None: captions play no part, every sample is drawn once a pass and Draws.caption is -1.
-    weight: share of the draws; None in all sources of a recipe, or in none.
+    weight: mixing weight, the source's part of the draws; None in all sources of a recipe, or in none.
     more_than: (C, n_shards) integers, row c the samples of each shard with more than c captions; None:
         counted here, by a scan of caption_counts. C = 1 is enough unless captions are "all".
     name: for messages.
-    fields: in place of caption_counts, where captions come from several fields by chance; one field alone
-        is what caption_counts are.
+    fields: in place of caption_counts, where captions come from several fields, each with its probability
+        (above zero); one field alone is what caption_counts are.
     repeats: how often each sample is drawn in a pass; None: once.
     sample_ends: (n_shards,) int64, running sum of sample_counts; None: made here.
     """
@@ -62,42 +51,41 @@ class SamplerSource:
 
 
 class CaptionRounds:
-    """The portions of `shapes` in one row, and for each round which samples they hold.
+    """The portions of several sources, and for each round which samples they hold.
 
     sizes: (C,) int64, draws of each round, copies counted.
-    copies: portions of a shard, the most of any shape. factor: what the written repeats were multiplied by.
-    n_portions: in all, shape by shape, and in each the first portion of every shard, then the second, ….
-    fields: the most caption fields of a shape, at least 1. shown: for each shape the classes it shows.
+    copies: portions of a shard, the most of any source. factor: what the written repeats were multiplied by.
+    n_portions: in all, source by source, and in each the first portion of every shard, then the second, ….
+    fields: the most caption fields of a source, at least 1. shown: for each source the classes it shows.
 
-    Positions count samples over all shapes. Raises ValueError where the columns of a shape disagree, and
-    UserError for repeats that cannot be laid out.
+    Positions count samples over all sources. Raises ValueError where the columns of a source disagree, and
+    UserError for repeats that would need too many portions.
     """
 
-    def __init__(self, shapes: Sequence[SamplerSource], *, every_caption: bool) -> None:
-        self.factor, copies = whole_copies([shape.repeats for shape in shapes])
-        _require_few_portions(shapes, copies)
-        self._parts = [
-            _SourceRounds(shape, own, every_caption) for shape, own in zip(shapes, copies, strict=True)
+    def __init__(self, sources: Sequence[SamplerSource], *, every_caption: bool) -> None:
+        self.factor, copies = whole_copies([source.repeats for source in sources])
+        _require_few_portions(sources, copies)
+        self._sources = [
+            _SourceRounds(source, own, every_caption) for source, own in zip(sources, copies, strict=True)
         ]
         self.shown = [own.shown for own in copies]
         self.copies = max(1, *(own.most for own in copies))
-        self.fields = max(1, *(len(part.fields) for part in self._parts))
-        self.sizes = np.zeros(max(len(part.counts) for part in self._parts), dtype=np.int64)
-        for part in self._parts:
-            self.sizes[: len(part.counts)] += part.sizes()
-        self._portion_starts = np.cumsum([0, *(part.n_portions for part in self._parts)])
-        self._source_starts = np.cumsum([0, *(part.n_samples for part in self._parts)])
+        self.fields = max(1, *(len(source.fields) for source in self._sources))
+        self.sizes = np.zeros(max(len(source.counts) for source in self._sources), dtype=np.int64)
+        for source in self._sources:
+            self.sizes[: len(source.counts)] += source.sizes()
+        self._portion_starts = np.cumsum([0, *(source.n_portions for source in self._sources)])
+        self._source_starts = np.cumsum([0, *(source.n_samples for source in self._sources)])
         self.n_portions = int(self._portion_starts[-1])
-        self._chosen: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._chosen_size = 0
+        self._held = LruCache(_KEPT, len)
 
     def counts(self, round_index: int, portions: np.ndarray) -> np.ndarray:
         """Samples that each of `portions` (n,) holds in a round, (n,) integers."""
-        if len(self._parts) == 1:
-            return self._parts[0].counts_of(round_index, portions)
+        if len(self._sources) == 1:
+            return self._sources[0].counts_of(round_index, portions)
         counts = np.zeros(portions.shape, dtype=np.int64)
-        for part, mine, own in self._by_part(portions):
-            counts[mine] = part.counts_of(round_index, own)
+        for source, mine, own in self._by_source(portions):
+            counts[mine] = source.counts_of(round_index, own)
         return counts
 
     def samples(
@@ -106,14 +94,14 @@ class CaptionRounds:
         """Positions and copies (n,) int64 of the samples number `numbers` (n,) of a round in `portions`."""
         positions = numbers.astype(np.int64)
         copies = np.empty(len(portions), dtype=np.int64)
-        for (part, mine, own), first in zip(
-            self._by_part(portions), self._source_starts.tolist(), strict=False
+        for (source, mine, own), first in zip(
+            self._by_source(portions), self._source_starts.tolist(), strict=False
         ):
-            copies[mine], shards = np.divmod(own, max(part.n_shards, 1))
-            whole = part.counts_of(round_index, own) == part.sample_counts[shards]
+            copies[mine], shards = np.divmod(own, max(source.n_shards, 1))
+            whole = source.counts_of(round_index, own) == source.sample_counts[shards]
             if not whole.all():
                 self._number_in_shard(round_index, portions, positions, np.flatnonzero(mine)[~whole])
-            positions[mine] += first + part.ends[shards] - part.sample_counts[shards]
+            positions[mine] += first + source.ends[shards] - source.sample_counts[shards]
         return positions, copies
 
     def all_samples(self, round_index: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -123,50 +111,50 @@ class CaptionRounds:
         """
         narrow = np.int32 if self._source_starts[-1] <= np.iinfo(np.int32).max else np.int64
         positions, copies = [], []
-        for part, first in zip(self._parts, self._source_starts.tolist(), strict=False):
-            of_part, copies_of_part = part.all_samples(round_index)
-            positions.append((of_part + first).astype(narrow))
-            copies.append(copies_of_part)
+        for source, first in zip(self._sources, self._source_starts.tolist(), strict=False):
+            of_source, copies_of_source = source.all_samples(round_index)
+            positions.append((of_source + first).astype(narrow))
+            copies.append(copies_of_source)
         return np.concatenate(positions), np.concatenate(copies) if self.copies > 1 else None
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the shape (n,) and position within it (n,) of each position (n,)."""
+        """Number of the source (n,) and position within it (n,) of each position (n,)."""
         sources = np.searchsorted(self._source_starts[1:], positions, side="right")
         return sources, positions - self._source_starts[sources]
 
-    def captions_at(self, sources: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Captions (n, fields) int64, field by field, of the samples `places` (n,) of the shapes `sources`.
+    def captions_at(self, sources: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Captions (n, fields) int64, field by field, of samples by source (n,) and position within it (n,).
 
-        0 in fields that a shape does not have; -1 in the first where captions are not known.
+        0 in fields that a source does not have; -1 in the first where captions are not known.
         """
-        counts = np.zeros((len(places), self.fields), dtype=np.int64)
-        for number, part in enumerate(self._parts):
+        counts = np.zeros((len(positions), self.fields), dtype=np.int64)
+        for number, source in enumerate(self._sources):
             mine = sources == number
-            for column, own in enumerate(part.fields):
-                counts[mine, column] = own.counts[places[mine]]
-            if not part.fields:
+            for column, own in enumerate(source.fields):
+                counts[mine, column] = own.counts[positions[mine]]
+            if not source.fields:
                 counts[mine, 0] = -1
         return counts
 
     def probabilities_at(self, sources: np.ndarray) -> np.ndarray | None:
-        """Probabilities (n, fields) of the caption fields of the shapes `sources`; None: of one field."""
+        """Probabilities (n, fields) of the caption fields of sources (n,); None where there is one field."""
         if self.fields == 1:
             return None
-        table = np.zeros((len(self._parts), self.fields))
-        for number, part in enumerate(self._parts):
-            table[number, : len(part.fields)] = [own.probability for own in part.fields]
+        table = np.zeros((len(self._sources), self.fields))
+        for number, source in enumerate(self._sources):
+            table[number, : len(source.fields)] = [own.probability or 1.0 for own in source.fields]
         found: np.ndarray = table[sources]
         return found
 
-    def _by_part(self, portions: np.ndarray) -> Iterator[tuple["_SourceRounds", np.ndarray, np.ndarray]]:
-        """Each shape's part, which of `portions` (n,) are its own, and their numbers within it."""
-        if len(self._parts) == 1:
-            yield self._parts[0], np.ones(portions.shape, dtype=bool), portions
+    def _by_source(self, portions: np.ndarray) -> Iterator[tuple["_SourceRounds", np.ndarray, np.ndarray]]:
+        """Each source, which of `portions` (n,) are its own, and their numbers within it."""
+        if len(self._sources) == 1:
+            yield self._sources[0], np.ones(portions.shape, dtype=bool), portions
             return
         owners = np.searchsorted(self._portion_starts[1:], portions, side="right")
-        for number, part in enumerate(self._parts):
+        for number, source in enumerate(self._sources):
             mine = owners == number
-            yield part, mine, portions[mine] - self._portion_starts[number]
+            yield source, mine, portions[mine] - self._portion_starts[number]
 
     def _number_in_shard(
         self, round_index: int, portions: np.ndarray, numbers: np.ndarray, partial: np.ndarray
@@ -178,39 +166,38 @@ class CaptionRounds:
             numbers[rows] = self._held_by(round_index, int(portions[rows[0]]))[numbers[rows]]
 
     def _held_by(self, round_index: int, portion: int) -> np.ndarray:
-        """Numbers within its shard of the samples of a portion in a round, int32; the last used are kept."""
-        if (round_index, portion) in self._chosen:
-            self._chosen.move_to_end((round_index, portion))
-            return self._chosen[round_index, portion]
-        owner = int(np.searchsorted(self._portion_starts[1:], portion, side="right"))
-        chosen = self._parts[owner].held_by(round_index, portion - int(self._portion_starts[owner]))
-        self._chosen[round_index, portion] = chosen
-        self._chosen_size += len(chosen)
-        while self._chosen_size > _KEPT and len(self._chosen) > 1:
-            self._chosen_size -= len(self._chosen.popitem(last=False)[1])
-        return chosen
+        """Numbers within its shard of the samples of a portion in a round, int32."""
+
+        def make() -> np.ndarray:
+            owner = int(np.searchsorted(self._portion_starts[1:], portion, side="right"))
+            return self._sources[owner].held_by(round_index, portion - int(self._portion_starts[owner]))
+
+        held: np.ndarray = self._held.get((round_index, portion), make)
+        return held
 
 
 class _SourceRounds:
-    """One shape in a row of several: its counts, `(C, 1 or copies, n_shards)`, and its mapped columns."""
+    """One source of the group: its counts, `(C, 1 or copies, n_shards)`, and its mapped columns."""
 
-    def __init__(self, shape: SamplerSource, copies: Copies, every_caption: bool) -> None:
-        self.fields = _fields(shape)
+    def __init__(self, source: SamplerSource, copies: Copies, every_caption: bool) -> None:
+        self.fields = _fields(source)
         self._copies = copies
-        self.sample_counts = np.asarray(shape.sample_counts)
+        self.sample_counts = np.asarray(source.sample_counts)
         self.n_shards = len(self.sample_counts)
         self.n_portions = copies.most * self.n_shards
-        _require_agreement(shape, self.fields)
+        _require_agreement(source, self.fields)
         self.ends = (
-            np.cumsum(self.sample_counts, dtype=np.int64) if shape.sample_ends is None else shape.sample_ends
+            np.cumsum(self.sample_counts, dtype=np.int64)
+            if source.sample_ends is None
+            else source.sample_ends
         )
         self.n_samples = int(self.ends[-1]) if self.n_shards else 0
         if copies.by_class:
-            self.counts = self._count_by_class(self._depth(shape.more_than, every_caption))
+            self.counts = self._count_by_class(self._depth(source.more_than, every_caption))
         elif not self.fields:
             self.counts = self.sample_counts[None, None]
-        elif shape.more_than is not None:
-            self.counts = np.asarray(shape.more_than if every_caption else shape.more_than[:1])[:, None]
+        elif source.more_than is not None:
+            self.counts = np.asarray(source.more_than if every_caption else source.more_than[:1])[:, None]
         else:
             self.counts = self._count(self._depth(None, every_caption))[:, None]
 
@@ -245,7 +232,7 @@ class _SourceRounds:
         return np.flatnonzero(held).astype(np.int32)
 
     def all_samples(self, round_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions within the shape, ascending, and copy numbers uint8 of all draws of a round."""
+        """Positions within the source, ascending, and copy numbers uint8 of all draws of a round."""
         if round_index >= len(self.counts) or not self.n_samples:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint8)
         if self.fields:
@@ -273,13 +260,13 @@ class _SourceRounds:
             return 1
         if more_than is not None:
             return len(more_than)
-        most = (int(self._captions(low, high).max()) for _, _, low, high in _stretches(self.ends, 1))
+        most = (int(self._captions(low, high).max()) for _, _, low, high in _scan_spans(self.ends, 1))
         return max(1, *most, 0)
 
     def _count(self, depth: int) -> np.ndarray:
         """Samples of each shard in each round, (depth, n_shards)."""
         counts = np.zeros((depth, self.n_shards), dtype=np.int32)
-        for first, last, low, high in _stretches(self.ends, depth + 1):
+        for first, last, low, high in _scan_spans(self.ends, depth + 1):
             lengths = self.sample_counts[first:last]
             values = np.minimum(self._captions(low, high), depth)
             least = int(values.min())
@@ -296,7 +283,7 @@ class _SourceRounds:
         most, kinds = self._copies.most, len(self._copies.values)
         counts = np.zeros((depth, most, self.n_shards), dtype=np.int32)
         cells = (depth + 1) * kinds * most
-        for first, last, low, high in _stretches(self.ends, cells, _SCAN // 8):
+        for first, last, low, high in _scan_spans(self.ends, cells, _SCAN // 8):
             lengths = self.sample_counts[first:last]
             starts = self.ends[first:last] - lengths
             numbers = np.arange(low, high) - np.repeat(starts, lengths)
@@ -313,41 +300,41 @@ class _SourceRounds:
         return counts
 
 
-def _fields(shape: SamplerSource) -> tuple[CaptionField, ...]:
-    if shape.fields:
-        return tuple(shape.fields)
-    return () if shape.caption_counts is None else (CaptionField(shape.caption_counts, 1.0),)
+def _fields(source: SamplerSource) -> tuple[CaptionField, ...]:
+    if source.fields:
+        return tuple(source.fields)
+    return () if source.caption_counts is None else (CaptionField("", None, source.caption_counts),)
 
 
-def _require_agreement(shape: SamplerSource, fields: Sequence[CaptionField]) -> None:
-    samples = int(np.sum(shape.sample_counts, dtype=np.int64))
+def _require_agreement(source: SamplerSource, fields: Sequence[CaptionField]) -> None:
+    samples = int(np.sum(source.sample_counts, dtype=np.int64))
     for own in fields:
         if len(own.counts) != samples:
             raise ValueError(
-                f"source {shape.name!r}: {len(own.counts):,} caption counts for {samples:,} samples"
+                f"source {source.name!r}: {len(own.counts):,} caption counts for {samples:,} samples"
             )
-        if not own.probability > 0:
-            raise ValueError(f"source {shape.name!r}: a caption field has the probability {own.probability}")
-    classes = shape.repeats.classes if shape.repeats is not None else None
+        if own.probability is not None and not own.probability > 0:
+            raise ValueError(f"source {source.name!r}: a caption field has the probability {own.probability}")
+    classes = source.repeats.classes if source.repeats is not None else None
     if classes is not None and len(classes) != samples:
-        raise ValueError(f"source {shape.name!r}: {len(classes):,} classes for {samples:,} samples")
-    if shape.more_than is not None and shape.more_than.shape[1] != len(shape.sample_counts):
-        raise ValueError(f"source {shape.name!r}: more_than has {shape.more_than.shape[1]:,} shards")
+        raise ValueError(f"source {source.name!r}: {len(classes):,} classes for {samples:,} samples")
+    if source.more_than is not None and source.more_than.shape[1] != len(source.sample_counts):
+        raise ValueError(f"source {source.name!r}: more_than has {source.more_than.shape[1]:,} shards")
 
 
-def _require_few_portions(shapes: Sequence[SamplerSource], copies: Sequence[Copies]) -> None:
-    shards = sum(len(shape.sample_counts) for shape in shapes)
-    portions = sum(own.most * len(shape.sample_counts) for own, shape in zip(copies, shapes, strict=True))
+def _require_few_portions(sources: Sequence[SamplerSource], copies: Sequence[Copies]) -> None:
+    shards = sum(len(source.sample_counts) for source in sources)
+    portions = sum(own.most * len(source.sample_counts) for own, source in zip(copies, sources, strict=True))
     if portions > max(MAX_PORTIONS, shards):
         raise UserError(
-            f"the repeats of {', '.join(shape.name for shape in shapes)} lay {shards:,} shards up to"
-            f" {max(own.most for own in copies)} times over; {MAX_PORTIONS:,} are laid out at most. Give"
+            f"the repeats of {', '.join(source.name for source in sources)} show {shards:,} shards up to"
+            f" {max(own.most for own in copies)} times a pass; at most {MAX_PORTIONS:,} in all. Give"
             " smaller or coarser repeats, or larger shards (clipcluster shards reshard)."
         )
 
 
-def _stretches(ends: np.ndarray, width: int, samples: int = 0) -> Iterator[tuple[int, int, int, int]]:
-    """Stretches of shards small enough to be scanned at once: first and last shard, first and last sample."""
+def _scan_spans(ends: np.ndarray, width: int, samples: int = 0) -> Iterator[tuple[int, int, int, int]]:
+    """Spans of shards small enough to be scanned at once: first and last shard, first and last sample."""
     samples = samples or _SCAN
     first, most = 0, max(1, samples // width)
     while first < len(ends):

@@ -1,4 +1,4 @@
-"""The shares of several sources in the draws: integer weights, and one period of draws laid out."""
+"""Mixing several sources: their weights as integers, and one period of draws laid out."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
     """The smallest integers in exactly the proportions of `weights`, read as the decimals they are written.
 
     Raises UserError for a weight that is not a positive number, and where the integers' sum would exceed
-    65,536; the message then names the nearest weights that would do.
+    65,536; the message then names the nearest possible weights.
     """
     for number, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(
-                f"data.train.{number}.weight is {weight:g}; a weight is a positive number, the source's share"
+                f"data.train.{number}.weight is {weight:g}; a weight is a positive number, the source's part"
                 " of the draws. Give a positive one, or leave the source out."
             )
     # repr, because 0.1 stands for one tenth and not for the binary fraction nearest to it
@@ -33,8 +33,8 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
         nearest = " : ".join(str(number) for number in _nearest(exact))
         given = " : ".join(f"{weight:.12g}" for weight in weights)
         raise UserError(
-            f"the weights {given} repeat only after {sum(whole):,} draws; at most {LARGEST_PERIOD:,} are laid"
-            f" out, so that every share is exact. The nearest that would do are {nearest}: give these as"
+            f"the weights {given} repeat only after {sum(whole):,} draws; for exact weights that period is at"
+            f" most {LARGEST_PERIOD:,} draws. The nearest possible weights are {nearest}: give these as"
             " data.train.N.weight."
         )
     return whole
@@ -55,18 +55,18 @@ def lay_out(weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(exact: Sequence[Fraction]) -> list[int]:
-    """Integers >= 1 with a sum up to 65,536, their largest error of a share least; of equals the smallest."""
+    """Integers >= 1 with a sum up to 65,536 whose fractions of it are nearest; of equals the smallest."""
     total = sum(exact)
-    shares = np.array([float(fraction / total) for fraction in exact])
-    sums = np.arange(len(shares), LARGEST_PERIOD + 1)[:, None]
-    ideal = shares * sums
+    fractions = np.array([float(fraction / total) for fraction in exact])
+    sums = np.arange(len(fractions), LARGEST_PERIOD + 1)[:, None]
+    ideal = fractions * sums
     whole = np.maximum(np.floor(ideal).astype(np.int64), 1)
     missing = sums[:, 0] - whole.sum(axis=1)
     rank = np.argsort(np.argsort(whole - ideal, axis=1, kind="stable"), axis=1)
     whole += rank < missing[:, None]
-    # tiny shares rounded up to one take it from the largest
-    whole[:, int(np.argmax(shares))] += np.minimum(missing, 0)
-    errors = np.abs(whole / sums - shares).max(axis=1)
+    # tiny fractions rounded up to one take it from the largest
+    whole[:, int(np.argmax(fractions))] += np.minimum(missing, 0)
+    errors = np.abs(whole / sums - fractions).max(axis=1)
     errors[whole.min(axis=1) < 1] = np.inf
     best = whole[int(np.argmin(np.round(errors, 15)))]
     return [int(number) for number in best // math.gcd(*best.tolist())]

@@ -1,6 +1,6 @@
 """How often a pass shows each sample: the repeats as a recipe writes them, and as whole numbers of copies.
 
-With C copies of its most repeated samples, a shard is laid into a line as C portions, and each copy of a
+With C copies of its most repeated samples, a shard is shuffled as C portions, and each copy of a
 sample lies in a portion of its own. Which portions those are is spread over the C by a hash of the sample's
 number in its shard, so that every portion holds the classes in the proportions of the whole: a portion of
 nothing but the over-sampled class would fill batches with it.
@@ -31,17 +31,17 @@ class Repeats:
     every: of a sample whose class is not in `by_class` (class number -> repeats); 0 leaves samples out.
     classes: (n_samples,) integers, the class of each sample in the index's order, -1 for none; only read
         where `by_class` says something, and never copied.
-    place: the source's key in the recipe, for messages.
+    recipe_key: the source's key in the recipe, for messages.
     """
 
     every: float = 1.0
     by_class: Mapping[int, float] = field(default_factory=dict)
     classes: np.ndarray | None = None
-    place: str = ""
+    recipe_key: str = ""
 
     def __post_init__(self) -> None:
         if self.by_class and self.classes is None:
-            raise ValueError(f"{self.place}: repeats by class need the classes of the samples")
+            raise ValueError(f"{self.recipe_key}: repeats by class need the classes of the samples")
 
 
 @dataclass(frozen=True)
@@ -110,28 +110,28 @@ class Copies:
 
 
 def whole_copies(repeats: Sequence[Repeats | None]) -> tuple[int, list[Copies]]:
-    """The copies of sources that share a line, and how many times as often as written these are.
+    """The copies of sources that are drawn as one, and how many times as often as written these are.
 
     0.5 for one class makes that factor 2: the class once, everything else twice. Raises UserError where
-    the factor would be above 64, or the copies of a sample above 255; with what would do.
+    the factor would be above 64, or the copies of a sample above 255; with what is possible.
     """
     given = [Repeats() if own is None else own for own in repeats]
     exact = [{None: _exact(own.every), **{c: _exact(r) for c, r in own.by_class.items()}} for own in given]
     values = [value for own in exact for value in own.values()]
     factor = math.lcm(*(value.denominator for value in values))
-    places = ", ".join(dict.fromkeys(own.place for own in given if own.place)) or "the repeats"
+    keys = ", ".join(dict.fromkeys(own.recipe_key for own in given if own.recipe_key)) or "the repeats"
     if factor > LARGEST_DENOMINATOR:
         written = ", ".join(f"{value:.8g}" for value in _distinct(values))
         wanted = ", ".join(f"{value:.8g}" for value in _nearest(_distinct(values)))
         raise UserError(
-            f"{places}: the repeats {written} are whole only when multiplied by {factor:,}; a pass holds a"
+            f"{keys}: the repeats {written} are whole only when multiplied by {factor:,}; a pass holds a"
             f" sample a whole number of times, at most {LARGEST_DENOMINATOR} times as often as written. The"
-            f" nearest that would do are {wanted}."
+            f" nearest possible repeats are {wanted}."
         )
     most = max(values) * factor
     if most > MOST_COPIES:
         raise UserError(
-            f"{places}: a pass would hold some samples {int(most):,} times"
+            f"{keys}: a pass would hold some samples {int(most):,} times"
             + (
                 f" (a repeat of {float(max(values)):g}, times {factor} to make all whole)"
                 if factor > 1
@@ -155,7 +155,7 @@ def repeats_of(
     *,
     classes: np.ndarray | None,
     classnames: Sequence[str] | None,
-    place: str,
+    recipe_key: str,
     name: str = "",
 ) -> Repeats | None:
     """A source's repeats as its recipe section says; None where every sample is drawn once.
@@ -164,14 +164,14 @@ def repeats_of(
     not known, and where the samples have no classes.
     """
     if not by_class:
-        return None if every == 1 else Repeats(every, place=place)
-    key_ = f"{place}.repeat_classes"
+        return None if every == 1 else Repeats(every, recipe_key=recipe_key)
+    key_ = f"{recipe_key}.repeat_classes"
     highest = -1 if classes is None else highest_class(classes)
     if classes is None or highest < 0:
         raise UserError(
-            f"{key_}: the samples of {name or place} have no classes, so they cannot be told apart by them."
-            " Classes come from KEY.cls in the shards (clipcluster shards index DIR counts them);"
-            f" {place}.repeat is for a whole source."
+            f"{key_}: the samples of {name or recipe_key} have no classes. Classes come from KEY.cls in the"
+            " shards (clipcluster shards index DIR counts them);"
+            f" {recipe_key}.repeat is for a whole source."
         )
     numbers: dict[int, str] = {}
     for word in by_class:
@@ -179,11 +179,11 @@ def repeats_of(
         if number in numbers:
             raise UserError(f"{key_}: {numbers[number]!r} and {word!r} are the same class; write it once")
         numbers[number] = word
-    return Repeats(every, {number: by_class[word] for number, word in numbers.items()}, classes, place)
+    return Repeats(every, {number: by_class[word] for number, word in numbers.items()}, classes, recipe_key)
 
 
 def highest_class(classes: np.ndarray) -> int:
-    """The largest class number, -1 without any; read in stretches, so that a mapped column stays one."""
+    """The largest class number, -1 without any; read block by block: a mapped column is not copied."""
     starts = range(0, len(classes), _SCAN)
     return max((int(classes[start : start + _SCAN].max()) for start in starts), default=-1)
 

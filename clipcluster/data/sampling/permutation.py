@@ -1,4 +1,4 @@
-"""Stateless randomness for the order of samples: keys by name, streams by counter, permutations by sorting.
+"""Stateless randomness of the sampler: keys by name, streams by counter, permutations by sorting.
 
 A key is BLAKE2b of what it belongs to; the numbers under it are SplitMix64 (Steele, Lea, Flood 2014,
 "Fast splittable pseudorandom number generators", section 5), which has a closed form: number i of a stream
@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-_STRETCH = 1 << 16  # numbers made at once
+_BLOCK = 1 << 16  # numbers made at once
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
@@ -39,12 +39,12 @@ def permutations(keys: np.ndarray, size: int) -> np.ndarray:
     """
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     words = np.empty((len(keys), size), dtype=np.uint64)
-    # in stretches: temporaries as long as the whole would stay with the process after they are freed
-    for first in range(0, size, _STRETCH):
-        indices = np.arange(first, min(first + _STRETCH, size), dtype=np.uint64)
-        stretch = _finalise(keys[:, None] + (indices + np.uint64(1)) * _GAMMA)
-        stretch &= ~low
-        words[:, first : first + _STRETCH] = stretch | indices
+    # block by block: temporaries as long as the whole would stay with the process after they are freed
+    for first in range(0, size, _BLOCK):
+        indices = np.arange(first, min(first + _BLOCK, size), dtype=np.uint64)
+        block = _finalise(keys[:, None] + (indices + np.uint64(1)) * _GAMMA)
+        block &= ~low
+        words[:, first : first + _BLOCK] = block | indices
     words.sort(axis=-1)
     words &= low
     return words.view(np.int64)

@@ -1,4 +1,4 @@
-"""The order of samples: which sample, and which of its captions, every slot of every batch holds.
+"""The sampler: which sample, and which of its captions, every slot of every batch holds.
 
 A pure function of (seed, t). It knows nothing of ranks, nodes and workers: each takes its slots of batch t,
 and the whole state of the data is the number of batches drawn.
@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from clipcluster.data.sampling.caption_rounds import CaptionField, CaptionRounds, SamplerSource
+from clipcluster.data.sampling.caption_rounds import CaptionRounds, SamplerSource
 from clipcluster.data.sampling.mixing import integer_weights, lay_out
 from clipcluster.data.sampling.oversampling import ShownClasses, repeats_of
 from clipcluster.data.sampling.shuffle import Coordinates, GroupSampler
@@ -19,8 +19,6 @@ from clipcluster.data.shards.dataset import Dataset
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.recipe import Recipe
-
-__all__ = ["CaptionField", "Draws", "Sampler", "SamplerSource", "sampler_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +42,23 @@ class Draws:
 
 
 class Sampler:
-    """The order of the samples of `shapes`: `batch(t)` for t = 0, 1, ...
+    """The order of the samples of `sources`: `batch(t)` for t = 0, 1, ...
 
     batch_size: global, samples of one optimizer step.
     captions: "all" (a draw is a pair, a pass shows each caption), "random" or "first" (one for each sample).
-    lanes: upper bound of the places read at once; window: samples shuffled together within a lane;
-    full_shuffle_below: sources with up to so many draws a pass are permuted whole.
+    lanes: upper bound of the positions read at once; window: samples shuffled together within a lane;
+    full_shuffle_below: groups with up to so many draws a pass are permuted whole.
     epoch_samples: draws of an epoch; None: one pass of every source.
 
-    Sources without weights are laid together into one line, and no batch crosses a pass of it. Raises
-    UserError for weights that cannot be laid out, a source with nothing to draw, an epoch without a step.
-    Only numpy and the columns it was given are kept: one scan of the caption counts at most, then nothing
-    grows with the number of samples except for sources permuted whole.
+    Sources without mixing weights form one group, drawn as one source, and no batch crosses a pass of it;
+    with weights each is a group of its own. Raises UserError for weights whose period is too long, a source
+    with nothing to draw, an epoch without a step. What is kept are the columns it was given, and little more:
+    after one scan of the caption counts nothing grows with the number of samples but groups permuted whole.
     """
 
     def __init__(
         self,
-        shapes: Sequence[SamplerSource],
+        sources: Sequence[SamplerSource],
         *,
         batch_size: int,
         seed: int,
@@ -72,55 +70,47 @@ class Sampler:
     ) -> None:
         if captions not in ("all", "random", "first"):
             raise ValueError(f"captions is {captions!r}; allowed: 'all', 'random', 'first'")
-        if min(batch_size, lanes, window) < 1 or not shapes:
+        if min(batch_size, lanes, window) < 1 or not sources:
             raise ValueError("batch_size, lanes and window are at least 1, and there is at least one source")
         self.batch_size = batch_size
         self._captions = captions
-        groups = _group(shapes)
+        groups = _group(sources)
         self._group_of = {source: number for number, group in enumerate(groups) for source in group}
         self._first_source = [group[0] for group in groups]
-        self.weights = [1] if len(groups) == 1 else integer_weights([_weight(shape) for shape in shapes])
+        self.weights = [1] if len(groups) == 1 else integer_weights([_weight(source) for source in sources])
         rounds = [
-            CaptionRounds([shapes[i] for i in group], every_caption=captions == "all") for group in groups
+            CaptionRounds([sources[i] for i in group], every_caption=captions == "all") for group in groups
         ]
-        for group, laid in zip(groups, rounds, strict=True):
-            _require_draws(group, shapes, laid)
-            _require_one_field(group, shapes, captions)
-        self.samples = int(sum(Fraction(int(laid.sizes.sum()), laid.factor) for laid in rounds))
+        for group, rounds_ in zip(groups, rounds, strict=True):
+            _require_draws(group, sources, rounds_)
+            _require_one_field(group, sources, captions)
+        self.samples = int(sum(Fraction(int(rounds_.sizes.sum()), rounds_.factor) for rounds_ in rounds))
         self.steps_per_epoch = _steps_per_epoch(self.samples, epoch_samples, batch_size)
         self._pattern, self._ordinals = lay_out(self.weights)
-        self._lines = []
-        for number, laid in enumerate(rounds):
-            size = int(laid.sizes.sum())
-            repeated = any(shapes[source].repeats is not None for source in groups[number])
-            line = GroupSampler(
-                laid,
+        self._groups = []
+        for number, rounds_ in enumerate(rounds):
+            size = int(rounds_.sizes.sum())
+            repeated = any(sources[source].repeats is not None for source in groups[number])
+            group_sampler = GroupSampler(
+                rounds_,
                 seed=seed,
                 number=number,
                 per_batch=max(1, batch_size * self.weights[number] // len(self._pattern)),
                 pass_draws=size if len(groups) > 1 else _whole_batches(size, batch_size, repeated),
                 lanes=lanes,
                 window=window,
-                whole=size <= full_shuffle_below,
+                full_shuffle=size <= full_shuffle_below,
             )
-            self._lines.append(line)
+            self._groups.append(group_sampler)
 
-    def draws_per_pass(self, source: int) -> int:
-        """Draws of one pass of the line in which a source lies."""
-        return self._lines[self._group_of[source]].pass_draws
-
-    def copies(self, source: int) -> int:
-        """Times that a pass of the line in which a source lies shows its most repeated sample."""
-        return self._lines[self._group_of[source]].rounds.copies
+    def group_of(self, source: int) -> GroupSampler:
+        """The sampler of the group in which a source lies."""
+        return self._groups[self._group_of[source]]
 
     def shown_classes(self, source: int) -> ShownClasses:
         """The classes of which samples of a source are drawn; all, unless its repeats leave some out."""
-        group = self._group_of[source]
-        return self._lines[group].rounds.shown[source - self._first_source[group]]
-
-    def lanes(self, source: int) -> int:
-        """Lanes of the line in which a source lies; 1: it is permuted whole."""
-        return self._lines[self._group_of[source]].lanes
+        first = self._first_source[self._group_of[source]]
+        return self.group_of(source).rounds.shown[source - first]
 
     def batch(self, t: int) -> Draws:
         """All slots of batch t."""
@@ -137,56 +127,55 @@ class Sampler:
             np.empty(stop - start, dtype=np.int32),
         )
         periods, phases = np.divmod(t * self.batch_size + np.arange(self.batch_size), len(self._pattern))
-        for number, line in enumerate(self._lines):
+        for number, group in enumerate(self._groups):
             slots = np.flatnonzero(self._pattern[phases] == number)
             numbers = periods[slots] * self.weights[number] + self._ordinals[phases[slots]]
             # sorted over the whole batch, then cut: a rank keeps its lanes, whoever asks
             first, last = np.searchsorted(slots, (start, stop)).tolist()
             if first < last:
-                places = line.places(numbers)[first:last]
-                self._fill(draws, slots[first:last] - start, number, places)
+                self._fill(draws, slots[first:last] - start, number, group.coordinates(numbers)[first:last])
         return draws
 
-    def _fill(self, draws: Draws, slots: np.ndarray, number: int, places: Coordinates) -> None:
-        line = self._lines[number]
-        samples = line.samples(places)
-        shapes, within = line.rounds.locate(samples.position)
-        counts = line.rounds.captions_at(shapes, within)
-        probabilities = line.rounds.probabilities_at(shapes)
-        draws.source[slots] = shapes + self._first_source[number]
+    def _fill(self, draws: Draws, slots: np.ndarray, number: int, at: Coordinates) -> None:
+        group = self._groups[number]
+        samples = group.samples(at)
+        sources, positions = group.rounds.locate(samples.position)
+        counts = group.rounds.captions_at(sources, positions)
+        probabilities = group.rounds.probabilities_at(sources)
+        draws.source[slots] = sources + self._first_source[number]
         draws.pass_index[slots] = samples.pass_index
-        draws.position[slots] = within
-        draws.caption[slots] = line.captions(places, samples, counts, probabilities, self._captions)
+        draws.position[slots] = positions
+        draws.caption[slots] = group.captions(at, samples, counts, probabilities, self._captions)
 
 
-def _group(shapes: Sequence[SamplerSource]) -> list[list[int]]:
-    """The sources that share a line: all of them without weights, each alone with weights."""
-    weighted = [number for number, shape in enumerate(shapes) if shape.weight is not None]
+def _group(sources: Sequence[SamplerSource]) -> list[list[int]]:
+    """The sources that are drawn as one: all of them without weights, each alone with weights."""
+    weighted = [number for number, source in enumerate(sources) if source.weight is not None]
     if not weighted:
-        return [list(range(len(shapes)))]
-    if len(weighted) < len(shapes):
-        missing = ", ".join(f"data.train.{i}" for i in range(len(shapes)) if i not in weighted)
+        return [list(range(len(sources)))]
+    if len(weighted) < len(sources):
+        missing = ", ".join(f"data.train.{i}" for i in range(len(sources)) if i not in weighted)
         raise UserError(
-            f"some sources have a weight, {missing} has none. Give every source a weight (its share of the"
+            f"some sources have a weight, {missing} has none. Give every source a weight (its part of the"
             " draws), or none of them (then they are drawn as one)."
         )
-    return [[number] for number in range(len(shapes))]
+    return [[number] for number in range(len(sources))]
 
 
-def _weight(shape: SamplerSource) -> float:
-    assert shape.weight is not None, "sources of a line of their own have weights"
-    return shape.weight
+def _weight(source: SamplerSource) -> float:
+    assert source.weight is not None, "every source has a weight where there are several groups"
+    return source.weight
 
 
-def _require_draws(group: list[int], shapes: Sequence[SamplerSource], laid: CaptionRounds) -> None:
-    if laid.sizes.sum() > 0:
+def _require_draws(group: list[int], sources: Sequence[SamplerSource], rounds_: CaptionRounds) -> None:
+    if rounds_.sizes.sum() > 0:
         return
-    names = ", ".join(f"data.train.{i} {shapes[i].name}".strip() for i in group)
-    mine = [shapes[i] for i in group]
-    captionless = any(shape.caption_counts is not None and len(shape.caption_counts) for shape in mine)
-    captionless |= any(len(own.counts) for shape in mine for own in shape.fields)
+    names = ", ".join(f"data.train.{i} {sources[i].name}".strip() for i in group)
+    mine = [sources[i] for i in group]
+    captionless = any(source.caption_counts is not None and len(source.caption_counts) for source in mine)
+    captionless |= any(len(own.counts) for source in mine for own in source.fields)
     reason = "no sample with a caption" if captionless else "no samples"
-    if any(shape.repeats is not None for shape in mine):
+    if any(source.repeats is not None for source in mine):
         reason += " and a repeat above zero"
     raise UserError(
         f"{names}: {reason}. Look at the shards with `clipcluster shards stats`, and at captions_in"
@@ -194,10 +183,10 @@ def _require_draws(group: list[int], shapes: Sequence[SamplerSource], laid: Capt
     )
 
 
-def _require_one_field(group: list[int], shapes: Sequence[SamplerSource], captions: str) -> None:
-    several = [i for i in group if len(shapes[i].fields) > 1]
+def _require_one_field(group: list[int], sources: Sequence[SamplerSource], captions: str) -> None:
+    several = [i for i in group if len(sources[i].fields) > 1]
     if captions == "all" and several:
-        names = ", ".join(f"data.train.{i} {shapes[i].name}".strip() for i in several)
+        names = ", ".join(f"data.train.{i} {sources[i].name}".strip() for i in several)
         raise UserError(
             f"data.text.captions is all, and {names} has its captions in several fields, each with a"
             " probability: all shows every caption once a pass and leaves nothing to chance. Give"
@@ -233,16 +222,16 @@ def _steps_per_epoch(samples: int, epoch_samples: int | None, batch_size: int) -
     )
 
 
-def sampler_of(recipe: Recipe, opened: Sequence[Dataset]) -> Sampler:
-    """The order of a recipe's samples; `opened` are its sources as they are listed.
+def sampler_of(recipe: Recipe, datasets: Sequence[Dataset]) -> Sampler:
+    """The sampler of a recipe; `datasets` are its sources as they are listed.
 
     Raises UserError as Sampler does, and for repeats of classes that are not known.
     """
     data = recipe.data
     return Sampler(
         [
-            _shape(shards, source, f"data.train.{number}")
-            for number, (shards, source) in enumerate(zip(opened, data.train, strict=True))
+            _sampler_source(dataset, source, f"data.train.{number}")
+            for number, (dataset, source) in enumerate(zip(datasets, data.train, strict=True))
         ],
         batch_size=data.batch_size,
         seed=recipe.seed,
@@ -254,23 +243,22 @@ def sampler_of(recipe: Recipe, opened: Sequence[Dataset]) -> Sampler:
     )
 
 
-def _shape(shards: Dataset, source: Source, place: str) -> SamplerSource:
-    """What the order needs of a source that was opened."""
+def _sampler_source(dataset: Dataset, source: Source, recipe_key: str) -> SamplerSource:
+    """What the sampler needs of an opened source."""
     by_class = bool(source.repeat_classes)
     return SamplerSource(
-        shards.sample_counts,
+        dataset.sample_counts,
         weight=source.weight,
-        more_than=shards.more_than,
-        name=shards.name,
-        # where there is one field its probability is not asked
-        fields=[CaptionField(own.counts, own.probability or 1.0) for own in shards.fields],
+        more_than=dataset.more_than,
+        name=dataset.name,
+        fields=dataset.fields,
         repeats=repeats_of(
             source.repeat,
             source.repeat_classes,
-            classes=shards.classes if by_class else None,
-            classnames=shards.classnames if by_class else None,
-            place=place,
-            name=shards.name,
+            classes=dataset.classes if by_class else None,
+            classnames=dataset.classnames if by_class else None,
+            recipe_key=recipe_key,
+            name=dataset.name,
         ),
-        sample_ends=shards.sample_ends,
+        sample_ends=dataset.sample_ends,
     )

@@ -1,47 +1,46 @@
-"""The line of one source (or of several laid together): which sample is drawn when, pass after pass.
+"""The order of one group of sources that are drawn as one: which sample is drawn when, pass after pass.
 
-A pass is its rounds one after the other. A round is laid out in one of two ways:
+A pass is its caption rounds one after the other. A round is laid out in one of two ways:
 
-- small sources: all its samples are permuted whole;
-- large ones: its shards (with repeats, their portions) are permuted, their samples laid end to end and
-  rotated, the line is cut into L lanes whose lengths differ by one at most, and draw v is place v div L of
-  lane v mod L, shuffled within the lane's windows. So a batch reads from L places of the data at once, each
-  moving on slowly.
+- small groups: all its samples are permuted (full shuffle);
+- large ones: its shards (with repeats, their portions) are permuted, their samples concatenated and rotated,
+  the sequence is cut into L lanes whose lengths differ by one at most, and draw v is offset v div L of lane
+  v mod L, shuffled within the lane's windows. So a batch reads from L positions of the data at once, each
+  advancing slowly.
 
-Everything is computed from (seed, source, pass, round) when it is reached; what is kept can be made again.
+Everything is computed from (seed, group, pass, round) when it is reached; what is kept can be computed again.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from clipcluster.data.sampling.caption_rounds import CaptionRounds
+from clipcluster.data.sampling.lru_cache import LruCache
 from clipcluster.data.sampling.permutation import key, permutation, permutations, subkeys
 
-_BLOCK = 16  # portions of shards whose ends are found together, in a line of many
+_BLOCK = 16  # portions of shards whose ends are found together, where there are many
 _MANY = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
 class Coordinates:
-    """Where draws fall, arrays (n,) int64: pass, round, lane, place within the lane."""
+    """Where draws lie, arrays (n,) int64: pass, round, lane, offset within the lane."""
 
     pass_index: np.ndarray
     round_index: np.ndarray
     lane: np.ndarray
-    place: np.ndarray
+    offset: np.ndarray
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Coordinates":
-        return Coordinates(self.pass_index[rows], self.round_index[rows], self.lane[rows], self.place[rows])
+        return Coordinates(self.pass_index[rows], self.round_index[rows], self.lane[rows], self.offset[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What lies at places of a line, arrays (n,) int64.
+    """The samples at coordinates, arrays (n,) int64.
 
     position: counted over all sources. copy: which of the sample's copies.
     pass_index: pass x copies + copy: every copy of a sample goes through the source in a pass of its own.
@@ -53,10 +52,11 @@ class Samples:
 
 
 class GroupSampler:
-    """The line of `rounds` under (seed, number), drawn `per_batch` (roughly) at a time.
+    """The order of the samples of `rounds` under (seed, number), of which a batch draws about `per_batch`.
 
-    whole: permute each round whole. pass_draws: draws of one pass, the round sizes' sum or less.
-    lanes: an upper bound of the lanes; `.lanes` is what is used.
+    pass_draws: draws of one pass, the sum of the round sizes or less. lanes: an upper bound of the lanes;
+    `.lanes` is what is used. window: draws of a lane that are shuffled together. full_shuffle: permute each
+    round whole, without lanes.
     """
 
     def __init__(
@@ -69,43 +69,42 @@ class GroupSampler:
         pass_draws: int,
         lanes: int,
         window: int,
-        whole: bool,
+        full_shuffle: bool,
     ) -> None:
         self.rounds = rounds
         self.pass_draws = pass_draws
-        self.lanes = 1 if whole else count_lanes(per_batch, lanes)
+        self.lanes = 1 if full_shuffle else count_lanes(per_batch, lanes)
         self._name = (seed, number)
         self._window = window
-        self._whole = whole
+        self._full_shuffle = full_shuffle
         self._ends = np.cumsum(rounds.sizes)
         # a batch may touch two passes or rounds, seldom more
-        self._laid = LruCache(2)
+        self._layouts = LruCache(2)
         self._windows = LruCache(4)
 
-    def places(self, numbers: np.ndarray) -> Coordinates:
-        """Places of the draws `numbers` (n,) int64 of this line, in order of (pass, round, lane, place)."""
+    def coordinates(self, numbers: np.ndarray) -> Coordinates:
+        """Where the draws `numbers` (n,) int64 of this group lie, sorted by (pass, round, lane, offset)."""
         pass_index, time = numbers // self.pass_draws, numbers % self.pass_draws
         round_index = np.zeros_like(time)
         if len(self._ends) > 1:
             time = (time + self._first_draws(pass_index)) % self._ends[-1]
             round_index = np.searchsorted(self._ends, time, side="right")
             time -= self._ends[round_index] - self.rounds.sizes[round_index]
-        place, lane = np.divmod(time, self.lanes)
-        return Coordinates(pass_index, round_index, lane, place)[
-            np.lexsort((place, lane, round_index, pass_index))
-        ]
+        offset, lane = np.divmod(time, self.lanes)
+        order = np.lexsort((offset, lane, round_index, pass_index))
+        return Coordinates(pass_index, round_index, lane, offset)[order]
 
-    def samples(self, places: Coordinates) -> Samples:
-        """The samples (n,) at `places`."""
-        positions, copies = np.empty((2, len(places.place)), dtype=np.int64)
-        for pass_index, round_index, rows in _stretches_of_equals(places.pass_index, places.round_index):
-            find = self._in_whole if self._whole else self._in_lanes
-            positions[rows], copies[rows] = find(pass_index, round_index, places[rows])
-        return Samples(positions, copies, places.pass_index * self.rounds.copies + copies)
+    def samples(self, at: Coordinates) -> Samples:
+        """The samples (n,) at coordinates."""
+        positions, copies = np.empty((2, len(at.offset)), dtype=np.int64)
+        for pass_index, round_index, rows in _equal_spans(at.pass_index, at.round_index):
+            find = self._fully_shuffled if self._full_shuffle else self._in_lanes
+            positions[rows], copies[rows] = find(pass_index, round_index, at[rows])
+        return Samples(positions, copies, at.pass_index * self.rounds.copies + copies)
 
     def captions(
         self,
-        places: Coordinates,
+        at: Coordinates,
         samples: Samples,
         counts: np.ndarray,
         probabilities: np.ndarray | None,
@@ -121,12 +120,12 @@ class GroupSampler:
         known = counts[:, 0] >= 0
         captions = np.full(len(known), -1, dtype=np.int32)
         if choice == "all":
-            for pass_index, _, rows in _stretches_of_equals(places.pass_index):
+            for pass_index, _, rows in _equal_spans(at.pass_index):
                 of_samples = subkeys(key(*self._name, pass_index, "captions"), samples.position[rows])
                 for count in np.unique(counts[rows, 0][known[rows]]).tolist():
                     having = np.flatnonzero(counts[rows, 0] == count)
                     order = permutations(of_samples[having], count)
-                    captions[rows][having] = order[np.arange(len(having)), places.round_index[rows][having]]
+                    captions[rows][having] = order[np.arange(len(having)), at.round_index[rows][having]]
             return captions
         before = np.zeros(len(known), dtype=np.int64)
         if probabilities is not None:
@@ -141,88 +140,86 @@ class GroupSampler:
 
     def _words(self, samples: Samples, what: str) -> np.ndarray:
         """A random word (n,) uint64 for each sample by (seed, source, pass, copy, sample)."""
-        passages, rows = np.unique(samples.pass_index, return_inverse=True)
+        passes, rows = np.unique(samples.pass_index, return_inverse=True)
         parents = np.array(
-            [key(*self._name, pass_index, what) for pass_index in passages.tolist()], dtype=np.uint64
+            [key(*self._name, pass_index, what) for pass_index in passes.tolist()], dtype=np.uint64
         )
         return subkeys(parents[rows], samples.position)
 
     def _first_draws(self, pass_index: np.ndarray) -> np.ndarray:
         """How far into its rounds each draw's pass begins (n,); else the cut always hit the last round."""
         firsts = np.empty_like(pass_index)
-        for number, _, rows in _stretches_of_equals(pass_index):
+        for number, _, rows in _equal_spans(pass_index):
             firsts[rows] = key(*self._name, number, "first draw") % int(self._ends[-1])
         return firsts
 
-    def _in_whole(
-        self, pass_index: int, round_index: int, places: Coordinates
+    def _fully_shuffled(
+        self, pass_index: int, round_index: int, at: Coordinates
     ) -> tuple[np.ndarray, np.ndarray | int]:
-        def lay() -> tuple[np.ndarray, np.ndarray | None]:
+        def make() -> tuple[np.ndarray, np.ndarray | None]:
             positions, copies = self.rounds.all_samples(round_index)
             order = permutation(key(*self._name, pass_index, round_index, "whole"), len(positions))
             return positions[order], None if copies is None else copies[order]
 
-        positions, copies = self._laid.get((pass_index, round_index), lay)
-        return positions[places.place], 0 if copies is None else copies[places.place]
+        positions, copies = self._layouts.get((pass_index, round_index), make)
+        return positions[at.offset], 0 if copies is None else copies[at.offset]
 
-    def _in_lanes(
-        self, pass_index: int, round_index: int, places: Coordinates
-    ) -> tuple[np.ndarray, np.ndarray]:
-        def lay() -> _Portions:
+    def _in_lanes(self, pass_index: int, round_index: int, at: Coordinates) -> tuple[np.ndarray, np.ndarray]:
+        def make() -> _PortionOrder:
             name = *self._name, pass_index, round_index
-            return _Portions(self.rounds, round_index, key(*name, "shards"), key(*name, "portions"))
+            return _PortionOrder(self.rounds, round_index, key(*name, "shards"), key(*name, "portions"))
 
-        portions = self._laid.get((pass_index, round_index), lay)
+        portions = self._layouts.get((pass_index, round_index), make)
         size = int(self.rounds.sizes[round_index])
         length, longer = divmod(size, self.lanes)
-        starts = places.lane * length + np.minimum(places.lane, longer)
+        starts = at.lane * length + np.minimum(at.lane, longer)
         rotation = key(*self._name, pass_index, round_index, "rotation") % size
-        along = (starts + self._shuffled(pass_index, round_index, places, size) + rotation) % size
-        return self.rounds.samples(round_index, *portions.at(along))
+        along = (starts + self._window_shuffled(pass_index, round_index, at, size) + rotation) % size
+        return self.rounds.samples(round_index, *portions.locate(along))
 
-    def _shuffled(self, pass_index: int, round_index: int, places: Coordinates, size: int) -> np.ndarray:
-        """Places within their lanes after the shuffle in windows, (n,)."""
-        windows, within = np.divmod(places.place, self._window)
+    def _window_shuffled(self, pass_index: int, round_index: int, at: Coordinates, size: int) -> np.ndarray:
+        """Offsets within their lanes after the shuffle in windows, (n,)."""
+        windows, within = np.divmod(at.offset, self._window)
         shuffled = windows * self._window
         for window in np.unique(windows).tolist():
             rows = np.flatnonzero(windows == window)
 
-            def lay(window: int = window) -> _Window:
+            def make(window: int = window) -> _Window:
                 parent = key(*self._name, pass_index, round_index, window, "window")
                 return _Window(parent, size, self.lanes, self._window, window)
 
-            laid = self._windows.get((pass_index, round_index, window), lay)
-            shuffled[rows] += laid.shuffled(places.lane[rows], within[rows])
+            orders = self._windows.get((pass_index, round_index, window), make)
+            shuffled[rows] += orders.shuffled(at.lane[rows], within[rows])
         return shuffled
 
 
-class _Portions:
-    """The portions of shards of a round, permuted and laid end to end.
+class _PortionOrder:
+    """The portions of shards of a round in permuted order, their samples concatenated.
 
-    Of many, only every 16th of the places where they end is kept: of 1.28 million 0.6 MB instead of 10.
+    Of many, only every 16th of the offsets where they end is kept: of 1.28 million 0.6 MB instead of 10.
 
     Several portions of one shard each begin at another of its samples: shards of one size may end at the same
     time in all lanes, and then two portions of a shard side by side would show the same samples together.
     """
 
     def __init__(self, rounds: CaptionRounds, round_index: int, parent: int, beginnings: int) -> None:
-        self._rounds, self._turn, self._beginnings = rounds, round_index, beginnings
+        self._rounds, self._round, self._beginnings = rounds, round_index, beginnings
         self._portions = permutation(parent, rounds.n_portions).astype(np.int32)
         self._block = _BLOCK if len(self._portions) > _MANY else 1
-        sums = []  # in stretches, as permutations are made
+        sums = []  # block by block, as permutations are made
         for first in range(0, len(self._portions), _MANY):
             counts = rounds.counts(round_index, self._portions[first : first + _MANY])
             sums.append(np.add.reduceat(counts, np.arange(0, len(counts), self._block), dtype=np.int64))
         self._ends = np.cumsum(np.concatenate(sums))
 
-    def at(self, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The portion (n,) in which each place `along` (n,) of the line lies, and its number there (n,)."""
+    def locate(self, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The portion (n,) that holds each sample `along` (n,) of the round, and its number there (n,)."""
         blocks = np.searchsorted(self._ends, along, side="right")
         rest = along - np.where(blocks > 0, self._ends[blocks - 1], 0)
-        # the last block may be shorter: what is repeated there lies behind every place asked for
+        # the last block may be shorter: what is repeated there lies behind every sample asked for
         rows = np.minimum(blocks[:, None] * self._block + np.arange(self._block), len(self._portions) - 1)
         portions = self._portions[rows]
-        counts = self._rounds.counts(self._turn, portions)
+        counts = self._rounds.counts(self._round, portions)
         ends = np.cumsum(counts, axis=1, dtype=np.int64)
         column = np.sum(ends <= rest[:, None], axis=1)
         here = np.arange(len(along)), column
@@ -245,7 +242,7 @@ class _Window:
         self._orders = np.empty((lanes, int(self._lengths.max())), dtype=np.int32)
 
     def shuffled(self, lanes: np.ndarray, within: np.ndarray) -> np.ndarray:
-        """Place in the window (n,) that the draw `within` (n,) of its lane `lanes` (n,) shows."""
+        """Offset in the window (n,) that the draw `within` (n,) of its lane `lanes` (n,) shows."""
         if not self._made[lanes].all():
             missing = np.unique(lanes[~self._made[lanes]])
             for length in np.unique(self._lengths[missing]).tolist():
@@ -267,38 +264,19 @@ def _draw_fields(words: np.ndarray, counts: np.ndarray, probabilities: np.ndarra
     return np.minimum(drawn, counts.shape[1] - 1)
 
 
-class LruCache:
-    """The last few things made, by key."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._things: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def get(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """The thing called `name`, made by `make` unless it is among the last few asked for."""
-        if name not in self._things:
-            while len(self._things) >= self._most:  # before making: never one more than `most` in memory
-                self._things.popitem(last=False)
-            self._things[name] = make()
-        self._things.move_to_end(name)
-        return self._things[name]
-
-
 def count_lanes(per_batch: int, most: int) -> int:
     """The largest divisor of `per_batch` not above `most`, so that every batch draws alike from each lane.
 
     Where that divisor is below half of what is possible (a batch size of 2 x 509), as many as are possible:
-    the lanes then wander over the ranks, but a batch does not come from two shards.
+    the lanes then move from rank to rank, but a batch does not come from two shards.
     """
     possible = min(most, per_batch)
     largest = next(number for number in range(possible, 0, -1) if per_batch % number == 0)
     return largest if 2 * largest > possible else possible
 
 
-def _stretches_of_equals(
-    first: np.ndarray, second: np.ndarray | None = None
-) -> Iterator[tuple[int, int, slice]]:
-    """Each stretch of draws with one value in both arrays (sorted by them): the two values and the slice."""
+def _equal_spans(first: np.ndarray, second: np.ndarray | None = None) -> Iterator[tuple[int, int, slice]]:
+    """Each span of draws with one value in both arrays (sorted by them): the two values and the slice."""
     if not len(first):
         return
     changes = np.diff(first) != 0

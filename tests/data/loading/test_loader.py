@@ -15,7 +15,7 @@ from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import draw_seed, evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch
 from clipcluster.data.loading.loader import EvaluationLoader, Loader
-from clipcluster.data.sampling.sampler import CaptionField, Sampler, SamplerSource
+from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
@@ -315,7 +315,7 @@ def test_captions_come_from_the_field_that_was_drawn(
     shape = SamplerSource(
         shards.sample_counts,
         more_than=shards.more_than,
-        fields=[CaptionField(field.counts, field.probability or 1.0) for field in shards.fields],
+        fields=shards.fields,
     )
     order = Sampler([shape], batch_size=8, seed=1, captions="random")
     drawn = {"own": 0, "made": 0}

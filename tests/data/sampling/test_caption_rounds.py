@@ -98,7 +98,7 @@ def test_what_is_kept_of_partly_captioned_shards_is_bounded(monkeypatch):
     shards = np.arange(20)
     for _ in range(2):
         assert rounds.samples(0, shards, np.full(20, 2))[0].tolist() == (shards * 10 + 5).tolist()
-    assert sum(map(len, rounds._chosen.values())) <= 50
+    assert sum(map(len, rounds._held._values.values())) <= 50
 
 
 def test_columns_that_disagree_are_refused():

@@ -47,7 +47,7 @@ def test_the_nearest_named_can_be_given_and_is_near(given_weights):
     try:
         integer_weights(given_weights)
     except UserError as error:
-        named = str(error).split("would do are ")[1].split(": give")[0]
+        named = str(error).split("possible weights are ")[1].split(": give")[0]
         nearest = [int(number) for number in named.split(" : ")]
         assert integer_weights(nearest) == nearest
         assert sum(nearest) <= LARGEST_PERIOD

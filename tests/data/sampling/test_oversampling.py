@@ -14,7 +14,7 @@ NAMES = ["cat", "wire-haired dog", "bird", "crane", "crane"]
 
 def of(by_class, every=1.0, classes=CLASSES, classnames=NAMES):
     return repeats_of(
-        every, by_class, classes=classes, classnames=classnames, place="data.train.0", name="pets"
+        every, by_class, classes=classes, classnames=classnames, recipe_key="data.train.0", name="pets"
     )
 
 

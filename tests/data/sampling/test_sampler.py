@@ -123,7 +123,7 @@ def test_of_one_line_no_batch_crosses_a_pass_and_nothing_comes_twice_in_one(case
     steps = len(everything) // size
     assert order.steps_per_epoch == steps
     assert order.samples == len(everything)
-    assert {order.draws_per_pass(number) for number in range(len(shapes))} == {steps * size}
+    assert {order.group_of(number).pass_draws for number in range(len(shapes))} == {steps * size}
     for pass_index in range(2):
         things = []
         for t in range(pass_index * steps, (pass_index + 1) * steps):
@@ -155,7 +155,7 @@ def test_of_several_lines_every_pass_shows_everything_once(case, weights):
         if (number, pass_index + 1) in passes:  # a finished pass: nothing is left over
             whole = {thing for thing in expected_pass(shapes, captions) if thing[0] == number}
             assert set(things) == whole
-            assert order.draws_per_pass(number) == len(whole)
+            assert order.group_of(number).pass_draws == len(whole)
 
 
 @pytest.mark.parametrize("weights", [(3, 1), (7, 2, 1), (0.7, 0.2, 0.1), (1, 1)])
@@ -213,10 +213,10 @@ def test_two_captions_of_an_image_meet_only_in_a_batch_that_touches_two_rounds(f
     order = Sampler(
         [shape], batch_size=128, seed=3, captions="all", window=32, full_shuffle_below=full_shuffle_below
     )
-    line, met = order._lines[0], 0
+    line, met = order._groups[0], 0
     for t in range(3 * order.steps_per_epoch):
         batch = order.batch(t)
-        turns = line.places(np.arange(t * 128, (t + 1) * 128)).round_index
+        turns = line.coordinates(np.arange(t * 128, (t + 1) * 128)).round_index
         for round_index in np.unique(turns):
             images = batch.position[turns == round_index]
             assert len(np.unique(images)) == len(images)
@@ -308,7 +308,7 @@ def test_no_shard_is_read_by_two_ranks_and_a_batch_mixes_many(weights):
 def test_shares_that_no_batch_holds_exactly_still_keep_ranks_near_their_lanes():
     shapes = [SamplerSource(np.full(320, 1000), None, weight) for weight in (7, 2, 1)]
     order = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
-    assert [order.lanes(i) for i in range(3)] == [64, 25, 12]
+    assert [order.group_of(i).lanes for i in range(3)] == [64, 25, 12]
     shards: list[set[tuple[int, int]]] = [set(), set(), set(), set()]
     for t in range(500):
         draws = order.batch(t)

@@ -9,15 +9,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clipcluster.data.sampling.oversampling import Repeats
-from clipcluster.data.sampling.sampler import CaptionField, Sampler, SamplerSource
+from clipcluster.data.sampling.sampler import Sampler, SamplerSource
+from clipcluster.data.shards.metadata import CaptionField
 from clipcluster.errors import UserError
 
 LENGTHS = st.integers(0, 3)
 
 
+def field(counts: np.ndarray, probability: float) -> CaptionField:
+    return CaptionField("default", probability, counts)
+
+
 @st.composite
 def shapes_with_fields(draw):
-    """One or two sources of a line; the first has two or three caption fields."""
+    """One or two sources drawn as one; the first has two or three caption fields."""
     shapes = []
     for fields in draw(st.sampled_from([(2,), (3,), (2, 1), (3, 2), (2, 0)])):
         sample_counts = np.array(draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)))
@@ -28,7 +33,7 @@ def shapes_with_fields(draw):
         repeats = draw(st.sampled_from([None, Repeats(2)]))
         if fields > 1:
             chances = draw(st.lists(st.floats(0.001, 100, allow_nan=False), min_size=fields, max_size=fields))
-            both = tuple(CaptionField(column, chance) for column, chance in zip(counts, chances, strict=True))
+            both = tuple(field(column, chance) for column, chance in zip(counts, chances, strict=True))
             shapes.append(SamplerSource(sample_counts, fields=both, repeats=repeats))
         else:
             shapes.append(SamplerSource(sample_counts, counts[0] if fields else None, repeats=repeats))
@@ -41,7 +46,7 @@ def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data
     options = {"seed": data.draw(st.integers(0, 9)), "captions": captions, "full_shuffle_below": whole}
     order = Sampler(shapes, batch_size=1, lanes=4, window=4, **options)
     shown = set()
-    for t in range(order.draws_per_pass(0)):
+    for t in range(order.group_of(0).pass_draws):
         batch = order.batch(t)
         source, position, caption = (
             int(column[0]) for column in (batch.source, batch.position, batch.caption)
@@ -78,7 +83,7 @@ def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data
 @pytest.mark.parametrize("full_shuffle_below", [0, 10**6])
 @pytest.mark.parametrize("chances", [(0.5, 0.5), (0.7, 0.2, 0.1), (3.0, 1.0)])
 def test_fields_are_drawn_by_their_probabilities(full_shuffle_below, chances):
-    fields = tuple(CaptionField(np.full(20_000, 2, dtype=np.uint8), chance) for chance in chances)
+    fields = tuple(field(np.full(20_000, 2, dtype=np.uint8), chance) for chance in chances)
     shape = SamplerSource(np.full(200, 100), fields=fields)
     order = Sampler(
         [shape], batch_size=1000, seed=4, captions="random", lanes=20, window=32,
@@ -95,9 +100,7 @@ def test_fields_are_drawn_by_their_probabilities(full_shuffle_below, chances):
 def test_fields_without_a_caption_of_the_sample_are_left_to_the_others():
     kinds = np.arange(40_000) % 4  # no caption, only the first, only the last, all
     counts = [np.where(np.isin(kinds, own), 1, 0).astype(np.uint8) for own in ((1, 3), (3,), (2, 3))]
-    fields = tuple(
-        CaptionField(column, chance) for column, chance in zip(counts, (0.1, 0.6, 0.3), strict=True)
-    )
+    fields = tuple(field(column, chance) for column, chance in zip(counts, (0.1, 0.6, 0.3), strict=True))
     order = Sampler(
         [SamplerSource(np.full(40, 1000), fields=fields)], batch_size=1000, seed=0, captions="first"
     )
@@ -113,8 +116,8 @@ def test_fields_without_a_caption_of_the_sample_are_left_to_the_others():
 
 def test_each_pass_and_copy_draws_another_field():
     fields = (
-        CaptionField(np.ones(4000, dtype=np.uint8), 1.0),
-        CaptionField(np.ones(4000, dtype=np.uint8), 1.0),
+        field(np.ones(4000, dtype=np.uint8), 1.0),
+        field(np.ones(4000, dtype=np.uint8), 1.0),
     )
     shape = SamplerSource(np.full(40, 100), fields=fields, repeats=Repeats(2))
     order = Sampler([shape], batch_size=100, seed=0, captions="random")
@@ -132,7 +135,7 @@ def test_the_draws_never_change_from_one_version_to_the_next():
     counts = (np.arange(1500) * 7 % 4).astype(np.uint8)
     classes = (np.arange(1500) % 5).astype(np.int32)
     shape = SamplerSource(
-        np.full(15, 100), fields=(CaptionField(counts, 0.3), CaptionField(counts[::-1], 0.7)),
+        np.full(15, 100), fields=(field(counts, 0.3), field(counts[::-1], 0.7)),
         repeats=Repeats(1, {2: 3, 4: 0.5}, classes),
     )  # fmt: skip
     hashed = hashlib.blake2b(digest_size=8)
@@ -150,7 +153,7 @@ def test_the_draws_never_change_from_one_version_to_the_next():
 def test_one_field_alone_is_what_caption_counts_are():
     counts = (np.arange(900) % 4).astype(np.uint8)
     options = {"batch_size": 30, "seed": 1, "captions": "all", "lanes": 5, "full_shuffle_below": 0}
-    told = Sampler([SamplerSource(np.full(9, 100), fields=(CaptionField(counts, 0.2),))], **options)
+    told = Sampler([SamplerSource(np.full(9, 100), fields=(field(counts, 0.2),))], **options)
     plain = Sampler([SamplerSource(np.full(9, 100), counts)], **options)
     for t in (0, 3, 44, 46):
         assert told.batch(t).position.tolist() == plain.batch(t).position.tolist()
@@ -174,7 +177,7 @@ def test_samples_counted_beforehand_are_not_counted_again():
     columns = [Guarded(np.ones(4000, dtype=np.uint8)), Guarded(np.zeros(4000, dtype=np.uint8))]
     shape = SamplerSource(
         np.full(40, 100), more_than=np.full((1, 40), 100),
-        fields=tuple(CaptionField(column, 0.5) for column in columns), repeats=Repeats(3),  # type: ignore[arg-type]
+        fields=tuple(field(column, 0.5) for column in columns), repeats=Repeats(3),  # type: ignore[arg-type]
     )  # fmt: skip
     order = Sampler([shape], batch_size=100, seed=0, captions="random", full_shuffle_below=0)
     assert order.samples == 12_000
@@ -182,22 +185,22 @@ def test_samples_counted_beforehand_are_not_counted_again():
 
 
 def test_every_caption_of_several_fields_cannot_be_asked_for():
-    fields = (CaptionField(np.ones(9, dtype=np.uint8), 1.0), CaptionField(np.ones(9, dtype=np.uint8), 1.0))
+    fields = (field(np.ones(9, dtype=np.uint8), 1.0), field(np.ones(9, dtype=np.uint8), 1.0))
     shape = SamplerSource(np.array([9]), fields=fields, name="datacomp")
     with pytest.raises(
         UserError, match=r"captions is all, and data\.train\.0 datacomp has its captions in sev"
     ):
         Sampler([shape], batch_size=3, seed=0, captions="all")
-    bare = tuple(CaptionField(np.zeros(9, dtype=np.uint8), 1.0) for _ in range(2))
+    bare = tuple(field(np.zeros(9, dtype=np.uint8), 1.0) for _ in range(2))
     with pytest.raises(UserError, match="no sample with a caption"):
         Sampler([SamplerSource(np.array([9]), fields=bare)], batch_size=3, seed=0, captions="random")
     with pytest.raises(ValueError, match=r"probability 0\.0"):
         Sampler(
-            [SamplerSource(np.array([9]), fields=(fields[0], CaptionField(fields[0].counts, 0.0)))],
+            [SamplerSource(np.array([9]), fields=(fields[0], field(fields[0].counts, 0.0)))],
             batch_size=3, seed=0, captions="random",
         )  # fmt: skip
     with pytest.raises(ValueError, match="8 caption counts for 9 samples"):
         Sampler(
-            [SamplerSource(np.array([9]), fields=(fields[0], CaptionField(np.ones(8), 1.0)))],
+            [SamplerSource(np.array([9]), fields=(fields[0], field(np.ones(8), 1.0)))],
             batch_size=3, seed=0, captions="random",
         )  # fmt: skip

@@ -103,9 +103,9 @@ def test_a_pass_of_real_shards_shows_classes_as_often_as_the_recipe_says(
     (folder / "classnames.txt").write_text("cat\ndog\nbird\nfish\n")
     recipe = recipe_of({"shards": str(folder), "repeat": 2, "repeat_classes": {"dog": 0.5, 3: 0, "bird": 3}})
     _, order = opened(recipe)
-    assert (order.copies(0), order.samples) == (6, 16 * 2 + 8 + 16 * 3)
+    assert (order.group_of(0).rounds.copies, order.samples) == (6, 16 * 2 + 8 + 16 * 3)
     assert order.steps_per_epoch == 11
-    assert order.draws_per_pass(0) == 22 * 8
+    assert order.group_of(0).pass_draws == 22 * 8
     loaded = batches(recipe, 2, 0, 0, 22)
     shown = Counter(int(key[1:]) for keys, _, _ in loaded for _, _, key in keys)
     assert shown == {number: (4, 1, 6, 0)[number % 4] for number in range(64) if number % 4 != 3}

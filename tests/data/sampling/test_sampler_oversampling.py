@@ -129,13 +129,15 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
     for t in range(300 // options["batch_size"]):
         batch = order.batch(t)
         for pass_index, thing in drawn(batch, captions):
-            passes.setdefault((thing[0], pass_index // order.copies(thing[0])), Counter())[thing] += 1
+            passes.setdefault((thing[0], pass_index // order.group_of(thing[0]).rounds.copies), Counter())[
+                thing
+            ] += 1
             shown[pass_index, thing] += 1
     assert set(shown.values()) == {1}  # no two draws with the same augmentation
     for (number, pass_index), things in passes.items():
         line = [SamplerSource(np.zeros(1))] * number + [shapes[number]]
         everything = expected_pass(line, factor_of([shapes[number]]), captions)
-        assert everything.total() == order.draws_per_pass(number)
+        assert everything.total() == order.group_of(number).pass_draws
         assert all(times <= everything[thing] for thing, times in things.items())
         if (number, pass_index + 1) in passes:
             assert things == everything
@@ -161,10 +163,10 @@ def test_one_line_shows_no_sample_more_often_and_over_several_passes_all(caption
     )  # fmt: skip
     everything = expected_pass(shapes, 2, captions)
     steps = everything.total() // 48
-    assert order.copies(0) == order.copies(1) == 8
+    assert order.group_of(0).rounds.copies == order.group_of(1).rounds.copies == 8
     assert order.samples == everything.total() // 2
     assert order.steps_per_epoch == everything.total() // 2 // 48
-    assert order.draws_per_pass(0) == steps * 48
+    assert order.group_of(0).pass_draws == steps * 48
     missed: Counter = Counter()
     for pass_index in range(6):
         shown: Counter = Counter()
@@ -190,7 +192,7 @@ def test_an_epoch_keeps_the_length_that_is_written_though_a_pass_is_longer():
     ):
         order = Sampler([SamplerSource(np.full(8, 10), repeats=own)], batch_size=10, seed=0)
         assert (order.samples, order.steps_per_epoch) == (samples, samples // 10)
-        assert order.draws_per_pass(0) == a_pass // 10 * 10
+        assert order.group_of(0).pass_draws == a_pass // 10 * 10
 
 
 def over_sampled(share: float, times: int, shards: int = 64, per_shard: int = 1000) -> tuple:
@@ -272,11 +274,11 @@ def test_mistakes_are_named():
     with pytest.raises(
         UserError, match=r"repeats 1, 0\.37 are whole only when multiplied by 100;.* at most 64"
     ):
-        order(Repeats(1, {0: 0.37}, classes, place="data.train.0"))
+        order(Repeats(1, {0: 0.37}, classes, recipe_key="data.train.0"))
     with pytest.raises(
         UserError, match=r"data\.train\.0, data\.train\.1: the repeats 0\.14285714, 0\.090909091"
     ):
-        order(Repeats(1 / 7, place="data.train.0"), Repeats(1 / 11, place="data.train.1"))
+        order(Repeats(1 / 7, recipe_key="data.train.0"), Repeats(1 / 11, recipe_key="data.train.1"))
     with pytest.raises(
         UserError, match=r"some samples 320 times \(a repeat of 5, times 64 to make all whole\)"
     ):
@@ -289,7 +291,7 @@ def test_mistakes_are_named():
         Sampler(
             [SamplerSource(np.array([80]), repeats=Repeats(2))], batch_size=161, seed=0, epoch_samples=999
         )
-    with pytest.raises(UserError, match=r"the repeats of flickr lay 200,000 shards up to 200 times over"):
+    with pytest.raises(UserError, match=r"the repeats of flickr show 200,000 shards up to 200 times a pass"):
         Sampler([SamplerSource(np.ones(200_000), name="flickr", repeats=Repeats(200))], batch_size=4, seed=0)
 
 
@@ -299,7 +301,7 @@ def test_the_nearest_repeats_that_are_named_will_do():
         shape = SamplerSource(np.array([80]), repeats=Repeats(1, {0: value}, classes))
         with pytest.raises(UserError) as caught:
             Sampler([shape], batch_size=1, seed=0)
-        every, nearest = str(caught.value).rsplit("would do are ", 1)[1].rstrip(".").split(", ")
+        every, nearest = str(caught.value).rsplit("possible repeats are ", 1)[1].rstrip(".").split(", ")
         told = SamplerSource(np.array([80]), repeats=Repeats(float(every), {0: float(nearest)}, classes))
         assert Sampler([told], batch_size=1, seed=0).steps_per_epoch >= 1
         assert float(nearest) == pytest.approx(value, rel=0.02 if value > 0.1 else 20)
