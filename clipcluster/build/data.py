@@ -13,6 +13,7 @@ from clipcluster.recipe.tasks import TASKS
 from clipcluster.runtime.stop import Stop, Wish
 
 if TYPE_CHECKING:
+    from clipcluster.data.loading.loader import Loader
     from clipcluster.data.sampling.sampler import Sampler
     from clipcluster.data.shards.dataset import Dataset
     from clipcluster.data.tokenizer import Tokenizer
@@ -70,23 +71,23 @@ def open_sources(recipe: Recipe, assets: Path) -> Sources:
 
 
 def check_shards(sources: Sequence[Dataset], world: World, stop: Stop) -> Wish:
-    """Whether the shards are as indexed: the ranks share those that only their hash can tell of.
+    """Compare shards with their index; the ranks divide those that only their hash can tell of.
 
-    They speak after each, so that none is taken for lost meanwhile; returns STOP where one was asked to.
+    They agree after each, so that none is taken for lost meanwhile; returns STOP where one was asked to.
     Raises DataError on the rank that finds a changed shard.
     """
     modified = [list(source.modified_shards().items()) for source in sources] if world.is_main else None
     found = [dict(shards) for shards in world.broadcast(modified)]
-    turns = [(source, shard) for source, shards in zip(sources, found, strict=True) for shard in shards]
-    if turns and world.is_main:
+    suspects = [(source, shard) for source, shards in zip(sources, found, strict=True) for shard in shards]
+    if suspects and world.is_main:
         logger.warning(
-            "%d shards have another time than when they were indexed: comparing their content "
-            "(clipcluster shards index DIR spares later attempts that)",
-            len(turns),
+            "%d shards have a modification time that differs from their index: comparing their content "
+            "(clipcluster shards index DIR avoids this for later attempts)",
+            len(suspects),
         )
     wishes = Wish.NONE
-    for first in range(0, len(turns), world.size):
-        for source, shard in turns[first + world.rank : first + world.rank + 1]:
+    for first in range(0, len(suspects), world.size):
+        for source, shard in suspects[first + world.rank : first + world.rank + 1]:
             source.check(shard)
         wishes = world.agree(stop.wishes())
         if wishes & Wish.STOP:
@@ -98,7 +99,8 @@ def check_shards(sources: Sequence[Dataset], world: World, stop: Stop) -> Wish:
 
 def open_batches(
     recipe: Recipe, sources: Sources, world: World, start: int, skipped: Sequence[tuple[int, int]]
-) -> Any:
+) -> Loader:
+    """This rank's batches from number `start` on, without the `skipped` ranges; the caller closes them."""
     from clipcluster.data.loading.loader import Loader
 
     return Loader(

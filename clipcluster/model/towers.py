@@ -97,13 +97,13 @@ def build_image_tower(
     name, args = config.timm, dict(config.args)
     if not timm.is_model(name):
         raise UserError(
-            _unknown(f"model.image.timm: timm {timm.__version__} knows no tower", name, timm.list_models())
+            _unknown(f"model.image.timm: timm {timm.__version__} has no model", name, timm.list_models())
         )
     for key in _OWN_IMAGE_ARGS:
         if key in args:
             raise UserError(
                 f"model.image.args.{key} is decided by the recipe's other keys "
-                "(data.image.size, model.image.weights): take it out."
+                "(data.image.size, model.image.weights): remove it."
             )
     trunk = _timm_trunk(name, args, image_size)
     width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
@@ -152,8 +152,8 @@ def build_text_tower(
     pool = config.pool or POOL_OF_ARCH.get(settings.model_type)
     if pool is None:
         raise UserError(
-            f"model.text.pool: which token stands for a caption is not known for {settings.model_type}; "
-            "say last, first or mean."
+            f"model.text.pool: the pooling of {settings.model_type} is unknown; "
+            "set it to last, first or mean."
         )
     coverage = None
     if starting_weights and config.weights:
@@ -171,7 +171,7 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: TextTokens) -
 
     if arch not in CONFIG_MAPPING:
         raise UserError(
-            _unknown("model.text.arch: transformers knows no model type", arch, list(CONFIG_MAPPING))
+            _unknown("model.text.arch: transformers has no model type", arch, list(CONFIG_MAPPING))
         )
     kind = CONFIG_MAPPING[arch]
     try:
@@ -232,14 +232,14 @@ def _pretrained(name: str, folder: Path | None) -> Path:
 def _check_fits(settings: Any, tokenizer: TextTokens) -> None:
     if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "vocab_size"):
         raise UserError(
-            f"model.text: {settings.model_type} is not one text network (encoder-decoders and pairs "
-            "of towers are not taken); name a model such as gpt2, bert or roberta."
+            f"model.text: {settings.model_type} is not a single text network (encoder-decoders and dual "
+            "encoders are not supported); name a model such as gpt2, bert or roberta."
         )
     if settings.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.text: the tower knows {settings.vocab_size} tokens, "
-            f"the tokenizer has {tokenizer.vocab_size}. Name the tokenizer the tower was made with "
-            "(data.text.tokenizer), or leave vocab_size out."
+            f"the tokenizer has {tokenizer.vocab_size}. Set data.text.tokenizer to the tokenizer that "
+            "the tower was trained with, or remove vocab_size."
         )
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is None:
@@ -277,7 +277,7 @@ def _transformer(settings: Any) -> nn.Module:
                 f"model.text: transformers cannot build {settings.model_type} of these sizes: {error}"
             ) from error
     if not isinstance(network.get_input_embeddings(), nn.Embedding):
-        raise UserError(f"model.text: {settings.model_type} does not read tokens.")
+        raise UserError(f"model.text: {settings.model_type} does not take tokens as input.")
     return network
 
 
@@ -295,5 +295,5 @@ class _quiet_transformers:
 
 def _unknown(what: str, given: str, known: list[str]) -> str:
     near = difflib.get_close_matches(given, known, n=5, cutoff=0.5)
-    hint = f"Nearest: {', '.join(near)}." if near else "Nothing known is near it."
+    hint = f"Nearest: {', '.join(near)}." if near else "No known name is similar."
     return f"{what} {given!r}. {hint}"

@@ -51,8 +51,8 @@ _OLD_LAYER_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 class Coverage:
     """What one file brought to one tower.
 
-    `loaded` of `tensors` tensors hold `share` of the tower's elements; `missing` kept their random start;
-    `left_out` are the file's own tensors (under `prefix`) that the tower has no place for.
+    `loaded` of `tensors` tensors hold `share` of the tower's elements; `missing` stay as they were drawn;
+    `left_out` are the file's own tensors (under `prefix`) that the tower does not have.
     """
 
     tower: str
@@ -71,7 +71,7 @@ class Coverage:
         if self.prefix:
             text += f", prefix {self.prefix!r} removed"
         if self.missing:
-            text += f"; left at their random start: {some(self.missing)}"
+            text += f"; randomly initialised: {some(self.missing)}"
         if self.left_out:
             text += f"; not used: {some(self.left_out)}"
         return text
@@ -129,7 +129,7 @@ def read_state_dict(source: Path) -> dict[str, Tensor]:
     try:
         content = _read(source)
     except Exception as error:  # every reader has its own exceptions for a broken file
-        raise UserError(f"The weights {source} cannot be read ({error}): is the file whole?") from error
+        raise UserError(f"The weights {source} cannot be read ({error}): is the file complete?") from error
     for key in _STATE_DICT_KEYS:
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -200,19 +200,19 @@ def _check_coverage(
     if min(coverage.loaded / coverage.tensors, coverage.share) < LEAST_COVERAGE or wrong:
         raise UserError(
             f"{file} brings {coverage.loaded} of the {name} tower's {coverage.tensors} tensors "
-            f"({coverage.share:.1%} of its elements), which is not this tower's file.\n"
-            f"  The tower lacks: {some(coverage.missing)}\n"
+            f"({coverage.share:.1%} of its elements), so it was made for another tower.\n"
+            f"  Missing from the file: {some(coverage.missing)}\n"
             f"  The file holds: {some(tuple(state))}"
             + (f"\n  Shapes that differ:{shapes}" if shapes else "")
             + f"\nName the tower the file was made for, or leave "
-            f"model.{name}.weights out to start from scratch."
+            f"model.{name}.weights out to train from random weights."
         )
     parts = {key.split(".")[0] for key in own}
     larger = [key for key in coverage.left_out if key.split(".")[0] in parts and not _HEADS.match(key)]
     if larger:
         raise UserError(
             f"{file} holds a larger tower than the {name} tower built: {len(larger)} of its tensors "
-            f"have no place ({some(tuple(larger))}). Name the tower the file was made for."
+            f"do not fit ({some(tuple(larger))}). Name the tower the file was made for."
         )
 
 

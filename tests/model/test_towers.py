@@ -129,8 +129,8 @@ def test_a_text_tower_has_neither_pooler_nor_cache() -> None:
         ("roberta", {"config": {"max_position_embeddings": 12}}, "text tower's 11 positions"),
         ("gpt2", {"config": {"n_embd": 16, "n_head": 3}}, "cannot build gpt2.*divisible by num_heads"),
         ("nougat", {"config": {}}, r"model\.text\.arch.*nougat"),
-        ("t5", {"config": {}}, "not one text network"),
-        ("vit", {"config": {"num_hidden_layers": 1}}, "does not read tokens"),
+        ("t5", {"config": {}}, "not a single text network"),
+        ("vit", {"config": {"num_hidden_layers": 1}}, "does not take tokens"),
     ],
 )
 def test_a_text_tower_that_cannot_be_is_refused(arch: str, keys: dict, message: str) -> None:

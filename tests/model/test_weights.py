@@ -91,7 +91,7 @@ def test_a_file_of_other_names_is_refused_and_nothing_loaded(tmp_path: Path) -> 
 def test_half_a_tower_is_refused(tmp_path: Path) -> None:
     state = contiguous(trunk(1).state_dict())
     save_file({key: state[key] for key in list(state)[: len(state) // 2]}, tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match=r"The tower lacks: stages"):
+    with pytest.raises(UserError, match=r"Missing from the file: stages"):
         load_weights(trunk(), tmp_path / "w.safetensors", name="image")
 
 
@@ -112,7 +112,7 @@ def test_a_missing_norm_is_loaded_around_and_said(tmp_path: Path) -> None:
     save_file({k: v for k, v in state.items() if not k.startswith("head.norm")}, tmp_path / "w.safetensors")
     coverage = load_weights(trunk(), tmp_path / "w.safetensors", name="image")
     assert set(coverage.missing) == {"head.norm.weight", "head.norm.bias"}
-    assert "left at their random start: head.norm" in str(coverage)
+    assert "randomly initialised: head.norm" in str(coverage)
 
 
 def test_old_names_of_layer_norms_are_understood(tmp_path: Path) -> None:
