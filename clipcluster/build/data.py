@@ -56,7 +56,7 @@ def _hashes(source: Dataset) -> dict[str, str]:
     return {source.shard_name(number): source.sha256(number) for number in range(len(source))}
 
 
-def open_sources(recipe: Recipe, assets: Path) -> Sources:
+def open_sources(recipe: Recipe, assets: Path | None) -> Sources:
     """Open the recipe's sources. Raises UserError where one cannot be opened."""
     from clipcluster.data.sampling.sampler import sampler_of
     from clipcluster.data.shards.open import open_source

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("clipcluster")
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, assets: Path, *, starting_weights: bool = True) -> Clip:
+def build_model(
+    recipe: Recipe, tokenizer: Tokenizer, assets: Path | None, *, starting_weights: bool = True
+) -> Clip:
     """The model at its start, on the CPU; fresh weights are a function of the recipe's seed."""
     import torch
 

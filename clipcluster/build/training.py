@@ -112,7 +112,7 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
     )
 
 
-def try_task(recipe: Recipe, assets: Path) -> list[str]:
+def try_task(recipe: Recipe, assets: Path | None) -> list[str]:
     """One forward and backward pass of the recipe's task on two of its samples, on the CPU in float32.
 
     Shows what only running shows: shapes that do not fit, what a tower does not take. Starting weights are

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
+
+STEP_SECONDS = 300.0  # for a forward and backward pass of two samples on the CPU
 
 
 def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
@@ -39,6 +43,10 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     ]
     for key, source, text in named:
         findings.attempt_foreign(key, _check_sample, key, source, text, tokenizer, findings)
+    if not findings.errors:  # else the step would fail for a reason that is known
+        findings.attempt_foreign(
+            "a training step of two samples", _check_step, recipe, world_size, assets, findings
+        )
     return findings
 
 
@@ -83,6 +91,46 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     )
     if coverage is not None:
         findings.summary.append(str(coverage))
+
+
+def _check_step(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:
+    """One forward and backward pass of the task: what fails for its shapes fails here."""
+    from clipcluster.build.training import try_task
+
+    try:
+        with _limited(STEP_SECONDS):
+            unused = try_task(recipe, assets)
+    except TimeoutError:
+        findings.warnings.append(
+            f"a training step of two samples took longer than {STEP_SECONDS:g} s and was stopped: what only "
+            "it shows is not checked"
+        )
+        return
+    if not unused:
+        return
+    more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+    named = f"{', '.join(unused[:5])}{more}"
+    if world_size > 1:
+        raise UserError(
+            f"parameters without a gradient: {named}. Nothing of the loss depends on them, and several ranks "
+            "cannot train such a model; choose a tower that uses all of its parameters, or train on one rank"
+        )
+    findings.warnings.append(f"parameters that the loss does not depend on are never trained: {named}")
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """TimeoutError in what runs longer, between two of its operations."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _millions(parameters: Iterable[Any]) -> str:

@@ -242,7 +242,7 @@ def _check_fits(settings: Any, tokenizer: TextTokens) -> None:
             "the tower was trained with, or remove vocab_size."
         )
     positions = getattr(settings, "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 0:  # no limit: XLNet says -1
         return
     if settings.model_type in _POSITIONS_AFTER_PADDING:
         positions -= settings.pad_token_id + 1

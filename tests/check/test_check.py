@@ -368,6 +368,29 @@ def test_what_only_the_deep_check_finds(folder: Path, override: str, said: str) 
     assert said in "\n".join(examined(override).errors)
 
 
+def test_what_only_a_step_shows_is_found(folder: Path) -> None:
+    (error,) = examined("model.image.args={global_pool: ''}").errors  # maps of features instead of a vector
+    assert error.startswith("a training step of two samples: RuntimeError: ")
+    assert "shapes cannot be multiplied" in error
+    xlnet = "model.text={arch: xlnet, config: {n_layer: 1, n_head: 2, d_model: 16, d_inner: 16}, pool: last}"
+    (error,) = examined(xlnet).errors
+    assert "text.transformer.mask_emb" in error
+    assert "several ranks" in error
+    alone = examined(xlnet, world_size=1)
+    assert alone.errors == []
+    assert "text.transformer.mask_emb" in alone.warnings[0]
+
+
+def test_a_step_that_takes_too_long_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipcluster.check.__main__.STEP_SECONDS", 0.01)
+    found = examined()
+    assert found.errors == []
+    assert found.warnings == [
+        "a training step of two samples took longer than 0.01 s and was stopped: what only it shows is not "
+        "checked"
+    ]
+
+
 def test_batch_norms_over_ranks_are_warned_of(folder: Path) -> None:
     found = examined("model.image.timm=test_resnet", "train.precision=bf16")
     assert found.errors == []
