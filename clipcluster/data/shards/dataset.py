@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from clipcluster.data.shards import captions, shard_index
+from clipcluster.data.shards import captions, folder_index, shard_index
 from clipcluster.data.shards.columns import BrokenColumns, Columns
 from clipcluster.data.shards.metadata import IndexedFolder, Metadata
 from clipcluster.data.shards.tar import BrokenTar, scan
@@ -89,6 +89,7 @@ class Dataset(Metadata):
         self.cache = cache
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._hashed: set[tuple[int, int]] = set()  # shard and mtime of what was found to be the same bytes
+        self._held = _held(self.parts)  # indexes in the cache, which evicts none that is in use
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -240,6 +241,8 @@ class Dataset(Metadata):
     def __del__(self) -> None:
         if hasattr(self, "_open"):
             self.close()
+        for fd in getattr(self, "_held", ()):
+            os.close(fd)
 
     def _handle(self, shard: int) -> _Open:
         if shard in self._open:
@@ -435,6 +438,16 @@ def _together(count: int, action: Callable[[int], T], shards: Sequence[int]) -> 
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(action, shards))
+
+
+def _held(folders: Sequence[IndexedFolder]) -> list[int]:
+    """Handles that keep the fetched indexes of these folders in the cache."""
+    fetched = [folder.index for folder in folders if folder.rows_at is not None]
+    if not fetched:
+        return []
+    from clipcluster.data.storage.cache import hold  # local shards need none of it
+
+    return [hold(index / folder_index.COLUMNS_FILE) for index in fetched]
 
 
 def _local_state(state: os.stat_result) -> State:

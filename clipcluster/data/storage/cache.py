@@ -2,7 +2,7 @@
 
     SHA256.tar, KEY.idx     whole files, named by what they hold; the last use is their mtime
     NAME.N.part             a file on its way; at its full length from the start, so that it counts
-    lists/KEY/index.bin     indexes; never evicted while they are in use
+    lists/KEY/index.bin     indexes; never evicted while somebody holds them (`hold`), or has lately
 
 Locks are flock's: they end with the process that holds them. One per file (striped), so that a file is
 fetched once; one for the space, held only while it is counted. A reader's handle holds a shared lock on its
@@ -139,10 +139,16 @@ class Cache:
         known = f"{source} {state.size} {state.stamp}" if state.stamp else ""
         with self._lock(root, source):
             place = root / _LISTS / hashlib.sha256(known.encode()).hexdigest()[:32]
-            if not known or not (place / table).exists():
+            if not known or not self._is_kept(root, place / table):
                 place = self._fetch_list(root, folder, table, words, place if known else None)
-            os.utime(place / table)
         return place
+
+    def _is_kept(self, root: Path, table: Path) -> bool:
+        """Whether a list is here; it counts as used now. Under the lock: an eviction may be under way."""
+        with self._lock(root, "space"), contextlib.suppress(FileNotFoundError):
+            os.utime(table)
+            return True
+        return False
 
     def _fetch_list(
         self, root: Path, folder: RemoteFolder, table: str, words: str, place: Path | None
@@ -201,6 +207,7 @@ class Cache:
     def _keep(self, root: Path, part: Path, path: Path) -> None:
         """Gives a finished file its name; under the lock, since a listing meanwhile may miss both names."""
         with self._lock(root, "space"):
+            path.parent.mkdir(exist_ok=True)
             os.replace(part, path)
 
     @contextlib.contextmanager
@@ -252,6 +259,13 @@ class Cache:
         return max(beyond_the_bound, beyond_the_disk)
 
 
+def hold(path: Path) -> int:
+    """A handle that keeps a file of the cache from being evicted, until it is closed. FileNotFoundError."""
+    fd = os.open(path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
 def _acquire(fd: int, root: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -289,7 +303,7 @@ def _entries(root: Path) -> list[_Entry]:
         except FileNotFoundError:
             continue
         path = Path(entry.path)
-        if path.suffix == ".part" and _unlink_if_free(path):
+        if path.suffix == ".part" and _if_free(path, os.unlink):
             continue
         unwritten = max(0, state.st_size - 512 * state.st_blocks) if path.suffix == ".part" else 0
         found.append(_Entry(path, state.st_size, state.st_mtime, unwritten))
@@ -301,21 +315,26 @@ def _lists(root: Path) -> Iterator[_Entry]:
         files = [(Path(entry.path), entry.stat()) for entry in os.scandir(folder.path)]
         newest = max((state.st_mtime for _, state in files), default=time.time())
         if newest < time.time() - 86400 * LIST_DAYS:
-            shutil.rmtree(folder.path, ignore_errors=True)
-            continue
+            if all(_if_free(path, None) for path, _ in files):
+                shutil.rmtree(folder.path, ignore_errors=True)
+                continue
+            for path, _ in files:
+                os.utime(path)  # somebody holds it: its days begin anew
         for path, state in files:
             yield _Entry(path, state.st_size, state.st_mtime, 0)
 
 
-def _unlink_if_free(path: Path) -> bool:
-    """Removes a file that no process holds a lock on; whether it is gone."""
+def _if_free(path: Path, action: Callable[[Path], None] | None) -> bool:
+    """Whether nobody holds a lock on a file, or it is gone; if so `action` is done, under a lock of ours."""
     try:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
+        if action is not None:
+            with contextlib.suppress(FileNotFoundError):
+                action(path)
         return True
     except BlockingIOError:
         return False
@@ -335,7 +354,7 @@ def _evict(entries: list[_Entry], missing: int) -> int:
     for entry in removable:
         if missing <= 0:
             return missing
-        if _unlink_if_free(entry.path):
+        if _if_free(entry.path, os.unlink):
             missing -= entry.size
         else:
             kept.append(entry)

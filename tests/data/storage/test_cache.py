@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -213,3 +214,31 @@ def test_folders_that_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv("CLIPCLUSTER_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert default_folder() == "~/.cache/clipcluster"
+
+
+def test_an_index_in_use_is_not_evicted_by_its_age(
+    folder: Path, tmp_path: Path, web_server: Callable[..., Any]
+) -> None:
+    """A run of more than `LIST_DAYS` starts workers that map the index again, from the same folder."""
+    server = web_server(folder)
+    cache = Cache(str(tmp_path / "cache"), 1 << 30)
+    dataset = open_folder(server.address, cache=cache)
+    (table,) = Path(cache.folder).glob("lists/*/index.bin")
+
+    def look_for_room(number: int) -> None:
+        old = time.time() - 86400 * (module.LIST_DAYS + 1)
+        os.utime(table, (old, old))
+        fd, _ = cache.unnamed(f"{server.address}/0000{number}.tar")
+        os.close(fd)
+
+    sent = pickle.dumps(dataset)
+    look_for_room(0)
+    worker = pickle.loads(sent)
+    assert worker.read(0) == open_folder(folder).read(0)
+    del dataset
+    look_for_room(1)
+    assert table.stat().st_mtime > time.time() - 60, "the worker has it: it is used now"
+    del worker
+    look_for_room(2)
+    assert not table.parent.exists()
+    assert open_folder(server.address, cache=cache).read(0).key == "s00000"
