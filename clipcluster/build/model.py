@@ -72,7 +72,8 @@ def load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path, 
     """Weights of a checkpoint, by default the newest whole one; its folder, step, and whether averaged."""
     from safetensors.torch import load_file
 
-    from clipcluster.train.checkpoint import Broken, CheckpointFolder, reading, verify
+    from clipcluster.train.checkpoint import CheckpointFolder, reading
+    from clipcluster.train.checkpoint_reader import Broken, verify
 
     folder = CheckpointFolder(run.checkpoints, check=lambda: None, about={})
     newest_first = [folder.path(step) for step in reversed(folder.steps())]

@@ -35,7 +35,8 @@ def build_trainer(
 ) -> Trainer:
     """All parts of a run, put together; every rank builds the same."""
     from clipcluster.train.bad_samples import BadSamples
-    from clipcluster.train.checkpoint import CheckpointFolder, versions
+    from clipcluster.train.checkpoint import CheckpointFolder
+    from clipcluster.train.checkpoint_writer import versions
     from clipcluster.train.metrics import Metrics
     from clipcluster.train.progress import Progress
     from clipcluster.train.trainer import Trainer
@@ -50,7 +51,7 @@ def build_trainer(
         parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
     about = {"versions": versions(), "commit": _commit(run, attempt), "world_size": world.size}
-    checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about=about)
+    checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about=about, attempt=attempt.number)
     return Trainer(
         world=world,
         attempt=attempt,
@@ -187,7 +188,8 @@ def _saver(
     every, keep = recipe.checkpoint.every, recipe.checkpoint.keep
     best = keep.best
     return Saver(
-        folder if world.is_main else None,
+        folder,
+        world,
         keep=Keep(
             last=keep.last,
             every=plan_.keep_every,

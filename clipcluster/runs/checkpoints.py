@@ -41,9 +41,14 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(step for name in names if (step := step_of(name)) is not None)
 
 
-def tensors_file(part: str) -> str:
-    """The file with the tensors of a part."""
-    return f"{part}.safetensors"
+def tensors_file(part: str, rank: int | None = None) -> str:
+    """The file with the tensors of a part that all ranks hold alike, or of one `rank`'s own."""
+    return f"{part}.safetensors" if rank is None else f"{part}-rank-{rank:05d}.safetensors"
+
+
+def file_entry(size: int, sha256: str) -> dict[str, Any]:
+    """What the manifest says of a file: bytes, and SHA-256 in hex."""
+    return {"bytes": size, "sha256": sha256}
 
 
 def weights_file(checkpoint: Path) -> tuple[Path, bool]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from clipcluster.runs.checkpoints import STATE
 from clipcluster.runs.files import read_json
+from clipcluster.runtime.stateful import Parts
 from clipcluster.runtime.stop import DataError, RecipeFailure
 from clipcluster.runtime.world import World
-from clipcluster.train.checkpoint import CheckpointFolder, Parts, load_parts
+from clipcluster.train.checkpoint import CheckpointFolder
+from clipcluster.train.checkpoint_reader import load_parts
 from clipcluster.train.progress import Progress
 from clipcluster.train.rollback import Range, before
 
@@ -44,7 +46,7 @@ def restore(
     state = read_json(found / STATE) if found else {"step": 0}
     enter(state["step"])
     if found:
-        load_parts(found, state, parts)
+        load_parts(found, state, parts, rank=world.rank, ranks=world.size)
         progress.load_state_dict(state)
         if folder.evaluation(progress.step):
             progress.evaluated_step = progress.step

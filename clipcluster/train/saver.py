@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import StaleAttempt
+from clipcluster.runtime.stateful import Parts, is_per_rank
 from clipcluster.runtime.stop import CheckpointError, Wish
-from clipcluster.train.checkpoint import CheckpointFolder, Contents, Dropped, Parts, take_copy
+from clipcluster.runtime.world import World
+from clipcluster.train.checkpoint import CheckpointFolder
+from clipcluster.train.checkpoint_writer import Contents, Dropped, take_copy
 from clipcluster.train.progress import Progress
 from clipcluster.train.rotation import Keep
 
@@ -29,23 +31,44 @@ class _Write(threading.Thread):
         self.drop = threading.Event()
         self.began = time.monotonic()
         self.seconds = 0.0
-        self.path: Path | None = None
         self.error: BaseException | None = None
+        self._written = 0
         self._folder, self._contents = folder, contents
 
     def run(self) -> None:
         try:
-            self.path = self._folder.write(self._contents, self.drop.is_set)
+            self._folder.write(self._contents, self._tell)
         except BaseException as error:  # handed to the training thread by Saver._collect
             self.error = error
         self.seconds = time.monotonic() - self.began
 
+    def _tell(self, size: int) -> None:
+        self._written += size
+        if self.drop.is_set():
+            raise Dropped
+
+    def expected_seconds(self) -> tuple[float, float]:
+        """How long this write has taken, and how long it takes in all at its pace, once that is known."""
+        passed = time.monotonic() - self.began
+        times = self._contents.bytes / self._written if self._written else 1.0
+        return passed, passed * max(1.0, times)
+
+
+def to_drop(passed: float, whole: float, seconds_left: float) -> bool:
+    """Whether a write under way is given up for the one that is to follow it.
+
+    It is where only the new one fits into the time left: both take `whole` seconds, of which the one under
+    way has had `passed`. Where the new one alone does not fit either, the older has the better chance.
+    """
+    return whole <= seconds_left < max(0.0, whole - passed) + whole
+
 
 class Saver:
-    """Saves on rank 0: a copy between steps, then a thread writes; on the other ranks it does nothing.
+    """Saves: a copy between steps, then a thread writes. Rank 0 decides, and the others do as it says.
+
+    A rank other than 0 writes only where a part differs by rank; every rank calls the methods alike.
 
     Args:
-        folder: where checkpoints go; None on the ranks that do not write.
         keep: the rotation policy.
         constants: what state.json says besides the progress: index, starting weights, plan.
         every_steps, every_seconds: when to save; one of them. Steps that `keep` keeps for good, and with a
@@ -56,7 +79,8 @@ class Saver:
 
     def __init__(
         self,
-        folder: CheckpointFolder | None,
+        folder: CheckpointFolder,
+        world: World,
         *,
         keep: Keep,
         constants: Mapping[str, Any],
@@ -65,11 +89,13 @@ class Saver:
         last_seconds: float = 0.0,
         event: Callable[..., None] = lambda kind, **fields: None,
     ) -> None:
-        self._folder, self._keep, self._constants, self._event = folder, keep, constants, event
+        self._folder, self._world, self._keep = folder, world, keep
+        self._constants, self._event = constants, event
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._write: _Write | None = None
         self._clock = time.monotonic()
         self._asked_at = -1
+        self._begun = 0
         self._failures = 0
         self._failed = False
         self._evaluations: dict[int, Mapping[str, float]] = {}
@@ -84,13 +110,12 @@ class Saver:
 
     def wishes(self, progress: Progress) -> Wish:
         """SAVE when a save is due or must be repeated, ABORT (with `failure` set) when saving is hopeless."""
-        if self._folder is None:
-            return Wish.NONE
         if self._write and not self._write.is_alive():
             self._collect()
         if self.failure:
             return Wish.ABORT
-        return Wish.SAVE if self._failed or self._due(progress) else Wish.NONE
+        due = self._world.is_main and (self._failed or self._due(progress))
+        return Wish.SAVE if due else Wish.NONE
 
     def _due(self, progress: Progress) -> bool:
         if progress.step in (self._asked_at, self.durable_step):
@@ -106,45 +131,56 @@ class Saver:
         return time.monotonic() - self._clock >= self._every_seconds
 
     def save(self, progress: Progress, parts: Parts) -> None:
-        """Copy the parts now and let a thread write them; waits for the write before it, if there is one."""
-        if self._folder is None:
-            return
-        self._collect()
-        if self.failure is None and progress.step != self.durable_step:
+        """Copy the parts now and let a thread write them. Collective.
+
+        The write before it, if there is one, is finished first; the other ranks wait, however long it takes.
+        """
+        if self._world.while_main(lambda: self._wanted(progress.step)):
             self._start(progress, parts)
+
+    def _wanted(self, step: int) -> bool:
+        """On rank 0: whether a step is still to be written, once the write under way is done."""
+        self._collect()
+        return self.failure is None and self.durable_step != step
 
     def _start(self, progress: Progress, parts: Parts) -> None:
-        assert self._folder is not None
-        contents = take_copy(progress.step, {**progress.state_dict(), **self._constants}, parts)
+        self._collect()
         self._asked_at, self._failed = progress.step, False
         self._clock = time.monotonic()
-        self._write = _Write(self._folder, contents)
-        self._write.start()
+        self._begun += 1
+        if self._world.is_main or any(map(is_per_rank, parts.values())):
+            state = {**progress.state_dict(), **self._constants}
+            rank, ranks = self._world.rank, self._world.size
+            contents = take_copy(progress.step, state, parts, rank=rank, ranks=ranks, number=self._begun)
+            self._write = _Write(self._folder, contents)
+            self._write.start()
 
     def save_and_wait(self, progress: Progress, parts: Parts, seconds_left: float | None = None) -> None:
-        """Have this step durable on return, or `failure` set after the second try.
+        """Have this step durable on return, or `failure` set after the second try. Collective.
 
-        A write under way is finished first, unless only this step's fits into `seconds_left` (by the duration
-        of the last save): then it is dropped.
+        A write under way is finished first, unless only this step's fits into `seconds_left`: then it is
+        dropped. How long a save takes is known from the last one, and from the pace of the one under way.
         """
-        if self._folder is None:
-            return
-        self._finish_or_drop(progress.step, seconds_left)
-        while self.failure is None and self.durable_step != progress.step:
+        self._world.while_main(lambda: self._finish_or_drop(progress.step, seconds_left))
+        while self._world.while_main(lambda: self._wanted(progress.step)):
             self._start(progress, parts)
-            self._collect()
 
     def _finish_or_drop(self, step: int, seconds_left: float | None) -> None:
         write = self._write
         if write and write.step != step and seconds_left is not None:
-            rest = max(0.0, self.last_seconds - (time.monotonic() - write.began))
-            if self.last_seconds <= seconds_left < rest + self.last_seconds:
-                logger.warning("step %d: its save is dropped, the time left is for step %d", write.step, step)
+            passed, whole = write.expected_seconds()
+            if to_drop(passed, max(whole, self.last_seconds), seconds_left):
+                logger.warning(
+                    "the save of step %d is given up: the %.0f s left are enough for step %d alone",
+                    write.step,
+                    seconds_left,
+                    step,
+                )
                 write.drop.set()
         self._collect()
 
     def finish(self) -> None:
-        """Wait for a write under way."""
+        """Wait for a write under way on this rank."""
         self._collect()
 
     def _collect(self) -> None:
@@ -153,14 +189,14 @@ class Saver:
         if write is None:
             return
         write.join()
-        if write.error is None:
-            self._in_place(write)
-        elif isinstance(write.error, OSError):
-            self._note_failure(write.step, write.error)
-        elif not isinstance(write.error, Dropped):
-            self.failure = (
-                write.error if isinstance(write.error, Exception) else RuntimeError(str(write.error))
-            )
+        error = write.error
+        if error is None or isinstance(error, Dropped):
+            if error is None and self._world.is_main:
+                self._in_place(write)
+        elif isinstance(error, OSError):
+            self._note_failure(write.step, error)
+        else:
+            self.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
 
     def _in_place(self, write: _Write) -> None:
         self._failures, self.durable_step, self.last_seconds = 0, write.step, write.seconds
@@ -169,12 +205,11 @@ class Saver:
         except StaleAttempt as stale:
             self.failure = stale
         except OSError as error:
-            logger.warning("the event of the checkpoint of step %d: %s", write.step, error)
+            logger.warning("the event of the checkpoint of step %d was not written: %s", write.step, error)
         self._settle()
 
     def _settle(self) -> None:
         """Record what was measured of the newest checkpoint, then rotate."""
-        assert self._folder is not None
         try:
             if self.durable_step in self._evaluations:
                 self._folder.record_evaluation(self.durable_step, self._evaluations.pop(self.durable_step))
@@ -185,6 +220,9 @@ class Saver:
             logger.warning("after the checkpoint of step %d: %s", self.durable_step, error)
 
     def _note_failure(self, step: int, error: OSError) -> None:
+        if not self._world.is_main:
+            logger.error("this rank's files of step %d could not be written: %s", step, error)
+            return  # rank 0 is told by the receipt, and counts
         self._failures += 1
         self._failed = True
         logger.error("the save of step %d failed (%d of %d): %s", step, self._failures, ATTEMPTS, error)
@@ -194,24 +232,23 @@ class Saver:
             self.failure = stale
             return
         except OSError as second:  # events lie on the same full disk
-            logger.error("and its event could not be written: %s", second)
+            logger.error("its event could not be written either: %s", second)
         if self._failures >= ATTEMPTS:
             self.failure = CheckpointError(
                 f"{self._failures} saves in a row failed, the last at step {step}: {error}",
-                "Make room on the disk of the run folder, or mend it, and submit again: the run goes on from "
-                "its last checkpoint, and no older one was removed.",
+                "Free space on the disk of the run folder, or repair it, and submit again: the run resumes "
+                "from its last checkpoint; no older one was removed.",
             )
 
     def record_evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Keep the results of an evaluation with the checkpoint of its step, there or to come."""
-        if self._folder is None:
+        if not self._world.is_main:
             return
         self._evaluations = {step: dict(results)}
         if self._write is None and self.durable_step == step:
             self._settle()
 
     def _rotate(self) -> None:
-        assert self._folder is not None
         steps = self._folder.steps()
         metric = self._keep.metric
         found = {step: self._folder.evaluation(step).get(metric) for step in steps} if metric else {}

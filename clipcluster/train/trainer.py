@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
+from clipcluster.runtime.stateful import Parts
 from clipcluster.runtime.stop import GRACE_SECONDS, Failure, LostPeers, Outcome, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 from clipcluster.train import rollback
 from clipcluster.train.bad_samples import BadSamples
-from clipcluster.train.checkpoint import CheckpointFolder, Parts
+from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.evaluations import Evaluations, Interrupted
 from clipcluster.train.guard import Streak
 from clipcluster.train.metrics import Metrics
@@ -117,7 +118,6 @@ class Trainer:
             if wishes & Wish.STOP and self._more():
                 return self._stopped()
             if wishes & Wish.SAVE:
-                self.world.while_main(self.saver.finish)
                 self.saver.save(self.progress, self.parts)
         return self._finished()
 
@@ -257,15 +257,11 @@ class Trainer:
                 self.attempt.event("stop_requested", writer=writer, reason=self.stop.reason)
         if self.progress.step:
             left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
-            self._save_and_wait(left)
+            self.saver.save_and_wait(self.progress, self.parts, left)
         return self._leave(Outcome.STOPPED, self.world.reason_to_stop(self.stop))
 
-    def _save_and_wait(self, seconds_left: float | None = None) -> None:
-        """Have the current step durable; the other ranks wait for rank 0, however long its disk takes."""
-        self.world.while_main(lambda: self.saver.save_and_wait(self.progress, self.parts, seconds_left))
-
     def _finished(self) -> Outcome:
-        self._save_and_wait()
+        self.saver.save_and_wait(self.progress, self.parts)
         return self._leave(Outcome.FINISHED, "all steps done")
 
     def _leave(self, outcome: Outcome, reason: str) -> Outcome:

@@ -26,22 +26,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from clipcluster.errors import StaleAttempt
-from clipcluster.runs.checkpoints import newest_whole
+from clipcluster.runs.checkpoints import newest_whole, read_manifest, steps_in
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.stop import CheckpointError, Wish
-from clipcluster.train.checkpoint import (
-    Broken,
-    CheckpointFolder,
-    Contents,
-    load_parts,
-    reading,
-    take_copy,
-    verify,
-)
+from clipcluster.runtime.world import World
+from clipcluster.train import checkpoint_writer
+from clipcluster.train.checkpoint import CheckpointFolder, reading
+from clipcluster.train.checkpoint_reader import Broken, load_parts, verify
+from clipcluster.train.checkpoint_writer import Contents, take_copy
 from clipcluster.train.progress import Progress
 from clipcluster.train.rotation import Keep
-from clipcluster.train.saver import Saver
+from clipcluster.train.saver import Saver, to_drop
 from clipcluster.train.tensorfile import safetensors_bytes
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class Part:
@@ -133,7 +131,7 @@ def test_later_steps_change_nothing_in_the_copy(tmp_path: Path) -> None:
     part = Part(1.0)
     copied = take_copy(1, {}, {"model": part})
     part.tensor.fill_(9.0)
-    assert float(copied.tensors["model"]["tensor"][0]) == 1.0
+    assert float(copied.tensors["model.safetensors"]["tensor"][0]) == 1.0
 
 
 # Broken ones
@@ -350,7 +348,7 @@ def test_what_kills_left_behind_is_removed(folder: CheckpointFolder) -> None:
 def save_for_ever(path: Path) -> None:
     """What a killed process was doing: saving and rotating, one step after the other."""
     folder = folder_at(path)
-    saver = Saver(folder, keep=Keep(last=2), constants={}, every_steps=1)
+    saver = Saver(folder, ALONE, keep=Keep(last=2), constants={}, every_steps=1)
     progress = Progress(steps_per_epoch=10, batch_size=1)
     progress.step = max(folder.steps(), default=0)
     while True:
@@ -411,11 +409,11 @@ class SlowFolder(CheckpointFolder):
         self.go = threading.Event()
         self.seconds = 0.0
 
-    def _write_files(self, aside: Path, contents: Contents, dropped: Callable[[], bool]) -> None:
-        while not self.go.wait(0.005) and not dropped():
-            pass
+    def write(self, contents: Contents, tell: Callable[[int], None] = lambda size: None) -> Path:
+        while not self.go.wait(0.005):
+            tell(0)
         time.sleep(self.seconds)
-        super()._write_files(aside, contents, dropped)
+        return super().write(contents, tell)
 
 
 def test_training_goes_on_while_a_thread_writes(tmp_path: Path) -> None:
@@ -423,6 +421,7 @@ def test_training_goes_on_while_a_thread_writes(tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
     saver = Saver(
         folder,
+        ALONE,
         keep=Keep(),
         constants={},
         every_steps=2,
@@ -445,7 +444,7 @@ def test_training_goes_on_while_a_thread_writes(tmp_path: Path) -> None:
 
 def test_a_stop_finishes_the_write_under_way_and_saves_the_current_step(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2)
+    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2)
     saver.save(at(2), {"model": Part()})
     threading.Timer(0.1, folder.go.set).start()
     saver.save_and_wait(at(3), {"model": Part()}, seconds_left=30.0)
@@ -457,7 +456,7 @@ def test_a_stop_drops_the_older_one_where_both_cannot_fit(tmp_path: Path) -> Non
     folder = SlowFolder(tmp_path / "checkpoints")
     folder.go.set()
     folder.seconds = 0.3
-    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2)
+    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2)
     saver.save(at(2), {"model": Part()})
     saver.finish()
     assert saver.last_seconds >= 0.3
@@ -471,7 +470,7 @@ def test_a_stop_drops_the_older_one_where_both_cannot_fit(tmp_path: Path) -> Non
 
 def test_a_stop_at_the_step_under_way_writes_it_once(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2)
+    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2)
     saver.last_seconds = 100.0
     saver.save(at(2), {"model": Part()})
     threading.Timer(0.1, folder.go.set).start()
@@ -481,7 +480,7 @@ def test_a_stop_at_the_step_under_way_writes_it_once(tmp_path: Path) -> None:
 
 def test_a_metric_that_was_not_finite_is_never_the_best(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(last=2, metric="t2i_r1", count=1), constants={}, every_steps=1)
+    saver = Saver(folder, ALONE, keep=Keep(last=2, metric="t2i_r1", count=1), constants={}, every_steps=1)
     for step, value in enumerate((0.2, math.nan, 0.1, math.nan, math.nan), start=1):
         saver.record_evaluation(step, {"t2i_r1": value})
         saver.save_and_wait(at(step), {"model": Part()})
@@ -489,7 +488,7 @@ def test_a_metric_that_was_not_finite_is_never_the_best(tmp_path: Path) -> None:
 
 
 def test_saves_come_by_the_clock(tmp_path: Path) -> None:
-    saver = Saver(folder_at(tmp_path / "checkpoints"), keep=Keep(), constants={}, every_seconds=0.2)
+    saver = Saver(folder_at(tmp_path / "checkpoints"), ALONE, keep=Keep(), constants={}, every_seconds=0.2)
     assert saver.wishes(at(1)) == Wish.NONE
     time.sleep(0.25)
     assert saver.wishes(at(2)) == Wish.SAVE
@@ -500,7 +499,7 @@ def test_saves_come_by_the_clock(tmp_path: Path) -> None:
 
 def test_by_the_clock_a_slow_disk_neither_holds_up_training_nor_is_given_two_at_once(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(), constants={}, every_seconds=0.1)
+    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_seconds=0.1)
     time.sleep(0.1)
     saver.save(at(1), {"model": Part()})
     time.sleep(0.15)
@@ -518,7 +517,7 @@ def test_by_the_clock_a_slow_disk_neither_holds_up_training_nor_is_given_two_at_
 @pytest.mark.parametrize("when", [{"every_steps": 7}, {"every_seconds": 1000.0}])
 def test_what_is_kept_for_good_is_saved_whatever_the_period(tmp_path: Path, when: dict[str, Any]) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(last=2, every=10), constants={}, **when)
+    saver = Saver(folder, ALONE, keep=Keep(last=2, every=10), constants={}, **when)
     for step in range(1, 50):
         if saver.wishes(at(step)) & Wish.SAVE:
             saver.save(at(step), {"model": Part()})
@@ -528,7 +527,7 @@ def test_what_is_kept_for_good_is_saved_whatever_the_period(tmp_path: Path, when
 
 def test_a_stop_keeps_the_older_one_where_the_newer_cannot_fit_either(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2, last_seconds=50.0)
+    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2, last_seconds=50.0)
     saver.save(at(4), {"model": Part()})
     threading.Timer(0.1, folder.go.set).start()
     saver.save_and_wait(at(5), {"model": Part()}, seconds_left=10.0)
@@ -537,16 +536,57 @@ def test_a_stop_keeps_the_older_one_where_the_newer_cannot_fit_either(tmp_path: 
 
 def test_the_first_save_of_an_attempt_goes_by_the_last_of_the_attempt_before(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2, last_seconds=8.0)
+    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2, last_seconds=8.0)
     saver.save(at(4), {"model": Part()})
     threading.Timer(0.3, folder.go.set).start()
     saver.save_and_wait(at(5), {"model": Part()}, seconds_left=10.0)
     assert folder.steps() == [5]
 
 
+@pytest.mark.parametrize(
+    ("passed", "whole", "left", "dropped"),
+    [
+        (0.0, 10.0, 25.0, False),  # both fit
+        (0.0, 10.0, 15.0, True),  # only one fits: the newer
+        (6.0, 10.0, 15.0, False),  # most of the older one is done
+        (6.0, 10.0, 13.0, True),
+        (6.0, 10.0, 9.0, False),  # the newer does not fit: the older has the better chance
+        (30.0, 10.0, 10.0, False),  # about to be done
+    ],
+)
+def test_what_fits_into_the_time_left(passed: float, whole: float, left: float, dropped: bool) -> None:
+    assert to_drop(passed, whole, left) is dropped
+
+
+def test_a_first_save_under_way_at_a_stop_tells_by_its_pace_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No save of this run was ever finished: half of this one took 10 s, so one takes 20 s, both 30 s."""
+    half_done, go = threading.Event(), threading.Event()
+
+    def halting(tensors: Any) -> Iterator[Any]:
+        *pieces, last = safetensors_bytes(tensors)
+        yield from pieces
+        yield last[:200_000]
+        half_done.set()
+        while not go.wait(0.005):
+            yield b""
+        yield last[200_000:]
+
+    monkeypatch.setattr(checkpoint_writer, "safetensors_bytes", halting)
+    saver = Saver(folder_at(tmp_path / "checkpoints"), ALONE, keep=Keep(), constants={}, every_steps=2)
+    saver.save(at(2), {"model": Part(size=100_000)})
+    assert half_done.wait(10)
+    assert saver._write
+    saver._write.began -= 10.0
+    threading.Timer(0.2, go.set).start()
+    saver.save_and_wait(at(3), {"model": Part()}, seconds_left=25.0)
+    assert steps_in(tmp_path / "checkpoints") == [3]
+
+
 def test_measurements_that_a_roll_back_undid_are_not_recorded(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(), constants={}, every_steps=2)
+    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2)
     saver.save(at(2), {"model": Part()})
     saver.finish()
     saver.record_evaluation(3, {"m": 1.0})
@@ -556,21 +596,15 @@ def test_measurements_that_a_roll_back_undid_are_not_recorded(tmp_path: Path) ->
     assert folder.evaluation(3) == {}
 
 
-def test_the_other_ranks_save_nothing() -> None:
-    saver = Saver(None, keep=Keep(), constants={}, every_steps=1)
-    saver.save(at(1), {})
-    saver.save_and_wait(at(1), {})
-    saver.record_evaluation(1, {})
-    assert saver.wishes(at(1)) == Wish.NONE
-
-
 def test_a_stale_save_is_told_at_the_next_boundary(tmp_path: Path) -> None:
     def stale() -> None:
         raise StaleAttempt("a later attempt owns the run")
 
     path = tmp_path / "checkpoints"
     path.mkdir()
-    saver = Saver(CheckpointFolder(path, check=stale, about={}), keep=Keep(), constants={}, every_steps=1)
+    saver = Saver(
+        CheckpointFolder(path, check=stale, about={}), ALONE, keep=Keep(), constants={}, every_steps=1
+    )
     saver.save(at(1), {"model": Part()})
     saver.finish()
     assert saver.wishes(at(2)) == Wish.ABORT
@@ -579,7 +613,7 @@ def test_a_stale_save_is_told_at_the_next_boundary(tmp_path: Path) -> None:
 
 def test_rotation_deletes_after_the_new_one_is_there(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(last=2, every=3), constants={}, every_steps=1)
+    saver = Saver(folder, ALONE, keep=Keep(last=2, every=3), constants={}, every_steps=1)
     for step in range(1, 8):
         saver.save(at(step), {"model": Part()})
         saver.finish()
@@ -589,7 +623,7 @@ def test_rotation_deletes_after_the_new_one_is_there(tmp_path: Path) -> None:
 
 def test_what_somebody_reads_is_not_deleted(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, keep=Keep(last=2), constants={}, every_steps=1)
+    saver = Saver(folder, ALONE, keep=Keep(last=2), constants={}, every_steps=1)
 
     def save(step: int) -> None:
         saver.save(at(step), {"model": Part()})
@@ -608,6 +642,112 @@ def test_what_somebody_reads_is_not_deleted(tmp_path: Path) -> None:
     save(6)
     save(7)
     assert folder.steps() == [6, 7]
+
+
+# Parts that differ by rank
+
+
+class OwnPart:
+    """Every rank has another."""
+
+    per_rank = True
+
+    def __init__(self, value: float) -> None:
+        self.tensor = torch.full((10,), value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensor": self.tensor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tensor = state["tensor"]
+
+
+def brought_by(rank: int, ranks: int = 3, step: int = 4) -> Contents:
+    parts = {"model": Part(1.0), "own": OwnPart(float(rank))}
+    return take_copy(step, at(step).state_dict(), parts, rank=rank, ranks=ranks, number=1)
+
+
+def write_together(folder: CheckpointFolder, contents: list[Contents]) -> list[BaseException | None]:
+    """Every rank writes in a thread of its own, as in a process of its own; what each raised."""
+    errors: list[BaseException | None] = [None] * len(contents)
+
+    def write(place: int) -> None:
+        try:
+            folder.write(contents[place])
+        except BaseException as error:
+            errors[place] = error
+
+    threads = [threading.Thread(target=write, args=(place,)) for place in range(len(contents))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_every_rank_brings_its_part_and_rank_0_lists_them_all(folder: CheckpointFolder) -> None:
+    assert write_together(folder, [brought_by(2), brought_by(0), brought_by(1)]) == [None] * 3
+    whole = folder.path(4)
+    state = verify(whole)
+    assert set(read_manifest(whole)) == {
+        "model.safetensors",
+        *(f"own-rank-0000{rank}.safetensors" for rank in range(3)),
+        "state.json",
+    }
+    assert {path.name for path in whole.iterdir()} == {*read_manifest(whole), "manifest.json"}
+    for rank in range(3):
+        part = OwnPart(-1.0)
+        load_parts(whole, state, {"model": Part(), "own": part}, rank=rank, ranks=3)
+        assert part.tensor.tolist() == [float(rank)] * 10
+    assert not list(folder.folder.glob(".*"))
+    with pytest.raises(CheckpointError, match=r"written by 3 ranks.*own; this run has 2 ranks"):
+        load_parts(whole, state, {"model": Part(), "own": OwnPart(0.0)}, rank=0, ranks=2)
+    with pytest.raises(CheckpointError, match=r"of each rank's own: own; this run has 3 ranks and none"):
+        load_parts(whole, state, {"model": Part(), "own": Part()}, rank=0, ranks=3)
+
+
+def test_a_rank_that_cannot_write_fails_the_save_of_all(folder: CheckpointFolder) -> None:
+    failing = brought_by(1, ranks=2)
+    (folder.folder / ".writing-step-00000004-0-1" / "own-rank-00001.safetensors").mkdir(parents=True)
+    errors = write_together(folder, [brought_by(0, ranks=2), failing])
+    assert "rank 1 could not write its files" in str(errors[0])
+    assert isinstance(errors[0], OSError)
+    assert isinstance(errors[1], OSError)
+    assert folder.steps() == [1, 2, 3]
+    assert not list(folder.folder.glob(".*"))
+
+
+def test_a_rank_that_never_writes_fails_the_save(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "PEER_SECONDS", 0.1)
+    with pytest.raises(OSError, match=r"rank 1 did not write its files of step 4 within 0\.1 s"):
+        folder.write(brought_by(0, ranks=2))
+    assert folder.steps() == [1, 2, 3]
+
+
+def test_a_file_of_another_rank_that_is_damaged_breaks_the_checkpoint(folder: CheckpointFolder) -> None:
+    write_together(folder, [brought_by(0, ranks=2), brought_by(1, ranks=2)])
+    os.truncate(folder.path(4) / "own-rank-00001.safetensors", 20)
+    with pytest.raises(Broken, match=r"own-rank-00001.safetensors has 20 bytes"):
+        verify(folder.path(4))
+
+
+def test_a_part_that_differs_by_rank_holds_tensors_alone() -> None:
+    part = OwnPart(1.0)
+    part.state_dict = lambda: {"tensor": part.tensor, "count": 3}  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match=r"own differs by rank and may hold tensors alone, not count"):
+        take_copy(1, {}, {"own": part}, rank=1, ranks=2)
+
+
+def test_a_checkpoint_of_the_first_format_is_read(folder: CheckpointFolder) -> None:
+    state = read_json(folder.path(3) / "state.json")
+    assert state["format"] == 2
+    older = {key: value for key, value in state.items() if key not in ("per_rank", "ranks")}
+    rewrite(folder.path(3), {**older, "format": 1})
+    part = Part()
+    load_parts(folder.path(3), verify(folder.path(3)), {"model": part}, rank=1, ranks=4)
+    assert float(part.tensor[0]) == 3.0
 
 
 # Disks that are full
@@ -631,6 +771,7 @@ def test_a_full_disk_is_said_retried_and_touches_no_older_one(small_disk: Path) 
     folder = folder_at(small_disk / "checkpoints")
     saver = Saver(
         folder,
+        ALONE,
         keep=Keep(last=2),
         constants={},
         every_steps=1,
@@ -666,7 +807,7 @@ def write_beyond_a_limit(path: Path) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     folder = folder_at(path)
-    saver = Saver(folder, keep=Keep(last=2), constants={}, every_steps=1)
+    saver = Saver(folder, ALONE, keep=Keep(last=2), constants={}, every_steps=1)
     saver.save(at(4), {"model": Part(1.0, 150_000)})
     saver.finish()
     once = saver.wishes(at(4)) == Wish.SAVE

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipcluster.runs.checkpoints import is_whole
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
@@ -144,3 +145,16 @@ def test_peers_wait_for_a_slow_disk_however_long(toy: ModuleType, tmp_path: Path
     script = {"steps": 4, "save_every": 2, "silence": 2.0, "slow_disk": 3.0}
     start_ranks(run, 2, {**script, "stop_at": 1}, script).finish(0)
     assert [event["step"] for event in events(run) if event["event"] == "checkpoint"] == [2, 4]
+
+
+def test_every_rank_saves_and_resumes_its_own_part(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
+    run = ranked_run(toy, tmp_path / "run")
+    script = {"own_part": True, "save_every": 4}
+    start_ranks(run, 3, {**script, "stop_at": 5}, script).finish(0)
+    checkpoint = run.checkpoints / "step-00000012"
+    brought = {path.name: load_file(path) for path in checkpoint.glob("seen-rank-*.safetensors")}
+    assert {name: int(tensors["total"]) for name, tensors in brought.items()} == {
+        f"seen-rank-0000{rank}.safetensors": 12 * (rank + 1) for rank in range(3)
+    }
+    assert is_whole(checkpoint)
+    assert [event["step"] for event in events(run) if event["event"] == "checkpoint"] == [4, 6, 8, 12]

@@ -110,13 +110,7 @@ def test_a_stop_before_the_first_step_leaves_nothing_and_ends_cleanly(toy: Modul
 
 def test_a_stop_while_a_save_is_under_way_leaves_both_checkpoints(toy: ModuleType, run: Any) -> None:
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(stop_at=4))
-    write_files = trainer.checkpoints._write_files
-
-    def write_slowly(*arguments: Any) -> None:
-        time.sleep(0.3)
-        write_files(*arguments)
-
-    trainer.checkpoints._write_files = write_slowly
+    trainer.checkpoints.seconds = 0.3
     assert trainer.run() is Outcome.STOPPED
     assert trainer.progress.step == 5
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-00000004", "step-00000005"]

@@ -68,6 +68,7 @@ class Script:
     weights: str = "w"
     lr: float = 0.05
     pause: float = 0.0
+    own_part: bool = False  # a part that differs by rank
     slow_disk: float = 0.0  # seconds that reading and writing a checkpoint takes
     silence: float = 60.0  # seconds after which a rank is lost
     backward: str = "whole"
@@ -92,10 +93,26 @@ class Towers(nn.Module):
         return nn.functional.normalize(self.last(hidden).float()), nn.functional.normalize(text.float())
 
 
+class Seen:
+    """Counts a rank's steps, each as its number: no two ranks have the same."""
+
+    per_rank = True
+
+    def __init__(self) -> None:
+        self.total = torch.zeros((), dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total = state["total"]
+
+
 class ToyTask(Task):
     def __init__(self, model: Towers, world: World, script: Script) -> None:
         super().__init__()
         self.model, self.world, self.script = model, world, script
+        self.seen = Seen()
 
     def encode(self, batch: Batch) -> Features:
         image, text = self.model(batch.images, batch.tokens)
@@ -110,6 +127,7 @@ class ToyTask(Task):
         return Report(loss, {"loss": loss.detach(), "logit_scale": scale.detach(), "accuracy": accuracy})
 
     def after_step(self) -> None:
+        self.seen.total += self.world.rank + 1
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=4.6)
 
@@ -207,15 +225,20 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision}
     if ema:
         parts["ema"] = ema
+    if script.own_part:
+        parts["seen"] = task.seen
     constants = {
         "index": [{"name": "toy", "fingerprint": script.index, "shards": {"shard-0": script.index}}],
         "starting_weights": {"image": script.weights},
         "plan": {"total_steps": script.steps},
     }
-    checkpoints = SlowDisk(run.checkpoints, check=attempt.check, about={"world_size": world.size})
+    checkpoints = SlowDisk(
+        run.checkpoints, check=attempt.check, about={"world_size": world.size}, attempt=attempt.number
+    )
     checkpoints.seconds = script.slow_disk
     saver = Saver(
-        checkpoints if world.is_main else None,
+        checkpoints,
+        world,
         keep=Keep(last=script.keep_last, metric=script.keep_best, count=1 if script.keep_best else 0),
         constants=constants,
         every_steps=script.save_every,

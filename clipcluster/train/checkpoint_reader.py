@@ -1,0 +1,141 @@
+"""Reading a checkpoint: verified byte by byte before it is trusted, then given to its parts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from clipcluster.runs.checkpoints import MANIFEST, STATE, read_manifest, tensors_file
+from clipcluster.runs.files import read_json
+from clipcluster.runtime.stateful import Parts, is_per_rank
+from clipcluster.runtime.stop import CheckpointError
+
+FORMATS = (1, 2)
+"""Those that can be read. In 1 the logit scale has no dimension, and no part differs by rank."""
+
+
+class Broken(Exception):
+    """This checkpoint does not verify; the message says why."""
+
+
+def load_parts(
+    folder: Path, state: Mapping[str, Any], parts: Parts, *, rank: int = 0, ranks: int = 1
+) -> None:
+    """Give every part its state from a verified checkpoint; a part that differs by rank gets its own rank's.
+
+    Raises CheckpointError where a part and its state do not fit, and where parts that differ by rank were
+    written by another number of ranks.
+    """
+    if set(parts) != set(state["parts"]):
+        raise CheckpointError(
+            f"{folder} holds {', '.join(state['parts'])}; this run has {', '.join(sorted(parts))}.",
+            "Resume with the recipe and the code that wrote the checkpoint, or start another run.",
+        )
+    own = sorted(name for name, part in parts.items() if is_per_rank(part))
+    per_rank, written_by = state.get("per_rank") or [], state.get("ranks") or 1
+    if own != per_rank or (own and written_by != ranks):
+        raise CheckpointError(
+            f"{folder} was written by {written_by} ranks, with parts of each rank's own: "
+            f"{', '.join(per_rank) or 'none'}; this run has {ranks} ranks and {', '.join(own) or 'none'}.",
+            f"Resume on {written_by} ranks, with the recipe and the code that wrote the checkpoint.",
+        )
+    for name, part in parts.items():
+        file = folder / tensors_file(name, rank if name in own else None)
+        try:
+            values = dict(state.get(name, {}))
+            if file.exists():
+                values.update(load_file(file))
+            part.load_state_dict(values)
+        except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: the state of {name} does not fit: {error}",
+                "Resume with the recipe and the code that wrote the checkpoint, or start another run.",
+            ) from error
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every byte of a checkpoint and return its state.json. Raises Broken with the reason.
+
+    A file system that refuses to read (not: a file that is absent) raises its own OSError: such a checkpoint
+    may be whole.
+    """
+    try:
+        listed = read_manifest(folder)
+        if STATE not in listed:
+            raise Broken(f"{MANIFEST} does not list {STATE}")
+        for name, (size, sha256) in listed.items():
+            _verify_file(folder / name, size, sha256)
+        return read_state(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Broken(f"{Path(error.filename).name} is missing") from error
+    except ValueError as error:
+        raise Broken(str(error)) from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint.
+
+    Raises OSError, ValueError where it is not the state of a run, and CheckpointError for a newer format.
+    """
+    state = read_json(folder / STATE)
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise ValueError(f"{STATE} names no format")
+    if state["format"] not in FORMATS:
+        raise CheckpointError(
+            f"{folder} has format {state['format']}; this version reads {' and '.join(map(str, FORMATS))}.",
+            "Resume with the version that wrote it.",
+        )
+    for key, valid in _STATE.items():
+        if not valid(state.get(key)):
+            raise ValueError(f"{STATE}: {key} cannot be {state.get(key)!r}")
+    return state
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= -1
+
+
+def _are_ranges(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_count, pair)) for pair in value
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_sources(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(source, dict) and {"name", "fingerprint"} <= source.keys() for source in value)
+    )
+
+
+_STATE: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "samples", "batches_drawn", "evaluated_step"), _is_count),
+    "skipped": _are_ranges,
+    "parts": _are_names,
+    "per_rank": lambda value: value is None or _are_names(value),
+    "ranks": lambda value: value is None or _is_count(value),
+    "index": _are_sources,
+    "starting_weights": lambda value: value is None or isinstance(value, dict),
+}
+"""What the values in state.json must be; None where a key may be absent."""
+
+
+def _verify_file(path: Path, size: int, sha256: str) -> None:
+    found = path.stat().st_size
+    if found != size:
+        raise Broken(f"{path.name} has {found:,} bytes, the manifest says {size:,}")
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(4 << 20):
+            digest.update(piece)
+    if digest.hexdigest() != sha256:
+        raise Broken(f"the content of {path.name} is not what was written (SHA-256 differs)")

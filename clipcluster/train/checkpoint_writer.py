@@ -1,0 +1,171 @@
+"""Writing a checkpoint: a copy in memory, then files aside, the manifest over all of them last.
+
+Rank 0 writes what all ranks hold alike. Where a part differs by rank, every rank writes its own file into the
+same folder and leaves a receipt with its size and SHA-256; rank 0 waits for the receipts, and writes the
+manifest over all files. Nothing here is a collective: it runs in a thread, beside the training.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipcluster.runs.checkpoints import MANIFEST, STATE, file_entry, tensors_file
+from clipcluster.runs.files import fsync_folder, read_json, write_json
+from clipcluster.runtime.stateful import Parts, is_per_rank
+from clipcluster.train.tensorfile import safetensors_bytes
+
+FORMAT = 2
+PEER_SECONDS = 600.0
+"""How long rank 0 waits for the files of the other ranks once its own are written."""
+_LOOK_SECONDS = 0.05
+
+Files = dict[str, dict[str, Any]]
+"""As the manifest lists them: name -> `bytes` and `sha256`."""
+Tell = Callable[[int], None]
+"""Called with the size of every piece that was written (0: still waiting); raises Dropped to give up."""
+
+
+class Dropped(Exception):
+    """The write was given up because something more urgent came."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one rank brings to a checkpoint, in memory on the CPU: tensors by file, and plain values.
+
+    number: how many checkpoints this process began before; with the attempt it names the folder aside, the
+        same on all ranks. ranks: how many bring files.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+    rank: int = 0
+    ranks: int = 1
+    number: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+
+
+def take_copy(
+    step: int, state: Mapping[str, Any], parts: Parts, *, rank: int = 0, ranks: int = 1, number: int = 0
+) -> Contents:
+    """Copy what `rank` brings to the CPU. Later steps change nothing in the copy.
+
+    Tensors of a part go to PART.safetensors, its other values into state.json under the part's name. A part
+    that differs by rank holds tensors alone, each rank's in a file of its own; raises TypeError otherwise.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    plain: dict[str, Any] = {}
+    own = {name for name, part in parts.items() if is_per_rank(part)}
+    for name, part in parts.items():
+        if rank and name not in own:
+            continue
+        values = part.state_dict()
+        found = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        if found:
+            file = tensors_file(name, rank if name in own else None)
+            tensors[file] = {key: value.detach().to("cpu", copy=True) for key, value in found.items()}
+        rest = {key: value for key, value in values.items() if key not in found}
+        if rest and name in own:
+            raise TypeError(f"{name} differs by rank and may hold tensors alone, not {', '.join(rest)}")
+        if rest:
+            plain[name] = rest
+    ranks = ranks if own else 1
+    about = {"parts": sorted(parts), "per_rank": sorted(own), "ranks": ranks}
+    return Contents(step, tensors, {"format": FORMAT, **state, **plain, **about}, rank, ranks, number)
+
+
+def write_whole(aside: Path, contents: Contents, about: Mapping[str, Any], tell: Tell) -> None:
+    """Rank 0: write its files, wait for those of the other ranks, and write state and manifest.
+
+    Raises OSError, also where another rank could not write its files or did not within PEER_SECONDS.
+    """
+    files = _write_tensors(aside, contents, tell)
+    for rank in range(1, contents.ranks):
+        files |= _await_receipt(aside, rank, contents.step, tell)
+    files[STATE] = _write_file(aside / STATE, [_json(contents.state)], tell)
+    manifest = {"format": FORMAT, "step": contents.step, "time": time.time(), **about, "files": files}
+    _write_file(aside / MANIFEST, [_json(manifest)], tell)
+    fsync_folder(aside)
+
+
+def write_share(aside: Path, contents: Contents, tell: Tell) -> None:
+    """Another rank: write its files and the receipt that rank 0 waits for. Raises OSError."""
+    try:
+        files = _write_tensors(aside, contents, tell)
+    except OSError as error:
+        write_json(_receipt(aside, contents.rank), {"error": str(error)})
+        raise
+    write_json(_receipt(aside, contents.rank), {"files": files})
+
+
+def _receipt(aside: Path, rank: int) -> Path:
+    return aside / f".rank-{rank}.json"
+
+
+def _await_receipt(aside: Path, rank: int, step: int, tell: Tell) -> Files:
+    """What a rank wrote, as it says itself; the receipt is removed."""
+    path, deadline = _receipt(aside, rank), time.monotonic() + PEER_SECONDS
+    while not path.exists():
+        tell(0)
+        if time.monotonic() > deadline:
+            reason = f"rank {rank} did not write its files of step {step} within {PEER_SECONDS:g} s"
+            raise OSError(errno.ETIMEDOUT, reason)
+        time.sleep(_LOOK_SECONDS)
+    receipt = read_json(path)
+    if "error" in receipt:
+        raise OSError(errno.EIO, f"rank {rank} could not write its files: {receipt['error']}")
+    path.unlink()
+    return dict(receipt["files"])
+
+
+def _write_tensors(aside: Path, contents: Contents, tell: Tell) -> Files:
+    return {
+        name: _write_file(aside / name, safetensors_bytes(tensors), tell)
+        for name, tensors in contents.tensors.items()
+    }
+
+
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview], tell: Tell) -> dict[str, Any]:
+    """Write and fsync a file; its entry in the manifest."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb", buffering=0) as stream:
+        for piece in pieces:
+            rest = memoryview(piece)
+            digest.update(rest)
+            size += len(rest)
+            while rest:
+                rest = rest[stream.write(rest) :]
+            tell(len(piece))
+        os.fsync(stream.fileno())
+    return file_entry(size, digest.hexdigest())
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def versions() -> dict[str, str]:
+    """The versions a manifest names."""
+    try:
+        own = version("clipcluster")
+    except PackageNotFoundError:  # run from a folder, never installed
+        own = "not installed"
+    return {"python": platform.python_version(), "torch": torch.__version__, "clipcluster": own}
