@@ -171,7 +171,7 @@ BREAKS = {
     flip: "content of model.safetensors is not what was written",
     flip_state: "content of state.json is not what was written",
     lose_manifest: "manifest.json is missing",
-    tear_manifest: "manifest.json .*whole JSON",
+    tear_manifest: "manifest.json is not valid JSON",
     lose_file: "model.safetensors is missing",
 }
 
