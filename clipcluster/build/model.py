@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.checkpoints import weights_file
 from clipcluster.runs.folder import Run
 
@@ -22,13 +24,21 @@ logger = logging.getLogger("clipcluster")
 
 def build_model(
     recipe: Recipe, tokenizer: Tokenizer, assets: Path | None, *, starting_weights: bool = True
-) -> Clip:
-    """The model at its start, on the CPU; fresh weights are a function of the recipe's seed."""
+) -> Any:
+    """The model of the recipe's task at its start, on the CPU; fresh weights are a function of the seed.
+
+    `starting_weights=False` reads no weight file: for a model that is about to take a checkpoint's.
+    """
     import torch
 
+    torch.manual_seed(recipe.seed)
+    return resolve_name(TASKS[recipe.task].model)(recipe, tokenizer, assets, starting_weights)
+
+
+def dual_encoder(recipe: Recipe, tokenizer: Tokenizer, assets: Path | None, starting_weights: bool) -> Clip:
+    """An image tower and a text tower into one space."""
     from clipcluster.model.clip import build_clip
 
-    torch.manual_seed(recipe.seed)
     return build_clip(
         recipe.model,
         image_size=recipe.data.image.size,
@@ -38,8 +48,8 @@ def build_model(
     )
 
 
-def describe_start(model: Clip, plan_: Plan) -> dict[str, str]:
-    """Rank 0's words on what a run starts from; returns the starting weights' hashes by tower."""
+def describe_start(model: Any, plan_: Plan) -> dict[str, str]:
+    """Log what a run starts from (rank 0 calls it); returns the starting weights' hashes by tower."""
     logger.info(
         "%s ranks x %s samples; %s steps, %s an epoch",
         plan_.world_size,
@@ -68,7 +78,7 @@ def hash_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_weights(run: Run, model: Clip, checkpoint: Path | None) -> tuple[Path, int, bool]:
+def load_weights(run: Run, model: Any, checkpoint: Path | None) -> tuple[Path, int, bool]:
     """Weights of a checkpoint, by default the newest whole one; its folder, step, and whether averaged."""
     from safetensors.torch import load_file
 

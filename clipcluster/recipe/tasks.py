@@ -17,6 +17,8 @@ class TaskSpec:
 
     Attributes:
         builder: dotted name, `package.module:function`, of `(recipe, model, ranks) -> Task`.
+        model: that of `(recipe, tokenizer, assets, starting_weights) -> module`, on the CPU; the module's
+            attribute `starting_weights` has a `Coverage` for each weight file that was read.
         loss_over: `batch` where a sample's loss depends on the other samples of the global batch (negatives),
             `sample` where it is a mean over independent samples. It decides how gradients are accumulated.
         captions, classes: whether every sample needs a caption, a class.
@@ -25,6 +27,7 @@ class TaskSpec:
     """
 
     builder: str
+    model: str
     loss_over: Literal["batch", "sample"]
     captions: bool = False
     classes: bool = False
@@ -35,6 +38,7 @@ class TaskSpec:
 TASKS: Mapping[str, TaskSpec] = {
     "contrastive": TaskSpec(
         builder="clipcluster.build.task:contrastive",
+        model="clipcluster.build.model:dual_encoder",
         loss_over="batch",
         captions=True,
         evaluations=("retrieval", "zero_shot"),

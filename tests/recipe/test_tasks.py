@@ -13,6 +13,7 @@ def test_every_task_can_be_named_by_a_recipe_and_be_built() -> None:
     assert Recipe.model_json_schema()["properties"]["task"]["enum"] == sorted(TASKS)
     for spec in TASKS.values():
         assert callable(resolve_name(spec.builder))
+        assert callable(resolve_name(spec.model))
         assert all(callable(resolve_name(decoder)) for decoder in spec.members.values())
         assert set(spec.evaluations) <= METRICS.keys()
 
