@@ -172,6 +172,22 @@ class Stop:
         return Wish.STOP if self.requested else Wish.NONE
 
 
+_HOLD = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def holding_signals(python: str) -> list[str]:
+    """A command to put before Python's arguments: signals that ask to stop wait for `Stop.install`.
+
+    Until its handlers stand, a rank that imports would be killed by them. What remains is the start of a bare
+    interpreter, some hundredths of a second; a rank killed in there never started, and the job is requeued.
+    """
+    return [python, "-I", "-S", "-c", "; ".join(_HOLD.strip().splitlines())]
+
+
 def ignore_signals() -> None:
     """Keep a loader worker alive through the signals that stop its rank; the rank ends its workers."""
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):

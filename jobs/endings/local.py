@@ -23,7 +23,7 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime.environment import ATTEMPT, LOGS
 from clipcluster.runtime.job_id import local_job_id
-from clipcluster.runtime.stop import Outcome
+from clipcluster.runtime.stop import Outcome, holding_signals
 from jobs.endings import act
 from jobs.endings.claim import claim
 from jobs.endings.facts import gather
@@ -164,7 +164,7 @@ def _start(run: Run, attempt: Attempt, job_id: str, order: Order, rank: int) -> 
     paths = [run.submitit / f"{job_id}_{rank}_log.{kind}" for kind in ("out", "err")]
     with paths[0].open("ab") as out, paths[1].open("ab") as err:
         return subprocess.Popen(
-            [sys.executable, "-u", "-m", "submitit.core._submit", str(run.submitit)],
+            [*holding_signals(sys.executable), "-u", "-m", "submitit.core._submit", str(run.submitit)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=out,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_id, local_job_runs
+from clipcluster.runtime.stop import holding_signals
 from jobs.endings import local
 from jobs.submit import parameters as clusters
 from jobs.submit import snapshot
@@ -84,7 +86,8 @@ def queue(jobs: Sequence[Callable[[], None]], parameters: Mapping[str, Any], log
 
     protect(logs)
     with _outside_of_jobs():
-        executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
+        held = shlex.join(holding_signals(sys.executable))
+        executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0, python=held)
         executor.update_parameters(**parameters)
         said = io.StringIO()
         try:

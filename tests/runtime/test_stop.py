@@ -9,7 +9,7 @@ import time
 import pytest
 
 from clipcluster.runtime import stop as runtime_stop
-from clipcluster.runtime.stop import DataError, Failure, Outcome, Stop, Wish
+from clipcluster.runtime.stop import DataError, Failure, Outcome, Stop, Wish, holding_signals
 
 # Says what it caught after a signal that arrives while it is busy importing.
 CATCHER = """
@@ -44,6 +44,22 @@ def test_a_signal_is_noted(name):
 
 def test_a_signal_that_the_parent_had_blocked_is_noted():
     assert catch(signal.SIGTERM, "slurm", blocked=[signal.SIGTERM]) == ("SIGTERM 1 False", 0)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_signal_before_the_handlers(name, held):
+    """As submitit's: some time passes in its imports before the job is unpickled and its handlers stand."""
+    code = "print('ready', flush=True); import time; time.sleep(0.5)" + CATCHER
+    command = holding_signals(sys.executable) if held else [sys.executable]
+    process = subprocess.Popen([*command, "-u", "-c", code, "slurm"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=30)[0].split()
+    if held:
+        assert (said, process.returncode) == (["ready", name, "1", "False"], 0)
+    else:
+        assert (said, process.returncode) == ([], -getattr(signal, name))
 
 
 def test_interrupt_is_noted_outside_slurm_only():
