@@ -6,7 +6,6 @@ Nothing here loads torch until `train` or `evaluate` is called: a rank's signal 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,8 @@ from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Outcome, Stop, Wish
 
 if TYPE_CHECKING:
+    import torch
+
     from clipcluster.runtime.world import World
     from clipcluster.train.trainer import Trainer
 
@@ -40,12 +41,10 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
 
     Raises what `Trainer.run` raises, and UserError or DataError where a part cannot be built.
     """
-    from clipcluster.runtime.devices import pick_device
     from clipcluster.runtime.world import World
 
     recipe = from_run(run.recipe(), attempt.settings())
-    device = pick_device(launch.local_rank)
-    use_processors(recipe, launch)
+    device = use_processors(recipe, launch)
     attempt.phase(launch.rank, "rendezvous")
     world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
     began = time.monotonic()
@@ -71,16 +70,25 @@ def _stopped_early(world: World, attempt: Attempt, stop: Stop) -> Outcome:
     return Outcome.STOPPED
 
 
-def use_processors(recipe: Recipe, launch: Launch) -> None:
-    """Give this rank its share of the node's cores, and arithmetic that repeats."""
-    import torch
+def use_processors(recipe: Recipe, launch: Launch) -> torch.device:
+    """This rank's device, with threads from the node's cores and kernels as the recipe wants them."""
+    from clipcluster.runtime import devices
 
-    from clipcluster.runtime.devices import set_threads
-
-    usable = min(len(os.sched_getaffinity(0)), max(1, (os.cpu_count() or 1) // launch.local_size))
-    set_threads(min(recipe.cluster.cpus_per_task, usable))
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+    # SLURM grants what was requested, so that a node without a GPU is a broken one.
+    required = launch.manager == "slurm"
+    device = devices.pick_device(launch.local_rank, per_node=recipe.cluster.gpus_per_node, required=required)
+    wanted, usable = recipe.cluster.cpus_per_task, devices.usable_cores(launch.local_size)
+    devices.set_threads(min(wanted, usable))
+    if wanted > usable:
+        logger.warning(
+            "cluster.cpus_per_task is %d, and this rank has %d of the node's cores: it uses %d threads",
+            wanted,
+            usable,
+            usable,
+        )
+    repeatable = devices.choose_kernels(device, recipe.train.deterministic)
+    logger.info("device: %s, %s kernels", devices.describe(device), "deterministic" if repeatable else "fast")
+    return device
 
 
 def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clipcluster.runtime.devices import backends
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.network import address_of, listen, site_interface
 from clipcluster.runtime.stop import Failure, LostPeers, Stop, Wish, described, restored
@@ -72,7 +73,7 @@ class World:
         device: torch.device,
         timeout_s: float,
     ) -> World:
-        """Meet the other ranks of `launch`: gloo on the CPU, and NCCL beside it where `device` is CUDA.
+        """Meet the other ranks of `launch`: gloo on the CPU, and the device's own backend (NCCL) beside it.
 
         Rank 0 listens on a free port of the site's interface and calls `publish(address, port, token)`; the
         others call `find(timeout_s)`, which waits for it. The token keeps attempts apart: a rank left over
@@ -88,15 +89,14 @@ class World:
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        on_cuda = device.type == "cuda"
         with world._telling("did not meet the others"):
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+                backends(device),
                 store=_meet(launch, interface, publish, find, timeout_s),
                 rank=launch.rank,
                 world_size=launch.size,
                 timeout=timedelta(seconds=timeout_s),
-                device_id=device if on_cuda else None,
+                device_id=None if device.type == "cpu" else device,
             )
         return world
 

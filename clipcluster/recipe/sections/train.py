@@ -40,6 +40,12 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = key(
         "result", "Arithmetic of the towers: fp16 scales the loss, bf16 does not need to.", "fp32"
     )
+    deterministic: bool | None = key(
+        "speed",
+        "Kernels that give the same bits in every run, slower on a GPU. Default: on for the CPU, off on a "
+        "GPU, where a resumed run still has the same batches, negatives and schedule.",
+        None,
+    )
     ema: Ema | None = section("A moving average of the weights, evaluated and saved beside them.", None)
     record_samples: bool = key(
         "record", "Write down every consumed sample: step, slot, shard and key.", False
