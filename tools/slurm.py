@@ -59,23 +59,16 @@ class JobState:
     """One job (or one member of an array) as `scontrol show job` tells it; times are local and naive."""
 
     job_id: str  # "17", or "17_3" for a member of an array: what scontrol and scancel take
-    name: str
     state: str  # RUNNING, PENDING, COMPLETING, COMPLETED, FAILED, CANCELLED, TIMEOUT, …
     reason: str  # "None" when there is none
     partition: str
     restarts: int
-    requeue: bool
     exit_code: int
-    signal: int
-    submit_time: datetime | None
-    start_time: datetime | None
     end_time: datetime | None
     preempt_time: datetime | None
     nodes: tuple[str, ...]  # () while it has none
     batch_host: str | None
     excluded: tuple[str, ...]
-    work_dir: str
-    command: str
 
     @property
     def ended(self) -> bool:
@@ -102,16 +95,12 @@ class QueuedJob:
 
 @dataclass(frozen=True)
 class Partition:
-    """One partition; times in seconds, None where there is no limit."""
+    """One partition."""
 
     name: str
     default: bool
-    state: str
     nodes: tuple[str, ...]
     grace_seconds: int
-    max_seconds: int | None
-    preempt_mode: str
-    priority_tier: int
 
 
 @dataclass(frozen=True)
@@ -140,7 +129,7 @@ class Slurm:
             self._environment["SLURM_CONF"] = str(conf)
 
     def job(self, job_id: str) -> JobState | None:
-        """What SLURM knows of one job or array member; None when it knows it not (any more)."""
+        """What SLURM knows of one job or array member; None when it knows nothing of it (any more)."""
         try:
             text = self._ask("scontrol", "show", "job", job_id)
         except SlurmRefused as refusal:
@@ -209,7 +198,7 @@ class Slurm:
     def _ask(self, *command: str) -> str:
         conf = self._environment.get("SLURM_CONF")
         if conf and not os.path.exists(conf):  # SLURM's programs would wait a minute for it
-            raise SlurmUnavailable(f"SLURM_CONF names {conf}, which is not there")
+            raise SlurmUnavailable(f"SLURM_CONF names {conf}, which does not exist")
         try:
             done = subprocess.run(
                 command,
@@ -275,12 +264,8 @@ def parse_partitions(text: str) -> list[Partition]:
         Partition(
             name=fields["PartitionName"],
             default=fields.get("Default") == "YES",
-            state=fields.get("State", "UP"),
             nodes=expand_nodes(fields.get("Nodes", "")),
             grace_seconds=int(fields.get("GraceTime", "0")),
-            max_seconds=parse_duration(fields.get("MaxTime", "UNLIMITED")),
-            preempt_mode=fields.get("PreemptMode", "OFF"),
-            priority_tier=int(fields.get("PriorityTier", "1")),
         )
         for fields in _records(text, "PartitionName")
     ]
@@ -319,15 +304,6 @@ def parse_time(text: str) -> datetime | None:
         return datetime.fromisoformat(text)
     except ValueError:
         return None
-
-
-def parse_duration(text: str) -> int | None:
-    """Seconds of SLURM's [days-]hours:minutes:seconds or minutes:seconds; None for UNLIMITED and the like."""
-    matched = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if matched is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in matched.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def seconds_of(setting: str) -> int:
@@ -393,28 +369,20 @@ def _fields(line: str) -> Iterator[tuple[str, str]]:
 
 
 def _job(fields: Mapping[str, str]) -> JobState:
-    code, _, signal = fields.get("ExitCode", "0:0").partition(":")
     job_id = fields["JobId"]
     if "ArrayTaskId" in fields and "ArrayJobId" in fields:
         job_id = f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"
     host = fields.get("BatchHost")
     return JobState(
         job_id=job_id,
-        name=fields.get("JobName", ""),
         state=fields.get("JobState", "UNKNOWN"),
         reason=fields.get("Reason", "None"),
         partition=fields.get("Partition", ""),
         restarts=int(fields.get("Restarts", "0")),
-        requeue=fields.get("Requeue") == "1",
-        exit_code=int(code),
-        signal=int(signal or 0),
-        submit_time=parse_time(fields.get("SubmitTime", "")),
-        start_time=parse_time(fields.get("StartTime", "")),
+        exit_code=int(fields.get("ExitCode", "0:0").partition(":")[0]),
         end_time=parse_time(fields.get("EndTime", "")),
         preempt_time=parse_time(fields.get("PreemptTime", "")),
         nodes=expand_nodes(fields.get("NodeList", "")),
         batch_host=None if host in (None, "(null)") else host,
         excluded=expand_nodes(fields.get("ExcNodeList", "")),
-        work_dir=fields.get("WorkDir", ""),
-        command=fields.get("Command", ""),
     )

@@ -101,12 +101,12 @@ def sandbox_preempt(
     runs: Runs = None,
 ) -> None:
     """Evict a running job by one of higher priority, and let it come back."""
-    from tools.sandbox import sandbox as sandboxes
+    from tools.sandbox import preempt
 
     job: str | Path = run
-    if not sandboxes.JOB_ID.fullmatch(run):
+    if not preempt.JOB_ID.fullmatch(run):
         job = find_run(run, runs_folder(runs)).path
-    done = sandboxes.preempt(_sandbox_folder(folder), job, come_back=come_back, hold_seconds=hold)
+    done = preempt.preempt(_sandbox_folder(folder), job, come_back=come_back, hold_seconds=hold)
     say(
         f"job {done.job_id} left {', '.join(done.nodes)} after {done.evicted_after:.1f} s; "
         + ("requeued" if done.requeued else f"not requeued: {done.state}")
@@ -127,11 +127,11 @@ def sandbox_kill_node(node: NodeName, folder: SandboxFolder = None) -> None:
 
 @sandbox.command("lose-node")
 def sandbox_lose_node(node: NodeName, folder: SandboxFolder = None) -> None:
-    """Kill a node's slurmd alone: to SLURM the node is gone, its ranks live on."""
+    """Kill a node's slurmd alone: to SLURM the node is gone, its ranks keep running."""
     from tools.sandbox import sandbox as sandboxes
 
     sandboxes.lose_node(_sandbox_folder(folder), node)
-    say(f"{node}: slurmd killed, its ranks live on; SLURM notices after about 25 s")
+    say(f"{node}: slurmd killed, its ranks keep running; SLURM notices after about 25 s")
 
 
 @sandbox.command("restore-node")

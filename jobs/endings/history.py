@@ -12,7 +12,7 @@ from clipcluster.runtime.job_id import local_job_runs
 from jobs.endings.verdict import Raised
 from tools.slurm import ENDED, Slurm, SlurmRefused, SlurmUnavailable
 
-WRITER = "verdict"  # of events-verdict.jsonl: the batch script, or its local twin
+WRITER = "verdict"  # of events-verdict.jsonl: the batch script, or the local process
 VERDICTS = frozenset({"finish", "cancel", "stop", "note", "requeue", "fail"})
 FINAL = frozenset({"finish", "cancel", "stop", "fail"})
 NEUTRAL = frozenset({"preempted", "requeued already"})  # never count against a run, and break no row

@@ -1,4 +1,6 @@
-"""The batch script's twin on a machine without SLURM: it claims, watches the ranks, keeps the time, decides.
+"""A run on this machine, without SLURM: this process stands in for the batch script.
+
+It claims, starts and watches the ranks, keeps the time, and decides.
 
 The ranks are submitit's local tasks, started from the same pickle as on SLURM. A stop by time or a crash is
 followed by the next attempt; TERM or INT from outside ends the run as stopped. Standard library only.
@@ -40,7 +42,7 @@ CLOSE_SECONDS = 60.0  # the same where a rank left in peace: the others may stil
 
 @dataclass(frozen=True)
 class Order:
-    """What submit tells the twin; seconds, and `gpus` of this machine for all ranks together."""
+    """What submit asks for; seconds, and `gpus` of this machine for all ranks together."""
 
     tasks: int
     gpus: int
@@ -59,7 +61,7 @@ class Order:
 
 
 class Signals:
-    """What was sent to the twin: TERM and INT tell it to stop, USR1 and USR2 go on to the ranks."""
+    """What was sent to this process: TERM and INT stop the run, USR1 and USR2 are passed on to the ranks."""
 
     def __init__(self) -> None:
         self.told = ""

@@ -1,6 +1,6 @@
 """Which ending was this, and what follows: a pure function of what the batch side sees.
 
-An ending is decided on the batch side, never by a rank: a rank that dies decides nothing, and only the batch
+An ending is decided on the batch side, never by a rank: only that side outlives a crash, and only the batch
 side sees what SLURM thinks of the job. The first line of the table in `decide` that fits is the answer.
 """
 
@@ -68,7 +68,7 @@ class Facts:
     superseded: bool = False  # a later attempt owns the run
     said: Said | None = None
     cancelled: bool = False  # marks/cancelled names this job
-    told: str = ""  # the local twin alone: the signal somebody sent it
+    told: str = ""  # of a local run alone: the signal that was sent to it
     job: Job | None = None  # None: the scheduler gave no answer
     restart_count: int = 0  # restarts when this attempt began
     time_nearly_over: bool = False  # within the lead time before the limit

@@ -22,6 +22,7 @@ from jobs.submit import launch, snapshot
 from jobs.submit.parameters import Member
 from tools.sandbox import sandbox as sandboxes
 from tools.sandbox.config import ADMIN_FOLDERS, Sandbox
+from tools.sandbox.preempt import release
 
 MISSING = (
     "SLURM tests skipped: no slurmctld on this machine (apt-get install --no-install-recommends slurm-wlm)"
@@ -157,7 +158,7 @@ class Bench:
         """
         self.until(lambda: self.slurm.job(job).state == "PENDING")
         time.sleep(1)
-        sandboxes.release(self.sandbox.folder, job)
+        release(self.sandbox.folder, job)
 
     def gone(self, job, seconds=60):
         """Wait until the job has left the queue for good; its state as SLURM remembers it."""

@@ -20,7 +20,7 @@ from clipcluster.recipe.load import load_cluster
 from jobs import convert as array
 from tools.convert.convert import convert, kind_named
 from tools.convert.plan import Settings
-from tools.sandbox import sandbox as sandboxes
+from tools.sandbox.preempt import preempt
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 SETTINGS = Settings(samples_per_shard=15, resize=64)
@@ -91,7 +91,7 @@ def test_tasks_are_killed_and_preempted_and_the_bytes_are_the_same(images, clust
     os.kill(process_of(killed), signal.SIGKILL)
     wait_for(lambda: cluster.slurm.job(killed).restarts > 0)
     running = [job for job in jobs if job != killed and process_of(job) is not None]
-    sandboxes.preempt(cluster.folder, running[0])
+    preempt(cluster.folder, running[0])
     assert shards_done(out) < 20, "the conversion was over before anything happened to it"
 
     def over() -> bool:

@@ -10,7 +10,7 @@ import pytest
 from jobs.cancel import cancel
 from jobs.endings import history
 from jobs.status import Queue
-from tools.sandbox import sandbox as sandboxes
+from tools.sandbox.preempt import preempt
 
 pytestmark = pytest.mark.slurm
 # Each scenario is one line of the table. They run on one job or on a member of an array (the others must
@@ -21,7 +21,7 @@ def preempted(bench, nodes, members):
     runs, jobs = bench.submit({"steps": 40}, nodes=nodes, members=members)
     run, job = runs[-1], jobs[-1]
     bench.at_step(run, 7)
-    done = sandboxes.preempt(bench.sandbox.folder, job, come_back=False)
+    done = preempt(bench.sandbox.folder, job, come_back=False)
     assert done.requeued
     verdict = bench.verdict(run, 1)
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "preempted", False)
@@ -103,7 +103,7 @@ def cancelled_while_pending(bench, nodes, members):
     runs, jobs = bench.submit({"steps": 300}, nodes=nodes, members=members)
     run, job = runs[-1], jobs[-1]
     bench.at_step(run, 3)
-    sandboxes.preempt(bench.sandbox.folder, job, come_back=False)
+    preempt(bench.sandbox.folder, job, come_back=False)
     assert bench.state(run).name == "PENDING"
     assert "requeued" in bench.state(run).detail
     cancel(run, Queue(bench.slurm))

@@ -14,6 +14,7 @@ from jobs.cancel import cancel
 from jobs.endings import history
 from jobs.status import Queue
 from tools.sandbox import sandbox as sandboxes
+from tools.sandbox.preempt import preempt
 
 pytestmark = pytest.mark.slurm
 
@@ -49,7 +50,7 @@ def test_preempted_while_importing(bench):
     (run,), (job,) = bench.submit({"steps": 10, "imports": 4}, nodes=2)
     folder = run.attempts_dir / "1"
     bench.until(lambda: len(list(folder.glob("events-rank-*.jsonl"))) == 4)
-    sandboxes.preempt(bench.sandbox.folder, job, come_back=False)
+    preempt(bench.sandbox.folder, job, come_back=False)
     assert bench.verdict(run, 1)["ending"] == "preempted"
     bench.come_back(job)
     bench.finished(run, job, 2, 10, 2)
@@ -211,7 +212,7 @@ def test_preempted_without_grace(bench_on, members):
         bench = bench_on(sandboxes.start(folder / "sandbox", nodes=1, grace_seconds=0))
         runs, jobs = bench.submit({"steps": 40}, members=members)
         bench.at_step(runs[-1], 7)
-        assert sandboxes.preempt(folder / "sandbox", jobs[-1], come_back=False).requeued
+        assert preempt(folder / "sandbox", jobs[-1], come_back=False).requeued
         verdict = history.last_verdict(runs[-1].attempt(1))
         assert verdict is None or verdict["ending"] == "requeued already"
         assert history.newest_checkpoint(runs[-1]) >= 5
@@ -258,7 +259,7 @@ def test_a_rank_preempted_before_its_handlers_stand(bench):
     (run,), (job,) = bench.submit({"steps": 5}, setup=[f"export PYTHONPATH={slow}:$PYTHONPATH"])
     bench.until(lambda: (run.attempts_dir / "1").exists())
     time.sleep(1.5)
-    sandboxes.preempt(bench.sandbox.folder, job, come_back=False)
+    preempt(bench.sandbox.folder, job, come_back=False)
     verdict = bench.verdict(run, 1)
     assert not list((run.attempts_dir / "1").glob("events-rank-*"))
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "preempted", False)

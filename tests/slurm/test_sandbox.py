@@ -21,6 +21,7 @@ from tools.sandbox import config as sandbox_config
 from tools.sandbox import hostname as sandbox_hostname
 from tools.sandbox import sandbox as sandboxes
 from tools.sandbox.config import Sandbox
+from tools.sandbox.preempt import preempt, release
 from tools.sandbox.processes import owned
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
@@ -99,8 +100,6 @@ class TestCluster:
         assert set(partitions) == {"low", "high"}
         assert partitions["low"].default
         assert partitions["low"].grace_seconds == 10
-        assert partitions["low"].preempt_mode == "REQUEUE"
-        assert partitions["high"].priority_tier > partitions["low"].priority_tier
         assert sandbox.slurm.kill_wait() == 5
 
     def test_a_job_starts_at_once_and_everything_listens_on_loopback_only(self, cluster: Sandbox) -> None:
@@ -141,20 +140,19 @@ class TestPreempt:
     def test_a_preempted_job_comes_back_without_the_long_wait(self, cluster: Sandbox) -> None:
         job = submit(cluster, "--nodes=2", "--ntasks=4")
         started(cluster, job, 4)
-        result = sandboxes.preempt(cluster.folder, job)
+        result = preempt(cluster.folder, job)
         assert result.requeued
         assert result.evicted_after < cluster.grace_seconds
-        assert result.high_started_after is not None
         started(cluster, job, 4)
         assert cluster.slurm.job(job).restarts == 1
-        assert cluster.slurm.queue(job_ids=[result.high_job_id]) == []
+        assert [line.job_id for line in cluster.slurm.queue()] == [job]
 
     def test_one_member_of_an_array(self, cluster: Sandbox) -> None:
         array = submit(cluster, "--array=1-2", "--ntasks=4", "--nodes=1")
         for member in ("1", "2"):
             started(cluster, f"{array}_{member}", 4)
         started(cluster, f"{array}_2", 8)
-        result = sandboxes.preempt(cluster.folder, f"{array}_2")
+        result = preempt(cluster.folder, f"{array}_2")
         assert result.job_id == f"{array}_2"
         assert result.requeued
         wait_for(lambda: runs(cluster, f"{array}_2"), "the member to come back")
@@ -167,16 +165,16 @@ class TestPreempt:
         started(cluster, job, 1)
         claim = threading.Timer(2, lambda: run.claim(job, host="n1", still_running=lambda job: False))
         claim.start()
-        assert sandboxes.preempt(cluster.folder, run.path).requeued
+        assert preempt(cluster.folder, run.path).requeued
         claim.join()
         never = Run.create(tmp_path / "never-00000000", {"name": "never"}, {})
         with pytest.raises(UserError, match="has not started"):
-            sandboxes.preempt(cluster.folder, never.path)
+            preempt(cluster.folder, never.path)
 
     def test_a_job_that_ends_instead_is_said_to_have_ended(self, cluster: Sandbox) -> None:
         job = submit(cluster, script="#!/bin/sh\nsrun sleep 300\n")
         started(cluster, job, 1)
-        result = sandboxes.preempt(cluster.folder, job)
+        result = preempt(cluster.folder, job)
         assert not result.requeued
         assert result.state == "FAILED"
 
@@ -184,7 +182,7 @@ class TestPreempt:
         job, neighbour = (submit(cluster, "--nodelist=n3", "--ntasks=1") for _ in range(2))
         started(cluster, job, 1)
         started(cluster, neighbour, 2)
-        assert sandboxes.preempt(cluster.folder, job).neighbours == (neighbour,)
+        assert preempt(cluster.folder, job).requeued
         for evicted in (job, neighbour):
             wait_for(
                 lambda evicted=evicted: runs(cluster, evicted), f"{evicted}: {cluster.slurm.job(evicted)}"
@@ -194,7 +192,7 @@ class TestPreempt:
     def test_a_job_that_does_not_listen_is_killed_after_the_grace_time(self, cluster: Sandbox) -> None:
         job = submit(cluster, script="#!/bin/bash\ntrap '' TERM\nsrun bash -c 'trap \"\" TERM; sleep 300'\n")
         started(cluster, job, 1)
-        result = sandboxes.preempt(cluster.folder, job)
+        result = preempt(cluster.folder, job)
         assert result.requeued
         assert result.evicted_after >= cluster.grace_seconds
 
@@ -204,7 +202,7 @@ class TestPreempt:
         script = REQUEUES.replace('trap "exit 85" TERM', f'trap "touch {mark}; exit 85" USR2')
         job = submit(cluster, "--signal=USR2@90", script=script)
         started(cluster, job, 1)
-        assert sandboxes.preempt(room, job).requeued
+        assert preempt(room, job).requeued
         assert mark.exists()
 
     def test_wrong_jobs_are_refused(self, cluster: Sandbox, tmp_path: Path) -> None:
@@ -218,7 +216,7 @@ class TestPreempt:
             (str(tmp_path / "absent"), "neither a job id"),
         ):
             with pytest.raises(UserError, match=message):
-                sandboxes.preempt(cluster.folder, job)
+                preempt(cluster.folder, job)
 
 
 class TestNodes:
@@ -247,7 +245,7 @@ class TestNodes:
         sandboxes.kill_node(cluster.folder, "n2")
         wait_for(lambda: cluster.slurm.job(job).restarts == 1, "the job to be requeued", 60)
         sandboxes.restore_node(cluster.folder, "n2")
-        sandboxes.release(cluster.folder, job, seconds=30)
+        release(cluster.folder, job, seconds=30)
         wait_for(lambda: runs(cluster, job), "the job to come back")
 
     def test_an_unknown_node_is_refused(self, sandbox: Sandbox) -> None:

@@ -22,6 +22,7 @@ from clipcluster.runs.merge import events, merged_metrics, merged_samples
 from jobs.status import Queue, state_of
 from tools.convert.convert import convert
 from tools.sandbox import sandbox as sandboxes
+from tools.sandbox.preempt import preempt, release
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT, LENGTHY = 33, 400  # steps; an epoch has 22, and a lost node is noticed after some 25 s
@@ -79,7 +80,7 @@ class Site:
         def ended() -> bool:
             job = self.job(run)
             if job is not None and job.state == "PENDING":
-                sandboxes.release(self.sandbox.folder, job.job_id)
+                release(self.sandbox.folder, job.job_id)
             return run.finished()
 
         wait_until(ended, run, "the end")
@@ -181,7 +182,7 @@ def test_preempted_mid_epoch(site):
     run = site.submit(SHORT)
     wait_for_step(run, 15)
     told = time.time()
-    preemption = sandboxes.preempt(site.sandbox.folder, run.path)
+    preemption = preempt(site.sandbox.folder, run.path)
     assert preemption.requeued
     saved = of_kind(run, "checkpoint")[-1]
     assert saved["time"] - told < 10, "saved within the grace time"
@@ -215,7 +216,7 @@ def test_preempted_at_random_moments_onto_other_numbers_of_workers(site, seed):
         wait_for_step(run, at_least)
         time.sleep(moments.random())
         run.update_settings(with_workers(run.settings(), workers))  # in force from the next attempt on
-        assert sandboxes.preempt(site.sandbox.folder, run.path).requeued
+        assert preempt(site.sandbox.folder, run.path).requeued
     site.wait_for_end(run)
     in_force = [attempt.settings()["data"]["workers"] for attempt in run.attempts()]
     assert in_force == [1, 2, 0, 1]

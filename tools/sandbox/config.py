@@ -28,7 +28,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A throwaway cluster: where it lives, how it is reached, what it promises. Times in seconds."""
+    """A throwaway cluster: its folder, how it is reached, what it claims to be. Times in seconds."""
 
     folder: Path
     cluster: str  # its SLURM ClusterName, unlike any other's: by it its tasks are known

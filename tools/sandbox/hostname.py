@@ -1,9 +1,9 @@
-"""Runs a command under the host name "localhost": `python sandbox_hostname.py COMMAND …`.
+"""Runs a command under the host name "localhost": `python hostname.py COMMAND …`.
 
 SLURM listens on the address of the machine's own name. Where that is not loopback, the sandbox's daemons
-start behind this door: a namespace of their own for the host name, seen by nobody else. Who may not have
-that alone takes one for users with it, and stays the same user in it. Exits with 71 where the system allows
-neither.
+are started by this program, in a namespace of their own for the host name. Where the system does not allow
+that alone, a user namespace is made with it, in which the user stays the same. Exits with 71 where the
+system allows neither.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ preemptible) and `high`, whose jobs evict those of `low`.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -19,19 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipcluster.errors import UserError
-from tools.sandbox import processes as processes
+from tools.sandbox import processes
 from tools.sandbox.config import Sandbox, find_programs, launch_line, plan, slurm_conf
 from tools.sandbox.hostname import REFUSED
-from tools.slurm import JobState, Node, QueuedJob, SlurmRefused, SlurmUnavailable
+from tools.slurm import Node, QueuedJob, SlurmRefused, SlurmUnavailable
 
 POLL_SECONDS = 0.1
-# A job that starts again in the second of its end is refused its steps: its nodes revoked it by the second.
-SETTLE_SECONDS = 1.5
-START_SECONDS = 15  # from a run's submission to the claim of its attempt
-BIRTH_SECONDS = 3  # a daemon that holds no log after this long is gone
+APPEAR_SECONDS = 3  # a daemon that holds no log after this long is gone
 LOG_LINES = 15
 FOLDERS = ("state", "log", "pid")
-JOB_ID = re.compile(r"\d+(_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -42,20 +37,6 @@ class Status:
     running: bool
     nodes: list[Node]
     jobs: list[QueuedJob]
-
-
-@dataclass(frozen=True)
-class Preemption:
-    """What became of a job that was preempted; times in seconds since the high-priority job was submitted."""
-
-    job_id: str
-    high_job_id: str
-    nodes: tuple[str, ...]
-    requeued: bool  # False: it ended instead, as `state` says
-    state: str
-    evicted_after: float  # until the job had left its nodes
-    high_started_after: float | None  # until the high-priority job ran on them, if it did
-    neighbours: tuple[str, ...]  # other jobs of low that shared a node and were evicted with it
 
 
 def default_folder() -> Path:
@@ -77,11 +58,11 @@ def start(
 
     `cpus` is what each node claims to have; `grace_seconds` is the low partition's GraceTime,
     `kill_wait_seconds` the cluster's KillWait; `user_signal` sets preempt_send_user_signal. Raises UserError
-    when SLURM is not installed, the folder is in use, or a daemon dies (with the end of its log).
+    when SLURM is not installed, the folder is in use, or a daemon ends (with the end of its log).
     """
     programs = find_programs()
     folder = Path(os.path.realpath(folder))
-    _make_room(folder)
+    _clear(folder)
     sandbox = plan(
         folder,
         nodes=nodes,
@@ -157,78 +138,6 @@ def status(folder: Path) -> Status:
         return Status(sandbox, False, [], [])
 
 
-def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_seconds: float = 0) -> Preemption:
-    """Evict a running job by a real one of higher priority on the same nodes, and let it come back.
-
-    `job` is a job id ("17", "17_3" for a member of an array) or a run folder. The high-priority job holds the
-    nodes `hold_seconds` longer than the eviction takes, then ends. Whole nodes are taken: jobs that share one
-    go too, and are named. With `come_back` the requeued jobs may start at once instead of about two minutes
-    later. A run that was only just submitted is given `START_SECONDS` to claim its attempt. Raises UserError
-    when the job is not running in `low`, or has not left its nodes long after the grace time.
-    """
-    sandbox = find(folder)
-    slurm = sandbox.slurm
-    before = _job_to_evict(sandbox, job)
-    job_id = before.job_id
-    neighbours = _neighbours(sandbox, before)
-    names = tuple(neighbour.job_id for neighbour in neighbours)
-    begin = time.monotonic()
-    high = slurm.submit(
-        "--partition=high",
-        "--exclusive",
-        f"--nodes={len(before.nodes)}",
-        f"--nodelist={','.join(before.nodes)}",
-        "--job-name=preempt",
-        "--time=10",
-        "--output=/dev/null",
-        "--wrap=sleep 600",
-    )
-    try:
-        after = _await_eviction(sandbox, before, begin)
-        evicted = time.monotonic() - begin
-        for neighbour in neighbours:
-            _await_eviction(sandbox, neighbour, begin)
-        started = _await_high(sandbox, high, begin)
-        time.sleep(hold_seconds)
-    finally:
-        slurm.cancel([high])
-    _await_gone(sandbox, high)
-    if come_back:
-        for evictee in (before, *neighbours):
-            with suppress(UserError):  # it ended instead
-                release(folder, evictee.job_id)
-    return Preemption(job_id, high, before.nodes, not after.ended, after.state, evicted, started, names)
-
-
-def release(folder: Path, job: str | Path, *, seconds: float = 10) -> None:
-    """Let a requeued job start now instead of about two minutes later; nothing if it has started already.
-
-    Returns once it runs or waits for something else than its begin time, after `seconds` at most. Raises
-    UserError if it has ended or is unknown.
-    """
-    slurm = find(folder).slurm
-    job_id = job_of(job)
-    deadline = time.monotonic() + seconds
-    asked = False
-    while True:
-        state = slurm.job(job_id)
-        if state is None or state.ended:
-            raise UserError(
-                f"job {job_id} will not run again: {state.state if state else 'unknown to SLURM'}"
-            )
-        if state.state == "RUNNING" or time.monotonic() > deadline:
-            return
-        if state.state == "PENDING":
-            if asked and state.reason != "BeginTime":
-                return
-            if not asked:
-                time.sleep(SETTLE_SECONDS)
-            with suppress(SlurmRefused):  # it started between the two calls
-                slurm.release(job_id)
-            asked = True
-        time.sleep(3 * POLL_SECONDS)
-
-
 def kill_node(folder: Path, node: str) -> int:
     """SIGKILL everything on a node at once: slurmd, step daemons, tasks; returns how many processes.
 
@@ -239,7 +148,7 @@ def kill_node(folder: Path, node: str) -> int:
 
 
 def lose_node(folder: Path, node: str) -> int:
-    """SIGKILL a node's slurmd alone: to SLURM the node is gone after about 25 s, its ranks live on."""
+    """SIGKILL a node's slurmd alone: to SLURM the node is gone after about 25 s, its ranks keep running."""
     sandbox = find(folder)
     return processes.end(sandbox, node=_known(sandbox, node), kinds=("slurmd",))
 
@@ -255,23 +164,8 @@ def restore_node(folder: Path, node: str, *, seconds: float = 60) -> None:
     _await(lambda: _usable(sandbox, node), sandbox, (node,), deadline)
 
 
-def job_of(job: str | Path) -> str:
-    """The job id itself, or the job of a run folder's newest attempt; raises UserError for anything else."""
-    if JOB_ID.fullmatch(str(job)):
-        return str(job)
-    from clipcluster.runs.folder import Run
-
-    path = Path(job)
-    if not path.is_dir():
-        raise UserError(f"{job} is neither a job id (17, or 17_3 for a member of an array) nor a run folder")
-    attempt = Run(path).newest()
-    if attempt is None or attempt.job is None:
-        raise UserError(f"run {path} has not started: no attempt has claimed it yet; try again once it runs")
-    return attempt.job
-
-
-def _make_room(folder: Path) -> None:
-    """Refuse a folder that is in use; clear what a sandbox that died has left."""
+def _clear(folder: Path) -> None:
+    """Refuse a folder that is in use; remove what a sandbox that was killed has left."""
     old = Sandbox.read(folder)
     if old is not None:
         if processes.control_is_alive(old):
@@ -312,7 +206,7 @@ def _launch(sandbox: Sandbox, program: str, *arguments: str) -> None:
             "in /etc/hosts, or, for a container, `--hostname localhost`"
         )
     if done.returncode != 0:
-        raise UserError(_obituary(sandbox, f"{Path(program).name} refused to start ({done.returncode})"))
+        raise UserError(_with_logs(sandbox, f"{Path(program).name} refused to start ({done.returncode})"))
 
 
 def _await(ready: Callable[[], bool], sandbox: Sandbox, launched: tuple[str, ...], deadline: float) -> None:
@@ -322,24 +216,24 @@ def _await(ready: Callable[[], bool], sandbox: Sandbox, launched: tuple[str, ...
         now = time.monotonic()
         alive = {p.node for p in processes.owned(sandbox) if p.kind in processes.DAEMONS}
         missing_since = {name: missing_since.get(name, now) for name in launched if name not in alive}
-        gone = [name for name, since in missing_since.items() if now - since > BIRTH_SECONDS]
+        gone = [name for name, since in missing_since.items() if now - since > APPEAR_SECONDS]
         if gone:
-            raise UserError(_obituary(sandbox, f"the daemon of {gone[0]} ended while the sandbox started"))
+            raise UserError(_with_logs(sandbox, f"the daemon of {gone[0]} ended while the sandbox started"))
         if now > deadline:
-            raise UserError(_obituary(sandbox, "the sandbox was not ready in time"))
+            raise UserError(_with_logs(sandbox, "the sandbox was not ready in time"))
         time.sleep(POLL_SECONDS)
 
 
-def _obituary(sandbox: Sandbox, what: str) -> str:
+def _with_logs(sandbox: Sandbox, what: str) -> str:
     """What happened, with the end of each log that has something to say."""
     parts = [what]
     for log in sorted(sandbox.logs.iterdir()) if sandbox.logs.is_dir() else []:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        telling = [line for line in lines if "rror:" in line or "fatal:" in line] or lines
-        telling = [line for line in telling if "pmix" not in line.lower()]  # MPI is not used
-        if telling:
+        relevant = [line for line in lines if "rror:" in line or "fatal:" in line] or lines
+        relevant = [line for line in relevant if "pmix" not in line.lower()]  # MPI is not used
+        if relevant:
             parts.append(f"--- {log.name}")
-            parts.extend(telling[-LOG_LINES:])
+            parts.extend(relevant[-LOG_LINES:])
     return "\n".join(parts)
 
 
@@ -370,7 +264,7 @@ def _cancel_everything(sandbox: Sandbox, patience: float) -> None:
     with suppress(SlurmUnavailable, SlurmRefused):
         slurm.cancel([job.job_id for job in slurm.queue()])
         while (left := slurm.queue()) and time.monotonic() < deadline:
-            # A job that requeued itself in its last breath has risen again.
+            # A job that requeued itself while it ended is back in the queue.
             slurm.cancel([job.job_id for job in left if job.state != "COMPLETING"])
             time.sleep(POLL_SECONDS)
 
@@ -379,81 +273,3 @@ def _known(sandbox: Sandbox, node: str) -> str:
     if node not in sandbox.nodes:
         raise UserError(f"no node {node} in the sandbox; it has {', '.join(sandbox.nodes)}")
     return node
-
-
-def _running_job(sandbox: Sandbox, job_id: str) -> JobState:
-    state = sandbox.slurm.job(job_id)
-    if state is None:
-        raise UserError(f"the sandbox in {sandbox.folder} knows no job {job_id}")
-    if state.state != "RUNNING":
-        raise UserError(f"job {job_id} is {state.state}; only a running job can be preempted")
-    if state.partition != "low":
-        raise UserError(f"job {job_id} runs in partition {state.partition}; only those in low are preempted")
-    return state
-
-
-def _job_to_evict(sandbox: Sandbox, job: str | Path) -> JobState:
-    """The running job; where it belongs to a run whose job is only starting, it is waited for."""
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            return _running_job(sandbox, job_of(job))
-        except UserError:
-            name = Path(os.path.realpath(job)).name
-            starting = not JOB_ID.fullmatch(str(job)) and any(
-                queued.name == name and queued.state != "COMPLETING" for queued in sandbox.slurm.queue()
-            )
-            if not starting or time.monotonic() > deadline:
-                raise
-        time.sleep(POLL_SECONDS)
-
-
-def _neighbours(sandbox: Sandbox, job: JobState) -> list[JobState]:
-    """The other running jobs of low on any of the job's nodes."""
-    ids = [
-        other.job_id
-        for other in sandbox.slurm.queue()
-        if other.job_id != job.job_id
-        and other.partition == "low"
-        and other.state == "RUNNING"
-        and set(other.nodes) & set(job.nodes)
-    ]
-    return [state for state in map(sandbox.slurm.job, ids) if state is not None]
-
-
-def _await_eviction(sandbox: Sandbox, before: JobState, begin: float) -> JobState:
-    """Wait until the job has left its nodes; the state it then has: PENDING, or an ended one."""
-    limit = sandbox.grace_seconds + sandbox.kill_wait_seconds + 60
-    while True:
-        state = sandbox.slurm.job(before.job_id)
-        if state is None:
-            raise UserError(f"SLURM has forgotten job {before.job_id}")
-        if state.ended or state.state == "PENDING":
-            return state
-        if state.restarts > before.restarts and state.state == "RUNNING":
-            return state  # requeued and back already, on other nodes
-        if time.monotonic() - begin > limit:
-            raise UserError(
-                f"job {before.job_id} has not left its nodes {limit} s after a job of higher priority "
-                f"asked for them: {state.state}, PreemptTime={state.preempt_time}"
-            )
-        time.sleep(POLL_SECONDS)
-
-
-def _await_high(sandbox: Sandbox, high: str, begin: float, seconds: float = 15) -> float | None:
-    """Seconds from `begin` until the high-priority job runs; None if it does not within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        state = sandbox.slurm.job(high)
-        if state is None or state.ended:
-            return None
-        if state.state == "RUNNING":
-            return time.monotonic() - begin
-        time.sleep(POLL_SECONDS)
-    return None
-
-
-def _await_gone(sandbox: Sandbox, job_id: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while sandbox.slurm.queue(job_ids=[job_id]) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
