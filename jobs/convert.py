@@ -26,6 +26,7 @@ from clipcluster.runtime.stop import Outcome, Stop, Wish
 from jobs.endings import facts
 from jobs.endings.act import requeue
 from jobs.endings.log import say
+from jobs.endings.verdict import Facts, Said, decide
 from jobs.submit import launch, script, snapshot
 from jobs.submit import parameters as clusters
 from tools.convert import work as making
@@ -38,7 +39,6 @@ _JOB = "job.json"
 _CLAIMS = "claims"
 _TIME_IS_UP = "SIGUSR1"
 _LEAD_SECONDS = 60  # before the time limit: SLURM keeps limits by the minute
-_CRASHES = 3  # as often a member that crashed is requeued
 
 
 @dataclass(frozen=True)
@@ -220,24 +220,29 @@ def _parameters(cluster: Cluster, order: Order, code: Path) -> dict[str, Any]:
 
 
 def ending(code: int, slurm: Slurm) -> int:
-    """What follows a task's end: a requeue unless it finished, was cancelled, or fails again and again."""
+    """What follows a task's end, by the table of a run's endings; returns `code`, of srun.
+
+    A task is requeued where it was asked to stop or taken away, and a few times where it crashed.
+    """
     if code in (0, 2):
         return code
     job_id = slurm_job_id(os.environ)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    job = facts.ask(slurm, job_id)
-    if job is not None and job.restarts > restarts:
-        say(f"verdict: job {job_id} was requeued already")
-        return code
-    taken_away = job is not None and (
-        (job.state == "RUNNING" and (job.preempt_time is not None or code == Outcome.STOPPED))
-        or (job.state != "RUNNING" and job.reason == "TimeLimit")
+    job = facts.as_seen(facts.ask(slurm, job_id))
+    out_of_time = job is not None and job.time_limit
+    verdict = decide(
+        Facts(
+            code,
+            said=Said("stopped", code) if code == Outcome.STOPPED else None,
+            job=job,
+            restart_count=restarts,
+            started=True,
+            fruitless=0 if out_of_time else max(0, restarts - 1),
+        )
     )
-    if not taken_away and (job is None or job.state != "RUNNING" or restarts >= _CRASHES):
-        say(f"verdict: job {job_id} ends with code {code}")
-        return code
-    say(f"verdict: job {job_id} exited with code {code}: it is requeued")
-    requeue(slurm, job_id)
+    say(f"verdict on job {job_id}, whose task exited with code {code}: {verdict.ending} -> {verdict.action}")
+    if verdict.action == "requeue":
+        requeue(slurm, job_id)
     return code
 
 

@@ -30,7 +30,7 @@ def on_slurm(
     logs = Path(environ.get(LOGS) or run.submitit)
     return replace(
         gather(run, attempt, code, job_id=slurm_job_id(environ), logs=logs),
-        job=_seen(job),
+        job=as_seen(job),
         restart_count=int(environ.get("SLURM_RESTART_COUNT") or 0),
         time_nearly_over=_nearly_over(job, environ),
     )
@@ -87,7 +87,8 @@ def ask(slurm: Slurm, job_id: str) -> JobState | None:
         return None
 
 
-def _seen(job: JobState | None) -> Job | None:
+def as_seen(job: JobState | None) -> Job | None:
+    """What of SLURM's answer the verdict rests on."""
     if job is None:
         return None
     running = job.state == "RUNNING"

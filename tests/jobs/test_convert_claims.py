@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +12,17 @@ from typing import Any
 import pytest
 
 from clipcluster.data.shards.open import open_folder
+from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runtime.stop import Outcome, Stop
-from jobs.convert import FOLDER, Claims, Order, serve
+from jobs.convert import FOLDER, Claims, Order, ending, serve
+from jobs.convert import _parameters as parameters_of
 from tools.convert import convert as conversion
 from tools.convert import work as making
 from tools.convert.convert import begun, prepare
 from tools.convert.plan import Plan, Settings, Shard
 from tools.convert.records import Kind, NoOptions, Record, Source
 from tools.convert.work import BAD_SAMPLES
+from tools.slurm import Slurm
 
 JPEG = b"\xff\xd8\xff\xe0"
 
@@ -144,3 +149,68 @@ def test_a_task_that_comes_second_writes_nothing_again(
     assert serve(Order("keys", out, [], NoOptions(), settings), Stop()) == 0
     assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))] == written
     assert not (out / making.STATE).exists()
+
+
+SCONTROL = """#!/bin/bash
+echo "$1" >> {folder}/calls
+if [ "$1" = show ]; then
+    echo "JobId=7 ArrayJobId=7 ArrayTaskId=0 JobName=c"
+    echo "   JobState={state} Reason={reason} Restarts={restarts} PreemptTime={preempt}"
+elif [ "$(grep -c requeue {folder}/calls)" = 1 ]; then
+    echo "Requested operation is presently disabled" >&2
+    exit 1
+fi
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "seen", "requeued"),
+    [
+        (85, {}, True),  # asked to stop
+        (137, {}, True),  # crashed
+        (137, {"before": 3}, False),  # crashed again and again
+        (85, {"before": 7}, True),
+        (143, {"preempt": "2026-11-21T02:23:32", "before": 7}, True),
+        (143, {"state": "COMPLETING", "reason": "TimeLimit", "before": 7}, True),
+        (143, {"state": "COMPLETING"}, False),  # scancel
+        (143, {"restarts": 1}, False),  # requeued by somebody else
+        (0, {}, False),
+        (2, {}, False),
+    ],
+)
+def test_what_follows_a_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, seen: dict[str, Any], requeued: bool
+) -> None:
+    answer = {"state": "RUNNING", "reason": "None", "preempt": "None", "before": 0, **seen}
+    program = tmp_path / "scontrol"
+    program.write_text(SCONTROL.format(folder=tmp_path, **{"restarts": answer["before"], **answer}))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(answer["before"]))
+    assert ending(code, Slurm()) == code
+    calls = (tmp_path / "calls").read_text().split() if code not in (0, 2) else []
+    assert calls.count("requeue") == (2 if requeued else 0), "one refusal is no reason to give up"
+
+
+def test_a_node_without_the_interpreter_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    monkeypatch.setattr(sys, "executable", "/nowhere/bin/python")
+    order = Order("keys", tmp_path, [], NoOptions(), Settings())
+    chosen = parameters_of(Cluster(gpus_per_node=0), order, tmp_path)
+    script = _make_sbatch_string(command="task", folder=tmp_path, **chosen)
+    for name, text in {
+        "srun": "#!/bin/sh\nexit 127\n",
+        "scontrol": "#!/bin/sh\necho $1 JobState=RUNNING\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == Outcome.STOPPED
+    assert "no verdict: the script ended with code 127; job 7 is requeued once" in done.stderr
+    assert "requeue" in done.stdout
