@@ -118,7 +118,7 @@ class Saver:
         return Wish.SAVE if due else Wish.NONE
 
     def _due(self, progress: Progress) -> bool:
-        if progress.step in (self._asked_at, self.durable_step):
+        if progress.step in (0, self._asked_at, self.durable_step):
             return False
         if progress.step == progress.evaluated_step and self._keep.metric:
             return True

@@ -428,6 +428,7 @@ def test_training_goes_on_while_a_thread_writes(tmp_path: Path) -> None:
         event=lambda kind, **fields: told.append((kind, fields["step"])),
     )
     part = Part(1.0)
+    assert saver.wishes(at(0)) == Wish.NONE  # there is nothing to save before the first step
     assert saver.wishes(at(1)) == Wish.NONE
     assert saver.wishes(at(2)) == Wish.SAVE
     saver.save(at(2), {"model": part})
