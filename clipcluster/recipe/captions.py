@@ -1,7 +1,7 @@
 """How a recipe names the captions of a source: one choice, or several with their probabilities.
 
 A choice is `default` (the list `captions` of KEY.json, else KEY.txt as one caption), `lines` (the same, but
-KEY.txt holds one a line), `txt` (KEY.txt alone, as one caption), `json:FIELD` (a string or a list of strings
+KEY.txt has one per line), `txt` (KEY.txt alone, as one caption), `json:FIELD` (a string or a list of strings
 of KEY.json; dots lead into it) or `MEMBER.json:FIELD` (the same of KEY.MEMBER.json). No torch, no pydantic.
 """
 
@@ -30,30 +30,30 @@ def field_of(choice: str) -> tuple[str, str] | None:
 
 
 def checked(choice: str) -> str:
-    """The choice itself. ValueError, with the nearest, where there is no such one."""
+    """The choice itself. ValueError, with the nearest, where there is none such."""
     if choice in (DEFAULT, LINES, TXT) or field_of(choice) is not None:
         return choice
     near = difflib.get_close_matches(choice, (DEFAULT, LINES, TXT), 1)
     word = choice.removesuffix(":")
     if not near and re.fullmatch(r"\w+", word):
         near = ["json:FIELD" if word == "json" else f"json:{word}"]
-    raise ValueError(f"should be {CHOICES}" + (f"; do you mean {near[0]!r}?" if near else ""))
+    raise ValueError(f"should be {CHOICES}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def checked_shares(shares: Mapping[str, float]) -> None:
+def checked_probabilities(probabilities: Mapping[str, float]) -> None:
     """ValueError unless these are choices with positive probabilities."""
-    if not shares:
+    if not probabilities:
         raise ValueError("should name at least one choice with its probability")
-    for choice, share in shares.items():
+    for choice, probability in probabilities.items():
         try:
             checked(choice)
         except ValueError as error:
             raise ValueError(f"{choice!r} {error}") from None
-        if not (math.isfinite(share) and share > 0):
-            raise ValueError(f"{choice!r} has the probability {share:g}; should be a positive number")
+        if not (math.isfinite(probability) and probability > 0):
+            raise ValueError(f"{choice!r} has the probability {probability:g}; should be a positive number")
 
 
-def shares_of(asked: str | Mapping[str, float] | None) -> dict[str | None, float | None]:
+def probabilities_of(asked: str | Mapping[str, float] | None) -> dict[str | None, float | None]:
     """Choices to probabilities that sum to 1, sorted by name so that no order of writing matters.
 
     One choice alone (or None: the folder's own) has the probability None: nothing is drawn.

@@ -134,7 +134,7 @@ def _resolved(
 class _ClusterOnly(Section):
     """The recipe of a job that trains nothing."""
 
-    cluster: Cluster = section("Where it runs.", Cluster)
+    cluster: Cluster = section("Where the run takes place.", Cluster)
 
 
 def load_cluster(

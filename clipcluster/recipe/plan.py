@@ -50,7 +50,7 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
             or the warm-up takes the whole run; with the arithmetic and values that work.
     """
     batch = recipe.data.batch_size
-    per_rank = share(batch, world_size)
+    per_rank = samples_per_rank(batch, world_size)
     accumulation = micro_batches(per_rank, recipe.train.micro_batch)
     if accumulation > 1:
         raise UserError(_needs_accumulation(recipe, world_size, per_rank, accumulation))
@@ -109,7 +109,7 @@ def _warmup_fits(recipe: Recipe, warmup: int, total: int) -> tuple[str, ...]:
     return ()
 
 
-def share(batch: int, world_size: int) -> int:
+def samples_per_rank(batch: int, world_size: int) -> int:
     """Each rank's part of the global batch; UserError with values that work where it does not divide."""
     if batch % world_size == 0:
         return batch // world_size
@@ -160,8 +160,8 @@ def usable_nodes(recipe: Recipe, granted: int) -> int:
     for nodes in range(granted, min(least, granted) - 1, -1):
         if recipe.data.batch_size % (nodes * tasks) == 0:
             return nodes
-    share(recipe.data.batch_size, granted * tasks)
-    raise AssertionError("unreachable: share() raised")
+    samples_per_rank(recipe.data.batch_size, granted * tasks)
+    raise AssertionError("unreachable: samples_per_rank() raised")
 
 
 def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int | None = None) -> Plan:

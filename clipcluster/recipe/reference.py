@@ -30,18 +30,18 @@ _INTRODUCTION = f"""\
 
 <!-- Made by `{_COMMAND}` from clipcluster/recipe/sections. Do not edit. -->
 
-A recipe is one YAML file that says what is trained. `clipcluster check RECIPE` finds its errors,
+A recipe is one YAML file that describes a training run. `clipcluster check RECIPE` finds its errors,
 `clipcluster submit RECIPE` runs it. Unknown keys are refused. Editors complete and check recipes with
 [`{SCHEMA}`]({SCHEMA}): put `# yaml-language-server: $schema=PATH/TO/{SCHEMA}` in the first line.
 
 ## How a recipe is written
 
-- **`extends: FILE`** starts from another recipe, found beside this one or else among the shipped ones.
-  Mappings are merged, everything else, lists included, is replaced.
-- **`key=value` on the command line** goes over everything: `optim.lr=3e-4`, `data.train.0.shards=/data/coco`
+- **`extends: FILE`** starts from another recipe, found in the same folder or else among the shipped ones.
+  Mappings are merged; everything else, lists included, is replaced.
+- **`key=value` on the command line** overrides everything: `optim.lr=3e-4`, `data.train.0.shards=/data/coco`
   (a number steps into a list), `train.ema=null`. The value is YAML.
 - **`${{NAME}}`** comes from the environment, `${{NAME:-default}}` has a default for a variable that is unset
-  or empty, and `$${{NAME}}` stays as `${{NAME}}`. Without quotes the result is read as YAML, so that
+  or empty, and `$${{NAME}}` is a literal `${{NAME}}`. Without quotes the result is read as YAML, so that
   `batch_size: ${{BATCH}}` is a number. The lines of `cluster.setup` are left to the shell.
 - **Paths** belong to the recipe as they are written, `${{NAME}}` unexpanded: a run whose data moved to
   another disk is the same run. Relative paths start from the directory in which the command is typed. A
@@ -52,16 +52,16 @@ A recipe is one YAML file that says what is trained. `clipcluster check RECIPE` 
   (`warmup: 5%`; not for `train.duration` itself), turned into steps once and rounded to the nearest.
   **Times** are `90 s`, `15 min`, `4 h`, `2 d`. **Memory** is `500 MB`, `200 GB`, `1.5 TB`, with
   1 GB = 1024 MB as SLURM counts.
-- **Site profiles** say what a cluster wants in every recipe: a file with a `cluster` section, `NAME.yaml` in
-  `~/.config/clipcluster/sites` or in `recipes/sites`. `--site NAME` takes one; without it the only one there
-  is (the example aside). Profiles lie under the recipe, which may say otherwise.
+- **Site profiles** hold what a cluster needs in every recipe: a file with a `cluster` section, `NAME.yaml` in
+  `~/.config/clipcluster/sites` or in `recipes/sites`. `--site NAME` selects one; without it the only one is
+  used (not counting the example). The recipe overrides the profile.
 
 ## What a key decides
 
 - **result**: the trained weights. These keys, where they differ from their defaults, name the run: the same
   result keys are the same run.
-- **speed**: how fast the weights come, never which.
-- **record**: what is kept and measured, and where the run lives.
+- **speed**: how fast the run is, never its weights.
+- **record**: what is kept and measured, and where the run takes place.
 
 Speed and record keys may change when a run is submitted again.
 
@@ -143,11 +143,11 @@ def _sections(model: type[Section], definitions: dict[str, Any], prefix: str) ->
         title = f"{prefix}{name}"
         kind = "A list; each entry has:" if is_list_of_sections(field) else ""
         if not field.is_required() and field.default is None:
-            kind = "Left out unless it is written."
+            kind = "Absent unless written."
         parts.append(f"\n### {title}\n\n{(field.description or '').rstrip('.')}. {kind}".rstrip() + "\n\n")
         kinds = kinds_of(field)
         if kinds:
-            parts.append(f"One of {len(kinds)} kinds, told by its first key.\n")
+            parts.append(f"One of {len(kinds)} kinds, recognised by its first key.\n")
         for inner in sections_of(field):
             about = next((f"\nWith `{name}`:\n\n" for name, kind in kinds.items() if kind is inner), "")
             parts += [about, _table(inner, definitions[inner.__name__]["properties"])]
@@ -215,7 +215,7 @@ def _bounds(value: dict[str, Any]) -> str:
 
 
 def _default(value: Any, model: type[Section], name: str) -> str:
-    """A default in the words of a recipe."""
+    """A default as a recipe writes it."""
     if value is None:
         default = model.model_fields[name].get_default(call_default_factory=True)
         if default is None:

@@ -135,7 +135,7 @@ class Duration(_Text):
         return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?|%)\s*$"}
 
 
-def _no_share(value: Duration) -> Duration:
+def _not_relative(value: Duration) -> Duration:
     if value.unit == "%":
         raise ValueError(f"is the length of the run itself; {_LENGTH_HELP}")
     return value
@@ -143,7 +143,7 @@ def _no_share(value: Duration) -> Duration:
 
 Length = Annotated[
     Duration,
-    AfterValidator(_no_share),
+    AfterValidator(_not_relative),
     WithJsonSchema({"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?)\s*$"}),
 ]
 """The duration of a whole run, of which a percentage would say nothing."""

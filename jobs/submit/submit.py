@@ -33,7 +33,6 @@ ENDING_SECONDS = 600.0  # how long --follow waits for a job that is still ending
 LOCK = ".submit.lock"  # in the folder of runs
 LOCK_SECONDS = 30.0
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-PLAN_KEYS = ("world_size", "nodes", "steps_per_epoch", "total_steps", "batch_size", "epoch_samples")
 
 
 @dataclass(frozen=True)
@@ -334,7 +333,7 @@ def settings(loaded: Loaded, plan: Plan, executor: str, code: str | None, *, gra
     return {
         **keys,
         "cluster": {**keys["cluster"], "grace": f"{grace:g} s"},
-        "plan": {key: getattr(plan, key) for key in PLAN_KEYS},
+        "plan": {"total_steps": plan.total_steps},  # for status; a rank computes its own
         "executor": executor,
         "code": code,
     }

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcluster.recipe.captions import checked, checked_shares, field_of, shares_of
+from clipcluster.recipe.captions import checked, checked_probabilities, field_of, probabilities_of
 
 
 def test_fields_of_members() -> None:
@@ -21,16 +21,16 @@ def test_fields_of_members() -> None:
     )
 )
 def test_shares_sum_to_one_in_an_order_of_their_own(shares: dict[str, float]) -> None:
-    checked_shares(shares)
-    found = shares_of(shares)
+    checked_probabilities(shares)
+    found = probabilities_of(shares)
     assert list(found) == sorted(shares)
     assert sum(found.values()) == pytest.approx(1)
-    assert found == shares_of(dict(reversed(shares.items())))
+    assert found == probabilities_of(dict(reversed(shares.items())))
 
 
 def test_one_choice_has_no_probability() -> None:
-    assert shares_of("txt") == {"txt": None}
-    assert shares_of(None) == {None: None}
+    assert probabilities_of("txt") == {"txt": None}
+    assert probabilities_of(None) == {None: None}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_one_choice_has_no_probability() -> None:
 )
 def test_shares_that_are_refused(shares: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="should"):
-        checked_shares(shares)
+        checked_probabilities(shares)
 
 
 def test_a_known_choice_is_itself() -> None:

@@ -174,7 +174,7 @@ def test_all_errors_come_at_once_in_the_order_of_the_lines(small: Small, recipe_
     assert lines[
         1
     ] == "  small.yaml:2: data: the key data.batch_size is missing (Global batch: samples of one " + (
-        "optimizer step, whatever the cluster's size)"
+        "optimizer step, over all ranks)"
     )
     assert lines[2].startswith(
         "  small.yaml:5: data.batch_sise: the environment variable NOPE is not set; export"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded
-from clipcluster.recipe.plan import micro_batches, plan, plan_for_nodes, share, usable_nodes
+from clipcluster.recipe.plan import micro_batches, plan, plan_for_nodes, samples_per_rank, usable_nodes
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Duration
 
@@ -85,7 +85,7 @@ def test_the_ranks_change_nothing_but_the_share(batch: int, one: int, other: int
 def test_what_does_not_divide_names_what_would(batch: int, ranks: int) -> None:
     assume(batch % ranks)
     with pytest.raises(UserError) as caught:
-        share(batch, ranks)
+        samples_per_rank(batch, ranks)
     sizes, _, counts = str(caught.value).partition("set it to ")[2].partition(", or use ")
     for size in map(int, sizes.split(" or ")):
         assert size % ranks == 0
@@ -96,7 +96,7 @@ def test_what_does_not_divide_names_what_would(batch: int, ranks: int) -> None:
 
 def test_the_message_of_a_batch_that_does_not_divide() -> None:
     with pytest.raises(UserError) as caught:
-        share(100, 48)
+        samples_per_rank(100, 48)
     assert str(caught.value) == (
         "data.batch_size 100 does not divide by 48 ranks; set it to 96 or 144, or use 25 or 50 ranks"
     )

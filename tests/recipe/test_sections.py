@@ -114,13 +114,13 @@ def test_ranks_of_a_node(gpus: int, tasks: int | None, ranks: int) -> None:
     ("changes", "message"),
     [
         ({"train": {"duration": "2 epochs", "ema": {"decay": 1.0}}}, "less than 1"),
-        ({"checkpoint": {"keep": {"last": 1}}}, "keep at least 2"),
+        ({"checkpoint": {"keep": {"last": 1}}}, "at least 2: the newest"),
         ({"data": {"train": [], "batch_size": 4}}, "at least one source"),
         (
             {"data": {"train": [{"shards": "a", "weight": 2}, {"shards": "b"}], "batch_size": 4}},
             "source 1 has no weight",
         ),
-        ({"data": {"train": [{"shards": []}], "batch_size": 4}}, "a path, or a list of paths"),
+        ({"data": {"train": [{"shards": []}], "batch_size": 4}}, "a path or a list of paths"),
         ({"data": {"train": [{"shards": "a", "captions_in": "yaml"}], "batch_size": 4}}, "json:FIELD"),
         ({"data": {"train": [{"shards": "a", "captions_in": {"txt": 0}}], "batch_size": 4}}, "a positive"),
         ({"data": {"train": [{"shards": "a", "captions_in": {"line": 1}}], "batch_size": 4}}, "mean 'lines'"),

@@ -22,7 +22,7 @@ from clipcluster.data.storage.urls import (
     redacted,
 )
 from clipcluster.errors import UserError
-from clipcluster.recipe.captions import shares_of
+from clipcluster.recipe.captions import probabilities_of
 
 if TYPE_CHECKING:
     from clipcluster.data.storage.cache import Cache
@@ -47,7 +47,7 @@ def open_folder(
     cache: Cache | None = None,
 ) -> Dataset:
     """Opens one folder of shards, which may be remote, with its captions. UserError as `open_source`."""
-    shares = shares_of(captions_in)
+    shares = probabilities_of(captions_in)
     if is_remote(path):
         cache = cache or _default_cache()
         parts = list(_remote_parts(str(path), None if index is None else str(index), shares, cache))
@@ -67,7 +67,7 @@ def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None
     """
     written = [source.shards] if isinstance(source.shards, str) else list(source.shards)
     shown = ", ".join(map(redacted, written))
-    shares = shares_of(source.captions_in) if text else None
+    shares = probabilities_of(source.captions_in) if text else None
     if cache is None and any(map(is_remote, written)):
         cache = _default_cache()
     parts = [part for entry in written for part in _parts(entry, source.index, shares, cache)]

@@ -3,8 +3,8 @@
 Every key carries one of three marks:
 
 - ``result``: decides the trained weights; part of the run's name;
-- ``speed``: decides how fast they come, never which;
-- ``record``: decides what is kept, measured, or where the run lives.
+- ``speed``: decides how fast the run is, never its weights;
+- ``record``: decides what is kept, measured, or where the run takes place.
 
 `key` also notes which strings are paths (they belong to the recipe as written, see `clipcluster.recipe.load`)
 and which are left to the shell. Sections are frozen and refuse unknown keys. No torch.

@@ -10,24 +10,26 @@ from clipcluster.recipe.units import Duration, Period, Time
 
 
 class Best(Section):
-    """Checkpoints kept because they measured best."""
+    """Checkpoints kept for their value of a metric."""
 
     metric: str = key("record", "The metric, such as val/t2i_r1.", min_length=1)
     count: Int = key("record", "How many to keep.", 1, ge=1)
 
 
 class Keep(Section):
-    """Which checkpoints stay; the others go once a newer one is in place."""
+    """Which checkpoints are kept; the others are deleted once a newer one is complete."""
 
-    last: Int = key("record", "The newest so many; at least 2, since the newest may be found broken.", 3)
-    every: Duration | None = key("record", "Also one every so often, for good.", None)
-    best: Best | None = section("Also the best by a metric.", None)
+    last: Int = key(
+        "record", "How many of the newest to keep; at least 2, since the newest may be damaged.", 3
+    )
+    every: Duration | None = key("record", "Also keep one at each such interval, permanently.", None)
+    best: Best | None = section("Also keep the best by a metric.", None)
 
     @field_validator("last")
     @classmethod
     def _two_at_least(cls, value: int) -> int:
         if value < 2:
-            raise ValueError("keep at least 2: the newest may be found broken, or still be being written")
+            raise ValueError("should be at least 2: the newest may be damaged, or still be being written")
         return value
 
 
@@ -35,4 +37,4 @@ class Checkpoint(Section):
     """When to save, and what to keep."""
 
     every: Period = key("record", "How often to save: a duration or a time.", Time.parse("15 min"))
-    keep: Keep = section("Which checkpoints stay.", Keep)
+    keep: Keep = section("Which checkpoints are kept.", Keep)

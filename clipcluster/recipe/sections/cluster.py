@@ -10,21 +10,21 @@ from clipcluster.recipe.units import Memory, Nodes, Time
 
 
 class Cluster(Section):
-    """Where it runs. A site profile may set all of these; the recipe and the command line come first."""
+    """Where the run takes place. A site profile may set all of it; recipe and command line override it."""
 
     nodes: Nodes = key("record", "Nodes: a count (2) or a range (2-4).", Nodes(1, 1))
     gpus_per_node: Int = key("record", "GPUs of each node; 0 trains on the CPU.", 1, ge=0)
     tasks_per_node: Int | None = key(
-        "record", "Ranks of each node. Default: one a GPU, or 1 without GPUs.", None, ge=1
+        "record", "Ranks of each node. Default: one per GPU, or 1 without GPUs.", None, ge=1
     )
     cpus_per_task: Int = key("record", "CPU cores of each rank.", 4, ge=1)
     mem: Memory | None = key("record", "Memory of each node. Default: the partition's own.", None)
     time: Time = key(
-        "record", "Time limit of one attempt; a run that needs longer goes on by itself.", Time.parse("4 h")
+        "record", "Time limit of one attempt; a longer run is requeued and resumes.", Time.parse("4 h")
     )
     grace: Time | None = key(
         "record",
-        "Time between the signal and the kill at a preemption. Default: what SLURM tells, else 30 s.",
+        "Time between the signal and the kill at a preemption. Default: as SLURM is configured, else 30 s.",
         None,
     )
     partition: str | None = key("record", "SLURM partition.", None)
@@ -32,10 +32,10 @@ class Cluster(Section):
     qos: str | None = key("record", "SLURM quality of service.", None)
     constraint: str | None = key("record", "SLURM node features, such as a100|h100.", None)
     interface: str | None = key(
-        "record", "Network interface over which ranks of several nodes find each other.", None
+        "record", "Network interface of the ranks' rendezvous on several nodes.", None
     )
     setup: tuple[str, ...] = key(
-        "record", "Lines of shell that the job runs first (modules, an environment).", (), shell=True
+        "record", "Shell commands that the job runs first (modules, an environment).", (), shell=True
     )
     environment: dict[str, str] = key("record", "Environment variables of the job.", {})
 

@@ -14,11 +14,13 @@ from clipcluster.recipe.units import Memory
 
 def _captions_in(value: object) -> object:
     if isinstance(value, dict) and all(isinstance(choice, str) for choice in value):
-        for choice, share in value.items():
-            if isinstance(share, bool) or not isinstance(share, (int, float)):
-                raise ValueError(f"{choice!r} has the probability {share!r}; should be a positive number")
-        captions.checked_shares(value)
-        return {choice: float(share) for choice, share in value.items()}
+        for choice, probability in value.items():
+            if isinstance(probability, bool) or not isinstance(probability, (int, float)):
+                raise ValueError(
+                    f"{choice!r} has the probability {probability!r}; should be a positive number"
+                )
+        captions.checked_probabilities(value)
+        return {choice: float(probability) for choice, probability in value.items()}
     if isinstance(value, str):
         return captions.checked(value)
     raise ValueError(f"should be {captions.CHOICES}, or a mapping of these to probabilities")
@@ -58,39 +60,39 @@ class Source(Section):
 
     shards: Paths = key(
         "result",
-        "Folder with indexed shards; or a tar, a glob or braces ({00..09}) of either, or a list of these; "
-        "here, or at http(s)://, s3://, gs://, hf://, or what commands print (pipe:COMMAND).",
+        "Folder with indexed shards, a tar, or a glob or braces ({00..09}) of either, or a list of these: "
+        "on a disk, at http(s)://, s3://, gs:// or hf://, or the output of a command (pipe:COMMAND).",
         path="path",
     )
     weight: Float | None = key(
         "result",
-        "This source's share of the draws. All sources have one or none has; with none they are one source, "
-        "their shards together.",
+        "Mixing weight: this source's part of the draws. Either all sources have one or none; without "
+        "weights all shards together are one source.",
         None,
         gt=0,
     )
     repeat: Float = key(
         "result",
-        "How often an epoch shows each of this source's samples; 0.5: each in every second epoch.",
+        "How often each of this source's samples is drawn in an epoch; 0.5: in every second epoch.",
         1.0,
         ge=0,
     )
     repeat_classes: RepeatByClass = key(
         "result",
-        "The same for single classes, in place of `repeat`: {3: 4, cat: 2, dog: 0.5}, by number or by name "
-        "in classnames.txt; 0 leaves a class out.",
+        "The same for single classes, instead of `repeat`: {3: 4, cat: 2, dog: 0.5}, by number or by name "
+        "in classnames.txt; 0 omits a class.",
         {},
     )
     index: str | None = key(
         "record",
-        "Folder of the index, where it does not lie beside the shards (clipcluster shards index --index).",
+        "Folder of the index, if not beside the shards (clipcluster shards index --index).",
         None,
         path="path",
     )
     captions_in: CaptionsIn | None = key(
         "result",
         "Where the captions are: 'default' (the JSON's captions, else KEY.txt as one caption), 'lines' (the "
-        "same, KEY.txt holds one a line), 'txt' (KEY.txt alone), 'json:FIELD' of KEY.json, or "
+        "same, KEY.txt has one per line), 'txt' (KEY.txt alone), 'json:FIELD' of KEY.json, or "
         "'MEMBER.json:FIELD' of KEY.MEMBER.json. Or several of them, each with its probability: "
         "{default: 0.5, 'syn.json:syn_text': 0.5}. Default: 'lines' where dataset_type.txt says retrieval, "
         "else 'default'.",
@@ -99,27 +101,31 @@ class Source(Section):
 
 
 class Image(Section):
-    """How an image becomes the tower's input."""
+    """How an image becomes the input of its tower."""
 
     size: Int = key("result", "Side of the square input, in pixels.", 224, ge=1)
     crop_scale: Pair = key(
-        "result", "Area of the random training crop, as shares of the image: smallest, largest.", (0.9, 1.0)
+        "result",
+        "Area of the random training crop, as fractions of the image: smallest, largest.",
+        (0.9, 1.0),
     )
     crop_ratio: Pair = key(
-        "result", "Width over height of the random training crop: smallest, largest.", (0.75, 4 / 3)
+        "result",
+        "Aspect ratio (width / height) of the random training crop: smallest, largest.",
+        (0.75, 4 / 3),
     )
-    flip: bool = key("result", "Mirror every second training image left to right, by chance.", False)
+    flip: bool = key("result", "Flip training images horizontally with probability 0.5.", False)
     interpolation: Literal["bicubic", "bilinear"] = key(
-        "result", "How images are resized (always with antialiasing).", "bicubic"
+        "result", "Interpolation of the resizing, always with antialiasing.", "bicubic"
     )
     mean: Mean = key(
         "result",
-        "Mean of each colour that is subtracted: openai, imagenet or three numbers.",
+        "Mean of each channel, subtracted: openai, imagenet or three numbers (red, green, blue).",
         MEANS["openai"],
     )
     std: Deviation = key(
         "result",
-        "Deviation of each colour that is divided by: openai, imagenet or three numbers.",
+        "Standard deviation of each channel, divided by: openai, imagenet or three numbers.",
         DEVIATIONS["openai"],
     )
 
@@ -132,9 +138,9 @@ class Image(Section):
 
     @field_validator("crop_scale")
     @classmethod
-    def _a_share(cls, value: tuple[float, float]) -> tuple[float, float]:
+    def _fractions(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[1] > 1:
-            raise ValueError("should be shares of the image: at most 1.0")
+            raise ValueError("should be fractions of the image, at most 1.0")
         return value
 
     @field_validator("std")
@@ -146,47 +152,52 @@ class Image(Section):
 
 
 class Text(Section):
-    """How a caption becomes the tower's input."""
+    """How a caption becomes the input of its tower."""
 
     tokenizer: str = key(
         "result",
-        "'bytes' (one token a byte, no file needed), a folder with a Hugging Face tokenizer, or its name on "
+        "'bytes' (one token per byte, needs no file), a folder with a Hugging Face tokenizer, or its name on "
         "the hub.",
         "bytes",
         path="name",
         min_length=1,
     )
-    context_length: Int = key("result", "Tokens of a caption; longer ones are cut.", 77, ge=2)
+    context_length: Int = key(
+        "result", "Number of tokens; longer captions are truncated, shorter ones padded.", 77, ge=2
+    )
     captions: Literal["all", "random", "first"] = key(
         "result",
-        "all: every caption makes a sample of its own (an epoch counts pairs); random: one of an image's "
-        "captions at each draw; first: always the first.",
+        "all: every pair of image and caption is a sample (an epoch counts pairs); random: one caption of "
+        "the image at each draw; first: always the first.",
         "random",
     )
 
 
 class Order(Section):
-    """In which order samples come: a pure function of the seed and the step."""
+    """The order of samples: a pure function of the seed and the step."""
 
     lanes: Int = key(
         "result",
-        "Upper bound of the lanes a pass is cut into (the largest divisor of the batch size up to it is "
-        "used). At least ranks x workers keeps reading cheap.",
+        "Upper bound of the lanes a pass is divided into; the largest divisor of the batch size up to it is "
+        "used. Choose at least ranks x workers, so that each worker reads few shards at a time.",
         64,
         ge=1,
     )
-    window: Int = key("result", "Samples of a lane that are shuffled together.", 1024, ge=1)
+    window: Int = key("result", "Shuffle window: samples of a lane that are shuffled together.", 1024, ge=1)
     full_shuffle_below: Int = key(
-        "result", "Sources of at most so many samples are shuffled whole.", 1_000_000, ge=0
+        "result",
+        "Sources of at most this many samples are shuffled as a whole, without lanes.",
+        1_000_000,
+        ge=0,
     )
 
 
 class Cache(Section):
-    """Where remote shards are kept on a node, shared by its ranks; local ones need none."""
+    """The cache of remote shards on a node, shared by its ranks."""
 
     folder: str | None = key(
         "speed",
-        "An absolute path, best on a disk of the node itself; $NAME and ~ are read on the node. Default: "
+        "An absolute path, preferably on a local disk; $NAME and ~ are expanded on the node. Default: "
         "$CLIPCLUSTER_CACHE, else ~/.cache/clipcluster.",
         None,
         shell=True,
@@ -194,8 +205,7 @@ class Cache(Section):
     )
     size: Memory = key(
         "speed",
-        "Upper bound of what is kept; what was used longest ago goes first. Less is kept "
-        "where the disk is full.",
+        "Upper bound; the least recently used shards are removed first. A full disk lowers it.",
         Memory.parse("100 GB"),
     )
 
@@ -203,16 +213,16 @@ class Cache(Section):
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("/", "$", "~")):
-            raise ValueError("should be an absolute path (or begin with $NAME or ~)")
+            raise ValueError("should be an absolute path, or begin with $NAME or ~")
         return value
 
 
 class BadSamples(Section):
-    """Samples that cannot be decoded are replaced and written down; too many stop the run."""
+    """Samples that cannot be decoded are replaced and recorded; too many stop the run."""
 
     limit: Float = key(
         "record",
-        "Share of the sources' samples (counted as at least 1,000) that may be bad before the run stops.",
+        "Fraction of the sources' samples (counted as at least 1,000) that may be bad before the run stops.",
         0.01,
         ge=0,
         le=1,
@@ -220,21 +230,19 @@ class BadSamples(Section):
 
 
 class Data(Section):
-    """What is trained on."""
+    """The training data."""
 
     train: tuple[Source, ...] = section("The sources of training samples.")
-    batch_size: Int = key(
-        "result", "Global batch: samples of one optimizer step, whatever the cluster's size.", ge=1
-    )
+    batch_size: Int = key("result", "Global batch: samples of one optimizer step, over all ranks.", ge=1)
     epoch_samples: Int | None = key(
-        "result", "Samples of an epoch. Default: the sum of the sources, repeats counted.", None, ge=1
+        "result", "Samples of an epoch. Default: the sum of the sources, repeats included.", None, ge=1
     )
-    workers: Int = key("speed", "Loader processes of each rank; 0 loads in the rank itself.", 4, ge=0)
-    image: Image = section("How an image becomes the tower's input.", Image)
-    text: Text = section("How a caption becomes the tower's input.", Text)
-    order: Order = section("In which order samples come.", Order)
-    cache: Cache = section("Where remote shards are kept.", Cache)
-    bad_samples: BadSamples = section("What happens to samples that cannot be decoded.", BadSamples)
+    workers: Int = key("speed", "Loader processes of each rank; 0: the rank itself loads.", 4, ge=0)
+    image: Image = section("How an image becomes the input of its tower.", Image)
+    text: Text = section("How a caption becomes the input of its tower.", Text)
+    order: Order = section("The order of samples.", Order)
+    cache: Cache = section("The cache of remote shards on a node.", Cache)
+    bad_samples: BadSamples = section("Samples that cannot be decoded.", BadSamples)
 
     @field_validator("train")
     @classmethod
@@ -243,7 +251,9 @@ class Data(Section):
             raise ValueError("should name at least one source: [{shards: FOLDER}]")
         weighted = [source.weight is not None for source in value]
         if any(weighted) and not all(weighted):
-            raise ValueError(f"source {weighted.index(False)} has no weight: give every source one, or none")
+            raise ValueError(
+                f"source {weighted.index(False)} has no weight; give a weight to every source or to none"
+            )
         return value
 
     @model_validator(mode="after")
@@ -252,7 +262,7 @@ class Data(Section):
         if shared and self.text.captions == "all":
             raise ValueError(
                 f"source {shared[0]} draws its captions by probabilities (captions_in), while text.captions: "
-                "all shows every caption once a pass: say text.captions: random, or name one choice in "
+                "all shows every caption once in a pass; set text.captions: random, or one choice in "
                 "captions_in"
             )
         return self

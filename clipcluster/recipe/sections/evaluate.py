@@ -11,11 +11,11 @@ class Evaluate(Section):
     """What is measured, and when."""
 
     every: Duration | None = key(
-        "record", "How often; the end of the run always. Default: only the end.", None
+        "record", "How often, besides the end of the run. Default: only at the end.", None
     )
     retrieval: tuple[str, ...] = key(
         "record",
-        "Shard folders for image-text retrieval; each is named by its last component.",
+        "Shard folders for image-text retrieval; metrics are named by the last component of each.",
         (),
         path="path",
     )
@@ -25,4 +25,4 @@ class Evaluate(Section):
         (),
         path="path",
     )
-    batch_size: Int = key("record", "Samples that all ranks together take at once.", 256, ge=1)
+    batch_size: Int = key("record", "Samples of one forward pass, over all ranks.", 256, ge=1)

@@ -28,8 +28,8 @@ class ImageTower(Section):
 def _pool() -> Any:
     return key(
         "result",
-        "Which token stands for the caption: the last real one, the first, or the mean of the real ones. "
-        "Default: by architecture (last for causal ones, first for the others).",
+        "Pooling over the tokens that are not padding: the last, the first, or their mean. Default: by "
+        "architecture (last for causal models, first for the others).",
         None,
     )
 
@@ -82,8 +82,8 @@ TextTower = Annotated[HfTextTower | ArchTextTower, Kinds(hf=HfTextTower, arch=Ar
 class LogitScale(Section):
     """The learned scale of the similarities."""
 
-    init: Float = key("result", "Its value at the start (1/0.07 as in CLIP).", 1 / 0.07, gt=0)
-    max: Float = key("result", "Its upper bound.", 100.0, gt=0)
+    init: Float = key("result", "Initial value (1/0.07 as in CLIP).", 1 / 0.07, gt=0)
+    max: Float = key("result", "Upper bound.", 100.0, gt=0)
 
     @model_validator(mode="after")
     def _below_the_bound(self) -> LogitScale:
@@ -93,9 +93,9 @@ class LogitScale(Section):
 
 
 class Model(Section):
-    """The towers and what joins them."""
+    """The towers and the embedding they share."""
 
     image: ImageTower = section("The image tower.")
     text: TextTower = section("The text tower.")
-    embed_dim: Int = key("result", "Length of the vectors in which images and captions meet.", 512, ge=1)
+    embed_dim: Int = key("result", "Dimension of the embedding that images and captions share.", 512, ge=1)
     logit_scale: LogitScale = section("The learned scale of the similarities.", LogitScale)

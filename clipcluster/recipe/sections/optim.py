@@ -17,18 +17,23 @@ class Optim(Section):
     name: Literal["adamw"] = key("result", "The optimizer.", "adamw")
     lr: Float = key("result", "Learning rate after the warm-up.", ge=0)
     weight_decay: Float = key(
-        "result", "Decoupled weight decay; norms, biases and the logit scale have none.", 0.2, ge=0
+        "result", "Decoupled weight decay, not applied to norms, biases and the logit scale.", 0.2, ge=0
     )
-    betas: Pair = key("result", "Decay of the two moments.", (0.9, 0.98))
-    eps: Float = key("result", "Added to the root of the second moment.", 1e-6, gt=0)
+    betas: Pair = key("result", "Decay rates of the two moments.", (0.9, 0.98))
+    eps: Float = key("result", "Added to the square root of the second moment.", 1e-6, gt=0)
     clip_norm: Float | None = key(
-        "result", "Largest norm of the whole gradient. Default: not clipped.", None, gt=0
+        "result",
+        "Largest norm of the whole gradient; larger ones are scaled down. Default: no clipping.",
+        None,
+        gt=0,
     )
     schedule: Literal["cosine", "constant"] = key(
-        "result", "cosine: to zero by the end of the run; constant: as it is.", "cosine"
+        "result", "After the warm-up: cosine (to zero at the end of the run) or constant.", "cosine"
     )
     warmup: Duration = key(
-        "result", "The learning rate rises linearly over this, from nearly zero.", Duration.parse("0 steps")
+        "result",
+        "Length of the linear rise of the learning rate from nearly zero.",
+        Duration.parse("0 steps"),
     )
 
     @field_validator("betas")

@@ -41,12 +41,12 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
     )
-    task: TaskName = key("result", "What is learnt.", "contrastive")
-    seed: Int = key("result", "Seed of everything that is random.", 0, ge=0, lt=2**63)
-    data: Data = section("What is trained on.")
-    model: Model = section("The towers and what joins them.")
+    task: TaskName = key("result", "What the model is trained for.", "contrastive")
+    seed: Int = key("result", "Seed of all random numbers.", 0, ge=0, lt=2**63)
+    data: Data = section("The training data.")
+    model: Model = section("The towers and the embedding they share.")
     optim: Optim = section("The optimizer and its schedule.")
-    train: Train = section("The run itself.")
+    train: Train = section("Length, precision and log of the run.")
     checkpoint: Checkpoint = section("When to save, and what to keep.", Checkpoint)
     evaluate: Evaluate = section("What is measured, and when.", Evaluate)
-    cluster: Cluster = section("Where it runs.", Cluster)
+    cluster: Cluster = section("Where the run takes place.", Cluster)

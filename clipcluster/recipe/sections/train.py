@@ -12,28 +12,28 @@ from clipcluster.recipe.units import Duration, Length
 class Ema(Section):
     """A moving average of the weights, evaluated and saved beside them."""
 
-    decay: Float = key("result", "Share of the average that stays at each step.", 0.9999, gt=0, lt=1)
+    decay: Float = key("result", "Part of the average that is kept at each step.", 0.9999, gt=0, lt=1)
 
 
 class NonFinite(Section):
-    """Steps whose loss or gradient is not a number are skipped and counted."""
+    """Steps whose loss or gradient is not finite are skipped and counted."""
 
     limit: Int = key(
         "result",
-        "More skipped steps in a row than this: once back to the last good checkpoint, leaving the range "
-        "out; then the run stops.",
+        "After more skipped steps in a row than this the run goes back to the last good checkpoint and omits "
+        "the range; the second time it stops.",
         10,
         ge=0,
     )
 
 
 class Train(Section):
-    """The run itself."""
+    """Length, precision and log of the run."""
 
     duration: Length = key("result", "Length of the run: steps, samples or epochs.")
     micro_batch: Int | None = key(
         "speed",
-        "Upper bound of the samples a rank takes at once. Default: its whole share of the batch.",
+        "Upper bound of the samples that a rank processes at once. Default: its whole part of the batch.",
         None,
         ge=1,
     )
@@ -47,8 +47,6 @@ class Train(Section):
         None,
     )
     ema: Ema | None = section("A moving average of the weights, evaluated and saved beside them.", None)
-    record_samples: bool = key(
-        "record", "Write down every consumed sample: step, slot, shard and key.", False
-    )
+    record_samples: bool = key("record", "Record every consumed sample: step, slot, shard and key.", False)
     log_every: Duration = key("record", "How often a line of metrics is written.", Duration.parse("10 steps"))
-    non_finite: NonFinite = section("Losses and gradients that are not numbers.", NonFinite)
+    non_finite: NonFinite = section("Losses and gradients that are not finite.", NonFinite)

@@ -78,7 +78,7 @@ def _one_or_more(value: object) -> object:
         and all(isinstance(entry, str) and entry for entry in value)
     ):
         return tuple(value)
-    raise ValueError("should be a path, or a list of paths")
+    raise ValueError("should be a path or a list of paths")
 
 
 Paths = Annotated[

@@ -76,4 +76,4 @@ def test_where_captions_are_looked_for() -> None:
 def test_an_unknown_choice_is_refused_with_the_nearest(choice: str, near: str | None) -> None:
     with pytest.raises(UserError, match=r"default, lines, txt, json:FIELD or MEMBER\.json:FIELD") as caught:
         check_choice(choice)
-    assert str(caught.value).endswith(f"do you mean {near!r}?" if near else "FIELD")
+    assert str(caught.value).endswith(f"did you mean {near!r}?" if near else "FIELD")
