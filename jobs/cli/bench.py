@@ -23,7 +23,9 @@ def _bench() -> None:
 def loader(
     shards: Annotated[
         Path | None,
-        typer.Option("--shards", metavar="DIR", help="An indexed folder of shards. Default: one made up."),
+        typer.Option(
+            "--shards", metavar="DIR", help="An indexed folder of shards. Default: synthetic photographs."
+        ),
     ] = None,
     index: Annotated[
         Path | None, typer.Option("--index", metavar="FOLDER", help="Where its index is, if elsewhere.")
@@ -33,9 +35,9 @@ def loader(
     ] = "1",
     size: Annotated[int, typer.Option("--size", metavar="PIXELS", help="Side of the cropped images.")] = 224,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.")] = 64,
-    seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="Of each turn.")] = 3.0,
+    seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="Of each repetition.")] = 3.0,
     repetitions: Annotated[
-        int, typer.Option("--repetitions", metavar="N", help="Turns of each contender.")
+        int, typer.Option("--repetitions", metavar="N", help="How often each contender is measured.")
     ] = 5,
     peer: Annotated[
         Path | None,
@@ -56,7 +58,7 @@ def loader(
     """The loader's images per second, beside decoding alone and OpenCLIP's loader."""
     from contextlib import nullcontext
 
-    from tools.bench.loader import Settings, made_up_photographs, measure
+    from tools.bench.loader import Settings, measure, synthetic_photographs
 
     try:
         counts = tuple(int(number) for number in workers.split(","))
@@ -64,7 +66,7 @@ def loader(
         raise UserError(f"--workers {workers}: one or more numbers from 1, as 1,2") from None
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
-    with made_up_photographs() if shards is None else nullcontext(shards) as folder:
+    with synthetic_photographs() if shards is None else nullcontext(shards) as folder:
         settings = Settings(
             folder, index, counts, size, batch_size, seconds, repetitions, peer, normalise
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """How fast the loader is: end to end and for each core, beside decoding alone and beside OpenCLIP's loader.
 
-All contenders take turns, several times, so that what else the machine does meets them alike; the figures are
-medians over the turns, and each comes with its least and its largest.
+The contenders run in turn, several repetitions of each, so that other load on the machine affects all alike;
+the figures are medians over the repetitions, each with its smallest and its largest.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tools.bench.loader_parts import CROP_SCALE
 from tools.bench.process import Contender, cpu_seconds, descendants, unique_bytes
 
 PEER_PACKAGES = "open_clip_torch==3.3.0 webdataset==0.2.86"
-MADE_UP = 512  # images of the set that is made where none is given
+SYNTHETIC = 512  # images of the set that is made where none is given
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: `workers` one after the other, each `repetitions` turns of `seconds`."""
+    """What is measured: each number of `workers`, in `repetitions` of `seconds`."""
 
     shards: Path
     index: Path | None = None
@@ -62,7 +62,7 @@ class Settings:
 
 @dataclass
 class Figure:
-    """Images per second of one contender, turn by turn, and what its processes used."""
+    """Images per second of one contender in each repetition, and what its processes used."""
 
     name: str
     rates: list[float] = field(default_factory=list)
@@ -86,18 +86,16 @@ class Figure:
 
 
 def measure(settings: Settings, say: Any = lambda text: None) -> dict[str, Any]:
-    """Measures every number of workers; the document that `--json` prints. `say` is told what goes on.
+    """Measures every number of workers and returns the document that `--json` prints; `say` gets progress.
 
-    Raises UserError for shards without captions, a peer that cannot run, a contender that dies.
+    Raises UserError for shards without captions, a peer that cannot run, a contender that ends early.
     """
     tars = _tars(settings)
     if settings.peer is not None:
         _check_peer(settings.peer)
     results = []
     for workers in settings.workers:
-        say(
-            f"{workers} worker{'s' * (workers > 1)}, {settings.repetitions} rounds of {settings.seconds:g} s:"
-        )
+        say(f"{workers} worker{'s' * (workers > 1)}, {settings.repetitions} x {settings.seconds:g} s:")
         results.append(_measure(settings, workers, tars, say))
     return {
         "shards": str(settings.shards),
@@ -125,28 +123,28 @@ def _measure(settings: Settings, workers: int, tars: Sequence[str], say: Any) ->
         if settings.peer is not None:
             groups.append(stack.enter_context(_peer(settings, workers, tars)))
         about = [[contender.ready() for contender in group] for group in groups]
-        figures = _turns(groups, settings, say)
+        figures = _repeated(groups, settings, say)
     return _result(workers, figures, about[-1][0] if settings.peer is not None else None)
 
 
-def _turns(groups: Sequence[Sequence[Contender]], settings: Settings, say: Any) -> list[Figure]:
-    """All contenders in turn; the first turn warms up and is not counted."""
+def _repeated(groups: Sequence[Sequence[Contender]], settings: Settings, say: Any) -> list[Figure]:
+    """All contenders in turn; the first repetition warms up and is not counted."""
     figures = [Figure(group[0].name) for group in groups]
     used: list[float | None] = [None] * len(groups)
-    for turn in range(settings.repetitions + 1):
+    for repetition in range(settings.repetitions + 1):
         for at, (group, figure) in enumerate(zip(groups, figures, strict=True)):
             for contender in group:
-                contender.start(settings.seconds if turn else min(1.0, settings.seconds))
+                contender.start(settings.seconds if repetition else min(1.0, settings.seconds))
             answers = [contender.finish() for contender in group]
             before, used[at] = used[at], _cpu_seconds(group)
-            if not turn:
+            if not repetition:
                 continue
             figure.rates.append(sum(answer["images"] / answer["seconds"] for answer in answers))
             spent = (used[at] or 0) - (before or 0)
             if spent > 0:
                 figure.per_core.append(sum(a["images"] + a["untimed"] for a in answers) / spent)
             figure.uss += _largest_worker(group[0])
-        if turn:
+        if repetition:
             say("  " + ", ".join(f"{figure.name} {figure.rates[-1]:.0f}" for figure in figures))
     return figures
 
@@ -178,13 +176,13 @@ def _result(workers: int, figures: Sequence[Figure], peer: Mapping[str, Any] | N
 
 
 def _ratios(a: Figure, b: Figure) -> dict[str, float | None]:
-    """By the clock, turn by turn, and by processor time, which other work on the machine moves less."""
-    turns = [one / other for one, other in zip(a.rates, b.rates, strict=True)]
+    """By the clock, each repetition, and by processor time, which other load affects less."""
+    clock = [one / other for one, other in zip(a.rates, b.rates, strict=True)]
     cores = [one / other for one, other in zip(a.per_core, b.per_core, strict=False)]
     return {
-        "median": round(statistics.median(turns), 3),
-        "least": round(min(turns), 3),
-        "largest": round(max(turns), 3),
+        "median": round(statistics.median(clock), 3),
+        "least": round(min(clock), 3),
+        "largest": round(max(clock), 3),
         "by_core": round(statistics.median(cores), 3) if cores else None,
     }
 
@@ -193,8 +191,8 @@ def _ratios(a: Figure, b: Figure) -> dict[str, float | None]:
 def _contender(
     name: str, settings: Settings, part: str, workers: int, processes: int
 ) -> Iterator[list[Contender]]:
-    """`processes` programs of one part of ours."""
-    words = {
+    """`processes` programs that run one part of this project."""
+    parameters = {
         "part": part,
         "shards": str(settings.shards.absolute()),
         "index": None if settings.index is None else str(settings.index.absolute()),
@@ -204,16 +202,16 @@ def _contender(
     }
     here = str(Path(__file__).parents[2])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tools.bench.loader_parts", json.dumps(words)]
+    command = [sys.executable, "-m", "tools.bench.loader_parts", json.dumps(parameters)]
     with _closing(
         [Contender(name, command, {**os.environ, "PYTHONPATH": path}) for _ in range(processes)]
-    ) as them:
-        yield them
+    ) as contenders:
+        yield contenders
 
 
 @contextmanager
 def _peer(settings: Settings, workers: int, tars: Sequence[str]) -> Iterator[list[Contender]]:
-    words = {
+    parameters = {
         "tars": list(tars),
         "workers": workers,
         "lead": 2 * workers + 2,
@@ -222,9 +220,9 @@ def _peer(settings: Settings, workers: int, tars: Sequence[str]) -> Iterator[lis
     }
     program = Path(__file__).with_name("open_clip_loader.py")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [str(settings.peer), "-I", str(program), json.dumps(words)]
-    with _closing([Contender("OpenCLIP's loader", command, environment)]) as them:
-        yield them
+    command = [str(settings.peer), "-I", str(program), json.dumps(parameters)]
+    with _closing([Contender("OpenCLIP's loader", command, environment)]) as contenders:
+        yield contenders
 
 
 @contextmanager
@@ -242,7 +240,9 @@ def _tars(settings: Settings) -> list[str]:
 
     shards = open_folder(settings.shards, settings.index)
     if shards.n_pairs == 0:
-        raise UserError(f"{settings.shards}: no sample has a caption, and a loader of pairs is measured")
+        raise UserError(
+            f"{settings.shards}: no sample has a caption; the benchmark loads pairs of image and caption"
+        )
     if shards.n_samples < settings.batch_size:
         raise UserError(
             f"{settings.shards}: {shards.n_samples} samples, less than one batch; give a smaller --batch-size"
@@ -251,7 +251,7 @@ def _tars(settings: Settings) -> list[str]:
 
 
 def _check_peer(python: Path) -> None:
-    """UserError for an interpreter that is none, or that lacks the packages."""
+    """UserError for a file that is no interpreter, or one that lacks the packages."""
     advice = f"make one with: python -m venv peer && peer/bin/pip install {PEER_PACKAGES}"
     code = "import open_clip, open_clip_train.data, webdataset"
     try:
@@ -259,13 +259,13 @@ def _check_peer(python: Path) -> None:
     except OSError as error:
         raise UserError(f"--peer {python}: no Python interpreter ({error.strerror}); {advice}") from None
     if done.returncode:
-        words = done.stderr.strip().splitlines()
-        raise UserError(f"--peer {python}: {words[-1] if words else 'OpenCLIP cannot be imported'}; {advice}")
+        lines = done.stderr.strip().splitlines()
+        raise UserError(f"--peer {python}: {lines[-1] if lines else 'OpenCLIP cannot be imported'}; {advice}")
 
 
 @contextmanager
-def made_up_photographs() -> Iterator[Path]:
-    """A folder of shards with images made up for the measurement: JPEGs of 500 x 375 pixels, about 110 kB."""
+def synthetic_photographs() -> Iterator[Path]:
+    """A folder of shards with synthetic images: JPEGs of 500 x 375 pixels, about 110 kB each."""
     import io
 
     from PIL import Image
@@ -273,8 +273,8 @@ def made_up_photographs() -> Iterator[Path]:
     from tools.convert.shard_writer import ShardWriter
 
     with tempfile.TemporaryDirectory(prefix="clipcluster-bench-") as name:
-        with ShardWriter(Path(name), samples_per_shard=MADE_UP // 8) as writer:
-            for number in range(MADE_UP):
+        with ShardWriter(Path(name), samples_per_shard=SYNTHETIC // 8) as writer:
+            for number in range(SYNTHETIC):
                 numbers = np.random.default_rng(number)
                 coarse = Image.fromarray(numbers.integers(0, 256, (24, 32, 3), dtype=np.uint8))
                 pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -282,6 +282,6 @@ def made_up_photographs() -> Iterator[Path]:
                 file = io.BytesIO()
                 Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=93)
                 writer.add(
-                    f"{number:05d}", file.getvalue(), "jpg", [f"a made up photograph, number {number}"]
+                    f"{number:05d}", file.getvalue(), "jpg", [f"a synthetic photograph, number {number}"]
                 )
         yield Path(name)

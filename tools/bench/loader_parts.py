@@ -1,4 +1,4 @@
-"""What `clipcluster bench loader` measures of ours: the loader, and decoding and resizing without one.
+"""What `clipcluster bench loader` measures of this project: the loader, and decoding without a loader.
 
 Run as a program with its settings as JSON; see `tools.bench.process.serve`.
 """
@@ -22,7 +22,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def loader(settings: dict[str, Any]) -> Callable[[], int]:
-    """The loader as training uses it; its tokenizer is the one of bytes."""
+    """The loader as training uses it, with the byte tokenizer."""
     from clipcluster.data.loading.batch import normalise
     from clipcluster.data.loading.loader import Loader
     from clipcluster.data.sampling.sampler import sampler_of

@@ -1,7 +1,7 @@
-"""OpenCLIP's own loader, measured beside ours; runs with another interpreter, which has no clipcluster.
+"""OpenCLIP's own loader, measured beside this project's; runs with an interpreter without clipcluster.
 
-Its get_wds_dataset as `open_clip_train --dataset-resampled` builds it, its train transform with the crop that
-ours has, and a tokenizer of bytes as ours, so that both do the same work on the text.
+Its get_wds_dataset as `open_clip_train --dataset-resampled` builds it, its train transform with our crop, and
+the same byte tokenizer, so that both do the same work on the text.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Programs that are measured in turn: each starts once, waits, and works for some seconds when it is told to.
+"""Programs that are measured in turn: each starts once, waits, and works for some seconds on request.
 
-So the noise of a machine meets all of them alike, and what each needs to start is not in its figures.
+So other load on the machine affects all of them alike, and the time to start is in no figure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from clipcluster.errors import UserError
 
 
 class Contender:
-    """One program: told {"seconds": …}, it answers with `images`, `seconds` and `untimed` images before."""
+    """One program: it answers {"seconds": …} with `images`, `seconds` and the `untimed` images before."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.name = name
@@ -41,17 +41,17 @@ class Contender:
         self.pid = self._process.pid
 
     def ready(self) -> dict[str, Any]:
-        """What it says of itself once it can work."""
+        """Its description of itself, once it is ready."""
         return self._answer()
 
     def start(self, seconds: float) -> None:
-        """Tells it to work so long."""
+        """Tells it to work for so many seconds."""
         if self._process.stdin is not None:
             self._process.stdin.write(json.dumps({"seconds": seconds}) + "\n")
             self._process.stdin.flush()
 
     def finish(self) -> dict[str, Any]:
-        """Waits for what it did. UserError with its last words if it died."""
+        """Waits for its answer. UserError with its last line of output if it ended early."""
         return self._answer()
 
     def close(self) -> None:
@@ -68,14 +68,14 @@ class Contender:
             return dict(json.loads(line))
         self._process.wait()
         self._stderr.seek(0)
-        words = [text.strip() for text in self._stderr.read().splitlines() if text.strip()]
-        raise UserError(f"{self.name} ended early: {words[-1] if words else 'without a word'}")
+        lines = [text.strip() for text in self._stderr.read().splitlines() if text.strip()]
+        raise UserError(f"{self.name} ended early: {lines[-1] if lines else 'it printed no error'}")
 
 
 def serve(about: Mapping[str, Any], take: Callable[[], int], lead: int = 0) -> None:
-    """A contender's side: `take` makes some images and says how many; ends with its standard input.
+    """A contender's side: `take` loads some images and returns how many; ends with its standard input.
 
-    The first `lead` takings of a turn are not timed: they were made while the others worked.
+    The first `lead` calls of a repetition are not timed: their images were loaded while the others ran.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
@@ -91,7 +91,7 @@ def serve(about: Mapping[str, Any], take: Callable[[], int], lead: int = 0) -> N
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes below one, children first; empty where the system has no /proc."""
+    """The descendants of a process, children first; empty where the system has no /proc."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -106,7 +106,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """Processor time of a process and of all below it that live; None without /proc."""
+    """Processor time of a process and its living descendants, in seconds; None without /proc."""
     total = 0
     for process in (pid, *descendants(pid)):
         try:
@@ -118,7 +118,7 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 def unique_bytes(pid: int) -> int | None:
-    """Memory that a process shares with no other (USS); None without /proc."""
+    """Memory that a process shares with no other (USS), in bytes; None without /proc."""
     return sum(_private(pid), 0) if Path(f"/proc/{pid}/smaps_rollup").exists() else None
 
 

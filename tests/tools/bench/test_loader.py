@@ -9,16 +9,16 @@ import pytest
 
 from clipcluster.errors import UserError
 from tools.bench import loader as bench_loader
-from tools.bench.loader import Settings, made_up_photographs, measure
+from tools.bench.loader import Settings, measure, synthetic_photographs
 from tools.bench.process import descendants, unique_bytes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 made up photographs."""
+    """64 synthetic photographs."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(bench_loader, "MADE_UP", 64)
-    with patch.context(), made_up_photographs() as made:
+    patch.setattr(bench_loader, "SYNTHETIC", 64)
+    with patch.context(), synthetic_photographs() as made:
         kept = tmp_path_factory.mktemp("bench") / "shards"
         subprocess.run(["cp", "-a", made, kept], check=True)
     patch.undo()
