@@ -87,7 +87,7 @@ def recipe_of(folder: Path) -> Any:
 
 
 def planned(folder: Path) -> tuple[Any, Any, Any]:
-    """The recipe, its opened source and its order: what a rank makes before the first batch."""
+    """The recipe, its opened source and its sampler: what a rank makes before the first batch."""
     from clipcluster.data.sampling.sampler import sampler_of
     from clipcluster.data.shards.open import open_source
 
@@ -123,8 +123,8 @@ def run_rank(folder: Path, rank: int, torch_too: bool) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
-    _, shards, order = planned(folder)
-    draws = order.slots(16_000_000, BATCH * rank // RANKS, BATCH * (rank + 1) // RANKS)
+    _, shards, sampler = planned(folder)
+    draws = sampler.slots(16_000_000, BATCH * rank // RANKS, BATCH * (rank + 1) // RANKS)
     seconds = time.perf_counter() - began
     for pipe, positions in zip(pipes, np.array_split(draws.position, WORKERS), strict=True):
         pipe.send((shards, positions.tolist()))
@@ -225,9 +225,9 @@ def first_batch(folder: Path, step: int) -> float:
     from clipcluster.data.tokenizer import load_tokenizer
 
     began = time.perf_counter()
-    recipe, shards, order = planned(folder)
+    recipe, shards, sampler = planned(folder)
     tokenizer = load_tokenizer(recipe.data.text, folder)
-    loader = Loader([shards], order, recipe.data, tokenizer=tokenizer, seed=0, workers=WORKERS, start=step)
+    loader = Loader([shards], sampler, recipe.data, tokenizer=tokenizer, seed=0, workers=WORKERS, start=step)
     try:
         assert next(loader).index == step
         return time.perf_counter() - began

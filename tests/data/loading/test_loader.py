@@ -78,10 +78,10 @@ def section(data_section: Callable[..., Data]) -> Data:
 
 
 def test_a_batch_is_what_the_order_says(shards: Dataset, section: Data) -> None:
-    order = sampler_of([shards])
+    sampler = sampler_of([shards])
     transform = train_transform(section.image)
-    (batch,) = take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=7, start=4), 1)
-    draws = order.batch(4)
+    (batch,) = take(Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=7, start=4), 1)
+    draws = sampler.batch(4)
     assert batch.index == 4
     assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (8, 3, 8, 8))
     for slot in range(8):
@@ -101,8 +101,8 @@ def test_the_same_batches_for_every_number_of_ranks_and_workers(
     first = open_folder(make_shards(tmp_path / "a", 61, per_shard=9, bad={5, 6, 30}))
     second = open_folder(make_shards(tmp_path / "b", 40, per_shard=20, bad={0}))
     sources = [first, second]
-    order = sampler_of(sources)
-    whole = take(Loader(sources, order, section, tokenizer=TOKENIZER, seed=0), 25)
+    sampler = sampler_of(sources)
+    whole = take(Loader(sources, sampler, section, tokenizer=TOKENIZER, seed=0), 25)
     numbers = random.Random(0)
     for world_size in (1, 2, 4):
         for workers in (0, 1, 2, 3):
@@ -110,7 +110,7 @@ def test_the_same_batches_for_every_number_of_ranks_and_workers(
             shares = [
                 take(
                     Loader(
-                        sources, order, section, tokenizer=TOKENIZER, seed=0,
+                        sources, sampler, section, tokenizer=TOKENIZER, seed=0,
                         rank=rank, world_size=world_size, workers=workers, start=start,
                     ),
                     3,
@@ -122,21 +122,22 @@ def test_the_same_batches_for_every_number_of_ranks_and_workers(
 
 
 def test_ranks_that_do_not_divide_the_batch_still_share_it(shards: Dataset, section: Data) -> None:
-    order = sampler_of([shards])
+    sampler = sampler_of([shards])
     parts = [
         take(
-            Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, rank=r, world_size=3, workers=0), 1
+            Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=0, rank=r, world_size=3, workers=0),
+            1,
         )[0]
         for r in range(3)
     ]
-    same(joined(parts), take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0), 1)[0])
+    same(joined(parts), take(Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=0), 1)[0])
 
 
 def test_skipped_ranges_are_stepped_over(shards: Dataset, section: Data) -> None:
-    order = sampler_of([shards])
+    sampler = sampler_of([shards])
     loader = Loader(
         [shards],
-        order,
+        sampler,
         section,
         tokenizer=TOKENIZER,
         seed=0,
@@ -174,8 +175,8 @@ def test_a_sample_without_a_caption_is_never_drawn(
         texts=lambda number: [] if number in silent else [f"of {number}", "another"],
     )
     shards = open_folder(folder)
-    order = sampler_of([shards], captions=captions)
-    batches = take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0), 8)
+    sampler = sampler_of([shards], captions=captions)
+    batches = take(Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=0), 8)
     used = {int(key[1:]) for batch in batches for _, _, key in batch.keys}
     assert used == set(range(21)) - silent - {3}
     assert all(int(real.sum()) > 2 for batch in batches for real in batch.mask)
@@ -186,14 +187,14 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one_and_told_once(
 ) -> None:
     bad = {3, 7, 8, 9, 10, 17}  # the last three of the shard 9 … 17 … and runs over a shard's end
     shards = open_folder(make_shards(tmp_path / "s", 27, per_shard=9, bad=bad))
-    order = sampler_of([shards], captions="first", batch_size=9)
+    sampler = sampler_of([shards], captions="first", batch_size=9)
     for workers in (0, 2):
-        batches = take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, workers=workers), 9)
+        batches = take(Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=0, workers=workers), 9)
         told = [(entry["shard"], entry["key"]) for batch in batches for entry in batch.bad]
         assert sorted(told) == [(f"{number // 9:05d}.tar", f"s{number:05d}") for number in sorted(bad)]
         assert all("HTML" in entry["reason"] for batch in batches for entry in batch.bad)
         for batch in batches:
-            draws = order.batch(batch.index)
+            draws = sampler.batch(batch.index)
             for slot, (position, key) in enumerate(zip(draws.position.tolist(), batch.keys, strict=True)):
                 first = position // 9 * 9
                 ring = [first + (position - first + step) % 9 for step in range(9)]
@@ -225,10 +226,10 @@ def test_a_shard_without_a_good_sample_is_an_error(
 def test_a_shard_that_changes_while_it_is_used_is_refused(
     shards: Dataset, section: Data, workers: int
 ) -> None:
-    order = sampler_of([shards], captions="first")
-    path = shards.shard_path(int(shards.locate(int(order.batch(0).position[0]))[0]))
+    sampler = sampler_of([shards], captions="first")
+    path = shards.shard_path(int(shards.locate(int(sampler.batch(0).position[0]))[0]))
     path.write_bytes(path.read_bytes() + bytes(1024))
-    loader = Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, workers=workers)
+    loader = Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=0, workers=workers)
     with pytest.raises(DataError, match=f"{path.name} changed since it was indexed") as caught:
         take(loader, 1)
     assert "clipcluster shards index" in caught.value.advice
@@ -287,17 +288,17 @@ def test_evaluation_leaves_bad_samples_out_and_says_so(
     assert batches[1].images.shape == (0, 3, 8, 8)
 
 
-def test_memory_of_the_order_stays_in_the_rank(shards: Dataset, section: Data) -> None:
-    """Workers get shares, never the order: its columns may be gigabytes."""
+def test_memory_of_the_sampler_stays_in_the_rank(shards: Dataset, section: Data) -> None:
+    """Workers get work items, never the sampler: its columns may be gigabytes."""
 
     class Unpicklable(Sampler):
         def __reduce__(self) -> str:
-            raise TypeError("the order was sent to a worker")
+            raise TypeError("the sampler was sent to a worker")
 
-    order = sampler_of([shards])
-    order.__class__ = Unpicklable
-    assert len(take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=0, workers=1), 1)) == 1
-    assert np.array_equal(order.batch(0).position, sampler_of([shards]).batch(0).position)
+    sampler = sampler_of([shards])
+    sampler.__class__ = Unpicklable
+    assert len(take(Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=0, workers=1), 1)) == 1
+    assert np.array_equal(sampler.batch(0).position, sampler_of([shards]).batch(0).position)
 
 
 def test_captions_come_from_the_field_that_was_drawn(
@@ -317,9 +318,9 @@ def test_captions_come_from_the_field_that_was_drawn(
         more_than=shards.more_than,
         fields=shards.fields,
     )
-    order = Sampler([shape], batch_size=8, seed=1, captions="random")
+    sampler = Sampler([shape], batch_size=8, seed=1, captions="random")
     drawn = {"own": 0, "made": 0}
-    for batch in take(Loader([shards], order, section, tokenizer=TOKENIZER, seed=1), 40):
+    for batch in take(Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=1), 40):
         for tokens, (_, _, key) in zip(batch.tokens, batch.keys, strict=True):
             texts = [f"own {int(key)}", *(f"made {int(key)} {i}" for i in range(3))]
             (text,) = [text for text in texts if torch.equal(TOKENIZER([text])[0][0], tokens)]

@@ -33,10 +33,10 @@ def test_nothing_grows_over_twenty_epochs(
             image = b"<html>" if bad else picture(number, kind, (side, side + 30))
             writer.add(f"s{number:05d}", image, "jpg", [f"caption of {number}", "another"])
     shards = open_folder(tmp_path / "s")
-    order = Sampler([SamplerSource(shards.sample_counts, shards.caption_counts)], batch_size=40, seed=0)
+    sampler = Sampler([SamplerSource(shards.sample_counts, shards.caption_counts)], batch_size=40, seed=0)
     workers, rank = [], []
     section = data_section(batch_size=40, size=224)
-    loader = Loader([shards], order, section, tokenizer=ByteTokenizer(77), seed=0, workers=2)
+    loader = Loader([shards], sampler, section, tokenizer=ByteTokenizer(77), seed=0, workers=2)
     with closing(loader):
         for _ in range(EPOCHS):
             for _ in range(10):

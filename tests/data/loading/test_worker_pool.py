@@ -28,7 +28,7 @@ def shards(tmp_path: Path, make_shards: Callable[..., Path]) -> Dataset:
 
 @pytest.fixture
 def loader(shards: Dataset, data_section: Callable[..., Data]) -> Loader:
-    order = Sampler(
+    sampler = Sampler(
         [SamplerSource(shards.sample_counts, shards.caption_counts, None)],
         batch_size=8,
         seed=0,
@@ -38,7 +38,7 @@ def loader(shards: Dataset, data_section: Callable[..., Data]) -> Loader:
         full_shuffle_below=10,
         epoch_samples=None,
     )
-    return Loader([shards], order, data_section(), tokenizer=ByteTokenizer(16), seed=0, workers=2)
+    return Loader([shards], sampler, data_section(), tokenizer=ByteTokenizer(16), seed=0, workers=2)
 
 
 def pids(loader: Loader) -> list[int]:

@@ -119,15 +119,15 @@ def test_of_one_line_no_batch_crosses_a_pass_and_nothing_comes_twice_in_one(case
     options["epoch_samples"] = None
     everything = set(expected_pass(shapes, captions))
     assume(len(everything) >= size)
-    order = Sampler(shapes, **options)
+    sampler = Sampler(shapes, **options)
     steps = len(everything) // size
-    assert order.steps_per_epoch == steps
-    assert order.samples == len(everything)
-    assert {order.group_of(number).pass_draws for number in range(len(shapes))} == {steps * size}
+    assert sampler.steps_per_epoch == steps
+    assert sampler.samples == len(everything)
+    assert {sampler.group_of(number).pass_draws for number in range(len(shapes))} == {steps * size}
     for pass_index in range(2):
         things = []
         for t in range(pass_index * steps, (pass_index + 1) * steps):
-            batch = order.batch(t)
+            batch = sampler.batch(t)
             assert set(batch.pass_index.tolist()) == {pass_index}
             things += [thing for _, thing in drawn(batch, captions)]
         assert len(set(things)) == len(things) == steps * size
@@ -145,31 +145,31 @@ def test_of_several_lines_every_pass_shows_everything_once(case, weights):
     if len(shapes) == 1:
         shapes = [SamplerSource(shapes[0].sample_counts, shapes[0].caption_counts, 1.0)] * 2
     options["epoch_samples"], captions = 1000, options["captions"]
-    order = Sampler(shapes, **options)
+    sampler = Sampler(shapes, **options)
     passes: dict[tuple[int, int], Counter] = {}
     for t in range(300 // options["batch_size"]):
-        for pass_index, thing in drawn(order.batch(t), captions):
+        for pass_index, thing in drawn(sampler.batch(t), captions):
             passes.setdefault((thing[0], pass_index), Counter())[thing] += 1
     for (number, pass_index), things in passes.items():
         assert set(things.values()) == {1}
         if (number, pass_index + 1) in passes:  # a finished pass: nothing is left over
             whole = {thing for thing in expected_pass(shapes, captions) if thing[0] == number}
             assert set(things) == whole
-            assert order.group_of(number).pass_draws == len(whole)
+            assert sampler.group_of(number).pass_draws == len(whole)
 
 
 @pytest.mark.parametrize("weights", [(3, 1), (7, 2, 1), (0.7, 0.2, 0.1), (1, 1)])
 @pytest.mark.parametrize("batch_size", [8, 10, 33])
 def test_shares_are_exact_after_every_period(weights, batch_size):
     shapes = [SamplerSource(np.full(5, 11 + number), None, w) for number, w in enumerate(weights)]
-    order = Sampler(shapes, batch_size=batch_size, seed=1, lanes=4, window=5, full_shuffle_below=0)
-    period = sum(order.weights)
-    assert order.weights == {2: [1, 1] if weights[0] == 1 else [3, 1], 3: [7, 2, 1]}[len(weights)]
+    sampler = Sampler(shapes, batch_size=batch_size, seed=1, lanes=4, window=5, full_shuffle_below=0)
+    period = sum(sampler.weights)
+    assert sampler.weights == {2: [1, 1] if weights[0] == 1 else [3, 1], 3: [7, 2, 1]}[len(weights)]
     drawn_so_far = np.zeros(len(weights), dtype=int)
     for t in range(period * 3):
-        drawn_so_far += np.bincount(order.batch(t).source, minlength=len(weights))
+        drawn_so_far += np.bincount(sampler.batch(t).source, minlength=len(weights))
         if (t + 1) * batch_size % period == 0:
-            assert drawn_so_far.tolist() == [(t + 1) * batch_size // period * w for w in order.weights]
+            assert drawn_so_far.tolist() == [(t + 1) * batch_size // period * w for w in sampler.weights]
 
 
 @pytest.mark.parametrize("captions", ["all", "random", "first"])
@@ -179,14 +179,14 @@ def test_over_several_passes_everything_is_seen(captions, full_shuffle_below, sh
     sizes = np.diff(np.linspace(0, 1437, shards + 1).astype(int))
     shape = SamplerSource(sizes, np.random.default_rng(0).integers(1, 4, 1437).astype(np.uint8))
     # windows of one: what is left over must not depend on the shuffle inside a lane to change
-    order = Sampler(
+    sampler = Sampler(
         [shape], batch_size=64, seed=0, captions=captions, window=1, full_shuffle_below=full_shuffle_below
     )
     left_over = []
     everything = set(expected_pass([shape], captions))
     for pass_index in range(12):
-        steps = range(pass_index * order.steps_per_epoch, (pass_index + 1) * order.steps_per_epoch)
-        things = {thing for t in steps for _, thing in drawn(order.batch(t), captions)}
+        steps = range(pass_index * sampler.steps_per_epoch, (pass_index + 1) * sampler.steps_per_epoch)
+        things = {thing for t in steps for _, thing in drawn(sampler.batch(t), captions)}
         left_over.append(everything - things)
     assert set.intersection(*left_over) == set()
     assert len(left_over[0]) == len(everything) % 64
@@ -198,10 +198,10 @@ def test_what_is_left_over_is_not_always_of_the_last_round(full_shuffle_below):
     counts = np.full(23, 2, dtype=np.uint8)
     counts[:3] = 3  # alone in the last round, and as many as are left over
     shape = SamplerSource(np.array([23]), counts)
-    order = Sampler([shape], batch_size=46, seed=0, captions="all", full_shuffle_below=full_shuffle_below)
+    sampler = Sampler([shape], batch_size=46, seed=0, captions="all", full_shuffle_below=full_shuffle_below)
     in_full = 0
     for pass_index in range(20):
-        shown = np.bincount(order.batch(pass_index).position, minlength=23)
+        shown = np.bincount(sampler.batch(pass_index).position, minlength=23)
         in_full += int(np.sum(shown[:3] == 3))
     assert in_full > 30
 
@@ -210,12 +210,12 @@ def test_what_is_left_over_is_not_always_of_the_last_round(full_shuffle_below):
 def test_two_captions_of_an_image_meet_only_in_a_batch_that_touches_two_rounds(full_shuffle_below):
     counts = np.random.default_rng(1).integers(4, 6, 2000).astype(np.uint8)
     shape = SamplerSource(np.full(20, 100), counts)
-    order = Sampler(
+    sampler = Sampler(
         [shape], batch_size=128, seed=3, captions="all", window=32, full_shuffle_below=full_shuffle_below
     )
-    line, met = order._groups[0], 0
-    for t in range(3 * order.steps_per_epoch):
-        batch = order.batch(t)
+    line, met = sampler._groups[0], 0
+    for t in range(3 * sampler.steps_per_epoch):
+        batch = sampler.batch(t)
         turns = line.coordinates(np.arange(t * 128, (t + 1) * 128)).round_index
         for round_index in np.unique(turns):
             images = batch.position[turns == round_index]
@@ -226,13 +226,13 @@ def test_two_captions_of_an_image_meet_only_in_a_batch_that_touches_two_rounds(f
 
 
 def test_the_captions_of_an_image_come_in_another_order_for_another_image_and_pass():
-    order = Sampler([SamplerSource(np.array([100]), np.full(100, 5, dtype=np.uint8))],
+    sampler = Sampler([SamplerSource(np.array([100]), np.full(100, 5, dtype=np.uint8))],
                   batch_size=100, seed=0, captions="all")  # fmt: skip
     shown = np.zeros((2, 100, 5), dtype=int)
     for pass_index in range(2):
         numbers = np.zeros(100, dtype=int)
         for t in range(5 * pass_index, 5 * pass_index + 5):
-            for _, _, position, caption in rows(order.batch(t)):
+            for _, _, position, caption in rows(sampler.batch(t)):
                 shown[pass_index, position, numbers[position]] = caption
                 numbers[position] += 1
     assert np.all(np.sort(shown, axis=2) == np.arange(5))
@@ -246,7 +246,7 @@ def test_a_random_caption_is_any_of_the_image_and_the_first_is_the_first():
     for full_shuffle_below in (0, 10**6):
         options = {"batch_size": 100, "seed": 0, "full_shuffle_below": full_shuffle_below}
         orders = {choice: Sampler([shape], captions=choice, **options) for choice in ("random", "first")}
-        drawn = {choice: [order.batch(t) for t in range(40)] for choice, order in orders.items()}
+        drawn = {choice: [sampler.batch(t) for t in range(40)] for choice, sampler in orders.items()}
         captions = np.concatenate([batch.caption for batch in drawn["random"]])
         positions = np.concatenate([batch.position for batch in drawn["random"]])
         assert np.all(captions < counts[positions])
@@ -259,9 +259,9 @@ def test_a_random_caption_is_any_of_the_image_and_the_first_is_the_first():
 
 def test_without_weights_the_shards_of_all_sources_are_one_line():
     shapes = [SamplerSource(np.full(4, 25)), SamplerSource(np.full(12, 25), np.ones(300, dtype=np.uint8))]
-    order = Sampler(shapes, batch_size=50, seed=0, lanes=10, window=8, full_shuffle_below=0)
-    assert order.steps_per_epoch == 8
-    batches = [order.batch(t) for t in range(8)]
+    sampler = Sampler(shapes, batch_size=50, seed=0, lanes=10, window=8, full_shuffle_below=0)
+    assert sampler.steps_per_epoch == 8
+    batches = [sampler.batch(t) for t in range(8)]
     drawn = {(s, p) for batch in batches for s, p in zip(batch.source, batch.position, strict=True)}
     assert len(drawn) == 400
     assert all(set(batch.caption[batch.source == 0].tolist()) <= {-1} for batch in batches)
@@ -272,11 +272,11 @@ def test_an_epoch_of_another_length_than_a_pass_changes_no_batch():
     shape = SamplerSource(np.full(7, 10))
     by_default = Sampler([shape], batch_size=8, seed=0)
     for epoch_samples, steps in ((8, 1), (63, 7), (1000, 125)):
-        order = Sampler([shape], batch_size=8, seed=0, epoch_samples=epoch_samples)
-        assert order.steps_per_epoch == steps
+        sampler = Sampler([shape], batch_size=8, seed=0, epoch_samples=epoch_samples)
+        assert sampler.steps_per_epoch == steps
         for t in (0, 7, 8, 30):
-            assert rows(order.batch(t)) == rows(by_default.batch(t))
-            assert set(order.batch(t).pass_index.tolist()) == {t // 8}
+            assert rows(sampler.batch(t)) == rows(by_default.batch(t))
+            assert set(sampler.batch(t).pass_index.tolist()) == {t // 8}
 
 
 def test_seed_source_and_pass_each_give_another_order():
@@ -294,10 +294,10 @@ def test_seed_source_and_pass_each_give_another_order():
 @pytest.mark.parametrize("weights", [(None, None), (1, 1), (3, 1)])
 def test_no_shard_is_read_by_two_ranks_and_a_batch_mixes_many(weights):
     shapes = [SamplerSource(np.full(320, 1000), None, weight) for weight in weights]
-    order = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
+    sampler = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
     shards: list[set[tuple[int, int]]] = [set(), set(), set(), set()]
     for t in range(500):
-        draws = order.batch(t)
+        draws = sampler.batch(t)
         opened = list(zip(draws.source.tolist(), (draws.position // 1000).tolist(), strict=True))
         assert len(set(opened)) >= 60
         for rank in range(4):
@@ -307,11 +307,11 @@ def test_no_shard_is_read_by_two_ranks_and_a_batch_mixes_many(weights):
 
 def test_shares_that_no_batch_holds_exactly_still_keep_ranks_near_their_lanes():
     shapes = [SamplerSource(np.full(320, 1000), None, weight) for weight in (7, 2, 1)]
-    order = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
-    assert [order.group_of(i).lanes for i in range(3)] == [64, 25, 12]
+    sampler = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
+    assert [sampler.group_of(i).lanes for i in range(3)] == [64, 25, 12]
     shards: list[set[tuple[int, int]]] = [set(), set(), set(), set()]
     for t in range(500):
-        draws = order.batch(t)
+        draws = sampler.batch(t)
         opened = list(zip(draws.source.tolist(), (draws.position // 1000).tolist(), strict=True))
         for rank in range(4):
             shards[rank] |= set(opened[32 * rank : 32 * rank + 32])
@@ -319,8 +319,8 @@ def test_shares_that_no_batch_holds_exactly_still_keep_ranks_near_their_lanes():
 
 
 def test_samples_of_a_shard_are_scattered_over_their_window():
-    order = Sampler([SamplerSource(np.full(64, 4096))], batch_size=64, seed=0, full_shuffle_below=0)
-    positions = np.concatenate([order.batch(t).position for t in range(1024)]).reshape(1024, 64)
+    sampler = Sampler([SamplerSource(np.full(64, 4096))], batch_size=64, seed=0, full_shuffle_below=0)
+    positions = np.concatenate([sampler.batch(t).position for t in range(1024)]).reshape(1024, 64)
     same_shard = positions[1:] // 4096 == positions[:-1] // 4096
     steps = np.abs(np.diff(positions, axis=0))[same_shard]
     assert 250 < steps.mean() < 450  # two random places of a window of 1,024 lie 341 apart
@@ -373,8 +373,8 @@ def test_what_no_recipe_can_ask_for_is_a_programming_error():
 
 def test_a_batch_smaller_than_a_source_may_hold_several_passes_of_a_tiny_one():
     shapes = [SamplerSource(np.array([2]), None, 1), SamplerSource(np.full(50, 100), None, 1)]
-    order = Sampler(shapes, batch_size=20, seed=0)
-    batch = order.batch(3)
+    sampler = Sampler(shapes, batch_size=20, seed=0)
+    batch = sampler.batch(3)
     tiny = batch.source == 0
     assert Counter(batch.pass_index[tiny].tolist()) == Counter(dict.fromkeys(range(15, 20), 2))
 
@@ -386,8 +386,8 @@ def test_a_resume_from_any_step_of_twelve_million_samples_does_little_work(t):
     np.unique(shape.sample_counts)  # the first time, numpy loads a part of itself
     tracemalloc.start()
     try:
-        order = Sampler([shape], batch_size=384, seed=0, captions="random")
-        batch = order.batch(t)
+        sampler = Sampler([shape], batch_size=384, seed=0, captions="random")
+        batch = sampler.batch(t)
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -408,8 +408,8 @@ def test_a_billion_samples_are_planned_by_shard(times, megabytes):
     shape = SamplerSource(counts, captions, repeats=Repeats(times), **columns)
     tracemalloc.start()
     try:
-        order = Sampler([shape], batch_size=384, seed=0, captions="random")
-        batch = order.batch(33_000_000)
+        sampler = Sampler([shape], batch_size=384, seed=0, captions="random")
+        batch = sampler.batch(33_000_000)
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -434,10 +434,10 @@ def test_a_billion_samples_are_planned_by_shard(times, megabytes):
 def test_the_order_never_changes_from_one_version_to_the_next(captions, full_shuffle_below, digest):
     counts = (np.arange(1500) * 7 % 4).astype(np.uint8)
     shapes = [SamplerSource(np.full(15, 100), counts, 3), SamplerSource(np.full(9, 50), None, 1)]
-    order = Sampler(
+    sampler = Sampler(
         shapes, batch_size=48, seed=5, captions=captions, lanes=8, window=16,
         full_shuffle_below=full_shuffle_below,
     )  # fmt: skip
-    lines = [rows(order.batch(t)) for t in (0, 1, 30, 31, 1_000_000)]
+    lines = [rows(sampler.batch(t)) for t in (0, 1, 30, 31, 1_000_000)]
     # a run that resumes under a newer version must meet the batches it would have met
     assert hashlib.blake2b(repr(lines).encode(), digest_size=8).hexdigest() == digest

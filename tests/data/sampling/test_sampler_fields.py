@@ -44,10 +44,10 @@ def shapes_with_fields(draw):
 @given(shapes_with_fields(), st.sampled_from(["random", "first"]), st.sampled_from([0, 1000]), st.data())
 def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data):
     options = {"seed": data.draw(st.integers(0, 9)), "captions": captions, "full_shuffle_below": whole}
-    order = Sampler(shapes, batch_size=1, lanes=4, window=4, **options)
+    sampler = Sampler(shapes, batch_size=1, lanes=4, window=4, **options)
     shown = set()
-    for t in range(order.group_of(0).pass_draws):
-        batch = order.batch(t)
+    for t in range(sampler.group_of(0).pass_draws):
+        batch = sampler.batch(t)
         source, position, caption = (
             int(column[0]) for column in (batch.source, batch.position, batch.caption)
         )
@@ -85,11 +85,11 @@ def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data
 def test_fields_are_drawn_by_their_probabilities(full_shuffle_below, chances):
     fields = tuple(field(np.full(20_000, 2, dtype=np.uint8), chance) for chance in chances)
     shape = SamplerSource(np.full(200, 100), fields=fields)
-    order = Sampler(
+    sampler = Sampler(
         [shape], batch_size=1000, seed=4, captions="random", lanes=20, window=32,
         full_shuffle_below=full_shuffle_below,
     )  # fmt: skip
-    passes = [np.concatenate([order.batch(20 * p + t).caption for t in range(20)]) for p in range(2)]
+    passes = [np.concatenate([sampler.batch(20 * p + t).caption for t in range(20)]) for p in range(2)]
     for captions in passes:
         for number, chance in enumerate(np.array(chances) / sum(chances)):
             deviation = np.sqrt(20_000 * chance * (1 - chance))
@@ -101,11 +101,11 @@ def test_fields_without_a_caption_of_the_sample_are_left_to_the_others():
     kinds = np.arange(40_000) % 4  # no caption, only the first, only the last, all
     counts = [np.where(np.isin(kinds, own), 1, 0).astype(np.uint8) for own in ((1, 3), (3,), (2, 3))]
     fields = tuple(field(column, chance) for column, chance in zip(counts, (0.1, 0.6, 0.3), strict=True))
-    order = Sampler(
+    sampler = Sampler(
         [SamplerSource(np.full(40, 1000), fields=fields)], batch_size=1000, seed=0, captions="first"
     )
-    assert order.samples == 30_000
-    draws = [order.batch(t) for t in range(30)]
+    assert sampler.samples == 30_000
+    draws = [sampler.batch(t) for t in range(30)]
     positions = np.concatenate([batch.position for batch in draws])
     captions = np.concatenate([batch.caption for batch in draws])
     assert set(kinds[positions].tolist()) == {1, 2, 3}
@@ -120,10 +120,10 @@ def test_each_pass_and_copy_draws_another_field():
         field(np.ones(4000, dtype=np.uint8), 1.0),
     )
     shape = SamplerSource(np.full(40, 100), fields=fields, repeats=Repeats(2))
-    order = Sampler([shape], batch_size=100, seed=0, captions="random")
+    sampler = Sampler([shape], batch_size=100, seed=0, captions="random")
     shown = np.full((4, 4000), -1)  # pass x copies + copy
-    for t in range(2 * order.steps_per_epoch):
-        batch = order.batch(t)
+    for t in range(2 * sampler.steps_per_epoch):
+        batch = sampler.batch(t)
         shown[batch.pass_index, batch.position] = batch.caption
     assert set(shown.ravel().tolist()) == {0, 1}
     for one in range(4):
@@ -140,11 +140,11 @@ def test_the_draws_never_change_from_one_version_to_the_next():
     )  # fmt: skip
     hashed = hashlib.blake2b(digest_size=8)
     for below in (0, 10**6):
-        order = Sampler(
+        sampler = Sampler(
             [shape], batch_size=48, seed=5, captions="random", lanes=8, window=16, full_shuffle_below=below
         )
         for t in (0, 30, 31, 1_000_000):
-            draws = order.batch(t)
+            draws = sampler.batch(t)
             for column in (draws.pass_index, draws.position, draws.caption):
                 hashed.update(column.astype("<i8").tobytes())
     assert hashed.hexdigest() == "5451a50086cd393a"
@@ -179,9 +179,9 @@ def test_samples_counted_beforehand_are_not_counted_again():
         np.full(40, 100), more_than=np.full((1, 40), 100),
         fields=tuple(field(column, 0.5) for column in columns), repeats=Repeats(3),  # type: ignore[arg-type]
     )  # fmt: skip
-    order = Sampler([shape], batch_size=100, seed=0, captions="random", full_shuffle_below=0)
-    assert order.samples == 12_000
-    assert not order.batch(5).caption.any()
+    sampler = Sampler([shape], batch_size=100, seed=0, captions="random", full_shuffle_below=0)
+    assert sampler.samples == 12_000
+    assert not sampler.batch(5).caption.any()
 
 
 def test_every_caption_of_several_fields_cannot_be_asked_for():

@@ -53,9 +53,9 @@ def batches(recipe: Recipe, ranks: int, workers: int, start: int, count: int) ->
     """Keys, pixels and tokens of `count` batches, put together from what each of the ranks loads."""
     shares = []
     for rank in range(ranks):
-        shards, order = opened(recipe)
+        shards, sampler = opened(recipe)
         loader = Loader(
-            shards, order, recipe.data, tokenizer=TOKENIZER, seed=recipe.seed,
+            shards, sampler, recipe.data, tokenizer=TOKENIZER, seed=recipe.seed,
             rank=rank, world_size=ranks, workers=workers, start=start,
         )  # fmt: skip
         with closing(loader):
@@ -102,10 +102,10 @@ def test_a_pass_of_real_shards_shows_classes_as_often_as_the_recipe_says(
     folder = make_shards(tmp_path / "a", 64, per_shard=9)  # class: number mod 4
     (folder / "classnames.txt").write_text("cat\ndog\nbird\nfish\n")
     recipe = recipe_of({"shards": str(folder), "repeat": 2, "repeat_classes": {"dog": 0.5, 3: 0, "bird": 3}})
-    _, order = opened(recipe)
-    assert (order.group_of(0).rounds.copies, order.samples) == (6, 16 * 2 + 8 + 16 * 3)
-    assert order.steps_per_epoch == 11
-    assert order.group_of(0).pass_draws == 22 * 8
+    _, sampler = opened(recipe)
+    assert (sampler.group_of(0).rounds.copies, sampler.samples) == (6, 16 * 2 + 8 + 16 * 3)
+    assert sampler.steps_per_epoch == 11
+    assert sampler.group_of(0).pass_draws == 22 * 8
     loaded = batches(recipe, 2, 0, 0, 22)
     shown = Counter(int(key[1:]) for keys, _, _ in loaded for _, _, key in keys)
     assert shown == {number: (4, 1, 6, 0)[number % 4] for number in range(64) if number % 4 != 3}

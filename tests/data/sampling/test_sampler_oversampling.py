@@ -123,13 +123,13 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
         "full_shuffle_below": whole,
         "epoch_samples": 20,
     }
-    order = Sampler(shapes, **options)
+    sampler = Sampler(shapes, **options)
     passes: dict[tuple[int, int], Counter] = {}
     shown: Counter = Counter()
     for t in range(300 // options["batch_size"]):
-        batch = order.batch(t)
+        batch = sampler.batch(t)
         for pass_index, thing in drawn(batch, captions):
-            passes.setdefault((thing[0], pass_index // order.group_of(thing[0]).rounds.copies), Counter())[
+            passes.setdefault((thing[0], pass_index // sampler.group_of(thing[0]).rounds.copies), Counter())[
                 thing
             ] += 1
             shown[pass_index, thing] += 1
@@ -137,7 +137,7 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
     for (number, pass_index), things in passes.items():
         line = [SamplerSource(np.zeros(1))] * number + [shapes[number]]
         everything = expected_pass(line, factor_of([shapes[number]]), captions)
-        assert everything.total() == order.group_of(number).pass_draws
+        assert everything.total() == sampler.group_of(number).pass_draws
         assert all(times <= everything[thing] for thing, times in things.items())
         if (number, pass_index + 1) in passes:
             assert things == everything
@@ -145,7 +145,7 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
     start = data.draw(st.integers(0, options["batch_size"]))
     stop = data.draw(st.integers(start, options["batch_size"]))
     part = list(drawn(Sampler(shapes, **options).slots(t, start, stop), captions))
-    assert part == list(drawn(order.batch(t), captions))[start:stop]
+    assert part == list(drawn(sampler.batch(t), captions))[start:stop]
 
 
 @pytest.mark.parametrize("full_shuffle_below", [0, 10**6])
@@ -157,21 +157,21 @@ def test_one_line_shows_no_sample_more_often_and_over_several_passes_all(caption
                     repeats=Repeats(1, {0: 4, 1: 0, 2: 0.5}, generator.integers(-1, 4, 279))),
         SamplerSource(np.full(4, 20), repeats=Repeats(0.5)),
     ]  # fmt: skip
-    order = Sampler(
+    sampler = Sampler(
         shapes, batch_size=48, seed=2, captions=captions, lanes=8, window=8,
         full_shuffle_below=full_shuffle_below,
     )  # fmt: skip
     everything = expected_pass(shapes, 2, captions)
     steps = everything.total() // 48
-    assert order.group_of(0).rounds.copies == order.group_of(1).rounds.copies == 8
-    assert order.samples == everything.total() // 2
-    assert order.steps_per_epoch == everything.total() // 2 // 48
-    assert order.group_of(0).pass_draws == steps * 48
+    assert sampler.group_of(0).rounds.copies == sampler.group_of(1).rounds.copies == 8
+    assert sampler.samples == everything.total() // 2
+    assert sampler.steps_per_epoch == everything.total() // 2 // 48
+    assert sampler.group_of(0).pass_draws == steps * 48
     missed: Counter = Counter()
     for pass_index in range(6):
         shown: Counter = Counter()
         for t in range(pass_index * steps, (pass_index + 1) * steps):
-            things = list(drawn(order.batch(t), captions))
+            things = list(drawn(sampler.batch(t), captions))
             assert {copy // 8 for copy, _ in things} == {pass_index}
             shown.update(thing for _, thing in things)
         assert shown <= everything
@@ -190,9 +190,9 @@ def test_an_epoch_keeps_the_length_that_is_written_though_a_pass_is_longer():
         (Repeats(0, {1: 2}, classes), 40, 40),
         (Repeats(1, {1: 0}, classes), 60, 60),
     ):
-        order = Sampler([SamplerSource(np.full(8, 10), repeats=own)], batch_size=10, seed=0)
-        assert (order.samples, order.steps_per_epoch) == (samples, samples // 10)
-        assert order.group_of(0).pass_draws == a_pass // 10 * 10
+        sampler = Sampler([SamplerSource(np.full(8, 10), repeats=own)], batch_size=10, seed=0)
+        assert (sampler.samples, sampler.steps_per_epoch) == (samples, samples // 10)
+        assert sampler.group_of(0).pass_draws == a_pass // 10 * 10
 
 
 def over_sampled(share: float, times: int, shards: int = 64, per_shard: int = 1000) -> tuple:
@@ -205,11 +205,11 @@ def over_sampled(share: float, times: int, shards: int = 64, per_shard: int = 10
 @pytest.mark.parametrize("lanes", [4, 32])
 def test_an_over_sampled_class_is_spread_over_all_batches(full_shuffle_below, lanes):
     shape, classes = over_sampled(0.05, 20)
-    order = Sampler(
+    sampler = Sampler(
         [shape], batch_size=128, seed=0, lanes=lanes, window=256, full_shuffle_below=full_shuffle_below
     )
     of_class = classes.sum() * 20 / (classes.sum() * 19 + len(classes))
-    shares = [classes[order.batch(t).position].mean() for t in range(order.steps_per_epoch)]
+    shares = [classes[sampler.batch(t).position].mean() for t in range(sampler.steps_per_epoch)]
     assert abs(np.mean(shares) - of_class) < 0.001
     # by chance a batch's share has this deviation; lanes that ran through one class would be far beyond
     by_chance = np.sqrt(of_class * (1 - of_class) / 128)
@@ -224,11 +224,11 @@ def test_copies_of_a_sample_are_spread_over_the_pass_and_meet_by_chance_alone(sh
     shape = SamplerSource(np.full(shards, 250), repeats=Repeats(4))
     met, expected = 0, 0.0
     for seed in range(2):
-        order = Sampler(
+        sampler = Sampler(
             [shape], batch_size=64, seed=seed, lanes=16, window=64, full_shuffle_below=full_shuffle_below
         )
-        steps = order.steps_per_epoch
-        batches = [order.batch(t).position for t in range(steps)]
+        steps = sampler.steps_per_epoch
+        batches = [sampler.batch(t).position for t in range(steps)]
         met += sum(64 - len(np.unique(batch)) for batch in batches)
         # every sample has 6 pairs of copies, each in one batch by chance once in `steps` batches
         expected += shards * 250 * 6 / steps
@@ -267,26 +267,26 @@ def test_a_line_of_many_portions_finds_the_same_samples(monkeypatch):
 def test_mistakes_are_named():
     classes = np.zeros(80, dtype=np.int32)
 
-    def order(*repeats, batch_size=4):
+    def sampler(*repeats, batch_size=4):
         shapes = [SamplerSource(np.array([80]), repeats=own, name="flickr") for own in repeats]
         return Sampler(shapes, batch_size=batch_size, seed=0)
 
     with pytest.raises(
         UserError, match=r"repeats 1, 0\.37 are whole only when multiplied by 100;.* at most 64"
     ):
-        order(Repeats(1, {0: 0.37}, classes, recipe_key="data.train.0"))
+        sampler(Repeats(1, {0: 0.37}, classes, recipe_key="data.train.0"))
     with pytest.raises(
         UserError, match=r"data\.train\.0, data\.train\.1: the repeats 0\.14285714, 0\.090909091"
     ):
-        order(Repeats(1 / 7, recipe_key="data.train.0"), Repeats(1 / 11, recipe_key="data.train.1"))
+        sampler(Repeats(1 / 7, recipe_key="data.train.0"), Repeats(1 / 11, recipe_key="data.train.1"))
     with pytest.raises(
         UserError, match=r"some samples 320 times \(a repeat of 5, times 64 to make all whole\)"
     ):
-        order(Repeats(5, {0: 1 / 64}, classes))
+        sampler(Repeats(5, {0: 1 / 64}, classes))
     with pytest.raises(UserError, match=r"300 times; at most 255"):
-        order(Repeats(300))
+        sampler(Repeats(300))
     with pytest.raises(UserError, match=r"flickr: no samples and a repeat above zero.*repeat_classes"):
-        order(Repeats(0))
+        sampler(Repeats(0))
     with pytest.raises(UserError, match=r"a pass through the training data, repeats counted, is 160 samples"):
         Sampler(
             [SamplerSource(np.array([80]), repeats=Repeats(2))], batch_size=161, seed=0, epoch_samples=999

@@ -34,10 +34,10 @@ def weighted() -> list[SamplerSource]:
     return [SamplerSource(np.full(15, 100), COUNTS, 0.7), SamplerSource(np.full(9, 50), None, 0.3)]
 
 
-def digest(order: Sampler) -> str:
-    hashed = hashlib.blake2b(repr((order.samples, order.steps_per_epoch)).encode(), digest_size=8)
+def digest(sampler: Sampler) -> str:
+    hashed = hashlib.blake2b(repr((sampler.samples, sampler.steps_per_epoch)).encode(), digest_size=8)
     for t in STEPS:
-        draws = order.batch(t)
+        draws = sampler.batch(t)
         for column in (draws.source, draws.pass_index, draws.position, draws.caption):
             hashed.update(column.astype("<i8").tobytes())
     return hashed.hexdigest()
@@ -73,8 +73,8 @@ def digest(order: Sampler) -> str:
     ],
 )
 def test_an_order_without_repeats_and_fields_is_what_it_was(sources, captions, full_shuffle_below, expected):
-    order = Sampler(
+    sampler = Sampler(
         sources(), batch_size=48, seed=11, captions=captions, lanes=8, window=16,
         full_shuffle_below=full_shuffle_below,
     )  # fmt: skip
-    assert digest(order) == expected
+    assert digest(sampler) == expected

@@ -1,6 +1,6 @@
-"""Measures what the order of samples costs: `python tests/data/measure_order.py`. Prints JSON, a line a case.
+"""Measures what the sampler costs: `python tests/data/measure_sampler.py`. Prints JSON, a line a case.
 
-In processor time, for a start or resume (making the plan, the first batch) and for each batch that follows;
+In processor time, for a start or resume (making it, the first batch) and for each batch that follows;
 and the memory of the process. For a source of 12.8 million samples and one of 12.8 billion in 1.28 million
 shards; each plain, with every sample three times a pass, and (12.8 million) with other repeats for some of
 1,000 classes. What an index maps and processes share (counts, ends) is made beforehand and is not counted.
@@ -22,24 +22,24 @@ PER_SHARD = 10_000
 
 
 def measured(make: Callable[[], Sampler], repetitions: int) -> dict[str, float]:
-    """Medians of milliseconds, and the private memory that an order keeps and the most it takes, in MB."""
+    """Medians of milliseconds, and the private memory that a sampler keeps and the most it takes, in MB."""
     plan, first, following = [], [], []
     for repetition in range(repetitions):
         began = time.process_time()
-        order = make()
+        sampler = make()
         planned = time.process_time()
-        order.batch(STEP + repetition)
+        sampler.batch(STEP + repetition)
         resumed = time.process_time()
         for step in range(BATCHES):
-            order.batch(STEP + repetition + 1 + step)
+            sampler.batch(STEP + repetition + 1 + step)
         done = time.process_time()
         plan.append(planned - began)
         first.append(resumed - planned)
         following.append((done - resumed) / BATCHES)
-    del order
+    del sampler
     tracemalloc.start()
-    order = make()
-    order.batch(STEP)
+    sampler = make()
+    sampler.batch(STEP)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     milliseconds = (("plan_ms", plan), ("first_batch_ms", first), ("batch_ms", following))
@@ -50,8 +50,8 @@ def measured(make: Callable[[], Sampler], repetitions: int) -> dict[str, float]:
     }
 
 
-def orders(shards: int, by_class: bool) -> dict[str, Callable[[], Sampler]]:
-    """Ways to make an order of one source, whose columns are those of an index."""
+def samplers(shards: int, by_class: bool) -> dict[str, Callable[[], Sampler]]:
+    """Ways to make a sampler of one source, whose columns are those of an index."""
     counts = np.full(shards, PER_SHARD, np.int64)
     ends = np.cumsum(counts)
     more_than = counts.astype(np.int32)[None]
@@ -60,8 +60,8 @@ def orders(shards: int, by_class: bool) -> dict[str, Callable[[], Sampler]]:
     columns = {"more_than": more_than, "sample_ends": ends}
 
     def make(repeats: Repeats | None) -> Callable[[], Sampler]:
-        shape = SamplerSource(counts, captions, repeats=repeats, **columns)
-        return lambda: Sampler([shape], batch_size=BATCH, seed=0, captions="random")
+        source = SamplerSource(counts, captions, repeats=repeats, **columns)
+        return lambda: Sampler([source], batch_size=BATCH, seed=0, captions="random")
 
     made = {"plain": make(None), "three_times": make(Repeats(3))}
     if by_class:
@@ -72,6 +72,6 @@ def orders(shards: int, by_class: bool) -> dict[str, Callable[[], Sampler]]:
 
 if __name__ == "__main__":
     for shards, repetitions in ((1_280, 9), (1_280_000, 3)):
-        for name, make in orders(shards, shards < 10_000).items():
+        for name, make in samplers(shards, shards < 10_000).items():
             about = {"samples": shards * PER_SHARD, "shards": shards, "repeats": name}
             print(json.dumps({**about, **measured(make, repetitions)}))
