@@ -2,7 +2,7 @@
 
     python tests/data/fuzz.py --minutes 5 --seed 1     # says what was tried, exits with 1 on a failure
 
-Every example is indexed, verified, counted, read sample by sample, decoded and mended. A crash or a hang of
+Every example is indexed, verified, counted, read sample by sample, decoded and repaired. A crash or a hang of
 that process is a failure, and so is a sample that no count has: what Python's tarfile finds in the tar is
 compared with samples + without_image + duplicates, and used + bad with samples.
 """
@@ -269,7 +269,7 @@ def look(folder: Path) -> dict[str, Any]:
     from clipcluster.data.shards.open import open_folder
     from clipcluster.data.shards.shard_list import read_entries
     from clipcluster.errors import UserError
-    from tools.shards.salvage import mend
+    from tools.shards.salvage import salvage
     from tools.shards.stats import stats
     from tools.shards.verify import verify
 
@@ -297,30 +297,30 @@ def look(folder: Path) -> dict[str, Any]:
     shards.close()
     entries = read_entries(folder)
     return {
-        "wrong": wrong, "keys": keys, "mended": _mended(folder, mend, index_shard),
+        "wrong": wrong, "keys": keys, "repaired": _repaired(folder, salvage, index_shard),
         "shards": {n: (e.samples, e.without_image, e.duplicates, e.broken) for n, e in entries.items()},
         "bad": Counter(bad["reason"].partition(":")[0] for bad in report.bad),
     }  # fmt: skip
 
 
-def _mended(folder: Path, mend: Callable[..., Any], index_shard: Callable[..., Any]) -> list[str]:
-    """Mends a copy of each tar; a mended one has to be whole. Returns what is wrong."""
+def _repaired(folder: Path, salvage: Callable[..., Any], index_shard: Callable[..., Any]) -> list[str]:
+    """Repairs a copy of each tar; a repaired one has to be whole. Returns what is wrong."""
     wrong = []
     for path in sorted(folder.glob("*.tar")):
         copy = folder / "copy"
         copy.mkdir(exist_ok=True)
         tar = copy / path.name
         tar.write_bytes(path.read_bytes())
-        done = mend(tar)
+        done = salvage(tar)
         if done is None:
             continue
         entry = index_shard(tar, copy, "default")
         if entry.broken or done.original.read_bytes() != path.read_bytes():
-            wrong.append(f"{path.name} mended: {entry.broken}")
+            wrong.append(f"{path.name} repaired: {entry.broken}")
     return wrong
 
 
-def serve() -> None:
+def serve(look: Callable[[Path], dict[str, Any]]) -> None:
     """The child's life: folders in, findings out."""
     import traceback
 
@@ -339,9 +339,10 @@ def serve() -> None:
 
 
 class Child:
-    """A process that looks at folders; a crash or a hang is told, and the next one gets a new process."""
+    """A process that looks at folders as `script --child` does; after a crash or a hang the next is new."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: str = __file__) -> None:
+        self._script = script
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -354,7 +355,7 @@ class Child:
         """What `look` finds in another process; `raised` says what went wrong there."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, "--child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, self._script, "--child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
         assert self._process.stdin is not None
@@ -416,7 +417,7 @@ def check(example: Example, child: Child, folder: Path) -> dict[str, Any]:
         assert "compressed with" in found["refused"], found["refused"]
         return found
     assert not found["wrong"], found["wrong"]
-    assert not found["mended"], found["mended"]
+    assert not found["repaired"], found["repaired"]
     for name, (samples, without_image, duplicates, broken) in found["shards"].items():
         runs, links = runs_of(example.tars[name])
         counted = samples + without_image + duplicates
@@ -462,31 +463,32 @@ def campaign(seed: int, count: int, child: Child) -> Counter[str]:
     return tally
 
 
-def main() -> int:
-    """The long run."""
+def rounds(campaign: Callable[[int, int], Counter[str]]) -> None:
+    """Campaigns of the seeds that follow one another, for as long as the command line says."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--examples", type=int, default=200, help="of each seed; seeds follow one another")
-    parser.add_argument("--child", action="store_true")
     given_words = parser.parse_args()
-    if given_words.child:
-        serve()
-        return 0
-    end, seed, total, child = (
-        time.monotonic() + 60 * given_words.minutes,
-        given_words.seed,
-        Counter(),
-        Child(),
-    )
+    end, seed = time.monotonic() + 60 * given_words.minutes, given_words.seed
+    total: Counter[str] = Counter()
     while time.monotonic() < end:
         try:
-            total += campaign(seed, given_words.examples, child)
+            total += campaign(seed, given_words.examples)
         except BaseException:
             print(f"seed {seed} of {given_words.examples} examples fails", flush=True)
             raise
         print(f"seed {seed}: {dict(total)}", flush=True)
         seed += 1
+
+
+def main() -> int:
+    """The long run."""
+    if "--child" in sys.argv:
+        serve(look)
+        return 0
+    child = Child()
+    rounds(lambda seed, count: campaign(seed, count, child))
     child.close()
     return 0
 

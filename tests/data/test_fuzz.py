@@ -1,4 +1,5 @@
-"""Damaged tars, images and captions never crash, hang or lose a sample; `fuzz.py` is the long run.
+"""Damaged tars, images, captions and indexes never crash, hang or lose a sample; `fuzz.py` and
+`fuzz_index.py` are the long runs.
 
 What it has found stands here as examples of its own.
 """
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 SHORT, LONG = 40, 150  # examples of a seed
+INDEXES = 15  # each is read, verified and indexed again
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,33 @@ def test_a_few_examples(fuzz: ModuleType, child: Any) -> None:
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_many_examples(fuzz: ModuleType, child: Any, seed: int) -> None:
     fuzz.campaign(seed, LONG, child)
+
+
+@pytest.fixture(scope="module")
+def fuzz_index(fuzz: ModuleType) -> ModuleType:
+    """The module fuzz_index.py, which finds fuzz.py beside it."""
+    return importlib.import_module("fuzz_index")
+
+
+@pytest.fixture(scope="module")
+def index_child(fuzz: ModuleType, fuzz_index: ModuleType) -> Iterator[Any]:
+    process = fuzz.Child(fuzz_index.__file__)
+    yield process
+    process.close()
+
+
+def test_a_few_indexes(fuzz_index: ModuleType, index_child: Any, tmp_path: Path) -> None:
+    tally = fuzz_index.campaign(0, INDEXES, fuzz_index.folder_of(tmp_path), index_child)
+    assert tally["examples"] >= INDEXES
+    assert min(tally["read"], tally["UserError"], tally["DataError"]) > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_many_indexes(fuzz_index: ModuleType, index_child: Any, tmp_path: Path) -> None:
+    whole = fuzz_index.folder_of(tmp_path)
+    for seed in range(1, 9):
+        fuzz_index.campaign(seed, LONG, whole, index_child)
 
 
 def test_a_crash_and_a_hang_are_seen(fuzz: ModuleType, child: Any, tmp_path: Path, monkeypatch: Any) -> None:
