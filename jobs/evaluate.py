@@ -9,6 +9,7 @@ from typing import Any
 from clipcluster.errors import UserError
 from clipcluster.runs.checkpoints import MANIFEST, is_whole, name_of, steps_in
 from clipcluster.runs.folder import Run, find_run
+from clipcluster.runtime.environment import share_cores
 
 
 def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
@@ -34,4 +35,5 @@ def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
 def _measure(run: Run, overrides: Sequence[str], checkpoint: Path | None) -> dict[str, Any]:
     from clipcluster import run as running
 
+    share_cores()
     return running.evaluate(run, overrides=overrides, checkpoint=checkpoint)

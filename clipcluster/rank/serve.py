@@ -19,7 +19,7 @@ from clipcluster.rank.output import announce, redirect, say_ending
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime import logs
-from clipcluster.runtime.environment import ATTEMPT
+from clipcluster.runtime.environment import ATTEMPT, share_cores
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Outcome, Stop
@@ -45,6 +45,7 @@ def serve(
     machine's processes are asked). The caller flushes its streams and leaves through `os._exit` with the
     code: 2 where the run cannot be joined, else a value of `Outcome`.
     """
+    share_cores()
     run = Run(run_dir)
     try:
         launch = Launch.from_environment()

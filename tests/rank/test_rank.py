@@ -277,6 +277,13 @@ def test_errors_of_torch(attempt, what, code, ends_run):
     assert (attempt.outcome() is not None) == ends_run
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, "0"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")])
+def test_threads_that_wait_do_not_spin(attempt, given, expected):
+    """What torch's OpenMP read when it was loaded."""
+    assert serve(attempt, "with_torch", RAISE="peer", OMP_DISPLAY_ENV="verbose", **given) == [87]
+    assert f"GOMP_SPINCOUNT = '{expected}'" in log(attempt)
+
+
 def test_alone_it_claims_by_itself(run):
     first = start(run, "leave_with_a_code")
     first.communicate(timeout=30)
