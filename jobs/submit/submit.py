@@ -1,4 +1,4 @@
-"""A recipe becomes a run, and the run a job: check, folder, assets, snapshot, launch. Twice is once.
+"""What `clipcluster submit` does: check, find or make the run, fetch, launch. Submitting twice makes one run.
 
 Submitting a recipe again finds its run: a running one is named, a finished one says so, any other resumes.
 """
@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from clipcluster.check import deep
 from clipcluster.check import plain as checks
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import Loaded, recipe_keys, result_keys, settings_keys
-from clipcluster.recipe.plan import Plan, usable_nodes
+from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
+from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.folder import Run, near_twins, run_name
-from jobs import submissions
-from jobs.status import Queue, State, state_of
-from jobs.submit import assets, devices, executor, launch, snapshot
+from jobs.submit import assets, devices, executor
 from jobs.submit import parameters as clusters
+from jobs.submit.existing import running_or_finished
 from jobs.submit.parameters import TRAINEE, Member
+from jobs.submit.start import Start
 from tools.slurm import Slurm
 
-ENDING_SECONDS = 600.0  # how long --follow waits for a job that is still ending
 LOCK = ".submit.lock"  # in the folder of runs
 LOCK_SECONDS = 30.0
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -69,7 +65,7 @@ def submit(wanted: Wanted) -> Submitted:
     assert loaded is not None
     assert plan is not None  # else there were errors
     run = Run(wanted.runs / run_name(loaded.recipe.name, result_keys(loaded)))
-    found = _found(run, wanted)
+    found = running_or_finished(run, wanted.say, wait=wanted.follow, dry_run=wanted.dry_run)
     if found is not None:
         return Submitted(run, found.job if not found.ended else None, chosen)
     if not run.exists():
@@ -82,11 +78,12 @@ def submit(wanted: Wanted) -> Submitted:
             _deep(loaded.recipe, plan, fetched, wanted)
         with _only_submission(wanted):
             said: list[str] = []
-            found = _found(run, replace(wanted, say=said.append))
+            found = running_or_finished(run, said.append, wait=wanted.follow, dry_run=False)
             if found is not None:  # somebody submitted it during the checks
                 wanted.say("\n".join(said))
                 return Submitted(run, found.job if not found.ended else None, chosen)
-            return _start(run, loaded, plan, chosen, fetched, wanted)
+            job = Start(run, loaded, plan, chosen, wanted.trainee, wanted.say).start(fetched)
+            return Submitted(run, job, chosen)
 
 
 @contextlib.contextmanager
@@ -134,52 +131,6 @@ def checked_for(wanted: Wanted, executor: str) -> checks.Checked:
     for warning in checked.warnings:
         wanted.say(f"warning: {warning}")
     return checked
-
-
-def _found(run: Run, wanted: Wanted) -> State | None:
-    """The state of a run that needs no submission; None where one is due. Waits for an ending job to go."""
-    deadline = time.monotonic() + ENDING_SECONDS
-    waiting = False
-    while run.exists():
-        state = state_of(run, Queue())
-        if not state.queued:
-            return _settled(run, state, wanted)
-        if state.name in ("RUNNING", "PENDING"):
-            if not wanted.dry_run:
-                _adopt(run, state)
-            wanted.say(f"{run.name} is {state}, as job {state.job}")
-            return state
-        what = f"job {state.job} is still ending" if state.job else "an earlier submission was interrupted"
-        if not wanted.follow or wanted.dry_run or time.monotonic() > deadline:
-            raise UserError(
-                f"{run.name}: {what} ({state}). Submit again in a moment, or with --follow, which waits."
-            )
-        if not waiting:
-            wanted.say(f"{run.name}: {what}; waiting for it ({state})")
-            waiting = True
-        time.sleep(1.0)
-    return None
-
-
-def _adopt(run: Run, state: State) -> None:
-    """Record the job of a launch whose process died before it did."""
-    intent = submissions.unanswered(run)
-    if intent is not None and state.job is not None and state.job not in submissions.job_ids(run):
-        submissions.launched(run, intent, state.job)
-
-
-def _settled(run: Run, state: State, wanted: Wanted) -> State | None:
-    if state.name == "FINISHED":
-        wanted.say(f"{run.name} is finished; see: clipcluster status {run.name}")
-        return state
-    if state.name == "UNKNOWN":
-        raise UserError(
-            f"{run.name}: {state.detail}. Submit from a machine that reaches SLURM; or, knowing that the job "
-            f"has ended: clipcluster cancel {run.name}"
-        )
-    if state.name != "NEW":
-        wanted.say(f"{run.name} was {state}: it resumes from its last checkpoint")
-    return None
 
 
 def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
@@ -237,103 +188,3 @@ def _deep(recipe: Recipe, plan: Plan, fetched: Path, wanted: Wanted) -> None:
     findings.raise_errors()
     for warning in findings.warnings:
         wanted.say(f"warning: {warning}")
-
-
-def _start(run: Run, loaded: Loaded, plan: Plan, where: str, fetched: Path, wanted: Wanted) -> Submitted:
-    """Make or update the folder, take the snapshot, launch. A new folder does not outlive a refusal."""
-    made = not run.exists()
-    cluster = loaded.recipe.cluster
-    grace = clusters.grace_seconds(cluster, Slurm() if where == "slurm" else None)
-    if made:
-        Run.create(run.path, recipe_keys(loaded), settings(loaded, plan, where, None, grace=grace))
-        shutil.copytree(fetched, run.assets, dirs_exist_ok=True)
-    if where == "none":
-        run.update_settings(settings(loaded, plan, where, None, grace=grace))
-        wanted.say(f"{run.name}: made, and nothing started. Train it with one of:")
-        wanted.say(f"  clipcluster train {run.path}")
-        wanted.say(f"  torchrun --nproc-per-node={plan.world_size} -m jobs.cli train {run.path}")
-        return Submitted(run, None, where)
-    try:
-        code = snapshot.take(run)
-        if code.new and not code.first:
-            wanted.say(f"the code differs from the last submission's: {code.path.name}")
-        run.update_settings(settings(loaded, plan, where, code.path.name, grace=grace))
-    except BaseException:
-        if made:
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
-    job = _launch(run, loaded.recipe, code.path, where, grace, wanted, made=made)
-    ranks = cluster.ranks_per_node
-    named = f"job {job}" if where == "slurm" else f"{ranks} local rank{'s' * (ranks > 1)}"
-    wanted.say(f"{run.name}: {plan.total_steps:,} steps, as {named}")
-    wanted.say(devices.describe(cluster, where))
-    if where == "local" and not launch.await_claim(run, job):
-        wanted.say(
-            f"{run.name}: its process runs but has not claimed the run within {launch.START_SECONDS:g} s; "
-            f"see {launch.local_log(run)}"
-        )
-    return Submitted(run, job, where)
-
-
-def _launch(
-    run: Run, recipe: Recipe, code: Path, where: str, grace: float, wanted: Wanted, *, made: bool
-) -> str:
-    """The job's id. The intent is recorded before, the job or the refusal after it.
-
-    Only what SLURM refused leaves no folder behind: after any other failure the job may exist.
-    """
-    intent = submissions.intend(run, where, code.name)
-    try:
-        job = _launch_on(where, run, recipe, code, grace, wanted.trainee)
-    except BaseException as failure:
-        if isinstance(failure, UserError) and not isinstance(failure, launch.NoAnswer):
-            submissions.refused(run, intent, str(failure))
-            if made:
-                shutil.rmtree(run.path, ignore_errors=True)
-            raise
-        found = Queue().jobs_of(run) if where == "slurm" else []
-        if not found:
-            if isinstance(failure, launch.NoAnswer):
-                raise UserError(
-                    f"{run.name}: {failure}. Whether the job was accepted is not known: submit the run again "
-                    "in a minute, which finds the job or queues a new one."
-                ) from None
-            raise
-        job = found[-1]
-        submissions.launched(run, intent, job)
-        if not isinstance(failure, launch.NoAnswer):
-            wanted.say(f"{run.name} is queued, as job {job}; to end it: clipcluster cancel {run.name}")
-            raise
-        return job
-    submissions.launched(run, intent, job)
-    return job
-
-
-def _launch_on(where: str, run: Run, recipe: Recipe, code: Path, grace: float, trainee: str) -> str:
-    member = Member(run.path, code)
-    if where == "local":
-        return launch.locally(recipe.cluster, member, grace=grace, trainee=trainee)
-    return launch.on_slurm(
-        recipe.cluster,
-        [member],
-        name=run.name,
-        logs=run.submitit,
-        grace=grace,
-        trainee=trainee,
-        used=lambda granted: usable_nodes(recipe, granted),
-    )[0]
-
-
-def settings(loaded: Loaded, plan: Plan, executor: str, code: str | None, *, grace: float) -> dict[str, Any]:
-    """What settings.yaml holds: the recipe's speed and record keys, paths, the plan, executor and code.
-
-    `grace` (seconds) is what the ranks have for a save, found here because only here SLURM is asked.
-    """
-    keys = settings_keys(loaded)
-    return {
-        **keys,
-        "cluster": {**keys["cluster"], "grace": f"{grace:g} s"},
-        "plan": {"total_steps": plan.total_steps},  # for status; a rank computes its own
-        "executor": executor,
-        "code": code,
-    }

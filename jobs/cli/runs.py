@@ -1,0 +1,308 @@
+"""The verbs of runs: check, submit, status, logs, metrics, cancel, evaluate and train."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.runs.folder import all_runs, find_run, runs_folder
+from jobs.cli.options import AsJson, Runs, print_document, say
+
+
+class Executor(str, Enum):
+    """Where a run goes."""
+
+    slurm = "slurm"
+    local = "local"
+    none = "none"
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys that differ, such as optim.lr=3e-4."),
+]
+Site = Annotated[str | None, typer.Option("--site", metavar="NAME", help="The site profile.")]
+OneRun = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder, its name, or a unique beginning of its name.")
+]
+
+
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also build the towers and decode samples; loads torch.")
+    ] = False,
+    site: Site = None,
+) -> None:
+    """Find everything that can be known before queueing."""
+    from clipcluster.check import deep as deep_check
+    from clipcluster.check import plain
+    from clipcluster.check.findings import Findings
+
+    checked = plain.check(recipe, overrides or [], site=site, runs=runs_folder())
+    checked.raise_errors()
+    found: list[Findings] = [checked]
+    if deep:
+        ranks = checked.plan.world_size if checked.plan else 1
+        found.append(deep_check.check(checked.recipe, world_size=ranks))
+        found[1].raise_errors()
+    for line in (text for findings in found for text in findings.summary):
+        say(line)
+    warnings = [text for findings in found for text in findings.warnings]
+    for warning in [*warnings, *_device_line(checked.recipe.cluster)]:
+        say(f"warning: {warning}")
+    more = "" if deep else " (clipcluster check --deep also builds the towers and decodes samples)"
+    say(f"{recipe}: no problems found{more}")
+
+
+def _device_line(cluster: Cluster) -> list[str]:
+    """Say which devices a submission from here would use; returns a warning where it would be refused."""
+    from jobs.submit import devices, executor
+
+    where = "slurm" if executor.has_sbatch() else "local"
+    say(devices.describe(cluster, where))
+    missing = devices.missing(cluster) if where == "local" else ""
+    return [missing] if missing else []
+
+
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    site: Site = None,
+    executor: Annotated[
+        Executor | None,
+        typer.Option(
+            "--executor",
+            help="Where it runs; none: make the folder only. Default: SLURM where it is set up, else local.",
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Watch until it ends; Ctrl-C stops watching only.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the deep check.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Start a run, or resume it: the same recipe finds its run again."""
+    from jobs.submit import submit as submission
+
+    submitted = submission.submit(
+        submission.Wanted(
+            recipe=recipe,
+            overrides=overrides or [],
+            runs=runs_folder(runs),
+            site=site,
+            executor=executor.value if executor else None,
+            follow=follow,
+            dry_run=dry_run,
+            quick=quick,
+            say=say,
+        )
+    )
+    if dry_run:
+        return
+    from jobs import follow as following
+
+    console = following.terminal()
+    if follow:
+        raise typer.Exit(following.follow(submitted.run, console))
+    if submitted.job is not None:
+        say(f"run folder: {submitted.run.path}")
+        say(f"  clipcluster logs -f {following.where(submitted.run)}")
+        say(f"  clipcluster status {following.where(submitted.run)}")
+
+
+def status(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs. Default: all.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds.")] = False,
+    as_json: AsJson = False,
+    runs: Runs = None,
+) -> None:
+    """Show the state of runs."""
+    from jobs.status import Queue, reports
+
+    folder = runs_folder(runs)
+
+    def look() -> list[Any]:
+        chosen = [find_run(name, folder) for name in names] if names else all_runs(folder)
+        return reports(chosen, Queue())
+
+    if as_json:
+        print_document([report.as_dict() for report in look()])
+        return
+    from rich.console import Console
+
+    from jobs.cli.tables import status_table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    found = look()
+    if not found and not watch:
+        say(f"no runs in {folder}; make one with: clipcluster submit RECIPE")
+        return
+    if watch:
+        _watch(console, look)
+        return
+    console.print(status_table(found))
+    for report in found:
+        if report.advice:
+            say(f"{report.name}: {report.advice}")
+
+
+def _watch(console: Any, look: Any) -> None:
+    from rich.live import Live
+
+    from jobs.cli.tables import status_table
+
+    try:
+        with Live(status_table(look()), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(5.0)
+                live.update(status_table(look()), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def logs(
+    run: OneRun,
+    following: Annotated[
+        bool, typer.Option("-f", "--follow", help="Keep printing until the run ends.")
+    ] = False,
+    rank: Annotated[int, typer.Option("--rank", metavar="R", help="The rank.")] = 0,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", metavar="A", help="The attempt. Default: the newest.")
+    ] = None,
+    runs: Runs = None,
+) -> None:
+    """Print what a rank wrote."""
+    from jobs import logs as printing
+    from jobs.status import Queue, state_of
+
+    found = find_run(run, runs_folder(runs))
+
+    first = printing.log_files(found, rank=rank, attempt=attempt)
+
+    def paths() -> list[Path]:
+        try:
+            return printing.log_files(found, rank=rank, attempt=attempt)
+        except UserError:
+            return first  # the next attempt has begun, and this rank has printed nothing in it yet
+
+    try:
+        for text in printing.stream(paths, following=following, ended=lambda: state_of(found, Queue()).ended):
+            typer.echo(text, nl=False)
+    except KeyboardInterrupt:
+        return
+
+
+def metrics(
+    run: OneRun,
+    names: Annotated[
+        str, typer.Option("--columns", metavar="NAME[,NAME]", help="These columns, in this order.")
+    ] = "",
+    every: Annotated[
+        int | None, typer.Option("--every", metavar="N", min=1, help="Only steps that N divides.")
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Plot the columns (default: loss) here.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Plot them into a .png, .pdf or .svg.")
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSON, one line a step.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Print the metrics of all attempts as one table: of a long run, a selection of its steps."""
+    from jobs import metrics as table
+
+    forms = {"--csv": as_csv, "--jsonl": as_jsonl, "--plot": plot, "--picture": picture is not None}
+    given = [name for name, wanted in forms.items() if wanted]
+    if len(given) > 1:
+        raise UserError(f"metrics: {' and '.join(given)} were given; give one of them")
+    found = find_run(run, runs_folder(runs))
+    lines = table.lines_of(found, every=every)
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if as_csv or as_jsonl:
+        table.write(lines, table.columns(lines, wanted), sys.stdout, kind="csv" if as_csv else "jsonl")
+    elif picture is not None:
+        table.picture(table.curves(lines, wanted), found.name, picture)
+        say(f"wrote {picture}")
+    elif plot:
+        for name, curve in table.curves(lines, wanted).items():
+            say("\n".join(table.terminal_plot(name, curve)))
+    else:
+        from rich.console import Console
+
+        from jobs.cli.tables import metrics_table
+
+        shown = lines if every is not None else table.thinned(lines)
+        chosen = table.columns(
+            lines, wanted or [name for name in table.SHOWN if any(name in x for x in lines)]
+        )
+        Console(width=None if sys.stdout.isatty() else 200).print(metrics_table(shown, chosen))
+        if len(shown) < len(lines):
+            say(f"{len(shown)} of {len(lines):,} lines; choose with --every N and --columns, all: --csv")
+
+
+def cancel(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders, names, or unique beginnings.")
+    ],
+    runs: Runs = None,
+) -> None:
+    """End runs for good. Submitting one again resumes it from its last checkpoint."""
+    from jobs.cancel import cancel as end
+    from jobs.status import Queue
+
+    folder = runs_folder(runs)
+    queue = Queue()
+    for run in [find_run(name, folder) for name in names]:
+        say(end(run, queue))
+
+
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or a checkpoint's folder.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    runs: Runs = None,
+) -> None:
+    """Measure a checkpoint with the run's evaluations, in this process."""
+    from jobs.evaluate import evaluate as measure
+
+    document = measure(what, overrides or [], runs_folder(runs))
+    if as_json:
+        print_document(document)
+        return
+    from jobs.follow import terminal
+    from jobs.results import shown
+
+    terminal().print(shown(document))
+
+
+def train(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
+) -> None:
+    """Train in this process, alone or as one rank under torchrun. Nothing restarts it."""
+    from clipcluster.runtime.stop import Stop
+
+    stop = Stop()
+    stop.install(interactive=True)
+    from clipcluster.rank.serve import serve
+
+    code = serve(run_dir, "clipcluster.run:train", stop)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+VERBS = (check, submit, status, logs, metrics, cancel, evaluate, train)

@@ -1,0 +1,64 @@
+"""What a submission makes of a run that exists: it is running, it has ended, or its job is still ending."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from clipcluster.errors import UserError
+from clipcluster.runs.folder import Run
+from jobs import submissions
+from jobs.status import Queue, State, state_of
+
+ENDING_SECONDS = 600.0  # how long a submission waits for a job that is still ending
+Say = Callable[[str], None]
+
+
+def running_or_finished(run: Run, say: Say, *, wait: bool, dry_run: bool) -> State | None:
+    """The state of a run that needs no submission; None where one is due.
+
+    A job that is still ending, or may still appear, is waited for where `wait` says so. A job whose submitter
+    died is recorded, but by a dry run. Raises UserError where nobody can know, or there is no waiting.
+    """
+    deadline = time.monotonic() + ENDING_SECONDS
+    waiting = False
+    while run.exists():
+        state = state_of(run, Queue())
+        if not state.queued:
+            return _ended(run, state, say)
+        if state.name in ("RUNNING", "PENDING"):
+            if not dry_run:
+                _adopt(run, state)
+            say(f"{run.name} is {state}, as job {state.job}")
+            return state
+        what = f"job {state.job} is still ending" if state.job else "an earlier submission was interrupted"
+        if not wait or dry_run or time.monotonic() > deadline:
+            raise UserError(
+                f"{run.name}: {what} ({state}). Submit again in a moment, or with --follow, which waits."
+            )
+        if not waiting:
+            say(f"{run.name}: {what}; waiting for it ({state})")
+            waiting = True
+        time.sleep(1.0)
+    return None
+
+
+def _adopt(run: Run, state: State) -> None:
+    """Record the job of a launch whose process died before it did."""
+    intent = submissions.unanswered(run)
+    if intent is not None and state.job is not None and state.job not in submissions.job_ids(run):
+        submissions.launched(run, intent, state.job)
+
+
+def _ended(run: Run, state: State, say: Say) -> State | None:
+    if state.name == "FINISHED":
+        say(f"{run.name} is finished; see: clipcluster status {run.name}")
+        return state
+    if state.name == "UNKNOWN":
+        raise UserError(
+            f"{run.name}: {state.detail}. Submit from a machine that reaches SLURM; or, knowing that the job "
+            f"has ended: clipcluster cancel {run.name}"
+        )
+    if state.name != "NEW":
+        say(f"{run.name} was {state}: it resumes from its last checkpoint")
+    return None

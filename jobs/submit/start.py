@@ -1,0 +1,137 @@
+"""From a checked recipe to a job: the run folder, the snapshot, the launch.
+
+The launch is recorded before and after it happens, and no folder is removed that a job may be using.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.load import Loaded, recipe_keys, settings_keys
+from clipcluster.recipe.plan import Plan, usable_nodes
+from clipcluster.runs.folder import Run
+from jobs import submissions
+from jobs.status import Queue
+from jobs.submit import devices, launch, snapshot
+from jobs.submit import parameters as clusters
+from jobs.submit.parameters import Member
+from tools.slurm import Slurm
+
+
+@dataclass(frozen=True)
+class Start:
+    """One run to start on "slurm" or "local", or to make the folder of ("none")."""
+
+    run: Run
+    loaded: Loaded
+    plan: Plan
+    executor: str
+    trainee: str
+    say: Callable[[str], None]
+
+    def start(self, fetched: Path) -> str | None:
+        """Make or update the folder, with the assets in `fetched`, and launch; returns the job's id.
+
+        None where nothing was to be launched. A new folder does not outlive a refusal. Raises UserError.
+        """
+        run, cluster = self.run, self.loaded.recipe.cluster
+        grace = clusters.grace_seconds(cluster, Slurm() if self.executor == "slurm" else None)
+        made = not run.exists()
+        if made:
+            Run.create(run.path, recipe_keys(self.loaded), self._settings(None, grace))
+            shutil.copytree(fetched, run.assets, dirs_exist_ok=True)
+        if self.executor == "none":
+            run.update_settings(self._settings(None, grace))
+            self.say(f"{run.name}: made, and nothing started. Train it with one of:")
+            self.say(f"  clipcluster train {run.path}")
+            self.say(f"  torchrun --nproc-per-node={self.plan.world_size} -m jobs.cli train {run.path}")
+            return None
+        code = self._snapshot(grace, made)
+        job = self._launch(code, grace, made)
+        ranks = cluster.ranks_per_node
+        named = f"job {job}" if self.executor == "slurm" else f"{ranks} local rank{'s' * (ranks > 1)}"
+        self.say(f"{run.name}: {self.plan.total_steps:,} steps, as {named}")
+        self.say(devices.describe(cluster, self.executor))
+        if self.executor == "local" and not launch.await_claim(run, job):
+            self.say(
+                f"{run.name}: its process has not claimed the run within {launch.START_SECONDS:g} s; "
+                f"see {launch.local_log(run)}"
+            )
+        return job
+
+    def _snapshot(self, grace: float, made: bool) -> Path:
+        """The folder of the code that the job will run; the settings name it."""
+        try:
+            code = snapshot.take(self.run)
+            if code.new and not code.first:
+                self.say(f"the code differs from the last submission's: {code.path.name}")
+            self.run.update_settings(self._settings(code.path.name, grace))
+        except BaseException:
+            if made:
+                shutil.rmtree(self.run.path, ignore_errors=True)
+            raise
+        return code.path
+
+    def _launch(self, code: Path, grace: float, made: bool) -> str:
+        """The job's id. The intent is recorded before, the job or the refusal after it.
+
+        Only what SLURM refused leaves no folder behind: after any other failure the job may exist.
+        """
+        run = self.run
+        intent = submissions.intend(run, self.executor, code.name)
+        try:
+            job = self._job(code, grace)
+        except launch.NoAnswer as silence:
+            found = Queue().jobs_of(run)
+            if not found:
+                raise UserError(
+                    f"{run.name}: {silence}. Whether the job was accepted is not known: submit the run again "
+                    "in a minute, which finds the job or queues a new one."
+                ) from None
+            job = found[-1]
+        except UserError as refusal:
+            submissions.refused(run, intent, str(refusal))
+            if made:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        except BaseException:
+            for job in Queue().jobs_of(run)[-1:] if self.executor == "slurm" else []:
+                submissions.launched(run, intent, job)
+                self.say(f"{run.name} is queued, as job {job}; to end it: clipcluster cancel {run.name}")
+            raise
+        submissions.launched(run, intent, job)
+        return job
+
+    def _job(self, code: Path, grace: float) -> str:
+        member, recipe = Member(self.run.path, code), self.loaded.recipe
+        if self.executor == "local":
+            return launch.locally(recipe.cluster, member, grace=grace, trainee=self.trainee)
+        return launch.on_slurm(
+            recipe.cluster,
+            [member],
+            name=self.run.name,
+            logs=self.run.submitit,
+            grace=grace,
+            trainee=self.trainee,
+            used=lambda granted: usable_nodes(recipe, granted),
+        )[0]
+
+    def _settings(self, code: str | None, grace: float) -> dict[str, Any]:
+        """What settings.yaml holds: the recipe's speed and record keys, paths, executor, code, and the steps
+        for `status`; the attempts plan for themselves, with the nodes that they are given.
+
+        `grace` (seconds) is what the ranks have for a save, found here because only here SLURM is asked.
+        """
+        keys = settings_keys(self.loaded)
+        return {
+            **keys,
+            "cluster": {**keys["cluster"], "grace": f"{grace:g} s"},
+            "plan": {"total_steps": self.plan.total_steps},
+            "executor": self.executor,
+            "code": code,
+        }
