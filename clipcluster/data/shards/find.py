@@ -1,9 +1,11 @@
-"""The shards of a folder on this machine, by name."""
+"""The shards of a folder on this machine, by name, and the folders of shards that one given by hand means."""
 
 import os
 from pathlib import Path
 
 from clipcluster.errors import UserError
+
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")  # in their order
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 
@@ -21,12 +23,40 @@ def find_shards(folder: Path) -> list[Path]:
         raise UserError(
             f"{folder}: {packed[0]} is compressed and cannot be read by offset; unpack it to .tar first"
         )
-    below = [name for name in names if next((folder / name).glob("*.tar"), None) is not None]
+    below = [path.name for path in _subfolders(folder) if _holds_shards(path)]
     if below:
-        raise UserError(f"{folder}: the shards lie in its folders {', '.join(below[:5])}; give one of them")
+        raise UserError(f"{folder}: the shards are in its folders {', '.join(below[:5])}; give one of them")
     raise UserError(
         f"{folder}: no .tar shards in this folder; shards are made by: clipcluster shards convert"
     )
+
+
+def folders_of_shards(folder: Path) -> list[Path]:
+    """The folders of shards that one means: itself, its splits (train, val, test), or its only subfolder.
+
+    A folder that holds tars is itself alone. Splits come in the order train, val, test; of an only subfolder
+    its own splits may be meant. UserError as `find_shards` for a folder that means none, and where its
+    subfolders are several and no splits.
+    """
+    if not folder.is_dir() or _holds_shards(folder):
+        return [folder]
+    below = _subfolders(folder)
+    splits = sorted((path for path in below if path.name in SPLITS), key=lambda path: SPLITS.index(path.name))
+    splits = [path for path in splits if _holds_shards(path)]
+    if splits:
+        return splits
+    if len(below) == 1:
+        return folders_of_shards(below[0])
+    find_shards(folder)  # says what there is instead
+    raise AssertionError("unreachable")
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _holds_shards(folder: Path) -> bool:
+    return any(entry.name.endswith(".tar") and entry.name[0] != "." for entry in os.scandir(folder))
 
 
 def compressed_tars(folder: Path) -> list[str]:

@@ -37,7 +37,7 @@ def test_clip_benchmarks_classification(clip_benchmark: Any, picture: Callable, 
     for number in range(24):
         sample = found[f"s{number:07d}"]
         assert (sample.image, sample.cls) == (picture(number, "WEBP"), number % 3)
-    with pytest.raises(UserError, match="the shards lie in its folders test, train; give one of them"):
+    with pytest.raises(UserError, match="the shards are in its folders test, train; give one of them"):
         index_folders([root])
 
 
