@@ -97,7 +97,7 @@ class Local:
         return self.until(lambda: folder.exists() and history.last_verdict(run.attempt(attempt)))
 
     def end(self, run):
-        """The state in which the run ends, once its twin has left."""
+        """The state in which the run ends, once its process has left."""
 
         def state():
             found = state_of(run, Queue())

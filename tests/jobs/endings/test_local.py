@@ -1,4 +1,4 @@
-"""Endings on this machine: the batch script's twin with real processes and real signals."""
+"""Endings on this machine: a local run with real processes and real signals."""
 
 import json
 import os
@@ -161,7 +161,7 @@ def test_a_stop_while_importing(local, run):
     assert run.attempt(1).outcome()["outcome"] == "stopped"
 
 
-def test_a_twin_that_was_killed_is_lost(local, run):
+def test_a_local_run_whose_process_was_killed_is_lost(local, run):
     local.start(run, json.dumps({"steps": 5, "seconds": 0.5}))
     local.at_step(run, 1)
     os.kill(local.pid(), signal.SIGKILL)
