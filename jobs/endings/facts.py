@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -70,12 +69,7 @@ def _raised(events: Sequence[Mapping[str, Any]]) -> list[Raised]:
     """The first exceptions with which ranks ended; those that merely lost their peers raised none."""
     failed = [event for event in events if event.get("event") == "fail" and event.get("outcome") == "error"]
     failed.sort(key=lambda event: float(event.get("time", 0)))
-    return [Raised(event.get("step"), _message(event.get("reason", ""))) for event in failed[:RAISED]]
-
-
-def _message(reason: str) -> str:
-    """The message without what differs each time: addresses in memory."""
-    return re.sub(r"\b0x[0-9a-fA-F]+", "0x…", reason)
+    return [Raised(event.get("step"), event.get("signature", "")) for event in failed[:RAISED]]
 
 
 def ask(slurm: Slurm, job_id: str) -> JobState | None:

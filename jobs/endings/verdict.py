@@ -54,10 +54,10 @@ class Said:
 
 @dataclass(frozen=True)
 class Raised:
-    """An unexpected exception that ended a rank: type and message, and the step it stood at, if at any."""
+    """An unexpected exception that ended a rank: its signature, and the step it stood at, if any."""
 
     step: int | None
-    reason: str
+    signature: str  # type and message, without what differs from one attempt to the next
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _by_ranks(facts: Facts) -> Verdict:
     again = next((each for each in facts.raised if each in facts.raised_before), None)
     if again is not None:
         where = "before the first step" if again.step is None else f"at step {again.step}"
-        reason = f"{again.reason} ({where}, twice in a row)"
+        reason = f"{again.signature} ({where}, twice in a row)"
         return Verdict("fail", "failed", Outcome.ERROR, reason, _advice(Outcome.ERROR))
     if facts.started:
         reason = "; ".join(facts.errors[:3]) or (

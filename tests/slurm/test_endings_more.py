@@ -249,7 +249,7 @@ def test_scancel_during_the_setup(bench):
 
 
 def test_a_rank_preempted_before_its_handlers_stand(bench):
-    """TERM kills the interpreter: no rank has started, and still the environment is not to blame."""
+    """TERM is held back until they do: the rank stops, and the environment is not to blame."""
     slow = bench.folder / "slow"
     slow.mkdir()
     late = (
@@ -259,9 +259,10 @@ def test_a_rank_preempted_before_its_handlers_stand(bench):
     (run,), (job,) = bench.submit({"steps": 5}, setup=[f"export PYTHONPATH={slow}:$PYTHONPATH"])
     bench.until(lambda: (run.attempts_dir / "1").exists())
     time.sleep(1.5)
+    assert not list((run.attempts_dir / "1").glob("events-rank-*"))
     preempt(bench.sandbox.folder, job, come_back=False)
     verdict = bench.verdict(run, 1)
-    assert not list((run.attempts_dir / "1").glob("events-rank-*"))
+    assert run.attempt(1).outcome()["outcome"] == "stopped"
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "preempted", False)
     bench.come_back(job)
     bench.finished(run, job, 2, 5, 1)

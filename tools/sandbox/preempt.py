@@ -36,9 +36,9 @@ def preempt(folder: Path, job: str | Path, *, come_back: bool = True, hold_secon
 
     `job` is a job id ("17", "17_3" for a member of an array) or a run folder. The high-priority job holds the
     nodes `hold_seconds` longer than the eviction takes, then ends. Whole nodes are taken: jobs that share one
-    go too. With `come_back` the requeued jobs may start at once instead of about two minutes
-    later. A run that was only just submitted is given `START_SECONDS` to claim its attempt. Raises UserError
-    when the job is not running in `low`, or has not left its nodes long after the grace time.
+    go too. With `come_back` the requeued jobs may start at once instead of about two minutes later. A run
+    that was only just submitted is given `START_SECONDS` to claim its attempt. Raises UserError when the job
+    is not running in `low`, or has not left its nodes long after the grace time.
     """
     sandbox = find(folder)
     slurm = sandbox.slurm

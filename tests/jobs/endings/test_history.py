@@ -75,7 +75,7 @@ def test_a_broken_environment_just_before(run):
 
 
 def test_what_was_raised_just_before(run):
-    shape = {"step": 7, "reason": "RuntimeError: shapes"}
+    shape = {"step": 7, "signature": "RuntimeError: shapes"}
     attempt_with(run, "crashed", checkpoint=5, raised=[shape])
     attempt_with(run, "preempted", checkpoint=5, counts=False)
     last = attempt_with(run)

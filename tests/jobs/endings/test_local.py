@@ -77,7 +77,7 @@ def test_the_same_exception_twice_in_a_row_ends_the_run(local, run):
     assert (verdict["event"], verdict["ending"], verdict["code"]) == ("fail", "failed", 86)
     assert verdict["reason"] == "RuntimeError: on purpose (at step 7, twice in a row)"
     assert history.last_verdict(run.attempt(1))["raised"] == [
-        {"step": 7, "reason": "RuntimeError: on purpose"}
+        {"step": 7, "signature": "RuntimeError: on purpose"}
     ]
     assert local.end(run).name == "FAILED"
 

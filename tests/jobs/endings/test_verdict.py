@@ -154,10 +154,10 @@ def test_the_same_exception_at_the_same_step_twice_in_a_row_ends_the_run():
     seen = replace(LINES["crashed"], raised=[Raised(7, "RuntimeError: rank 2's words"), shape])
     assert decide(seen).action == "requeue"
     assert decide(replace(seen, raised_before=[replace(shape, step=6)])).action == "requeue"
-    assert decide(replace(seen, raised_before=[replace(shape, reason="another")])).action == "requeue"
+    assert decide(replace(seen, raised_before=[replace(shape, signature="another")])).action == "requeue"
     verdict = decide(replace(seen, raised_before=[shape]))
     assert (verdict.action, verdict.ending, verdict.code) == ("fail", "failed", 86)
-    assert verdict.reason == f"{shape.reason} (at step 7, twice in a row)"
+    assert verdict.reason == f"{shape.signature} (at step 7, twice in a row)"
     assert verdict.advice
     preempted = replace(seen, raised_before=[shape], job=LINES["preempted"].job)
     assert decide(preempted).ending == "preempted"
