@@ -25,14 +25,10 @@ STEP_SECONDS = 300.0  # for a forward and backward pass of two samples on the CP
 def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     """Build and read everything of a recipe once; loads torch."""
     findings = Findings()
-    try:
-        store_timm_names()
-    except OSError as error:
-        findings.warnings.append(f"timm's names cannot be kept for the plain check: {error}")
-    tokenizer = findings.attempt_foreign("data.text.tokenizer", _tokenizer, recipe, assets)
-    findings.attempt_foreign("model.image", _check_image_tower, recipe, world_size, findings)
+    tokenizer = findings.attempt("data.text.tokenizer", _tokenizer, recipe, assets, foreign=True)
+    findings.attempt("model.image", _check_image_tower, recipe, world_size, findings, foreign=True)
     if tokenizer is not None:
-        findings.attempt_foreign("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
+        findings.attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings, foreign=True)
     evaluate = recipe.evaluate
     named = [(f"data.train.{place}", source, True) for place, source in enumerate(recipe.data.train)]
     named += [
@@ -42,10 +38,10 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
         (f"evaluate.zero_shot.{i}", Source(shards=path), False) for i, path in enumerate(evaluate.zero_shot)
     ]
     for key, source, text in named:
-        findings.attempt_foreign(key, _check_sample, key, source, text, tokenizer, findings)
+        findings.attempt(key, _check_sample, key, source, text, tokenizer, findings, foreign=True)
     if not findings.errors:  # else the step would fail for a reason that is known
-        findings.attempt_foreign(
-            "a training step of two samples", _check_step, recipe, world_size, assets, findings
+        findings.attempt(
+            "a training step of two samples", _check_step, recipe, world_size, assets, findings, foreign=True
         )
     return findings
 
@@ -61,6 +57,10 @@ def _check_image_tower(recipe: Recipe, world_size: int, findings: Findings) -> N
 
     from clipcluster.model.towers import build_image_tower
 
+    try:
+        store_timm_names()
+    except OSError as error:
+        findings.warnings.append(f"timm's names cannot be stored for the plain check: {error}")
     tower, coverage = build_image_tower(recipe.model.image, image_size=recipe.data.image.size)
     findings.summary.append(
         f"image tower: {recipe.model.image.timm}, {_millions(tower.parameters())} parameters"
@@ -70,8 +70,8 @@ def _check_image_tower(recipe: Recipe, world_size: int, findings: Findings) -> N
     if any(isinstance(module, _BatchNorm) for module in tower.modules()):
         if world_size > 1:
             findings.warnings.append(
-                f"model.image: {recipe.model.image.timm} has batch norms, which see each rank's share of the "
-                f"batch alone: with another number of ranks than {world_size} the run comes out differently"
+                f"model.image: {recipe.model.image.timm} has batch norms, whose statistics are over each "
+                f"rank's part of the batch: with another number of ranks than {world_size} the weights differ"
             )
         if recipe.train.precision == "bf16":
             findings.warnings.append(
@@ -125,12 +125,13 @@ def _limited(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _millions(parameters: Iterable[Any]) -> str:

@@ -19,15 +19,11 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
 
-    def attempt(self, key: str, action: Callable[..., T], *args: Any) -> T | None:
-        """The result of `action(*args)`, or None with its message for a person among the errors."""
-        return self._attempt(key, False, action, *args)
+    def attempt(self, key: str, action: Callable[..., T], *args: Any, foreign: bool = False) -> T | None:
+        """The result of `action(*args)`, or None with the error's message among `errors`.
 
-    def attempt_foreign(self, key: str, action: Callable[..., T], *args: Any) -> T | None:
-        """The same for what ends in other people's code: whatever it raises is an error of the recipe."""
-        return self._attempt(key, True, action, *args)
-
-    def _attempt(self, key: str, foreign: bool, action: Callable[..., T], *args: Any) -> T | None:
+        foreign: the action ends in other people's code, and whatever it raises is an error of the recipe.
+        """
         from clipcluster.runtime.stop import Failure
 
         try:

@@ -19,32 +19,38 @@ CONFIGURATION = ("config.json",)
 def check_image_tower(name: str) -> str:
     """Why the name of a tower in timm cannot be checked here, or "". UserError for one that does not exist.
 
-    The names are those that the last deep check with this version of timm kept.
+    The names are those that the last deep check with this version of timm stored.
     """
-    file = _timm_file()
-    if not file.is_file():
+    known = _stored_names()
+    if known is None:
         return f"{name!r}: the first check with --deep stores timm's list of names"
-    stored: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
-    if name.split(".", 1)[0] in (*stored["names"], *stored["deprecated"]):  # what follows a dot is a tag
+    if name.split(".", 1)[0] in known:  # what follows a dot is a tag
         return ""
-    near = nearest(name, stored["names"])
+    near = nearest(name, known)
     hint = f"; did you mean {near}?" if near else ""
     raise UserError(f"timm {metadata.version('timm')} has no model {name!r}{hint}")
 
 
 def store_timm_names() -> None:
-    """Keep timm's names for later plain checks, once for each version. Loads timm; may raise OSError."""
-    file = _timm_file()
-    if file.is_file():
-        return
-    import timm
-    from timm.models import get_deprecated_models
+    """Store timm's names for later plain checks, once for each version. Loads timm; may raise OSError."""
+    if _stored_names() is None:
+        import timm
+        from timm.models import get_deprecated_models
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(file, {"names": timm.list_models(), "deprecated": list(get_deprecated_models())})
+        _names_file().parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(_names_file(), [*timm.list_models(), *get_deprecated_models()])
 
 
-def _timm_file() -> Path:
+def _stored_names() -> list[str] | None:
+    """The names stored for the installed timm; None where there are none, or the file is damaged."""
+    try:
+        names = json.loads(_names_file().read_text(encoding="utf-8"))
+    except (metadata.PackageNotFoundError, FileNotFoundError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _names_file() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "clipcluster" / "names" / f"timm-{metadata.version('timm')}.json"
 

@@ -56,6 +56,15 @@ A recipe is one YAML file that describes a training run. `clipcluster check RECI
   `~/.config/clipcluster/sites` or in `recipes/sites`. `--site NAME` selects one; without it the only one is
   used (not counting the example). The recipe overrides the profile.
 
+## What `check` finds
+
+`clipcluster check RECIPE` reads the recipe, its shard indexes, files and names, and computes the steps; it
+takes less than a second, loads no torch, and says what it could not check. `--deep` also builds the towers,
+reads their starting weights, decodes a sample of every source, and takes one training step of two samples on
+the CPU: shapes that do not fit and parameters without a gradient are errors. It also stores timm's list of
+names in `~/.cache/clipcluster/names`, by which later plain checks find a misspelled tower. `submit` does both
+(`--quick`: the plain one; `--dry-run` too).
+
 ## What a key decides
 
 - **result**: the trained weights. These keys, where they differ from their defaults, name the run: the same

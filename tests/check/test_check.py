@@ -266,6 +266,11 @@ def test_without_timms_names_the_plain_check_says_what_it_leaves_out(
     )
     names.store_timm_names()
     assert len(checked("model.image.timm=test_convnex").errors) == 1
+    (file,) = (tmp_path / "none/clipcluster/names").iterdir()
+    for damaged in ("", "[1", "{}", "[1]"):
+        file.write_text(damaged)
+        assert checked().summary[-1].startswith("not checked: model.image.timm")
+    names.store_timm_names()
     assert checked().summary == checked("model.image.timm=test_vit").summary
 
 
@@ -394,7 +399,7 @@ def test_a_step_that_takes_too_long_is_left_out(folder: Path, monkeypatch: pytes
 def test_batch_norms_over_ranks_are_warned_of(folder: Path) -> None:
     found = examined("model.image.timm=test_resnet", "train.precision=bf16")
     assert found.errors == []
-    assert "batch norms, which see each rank's share" in found.warnings[0]
+    assert "batch norms, whose statistics are over each rank's part" in found.warnings[0]
     assert "statistics suffer in bf16" in found.warnings[1]
     assert examined("model.image.timm=test_resnet", world_size=1).warnings == []
 

@@ -93,6 +93,16 @@ def test_instant(recipe, words, tmp_path):
     assert list(tmp_path.glob("*-????????")) == []
 
 
+def test_errors_of_the_deep_check_come_first_and_alone(recipe):
+    override = "model.image.args={no_such_argument: 1, and_a_second_one_with_a_rather_long_name: 2}"
+    done = clipcluster("check", recipe, "--deep", override)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    said = " ".join(done.stderr.split())
+    assert said.startswith("error: model.image: timm cannot build")
+    assert "no_such_argument" in said
+
+
 def test_status_as_json_is_one_document(finished):
     done = clipcluster("status", "--json", "--runs", finished.path.parent)
     (report,) = json.loads(done.stdout)
