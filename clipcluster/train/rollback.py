@@ -41,17 +41,18 @@ def impossible(streak: Streak, why: str) -> NonFiniteError:
     )
 
 
-def record(attempt: Attempt, skipped: Range, *, checkpoint: str, reason: str) -> None:
-    """Write down, durably, that the run goes back and the batches that it leaves out from now on.
+def record(
+    attempt: Attempt, folder: CheckpointFolder, progress: Progress, checkpoint: str, reason: str
+) -> None:
+    """Record durably the batches that `progress` leaves out from now on, then set later checkpoints aside.
 
-    Raises StaleAttempt, and CheckpointError where it cannot be written.
+    Raises StaleAttempt, and CheckpointError where either cannot be done.
     """
     attempt.check()
+    content = {"attempt": attempt.number, "skipped": progress.skipped, "checkpoint": checkpoint}
     try:
-        write_json(
-            attempt.path / FILE,
-            {"attempt": attempt.number, "skipped": [skipped], "checkpoint": checkpoint, "reason": reason},
-        )
+        write_json(attempt.path / FILE, {**content, "reason": reason})
+        set_aside_later(folder, progress)
     except OSError as error:
         raise CheckpointError(
             f"The roll-back to {checkpoint} cannot be recorded in {attempt.path / FILE}: {error}",

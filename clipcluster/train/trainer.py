@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.stateful import Parts
-from clipcluster.runtime.stop import GRACE_SECONDS, Failure, LostPeers, Outcome, Stop, Wish
+from clipcluster.runtime.stop import GRACE_SECONDS, LostPeers, Outcome, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 from clipcluster.train import rollback
 from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.evaluations import Evaluations, Interrupted
+from clipcluster.train.feed import Batches, Feed
 from clipcluster.train.guard import Streak
 from clipcluster.train.metrics import Metrics
 from clipcluster.train.progress import Progress
+from clipcluster.train.records import Records
 from clipcluster.train.resume import restore
 from clipcluster.train.saver import Saver
 from clipcluster.train.step import Step
@@ -30,16 +29,6 @@ from clipcluster.train.step import Step
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
     from clipcluster.model.task import Report
-
-logger = logging.getLogger("clipcluster")
-
-
-class Batches(Protocol):
-    """Batches in their order, from some batch on."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -73,10 +62,10 @@ class Trainer:
     record_samples: bool = False
     grace_seconds: float = GRACE_SECONDS
     results: dict[str, float] = field(default_factory=dict)
-    _loader: Batches | None = None
-    _batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
-    _ahead: Batch | None = None
-    _failure: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.records = Records(self.attempt, self.world)
+        self.feed = Feed(self.open_batches, self.world.device, self.metrics.waited)
 
     def run(self) -> Outcome:
         """Train. Returns FINISHED or STOPPED, `outcome.json` written and everything durable.
@@ -91,7 +80,7 @@ class Trainer:
                 raise LostPeers(f"rank {self.world.rank} lost its peers: {error}") from error
             raise
         finally:
-            self._close_batches()
+            self.feed.close()
             self.saver.finish()  # a checkpoint on its way is worth the wait, whatever ended the run
             self.metrics.close()
 
@@ -106,7 +95,7 @@ class Trainer:
             elif self.step.needs_rehearsal:
                 self._rehearse()
             else:
-                batch = self._fetch()
+                batch = self.feed.next()
                 report = self.step(batch, self.progress)
                 self._count(batch)
                 self.step.stages.enter(self.progress.step)  # before a checkpoint of this step is made
@@ -126,7 +115,7 @@ class Trainer:
 
     def _wishes(self) -> Wish:
         wishes = self.stop.wishes() | self.saver.wishes(self.progress)
-        return wishes | (Wish.ABORT if self._failure else Wish.NONE)
+        return wishes | (Wish.ABORT if self.records.failure else Wish.NONE)
 
     def _resume(self) -> None:
         self.attempt.phase(self.world.rank, "checkpoint")
@@ -140,7 +129,7 @@ class Trainer:
         else:
             self.world.while_main(lambda: rollback.set_aside_later(self.checkpoints, self.progress))
             self.saver.resumed_from(self.progress.step)
-            self._event("resume", checkpoint=found.name)
+            self.records.event("resume", checkpoint=found.name)
             self.metrics.say(f"resuming from {found.name}")
         self.metrics.open(self.progress)
         self._open_batches()
@@ -158,51 +147,32 @@ class Trainer:
         )
 
     def _open_batches(self) -> None:
-        self._close_batches()
+        """Open the loader where steps are left; after the last one only an evaluation may be owed."""
         if self.progress.step < self.total_steps:
-            self._loader = self.open_batches(self.progress)
-            self._batches = iter(self._loader)
-
-    def _close_batches(self) -> None:
-        if self._loader:
-            self._loader.close()
-        self._loader, self._ahead, self._batches = None, None, iter(())
+            self.feed.open(self.progress)
 
     def _rehearse(self) -> None:
         """A discarded pass over the next batch, so that restarts round as an uninterrupted run does."""
-        self._ahead = self._fetch()
-        self.step.rehearse(self._ahead)
+        self.step.rehearse(self.feed.peek())
         self.metrics.restart_clock(self.progress.samples)
-
-    def _fetch(self) -> Batch:
-        """The next batch, on the device."""
-        batch, self._ahead = self._ahead, None
-        if batch is None:
-            began = time.monotonic()
-            batch = next(self._batches).to(self.world.device)
-            self.metrics.waited(time.monotonic() - began)
-        return batch
 
     def _count(self, batch: Batch) -> None:
         """Count what the step consumed, and write down what was asked for."""
         self.progress.advance(batch)
         self.attempt.step = self.progress.step
-        with self._noting_failures():
+        with self.records.keeping():
             self.bad_samples.note(batch.bad)
-            if self.record_samples:
-                lines = [{"slot": slot, "shard": shard, "key": key} for slot, shard, key in batch.keys]
-                self.attempt.samples(
-                    self.world.rank, [{"step": self.progress.step, **line} for line in lines]
-                )
+        if self.record_samples:
+            self.records.samples(self.progress.step, batch.keys)
 
     def _log(self, report: Report) -> None:
         """A line of metrics, and the tests that wait for the device."""
         streak = self.step.guard.read()
         lr = self.step.schedule(self.progress.step - 1)
         skipped = {"skipped_steps": streak.total} if streak.total else {}
-        with self._noting_failures():
+        with self.records.keeping():
             self.attempt.check()
-        with self._noting_failures():
+        with self.records.keeping():
             bad = self.metrics.write(self.progress, report, lr=lr, bad=self.bad_samples.take_new(), **skipped)
             if bad and self.world.is_main:
                 self.bad_samples.judge()
@@ -212,22 +182,21 @@ class Trainer:
     def _roll_back(self, streak: Streak) -> None:
         """Continue from the last checkpoint before a row of non-finite steps, without the row; only once."""
         if self.progress.skipped:
-            self._failure = rollback.impossible(streak, "although the run went back once already")
+            self.records.failure = rollback.impossible(streak, "although the run went back once already")
             return
         self.world.while_main(self.saver.finish)
         row = (streak.first_batch, streak.last_batch + 1)
         found = self._restore([row])
         if found is None:
-            self._failure = rollback.impossible(streak, "and no checkpoint is older")
+            self.records.failure = rollback.impossible(streak, "and no checkpoint is older")
             return
         self.attempt.step = self.progress.step
         reason = rollback.describe(streak)
-        with self._noting_failures():
+        with self.records.keeping():
             if self.world.is_main:
-                rollback.record(self.attempt, row, checkpoint=found.name, reason=reason)
-                rollback.set_aside_later(self.checkpoints, self.progress)
+                rollback.record(self.attempt, self.checkpoints, self.progress, found.name, reason)
         self.saver.resumed_from(self.progress.step)
-        self._event("roll_back", reason=reason, checkpoint=found.name)
+        self.records.event("roll_back", reason=reason, checkpoint=found.name)
         self.metrics.say(f"{reason}: back to {found.name}, without these batches")
         self.step.guard.reset()
         self._open_batches()
@@ -239,7 +208,7 @@ class Trainer:
         except Interrupted:
             return  # still owed; the boundary that follows agrees on the stop again
         self.progress.evaluated_step, self.results = self.progress.step, results
-        with self._noting_failures():
+        with self.records.keeping():
             self.evaluations.write(self.progress, results)
             self.metrics.write_results(self.progress, results)
         self.saver.record_evaluation(self.progress.step, results)
@@ -252,9 +221,7 @@ class Trainer:
     def _stopped(self) -> Outcome:
         """Make the current step durable, then leave with the wish to go on."""
         if self.stop.requested:
-            with self._noting_failures():
-                writer = f"rank-{self.world.rank}"
-                self.attempt.event("stop_requested", writer=writer, reason=self.stop.reason)
+            self.records.own_event("stop_requested", reason=self.stop.reason)
         if self.progress.step:
             left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
             self.saver.save_and_wait(self.progress, self.parts, left)
@@ -266,7 +233,7 @@ class Trainer:
 
     def _leave(self, outcome: Outcome, reason: str) -> Outcome:
         """Write the outcome once everything is durable, and leave together."""
-        failed = self.saver.failure or self._failure
+        failed = self.saver.failure or self.records.failure
         if self.world.agree(Wish.ABORT if failed else Wish.NONE) & Wish.ABORT:
             self._abort()
         if self.world.is_main:
@@ -276,24 +243,4 @@ class Trainer:
 
     def _abort(self) -> None:
         """Raise, on all ranks, the first failure that any of them has."""
-        self.world.raise_first(self.saver.failure or self._failure)
-
-    def _event(self, kind: str, **fields: Any) -> None:
-        """An event of rank 0."""
-        if self.world.is_main:
-            with self._noting_failures():
-                self.attempt.event(kind, writer="rank-0", **fields)
-
-    @contextmanager
-    def _noting_failures(self) -> Iterator[None]:
-        """Keep what this rank finds between boundaries until all ranks can act on it.
-
-        A record that cannot be written (a full disk) is said and does not end the run; a checkpoint that
-        cannot be written does, by the saver's count.
-        """
-        try:
-            yield
-        except (Failure, StaleAttempt) as error:
-            self._failure = error
-        except OSError as error:
-            logger.warning("a record of step %d is lost: %s", self.progress.step, error)
+        self.world.raise_first(self.saver.failure or self.records.failure)

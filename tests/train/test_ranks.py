@@ -59,9 +59,12 @@ SIZE = 4
 def test_stopped_and_resumed_equals_uninterrupted(
     toy: ModuleType, tmp_path: Path, start_ranks: Any, backward: str
 ) -> None:
-    """Through evaluations and a stage: the words train from step 6 on, wrapped again."""
+    """Through evaluations and a stage: the words train from step 6 on, wrapped again.
+
+    Every rank has a part of its own, which counts its steps.
+    """
     whole, stopped = ranked_run(toy, tmp_path / "whole"), ranked_run(toy, tmp_path / "stopped")
-    script = {"evaluate_every": 6, "thaw_at": 6, "backward": backward}
+    script = {"evaluate_every": 6, "thaw_at": 6, "backward": backward, "own_part": True}
     start_ranks(whole, SIZE, script).finish(0)
     attempts = [
         {**script, "stop_at": 0},  # in the discarded pass before the first step
@@ -78,6 +81,9 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert len(samples(whole)) == 12 * 16
     end = "checkpoints/step-00000012"
     assert differing_tensors(stopped.path / end, whole.path / end) == []
+    own = [load_file(stopped.path / end / f"seen-rank-0000{rank}.safetensors") for rank in range(SIZE)]
+    assert [int(tensors["total"]) for tensors in own] == [12 * (rank + 1) for rank in range(SIZE)]
+    assert is_whole(stopped.path / end)
     asked = [event for event in events(stopped) if event["event"] == "stop_requested"]
     assert {event["attempt"] for event in asked} == {1, 2, 3, 4, 5}
 
@@ -145,16 +151,3 @@ def test_peers_wait_for_a_slow_disk_however_long(toy: ModuleType, tmp_path: Path
     script = {"steps": 4, "save_every": 2, "silence": 2.0, "slow_disk": 3.0}
     start_ranks(run, 2, {**script, "stop_at": 1}, script).finish(0)
     assert [event["step"] for event in events(run) if event["event"] == "checkpoint"] == [2, 4]
-
-
-def test_every_rank_saves_and_resumes_its_own_part(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
-    run = ranked_run(toy, tmp_path / "run")
-    script = {"own_part": True, "save_every": 4}
-    start_ranks(run, 3, {**script, "stop_at": 5}, script).finish(0)
-    checkpoint = run.checkpoints / "step-00000012"
-    brought = {path.name: load_file(path) for path in checkpoint.glob("seen-rank-*.safetensors")}
-    assert {name: int(tensors["total"]) for name, tensors in brought.items()} == {
-        f"seen-rank-0000{rank}.safetensors": 12 * (rank + 1) for rank in range(3)
-    }
-    assert is_whole(checkpoint)
-    assert [event["step"] for event in events(run) if event["event"] == "checkpoint"] == [4, 6, 8, 12]

@@ -295,13 +295,13 @@ def test_a_roll_back_that_cannot_be_recorded_ends_the_run(toy: ModuleType, run: 
     trainer = toy.build(
         run, toy.claim(run), toy.alone(), Stop(), toy.Script(poison=[5, 6, 7], save_every=3, limit=2)
     )
-    fetch = trainer._fetch
+    fetch = trainer.feed.next
 
     def fetch_and_obstruct() -> Any:
         (trainer.attempt.path / "roll_back.json" / "in the way").mkdir(parents=True, exist_ok=True)
         return fetch()
 
-    trainer._fetch = fetch_and_obstruct
+    trainer.feed.next = fetch_and_obstruct
     with pytest.raises(CheckpointError, match=r"roll-back to step-00000003 cannot be recorded"):
         trainer.run()
 
@@ -359,7 +359,7 @@ def test_bad_samples_are_written_once_and_too_many_end_the_run(toy: ModuleType, 
 def test_a_stale_attempt_writes_nothing_more(toy: ModuleType, run: Any) -> None:
     attempt = toy.claim(run)
     trainer = toy.build(run, attempt, toy.alone(), Stop(), toy.Script(stop_at=None, log_every=1))
-    fetch = trainer._fetch
+    fetch = trainer.feed.next
 
     def fetch_and_lose() -> Any:
         if trainer.progress.step == 5:
@@ -367,7 +367,7 @@ def test_a_stale_attempt_writes_nothing_more(toy: ModuleType, run: Any) -> None:
             toy.claim(run, "2")
         return fetch()
 
-    trainer._fetch = fetch_and_lose
+    trainer.feed.next = fetch_and_lose
     with pytest.raises(StaleAttempt):
         trainer.run()
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000004"]
@@ -378,7 +378,7 @@ def test_a_stale_attempt_writes_nothing_more(toy: ModuleType, run: Any) -> None:
 
 def test_curves_are_not_written_once_a_later_attempt_owns_the_run(toy: ModuleType, run: Any) -> None:
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script())
-    fetch = trainer._fetch
+    fetch = trainer.feed.next
     sizes: dict[Path, int] = {}
 
     def fetch_and_lose() -> Any:
@@ -388,7 +388,7 @@ def test_curves_are_not_written_once_a_later_attempt_owns_the_run(toy: ModuleTyp
             toy.claim(run, "2")
         return fetch()
 
-    trainer._fetch = fetch_and_lose
+    trainer.feed.next = fetch_and_lose
     with pytest.raises(StaleAttempt):
         trainer.run()
     assert len(sizes) == 1
@@ -408,7 +408,7 @@ def test_curves_are_written_for_others_to_read(toy: ModuleType, run: Any) -> Non
 
 def fill_the_disk_of_the_curves(trainer: Any, at_step: int) -> None:
     """From a step on nothing more can be written to TensorBoard's file."""
-    fetch = trainer._fetch
+    fetch = trainer.feed.next
 
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -419,7 +419,7 @@ def fill_the_disk_of_the_curves(trainer: Any, at_step: int) -> None:
             record.write = record.flush = full
         return fetch()
 
-    trainer._fetch = fetch_and_fill
+    trainer.feed.next = fetch_and_fill
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -462,7 +462,7 @@ def test_a_save_that_fails_twice_ends_the_run_and_rotates_nothing(
     toy: ModuleType, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(save_every=2, keep_last=2))
-    fetch = trainer._fetch
+    fetch = trainer.feed.next
 
     def fetch_until_full() -> Any:
         if trainer.progress.step == 7:
@@ -471,7 +471,7 @@ def test_a_save_that_fails_twice_ends_the_run_and_rotates_nothing(
             run.checkpoints.write_text("")
         return fetch()
 
-    trainer._fetch = fetch_until_full
+    trainer.feed.next = fetch_until_full
     with pytest.raises(CheckpointError, match="2 saves in a row failed"):
         trainer.run()
     kinds = [event["event"] for event in events(run)]
@@ -482,13 +482,13 @@ def test_a_save_that_fails_twice_ends_the_run_and_rotates_nothing(
 def test_the_loader_is_closed_whatever_ends_the_run(toy: ModuleType, run: Any) -> None:
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(poison=[0, 1, 2]))
     loaders: list[Any] = []
-    open_batches = trainer.open_batches
+    open_batches = trainer.feed._open_batches
 
     def opened(progress: Any) -> Any:
         loaders.append(open_batches(progress))
         return loaders[-1]
 
-    trainer.open_batches = opened
+    trainer.feed._open_batches = opened
     with pytest.raises(NonFiniteError):
         trainer.run()
     assert [loader.closed for loader in loaders] == [True]
