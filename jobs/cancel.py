@@ -9,7 +9,7 @@ import signal
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
-from jobs.status import Queue, State, state_of
+from jobs.state import Queue, State, state_of
 from jobs.submissions import job_ids
 
 
@@ -41,7 +41,7 @@ def _not_queued(run: Run, state: State) -> str:
 
 
 def _end(job: str, queue: Queue) -> bool:
-    """End one job if it waits or runs; the local twin passes TERM on to its ranks, which save and stop."""
+    """End one job if it waits or runs; a local job passes TERM on to its ranks, which save and stop."""
     if job.startswith("local-"):
         if not local_job_runs(job):
             return False

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
 from jobs import results
-from jobs.status import EXIT_CODES, Queue, State, last_metrics, state_of, total_steps
+from jobs.state import Queue, State, state_of
+from jobs.status import last_metrics, total_steps
 
 LOOK_SECONDS = 0.5
 ASK_SECONDS = 10.0  # between two questions to SLURM
@@ -83,7 +84,7 @@ def follow(run: Run, console: Console, *, queue: Callable[[], Queue] = Queue) ->
         )
         return 0
     show_end(run, state, console)
-    return state.code if state.code or state.name in EXIT_CODES else 1
+    return state.code or (0 if state.name == "FINISHED" else 1)
 
 
 def _watch(run: Run, view: View, queue: Callable[[], Queue]) -> State:

@@ -43,7 +43,7 @@ def _job_logs(run: Run, attempt: Attempt | None) -> list[Path]:
 def stream(
     paths: Callable[[], list[Path]], *, following: bool, ended: Callable[[], bool] = lambda: True
 ) -> Iterator[str]:
-    """The content of `paths()`; with `following` what comes, in later attempts' files too, until `ended()`.
+    """The content of `paths()`; with `following` what is added too, also in later attempts, until `ended()`.
 
     A file that came to the list only later is read from its beginning.
     """

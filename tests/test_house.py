@@ -34,6 +34,7 @@ TORCH_FREE = [
     "jobs.submit.snapshot",
     "jobs.train",
     "jobs.endings.__main__",
+    "jobs.state",
     "jobs.status",
 ]
 

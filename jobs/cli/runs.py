@@ -131,7 +131,8 @@ def status(
     runs: Runs = None,
 ) -> None:
     """Show the state of runs."""
-    from jobs.status import Queue, reports
+    from jobs.state import Queue
+    from jobs.status import reports
 
     folder = runs_folder(runs)
 
@@ -187,7 +188,7 @@ def logs(
 ) -> None:
     """Print what a rank wrote."""
     from jobs import logs as printing
-    from jobs.status import Queue, state_of
+    from jobs.state import Queue, state_of
 
     found = find_run(run, runs_folder(runs))
 
@@ -262,7 +263,7 @@ def cancel(
 ) -> None:
     """End runs for good. Submitting one again resumes it from its last checkpoint."""
     from jobs.cancel import cancel as end
-    from jobs.status import Queue
+    from jobs.state import Queue
 
     folder = runs_folder(runs)
     queue = Queue()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from jobs import submissions
-from jobs.status import Queue, State, state_of
+from jobs.state import Queue, State, state_of
 
 ENDING_SECONDS = 600.0  # how long a submission waits for a job that is still ending
 Say = Callable[[str], None]

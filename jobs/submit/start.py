@@ -16,7 +16,7 @@ from clipcluster.recipe.load import Loaded, recipe_keys, settings_keys
 from clipcluster.recipe.plan import Plan, usable_nodes
 from clipcluster.runs.folder import Run
 from jobs import submissions
-from jobs.status import Queue
+from jobs.state import Queue
 from jobs.submit import devices, launch, snapshot
 from jobs.submit import parameters as clusters
 from jobs.submit.parameters import Member

@@ -11,7 +11,7 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from jobs.endings import history
-from jobs.status import Queue, state_of
+from jobs.state import Queue, state_of
 from jobs.submit import launch, snapshot
 from jobs.submit.parameters import Member
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from clipcluster.runs import files
 from jobs import logs
 from jobs.follow import Bar, Events, event_text, follow, metrics_text
-from jobs.status import State, last_metrics
+from jobs.state import State
+from jobs.status import last_metrics
 
 
 def watched(run):

@@ -9,7 +9,8 @@ from clipcluster.runs import files
 from jobs import submissions
 from jobs.cli.tables import age, status_table
 from jobs.endings import history
-from jobs.status import Queue, last_metrics, report, state_of
+from jobs.state import Queue, state_of
+from jobs.status import last_metrics, report
 from tools.slurm import SlurmUnavailable, parse_queue
 
 

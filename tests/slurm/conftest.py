@@ -17,7 +17,7 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
 from jobs.endings import history
-from jobs.status import Queue, state_of
+from jobs.state import Queue, state_of
 from jobs.submit import launch, snapshot
 from jobs.submit.parameters import Member
 from tools.sandbox import sandbox as sandboxes

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.cancel import cancel
 from jobs.endings import history
-from jobs.status import Queue
+from jobs.state import Queue
 from tools.sandbox.preempt import preempt
 
 pytestmark = pytest.mark.slurm

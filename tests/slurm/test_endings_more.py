@@ -12,7 +12,7 @@ import pytest
 
 from jobs.cancel import cancel
 from jobs.endings import history
-from jobs.status import Queue
+from jobs.state import Queue
 from tools.sandbox import sandbox as sandboxes
 from tools.sandbox.preempt import preempt
 

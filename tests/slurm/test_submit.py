@@ -15,7 +15,7 @@ import pytest
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import all_runs
 from jobs.cancel import cancel
-from jobs.status import Queue, state_of
+from jobs.state import Queue, state_of
 from jobs.submissions import job_ids, submissions
 from jobs.submit.submit import Wanted, submit
 from tools.convert.convert import convert

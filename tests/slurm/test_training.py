@@ -19,7 +19,7 @@ import pytest
 
 from clipcluster.runs.folder import Run, all_runs
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
-from jobs.status import Queue, state_of
+from jobs.state import Queue, state_of
 from tools.convert.convert import convert
 from tools.sandbox import sandbox as sandboxes
 from tools.sandbox.preempt import preempt, release

@@ -9,7 +9,7 @@ import pytest
 from clipcluster.runs.merge import merged_metrics, merged_samples
 from jobs.cancel import cancel
 from jobs.endings import history
-from jobs.status import Queue, state_of
+from jobs.state import Queue, state_of
 
 
 def check_whole(run, steps, ranks):

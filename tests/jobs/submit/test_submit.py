@@ -17,7 +17,7 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run, all_runs
 from clipcluster.runtime.accelerators import count_accelerators
 from jobs.cancel import cancel
-from jobs.status import Queue, state_of
+from jobs.state import Queue, state_of
 from jobs.submissions import job_ids, submissions
 from jobs.submit import devices, launch
 from jobs.submit import submit as submission
