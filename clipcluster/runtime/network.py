@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import os
@@ -75,6 +76,15 @@ def address_of(interface: str | None) -> str:
                 "Name an interface that the nodes reach each other by."
             ) from error
     return socket.inet_ntoa(answer[20:24])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this IPv4 address, or None where none has."""
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(UserError):  # an interface without an IPv4 address
+            if address_of(name) == address:
+                return name
+    return None
 
 
 def _host_address() -> str:

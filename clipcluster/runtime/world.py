@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from clipcluster.runtime.devices import backends
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.network import address_of, listen, site_interface
+from clipcluster.runtime.network import address_of, interface_of, listen, site_interface
 from clipcluster.runtime.stop import Failure, LostPeers, Stop, Wish, described, restored
 
 _BEAT_S = 1.0  # between two signs of life of rank 0 while it works alone
@@ -87,8 +87,11 @@ class World:
             return world
         interface = site_interface(launch)
         if interface:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        # By itself gloo takes the address of the host name, which may be loopback (127.0.1.1 on Debian).
+        beside_store = interface or interface_of(address_of(None))
+        if beside_store:
+            os.environ["GLOO_SOCKET_IFNAME"] = beside_store
         with world._telling("did not meet the others"):
             dist.init_process_group(
                 backends(device),

@@ -6,7 +6,7 @@ import pytest
 
 from clipcluster.errors import UserError
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.network import address_of, listen, site_interface
+from clipcluster.runtime.network import address_of, interface_of, listen, site_interface
 
 
 @pytest.mark.parametrize("address", ["127.0.0.2", "localhost"])
@@ -21,7 +21,7 @@ def test_listening_on_one_address_alone(address):
 
 def test_an_address_of_another_machine():
     with pytest.raises(OSError, match="assign"):
-        listen("192.0.2.1")
+        listen("198.51.100.1")
 
 
 def test_an_interface_that_is_not_there(monkeypatch):
@@ -33,3 +33,5 @@ def test_an_interface_that_is_not_there(monkeypatch):
 def test_addresses():
     assert address_of("lo") == "127.0.0.1"
     assert len(address_of(None).split(".")) == 4
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("198.51.100.1") is None
