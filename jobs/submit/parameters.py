@@ -139,19 +139,21 @@ def _setup(
     """What the batch script does before srun: the site's lines, the snapshot, the claim."""
     member = "${SLURM_ARRAY_TASK_ID:-0}" if len(members) > 1 else "0"
     return [
-        *script.begin(script.python("-m", "jobs.endings", "verdict", '"$run"', '"$1"'), logs=logs),
-        script.table("runs", [member.run_dir for member in members]),
-        script.table("codes", [member.code for member in members]),
-        f'run="${{runs[{member}]}}"',
-        'clipcluster_marks="$run/marks"',
+        *script.begin(
+            script.python("-m", "jobs.endings", "verdict", '"$clipcluster_run"', '"$1"'), logs=logs
+        ),
+        script.table("clipcluster_runs", [member.run_dir for member in members]),
+        script.table("clipcluster_codes", [member.code for member in members]),
+        f'clipcluster_run="${{clipcluster_runs[{member}]}}"',
+        'clipcluster_marks="$clipcluster_run/marks"',
         *script.exports(environment(cluster)),
         *cluster.setup,
-        *script.enter(f'"${{codes[{member}]}}"'),
+        *script.enter(f'"${{clipcluster_codes[{member}]}}"'),
         f"export {LEAD}={lead}",
         f'pickle="${LOGS}/${{clipcluster_job}}_submitted.pkl"',
         # submitit names it after sbatch: a submitter that dies in between leaves it without its name
-        f'[ -e "$pickle" ] || cp "$run/submitit/{PICKLE}" "$pickle"',
-        *script.claim('"$run"', ATTEMPT),
+        f'[ -e "$pickle" ] || cp "$clipcluster_run/submitit/{PICKLE}" "$pickle"',
+        *script.claim('"$clipcluster_run"', ATTEMPT),
         *_node_lines(cluster, used),
         *script.ranks_begin(),
     ]

@@ -87,7 +87,7 @@ def test_bash_understands_the_script(script, tmp_path, members):
     assert (done.returncode, done.stderr) == (0, "")
     # up to the claim it can be run here: which folder does a member of the array take?
     ending = next(n for n, line in enumerate(text.splitlines()) if line.startswith("cd "))
-    file.write_text("\n".join([*text.splitlines()[:ending], 'echo "$run|$WORDS"', "trap - EXIT"]))
+    file.write_text("\n".join([*text.splitlines()[:ending], 'echo "$clipcluster_run|$WORDS"', "trap - EXIT"]))
     environment = {"SLURM_ARRAY_TASK_ID": "2"} if members > 1 else {}
     done = subprocess.run(["bash", file], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == f"{tmp_path}/run {2 if members > 1 else 0}|a 'b' \"c\" $d"

@@ -213,7 +213,9 @@ def test_the_verdict_decides_where_it_can(job):
     assert job.asked("requeue") == []
 
 
-@pytest.mark.parametrize("line", ["", "set -euo pipefail", "trap 'echo mine' EXIT"])
+@pytest.mark.parametrize(
+    "line", ["", "set -euo pipefail", "run=mine; job=mine; rc=0", "trap 'echo mine' EXIT"]
+)
 def test_whatever_the_site_sets_the_verdict_is_reached(job, line):
     assert job.start("exit 1", setup=[line]) == 85
     assert history.last_verdict(job.run.attempt(1))["ending"] == "never started"
