@@ -30,12 +30,13 @@ clipcluster_end() {  # $1: the exit code so far
 clipcluster_without_verdict() {  # sets clipcluster_code
     local job=$clipcluster_job restarts=${SLURM_RESTART_COUNT:-0} seen before
     seen="$(scontrol show job "$job" 2>&1)"
+    seen="${seen#*$'\n'}" seen="${seen%%Command=*}"  # the job's name and comment may look like fields
     if [[ $seen =~ Restarts=([0-9]+) ]] && ((BASH_REMATCH[1] > restarts)); then
         clipcluster_say "job $job was requeued already"
         clipcluster_code=85
         return
     fi
-    if [[ $seen == *JobState=* && $seen != *JobState=RUNNING* && $seen != *Reason=TimeLimit* ]]; then
+    if [[ $seen == *JobState=* && ! $seen =~ JobState=(RUNNING|TIMEOUT)|Reason=TimeLimit ]]; then
         clipcluster_say "job $job was cancelled"
         [ ! -d "$clipcluster_marks" ] || echo "$job" >>"$clipcluster_marks/cancelled"
         clipcluster_code=130
@@ -44,7 +45,8 @@ clipcluster_without_verdict() {  # sets clipcluster_code
     if [[ $seen != *PreemptTime=[0-9]* ]]; then
         before="$(grep -aE '^clipcluster: (no )?verdict' "$LOGS/${job}_0_log.err")"
         if (($? > 1 && restarts > 0)) || [[ ${before##*$'\n'} == 'clipcluster: no'* ]] ||
-            ! clipcluster_say "no verdict: the script ended with code $1; job $job is requeued once"; then
+            { ! clipcluster_say "no verdict: the script ended with code $1; job $job is requeued once" &&
+                ((restarts > 0)); }; then
             clipcluster_say "job $job is not requeued again; submit it again once its environment works"
             clipcluster_code=1
             return

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,14 @@ from jobs.endings import history
 from jobs.submit.parameters import Member, parameters
 
 ROOT = Path(__file__).resolve().parents[3]
-RUNNING = (
-    "JobId=17 JobName=toy\n   JobState=RUNNING Reason=None\n   Requeue=1 Restarts=0\n   PreemptTime=None\n"
-)
+RUNNING = """\
+JobId=17 JobName=Restarts=9
+   JobState=RUNNING Reason=None
+   Requeue=1 Restarts=0
+   PreemptTime=None
+   Command=(null)
+   Comment=JobState=FAILED PreemptTime=2026
+"""
 SCONTROL = """#!/bin/sh
 echo "$@" >> {folder}/calls
 case "$1" in
@@ -46,9 +52,7 @@ class Job:
         """What `scontrol show job` prints."""
         text = RUNNING
         for key, value in changed.items():
-            text = " ".join(
-                f"{key}={value}" if word.startswith(f"{key}=") else word for word in text.split(" ")
-            )
+            text = re.sub(rf"(?m)^(   (?:\S+ )?{key})=\S+", rf"\1={value}", text, count=1)
         (self.folder / "job").write_text(text)
 
     def script(self, srun, *, members=1, **cluster):
@@ -153,6 +157,12 @@ def test_scancel_before_the_ranks_ends_the_run(job, monkeypatch):
     assert job.run.cancelled_jobs() == {"17"}
 
 
+def test_out_of_time_before_the_ranks_is_a_bad_node_too(job):
+    job.seen(JobState="COMPLETING", Reason="TimeLimit")
+    assert job.start(setup=["exit 3"]) == 85
+    assert job.asked("requeue") == ["requeue 17"]
+
+
 def test_a_job_that_somebody_requeued_is_left_alone(job, monkeypatch):
     no_interpreter(job, monkeypatch)
     job.seen(JobState="COMPLETING", Restarts=1)
@@ -177,19 +187,18 @@ def test_a_refused_requeue_is_tried_and_then_left(job, monkeypatch):
     assert "did not requeue job 17" in job.log
 
 
-def test_without_a_log_the_restarts_alone_count(job, monkeypatch):
+@pytest.mark.parametrize("log", ["absent", "full"])
+def test_without_a_log_the_restarts_alone_count(job, monkeypatch, log):
     no_interpreter(job, monkeypatch)
-    monkeypatch.setattr(Job, "log", "")
-    job.run.submitit.rename(job.folder / "elsewhere")
-    given = {**os.environ, "PATH": f"{job.programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
     script = job.script("exit 0")
+    if log == "absent":
+        job.run.submitit.rename(job.folder / "elsewhere")
+    given = {**os.environ, "PATH": f"{job.programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
     for restarts, code in ((0, 85), (1, 1)):
         job.seen(Restarts=restarts)
-        done = subprocess.run(
-            ["bash", "-c", script],
-            env={**given, "SLURM_RESTART_COUNT": str(restarts)},
-            capture_output=True,
-        )
+        with open("/dev/full" if log == "full" else "/dev/null", "wb") as stream:
+            environment = {**given, "SLURM_RESTART_COUNT": str(restarts)}
+            done = subprocess.run(["bash", "-c", script], env=environment, stderr=stream)
         assert done.returncode == code
     assert job.asked("requeue") == ["requeue 17"]
 
