@@ -113,10 +113,11 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte again and compare with the index; exit 1 where something is broken."""
-    from tools.shards.index import require_one
+    from tools.shards.index import every_folder, require_one
     from tools.shards.repair import repair_folder
     from tools.shards.verify import verify as read
 
+    folders = [Path(folder) for folder in every_folder(folders)]
     require_one(folders, elsewhere)
     reports = []
     for folder in folders:
@@ -155,9 +156,10 @@ def stats(
 ) -> None:
     """Say what is in shards: samples, images, captions, duplicates, what cannot be read."""
     from jobs.cli.stats_table import table
-    from tools.shards.index import require_one
+    from tools.shards.index import every_folder, require_one
     from tools.shards.stats import stats as read
 
+    folders = [Path(folder) for folder in every_folder(folders)]
     require_one(folders, elsewhere)
     if picture is not None:
         from tools.shards.stats_plot import require_drawable

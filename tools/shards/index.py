@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clipcluster.data.shards.indexing import find_shards, index_folder
+from clipcluster.data.shards.find import find_shards, folders_of_shards
+from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.shard_list import IndexSummary
 from clipcluster.data.storage.urls import is_remote, redacted
 from clipcluster.errors import UserError
@@ -21,12 +22,14 @@ def index_folders(
     """Indexes each folder; `index` puts it elsewhere, and goes with one folder alone. Addresses and commands
     (`pipe:`) need it.
 
-    `captions` are choices (default, lines, txt, json:FIELD, MEMBER.json:FIELD) to stand beside those that an
-    index has; none: what it has, and for a new one lines where `dataset_type.txt` says retrieval, else
-    default. `again` scans what looks unchanged too. UserError as `index_folder`, and for no worker.
+    A folder whose splits hold the shards stands for all of them. `captions` are choices (default, lines, txt,
+    json:FIELD, MEMBER.json:FIELD) to stand beside those that an index has; none: what it has, and for a new
+    one lines where `dataset_type.txt` says retrieval, else default. `again` scans what looks unchanged too.
+    UserError as `index_folder`, and for no worker.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: give the number of processes that index, 1 or more")
+    folders = every_folder(folders)
     require_one(folders, index)
     for folder in folders:
         if not is_remote(folder):
@@ -47,6 +50,14 @@ def index_folders(
             )
         summaries.append(made)
     return summaries
+
+
+def every_folder(folders: Sequence[str | Path]) -> list[str | Path]:
+    """The folders that hold the shards: of a folder of splits all of them; addresses as they are."""
+    found: list[str | Path] = []
+    for folder in folders:
+        found += [folder] if is_remote(folder) else folders_of_shards(Path(folder))
+    return found
 
 
 def require_one(folders: Sequence[str | Path], index: Path | None) -> None:

@@ -37,8 +37,7 @@ def test_clip_benchmarks_classification(clip_benchmark: Any, picture: Callable, 
     for number in range(24):
         sample = found[f"s{number:07d}"]
         assert (sample.image, sample.cls) == (picture(number, "WEBP"), number % 3)
-    with pytest.raises(UserError, match="the shards are in its folders test, train; give one of them"):
-        index_folders([root])
+    assert [summary.folder for summary in index_folders([root])] == [root / "train", root / "test"]
 
 
 def test_clip_benchmarks_retrieval_counts_every_line(clip_benchmark: Any, tmp_path: Path) -> None:
