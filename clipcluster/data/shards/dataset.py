@@ -81,19 +81,19 @@ class Dataset(Metadata):
 
     def __init__(
         self,
-        parts: Sequence[IndexedFolder],
+        folders: Sequence[IndexedFolder],
         probabilities: Sequence[float | None] = (None,),
         cache: Cache | None = None,
     ) -> None:
-        super().__init__(parts, probabilities)
+        super().__init__(folders, probabilities)
         self.cache = cache
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._hashed: set[tuple[int, int]] = set()  # shard and mtime of what was found to be the same bytes
-        self._held = _held(self.parts)  # indexes in the cache, which evicts none that is in use
+        self._held = _held(self.folders)  # indexes in the cache, which evicts none that is in use
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            "parts": self.parts,
+            "folders": self.folders,
             "probabilities": self.probabilities,
             "cache": self.cache,
             "fingerprint": self.fingerprint,
@@ -101,9 +101,9 @@ class Dataset(Metadata):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Dataset.__init__(self, state["parts"], state["probabilities"], state["cache"])
+        Dataset.__init__(self, state["folders"], state["probabilities"], state["cache"])
         if self.fingerprint != state["fingerprint"]:
-            raise DataError(f"the index of {self.parts[0].folder} was made anew while it was in use")
+            raise DataError(f"the index of {self.folders[0].folder} was made anew while it was in use")
         self._hashed = state["hashed"]
 
     def read(self, position: int, *, text: bool = True) -> Sample:
@@ -113,11 +113,11 @@ class Dataset(Metadata):
         fails after the retries.
         """
         shard, row = self.locate(position)
-        return self._patiently(shard, partial(self._read, shard, row, text))
+        return self._with_retries(shard, partial(self._read, shard, row, text))
 
     def _read(self, shard: int, row: int, text: bool) -> Sample:
         opened = self._handle(shard)
-        with self._whole_index(shard):
+        with self._checking_index(shard):
             try:
                 member = next(scan(opened.fd, opened.begin(row)))
             except (BrokenTar, StopIteration):
@@ -133,7 +133,7 @@ class Dataset(Metadata):
     def _captions(self, shard: int, opened: _Open, row: int) -> list[str]:
         """The captions of all fields, laid end to end."""
         found: list[str] = []
-        for choice in self._choices_of(self._place(shard)[0]):
+        for choice in self._choices_of(self._number_in_folder(shard)[0]):
             kind, count = (
                 int(opened.columns[shard_index.caption_column(name, choice)][row])
                 for name in ("text_kind", "captions")
@@ -151,12 +151,12 @@ class Dataset(Metadata):
         An extension is what follows the key's first dot, in lower case: `npz`, `paug.json`. Raises as `read`.
         """
         shard, row = self.locate(position)
-        return self._patiently(shard, partial(self._read_members, shard, row, extensions))
+        return self._with_retries(shard, partial(self._read_members, shard, row, extensions))
 
     def _read_members(self, shard: int, row: int, extensions: Collection[str]) -> dict[str, bytes]:
         opened = self._handle(shard)
         found: dict[str, bytes] = {}
-        with self._whole_index(shard):
+        with self._checking_index(shard):
             try:
                 for extension, member in shard_index.sample_members(opened.fd, opened.begin(row)):
                     if extension in extensions:
@@ -177,11 +177,11 @@ class Dataset(Metadata):
             places.setdefault(shard, []).append(row)
         self._fetch_ahead([shard for shard in places if shard not in self._open])
         for shard, rows in places.items():
-            self._patiently(shard, partial(self._announce, shard, rows, members))
+            self._with_retries(shard, partial(self._announce, shard, rows, members))
 
     def _announce(self, shard: int, rows: Sequence[int], members: bool) -> None:
-        opened, choices = self._handle(shard), self._choices_of(self._place(shard)[0])
-        with self._whole_index(shard):
+        opened, choices = self._handle(shard), self._choices_of(self._number_in_folder(shard)[0])
+        with self._checking_index(shard):
             for row in rows:
                 begin = opened.begin(row)
                 spans = [opened.image(row), *(opened.text(row, choice) for choice in choices)]
@@ -193,11 +193,11 @@ class Dataset(Metadata):
 
     def _fetch_ahead(self, shards: Sequence[int]) -> None:
         """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
-        if len(shards) > 1 and any(isinstance(part.folder, RemoteFolder) for part in self.parts):
-            _together(FETCHES, self._warm, [shard for shard in shards if self._is_remote(shard)])
+        if len(shards) > 1 and any(isinstance(part.folder, RemoteFolder) for part in self.folders):
+            _in_threads(FETCHES, self._warm, [shard for shard in shards if self._is_remote(shard)])
 
     def _warm(self, shard: int) -> None:
-        os.close(self._patiently(shard, partial(self._fetch, shard)))
+        os.close(self._with_retries(shard, partial(self._fetch, shard)))
 
     def check_unchanged(self) -> None:
         """Compares size and mtime of every shard with the index, the hash where they differ.
@@ -217,10 +217,10 @@ class Dataset(Metadata):
         if len(self) > CHECKED_SHARDS:
             return {}
         remote = [shard for shard in range(len(self)) if self._is_remote(shard)]
-        told = dict(zip(remote, _together(TALKS, self._told, remote), strict=True))
+        told = dict(zip(remote, _in_threads(TALKS, self._ask_server, remote), strict=True))
         found = {}
         for shard in range(len(self)):
-            state = told.get(shard) or self._patiently(shard, partial(self._stat, shard))
+            state = told.get(shard) or self._with_retries(shard, partial(self._stat, shard))
             if not self._is_as_indexed(shard, state):
                 found[shard] = state.stamp
         return found
@@ -231,7 +231,7 @@ class Dataset(Metadata):
 
     def check(self, shard: int) -> None:
         """Compares one shard with the index, by its hash where the time differs. DataError if it changed."""
-        self._patiently(shard, partial(self._stat_and_compare, shard))
+        self._with_retries(shard, partial(self._stat_and_compare, shard))
 
     def close(self) -> None:
         """Closes the files that are open; reading opens them again."""
@@ -265,11 +265,11 @@ class Dataset(Metadata):
         return opened
 
     def _is_remote(self, shard: int) -> bool:
-        return isinstance(self.parts[self._place(shard)[0]].folder, RemoteFolder)
+        return isinstance(self.folders[self._number_in_folder(shard)[0]].folder, RemoteFolder)
 
     def _bytes_of(self, shard: int) -> int:
         """The size of a shard when it was indexed."""
-        part, row = self._place(shard)
+        part, row = self._number_in_folder(shard)
         return int(self._tables[part].arrays["bytes"][row])
 
     def _fetch(self, shard: int, *, again: bool = False) -> int:
@@ -284,25 +284,25 @@ class Dataset(Metadata):
 
     def _columns(self, shard: int) -> dict[str, np.ndarray]:
         """The rows of a shard; they must be those of the content that the folder's list names."""
-        part = self.parts[self._place(shard)[0]]
-        with self._whole_index(shard):
-            if part.rows_at is not None:
-                return self._fetched_columns(shard, part.rows_at)
+        part = self.folders[self._number_in_folder(shard)[0]]
+        with self._checking_index(shard):
+            if part.remote_index is not None:
+                return self._fetched_columns(shard, part.remote_index)
             path = shard_index.shard_index_path(part.index, self.shard_name(shard))
-            return self._rows_of(shard, shard_index.read_shard_index(path), path)
+            return self._matching(shard, shard_index.read_shard_index(path), path)
 
     def _fetched_columns(self, shard: int, at: RemoteFolder) -> dict[str, np.ndarray]:
         """The rows of a remote shard; what came damaged is fetched once more."""
         assert self.cache is not None
         place = at / f"{self.shard_name(shard)}.idx"
-        key = f"{self.sha256(shard)} {self.parts[self._place(shard)[0]].index}"
+        key = f"{self.sha256(shard)} {self.folders[self._number_in_folder(shard)[0]].index}"
         for last in (False, True):
-            fd = self.cache.rows(place.address, key)
+            fd = self.cache.shard_index(place.address, key)
             path = Path(f"/dev/fd/{fd}")
             try:
-                return self._rows_of(shard, shard_index.read_shard_index(path), place)
+                return self._matching(shard, shard_index.read_shard_index(path), place)
             except (BrokenColumns, DataError) as error:
-                self.cache.drop_rows(place.address, key)
+                self.cache.drop_shard_index(place.address, key)
                 if last and isinstance(error, BrokenColumns):
                     raise BrokenColumns(str(error).replace(str(path), str(place))) from None
                 if last:
@@ -311,12 +311,12 @@ class Dataset(Metadata):
                 os.close(fd)
         raise AssertionError("unreachable")
 
-    def _rows_of(self, shard: int, rows: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
+    def _matching(self, shard: int, rows: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
         """The columns of a shard, if they are those that the folder's list speaks of, else DataError."""
         if (
             rows.meta["sha256"] != self.sha256(shard)
             or len(rows.arrays["offset"]) != self.sample_counts[shard]
-            or not set(self._choices_of(self._place(shard)[0])) <= set(rows.meta["choices"])
+            or not set(self._choices_of(self._number_in_folder(shard)[0])) <= set(rows.meta["choices"])
         ):
             raise DataError(f"{path} does not match the index of its folder", self._advice(shard))
         return rows.arrays
@@ -326,7 +326,7 @@ class Dataset(Metadata):
         """Bytes of the shards taken that lie elsewhere, (n,) int64."""
         sizes = [
             table.arrays["bytes"] if rows is None else table.arrays["bytes"][rows]
-            for part, table, rows in zip(self.parts, self._tables, self._rows, strict=True)
+            for part, table, rows in zip(self.folders, self._tables, self._taken, strict=True)
             if isinstance(part.folder, RemoteFolder)
         ]
         return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
@@ -336,26 +336,26 @@ class Dataset(Metadata):
         largest = int(self.remote_sizes.max(initial=0))
         if largest > size:
             raise UserError(
-                f"{self.parts[0].folder}: its largest shard has {largest:,} bytes and the cache holds "
+                f"{self.folders[0].folder}: its largest shard has {largest:,} bytes and the cache holds "
                 f"{size:,}; set data.cache.size to several times the largest shard"
             )
 
     def _stat(self, shard: int) -> State:
         return _local_state(os.stat(self.shard_path(shard)))
 
-    def _told(self, shard: int) -> State:
+    def _ask_server(self, shard: int) -> State:
         """What the server says of a remote shard."""
         from clipcluster.data.storage.download import state_of
 
         place = self.shard_location(shard)
         assert isinstance(place, RemoteFile)
-        return self._patiently(shard, partial(state_of, place.address))
+        return self._with_retries(shard, partial(state_of, place.address))
 
     def _stat_and_compare(self, shard: int) -> None:
         if not self._is_remote(shard):
             self._compare(shard, self._stat(shard))
             return
-        state = self._told(shard)
+        state = self._ask_server(shard)
         if not self._is_as_indexed(shard, state):
             if state.size not in (None, self._bytes_of(shard)):
                 raise self._changed(shard)
@@ -364,7 +364,7 @@ class Dataset(Metadata):
 
     def _is_as_indexed(self, shard: int, state: State) -> bool:
         """By size and time or stamp, as far as both sides know one; one found to be the same will do."""
-        part, row = self._place(shard)
+        part, row = self._number_in_folder(shard)
         if state.size not in (None, self._bytes_of(shard)):
             return False
         known = int(self._tables[part].arrays["mtime_ns"][row])
@@ -388,7 +388,7 @@ class Dataset(Metadata):
         )
 
     @contextlib.contextmanager
-    def _whole_index(self, shard: int) -> Iterator[None]:
+    def _checking_index(self, shard: int) -> Iterator[None]:
         """What the index of a shard is found to be damaged by is a DataError."""
         try:
             yield
@@ -398,13 +398,13 @@ class Dataset(Metadata):
             ) from None
 
     def _advice(self, shard: int) -> str:
-        part = self.parts[self._place(shard)[0]]
+        part = self.folders[self._number_in_folder(shard)[0]]
         return (
             "bring the shard back as it was, or index the folder again and start a new run: "
-            f"clipcluster shards index {part.folder}{part.place}"
+            f"clipcluster shards index {part.folder}{part.index_option}"
         )
 
-    def _patiently(self, shard: int, action: Callable[[], T]) -> T:
+    def _with_retries(self, shard: int, action: Callable[[], T]) -> T:
         """Tries again when the disk fails; a file that stays away is a DataError."""
         for wait in (*RETRIES, None):
             try:
@@ -430,7 +430,7 @@ class Dataset(Metadata):
             os.close(self._open.pop(shard).fd)
 
 
-def _together(count: int, action: Callable[[int], T], shards: Sequence[int]) -> list[T]:
+def _in_threads(count: int, action: Callable[[int], T], shards: Sequence[int]) -> list[T]:
     """The results of `action`, so many at once; after an error no further one is begun."""
     if not shards:
         return []
@@ -442,7 +442,7 @@ def _together(count: int, action: Callable[[int], T], shards: Sequence[int]) -> 
 
 def _held(folders: Sequence[IndexedFolder]) -> list[int]:
     """Handles that keep the fetched indexes of these folders in the cache."""
-    fetched = [folder.index for folder in folders if folder.rows_at is not None]
+    fetched = [folder.index for folder in folders if folder.remote_index is not None]
     if not fetched:
         return []
     from clipcluster.data.storage.cache import hold  # local shards need none of it

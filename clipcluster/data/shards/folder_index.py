@@ -146,22 +146,22 @@ def read_folder_index(
     target: Path,
     *,
     captions_choice: str | Sequence[str] | None,
-    place: str | None = None,
+    index_option: str | None = None,
 ) -> Columns:
     """The mapped list of a folder's index at `target`.
 
     `captions_choice` is what the source asks for, None if it needs no captions. UserError, with the command
     that helps: no index, a damaged or older one, one without a choice that is asked for.
     """
-    if place is None:
-        place = "" if target == folder else f" --index {target}"
-    command = f"clipcluster shards index {folder}{place}"
+    if index_option is None:
+        index_option = "" if target == folder else f" --index {target}"
+    command = f"clipcluster shards index {folder}{index_option}"
     try:
         table = _read_columns(target / COLUMNS_FILE)
     except (FileNotFoundError, NotADirectoryError):
         if isinstance(folder, Path):
             find_shards(folder)
-        where = f" in {target}" if place else ""
+        where = f" in {target}" if index_option else ""
         raise UserError(f"{folder}: these shards have no index{where}; make it with: {command}") from None
     except BrokenColumns as error:
         raise UserError(f"{error}; make it again with: {command}") from None

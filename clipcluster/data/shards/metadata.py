@@ -24,22 +24,23 @@ _PIECES = 64  # columns laid together without a copy
 @dataclass(frozen=True)
 class IndexedFolder:
     """A folder, its index and the choices of captions asked for (None: the index's first, none is needed);
-    `rows` are the shards taken (None: all).
+    `taken` are the numbers of the shards taken, in the order of the index (None: all).
 
-    Of a remote folder `index` is a local one, and `rows_at` where its shards' rows lie (None: in `index`).
+    Of a remote folder `index` is a local one, and `remote_index` where the index of each shard is fetched
+    from (None: it is in `index`).
     """
 
     folder: Path | RemoteFolder
     index: Path
     choices: tuple[str, ...] | None
-    rows: tuple[int, ...] | None = None
-    rows_at: RemoteFolder | None = None
+    taken: tuple[int, ...] | None = None
+    remote_index: RemoteFolder | None = None
 
     @property
-    def place(self) -> str:
-        """What a command that indexes this folder says of the index's place."""
-        if self.rows_at is not None:
-            return " --index FOLDER"  # a copy of ours is no place for it
+    def index_option(self) -> str:
+        """The option by which a command that indexes this folder puts the index where it is."""
+        if self.remote_index is not None:
+            return " --index FOLDER"  # not into the cache
         return "" if self.index == self.folder else f" --index {self.index}"
 
 
@@ -67,26 +68,28 @@ class Metadata:
 
     def __init__(
         self,
-        parts: Sequence[IndexedFolder],
+        folders: Sequence[IndexedFolder],
         probabilities: Sequence[float | None] = (None,),
     ) -> None:
-        self.parts = tuple(parts)
+        self.folders = tuple(folders)
         self.probabilities = tuple(probabilities)
-        self.name = _name_of(self.parts[0])
+        self.name = _name_of(self.folders[0])
         self._tables = [
-            folder_index.read_folder_index(p.folder, p.index, captions_choice=p.choices, place=p.place)
-            for p in self.parts
+            folder_index.read_folder_index(
+                f.folder, f.index, captions_choice=f.choices, index_option=f.index_option
+            )
+            for f in self.folders
         ]
-        # a part that is not cut has no list of its rows: it would be private to every process
-        self._rows = [None if part.rows is None else np.array(part.rows, np.int64) for part in self.parts]
+        # a folder that is taken whole has no list of its shards: it would be private to every process
+        self._taken = [None if f.taken is None else np.array(f.taken, np.int64) for f in self.folders]
         self.sample_counts = self._of_shards("samples")
-        self._part_ends = np.cumsum(
+        self._folder_ends = np.cumsum(
             [
-                len(table.arrays["samples"] if rows is None else rows)
-                for table, rows in zip(self._tables, self._rows, strict=True)
+                len(table.arrays["samples"] if taken is None else taken)
+                for table, taken in zip(self._tables, self._taken, strict=True)
             ]
         )
-        whole = len(self.parts) == 1 and self.parts[0].rows is None
+        whole = len(self.folders) == 1 and self.folders[0].taken is None
         self._sample_ends = (
             self._tables[0].arrays["sample_ends"] if whole else np.cumsum(self.sample_counts, dtype=np.int64)
         )
@@ -94,7 +97,7 @@ class Metadata:
         self.fingerprint = self._fingerprint()
 
     def _fingerprint(self) -> str:
-        if len(self.parts) == 1 and self.parts[0].rows is None:
+        if len(self.folders) == 1 and self.folders[0].taken is None:
             return str(self._tables[0].meta["fingerprint"])
         return folder_index.fingerprint(
             [(self.shard_name(i), bytes.fromhex(self.sha256(i))) for i in range(len(self))]
@@ -107,26 +110,26 @@ class Metadata:
     def _of_shards(self, name: str) -> np.ndarray:
         """A column of the shards taken, (…, n_shards); the mapped one where that is all of one folder."""
         columns = [table.arrays[name] for table in self._tables]
-        taken = [
-            column if rows is None else column[..., rows]
-            for column, rows in zip(columns, self._rows, strict=True)
+        pieces = [
+            column if taken is None else column[..., taken]
+            for column, taken in zip(columns, self._taken, strict=True)
         ]
-        return taken[0] if len(taken) == 1 else np.concatenate(taken, axis=-1)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
 
     def _of_samples(self, names: Sequence[str | None], absent: int | None = None) -> np.ndarray:
-        """A column of the samples of the shards taken, (n_samples,): `names` by part (None: `absent`)."""
+        """A column of the samples of the shards taken, (n_samples,): `names` by folder (None: `absent`)."""
         pieces = []
-        for table, rows, name in zip(self._tables, self._rows, names, strict=True):
+        for table, taken, name in zip(self._tables, self._taken, names, strict=True):
             ends = table.arrays["sample_ends"]
             if name is None or name not in table.arrays:
                 column = np.broadcast_to(np.int32(absent or 0), (int(ends[-1]) if len(ends) else 0,))
             else:
                 column = table.arrays[name]
-            if rows is None:
+            if taken is None:
                 pieces.append(column)
             else:
-                begins = ends[rows] - table.arrays["samples"][rows]
-                pieces += [column[low:high] for low, high in zip(begins, ends[rows], strict=True)]
+                begins = ends[taken] - table.arrays["samples"][taken]
+                pieces += [column[low:high] for low, high in zip(begins, ends[taken], strict=True)]
         if len(pieces) == 1:
             return pieces[0]
         # shards cut out of a folder are many small pieces: copied, they are as fast as one column
@@ -134,10 +137,10 @@ class Metadata:
             return np.concatenate(pieces)
         return cast(np.ndarray, Concatenated([[piece] for piece in pieces]))
 
-    def _choices_of(self, part: int) -> tuple[str, ...]:
-        """The choices of captions read in a part: those asked for, else the index's first."""
-        choices = self.parts[part].choices
-        return (next(iter(self._tables[part].meta["captions"])),) if choices is None else choices
+    def _choices_of(self, folder: int) -> tuple[str, ...]:
+        """The choices of captions read in a folder: those asked for, else the index's first."""
+        choices = self.folders[folder].choices
+        return (next(iter(self._tables[folder].meta["captions"])),) if choices is None else choices
 
     @property
     def sample_ends(self) -> np.ndarray:
@@ -147,14 +150,14 @@ class Metadata:
     @cached_property
     def fields(self) -> tuple[CaptionField, ...]:
         """The choices of captions, one or several, in the order in which `read` lays their captions."""
-        by_part = [self._choices_of(part) for part in range(len(self.parts))]
+        by_folder = [self._choices_of(folder) for folder in range(len(self.folders))]
         return tuple(
             CaptionField(
                 choices[0],
                 probability,
                 self._of_samples([shard_index.caption_column("captions", choice) for choice in choices]),
             )
-            for choices, probability in zip(zip(*by_part, strict=True), self.probabilities, strict=True)
+            for choices, probability in zip(zip(*by_folder, strict=True), self.probabilities, strict=True)
         )
 
     @cached_property
@@ -167,7 +170,7 @@ class Metadata:
     @cached_property
     def classes(self) -> np.ndarray:
         """Class of every sample, (n_samples,) int32; -1 where it has none."""
-        return self._of_samples(["classes"] * len(self.parts), absent=-1)
+        return self._of_samples(["classes"] * len(self.folders), absent=-1)
 
     @cached_property
     def more_than(self) -> np.ndarray:
@@ -175,7 +178,7 @@ class Metadata:
         by_field = [self.more_than_of(number) for number in range(len(self.fields))]
         if len(by_field) == 1:
             return by_field[0]
-        having = np.max([rows[0] for rows in by_field], axis=0)
+        having = np.max([table[0] for table in by_field], axis=0)
         # in shards where no field alone has a caption for every sample, the samples are looked at
         partial, first = (having > 0) & (having < self.sample_counts), 0
         while partial[first:].any():
@@ -192,9 +195,9 @@ class Metadata:
     def more_than_of(self, field: int) -> np.ndarray:
         """Samples of each shard with more than c captions of one field, (C, n_shards)."""
         tables = []
-        for part, (table, rows) in enumerate(zip(self._tables, self._rows, strict=True)):
-            column = table.arrays[shard_index.caption_column("more_than", self._choices_of(part)[field])]
-            tables.append(column if rows is None else column[:, rows])
+        for folder, (table, taken) in enumerate(zip(self._tables, self._taken, strict=True)):
+            column = table.arrays[shard_index.caption_column("more_than", self._choices_of(folder)[field])]
+            tables.append(column if taken is None else column[:, taken])
         if len(tables) == 1:
             return tables[0]
         depth = max(map(len, tables))
@@ -203,11 +206,11 @@ class Metadata:
     @cached_property
     def n_pairs(self) -> int:
         """Captions of all samples, of all fields."""
-        if all(part.rows is None for part in self.parts):
+        if all(folder.taken is None for folder in self.folders):
             return sum(
                 int(table.meta["captions"][choice])
-                for part, table in enumerate(self._tables)
-                for choice in self._choices_of(part)
+                for folder, table in enumerate(self._tables)
+                for choice in self._choices_of(folder)
             )
         return sum(
             int(counts[low : low + _SCAN].sum(dtype=np.int64))
@@ -236,7 +239,7 @@ class Metadata:
 
     def _beside(self, name: str) -> tuple[bytes, object] | None:
         """A text beside the shards, or in the folder above, and where it lies; None if it is not there."""
-        folder, index = self.parts[0].folder, self.parts[0].index
+        folder, index = self.folders[0].folder, self.folders[0].index
         places = [index] if isinstance(folder, RemoteFolder) else [folder, folder.parent]
         for path in (place / name for place in places):
             if path.is_file():
@@ -248,18 +251,18 @@ class Metadata:
         data = read_beside(folder, name)
         return None if data is None else (data, folder / name)
 
-    def _place(self, shard: int) -> tuple[int, int]:
-        """IndexedFolder, and row in its table."""
-        part = int(np.searchsorted(self._part_ends, shard, side="right"))
-        first = int(self._part_ends[part - 1]) if part else 0
-        rows = self._rows[part]
-        return part, shard - first if rows is None else int(rows[shard - first])
+    def _number_in_folder(self, shard: int) -> tuple[int, int]:
+        """The number of its folder, and its own within that folder's index."""
+        folder = int(np.searchsorted(self._folder_ends, shard, side="right"))
+        first = int(self._folder_ends[folder - 1]) if folder else 0
+        taken = self._taken[folder]
+        return folder, shard - first if taken is None else int(taken[shard - first])
 
     def shard_name(self, shard: int) -> str:
-        part, row = self._place(shard)
-        arrays = self._tables[part].arrays
-        begin = int(arrays["name_ends"][row - 1]) if row else 0
-        name = arrays["names"][begin : int(arrays["name_ends"][row])].tobytes()
+        folder, number = self._number_in_folder(shard)
+        arrays = self._tables[folder].arrays
+        begin = int(arrays["name_ends"][number - 1]) if number else 0
+        name = arrays["names"][begin : int(arrays["name_ends"][number])].tobytes()
         return name.decode("utf-8", "surrogateescape")
 
     def shard_path(self, shard: int) -> Path:
@@ -270,12 +273,12 @@ class Metadata:
 
     def shard_location(self, shard: int) -> Path | RemoteFile:
         """Where a shard lies, for messages; a remote one shows its address."""
-        return self.parts[self._place(shard)[0]].folder / self.shard_name(shard)
+        return self.folders[self._number_in_folder(shard)[0]].folder / self.shard_name(shard)
 
     def sha256(self, shard: int) -> str:
         """The hash of a shard's bytes when it was indexed, in hex."""
-        part, row = self._place(shard)
-        return self._tables[part].arrays["sha256"][row].tobytes().hex()
+        folder, number = self._number_in_folder(shard)
+        return self._tables[folder].arrays["sha256"][number].tobytes().hex()
 
     def locate(self, position: int) -> tuple[int, int]:
         """Shard number and sample number within it."""
@@ -285,8 +288,8 @@ class Metadata:
         return shard, int(position - self._sample_ends[shard] + self.sample_counts[shard])
 
 
-def _name_of(part: IndexedFolder) -> str:
+def _name_of(indexed: IndexedFolder) -> str:
     """What a source is called after: its folder; a command has none, its index has."""
-    if isinstance(part.folder, Path):
-        return part.folder.resolve().name
-    return part.index.name if part.folder.is_pipe else part.folder.name
+    if isinstance(indexed.folder, Path):
+        return indexed.folder.resolve().name
+    return indexed.index.name if indexed.folder.is_pipe else indexed.folder.name

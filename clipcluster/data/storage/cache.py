@@ -100,12 +100,12 @@ class Cache:
         name = f"{sha256}.tar"
         return self._open(name, size, partial(download, address, size=size, sha256=sha256), again=again)
 
-    def rows(self, address: str, key: str) -> int:
+    def shard_index(self, address: str, key: str) -> int:
         """An open handle on a small file of a shard; `key` says what its content belongs to."""
         name = hashlib.sha256(f"{address} {key}".encode()).hexdigest()
         return self._open(f"{name}.idx", None, partial(download, address))
 
-    def drop_rows(self, address: str, key: str) -> None:
+    def drop_shard_index(self, address: str, key: str) -> None:
         """Forgets such a file, which was found to be damaged."""
         name = hashlib.sha256(f"{address} {key}".encode()).hexdigest()
         (self.root / f"{name}.idx").unlink(missing_ok=True)

@@ -193,7 +193,7 @@ def folder_at(written: str) -> RemoteFolder:
 
 
 @dataclass(frozen=True)
-class Named:
+class Selection:
     """What one written entry takes of one folder: names and globs of tars; None: every tar of its index."""
 
     folder: RemoteFolder
@@ -218,7 +218,7 @@ class Named:
         return list(dict.fromkeys(taken))
 
 
-def named(written: str) -> list[Named]:
+def named(written: str) -> list[Selection]:
     """What a written entry takes of which folders, in the order written; folders' globs are listed.
 
     UserError: an unknown kind of address, an extra that is missing, a glob at an http server. Unreachable: a
@@ -226,7 +226,7 @@ def named(written: str) -> list[Named]:
     """
     if written.startswith(PIPE):
         folder = RemoteFolder(written)
-        return [Named(folder, tuple(folder.commands))]
+        return [Selection(folder, tuple(folder.commands))]
     if not is_web(written):
         file_system(written)
     whole = folder_at(written)
@@ -234,7 +234,7 @@ def named(written: str) -> list[Named]:
     if last.endswith(".tar") and base.count("{") == base.count("}"):  # a million names of one folder, quickly
         names = tuple(braces(unquote(last) if is_web(written) else last))
         within = (RemoteFolder(address, whole.query) for address in braces(base))
-        return [Named(folder, names) for pattern in within for folder in _listed(pattern)]
+        return [Selection(folder, names) for pattern in within for folder in _listed(pattern)]
     tars: dict[RemoteFolder, list[str]] = {}
     folders: dict[RemoteFolder, None] = {}
     for entry in braces(written):
@@ -245,8 +245,8 @@ def named(written: str) -> list[Named]:
         address, _, name = at.address.rpartition("/")
         for folder in _listed(RemoteFolder(address, at.query)):
             tars.setdefault(folder, []).append(unquote(name) if is_web(written) else name)
-    return [Named(folder, None) for folder in folders] + [
-        Named(folder, tuple(names)) for folder, names in tars.items()
+    return [Selection(folder, None) for folder in folders] + [
+        Selection(folder, tuple(names)) for folder, names in tars.items()
     ]
 
 

@@ -130,7 +130,7 @@ def test_tars_by_braces_through_an_index_on_this_machine(
     shards = open_source(source, text=True, cache=cache)
     assert all_of(shards) == all_of(open_folder(folder))[:20]
     assert shards.modified_shards() == {}
-    assert shards.parts[0].rows is None
+    assert shards.folders[0].taken is None
     same = open_source(_source(shards=written, index=beside.address), text=True, cache=cache)
     assert (same.fingerprint, same.read(7)) == (shards.fingerprint, shards.read(7))
     some = open_source(
@@ -269,7 +269,7 @@ def test_braces_and_globs_take_what_is_there(folder: str, numbers: list[int]) ->
     assert len(every) == 1
     assert every[0].folder == some.folder == remote.RemoteFolder("http://host/x")
     assert some.chosen(list(every[0].tars or ())) == names
-    everything = remote.Named(remote.RemoteFolder("s3://b/x"), ("0*.tar",))
+    everything = remote.Selection(remote.RemoteFolder("s3://b/x"), ("0*.tar",))
     assert everything.chosen([*names, "other.tar"]) == names
     assert not remote.is_remote(folder)
 

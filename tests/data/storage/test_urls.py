@@ -70,7 +70,7 @@ COMMAND = "pipe:curl -sH 'X-Key: hidden' http://127.0.0.1:9{}?sig=hidden"
         ({"shards": "pipe:hidden=1 curl hidden {a,b}/0.tar"}, "two of its commands print 0.tar"),
         ({"shards": "pipe:curl hidden {00..03}.tar"}, "cannot list its shards"),
         ({"shards": "pipe:curl hidden {00..03}.tar", "index": "{tmp}"}, "there is no index in"),
-        ({"shards": "{tmp}", "index": SIGNED.format("")}, "their index has to be too"),
+        ({"shards": "{tmp}", "index": SIGNED.format("")}, "their index must be too"),
         ({"shards": "nowhere://user:hidden@host/x"}, "nowhere://host/x"),
     ],
 )
@@ -118,7 +118,7 @@ def test_what_is_written_of_a_source_shows_no_key(
     source = Source.model_validate({"shards": address, "index": str(tmp_path / "index")})
     dataset = open_source(source, text=True, cache=Cache(str(tmp_path / "other")))
     assert dataset.name == "train"
-    shown = f"{dataset.parts} {dataset.parts[0].folder} {dataset.shard_location(0)!r} {named(address)}"
+    shown = f"{dataset.folders} {dataset.folders[0].folder} {dataset.shard_location(0)!r} {named(address)}"
     assert "hidden" not in shown
     server.status = 500
     with pytest.raises(OSError, match="500") as error:
