@@ -21,6 +21,7 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import metric_names
 from clipcluster.recipe.tree import nearest
 from clipcluster.runs.folder import Run, run_name
+from clipcluster.text import counted
 
 if TYPE_CHECKING:
     from clipcluster.data.shards.dataset import Dataset
@@ -228,11 +229,11 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
     measures = f"every {plan.evaluate_every:,} steps and at the end" if plan.evaluate_every else "at the end"
     sets = len(recipe.evaluate.retrieval) + len(recipe.evaluate.zero_shot)
     return [
-        f"data: {samples:,} {what} in {sources} source{'s' * (sources > 1)}" + ", repeats counted" * repeated,
+        f"data: {samples:,} {what} in {counted(sources, 'source')}" + ", repeats counted" * repeated,
         f"steps: {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all ({recipe.train.duration}, "
         f"{plan.total_samples:,} {what})",
         f"warm-up: {plan.warmup_steps:,} steps ({plan.warmup_steps / plan.total_steps:.1%} of the run)",
-        f"batch: {plan.batch_size:,} = {ranks} rank{'s' * (ranks > 1)} x {plan.per_rank_batch:,} "
-        f"on {nodes} node{'s' * (nodes > 1)}",
+        f"batch: {plan.batch_size:,} = {counted(ranks, 'rank')} x {plan.per_rank_batch:,} "
+        f"on {counted(nodes, 'node')}",
         f"checkpoints: every {saves}; evaluations: " + (measures if sets else "none"),
     ]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from clipcluster.errors import UserError
+from clipcluster.text import counted
 
 # Apple's has no float64, in which metrics and norms are summed: such a machine trains on its CPU.
 _WITHOUT_FLOAT64 = {"mps"}
@@ -59,7 +60,7 @@ def describe(device: torch.device) -> str:
     """The device as a person knows it: "cuda:1 (NVIDIA H200)", "cpu (4 threads)"."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return f"cpu ({threads} thread{'s' * (threads != 1)})"
+        return f"cpu ({counted(threads, 'thread')})"
     module = torch.get_device_module(device)
     return f"{device} ({module.get_device_name(device)})"
 

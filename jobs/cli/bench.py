@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clipcluster.errors import UserError
+from clipcluster.text import counted
 from jobs.cli.options import AsJson, group, print_document, say
 
 bench = group("How fast things are on this machine.")
@@ -83,8 +84,7 @@ def loader(
 
 def _lines(result: dict[str, Any]) -> list[str]:
     """One result in words."""
-    count = result["workers"]
-    lines = [f"{count} worker{'s' * (count > 1)}:"]
+    lines = [f"{counted(result['workers'], 'worker')}:"]
     entries = [("loader", result), ("decoding alone", result["alone"]["decode"])]
     entries.append(("decoding and resizing alone", result["alone"]["decode_resize"]))
     if "peer" in result:

@@ -7,14 +7,16 @@ import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import all_runs, find_run, runs_folder
 from jobs.cli.options import AsJson, Runs, print_document, say
+
+if TYPE_CHECKING:
+    from clipcluster.recipe.sections.cluster import Cluster
 
 
 class Executor(str, Enum):

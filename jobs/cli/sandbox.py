@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from clipcluster.runs.folder import find_run, runs_folder
+from clipcluster.text import counted
 from jobs.cli.options import AsJson, Runs, group, print_document, say
 
 sandbox = group("A throwaway SLURM cluster of several nodes on this machine, for tests and demonstrations.")
@@ -36,7 +37,7 @@ def sandbox_start(
     ] = False,
     folder: SandboxFolder = None,
 ) -> None:
-    """Start it, and say which line points a shell at it."""
+    """Start it, and print the line that makes a shell use it."""
     from tools.sandbox import sandbox as sandboxes
 
     started = sandboxes.start(
@@ -47,7 +48,7 @@ def sandbox_start(
         kill_wait_seconds=kill_wait,
         user_signal=user_signal,
     )
-    say(f"# {nodes} nodes, partitions low (preemptible) and high; point this shell at them with:")
+    say(f"# {counted(nodes, 'node')}, partitions low (preemptible) and high; use them in this shell with:")
     say(started.shell_line)
 
 
@@ -61,7 +62,7 @@ def sandbox_stop(
 
     chosen = _sandbox_folder(folder)
     ended = sandboxes.stop(chosen, keep_logs=keep_logs)
-    say(f"{chosen}: {ended} processes ended")
+    say(f"{chosen}: {counted(ended, 'process')} ended")
 
 
 @sandbox.command("status")
@@ -100,7 +101,7 @@ def sandbox_preempt(
     folder: SandboxFolder = None,
     runs: Runs = None,
 ) -> None:
-    """Evict a running job by one of higher priority, and let it come back."""
+    """Preempt a running job by one of higher priority, and let it start again."""
     from tools.sandbox import preempt
 
     job: str | Path = run
@@ -122,7 +123,7 @@ def sandbox_kill_node(node: NodeName, folder: SandboxFolder = None) -> None:
     from tools.sandbox import sandbox as sandboxes
 
     ended = sandboxes.kill_node(_sandbox_folder(folder), node)
-    say(f"{node}: {ended} processes killed; SLURM notices after about 25 s")
+    say(f"{node}: {counted(ended, 'process')} killed; SLURM notices after about 25 s")
 
 
 @sandbox.command("lose-node")

@@ -5,22 +5,23 @@ from __future__ import annotations
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runtime.accelerators import count_accelerators
+from clipcluster.text import counted
 
 
 def describe(cluster: Cluster, executor: str) -> str:
     """One line: the devices that the ranks will use on "slurm" or on this machine."""
     ranks = cluster.ranks_per_node
-    each = f"{ranks} rank{'s' * (ranks > 1)}"
+    each = counted(ranks, "rank")
     gpus = cluster.gpus_per_node
     if gpus == 0:
         return f"device: CPU, {each} per node (cluster.gpus_per_node is 0)"
     if executor == "slurm":
-        return f"device: {gpus} GPU{'s' * (gpus > 1)} per node, requested from SLURM, for {each} per node"
+        return f"device: {counted(gpus, 'GPU')} per node, requested from SLURM, for {each} per node"
     here = count_accelerators()
     if here == 0:
         return f"device: CPU, {each} (this machine has no GPU)"
     used = min(here, gpus)
-    return f"device: {used} of this machine's {here} GPU{'s' * (here > 1)}, for {each}"
+    return f"device: {used} of this machine's {counted(here, 'GPU')}, for {each}"
 
 
 def missing(cluster: Cluster) -> str:

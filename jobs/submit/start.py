@@ -15,6 +15,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, settings_keys
 from clipcluster.recipe.plan import Plan, usable_nodes
 from clipcluster.runs.folder import Run
+from clipcluster.text import counted
 from jobs import submissions
 from jobs.state import Queue
 from jobs.submit import devices, launch, snapshot
@@ -53,9 +54,9 @@ class Start:
             return None
         code = self._snapshot(grace, made)
         job = self._launch(code, grace, made)
-        ranks = cluster.ranks_per_node
-        named = f"job {job}" if self.executor == "slurm" else f"{ranks} local rank{'s' * (ranks > 1)}"
-        self.say(f"{run.name}: {self.plan.total_steps:,} steps, as {named}")
+        ranks = counted(cluster.ranks_per_node, "local rank")
+        named = f"job {job}" if self.executor == "slurm" else ranks
+        self.say(f"{run.name}: {counted(self.plan.total_steps, 'step')}, as {named}")
         self.say(devices.describe(cluster, self.executor))
         if self.executor == "local" and not launch.await_claim(run, job):
             self.say(

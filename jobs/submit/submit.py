@@ -19,6 +19,7 @@ from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.folder import Run, near_twins, run_name
+from clipcluster.text import counted
 from jobs.submit import assets, devices, executor
 from jobs.submit import parameters as clusters
 from jobs.submit.existing import running_or_finished
@@ -151,7 +152,7 @@ def _say_plan(run: Run, checked: checks.Checked, executor: str, wanted: Wanted) 
         return
     if executor == "local":
         cluster = checked.recipe.cluster
-        ranks = f"{cluster.ranks_per_node} rank{'s' * (cluster.ranks_per_node > 1)}"
+        ranks = counted(cluster.ranks_per_node, "rank")
         wanted.say(f"would start {ranks} on this machine, for {cluster.time} at most")
         return
     cluster = checked.recipe.cluster

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
+from clipcluster.text import counted
 from tools.bench.loader_parts import CROP_SCALE
 from tools.bench.process import Contender, cpu_seconds, descendants, unique_bytes
 
@@ -95,7 +96,7 @@ def measure(settings: Settings, say: Any = lambda text: None) -> dict[str, Any]:
         _check_peer(settings.peer)
     results = []
     for workers in settings.workers:
-        say(f"{workers} worker{'s' * (workers > 1)}, {settings.repetitions} x {settings.seconds:g} s:")
+        say(f"{counted(workers, 'worker')}, {settings.repetitions} x {settings.seconds:g} s:")
         results.append(_measure(settings, workers, tars, say))
     return {
         "shards": str(settings.shards),
