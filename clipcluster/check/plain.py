@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Checked(Findings):
-    """The plain check's findings and what it read; `plan` is None where the data or the arithmetic failed."""
+    """The plain check's findings and what it read.
 
+    Attributes:
+        plan: None where the data or the arithmetic failed.
+        unchecked: keys that only the deep check or the hub can tell of, each with the reason.
+    """
+
+    unchecked: list[str] = field(default_factory=list)
     loaded: Loaded | None = None
     plan: Plan | None = None
 
@@ -61,7 +67,7 @@ def check(
     loaded = load(path, overrides, environ, site=site)
     checked = Checked(loaded=loaded)
     _check_files(loaded, checked)
-    unchecked = _check_names(loaded, runs, checked)
+    checked.unchecked = _check_names(loaded, runs, checked)
     samples = _check_sources(loaded, checked)
     _check_evaluations(loaded, checked)
     _check_best(loaded.recipe, checked)
@@ -69,8 +75,6 @@ def check(
         checked.plan = _check_plans(loaded.recipe, samples, checked)
     if checked.plan is not None:
         checked.summary = _summary(loaded.recipe, checked.plan, samples or 0)
-        if unchecked:
-            checked.summary.append(f"not checked: {'; '.join(unchecked)}")
     workers, cores = loaded.recipe.data.workers, loaded.recipe.cluster.cpus_per_task
     if workers > cores:
         checked.warnings.append(

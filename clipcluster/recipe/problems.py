@@ -130,8 +130,10 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Branch, root: type[Sectio
     if kind == "missing":
         about = f" ({key.field.description.rstrip('.')})" if key.field and key.field.description else ""
         return origin.problem(dotted(key.loc[:-1]), f"the key {key.path} is missing{about}")
-    if kind in ("kind_missing", "kind_ambiguous"):
-        return origin.problem(key.path, _which_kind(key, value))
+    if kind == "kind_ambiguous":
+        return _two_kinds(key, value, tree)
+    if kind == "kind_missing":
+        return origin.problem(key.path, _no_kind(key, value))
     if kind in ("model_type", "kind_type"):
         expected = f"should be a section with the keys {_keys_of(key)}"
     elif kind == "literal_error":
@@ -142,7 +144,9 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Branch, root: type[Sectio
         expected = entry["msg"]
     examples = []
     if kind in ("model_type", "kind_type", "tuple_type"):
-        examples = _examples(key, _written(key.loc, value, tree))
+        in_file = "{1}" if isinstance(key.loc[-1], int) else "{0}: {1}"
+        form = in_file if origin.override is None else "'{0}={1}'"
+        examples = [form.format(key.path, shape) for shape in _examples(key, _written(key.loc, value, tree))]
         expected += f"; write {' or '.join(examples)}" if examples else ""
     if isinstance(value, dict) and not examples:
         return origin.problem(key.path, expected)
@@ -183,10 +187,8 @@ def _examples(key: Key, value: Any) -> list[str]:
         required = [[n for n, f in kind.model_fields.items() if f.is_required()] for kind in kinds]
         names = [keys or list(kind.model_fields) for keys, kind in zip(required, kinds, strict=True)]
         shapes = [f"{{{keys[0]}: {shapes[0]}}}" for keys in names if len(keys) == 1]
-    if isinstance(key.loc[-1], int):
-        return shapes
-    listed = not kinds or is_list_of_sections(key.field)
-    return [f"{key.path}: [{shape}]" if listed else f"{key.path}: {shape}" for shape in shapes]
+    listed = not isinstance(key.loc[-1], int) and (not kinds or is_list_of_sections(key.field))
+    return [f"[{shape}]" if listed else shape for shape in shapes]
 
 
 def _in_yaml(value: Any) -> str:
@@ -215,14 +217,20 @@ def _got(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _which_kind(key: Key, value: Mapping[str, Any]) -> str:
-    """What to say of a section whose kind cannot be told: it has no key that tells it, or several."""
+def _two_kinds(key: Key, value: Mapping[str, Any], tree: Branch) -> str:
+    """One line for a section with the keys of several kinds, at the last of them that was written."""
+    names = [name for name in kinds_of(key.field) if value.get(name) is not None] if key.field else []
+    origins = {name: origin_of(tree, (*key.loc, name)) for name in names}
+    last = next((name for name in names if origins[name].override), names[-1])
+    other = next(name for name in names if name != last)
+    hint = f": null removes the other, as in {key.path}.{other}=null" if origins[last].override else ""
+    message = f"has {' and '.join(names)}; should have exactly one of them{hint}"
+    return origins[last].problem(f"{key.path}.{last}", message)
+
+
+def _no_kind(key: Key, value: Mapping[str, Any]) -> str:
+    """What to say of a section without a key that tells its kind."""
     kinds = kinds_of(key.field) if key.field else {}
-    given = [name for name in kinds if value.get(name) is not None]
-    if given:
-        return (
-            f"has {' and '.join(given)}; should have exactly one of {', '.join(kinds)} (null removes a key)"
-        )
     known = {name for kind in kinds.values() for name in kind.model_fields}
     for name in value:
         near = nearest(name, kinds) if name not in known else None

@@ -14,7 +14,6 @@ from fractions import Fraction
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
-    AfterValidator,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PlainSerializer,
@@ -39,7 +38,7 @@ _TIME_UNITS = (
 _MEMORY_UNITS = {"m": 1, "mb": 1, "mib": 1, "g": 1024, "gb": 1024, "gib": 1024} | dict.fromkeys(
     ("t", "tb", "tib"), 1024 * 1024
 )
-_LENGTH_HELP = "a duration is 'N steps', 'N samples' or 'N epochs'"
+_LENGTH_HELP = "the length of a run is 'N steps', 'N samples' or 'N epochs'"
 _DURATION_HELP = "a duration is 'N steps', 'N samples', 'N epochs' or 'N%' of the run"
 _TIME_HELP = "a time is 'N s', 'N min', 'N h' or 'N d'"
 _MEMORY_HELP = "memory is 'N MB', 'N GB' or 'N TB'"
@@ -114,7 +113,7 @@ class Duration(_Text):
         if unit in ("steps", "samples") and count.denominator != 1:
             raise ValueError(f"should be a whole number of {unit}; only epochs and % may be a decimal")
         if unit == "%" and count > 100:
-            raise ValueError("should be at most 100%: of the run's steps")
+            raise ValueError("should be at most 100% (of the run's steps)")
         return cls(count, unit)
 
     def steps(self, steps_per_epoch: int, batch_size: int, total_steps: int) -> int:
@@ -135,18 +134,20 @@ class Duration(_Text):
         return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?|%)\s*$"}
 
 
-def _not_relative(value: Duration) -> Duration:
-    if value.unit == "%":
-        raise ValueError(f"is the length of the run itself; {_LENGTH_HELP}")
-    return value
+def parse_length(value: object) -> Duration:
+    """Read the duration of a whole run, of which a percentage would say nothing; ValueError for others."""
+    if isinstance(value, Duration) and value.unit != "%":
+        return value
+    count, unit = _quantity(value, _LENGTH_UNITS, _LENGTH_HELP, "steps")
+    return Duration.parse(f"{_decimal(count)} {unit}")
 
 
 Length = Annotated[
     Duration,
-    AfterValidator(_not_relative),
+    PlainValidator(parse_length),
+    PlainSerializer(str, return_type=str),
     WithJsonSchema({"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?)\s*$"}),
 ]
-"""The duration of a whole run, of which a percentage would say nothing."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def check(
     warnings = [text for findings in found for text in findings.warnings]
     for warning in [*warnings, *_device_line(checked.recipe.cluster)]:
         say(f"warning: {warning}")
+    if checked.unchecked and not deep:
+        say(f"not checked: {'; '.join(checked.unchecked)}")
     more = "" if deep else " (clipcluster check --deep also builds the towers and decodes samples)"
     say(f"{recipe}: no problems found{more}")
 

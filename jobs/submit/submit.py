@@ -144,7 +144,8 @@ def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
 
 
 def _say_plan(run: Run, checked: checks.Checked, executor: str, wanted: Wanted) -> None:
-    for line in [*checked.summary, devices.describe(checked.recipe.cluster, executor)]:
+    unchecked = [f"not checked: {'; '.join(checked.unchecked)}"] if checked.unchecked else []
+    for line in [*checked.summary, *unchecked, devices.describe(checked.recipe.cluster, executor)]:
         wanted.say(line)
     wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))
     if executor == "none":

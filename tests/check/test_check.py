@@ -260,18 +260,17 @@ def test_without_timms_names_the_plain_check_says_what_it_leaves_out(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
     found = checked("model.image.timm=test_convnex")
     assert found.errors == []
-    assert found.summary[-1] == (
-        "not checked: model.image.timm 'test_convnex': the first check with --deep stores timm's list of "
-        "names"
-    )
+    assert found.unchecked == [
+        "model.image.timm 'test_convnex': the first check with --deep stores timm's list of names"
+    ]
     names.store_timm_names()
     assert len(checked("model.image.timm=test_convnex").errors) == 1
     (file,) = (tmp_path / "none/clipcluster/names").iterdir()
     for damaged in ("", "[1", "{}", "[1]"):
         file.write_text(damaged)
-        assert checked().summary[-1].startswith("not checked: model.image.timm")
+        assert checked().unchecked[0].startswith("model.image.timm")
     names.store_timm_names()
-    assert checked().summary == checked("model.image.timm=test_vit").summary
+    assert checked("model.image.timm=test_vit").unchecked == []
 
 
 @pytest.fixture
@@ -291,7 +290,7 @@ def test_names_on_the_hub_are_looked_for_in_its_cache(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     known = ("model.text={hf: org/gpt2}", "data.text.tokenizer=org/gpt2")
-    assert checked(*known).summary == checked().summary
+    assert checked(*known).unchecked == []
     unknown = ("model.text={hf: org/gpt}", "data.text.tokenizer=org/gpt")
     found = checked(*unknown)
     assert found.errors == []
@@ -299,7 +298,7 @@ def test_names_on_the_hub_are_looked_for_in_its_cache(
         "'org/gpt' is not a folder and not in Hugging Face's cache: the hub is asked at submission; did you "
         "mean org/gpt2, which is in the cache?"
     )
-    assert found.summary[-1] == f"not checked: model.text.hf {reason}; data.text.tokenizer {reason}"
+    assert found.unchecked == [f"model.text.hf {reason}", f"data.text.tokenizer {reason}"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert checked(*known).errors == []
     errors = checked(*unknown).errors

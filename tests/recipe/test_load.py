@@ -117,15 +117,19 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
             "got 100; a duration is 'N steps', 'N samples', 'N epochs' or 'N%' of the run; did you mean "
             "100 steps?",
         ),
-        ("train.duration=50%", "got '50%'; is the length of the run itself; a duration is 'N steps'"),
-        ("data.train=data/pairs", "should be a list; write data.train: [{shards: data/pairs}]"),
-        ("data.train={shards: a}", "should be a list; write data.train: [{shards: a}]"),
+        (
+            "train.duration=100",
+            "the length of a run is 'N steps', 'N samples' or 'N epochs'; did you mean 100 steps?",
+        ),
+        ("train.duration=50%", "got '50%'; the length of a run is 'N steps', 'N samples' or 'N epochs'"),
+        ("data.train=data/pairs", "should be a list; write 'data.train=[{shards: data/pairs}]'"),
+        ("data.train={shards: a}", "should be a list; write 'data.train=[{shards: a}]'"),
         ("data.train=[a, b]", "2 errors"),
         ("data.train.0=a", "should be a section with the keys shards, weight, repeat"),
-        ("data.train.0=a", "; write {shards: a}"),
-        ("model.image=convnext_atto", "; write model.image: {timm: convnext_atto}"),
+        ("data.train.0=a", "; write 'data.train.0={shards: a}'"),
+        ("model.image=convnext_atto", "; write 'model.image={timm: convnext_atto}'"),
         ("model.text=gpt2", "should be a section with the keys hf, weights, pool, or arch, config, weights"),
-        ("model.text=gpt2", "; write model.text: {hf: gpt2} or model.text: {arch: gpt2}"),
+        ("model.text=gpt2", "; write 'model.text={hf: gpt2}' or 'model.text={arch: gpt2}'"),
         ("model.text={pool: mean}", "should have exactly one of the keys hf, arch"),
         ("model.text={arhc: gpt2}", "unknown key arhc; did you mean model.text.arch?"),
         ("model.text={hf: gpt2, confg: {}}", "unknown key"),
@@ -136,7 +140,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("model.text.wieghts=x", "unknown key; did you mean model.text.weights?"),
         ("model.text.pool=men", "should be last or first or mean; did you mean mean?"),
         ("model.text.weights=pretrained", "belong to a model named by hf"),
-        ("train.ema=0.99", "; write train.ema: {decay: 0.99}"),
+        ("train.ema=0.99", "; write 'train.ema={decay: 0.99}'"),
         ("task=contrasive", "should be contrastive; did you mean contrastive?"),
         ("optim.schedule=cosin", "should be cosine or constant; did you mean cosine?"),
         ("seed=-1", "got -1; should be at least 0"),
@@ -145,7 +149,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("data.batch_size=1e400", "should be a finite number"),
         ("checkpoint.every=5 weeks", "a time is 'N s'"),
         ("cluster.mem=200", "got 200; memory is"),
-        ("evaluate.zero_shot=abc", "got 'abc'; should be a list; write evaluate.zero_shot: [abc]"),
+        ("evaluate.zero_shot=abc", "got 'abc'; should be a list; write 'evaluate.zero_shot=[abc]'"),
         ("optim.betas=[0.9]", "got [0.9]; should be a list of 2 numbers"),
         ("optim.betas=[0.9, x]", "got 'x'; should be a number"),
         ("train.precision=fp8", "should be fp32 or bf16 or fp16"),
@@ -160,9 +164,17 @@ def test_an_override_that_is_wrong(small: Small, override: str, said: str) -> No
     assert said in message
 
 
+def test_a_wrong_shape_in_a_file_is_answered_as_a_file_has_it(small: Small, recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("\n    - {shards: shards/train}", " data/pairs"))
+    said = "data.train: got 'data/pairs'; should be a list; write data.train: [{shards: data/pairs}]"
+    assert message_of(small) == f"small.yaml:3: {said}"
+
+
 def test_two_kinds_of_a_tower_are_refused(small: Small) -> None:
-    said = "model.text: has hf and arch; should have exactly one of hf, arch (null removes a key)"
-    assert message_of(small, "model.text.hf=gpt2") == f"small.yaml:8: {said}"
+    said = (
+        "has hf and arch; should have exactly one of them: null removes the other, as in model.text.arch=null"
+    )
+    assert message_of(small, "model.text.hf=gpt2") == f"from the command line: model.text.hf=gpt2: {said}"
     text = small("model.text.hf=org/gpt2", "model.text.arch=null", "model.text.config=null").recipe.model.text
     assert text == HfTextTower(hf="org/gpt2")
 

@@ -69,7 +69,7 @@ def test_every_field_knows_its_kinds() -> None:
         ),
         (
             {"radius": 1, "side": 2},
-            "one: has radius and side; should have exactly one of radius, side (null removes a key)",
+            "one.side: has radius and side; should have exactly one of them",
         ),
         ({"sid": 2}, "one: unknown key sid; did you mean one.side?"),
         ({"colour": "red"}, "one: should have exactly one of the keys radius, side"),
