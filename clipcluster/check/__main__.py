@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import TASKS
 
 STEP_SECONDS = 300.0  # for a forward and backward pass of two samples on the CPU
 
@@ -29,16 +30,20 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     findings.attempt("model.image", _check_image_tower, recipe, world_size, findings, foreign=True)
     if tokenizer is not None:
         findings.attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings, foreign=True)
-    evaluate = recipe.evaluate
-    named = [(f"data.train.{place}", source, True) for place, source in enumerate(recipe.data.train)]
-    named += [
-        (f"evaluate.retrieval.{i}", Source(shards=path), True) for i, path in enumerate(evaluate.retrieval)
+    evaluate, members = recipe.evaluate, TASKS[recipe.task].members
+    named: list[tuple[str, Source, bool, Mapping[str, str]]] = [
+        (f"data.train.{number}", source, True, members) for number, source in enumerate(recipe.data.train)
     ]
     named += [
-        (f"evaluate.zero_shot.{i}", Source(shards=path), False) for i, path in enumerate(evaluate.zero_shot)
+        (f"evaluate.retrieval.{i}", Source(shards=path), True, {})
+        for i, path in enumerate(evaluate.retrieval)
     ]
-    for key, source, text in named:
-        findings.attempt(key, _check_sample, key, source, text, tokenizer, findings, foreign=True)
+    named += [
+        (f"evaluate.zero_shot.{i}", Source(shards=path), False, {})
+        for i, path in enumerate(evaluate.zero_shot)
+    ]
+    for key, *sample in named:
+        findings.attempt(key, _check_sample, key, *sample, tokenizer, findings, foreign=True)
     if not findings.errors:  # else the step would fail for a reason that is known
         findings.attempt(
             "a training step of two samples", _check_step, recipe, world_size, assets, findings, foreign=True
@@ -139,10 +144,17 @@ def _millions(parameters: Iterable[Any]) -> str:
     return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
 
 
-def _check_sample(key: str, source: Source, text: bool, tokenizer: Any, findings: Findings) -> None:
-    """The shards match their index; the first sample that decodes is decoded, and its caption tokenized."""
-    from clipcluster.data.images.decode import BadImage, decode
+def _check_sample(
+    key: str, source: Source, text: bool, members: Mapping[str, str], tokenizer: Any, findings: Findings
+) -> None:
+    """The shards match their index; the first sample that decodes is decoded, and its caption tokenized.
 
+    members: what the task needs of a sample besides, extension -> dotted name of the decoder.
+    """
+    from clipcluster.data.images.decode import BadImage, decode
+    from clipcluster.data.loading.extras import BadExtra, decode_extras, decoders_of
+
+    decoders = decoders_of(members)
     shards = open_indexed(source, text)
     shards.check_unchanged()
     reasons = []
@@ -150,7 +162,9 @@ def _check_sample(key: str, source: Source, text: bool, tokenizer: Any, findings
         sample = shards.read(position, text=text)
         try:
             image = decode(sample.image)
-        except BadImage as error:
+            if decoders:
+                decode_extras(decoders, shards.read_members(position, decoders))
+        except (BadImage, BadExtra) as error:
             reasons.append(f"{sample.shard} {sample.key}: {error}")
             continue
         if text and tokenizer is not None:

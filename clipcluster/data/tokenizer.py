@@ -38,9 +38,9 @@ class ByteTokenizer:
         self.context_length = context_length
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        room = self.context_length - 2
+        limit = self.context_length - 2
         return _padded(
-            [[self.bos_id, *text.encode("utf-8", "replace")[:room], self.eos_id] for text in texts],
+            [[self.bos_id, *text.encode("utf-8", "replace")[:limit], self.eos_id] for text in texts],
             self.context_length,
             self.pad_id,
         )
@@ -72,8 +72,8 @@ class HuggingFaceTokenizer:
         tokenizer.model_max_length = int(1e9)  # longer texts are cut below, without a warning
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        room = self.context_length - len(self._appended)
-        rows = self.tokenizer(list(texts), truncation=True, max_length=room)["input_ids"]
+        limit = self.context_length - len(self._appended)
+        rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         return _padded(
             [(row + self._appended) or [self.pad_id] for row in rows], self.context_length, self.pad_id
         )

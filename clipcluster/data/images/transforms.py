@@ -26,7 +26,7 @@ def draw_seed(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random crop of a share of the area, resized to a square; mirrored by chance if `flip`."""
+    """A random crop of a fraction of the area, resized to a square; mirrored by chance if `flip`."""
 
     size: int
     scale: tuple[float, float]
@@ -75,8 +75,8 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width (pixels) of a random crop, by the rule of torchvision's RandomResizedCrop.
 
-    Area uniform in `scale` shares, log of width over height uniform in `ratio`, ten tries, then the largest
-    centre crop that keeps the ratio's bounds (Szegedy et al. 2015, "Going deeper with convolutions").
+    Fraction of the area uniform in `scale`, log of width over height uniform in `ratio`, ten tries, then the
+    largest centre crop that keeps the ratio's bounds (Szegedy et al. 2015, "Going deeper with convolutions").
     """
     for _ in range(_TRIES):
         area = height * width * _between(scale, numbers)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from clipcluster.check.__main__ import _check_sample as check_sample
+from clipcluster.check.findings import Findings
 from clipcluster.data.loading.batch import Batch
 from clipcluster.data.loading.extras import concatenated, decoders_of, stacked
 from clipcluster.data.loading.loader import Loader
@@ -21,34 +23,23 @@ from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
-from clipcluster.recipe.sections.data import Data
+from clipcluster.errors import UserError
+from clipcluster.recipe.sections.data import Data, Source
 from clipcluster.runtime.stop import DataError
 from tools.convert.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)
 EXTRAS = {
-    "emb.npy": f"{__name__}:embedding",
-    "score.txt": f"{__name__}:score",
+    "emb.npy": "toy_decoders:array",
+    "score.txt": "toy_decoders:score",
     "paug.json": "json:loads",
-    "boxes.npy": f"{__name__}:boxes",
+    "boxes.npy": "toy_decoders:array_in_list",
 }
 
 
-def embedding(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data))
-
-
-def score(data: bytes) -> float:
-    return float(data)
-
-
-def boxes(data: bytes) -> list[np.ndarray]:
-    """Arrays of varying length: in a list each."""
-    return [np.load(io.BytesIO(data))]
-
-
-def plain_boxes(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data))
+@pytest.fixture(autouse=True)
+def _decoders_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -108,7 +99,7 @@ def require_own(batch: Batch) -> None:
     assert [array.shape for (array,) in batch.extras["boxes.npy"]] == [(n % 3, 4) for n in numbers]
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_extras_travel_by_name_from_shard_to_batch(
     write: Callable[..., Dataset], data_section: Callable[..., Data], workers: int
 ) -> None:
@@ -164,10 +155,22 @@ def test_a_member_that_no_sample_has_is_an_error_that_names_shard_and_member(
         take(loader, 1)
 
 
+def test_the_deep_check_decodes_the_members_that_a_task_needs(write: Callable[..., Dataset]) -> None:
+    def change(number: int, held: dict[str, bytes]) -> None:
+        if number == 0:
+            del held["score.txt"]
+
+    source, findings = Source(shards=str(write(change).parts[0].folder)), Findings()
+    check_sample("data.train.0", source, True, EXTRAS, TOKENIZER, findings)
+    assert "samples that cannot be decoded: 00000.tar s000: no member score.txt" in findings.warnings[0]
+    with pytest.raises(UserError, match=r"00000\.tar s000: no member syn\.json"):
+        check_sample("data.train.0", source, True, {"syn.json": "json:loads"}, TOKENIZER, findings)
+
+
 def test_arrays_of_different_shapes_are_refused(
     write: Callable[..., Dataset], data_section: Callable[..., Data]
 ) -> None:
-    loader = loader_of(write(), data_section(), {"boxes.npy": f"{__name__}:plain_boxes"}, workers=1)
+    loader = loader_of(write(), data_section(), {"boxes.npy": "toy_decoders:array"}, workers=1)
     with pytest.raises(
         DataError, match=r"0000\d\.tar, key s0\d\d: its member boxes\.npy is float32"
     ) as caught:
