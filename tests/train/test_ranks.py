@@ -88,6 +88,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert {event["attempt"] for event in asked} == {1, 2, 3, 4, 5}
 
 
+@pytest.mark.long
 def test_without_a_rehearsal_a_resume_differs(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
     """The test above would notice: DDP reorders its buckets after the first reduced backward pass."""
     whole, stopped = ranked_run(toy, tmp_path / "whole"), ranked_run(toy, tmp_path / "stopped")
