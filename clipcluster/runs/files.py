@@ -32,14 +32,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_aside(path: Path, content: bytes, mode: int = 0o666) -> Path:
-    """Write and fsync `content` beside `path`; returns the aside's path. Nothing stays behind on an error."""
-    aside = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+def _write_aside(path: Path, content: bytes, *, private: bool = False, durable: bool = True) -> Path:
+    """Write `content` beside `path`; returns the aside's path. Nothing stays behind on an error."""
+    aside = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
     try:
         try:
             _write_all(descriptor, content)
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)  # a quota may be told only here
     except BaseException:
@@ -54,18 +55,20 @@ def _write_all(descriptor: int, content: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Replace or create `path` with `content`, durably and in one step. On OSError the old file stays.
+def write_bytes(path: Path, content: bytes, *, private: bool = False, durable: bool = True) -> None:
+    """Replace or create `path` with `content` in one step. On OSError the old file stays.
 
-    A `private` file can be read and written by its owner alone, whatever the umask.
+    A `private` file can be read and written by its owner alone, whatever the umask. Without `durable` a crash
+    of the machine may take the new content back.
     """
-    aside = _write_aside(path, content, 0o600 if private else 0o666)
+    aside = _write_aside(path, content, private=private, durable=durable)
     try:
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

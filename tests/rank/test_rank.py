@@ -266,7 +266,7 @@ def test_an_attempt_that_is_stale_from_the_beginning(run, attempt):
 def test_a_full_disk_keeps_the_code(attempt):
     assert serve(attempt, "full_disk") == [90]
     assert attempt.outcome() is None
-    assert [path for path in attempt.path.iterdir() if path.name.endswith(".tmp")] == []
+    assert [path for path in attempt.path.iterdir() if path.name.endswith(".part")] == []
 
 
 @pytest.mark.parametrize(

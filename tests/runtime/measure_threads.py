@@ -59,7 +59,7 @@ def main():
     asked = parser.parse_args()
     os.environ.pop("OMP_WAIT_POLICY", None)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.threads])
-    print(f"{'':32}{'quiet':>10}{'one busy':>10}{'two busy':>10}   images/s, medians")
+    print(f"{'':32}{'quiet':>10}{'one busy':>10}{'two busy':>10}   images/s, medians", flush=True)
     speeds = {way: [[], [], []] for way in WAYS}
     for _ in range(asked.repetitions):
         for way, variables in WAYS.items():

@@ -17,6 +17,7 @@ from typing import Any
 
 from clipcluster.data.shards.shard_list import IndexSummary, read_summary
 from clipcluster.errors import UserError
+from clipcluster.runs.files import write_bytes
 from tools.convert import plan as planning
 from tools.convert import pool as processes
 from tools.convert import work as making
@@ -186,7 +187,7 @@ def _is_free(out: Path) -> bool:
 def _begin(plan: Plan) -> None:
     (plan.out / making.STATE).mkdir(exist_ok=True)
     text = json.dumps({**plan.description, "finished": False}, indent=1) + "\n"
-    making.replace(plan.out / planning.DESCRIPTION, text.encode(), sync=True)
+    write_bytes(plan.out / planning.DESCRIPTION, text.encode())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from clipcluster.data.images.format import extension_of, kind_of, no_image
 from clipcluster.data.shards import captions, folder_index, shard_index, shard_list
 from clipcluster.data.shards.columns import BrokenColumns
+from clipcluster.runs.files import write_bytes
 from tools.convert.plan import DESCRIPTION, Plan, Settings, Shard, read_description
 from tools.convert.records import BadRecord, Record, WholeRecord
 from tools.convert.shard_writer import Behind, ShardFile, check_key, json_member
@@ -274,24 +274,9 @@ def _state(plan: Plan, shard: Shard) -> Path:
 def _keep(plan: Plan, shard: Shard, done: Done, keys: Mapping[str, None]) -> None:
     """Writes down that a shard is finished; the last thing done for it."""
     state = _state(plan, shard)
-    replace(state.with_suffix(".keys"), "\0".join(keys).encode("utf-8", "surrogateescape"))
+    write_bytes(state.with_suffix(".keys"), "\0".join(keys).encode("utf-8", "surrogateescape"), durable=False)
     document = {"entry": asdict(done.entry), "bad": done.bad}
-    replace(state.with_suffix(".json"), json.dumps(document, ensure_ascii=True).encode())
-
-
-def replace(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Writes a small file aside and renames it."""
-    aside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    write_bytes(state.with_suffix(".json"), json.dumps(document, ensure_ascii=True).encode(), durable=False)
 
 
 def finished(plan: Plan, shard: Shard, left_out: LeftOut) -> Done | None:
@@ -334,7 +319,7 @@ def finish(plan: Plan) -> bool:
             return True
         raise
     document = {**plan.description, "finished": True}
-    replace(plan.out / DESCRIPTION, (json.dumps(document, indent=1) + "\n").encode(), sync=True)
+    write_bytes(plan.out / DESCRIPTION, (json.dumps(document, indent=1) + "\n").encode())
     shutil.rmtree(plan.out / STATE, ignore_errors=True)
     return True
 
@@ -347,14 +332,14 @@ def is_finished(out: Path) -> bool:
 def _write_lists(plan: Plan, split: int, done: Mapping[Shard, Done]) -> None:
     folder = plan.folder(split)
     for name, text in plan.splits[split].files.items():
-        replace(folder / name, text.encode(), sync=True)
+        write_bytes(folder / name, text.encode())
     bad = [
         json.dumps({"shard": shard.name, "key": key, "reason": reason, "number": number})
         for shard, kept in done.items()
         for number, key, reason in kept.bad
     ]
     if bad:
-        replace(folder / BAD_SAMPLES, ("\n".join(bad) + "\n").encode(), sync=True)
+        write_bytes(folder / BAD_SAMPLES, ("\n".join(bad) + "\n").encode())
     folder_index.write_folder_index(folder, captions.DEFAULT, [kept.entry for kept in done.values()])
 
 
@@ -389,7 +374,7 @@ def _leave_out_duplicates(plan: Plan, done: Mapping[Shard, Done], left_out: Left
     if not more:
         return False
     every = {name: {**left_out.get(name, {}), **more.get(name, {})} for name in {*left_out, *more}}
-    replace(plan.out / STATE / _DUPLICATES, json.dumps(every).encode(), sync=True)
+    write_bytes(plan.out / STATE / _DUPLICATES, json.dumps(every).encode())
     return True
 
 

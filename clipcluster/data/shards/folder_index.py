@@ -19,7 +19,6 @@ row c the samples of each shard with more than c captions.
 import difflib
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ from clipcluster.data.shards.shard_index import FORMAT, caption_column, read_sha
 from clipcluster.data.shards.shard_list import ENTRIES_FILE, ShardEntry, plain
 from clipcluster.data.storage.urls import RemoteFolder
 from clipcluster.errors import UserError
+from clipcluster.runs.files import write_text
 
 COLUMNS_FILE = "index.bin"
 
@@ -60,7 +60,7 @@ def write_folder_index(target: Path, choices: str | Sequence[str], entries: Sequ
         "captions": {choice: sum(entry.captions[choice] for entry in entries) for choice in choices},
     }
     document = {**totals, "shards": [plain(entry) for entry in entries]}
-    _write_text(target / ENTRIES_FILE, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    write_text(target / ENTRIES_FILE, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
     names = [entry.name.encode("utf-8", "surrogateescape") for entry in entries]
     samples = np.array([entry.samples for entry in entries], np.int64)
     table: dict[str, np.ndarray | Stream] = {
@@ -122,15 +122,6 @@ def _more_than(counts: np.ndarray) -> np.ndarray:
     """Samples with more than c captions, for c = 0, 1, …: (largest count,) int64, one row at least."""
     exact = np.bincount(counts, minlength=2)
     return exact[:0:-1].cumsum()[::-1]
-
-
-def _write_text(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def fingerprint(shards: Sequence[tuple[str, bytes]]) -> str:
