@@ -36,7 +36,7 @@ class Batches(Protocol):
 class EvaluationSet:
     """A folder of shards to evaluate on.
 
-    `batches()` gives this rank's share of the `samples`, in equally many batches on every rank, some of them
+    `batches()` gives this rank's part of the `samples`, in equally many batches on every rank, some of them
     empty. An image that cannot be decoded is absent from them.
     """
 
@@ -49,7 +49,7 @@ class EvaluationSet:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Context:
     """What every evaluation works with.
 
     tokenizer: list of B captions -> tokens (B, L) int64, mask (B, L) bool. mean, std: of the pixels in 0..1.
@@ -73,17 +73,17 @@ class ImageFeatures:
     classes: dict[int, int] = field(default_factory=dict)
 
 
-def encode_images(model: DualEncoder, images: EvaluationSet, bench: Bench, tick: Tick) -> ImageFeatures:
-    """Every rank encodes its share; `features` and `present` are then those of all. Collective."""
-    world = bench.world
+def encode_images(model: DualEncoder, images: EvaluationSet, context: Context, tick: Tick) -> ImageFeatures:
+    """Every rank encodes its part; `features` and `present` are then those of all. Collective."""
+    world = context.world
     features = torch.zeros(images.samples, model.embed_dim, device=world.device)
     known = ImageFeatures(features, torch.zeros(images.samples, device=world.device))
-    mean, std = (torch.tensor(tuple(values), device=world.device) for values in (bench.mean, bench.std))
+    mean, std = (torch.tensor(tuple(values), device=world.device) for values in (context.mean, context.std))
     batches = images.batches()
     try:
         for batch in batches:
             for sample in batch.bad:
-                logger.warning("%s: %s in %s is left out: %s", images.name, *map(sample.get, _BAD))
+                logger.warning("%s: skipping %s in %s: %s", images.name, *map(sample.get, _BAD))
             if len(batch):
                 pixels = normalise(batch.images.to(world.device, non_blocking=True), mean, std)
                 _remember(known, batch, model.encode_image(pixels))
@@ -105,23 +105,23 @@ def _remember(known: ImageFeatures, batch: EvaluationBatch, encoded: Tensor) -> 
     known.classes.update(zip(positions, batch.classes.tolist(), strict=True))
 
 
-def encode_texts(model: DualEncoder, texts: Sequence[str], bench: Bench, tick: Tick) -> Tensor:
-    """Features of all texts on every rank, (n, E) float32; each rank encodes an equal share. Collective."""
-    world, size = bench.world, bench.batch_size
+def encode_texts(model: DualEncoder, texts: Sequence[str], context: Context, tick: Tick) -> Tensor:
+    """Features of all texts on every rank, (n, E) float32; each rank encodes an equal part. Collective."""
+    world, size = context.world, context.batch_size
     features = torch.zeros(len(texts), model.embed_dim, device=world.device)
-    for start, stop in shares(len(texts), world, size):
+    for start, stop in rank_chunks(len(texts), world, size):
         if start < stop:
-            tokens, mask = bench.tokenizer(list(texts[start:stop]))
+            tokens, mask = context.tokenizer(list(texts[start:stop]))
             encoded = model.encode_text(tokens.to(world.device), mask.to(world.device))
             features[start:stop] = encoded.to(features.dtype)
         tick()
     return world.all_reduce_sum(features)
 
 
-def shares(count: int, world: World, rows: int) -> Iterator[tuple[int, int]]:
-    """This rank's contiguous share of `count` rows in pieces of at most `rows`: equally many on every rank.
+def rank_chunks(count: int, world: World, rows: int) -> Iterator[tuple[int, int]]:
+    """This rank's contiguous part of `count` rows, in chunks of at most `rows`: equally many on every rank.
 
-    The last pieces may be empty.
+    The last chunks may be empty.
     """
     start, stop = count * world.rank // world.size, count * (world.rank + 1) // world.size
     largest = -(-count // world.size)
@@ -129,7 +129,7 @@ def shares(count: int, world: World, rows: int) -> Iterator[tuple[int, int]]:
         yield min(start + piece, stop), min(start + piece + rows, stop)
 
 
-def everyones(own: dict[int, Any], world: World) -> dict[int, Any]:
+def from_all_ranks(own: dict[int, Any], world: World) -> dict[int, Any]:
     """The entries of all ranks by rising key. Collective."""
     merged: dict[int, Any] = {}
     for entries in world.gather(list(own.items())):

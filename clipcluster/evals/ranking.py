@@ -1,7 +1,7 @@
-"""Where the right candidate stands: pure functions on features, in bounded memory.
+"""The place of the correct candidate in a ranking: pure functions on features, in bounded memory.
 
 Ties go to the candidate that comes first, as in OpenCLIP 4.2, and scores closer than TIE are ties: so copies
-of one image stand in a fixed order, and a model that gives everything the same vector scores as chance does.
+of one image have a fixed order, and a model that gives everything the same vector scores as chance does.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CUTS = (1, 5, 10)
 _LAST = -1e30  # below every score, and equal to itself
 
 
-class Owners:
-    """For each query the numbers of the candidates that are right, at least one."""
+class Matches:
+    """For each query the numbers of its correct candidates, at least one."""
 
     def __init__(self, lists: list[list[int]]) -> None:
         counts = [len(right) for right in lists]
         if not all(counts):
-            raise ValueError("every query needs a right candidate")
+            raise ValueError("every query needs a correct candidate")
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.values = np.fromiter((i for right in lists for i in right), dtype=np.int64, count=sum(counts))
 
@@ -37,7 +37,7 @@ class Owners:
         return len(self.starts) - 1
 
     def mask(self, start: int, stop: int, candidates: int, device: torch.device) -> Tensor:
-        """(stop - start, candidates) bool: true where the candidate is right for the query."""
+        """(stop - start, candidates) bool: true where the candidate is correct for the query."""
         rows = np.repeat(np.arange(stop - start), np.diff(self.starts[start : stop + 1]))
         columns = self.values[self.starts[start] : self.starts[stop]]
         mask = torch.zeros(stop - start, candidates, dtype=torch.bool, device=device)
@@ -51,11 +51,11 @@ def cosines(queries: Tensor, candidates: Tensor) -> Tensor:
         return queries @ candidates.T
 
 
-def first_right(scores: Tensor, right: Tensor) -> Tensor:
-    """The place, from 0, of the best-placed right candidate of every query.
+def first_match(scores: Tensor, right: Tensor) -> Tensor:
+    """The place, from 0, of the best-placed correct candidate of every query.
 
     scores: (Q, C) float, the higher the better. right: (Q, C) bool, at least one true a row.
-    Candidates stand by falling score, ties (within TIE) by rising number, what is not a number at the end.
+    Candidates are ranked by falling score, ties (within TIE) by rising number, NaN last.
     Returns (Q,) int64.
     """
     scores = scores.nan_to_num(nan=_LAST)

@@ -17,21 +17,21 @@ from torch import Tensor
 
 from clipcluster.errors import UserError
 from clipcluster.evals.features import (
-    Bench,
+    Context,
     EvaluationSet,
     Tick,
     encode_images,
     encode_texts,
-    everyones,
-    shares,
+    from_all_ranks,
+    rank_chunks,
 )
-from clipcluster.evals.ranking import CHUNK_ELEMENTS, Owners, cosines, figures, first_right
+from clipcluster.evals.ranking import CHUNK_ELEMENTS, Matches, cosines, figures, first_match
 from clipcluster.model.protocols import DualEncoder
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Who owns which caption; images are numbered as their feature rows.
+    """Which image has which caption; images are numbered as their feature rows.
 
     texts: the distinct captions in order of first appearance. captioned: the images with a caption.
     of_image: for each of these its texts. of_text: for each text its images.
@@ -68,7 +68,7 @@ def group(captions: list[list[str]]) -> Captions:
 
 
 def retrieval(
-    model: DualEncoder, images: EvaluationSet, bench: Bench, tick: Tick
+    model: DualEncoder, images: EvaluationSet, context: Context, tick: Tick
 ) -> Iterator[tuple[str, float]]:
     """The figures of both conventions; see `figures` for the kinds.
 
@@ -76,27 +76,27 @@ def retrieval(
     and `paired_t2i_*` over the pairs; `images`, `pairs` and `distinct_captions` are the counts behind them.
     Recalls are fractions. Collective; raises UserError where no image has a caption.
     """
-    known = encode_images(model, images, bench, tick)
+    known = encode_images(model, images, context, tick)
     present = known.present.nonzero().flatten()
-    by_position = everyones(known.captions, bench.world)
+    by_position = from_all_ranks(known.captions, context.world)
     captions = group([by_position.get(position, []) for position in present.tolist()])
     if not captions.texts:
         raise UserError(f"evaluate.retrieval: no image in {images.folder} has a caption.")
     image = known.features[present]
-    text = encode_texts(model, captions.texts, bench, tick)
+    text = encode_texts(model, captions.texts, context, tick)
     captioned = image[torch.tensor(captions.captioned, device=image.device)]
     pair_image, pair_text = (
         side[torch.from_numpy(rows).to(image.device)]
         for side, rows in ((image, captions.pair_image), (text, captions.pair_text))
     )
-    own_row = Owners([[row] for row in range(len(pair_image))])
+    own_row = Matches([[row] for row in range(len(pair_image))])
     for name, queries, candidates, owners in (
-        ("i2t", captioned, text, Owners(captions.of_image)),
-        ("t2i", text, image, Owners(captions.of_text)),
+        ("i2t", captioned, text, Matches(captions.of_image)),
+        ("t2i", text, image, Matches(captions.of_text)),
         ("paired_i2t", pair_image, pair_text, own_row),
         ("paired_t2i", pair_text, pair_image, own_row),
     ):
-        places = rank_together(queries, candidates, owners, bench, tick)
+        places = rank_together(queries, candidates, owners, context, tick)
         yield from ((f"{name}_{kind}", value) for kind, value in figures(places))
     yield "images", float(len(image))
     yield "pairs", float(len(pair_image))
@@ -104,13 +104,13 @@ def retrieval(
 
 
 def rank_together(
-    queries: Tensor, candidates: Tensor, owners: Owners, bench: Bench, tick: Tick
+    queries: Tensor, candidates: Tensor, owners: Matches, context: Context, tick: Tick
 ) -> np.ndarray:
-    """(Q,) int64: the place, from 0, of every query's best right candidate; the ranks share the queries."""
+    """(Q,) int64: the place, from 0, of every query's best correct candidate; the ranks share the queries."""
     places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for start, stop in shares(len(queries), bench.world, max(1, CHUNK_ELEMENTS // len(candidates))):
+    for start, stop in rank_chunks(len(queries), context.world, max(1, CHUNK_ELEMENTS // len(candidates))):
         if start < stop:
             right = owners.mask(start, stop, len(candidates), queries.device)
-            places[start:stop] = first_right(cosines(queries[start:stop], candidates), right)
+            places[start:stop] = first_match(cosines(queries[start:stop], candidates), right)
         tick()
-    return bench.world.all_reduce_sum(places).cpu().numpy()
+    return context.world.all_reduce_sum(places).cpu().numpy()

@@ -16,7 +16,7 @@ from clipcluster.data.loading.loader import EvaluationLoader
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.storage.cache import Cache
 from clipcluster.data.storage.urls import redacted
-from clipcluster.evals.features import Bench, EvaluationSet, Tick
+from clipcluster.evals.features import Context, EvaluationSet, Tick
 from clipcluster.evals.retrieval import retrieval
 from clipcluster.evals.zero_shot import zero_shot
 from clipcluster.model.protocols import DualEncoder
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from clipcluster.runtime.world import World
 
 logger = logging.getLogger("clipcluster")
-Measure = Callable[[DualEncoder, EvaluationSet, Bench, Tick], Iterator[tuple[str, float]]]
+Measure = Callable[[DualEncoder, EvaluationSet, Context, Tick], Iterator[tuple[str, float]]]
 KINDS: dict[str, Measure] = {"zero_shot": zero_shot, "retrieval": retrieval}
 
 
@@ -42,9 +42,9 @@ class Evaluation:
 class Suite:
     """All evaluations of a run; every rank holds the same."""
 
-    def __init__(self, evaluations: Sequence[Evaluation], bench: Bench) -> None:
+    def __init__(self, evaluations: Sequence[Evaluation], context: Context) -> None:
         self.evaluations = tuple(evaluations)
-        self.bench = bench
+        self.context = context
 
     def __bool__(self) -> bool:
         return bool(self.evaluations)
@@ -65,10 +65,10 @@ class Suite:
             for evaluation in self.evaluations:
                 wishes()
                 images = evaluation.images
-                if self.bench.world.is_main:
+                if self.context.world.is_main:
                     step = f" at step {progress.step}" if progress is not None else ""
                     logger.info("%s on %s%s: %d images", evaluation.kind, images.name, step, images.samples)
-                measured = KINDS[evaluation.kind](model, images, self.bench, wishes)
+                measured = KINDS[evaluation.kind](model, images, self.context, wishes)
                 results.update({f"{images.name}/{name}": value for name, value in measured})
         finally:
             model.train(training)
@@ -90,8 +90,8 @@ def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer) -> Suite:
     chosen += [("retrieval", folder) for folder in section.retrieval]
     evaluations = [Evaluation(kind, sets[folder]) for kind, folder in dict.fromkeys(chosen)]
     image, per_rank = recipe.data.image, max(1, section.batch_size // world.size)
-    bench = Bench(world, tokenizer, image.mean, image.std, per_rank)
-    return Suite(evaluations, bench)
+    context = Context(world, tokenizer, image.mean, image.std, per_rank)
+    return Suite(evaluations, context)
 
 
 def set_names(folders: Sequence[str]) -> list[str]:

@@ -10,32 +10,32 @@ from torch.nn import functional
 
 from clipcluster.errors import UserError
 from clipcluster.evals.features import (
-    Bench,
+    Context,
     EvaluationSet,
     Tick,
     encode_images,
     encode_texts,
-    everyones,
-    shares,
+    from_all_ranks,
+    rank_chunks,
 )
-from clipcluster.evals.ranking import CHUNK_ELEMENTS, cosines, first_right
+from clipcluster.evals.ranking import CHUNK_ELEMENTS, cosines, first_match
 from clipcluster.model.protocols import DualEncoder
 
 PLACEHOLDER = "{c}"
 
 
 def zero_shot(
-    model: DualEncoder, images: EvaluationSet, bench: Bench, tick: Tick
+    model: DualEncoder, images: EvaluationSet, context: Context, tick: Tick
 ) -> Iterator[tuple[str, float]]:
-    """`zero_shot_top1`, `zero_shot_top5` (left out below five classes), fractions of the `zero_shot_images`.
+    """`zero_shot_top1`, `zero_shot_top5` (absent below five classes), fractions of the `zero_shot_images`.
 
     A class vector is the mean of the normalised embeddings of its templates, normalised again (Radford et
     al. 2021, section 3.1.4). Ties go to the lower class. An image without a class is not counted.
     Collective; raises UserError where class names or templates are missing, or a class is out of range.
     """
-    classes = class_vectors(model, images, bench, tick)
-    known = encode_images(model, images, bench, tick)
-    labels = everyones({p: c for p, c in known.classes.items() if c >= 0}, bench.world)
+    classes = class_vectors(model, images, context, tick)
+    known = encode_images(model, images, context, tick)
+    labels = from_all_ranks({p: c for p, c in known.classes.items() if c >= 0}, context.world)
     if not labels:
         raise UserError(
             f"evaluate.zero_shot: no image in {images.folder} has a class (KEY.cls in its shards)."
@@ -47,14 +47,14 @@ def zero_shot(
         )
     positions = torch.tensor(list(labels), device=classes.device)
     targets = torch.tensor(list(labels.values()), device=classes.device)
-    places = _places(known.features[positions], classes, targets, bench, tick)
+    places = _places(known.features[positions], classes, targets, context, tick)
     yield "zero_shot_top1", float((places < 1).double().mean())
     if len(classes) >= 5:
         yield "zero_shot_top5", float((places < 5).double().mean())
     yield "zero_shot_images", float(len(labels))
 
 
-def class_vectors(model: DualEncoder, images: EvaluationSet, bench: Bench, tick: Tick) -> Tensor:
+def class_vectors(model: DualEncoder, images: EvaluationSet, context: Context, tick: Tick) -> Tensor:
     """(classes, E) float32, each of length one; the same on every rank. Collective."""
     if not images.classnames or not images.templates:
         missing = "classnames.txt" if not images.classnames else "zeroshot_classification_templates.txt"
@@ -69,18 +69,18 @@ def class_vectors(model: DualEncoder, images: EvaluationSet, bench: Bench, tick:
             f"class name: {without[0]!r}"
         )
     texts = [t.replace(PLACEHOLDER, name) for name in images.classnames for t in images.templates]
-    features = encode_texts(model, texts, bench, tick)
+    features = encode_texts(model, texts, context, tick)
     means = features.unflatten(0, (len(images.classnames), len(images.templates))).mean(dim=1)
     return functional.normalize(means, dim=-1)
 
 
-def _places(features: Tensor, classes: Tensor, targets: Tensor, bench: Bench, tick: Tick) -> Tensor:
+def _places(features: Tensor, classes: Tensor, targets: Tensor, context: Context, tick: Tick) -> Tensor:
     """(n,) int64: the place, from 0, of every image's class; the ranks share the images."""
     places = torch.zeros(len(features), dtype=torch.int64, device=features.device)
     numbers = torch.arange(len(classes), device=features.device)
-    for start, stop in shares(len(features), bench.world, max(1, CHUNK_ELEMENTS // len(classes))):
+    for start, stop in rank_chunks(len(features), context.world, max(1, CHUNK_ELEMENTS // len(classes))):
         right = targets[start:stop, None] == numbers
         if start < stop:
-            places[start:stop] = first_right(cosines(features[start:stop], classes), right)
+            places[start:stop] = first_match(cosines(features[start:stop], classes), right)
         tick()
-    return bench.world.all_reduce_sum(places)
+    return context.world.all_reduce_sum(places)

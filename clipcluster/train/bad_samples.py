@@ -12,15 +12,15 @@ from clipcluster.runs.merge import bad_samples
 from clipcluster.runtime.stop import DataError
 
 LEAST_SAMPLES = 1000
-"""A limit's share is of at least so many samples, so that one bad image ends no small run."""
+"""The limit is a fraction of at least so many samples, so that one bad image does not end a small run."""
 
 
 class BadSamples:
-    """What this rank met, and on rank 0 the judgement over what all ranks wrote in all attempts.
+    """Records what this rank met; rank 0 judges what all ranks recorded in all attempts.
 
     Args:
         samples: of all sources.
-        limit: share of them that may be bad.
+        limit: fraction of them that may be bad.
     """
 
     def __init__(self, run: Run, attempt: Attempt, *, rank: int, samples: int, limit: float) -> None:
@@ -53,6 +53,6 @@ class BadSamples:
         raise DataError(
             f"{len(found):,} samples cannot be decoded, more than data.bad_samples.limit allows "
             f"({self._limit:g} of {self._samples:,}). By shard: {named}.",
-            "Look at bad_samples-*.jsonl in the run's attempts, mend or remove these shards "
+            "See bad_samples-*.jsonl in the run's attempts; repair or remove these shards "
             "(clipcluster shards verify), or raise data.bad_samples.limit.",
         )

@@ -14,7 +14,7 @@ logger = logging.getLogger("clipcluster")
 class Board:
     """One file an attempt, written by rank 0; later points of an earlier attempt are hidden.
 
-    Where it cannot be written (a full disk) that is said once, and there are no curves from then on.
+    Where it cannot be written (a full disk), one warning says so and the curves stop.
     """
 
     def __init__(self, folder: Path, *, attempt: int, step: int) -> None:
@@ -45,7 +45,7 @@ class Board:
             yield
         except Exception as error:  # whatever TensorBoard's thread met comes up here
             self._writer = None
-            logger.warning("no more curves for TensorBoard in this attempt: %s", error)
+            logger.warning("TensorBoard curves stop for the rest of this attempt: %s", error)
 
 
 def _open(folder: Path, attempt: int, step: int) -> Any:

@@ -44,7 +44,7 @@ class CheckpointFolder:
         self.folder, self._check, self._about, self._attempt = folder, check, about, attempt
 
     def prepare(self) -> None:
-        """Make the folder and remove what kills left behind. Only the run's owner may call it."""
+        """Make the folder and remove what killed processes left behind. Only the run's owner may call it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.iterdir():
             if leftover.name.startswith((WRITING, DELETING)):
@@ -89,7 +89,7 @@ class CheckpointFolder:
         reasons += [f"{name}: set aside before" for name in sorted(earlier)]
         raise CheckpointError(
             f"No checkpoint in {self.folder} verifies ({'; '.join(reasons)}).",
-            "Put back a whole copy of one of them, or, to begin from the first step, move the folder "
+            "Restore an intact copy of one of them, or, to begin from the first step, move the folder "
             f"{self.folder} away.",
         )
 
@@ -147,7 +147,7 @@ class CheckpointFolder:
             write_json(self.path(step) / EVALUATION, {"step": step, "metrics": dict(results)})
 
     def evaluation(self, step: int) -> dict[str, float]:
-        """The recorded results of a step's evaluation; empty where it was not evaluated."""
+        """The recorded results of a step's evaluation (null where not finite); empty where there are none."""
         try:
             return dict(read_json(self.path(step) / EVALUATION)["metrics"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -158,7 +158,7 @@ class CheckpointFolder:
         return any(time.time() - _changed(pin) < PIN_SECONDS for pin in self.path(step).glob(f"{PINNED}*"))
 
     def delete(self, step: int) -> None:
-        """Remove a checkpoint: renamed first, so that it is never half there under its name."""
+        """Remove a checkpoint: renamed first, so that its name never stands for half of it."""
         source = self.path(step)
         aside = self.folder / f"{DELETING}{source.name}-{secrets.token_hex(4)}"
         self._check()

@@ -19,7 +19,7 @@ from clipcluster.train.progress import Progress
 
 
 class Interrupted(Exception):
-    """All ranks agreed to stop in the middle of an evaluation, which stays owed."""
+    """All ranks agreed to stop during an evaluation; it is repeated after the resume."""
 
 
 class Suite(Protocol):

@@ -1,4 +1,4 @@
-"""How far a run is: everything that decides what comes next."""
+"""How far a run is: all that decides its next step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Progress:
 
     step: optimizer steps done (skipped ones included). samples: samples consumed by them.
     batches_drawn: index of the next batch. evaluated_step: the last step that was evaluated, -1 before.
-    skipped: ranges [first, past the last) of batches left out after a roll-back.
+    skipped: ranges [first, past the last) of batches that a roll-back skips.
     """
 
     def __init__(self, *, steps_per_epoch: int, batch_size: int) -> None:
@@ -46,7 +46,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved counts."""
+        """Continue from saved counts."""
         self.step, self.samples = state["step"], state["samples"]
         self.batches_drawn, self.evaluated_step = state["batches_drawn"], state["evaluated_step"]
         self.skipped = [(first, past) for first, past in state["skipped"]]

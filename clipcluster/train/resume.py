@@ -31,7 +31,7 @@ def restore(
     `enter(step)` comes before the loading and puts the stage of that step in force (0 without a checkpoint).
     Rank 0 looks and verifies, the others load what it found. A checkpoint that was saved within the batches
     `skipped` is passed over; the progress leaves them out from then on, with a checkpoint or without. Raises,
-    on all ranks together, CheckpointError where nothing verifies, DataError for another index, RecipeFailure
+    on all ranks together, CheckpointError where none verifies, DataError for another index, RecipeFailure
     for other starting weights.
     """
 
@@ -63,16 +63,16 @@ def check_same(state: Mapping[str, Any], constants: Mapping[str, Any], folder: P
     before, now = state.get("index", []), constants.get("index", [])
     if _fingerprints(before) != _fingerprints(now):
         raise DataError(
-            f"The shards are not those that {folder.name} was trained on: {_difference(before, now)}.",
-            "Bring back the shards as they were (clipcluster shards verify names what changed), or submit "
-            "the changed data as a run of its own, with another name or seed.",
+            f"The shards do not match those that {folder.name} was trained on: {_difference(before, now)}.",
+            "Restore the shards (clipcluster shards verify names what changed), or submit the changed data "
+            "as a separate run, with another name or seed.",
         )
     then, here = state.get("starting_weights", {}), constants.get("starting_weights", {})
     if then != here:
         towers = sorted(tower for tower in {*then, *here} if then.get(tower) != here.get(tower))
         raise RecipeFailure(
-            f"The starting weights of {', '.join(towers)} are not those that {folder.name} was trained from.",
-            "Put the file back as it was, or submit a run of its own with the new one.",
+            f"The starting weights of {', '.join(towers)} do not match those of {folder.name}.",
+            "Restore the file, or submit a separate run with the new one.",
         )
 
 
@@ -90,10 +90,10 @@ def _difference(before: list[Mapping[str, Any]], now: list[Mapping[str, Any]]) -
         shards, others = old.get("shards") or {}, new.get("shards") or {}
         for name in sorted({*shards, *others}):
             if name not in others:
-                return f"shard {name} of {new['name']} is gone"
+                return f"shard {name} of {new['name']} is missing"
             if name not in shards:
                 return f"shard {name} of {new['name']} is new"
             if shards[name] != others[name]:
                 return f"shard {name} of {new['name']} has changed"
         return f"source {new['name']} has changed"
-    return "they come in another order"
+    return "their order differs"

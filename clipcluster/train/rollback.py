@@ -1,7 +1,7 @@
 """Going back, once in a run, to the checkpoint before a row of non-finite steps; a file remembers it.
 
-`attempts/N/roll_back.json` is durable before the run continues: a resume leaves the same batches out, takes
-no checkpoint that was saved within the row, and does not go back a second time.
+`attempts/N/roll_back.json` is durable before the run continues: a resume skips the same batches, takes no
+checkpoint that was saved within the row, and does not go back a second time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def impossible(streak: Streak, why: str) -> NonFiniteError:
 def record(
     attempt: Attempt, folder: CheckpointFolder, progress: Progress, checkpoint: str, reason: str
 ) -> None:
-    """Record durably the batches that `progress` leaves out from now on, then set later checkpoints aside.
+    """Record durably the batches that `progress` skips from now on, then set later checkpoints aside.
 
     Raises StaleAttempt, and CheckpointError where either cannot be done.
     """
@@ -61,7 +61,7 @@ def record(
 
 
 def recorded(world: World, run: Run) -> list[Range]:
-    """The batches that the roll-backs of all attempts leave out, as rank 0 reads them. Collective.
+    """The batches that the roll-backs of all attempts skip, as rank 0 reads them. Collective.
 
     Raises CheckpointError for a damaged record.
     """
@@ -79,13 +79,13 @@ def _skipped_by(path: Path) -> list[Range]:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}",
-            'It names the batches that the run leaves out, as {"skipped": [[first, past the last]]}. '
+            'It names the batches that the run skips, as {"skipped": [[first, past the last]]}. '
             f"Write it again from the event roll_back in {path.parent / 'events-rank-0.jsonl'}.",
         ) from error
 
 
 def before(skipped: Iterable[Range]) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether the state of a checkpoint was saved before these batches, or leaves them out itself."""
+    """Whether the state of a checkpoint was saved before these batches, or skips them itself."""
     ranges = list(skipped)
 
     def usable(state: Mapping[str, Any]) -> bool:
@@ -96,14 +96,14 @@ def before(skipped: Iterable[Range]) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def set_aside_later(folder: CheckpointFolder, progress: Progress) -> None:
-    """Move the checkpoints after the step of `progress` away: they were saved within a row it leaves out.
+    """Move the checkpoints after the step of `progress` away: they were saved within a row that it skips.
 
     Raises StaleAttempt and OSError.
     """
     for step in folder.steps():
         if step > progress.step:
-            left_out = _named(progress.skipped)
-            folder.set_aside(step, f"the run went back to step {progress.step}, to leave out {left_out}")
+            row = _named(progress.skipped)
+            folder.set_aside(step, f"the run went back to step {progress.step} and skips {row}")
 
 
 def refuse_to_start_anew(folder: CheckpointFolder, skipped: Sequence[Range]) -> None:
@@ -112,8 +112,8 @@ def refuse_to_start_anew(folder: CheckpointFolder, skipped: Sequence[Range]) -> 
     if steps:
         raise CheckpointError(
             f"The checkpoints in {folder.folder} ({', '.join(map(name_of, steps))}) were all saved within "
-            f"{_named(skipped)}, which the run went back from because they were not finite.",
-            "Put back an older checkpoint, or, to begin from the first step without these batches, move the "
+            f"{_named(skipped)}, which the run skips because their loss or gradient was not finite.",
+            "Restore an older checkpoint, or, to begin from the first step without these batches, move the "
             f"folder {folder.folder} away.",
         )
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: a pure function of what there is."""
+"""Which checkpoints are kept: a pure function of those that exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Keep:
     def chosen(
         self, steps: Collection[int], values: Mapping[int, float], pinned: Collection[int] = ()
     ) -> set[int]:
-        """The steps that stay, out of `steps`; `values` are the metric's, for the steps that have one."""
+        """The steps that are kept, out of `steps`; `values` are the metric's, for the steps that have one."""
         ordered = sorted(steps)
         stay = set(ordered[-self.last :]) | (set(pinned) & set(ordered))
         if self.every:

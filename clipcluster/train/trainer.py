@@ -219,7 +219,7 @@ class Trainer:
             raise Interrupted
 
     def _stopped(self) -> Outcome:
-        """Make the current step durable, then leave with the wish to go on."""
+        """Make the current step durable, then leave so that another attempt follows."""
         if self.stop.requested:
             self.records.own_event("stop_requested", reason=self.stop.reason)
         if self.progress.step:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clipcluster.data.loading.batch import EvaluationBatch
-from clipcluster.evals.features import Bench, EvaluationSet
+from clipcluster.evals.features import Context, EvaluationSet
 from clipcluster.runtime.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -76,5 +76,5 @@ def oracle_set(
     return EvaluationSet("val", "data/val", len(captions), batches, **beside)
 
 
-def bench(batch_size: int = 8) -> Bench:
-    return Bench(ALONE, last_number, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), batch_size)
+def context(batch_size: int = 8) -> Context:
+    return Context(ALONE, last_number, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), batch_size)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcluster.evals.ranking import Owners, figures, first_right
+from clipcluster.evals.ranking import Matches, figures, first_match
 
 
 @st.composite
@@ -26,9 +26,9 @@ def questions(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
 def test_the_place_is_that_in_the_sorted_list(question: tuple[list[list[int]], list[list[int]]]) -> None:
     scores, right = question
     candidates = len(scores[0])
-    found = first_right(
+    found = first_match(
         torch.tensor(scores, dtype=torch.float32),
-        Owners(right).mask(0, len(scores), candidates, torch.device("cpu")),
+        Matches(right).mask(0, len(scores), candidates, torch.device("cpu")),
     )
     for query, own in enumerate(right):
         order = sorted(range(candidates), key=lambda candidate: (-scores[query][candidate], candidate))
@@ -42,13 +42,13 @@ def test_any_piece_of_the_owners_is_that_piece_of_the_mask(
     scores, right = question
     start = data.draw(st.integers(0, len(right)))
     stop = data.draw(st.integers(start, len(right)))
-    mask = Owners(right).mask(start, stop, len(scores[0]), torch.device("cpu"))
+    mask = Matches(right).mask(start, stop, len(scores[0]), torch.device("cpu"))
     assert [row.nonzero().flatten().tolist() for row in mask] == [sorted(own) for own in right[start:stop]]
 
 
 def test_a_query_without_a_right_candidate_is_refused() -> None:
-    with pytest.raises(ValueError, match="right candidate"):
-        Owners([[1], []])
+    with pytest.raises(ValueError, match="correct candidate"):
+        Matches([[1], []])
 
 
 def test_differences_of_rounding_are_ties() -> None:
@@ -56,14 +56,14 @@ def test_differences_of_rounding_are_ties() -> None:
     for own in range(3):
         right = torch.zeros(1, 3, dtype=torch.bool)
         right[0, own] = True
-        assert first_right(scores, right) == own
+        assert first_match(scores, right) == own
 
 
 def test_what_is_not_a_number_comes_last() -> None:
     nan = float("nan")
     scores = torch.tensor([[0.5, nan, 0.1], [nan, nan, nan], [nan, 0.9, 0.8]])
     right = torch.tensor([[False, True, False], [False, False, True], [True, False, True]])
-    assert first_right(scores, right).tolist() == [2, 2, 1]
+    assert first_match(scores, right).tolist() == [2, 2, 1]
 
 
 @settings(max_examples=50)

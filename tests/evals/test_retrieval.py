@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle, bench, oracle_set
+from oracle import Oracle, context, oracle_set
 from torch.nn import functional
 
 from clipcluster.errors import UserError
@@ -15,7 +15,7 @@ from clipcluster.evals.retrieval import group
 
 
 def measure(model: Oracle, captions: list[list[str]], **keys: object) -> dict[str, float]:
-    return dict(retrieval.retrieval(model, oracle_set(captions, **keys), bench(), lambda: None))
+    return dict(retrieval.retrieval(model, oracle_set(captions, **keys), context(), lambda: None))
 
 
 def five_each(images: int) -> list[list[str]]:
@@ -98,7 +98,7 @@ def test_batches_are_closed_when_a_stop_comes() -> None:
         raise Stopped
 
     with pytest.raises(Stopped):
-        list(retrieval.retrieval(perfect(4), recorded, bench(), stop))
+        list(retrieval.retrieval(perfect(4), recorded, context(), stop))
     assert made[0].closed
 
 

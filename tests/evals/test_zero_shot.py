@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import Oracle, bench, oracle_set
+from oracle import Oracle, context, oracle_set
 from torch.nn import functional
 
 from clipcluster.errors import UserError
@@ -21,14 +21,14 @@ def measure(
         classnames=[str(number) for number in range(names)],
         templates=templates,
     )
-    return dict(zero_shot(model, images, bench(3), lambda: None))
+    return dict(zero_shot(model, images, context(3), lambda: None))
 
 
 def test_class_vectors_are_normalised_means_of_normalised_templates() -> None:
     torch.manual_seed(0)
     texts = functional.normalize(torch.randn(20, 6), dim=1)
     images = oracle_set([[]], [0], classnames=["0", "1", "2"], templates=TEMPLATES)
-    found = class_vectors(Oracle(torch.eye(6), texts), images, bench(2), lambda: None)
+    found = class_vectors(Oracle(torch.eye(6), texts), images, context(2), lambda: None)
     torch.testing.assert_close(found, functional.normalize((texts[:3] + texts[10:13]) / 2, dim=1))
 
 
@@ -72,4 +72,4 @@ def test_a_collapsed_model_scores_as_chance_does() -> None:
 def test_what_is_missing_is_said(classes: list[int], beside: dict[str, list[str]], message: str) -> None:
     images = oracle_set([[] for _ in classes], classes, **beside)
     with pytest.raises(UserError, match=message):
-        list(zero_shot(Oracle(torch.eye(20), torch.eye(20)), images, bench(), lambda: None))
+        list(zero_shot(Oracle(torch.eye(20), torch.eye(20)), images, context(), lambda: None))
