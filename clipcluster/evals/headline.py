@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ HEADLINE = ("zero_shot_top1", "i2t_r1", "t2i_r1")
 
 @dataclass(frozen=True)
 class Result:
-    """One figure. `name` is SET/METRIC as in the files; `value` is None where it was not finite."""
+    """One figure. `name` is SET/METRIC as in the files; `value` is None or NaN where it was not finite."""
 
     name: str
     value: float | None
@@ -63,7 +64,7 @@ class Result:
     @property
     def text(self) -> str:
         """A fraction as a percentage, a count whole, a rank with one decimal."""
-        if self.value is None:
+        if self.value is None or not math.isfinite(self.value):
             return "not finite"
         if "rank" in self.metric:
             return f"{self.value:.1f}"

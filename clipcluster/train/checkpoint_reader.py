@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def load_parts(
             "Resume with the recipe and the code that wrote the checkpoint, or start another run.",
         )
     own = sorted(name for name, part in parts.items() if is_per_rank(part))
-    per_rank, written_by = state.get("per_rank") or [], state.get("ranks") or 1
+    per_rank, written_by = state.get("per_rank", []), state.get("ranks", 1)
     if own != per_rank or (own and written_by != ranks):
         raise CheckpointError(
             f"{folder} was written by {written_by} ranks, with parts of each rank's own: "
@@ -83,50 +83,35 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises OSError, ValueError where it is not the state of a run, and CheckpointError for a newer format.
     """
     state = read_json(folder / STATE)
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise ValueError(f"{STATE} names no format")
+    try:
+        _check_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{STATE} is not the state of a run: {type(error).__name__}: {error}") from error
     if state["format"] not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
         raise CheckpointError(
-            f"{folder} has format {state['format']}; this version reads {' and '.join(map(str, FORMATS))}.",
+            f"{folder} has format {state['format']}; this version reads {known}.",
             "Resume with the version that wrote it.",
         )
-    for key, valid in _STATE.items():
-        if not valid(state.get(key)):
-            raise ValueError(f"{STATE}: {key} cannot be {state.get(key)!r}")
-    return state
+    return dict(state)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= -1
-
-
-def _are_ranges(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(map(_is_count, pair)) for pair in value
-    )
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _are_sources(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list)
-        and all(isinstance(source, dict) and {"name", "fingerprint"} <= source.keys() for source in value)
-    )
-
-
-_STATE: Mapping[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("step", "samples", "batches_drawn", "evaluated_step"), _is_count),
-    "skipped": _are_ranges,
-    "parts": _are_names,
-    "per_rank": lambda value: value is None or _are_names(value),
-    "ranks": lambda value: value is None or _is_count(value),
-    "index": _are_sources,
-    "starting_weights": lambda value: value is None or isinstance(value, dict),
-}
-"""What the values in state.json must be; None where a key may be absent."""
+def _check_state(state: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError, ValueError or AttributeError where a value cannot be what it must be."""
+    if not isinstance(state["format"], int):
+        raise TypeError("the format is not a whole number")
+    if state["format"] not in FORMATS:
+        return  # another version knows
+    lists = [state["skipped"], state["parts"], state.get("per_rank", []), state.get("index", [])]
+    names = [*state["parts"], *state.get("per_rank", []), *state.get("starting_weights", {}).keys()]
+    names += [source[key] for source in state.get("index", []) for key in ("name", "fingerprint")]
+    counts = [state[key] for key in ("step", "samples", "batches_drawn", "evaluated_step")]
+    counts += [state.get("ranks", 1), *(count for first, past in state["skipped"] for count in (first, past))]
+    for values, kind in ((lists, list), (names, str), (counts, int)):
+        if not all(isinstance(value, kind) for value in values):
+            raise TypeError(f"{values} are not all of type {kind.__name__}")
+    if min(counts) < -1:
+        raise ValueError(f"{counts} has a negative count")
 
 
 def _verify_file(path: Path, size: int, sha256: str) -> None:

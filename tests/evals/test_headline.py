@@ -43,6 +43,7 @@ def test_a_line_has_the_headline_alone() -> None:
     expected = "test/zero_shot_top1 not finite, val/i2t_r1 25.00 %, val/t2i_r1 20.00 % (9 results in all)"
     assert headline_text(RESULTS) == expected
     assert headline_text({"toy/size": 3.0}) == "toy/size 3"
+    assert headline_text({"toy/size": float("nan")}) == "toy/size not finite"
     assert headline_text({}) == ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -150,6 +151,20 @@ def test_an_owed_evaluation_keeps_the_loss_that_an_earlier_attempt_logged(toy: M
     assert after["toy/step"] == 6.0
 
 
+def test_a_result_that_is_not_finite_is_null_and_named(toy: ModuleType, run: Any) -> None:
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(evaluate_every=6))
+    suite = trainer.evaluations._suite
+    measure = suite.run
+    suite.run = lambda *given, **named: {**measure(*given, **named), "toy/size": math.nan}
+    assert trainer.run() is Outcome.FINISHED
+    assert read_json(run.evals / "step-00000006.json")["metrics"]["toy/size"] is None
+    assert read_json(run.evals / "step-00000006.json")["non_finite"] == ["metrics.toy/size"]
+    line = merged_metrics(run)[5]
+    assert line["toy/size"] is None
+    assert line["non_finite"] == ["toy/size"]
+    assert line["loss"] > 0
+
+
 def test_averaged_weights_are_evaluated(toy: ModuleType, run: Any) -> None:
     trainer = toy.go(run, evaluate_every=12)
     results = read_json(run.evals / "step-00000012.json")
@@ -201,8 +216,10 @@ def test_a_non_finite_step_is_skipped(toy: ModuleType, run: Any) -> None:
     trainer = toy.go(run, poison=[5], save_every=1, keep_last=12)
     assert trainer.outcome is Outcome.FINISHED
     assert_same_weights(run.checkpoints / "step-00000005", run.checkpoints / "step-00000006")
-    last = merged_metrics(run)[-1]
-    assert last["skipped_steps"] == 1
+    lines = merged_metrics(run)
+    assert lines[-1]["skipped_steps"] == 1
+    assert [line["step"] for line in lines if line["loss"] is None] == [6]  # null: infinities are not JSON
+    assert "loss" in lines[5]["non_finite"]
     assert all(
         torch.isfinite(value).all()
         for value in load_file(run.checkpoints / "step-00000012" / "model.safetensors").values()
