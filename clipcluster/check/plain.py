@@ -90,7 +90,7 @@ def _place(loaded: Loaded, key: str) -> str:
 
 
 def _check_files(loaded: Loaded, findings: Findings) -> None:
-    """Weights, tokenizers and configurations that were given as paths are there."""
+    """Weights, tokenizers and configurations given as paths exist."""
     for key, path in loaded.paths.items():
         if not key.startswith(("model.", "data.text.")) or os.path.exists(path):
             continue
@@ -122,7 +122,7 @@ def _check_names(loaded: Loaded, runs: Path | None, findings: Findings) -> list[
 
 
 def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
-    """Samples (with captions: all, pairs) of all sources, repeats counted; None if none can be drawn."""
+    """Samples (with captions: all, pairs) of all sources, repeats included; None if none can be drawn."""
     opened: list[Dataset] = []
     for place, source in enumerate(loaded.recipe.data.train):
         shards = findings.attempt(_place(loaded, f"data.train.{place}.shards"), open_indexed, source, True)
@@ -135,7 +135,7 @@ def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
 
 
 def _check_cache(recipe: Recipe, opened: Sequence[Dataset], findings: Findings) -> None:
-    """The cache holds any remote shard, and better all that are read at a time."""
+    """The cache holds the largest remote shard; a warning where not all that are read at a time."""
     size, order = recipe.data.cache.size.megabytes << 20, recipe.data.order
     needed = 0
     for shards in opened:
@@ -152,7 +152,7 @@ def _check_cache(recipe: Recipe, opened: Sequence[Dataset], findings: Findings) 
 
 
 def _draws(recipe: Recipe, opened: Sequence[Dataset]) -> int:
-    """Samples of all sources, repeats counted, from the order itself: what it refuses is found here."""
+    """Samples of all sources, repeats included, as the sampler counts them; what it refuses is found here."""
     from clipcluster.data.sampling.sampler import sampler_of
 
     return sampler_of(recipe, opened).samples
@@ -224,7 +224,7 @@ def _check_plans(recipe: Recipe, samples: int, findings: Findings) -> Plan | Non
 
 
 def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
-    """What will happen, a line a subject."""
+    """What the run will do, one line per subject."""
     what = "pairs" if recipe.data.text.captions == "all" else "samples"
     sources = len(recipe.data.train)
     repeated = any(source.repeat != 1 or source.repeat_classes for source in recipe.data.train)
@@ -233,8 +233,8 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
     measures = f"every {plan.evaluate_every:,} steps and at the end" if plan.evaluate_every else "at the end"
     sets = len(recipe.evaluate.retrieval) + len(recipe.evaluate.zero_shot)
     return [
-        f"data: {samples:,} {what} in {counted(sources, 'source')}" + ", repeats counted" * repeated,
-        f"steps: {plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all ({recipe.train.duration}, "
+        f"data: {samples:,} {what} in {counted(sources, 'source')}" + ", repeats included" * repeated,
+        f"steps: {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in total ({recipe.train.duration}, "
         f"{plan.total_samples:,} {what})",
         f"warm-up: {plan.warmup_steps:,} steps ({plan.warmup_steps / plan.total_steps:.1%} of the run)",
         f"batch: {plan.batch_size:,} = {counted(ranks, 'rank')} x {plan.per_rank_batch:,} "

@@ -27,14 +27,14 @@ def _pattern(loc: Loc) -> Loc:
 
 
 def _kind(loc: Loc, kind: str) -> str | None:
-    """Whether the key at `loc`, or the list it stands in, is special in the way `kind`."""
+    """What `key` noted of the key at `loc`, or of the list that contains it: its `path` or `shell`."""
     pattern = _pattern(loc)
     special = _special(kind)
     return special.get(pattern) or (special.get(pattern[:-1]) if pattern and pattern[-1] == "*" else None)
 
 
 def expand(text: str, environ: Mapping[str, str]) -> str:
-    """Replace ``${NAME}`` and ``${NAME:-default}``; ``$${NAME}`` is left as ``${NAME}``; else ValueError."""
+    """Replace ``${NAME}`` and ``${NAME:-default}``; ``$${NAME}`` becomes ``${NAME}``; else ValueError."""
 
     def replace(match: re.Match[str]) -> str:
         if match[0].startswith("$$"):
@@ -56,7 +56,7 @@ def expand(text: str, environ: Mapping[str, str]) -> str:
 
 
 def expanded(leaf: Leaf, environ: Mapping[str, str], dotted: str) -> Any:
-    """A leaf's value; an unquoted one is read after the expansion as if it had been written so."""
+    """A leaf's value; an unquoted one is parsed after the expansion."""
     try:
         text = expand(leaf.text, environ)
     except ValueError as error:
@@ -67,7 +67,7 @@ def expanded(leaf: Leaf, environ: Mapping[str, str], dotted: str) -> Any:
 def plain(
     tree: Tree, loc: Loc, environ: Mapping[str, str], problems: dict[Loc, str], *, keep_paths: bool
 ) -> Any:
-    """The tree as plain dictionaries, lists and values; `problems` collects what could not be expanded."""
+    """The tree as dictionaries, lists and values; `problems` collects what cannot be expanded."""
     if isinstance(tree, Branch):
         return {
             name: plain(entry, (*loc, name), environ, problems, keep_paths=keep_paths)
@@ -103,7 +103,7 @@ def resolve_paths(value: Any, loc: Loc, paths: dict[str, str]) -> None:
         if not kind or not isinstance(entry, str):
             continue
         if kind == "path" and _is_address(entry):
-            paths[dotted(here)] = entry  # as it is, its variables read
+            paths[dotted(here)] = entry  # with its variables expanded
         elif _is_path(entry, kind):
             value[name] = paths[dotted(here)] = os.path.abspath(os.path.expanduser(entry))
 

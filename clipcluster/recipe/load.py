@@ -46,10 +46,10 @@ class Loaded:
 
     Attributes:
         recipe: ready for use; its paths are absolute.
-        written: the same with the paths as they were written; what a run is named and remembered by.
+        written: the same with the paths as they were written; it names the run.
         paths: dotted path of a key -> its absolute path here, or its address (hub names are absent).
         file: the file it was read from.
-        site: name of the site profile below it, or None.
+        site: name of its site profile, or None.
         tree: every entry with the place that wrote it.
     """
 
@@ -101,7 +101,7 @@ def load(
 
 
 def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Recipe:
-    """A loaded recipe with ``key=value`` over it, checked and its paths made absolute as by `load`.
+    """A loaded recipe with overrides ``key=value``, validated, its paths made absolute as by `load`.
 
     Raises:
         UserError: as `load`.
@@ -113,7 +113,7 @@ def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str
 
 
 def _assign_all(tree: Branch, overrides: Sequence[str], below: Sequence[str] = ()) -> None:
-    """Put ``key=value`` over a tree, or over its section `below`."""
+    """Apply ``key=value`` to a tree, or to its section `below`."""
     for text in overrides:
         keys, value = parse_override(text)
         if keys == ["extends"]:
@@ -140,7 +140,7 @@ class _ClusterOnly(Section):
 def load_cluster(
     overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None, *, site: str | None = None
 ) -> Cluster:
-    """The cluster section alone, for jobs without a recipe: a site profile and ``key=value`` over it.
+    """The cluster section alone, for jobs without a recipe: a site profile and overrides ``key=value``.
 
     Raises:
         UserError: as `load`.
@@ -178,7 +178,7 @@ def _yaml_names(folder: Path) -> list[str]:
 
 
 def _with_parents(file: Path, environ: Mapping[str, str], children: tuple[Path, ...]) -> Branch:
-    """The file's tree over that of the file it extends, and so on."""
+    """The file's tree merged over that of the file it extends, recursively."""
     if file.resolve() in children:
         chain = " -> ".join(shown(step) for step in (*children, file.resolve()))
         raise UserError(f"{shown(file)}: extends forms a circle: {chain}")

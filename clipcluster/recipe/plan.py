@@ -1,4 +1,4 @@
-"""The arithmetic of a run: ranks, their part of the batch, steps an epoch, steps in all, warm-up. No torch.
+"""The arithmetic of a run: ranks, their part of the batch, steps per epoch and in total, warm-up. No torch.
 
 The result does not depend on the cluster: the batch is global, and the plan says how the ranks divide it, or
 why they cannot, with values that work.
@@ -17,7 +17,7 @@ LONG_WARMUP = 0.2  # of the run; above it the check warns
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to with so many ranks and samples. Counts are whole; periods are in steps."""
+    """The numbers of a run for given ranks and samples. Periods are in steps."""
 
     world_size: int
     nodes: int
@@ -42,7 +42,7 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
 
     Args:
         recipe: the validated recipe.
-        source_samples: samples (with captions: all, pairs) of all sources, repeats counted.
+        source_samples: samples (with captions: all, pairs) of all sources, repeats included.
         world_size: ranks in all.
 
     Raises:

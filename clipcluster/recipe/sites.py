@@ -1,8 +1,8 @@
-"""Site profiles: what a cluster wants said in every recipe (partition, account, setup lines, …). No torch.
+"""Site profiles: what a cluster needs in every recipe (partition, account, setup lines, …). No torch.
 
 A profile is a YAML file with a `cluster` section, `NAME.yaml` in the user's folder
 (``$XDG_CONFIG_HOME/clipcluster/sites``, usually ``~/.config/clipcluster/sites``) or among the shipped recipes
-(``recipes/sites``). It lies under the recipe: the recipe and the command line may say otherwise.
+(``recipes/sites``). The recipe and the command line override it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.tree import Branch, nearest, parse_file
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes" / "sites"
-_EXAMPLE = "example"  # shows the keys; never taken unasked
+_EXAMPLE = "example"  # shows the keys; used only by name
 
 
 @dataclass(frozen=True)
 class Site:
-    """A profile: its name, its file, and its keys with the places that wrote them."""
+    """A profile: its name, its file, and its keys with the lines that wrote them."""
 
     name: str
     file: Path
@@ -38,7 +38,7 @@ def user_folder(environ: Mapping[str, str] | None = None) -> Path:
 
 
 def known_sites(environ: Mapping[str, str] | None = None) -> dict[str, Path]:
-    """Every profile by name; the user's own hide shipped ones of the same name."""
+    """Every profile by name; the user's own replace shipped ones of the same name."""
     found: dict[str, Path] = {}
     for folder in (SHIPPED, user_folder(environ)):
         if folder.is_dir():
@@ -47,10 +47,10 @@ def known_sites(environ: Mapping[str, str] | None = None) -> dict[str, Path]:
 
 
 def find_site(name: str | None, environ: Mapping[str, str] | None = None) -> Site | None:
-    """The profile called `name`; without a name the only one there is (the example aside), else None.
+    """The profile called `name`; without a name the only one there is (not counting the example), else None.
 
     Raises:
-        UserError: no such profile, or a profile that sets something else than the cluster section.
+        UserError: no such profile, or one with another section than cluster.
     """
     known = known_sites(environ)
     if name is None:
@@ -61,9 +61,9 @@ def find_site(name: str | None, environ: Mapping[str, str] | None = None) -> Sit
     if name not in known:
         near = nearest(name, known)
         hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
-        raise UserError(f"no site profile is called {name}; {hint} (profiles live in {user_folder(environ)})")
+        raise UserError(f"no site profile is called {name}; {hint} (your profiles: {user_folder(environ)})")
     tree = parse_file(known[name])
     for entry in tree.entries:
         if entry != "cluster":
-            raise UserError(tree.marks[entry].problem(entry, "a site profile holds the section cluster only"))
+            raise UserError(tree.marks[entry].problem(entry, "a site profile has only the section cluster"))
     return Site(name, known[name], tree)

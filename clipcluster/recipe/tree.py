@@ -1,7 +1,7 @@
 """YAML as a tree in which every entry knows the file and line, or the override, that wrote it.
 
 Scalars follow YAML 1.2's core rules, not PyYAML's: ``7e-4`` is a number, ``1:30`` and ``no`` are strings, and
-``1_000`` is a number too. A key written twice is refused. No torch.
+``1_000`` is a number too. A duplicate key is refused. No torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Origin:
     override: str | None = None  # "optim.lr=3"
 
     def problem(self, dotted: str, message: str) -> str:
-        """One line for a person: the place, the key, what is wrong with it."""
+        """A message of one line: the place, the key, what is wrong with it."""
         if self.override is not None:
             return f"{self.place}: {self.override}: {message}"
         return f"{self.place}: {dotted}: {message}" if dotted else f"{self.place}: {message}"
@@ -55,7 +55,7 @@ class Origin:
 
 @dataclass
 class Leaf:
-    """A scalar: its text as written, and whether it stood without quotes."""
+    """A scalar: its text as written, and whether it was written without quotes."""
 
     text: str
     bare: bool
@@ -64,7 +64,7 @@ class Leaf:
 
 @dataclass
 class Value:
-    """A scalar that was read before: nothing in it is expanded again."""
+    """A scalar with its final value: nothing in it is expanded."""
 
     value: Plain
     origin: Origin
@@ -72,7 +72,7 @@ class Value:
 
 @dataclass
 class Branch:
-    """A mapping; `marks` holds where each of its keys was written."""
+    """A mapping; `marks` tells where each of its keys was written."""
 
     entries: dict[str, Tree]
     marks: dict[str, Origin]
@@ -91,7 +91,7 @@ Tree = Leaf | Value | Branch | Row
 
 
 def tree_of(value: Any, origin: Origin) -> Tree:
-    """What was read before (mappings, lists, scalars) as a tree, every entry written at `origin`."""
+    """Mappings, lists and final values as a tree, every entry with the same origin."""
     if isinstance(value, Mapping):
         entries = {name: tree_of(entry, origin) for name, entry in value.items()}
         return Branch(entries, dict.fromkeys(entries, origin), origin)
@@ -108,13 +108,13 @@ def is_null(tree: Tree | None) -> bool:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like `word`, if any is alike."""
+    """The known word most similar to `word`; None where none is similar."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def shown(path: Path) -> str:
-    """A path as a person would type it: relative when it lies below the working directory."""
+    """A path for messages: relative where it lies below the working directory."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
@@ -250,7 +250,7 @@ def find(tree: Tree, path: Iterable[str | int]) -> Tree | None:
 
 
 def origin_of(tree: Branch, path: Loc) -> Origin:
-    """Where the key at `path` was written; for one that nobody wrote, where the section around it begins."""
+    """Where the key at `path` was written; for an absent key, where the section around it begins."""
     here: Tree = tree
     origin = tree.origin
     for part in path:

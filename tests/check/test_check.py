@@ -110,7 +110,7 @@ def test_a_right_recipe(checked: Callable[..., Checked]) -> None:
     assert found.recipe is found.loaded.recipe  # type: ignore[union-attr]
     assert found.summary == [
         "data: 9 samples in 1 source",  # two of the eleven have no caption and are never drawn
-        "steps: 2 an epoch, 20 in all (10 epochs, 80 samples)",
+        "steps: 2 per epoch, 20 in total (10 epochs, 80 samples)",
         "warm-up: 0 steps (0.0% of the run)",
         "batch: 4 = 2 ranks x 2 on 1 node",
         "checkpoints: every 15 min; evaluations: at the end",
@@ -120,7 +120,7 @@ def test_a_right_recipe(checked: Callable[..., Checked]) -> None:
 def test_captions_all_counts_pairs(checked: Callable[..., Checked]) -> None:
     found = checked("data.text.captions=all", "checkpoint.every=1 epoch", "evaluate.every=2 epochs")
     assert found.summary[0] == "data: 18 pairs in 1 source"
-    assert found.summary[1] == "steps: 4 an epoch, 40 in all (10 epochs, 160 pairs)"
+    assert found.summary[1] == "steps: 4 per epoch, 40 in total (10 epochs, 160 pairs)"
     assert found.summary[4] == "checkpoints: every 4 steps; evaluations: every 8 steps and at the end"
 
 
@@ -137,7 +137,7 @@ def test_captions_all_counts_pairs(checked: Callable[..., Checked]) -> None:
 def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[str], samples: str) -> None:
     found = checked(*overrides)
     assert found.errors == []
-    assert found.summary[0] == f"data: {samples} in 1 source, repeats counted"
+    assert found.summary[0] == f"data: {samples} in 1 source, repeats included"
     assert found.plan is not None
     assert found.plan.steps_per_epoch == int(samples.split()[0]) // 4
 
