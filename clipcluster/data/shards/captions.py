@@ -36,7 +36,7 @@ def choice_for(folder: Path, asked: str | None) -> str:
 
 
 def members_of(choice: str) -> tuple[tuple[int, str], ...]:
-    """Kind and extension of the members to look into, in order; the first that gives captions counts."""
+    """Kind and extension of the members to look into, in order; the first with captions is used."""
     if choice == TXT_ALONE:
         return ((TXT, "txt"),)
     field = field_of(choice)
@@ -49,7 +49,7 @@ def texts(kind: int, data: bytes, choice: str) -> list[str]:
 
 
 def from_json(data: bytes, choice: str) -> list[str]:
-    """The captions that a JSON member gives; an unreadable one, or one without them, gives none."""
+    """The captions in a JSON member; none if it is unreadable or has none."""
     return from_record(record_of(data), choice)
 
 
@@ -74,7 +74,7 @@ def from_record(record: Any, choice: str) -> list[str]:
 
 
 def from_txt(data: bytes, choice: str) -> list[str]:
-    """The captions that a txt member gives; bytes that are not UTF-8 give none."""
+    """The captions in a txt member; none if its bytes are not UTF-8."""
     if field_of(choice) is not None:
         return []
     try:

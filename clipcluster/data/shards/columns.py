@@ -30,7 +30,7 @@ class BrokenColumns(Exception):
 
 
 class Stream(NamedTuple):
-    """A column that is written piece by piece, because it need not fit in memory."""
+    """A column that is written in chunks, because it may not fit in memory."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -88,7 +88,7 @@ def read_columns(path: Path, expected: Callable[[dict[str, Any]], Expected] | No
         start = file.read(16)
         length = int.from_bytes(start[8:], "little")
         if start[:8] != MAGIC or 16 + length > size:
-            raise BrokenColumns(f"{path} is no index of clipcluster")
+            raise BrokenColumns(f"{path} is not a clipcluster index")
         try:
             header = json.loads(file.read(length))
             meta, layout = header["meta"], header["columns"]

@@ -1,4 +1,4 @@
-"""Columns of several folders laid end to end without a copy."""
+"""Columns of several folders concatenated without a copy."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Concatenated:
-    """Columns laid end to end without copying them; a piece of several columns is their sum.
+    """Columns concatenated without copying them; a piece of several columns is their sum.
 
     Indexed as an array of one dimension is: by a number, a slice, an array of numbers or of booleans.
     """

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Sample(NamedTuple):
-    """One sample as it lies in its shard: `image` are the original bytes, `cls` is -1 if it has no class."""
+    """One sample of a shard: `image` holds the original bytes, `cls` is -1 if it has no class."""
 
     key: str
     shard: str
@@ -57,7 +57,7 @@ class _Open(NamedTuple):
     size: int
 
     def image(self, row: int) -> tuple[int, int]:
-        """Offset and size of an image, in bytes. BrokenColumns if they lie outside of the shard."""
+        """Offset and size of an image, in bytes. BrokenColumns if they are outside the shard."""
         return self._within(row, "image_offset", "image_size")
 
     def text(self, row: int, choice: str) -> tuple[int, int]:
@@ -66,7 +66,7 @@ class _Open(NamedTuple):
         return self._within(row, offset, size)
 
     def begin(self, row: int) -> int:
-        """Where the first header of a sample lies. BrokenColumns as `image`."""
+        """Offset of the first header of a sample, in bytes. BrokenColumns as `image`."""
         return self._within(row, "offset")[0]
 
     def _within(self, row: int, offset: str, size: str | None = None) -> tuple[int, int]:
@@ -103,14 +103,14 @@ class Dataset(Metadata):
     def __setstate__(self, state: dict[str, Any]) -> None:
         Dataset.__init__(self, state["folders"], state["probabilities"], state["cache"])
         if self.fingerprint != state["fingerprint"]:
-            raise DataError(f"the index of {self.folders[0].folder} was made anew while it was in use")
+            raise DataError(f"the index of {self.folders[0].folder} was rebuilt while it was in use")
         self._hashed = state["hashed"]
 
     def read(self, position: int, *, text: bool = True) -> Sample:
         """Reads one sample; without its captions if not `text`.
 
-        Raises DataError if the shard is gone or has changed since it was indexed, OSError if the disk still
-        fails after the retries.
+        Raises DataError if the shard is missing or has changed since it was indexed, OSError if the disk
+        still fails after the retries.
         """
         shard, row = self.locate(position)
         return self._with_retries(shard, partial(self._read, shard, row, text))
@@ -131,7 +131,7 @@ class Dataset(Metadata):
         )  # fmt: skip
 
     def _captions(self, shard: int, opened: _Open, row: int) -> list[str]:
-        """The captions of all fields, laid end to end."""
+        """The captions of all fields, one field after the other."""
         found: list[str] = []
         for choice in self._choices_of(self._number_in_folder(shard)[0]):
             kind, count = (
@@ -186,7 +186,7 @@ class Dataset(Metadata):
                 begin = opened.begin(row)
                 spans = [opened.image(row), *(opened.text(row, choice) for choice in choices)]
                 end = max(map(sum, spans), default=begin)
-                if members:  # they lie between this sample's beginning and the next one's
+                if members:  # they are between this sample's beginning and the next one's
                     last = row + 1 == len(opened.columns["offset"])
                     end = max(end, opened.size if last else opened.begin(row + 1))
                 os.posix_fadvise(opened.fd, begin, max(1, end - begin), os.POSIX_FADV_WILLNEED)
@@ -202,7 +202,7 @@ class Dataset(Metadata):
     def check_unchanged(self) -> None:
         """Compares size and mtime of every shard with the index, the hash where they differ.
 
-        Raises DataError naming the first shard that is gone or has changed. A source of more than
+        Raises DataError naming the first shard that is missing or has changed. A source of more than
         `CHECKED_SHARDS` shards is compared only shard by shard, when each is opened.
         """
         for shard in self.modified_shards():
@@ -212,7 +212,7 @@ class Dataset(Metadata):
         """The shards whose size or mtime (a remote one's stamp) is not the index's, each with what it is now.
 
         Of more than `CHECKED_SHARDS` none is looked at, nor what a command would print. Raises DataError for
-        one that is gone, OSError where a server does not answer.
+        one that is missing, OSError where a server does not answer.
         """
         if len(self) > CHECKED_SHARDS:
             return {}
@@ -226,7 +226,7 @@ class Dataset(Metadata):
         return found
 
     def mark_unchanged(self, found: Mapping[int, int]) -> None:
-        """Takes shards with these times or stamps for unchanged: somebody has compared their content."""
+        """Marks shards with these times or stamps as unchanged: another process compared their content."""
         self._hashed.update(found.items())
 
     def check(self, shard: int) -> None:
@@ -283,7 +283,7 @@ class Dataset(Metadata):
             raise self._changed(shard, str(error)) from None
 
     def _columns(self, shard: int) -> dict[str, np.ndarray]:
-        """The rows of a shard; they must be those of the content that the folder's list names."""
+        """The index of a shard, which must match the index of its folder."""
         part = self.folders[self._number_in_folder(shard)[0]]
         with self._checking_index(shard):
             if part.remote_index is not None:
@@ -292,7 +292,7 @@ class Dataset(Metadata):
             return self._matching(shard, shard_index.read_shard_index(path), path)
 
     def _fetched_columns(self, shard: int, at: RemoteFolder) -> dict[str, np.ndarray]:
-        """The rows of a remote shard; what came damaged is fetched once more."""
+        """The index of a remote shard; a damaged one is fetched once more."""
         assert self.cache is not None
         place = at / f"{self.shard_name(shard)}.idx"
         key = f"{self.sha256(shard)} {self.folders[self._number_in_folder(shard)[0]].index}"
@@ -312,7 +312,7 @@ class Dataset(Metadata):
         raise AssertionError("unreachable")
 
     def _matching(self, shard: int, rows: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
-        """The columns of a shard, if they are those that the folder's list speaks of, else DataError."""
+        """The columns of a shard's index, if they match the index of its folder, else DataError."""
         if (
             rows.meta["sha256"] != self.sha256(shard)
             or len(rows.arrays["offset"]) != self.sample_counts[shard]
@@ -323,7 +323,7 @@ class Dataset(Metadata):
 
     @property
     def remote_sizes(self) -> np.ndarray:
-        """Bytes of the shards taken that lie elsewhere, (n,) int64."""
+        """Bytes of the remote ones among the shards taken, (n,) int64."""
         sizes = [
             table.arrays["bytes"] if rows is None else table.arrays["bytes"][rows]
             for part, table, rows in zip(self.folders, self._tables, self._taken, strict=True)
@@ -344,7 +344,7 @@ class Dataset(Metadata):
         return _local_state(os.stat(self.shard_path(shard)))
 
     def _ask_server(self, shard: int) -> State:
-        """What the server says of a remote shard."""
+        """Size and stamp of a remote shard, by its server."""
         from clipcluster.data.storage.download import state_of
 
         place = self.shard_location(shard)
@@ -400,7 +400,7 @@ class Dataset(Metadata):
     def _advice(self, shard: int) -> str:
         part = self.folders[self._number_in_folder(shard)[0]]
         return (
-            "bring the shard back as it was, or index the folder again and start a new run: "
+            "restore the shard, or index the folder again and start a new run: "
             f"clipcluster shards index {part.folder}{part.index_option}"
         )
 
@@ -413,10 +413,10 @@ class Dataset(Metadata):
                 raise  # tried often enough
             except OSError as error:
                 gone = isinstance(error, FileNotFoundError)
-                if wait is None or (gone and self._is_remote(shard)):  # a server means what it says
+                if wait is None or (gone and self._is_remote(shard)):  # a server's answer is final
                     if gone:
                         raise DataError(
-                            f"shard {self.shard_location(shard)} is gone", self._advice(shard)
+                            f"shard {self.shard_location(shard)} is missing", self._advice(shard)
                         ) from None
                     raise OSError(error.errno, f"{error.strerror or error} (tried {len(RETRIES) + 1} times)",
                                   str(self.shard_location(shard))) from error  # fmt: skip
@@ -425,7 +425,7 @@ class Dataset(Metadata):
         raise AssertionError("unreachable")
 
     def _forget(self, shard: int) -> None:
-        """Closes a shard's handle, so that the next try opens it anew."""
+        """Closes a shard's handle, so that the next try opens it again."""
         if shard in self._open:
             os.close(self._open.pop(shard).fd)
 

@@ -47,7 +47,7 @@ def folders_of_shards(folder: Path) -> list[Path]:
         return splits
     if len(below) == 1:
         return folders_of_shards(below[0])
-    find_shards(folder)  # says what there is instead
+    find_shards(folder)  # raises with what is there instead
     raise AssertionError("unreachable")
 
 

@@ -48,9 +48,9 @@ _SCAN = 1 << 20  # bytes of names that are looked at at once
 
 
 def write_folder_index(target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]) -> None:
-    """Writes index.json, then index.bin, each aside and renamed, from the entries and the rows on disk.
+    """Writes index.json, then index.bin, from the entries and the shard indexes on disk; both are renamed.
 
-    UserError where the rows of a shard are not those of its entry.
+    UserError where the index of a shard is not that of its entry.
     """
     choices = (choices,) if isinstance(choices, str) else tuple(choices)
     totals = {
@@ -78,7 +78,7 @@ def write_folder_index(target: Path, choices: str | Sequence[str], entries: Sequ
 def _of_samples(
     target: Path, choices: tuple[str, ...], entries: Sequence[ShardEntry]
 ) -> dict[str, np.ndarray | Stream]:
-    """The columns that are gathered from the shards' rows: streamed, as all samples need not fit memory."""
+    """The columns gathered from the shard indexes: streamed, as all samples may not fit in memory."""
     more: dict[str, list[np.ndarray]] = {choice: [] for choice in choices}
     classes = False
     for entry in entries:
@@ -114,7 +114,7 @@ def _rows_of(target: Path, entry: ShardEntry) -> dict[str, np.ndarray]:
             f"the index of {entry.name} cannot be read: {error}; index the folder again"
         ) from None
     if meta["sha256"] != entry.sha256:
-        raise UserError(f"{path} is of other bytes than its shard: somebody else indexes this folder too")
+        raise UserError(f"{path} does not match its shard: another process is indexing this folder")
     return arrays
 
 
@@ -155,11 +155,11 @@ def read_folder_index(
         where = f" in {target}" if index_option else ""
         raise UserError(f"{folder}: these shards have no index{where}; make it with: {command}") from None
     except BrokenColumns as error:
-        raise UserError(f"{error}; make it again with: {command}") from None
+        raise UserError(f"{error}; rebuild it with: {command}") from None
     if table.meta.get("format") != FORMAT:
         raise UserError(
             f"{target / COLUMNS_FILE} has another format ({table.meta.get('format')}); "
-            f"make it again with: {command}"
+            f"rebuild it with: {command}"
         )
     asked = (captions_choice,) if isinstance(captions_choice, str) else tuple(captions_choice or ())
     have = list(table.meta["captions"])

@@ -107,7 +107,7 @@ def _run(
 
 
 def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool:
-    """Whether the rows on disk are those of the entry, for every choice."""
+    """Whether the shard index on disk is that of the entry, and has every choice."""
     if set(entry.captions) != set(choices):
         return False
     try:
@@ -121,7 +121,7 @@ def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool
 def index_shard(
     path: Path, index: Path, choices: str | Sequence[str], digest: str | None = None
 ) -> ShardEntry:
-    """Scans and hashes one tar and writes its rows; returns its entry.
+    """Scans and hashes one tar and writes its index; returns its entry.
 
     With `digest`, its known sha256, it is not hashed. UserError: it changed meanwhile, or is compressed.
     """

@@ -1,6 +1,6 @@
-"""What the index says of a source: its shards and samples by number, their captions and classes. No torch.
+"""The metadata of a source, from its index: shards and samples by number, captions, classes. No torch.
 
-No shard is opened here: everything comes from the mapped lists of the folders.
+No shard is opened here: everything comes from the mapped indexes of the folders.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clipcluster.data.shards.concatenated import Concatenated
 from clipcluster.data.storage.urls import RemoteFile, RemoteFolder
 
 _SCAN = 1 << 20  # samples looked at together
-_PIECES = 64  # columns laid together without a copy
+_PIECES = 64  # columns concatenated without a copy
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Metadata:
         return None if found is None else texts.templates(*found)
 
     def _beside(self, name: str) -> tuple[bytes, object] | None:
-        """A text beside the shards, or in the folder above, and where it lies; None if it is not there."""
+        """A text beside the shards, or in the folder above, and its path; None if there is none."""
         folder, index = self.folders[0].folder, self.folders[0].index
         places = [index] if isinstance(folder, RemoteFolder) else [folder, folder.parent]
         for path in (place / name for place in places):
@@ -266,13 +266,13 @@ class Metadata:
         return name.decode("utf-8", "surrogateescape")
 
     def shard_path(self, shard: int) -> Path:
-        """Where a shard of a local folder lies."""
+        """The path of a shard of a local folder."""
         place = self.shard_location(shard)
-        assert isinstance(place, Path), f"{place} lies on no disk of this machine"
+        assert isinstance(place, Path), f"{place} is not on this machine"
         return place
 
     def shard_location(self, shard: int) -> Path | RemoteFile:
-        """Where a shard lies, for messages; a remote one shows its address."""
+        """The path of a shard, or the address of a remote one, redacted where it is shown."""
         return self.folders[self._number_in_folder(shard)[0]].folder / self.shard_name(shard)
 
     def sha256(self, shard: int) -> str:

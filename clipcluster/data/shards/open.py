@@ -32,7 +32,7 @@ Asked = Mapping[str | None, float | None]  # choices of captions (None: the fold
 
 
 class SourceSection(Protocol):
-    """What a recipe says of one source; paths are absolute."""
+    """A source section of a recipe; paths are absolute."""
 
     @property
     def shards(self) -> Any: ...
@@ -109,7 +109,7 @@ def _choices(folder: Path, asked: Asked | None) -> tuple[str, ...] | None:
 def _folders_of(
     entry: str, index: str | None, asked: Asked | None, cache: Cache | None
 ) -> Iterator[IndexedFolder]:
-    """The folders that one written entry names, with the shards it takes of each."""
+    """The folders that one entry of a recipe names, with the shards taken of each."""
     if is_remote(entry):
         assert cache is not None
         yield from _remote_folders(entry, index, asked, cache)

@@ -1,4 +1,4 @@
-"""The rows of one shard: where each sample's image and captions lie, in `SHARD.tar.idx`.
+"""The index of one shard, `SHARD.tar.idx`: where each sample's image and captions are.
 
 Columns of every sample, each (samples,): `offset` (of its first header), `image_offset`, `image_size` (int64,
 bytes), `class` (int32, -1: none). For each choice of captions, named `NAME/CHOICE`: `text_offset`,
@@ -79,7 +79,7 @@ def sample_members(fd: int, start: int) -> Iterator[tuple[str, Member]]:
 
 
 class ShardIndexBuilder:
-    """Collects the rows of one shard while its members go by in tar order.
+    """Builds the index of one shard from its members, given in tar order.
 
     A sample is a run of members with one key; an extension that comes again begins the next. The first sample
     of a key is used. `without_image` counts the runs without an image, `duplicates` those of a key that was
@@ -99,7 +99,7 @@ class ShardIndexBuilder:
         self._reads: dict[str, Callable[[], bytes]] = {}
 
     def add(self, member: Member, read: Callable[[], bytes] | None = None) -> None:
-        """Takes the next member; `read` (else that of all) gives its bytes, and is asked for small ones."""
+        """Adds the next member; `read` (else that of all) returns its bytes, and is called for small ones."""
         extension = self._begin(member.name)
         if extension is not None:
             self._members[extension] = member
@@ -107,7 +107,7 @@ class ShardIndexBuilder:
                 self._reads[extension] = read
 
     def add_other(self, name: str) -> None:
-        """Takes the name of a member whose bytes are not to be had (a link): its sample goes without it."""
+        """Adds the name of a member without bytes of its own (a link): its sample does without it."""
         extension = self._begin(name)
         if extension is not None:
             self._members[extension] = None
@@ -203,7 +203,7 @@ def narrow(counts: np.ndarray) -> np.ndarray:
 
 
 def shard_index_path(folder: Path, shard: str) -> Path:
-    """The file of one shard's rows."""
+    """The file of one shard's index."""
     return folder / f"{shard}.idx"
 
 
@@ -242,7 +242,7 @@ def _expected(meta: dict[str, Any]) -> Expected:
 def scan_shard(
     path: Path, choices: str | Sequence[str]
 ) -> tuple[ShardIndexBuilder, dict[str, np.ndarray], str | None]:
-    """Rows and columns of a tar, and why it is broken (None if it is whole). UserError: it is compressed."""
+    """The index of a tar, its columns, and why the tar is broken, or None. UserError: it is compressed."""
     broken = None
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -267,7 +267,7 @@ def scan_shard(
 def write_shard_index(
     path: Path, shard: str, digest: str, choices: Sequence[str], columns: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes the rows of the shard called `shard`, whose sha256 is `digest`, to the file `path`.
+    """Writes the index of the shard called `shard`, whose sha256 is `digest`, to the file `path`.
 
     ValueError where a column is missing, unknown or of another length.
     """

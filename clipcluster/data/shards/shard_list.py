@@ -20,7 +20,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One line of the folder's list. `broken` says from where on the tar could not be read, or is None.
+    """One shard in the list. `broken` is where and why the tar could not be read further, or None.
 
     `captions` and `without_caption` (samples) are by choice; `duplicates` are samples whose key came before.
     """
@@ -129,7 +129,7 @@ def entry_of(document: Any) -> ShardEntry:
 
 
 def plain(entry: ShardEntry) -> dict[str, Any]:
-    """An entry without the fields that say nothing."""
+    """An entry without its empty fields."""
     return {
         name: value
         for name, value in vars(entry).items()

@@ -28,7 +28,7 @@ _COMPRESSED = {
 
 
 class BrokenTar(Exception):
-    """The bytes are no whole tar from here on: the message says where and why."""
+    """The bytes are no valid tar from a byte on: the message says which and why."""
 
 
 class Member(NamedTuple):
@@ -46,7 +46,7 @@ def padded(size: int) -> int:
 
 
 def compression(fd: int) -> str | None:
-    """What a file is packed with by its first bytes, whatever its name; None: nothing known."""
+    """The compression of a file by its first bytes, whatever its name; None: none that is known."""
     start = os.pread(fd, 6, 0)
     return next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
 
@@ -123,11 +123,11 @@ def _tell(others: Callable[[str], object] | None, name: str) -> None:
 
 
 def _require_no_more(fd: int, position: int, end: int) -> None:
-    """After the end come zeros alone: what a second tar laid behind the first holds would be lost."""
+    """Only zeros may follow the end: the samples of a second tar behind the first would be lost."""
     # a tar may end in as many zeros as its writer puts into one record
     for begin in range(position, end, _RECORD):
         if os.pread(fd, min(end - begin, _RECORD), begin).strip(b"\0"):
-            raise BrokenTar(f"bytes follow the end of the tar at byte {position}: two tars laid end to end?")
+            raise BrokenTar(f"bytes follow the end of the tar at byte {position}: two tars concatenated?")
 
 
 def _checked(block: bytes, position: int) -> int:

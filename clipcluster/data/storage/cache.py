@@ -39,7 +39,7 @@ _numbers = itertools.count()
 
 
 class CacheSection(Protocol):
-    """What a recipe says of the cache."""
+    """The cache section of a recipe."""
 
     @property
     def folder(self) -> str | None: ...
@@ -78,8 +78,8 @@ class Cache:
         path = os.path.expanduser(os.path.expandvars(self.folder))
         if "$" in path or not os.path.isabs(path):
             raise UserError(
-                f"data.cache.folder {self.folder!r} is {path!r} here; it should be an absolute path, and "
-                "every environment variable in it set on the node"
+                f"data.cache.folder {self.folder!r} is {path!r} here; give an absolute path, and set "
+                "every environment variable in it on the node"
             )
         try:
             for folder in (path, f"{path}/{_LOCKS}", f"{path}/{_LISTS}"):
@@ -101,17 +101,17 @@ class Cache:
         return self._open(name, size, partial(download, address, size=size, sha256=sha256), again=again)
 
     def shard_index(self, address: str, key: str) -> int:
-        """An open handle on a small file of a shard; `key` says what its content belongs to."""
+        """An open handle on a shard's index; `key` identifies the content that it belongs to."""
         name = hashlib.sha256(f"{address} {key}".encode()).hexdigest()
         return self._open(f"{name}.idx", None, partial(download, address))
 
     def drop_shard_index(self, address: str, key: str) -> None:
-        """Forgets such a file, which was found to be damaged."""
+        """Removes such a file, which was found to be damaged."""
         name = hashlib.sha256(f"{address} {key}".encode()).hexdigest()
         (self.root / f"{name}.idx").unlink(missing_ok=True)
 
     def unnamed(self, address: str) -> tuple[int, Got]:
-        """A handle on a file whose hash is not known yet, and what was fetched; it stays as a shard."""
+        """A handle on a file whose hash is not known yet, and what was fetched; it is kept as a shard."""
         root = self.root
         part, fd = self._part(root, "unnamed")
         try:
@@ -153,7 +153,7 @@ class Cache:
     def _fetch_list(
         self, root: Path, folder: RemoteFolder, table: str, words: str, place: Path | None
     ) -> Path:
-        """Brings a list and the text beside it; without a `place`, to one named by its content."""
+        """Fetches a list and the text beside it; without a `place`, into one named by its content."""
         source = (folder / table).address
         part, fd = self._part(root, "list")
         try:
@@ -205,7 +205,7 @@ class Cache:
         return part, fd
 
     def _keep(self, root: Path, part: Path, path: Path) -> None:
-        """Gives a finished file its name; under the lock, since a listing meanwhile may miss both names."""
+        """Gives a finished file its name; under the lock, as a listing at that moment may miss both names."""
         with self._lock(root, "space"):
             path.parent.mkdir(exist_ok=True)
             os.replace(part, path)
@@ -244,8 +244,8 @@ class Cache:
             if not any(entry.path.suffix == ".part" for entry in others) or time.monotonic() > deadline:
                 raise OSError(
                     errno.ENOSPC,
-                    f"no room for {size:,} bytes of {redacted(what)}: {missing:,} are missing beside what "
-                    f"cannot be removed (the cache may hold {self.size:,})",
+                    f"no space for {size:,} bytes of {redacted(what)}: {missing:,} more are needed than "
+                    f"can be freed (the cache holds at most {self.size:,})",
                     str(root),
                 )
             time.sleep(0.1)  # for the other downloads: what they bring can be evicted
@@ -273,7 +273,7 @@ def _acquire(fd: int, root: Path) -> None:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         raise UserError(
-            f"{root}: this file system has no locks, which processes that share the cache need; set "
+            f"{root}: this file system supports no locks, which processes that share the cache need; set "
             "data.cache.folder to a folder on a local disk"
         ) from None
 
@@ -319,13 +319,13 @@ def _lists(root: Path) -> Iterator[_Entry]:
                 shutil.rmtree(folder.path, ignore_errors=True)
                 continue
             for path, _ in files:
-                os.utime(path)  # somebody holds it: its days begin anew
+                os.utime(path)  # it is held: its age starts again
         for path, state in files:
             yield _Entry(path, state.st_size, state.st_mtime, 0)
 
 
 def _if_free(path: Path, action: Callable[[Path], None] | None) -> bool:
-    """Whether nobody holds a lock on a file, or it is gone; if so `action` is done, under a lock of ours."""
+    """Whether nobody holds a lock on a file, or it is gone; if so, runs `action` under a lock."""
     try:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:

@@ -38,10 +38,10 @@ from clipcluster.errors import UserError
 from clipcluster.runs.files import read_at
 
 RETRIES = (0.2, 1.0, 3.0, 8.0)  # seconds to wait before another try
-QUESTIONS = (0.3, 1.5)  # the same for a question that somebody waits for
-SILENCE_S = 60.0  # a server or a command that says nothing for so long has failed
+QUESTIONS = (0.3, 1.5)  # the same for a question that a person waits for
+SILENCE_S = 60.0  # a server or a command that sends nothing for so long has failed
 ANSWER_S = 15.0  # the same for a question
-PROGRESS = 16 << 20  # bytes gained by a try after which the tries are counted anew
+PROGRESS = 16 << 20  # bytes gained by a try that reset the count of tries
 
 _CHUNK = 1 << 20
 _RANGE = 16 << 20  # bytes asked of fsspec at once
@@ -61,7 +61,7 @@ class Got(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """Bytes on their way: from which byte on, the whole file's state, its ETag for going on, the pieces."""
+    """A transfer: its first byte, the whole file's state, the ETag to resume by, and the bytes in pieces."""
 
     start: int
     state: State
@@ -75,7 +75,7 @@ def stamp_of(text: str | None) -> int:
 
 
 def state_of(address: str) -> State:
-    """What the server says of a file, without its bytes; a command says nothing.
+    """Size and stamp of a file by its server, without its bytes; a command tells neither.
 
     FileNotFoundError if it is gone, Unreachable or Refused as `download`.
     """
@@ -85,7 +85,7 @@ def state_of(address: str) -> State:
 
 
 def read_small(address: str) -> bytes | None:
-    """The bytes of a small file; None if it is not there, or kept from us (a bucket says so of both)."""
+    """The bytes of a small file; None if it does not exist or is forbidden (a bucket answers both alike)."""
 
     def read() -> bytes:
         with _opened(address, 0, None) as transfer:
@@ -135,7 +135,7 @@ class _Download:
         self._tag: str | None = None
         self._wrong: str | None = None
         self._done = 0  # bytes that are written, from the file's beginning
-        self._announced: int | None = None  # the size that the server told, now or when the transfer began
+        self._announced: int | None = None  # the size by the server, now or when the transfer began
 
     def attempt(self) -> Got:
         self.gained = 0
@@ -146,7 +146,7 @@ class _Download:
             if transfer.state.size is not None:
                 self._announced = transfer.state.size
             if self.size is not None and self._announced not in (None, self.size):
-                raise OtherContent(f"it has {self._announced:,} bytes, was {self.size:,}")
+                raise OtherContent(f"it has {self._announced:,} bytes, the index has {self.size:,}")
             whole = self._announced if self.size is None else self.size
             self._reserve(whole or 0)
             for piece in transfer.pieces:
@@ -162,8 +162,8 @@ class _Download:
     def _write(self, piece: bytes) -> None:
         end = self._done + len(piece)
         if self.size is not None and end > self.size:
-            raise OtherContent(f"it has more than the {self.size:,} bytes it had")
-        if end > self._reserved:  # a size that nobody told
+            raise OtherContent(f"it has more than the {self.size:,} bytes in the index")
+        if end > self._reserved:  # the size is not known
             self._reserve(end + max(_RANGE, end // 4))
         view = memoryview(piece)
         while view:
@@ -179,9 +179,9 @@ class _Download:
         if self.sha256 is not None and found != self.sha256:
             self.gained = self._done = 0
             if found == self._wrong:
-                raise OtherContent(f"its sha256 is {found}, was {self.sha256}")
+                raise OtherContent(f"its sha256 is {found}, the index has {self.sha256}")
             self._wrong, self._tag = found, None
-            raise OSError(f"{done:,} bytes came with another hash than indexed")
+            raise OSError(f"{done:,} bytes arrived with a hash that is not the index's")
         return Got(done, found, stamp)
 
     def _sha256_of_file(self) -> str:
@@ -298,7 +298,7 @@ def _request(address: str, method: str, headers: dict[str, str] | None = None) -
 
 
 def _refusal(error: urllib.error.HTTPError, address: str) -> OSError:
-    """What a status means: gone, kept from us, final, or worth another try."""
+    """What a status means: missing, forbidden, final, or worth another try."""
     text = f"the server answers {error.code} {error.reason}"
     if error.code in (404, 410):
         return FileNotFoundError(2, text, redacted(address))
@@ -325,7 +325,7 @@ def _of_the_web(address: str, start: int, tag: str | None) -> Iterator[Transfer]
         if answer.status == 206:
             first = (answer.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
             if first != str(start):
-                raise Refused(5, "the server sends another range than was asked for", redacted(address))
+                raise Refused(5, "the server sent a range that was not requested", redacted(address))
             begin = start
         etag = answer.headers.get("ETag", "W/")
         mark = answer.headers.get("Last-Modified") if etag.startswith("W/") else etag
@@ -389,7 +389,7 @@ def _ranges(address: str, system: Any, path: str, begin: int, size: int | None) 
 
 @contextlib.contextmanager
 def _piped(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
-    """What a command prints, as webdataset runs one; its last words are kept for when it fails."""
+    """What a command prints, as webdataset runs one; its last output on stderr is kept for when it fails."""
     with (
         tempfile.TemporaryFile() as words,
         subprocess.Popen(
@@ -405,7 +405,7 @@ def _piped(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
             yield Transfer(0, State(None, 0), None, _printed(process))
             code = process.wait(SILENCE_S)
         except subprocess.TimeoutExpired:
-            raise OSError(5, f"the command does not end {SILENCE_S:g} s after its last byte") from None
+            raise OSError(5, f"the command did not exit within {SILENCE_S:g} s of its last output") from None
         finally:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -413,7 +413,7 @@ def _piped(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
         if code:
             words.seek(max(0, words.seek(0, 2) - 2000))
             last = words.read().decode("utf-8", "replace").strip()
-            raise OSError(5, f"the command failed with code {code}: {last or 'it said nothing'}")
+            raise OSError(5, f"the command failed with code {code}: {last or 'no output on stderr'}")
 
 
 def _printed(process: "subprocess.Popen[bytes]") -> Iterator[bytes]:

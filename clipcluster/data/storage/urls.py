@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: what a written source names, and where its index is. Imports no torch.
+"""Remote shards: what an entry of a recipe names, and what is shown of an address. Imports no torch.
 
 Written like local sources, with `://` or `pipe:` in front: a folder, one tar, braces, a glob of tars
 (compared with the names in the index), or braces of commands that print a tar. A `RemoteFolder` and a
@@ -37,11 +37,11 @@ class Refused(OSError):
 
 
 class Forbidden(Refused):
-    """The server keeps a file from us; a bucket that may not be listed says so of what is not there, too."""
+    """The server forbids a file; a bucket that may not be listed also says so of files that do not exist."""
 
 
 class OtherContent(Exception):
-    """The file is there and whole, and is not what was expected; the message says by what it was told."""
+    """The file is whole, but not the expected one; the message says in what it differs."""
 
 
 class State(NamedTuple):
@@ -108,7 +108,7 @@ def _tars_in(command: str) -> list[str]:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a remote folder; its text is for people, `address` for fetching."""
+    """One file of a remote folder; `str` is for people, `address` for fetching."""
 
     parent: "RemoteFolder"
     name: str
@@ -170,7 +170,7 @@ class RemoteFolder:
                 )
             name = tars[-1].rpartition("/")[2]
             if name in found:
-                raise UserError(f"{self}: two of its commands print {name}; names have to differ")
+                raise UserError(f"{self}: two of its commands print {name}; names must differ")
             found[name] = command
         return found
 
@@ -194,13 +194,13 @@ def folder_at(written: str) -> RemoteFolder:
 
 @dataclass(frozen=True)
 class Selection:
-    """What one written entry takes of one folder: names and globs of tars; None: every tar of its index."""
+    """What one entry of a recipe takes of one folder: names and globs of tars; None: all of its index."""
 
     folder: RemoteFolder
     tars: tuple[str, ...] | None
 
     def chosen(self, names: Sequence[str]) -> list[str]:
-        """The names that it takes, of those that there are. UserError where one is missing."""
+        """The names taken, of those that exist. UserError where one is missing."""
         if self.tars is None:
             return list(names)
         known = dict.fromkeys(names)
@@ -219,7 +219,7 @@ class Selection:
 
 
 def named(written: str) -> list[Selection]:
-    """What a written entry takes of which folders, in the order written; folders' globs are listed.
+    """What an entry of a recipe takes of which folders, in the order written; globs of folders are listed.
 
     UserError: an unknown kind of address, an extra that is missing, a glob at an http server. Unreachable: a
     bucket that does not answer.
@@ -262,7 +262,7 @@ def _listed(folder: RemoteFolder) -> Iterator[RemoteFolder]:
     system, path = file_system(folder.address)
     found = sorted(_answer(folder, partial(system.glob, path)))
     if not found:
-        raise UserError(f"{folder}: nothing there fits this pattern")
+        raise UserError(f"{folder}: nothing matches this pattern")
     for entry in found:
         yield RemoteFolder(str(system.unstrip_protocol(entry)).rstrip("/"))
 
@@ -289,7 +289,7 @@ def tars_of(folder: RemoteFolder) -> list[str]:
 
 
 def _answer(folder: RemoteFolder, question: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-    """What a bucket says; its client has tried again by itself, and raises errors of many kinds."""
+    """A bucket's answer; its client has retried by itself, and raises errors of many kinds."""
     try:
         return question()
     except FileNotFoundError:

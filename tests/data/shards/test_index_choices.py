@@ -180,7 +180,7 @@ def test_an_index_of_format_1_is_refused_then_made_anew_without_hashing(
     for path in folder.glob("*.idx"):
         write_columns(path, {"format": 1, "captions": "txt"}, {})
     with pytest.raises(
-        UserError, match=f"another format .1.; make it again with: clipcluster shards index {folder}$"
+        UserError, match=f"another format .1.; rebuild it with: clipcluster shards index {folder}$"
     ):
         open_folder(folder, captions_in="txt")
     with pytest.raises(UserError, match="no index there"):
@@ -204,11 +204,11 @@ def test_the_table_holds_what_processes_share(folder: Path) -> None:
     assert open_folder(folder).classes.tolist() == [-1]
 
 
-def test_rows_that_somebody_else_wrote_are_noticed(folder: Path) -> None:
+def test_an_index_that_another_process_wrote_is_noticed(folder: Path) -> None:
     summary = index_folder(folder)
     entries = list(read_entries(folder).values())
     shard_index_path(folder, "0003.tar").write_bytes(shard_index_path(folder, "0000.tar").read_bytes())
-    with pytest.raises(UserError, match=r"0003\.tar\.idx is of other bytes"):
+    with pytest.raises(UserError, match=r"0003\.tar\.idx does not match its shard"):
         write_folder_index(folder, list(summary.choices), entries)
 
 

@@ -189,7 +189,7 @@ def test_what_cannot_be_kept(
     lists = Path(cache.folder) / "lists" / "x"
     lists.mkdir(parents=True)
     (lists / "index.bin").write_bytes(bytes(3000))
-    with pytest.raises(OSError, match=r"no room for 3,000 bytes .*1,000 are missing"):
+    with pytest.raises(OSError, match=r"no space for 3,000 bytes .*1,000 more are needed"):
         cache.shard(*pieces[2])
     os.utime(lists / "index.bin", (1, 1))  # nobody opened it for long
     os.close(cache.shard(*pieces[2]))
