@@ -68,7 +68,7 @@ def test_an_unknown_profile_names_the_nearest(sites: Path) -> None:
 def test_a_profile_holds_the_cluster_section_only(sites: Path) -> None:
     (sites / "mine.yaml").write_text("cluster: {}\npartition: gpu\n")
     with pytest.raises(
-        UserError, match=r"mine\.yaml:2: partition: a site profile holds the section cluster only"
+        UserError, match=r"mine\.yaml:2: partition: a site profile has only the section cluster"
     ):
         find_site("mine", environ(sites))
 
