@@ -136,5 +136,5 @@ def test_an_index_on_this_machine_and_a_glob(
         assert shards.modified_shards() == {}
     local = open_folder(folder)
     assert [shards.read(i) for i in range(16)] == [local.read(i + 4) for i in range(16)]
-    with pytest.raises(UserError, match="nothing there fits"):
+    with pytest.raises(UserError, match="nothing matches"):
         open_source(Source(shards="s3://bare/nothing*/train"), text=True, cache=cache)

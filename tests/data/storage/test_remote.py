@@ -188,7 +188,7 @@ def test_other_content_than_was_indexed(folder: Path, cache: Cache, web_server: 
     tar = folder / "00003.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole + bytes(512))
-    with pytest.raises(DataError, match=r"00003\.tar changed .*bytes, was"):
+    with pytest.raises(DataError, match=r"00003\.tar changed .*bytes, the index has"):
         shards.read(6)
     assert list(shards.modified_shards()) == [3]
     with pytest.raises(DataError, match=r"00003\.tar changed"):
