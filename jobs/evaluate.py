@@ -8,7 +8,8 @@ from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.runs.checkpoints import MANIFEST, is_whole, name_of, steps_in
-from clipcluster.runs.folder import Run, find_run
+from clipcluster.runs.find import find_run
+from clipcluster.runs.folder import Run
 from clipcluster.runtime.environment import share_cores
 
 

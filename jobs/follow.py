@@ -246,7 +246,7 @@ def next_commands(run: Run, state: State) -> list[str]:
 
 def where(run: Run) -> str:
     """How the run is named on the command line: by its name where it lies in ./runs, else by its folder."""
-    from clipcluster.runs.folder import runs_folder
+    from clipcluster.runs.find import runs_folder
 
     return run.name if (runs_folder().absolute() == run.path.parent) else str(run.path)
 

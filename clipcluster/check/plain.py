@@ -20,7 +20,8 @@ from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import metric_names
 from clipcluster.recipe.tree import nearest
-from clipcluster.runs.folder import Run, run_name
+from clipcluster.runs.folder import Run
+from clipcluster.runs.name import run_name
 from clipcluster.text import counted
 
 if TYPE_CHECKING:

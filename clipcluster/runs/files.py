@@ -76,6 +76,24 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_yaml(path: Path, mapping: Mapping[str, Any]) -> None:
+    """`write_bytes` of a YAML mapping, its keys in their order; see `read_yaml`."""
+    write_text(path, yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes every text so that reading gives it back."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # PyYAML writes these line breaks as they are, and reads each as a space
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """`write_bytes` of one JSON document, indented, with a newline at its end; see `finite`."""
     write_bytes(path, _document(value), private=private)

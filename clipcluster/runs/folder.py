@@ -1,30 +1,22 @@
-"""The run folder: its paths, its name, who owns it, and finding it again."""
+"""The run folder: its paths, what it is made of, and which attempt owns it."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from clipcluster.errors import UserError
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 
-FORMAT = 1  # of the run folder; part of every run's name
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
-_RUN_NAME = re.compile(r"(?P<name>.+)-[0-9a-f]{8}")
 
 
 class AlreadyOwned(UserError):
@@ -68,8 +60,8 @@ class Run:
         aside = cls(run.path.parent / f".{run.name}.{secrets.token_hex(4)}.tmp")
         aside.path.mkdir()
         try:
-            files.write_text(aside.recipe_file, _yaml(recipe))
-            files.write_text(aside.settings_file, _yaml(settings))
+            files.write_yaml(aside.recipe_file, recipe)
+            files.write_yaml(aside.settings_file, settings)
             for folder in (aside.attempts_dir, aside.checkpoints, aside.evals, aside.marks, aside.assets):
                 folder.mkdir()
             _rename_new(aside.path, run.path)
@@ -91,7 +83,7 @@ class Run:
 
     def update_settings(self, settings: Mapping[str, Any]) -> None:
         """Replace `settings.yaml`; attempts already claimed keep their own copy."""
-        files.write_text(self.settings_file, _yaml(settings))
+        files.write_yaml(self.settings_file, settings)
 
     def attempts(self) -> list[Attempt]:
         """All attempts, the oldest first."""
@@ -183,145 +175,3 @@ def _rename_new(source: Path, target: Path) -> None:
             raise FileExistsError(errno.EEXIST, "exists already", str(target)) from error
         raise
     files.fsync_folder(target.parent)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes every text so that reading gives it back."""
-
-
-def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    # PyYAML writes these line breaks as they are, and reads each as a space
-    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
-def _yaml(mapping: Mapping[str, Any]) -> str:
-    return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def run_name(name: str, result: Mapping[str, Any]) -> str:
-    """NAME-8hex: the start of the SHA-256 over the canonical JSON of `result` and the folder's format number.
-
-    `result` holds the result keys that differ from their defaults, nested or dotted: a new key with a default
-    changes no old run's name. Raises UserError for a NAME that would not do as a folder's.
-    """
-    if not _NAME.fullmatch(name):
-        raise UserError(
-            f"name: {name!r} cannot name a folder. Allowed are letters, digits and . _ + = -, "
-            "beginning with a letter or digit."
-        )
-    content = {"format": FORMAT, "result": _nested(result)}
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return f"{name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested value by dotted path, numbers stepping into lists."""
-    if isinstance(value, Mapping) and (value or not prefix):
-        items = [(str(key), inner) for key, inner in value.items()]
-    elif isinstance(value, (list, tuple)) and value:
-        items = [(str(place), inner) for place, inner in enumerate(value)]
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in items:
-        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else key))
-    return flat
-
-
-def _nested(value: Any) -> Any:
-    """The value with string keys and plain containers, so that JSON sorts it in one way alone."""
-    if isinstance(value, Mapping):
-        return {str(key): _nested(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_nested(inner) for inner in value]
-    return value
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A result key whose value differs; None stands for a key that is not given."""
-
-    key: str
-    here: Any
-    there: Any
-
-
-@dataclass(frozen=True)
-class Twin:
-    """A run of the same NAME that differs in a few result keys."""
-
-    run: Run
-    differences: list[Difference]
-
-
-def near_twins(name: str, recipe: Mapping[str, Any], folder: Path, *, at_most: int = 3) -> list[Twin]:
-    """Runs named NAME-8hex in `folder` whose result keys differ from `recipe` in 1 to `at_most` places.
-
-    `recipe` is the mapping that `recipe.yaml` would hold; the key `name` is not compared. The nearest first.
-    """
-    here = _flat({key: value for key, value in recipe.items() if key != "name"})
-    twins = []
-    for run in all_runs(folder):
-        match = _RUN_NAME.fullmatch(run.name)
-        if match is None or match["name"] != name:
-            continue
-        there = _flat({key: value for key, value in run.recipe().items() if key != "name"})
-        differences = [
-            Difference(key, here.get(key), there.get(key))
-            for key in sorted({*here, *there})
-            if here.get(key) != there.get(key)
-        ]
-        if 1 <= len(differences) <= at_most:
-            twins.append(Twin(run, differences))
-    return sorted(twins, key=lambda twin: (len(twin.differences), twin.run.name))
-
-
-def runs_folder(option: Path | None = None) -> Path:
-    """Where runs live: `option` (--runs), else $CLIPCLUSTER_RUNS, else ./runs."""
-    if option is not None:
-        return Path(option)
-    return Path(os.environ.get("CLIPCLUSTER_RUNS") or "runs")
-
-
-def all_runs(folder: Path) -> list[Run]:
-    """Every run in `folder`, by name; none where there is no such folder."""
-    if not folder.is_dir():
-        return []
-    runs = (Run(path) for path in sorted(folder.iterdir()) if not path.name.startswith("."))
-    return [run for run in runs if run.exists()]
-
-
-def find_run(text: str, folder: Path) -> Run:
-    """The run that `text` means: a run's folder, its name in `folder`, or a unique beginning of the name.
-
-    Raises UserError, listing what is there.
-    """
-    for path in (Path(text), folder / text) if text else ():
-        if Run(path).exists():
-            return Run(path)
-    runs = all_runs(folder)
-    fitting = [run for run in runs if text and run.name.startswith(text)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise UserError(
-            f"{text!r} is the beginning of several runs in {folder}: {_names(fitting)}. Give more of it."
-        )
-    if not runs:
-        raise UserError(
-            f"There is no run {text!r}, and no run at all in {folder}. Name another folder with --runs or "
-            "$CLIPCLUSTER_RUNS, or make a run with: clipcluster submit RECIPE"
-        )
-    raise UserError(
-        f"There is no run {text!r}. Give a run's folder, its name, or a unique beginning of the name; "
-        f"in {folder} there are: {_names(runs)}."
-    )
-
-
-def _names(runs: list[Run]) -> str:
-    shown = [run.name for run in runs[:12]]
-    return ", ".join(shown) + (f" and {len(runs) - 12} more" if len(runs) > 12 else "")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipcluster.errors import UserError
-from clipcluster.runs.folder import all_runs, find_run, runs_folder
+from clipcluster.runs.find import all_runs, find_run, runs_folder
 from jobs.cli.options import AsJson, Runs, print_document, say
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipcluster.runs.folder import find_run, runs_folder
+from clipcluster.runs.find import find_run, runs_folder
 from clipcluster.text import counted
 from jobs.cli.options import AsJson, Runs, group, print_document, say
 

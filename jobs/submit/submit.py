@@ -18,7 +18,8 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.runs.folder import Run, near_twins, run_name
+from clipcluster.runs.folder import Run
+from clipcluster.runs.name import near_twins, run_name
 from clipcluster.text import counted
 from jobs.submit import assets, devices, executor
 from jobs.submit import parameters as clusters

@@ -10,7 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
-from clipcluster.runs.folder import AlreadyOwned, Run, find_run, near_twins, run_name, runs_folder
+from clipcluster.runs.find import find_run, runs_folder
+from clipcluster.runs.folder import AlreadyOwned, Run
+from clipcluster.runs.name import near_twins, run_name
 
 leaves = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

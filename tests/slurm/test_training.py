@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from clipcluster.runs.folder import Run, all_runs
+from clipcluster.runs.find import all_runs
+from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
 from jobs.state import Queue, state_of
 from tools.convert.convert import convert
