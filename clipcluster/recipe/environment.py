@@ -22,13 +22,9 @@ def _special(kind: str) -> dict[Loc, str]:
     return {path: extra_of(field)[kind] for path, field in walk() if kind in extra_of(field)}
 
 
-def _pattern(loc: Loc) -> Loc:
-    return tuple("*" if isinstance(part, int) else part for part in loc)
-
-
 def _kind(loc: Loc, kind: str) -> str | None:
     """What `key` noted of the key at `loc`, or of the list that contains it: its `path` or `shell`."""
-    pattern = _pattern(loc)
+    pattern = tuple("*" if isinstance(part, int) else part for part in loc)
     special = _special(kind)
     return special.get(pattern) or (special.get(pattern[:-1]) if pattern and pattern[-1] == "*" else None)
 

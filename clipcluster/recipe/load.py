@@ -27,7 +27,10 @@ from clipcluster.recipe.tree import (
     Leaf,
     Loc,
     Origin,
+    Value,
     assign,
+    find,
+    loc_of,
     merge,
     nearest,
     origin_of,
@@ -48,22 +51,17 @@ class Loaded:
         recipe: ready for use; its paths are absolute.
         written: the same with the paths as they were written; it names the run.
         paths: dotted path of a key -> its absolute path here, or its address (hub names are absent).
-        file: the file it was read from.
-        site: name of its site profile, or None.
         tree: every entry with the place that wrote it.
     """
 
     recipe: Recipe
     written: Recipe
     paths: dict[str, str]
-    file: Path
-    site: str | None
     tree: Branch
 
     def place(self, key: str) -> str:
         """Where a key was written (``recipes/x.yaml:12``), for messages of later checks."""
-        loc = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        origin = origin_of(self.tree, loc)
+        origin = origin_of(self.tree, loc_of(key))
         return origin.place if origin.override is None else f"{origin.place}: {origin.override}"
 
 
@@ -95,9 +93,7 @@ def load(
     problems: dict[Loc, str] = {}
     written = plain(tree, (), environ, problems, keep_paths=True)
     recipe, paths = _resolved(tree, environ, problems, shown(file))
-    return Loaded(
-        recipe, Recipe.model_validate(written), paths, file, profile.name if profile else None, tree
-    )
+    return Loaded(recipe, Recipe.model_validate(written), paths, tree)
 
 
 def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Recipe:
@@ -255,37 +251,21 @@ def from_run(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
         UserError: a file was edited and is no valid recipe, or is of a newer version.
     """
     known = {name: value for name, value in settings.items() if name in Recipe.model_fields}
-    merged = _merged(recipe, known)
-    for name, path in settings.get("paths", {}).items():
-        _put(merged, name.split("."), path)
-    tree = tree_of(merged, Origin("recipe.yaml and settings.yaml"))
+    origin = Origin("recipe.yaml and settings.yaml")
+    tree = tree_of(_merged(recipe, known), origin)
     assert isinstance(tree, Branch)
-    return validated(merged, tree, {}, "the run's recipe.yaml and settings.yaml", Recipe)
+    for name, path in settings.get("paths", {}).items():
+        if find(tree, loc_of(name)[:-1]) is not None:  # a later version may have another section there
+            assign(tree, name.split("."), Value(path, origin))
+    value = plain(tree, (), {}, {}, keep_paths=False)
+    return validated(value, tree, {}, "the run's recipe.yaml and settings.yaml", Recipe)
 
 
 def _merged(below: Any, above: Any) -> Any:
     """Two halves of one recipe merged; lists of sections entry by entry."""
     if isinstance(below, Mapping) and isinstance(above, Mapping):
-        names = [*below, *(name for name in above if name not in below)]
-        return {name: _merged(below.get(name, _ABSENT), above.get(name, _ABSENT)) for name in names}
+        both = {name: _merged(below[name], above[name]) for name in below if name in above}
+        return {**below, **above, **both}
     if isinstance(below, list) and isinstance(above, list) and len(below) == len(above):
         return [_merged(one, other) for one, other in zip(below, above, strict=True)]
-    chosen = below if above is _ABSENT else above
-    if isinstance(chosen, Mapping):
-        return {name: _merged(value, _ABSENT) for name, value in chosen.items()}
-    return [_merged(value, _ABSENT) for value in chosen] if isinstance(chosen, list) else chosen
-
-
-_ABSENT = object()
-
-
-def _put(value: Any, path: list[str], text: str) -> None:
-    """Set one path of a run's recipe, where its key still exists."""
-    for part in path[:-1]:
-        value = value[int(part)] if isinstance(value, list) else value.get(part)
-        if value is None:
-            return
-    if isinstance(value, list):
-        value[int(path[-1])] = text
-    else:
-        value[path[-1]] = text
+    return above

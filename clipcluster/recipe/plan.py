@@ -117,7 +117,7 @@ def samples_per_rank(batch: int, world_size: int) -> int:
     batches = [str(value) for value in (lower, upper) if value > 0]
     raise UserError(
         f"data.batch_size {batch} does not divide by {world_size} ranks; set it to {' or '.join(batches)}, "
-        f"or use {_either(_near_divisors(batch, world_size))} ranks"
+        f"or use {' or '.join(map(str, _near_divisors(batch, world_size)))} ranks"
     )
 
 
@@ -126,10 +126,6 @@ def _near_divisors(batch: int, world_size: int) -> list[int]:
     below = next(ranks for ranks in range(min(world_size, batch), 0, -1) if batch % ranks == 0)
     above = next((ranks for ranks in range(world_size + 1, batch + 1) if batch % ranks == 0), None)
     return [below] if above is None else [below, above]
-
-
-def _either(values: list[int]) -> str:
-    return " or ".join(str(value) for value in values)
 
 
 def micro_batches(per_rank: int, bound: int | None) -> int:

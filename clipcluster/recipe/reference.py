@@ -24,6 +24,8 @@ SCHEMA = "recipe.schema.json"
 _COMMAND = "python -m clipcluster.recipe.reference"
 _VARIABLE = {"type": "string", "pattern": r"\$\{"}  # any value may come from the environment
 _WORDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
+# What a pattern is called, by a part of it.
+_PATTERNS = {"steps": "duration", "minutes": "time", "MGT": "memory", r"\d": "range"}
 
 _INTRODUCTION = f"""\
 # The recipe
@@ -192,14 +194,9 @@ def _type(value: dict[str, Any]) -> str:
         words = dict.fromkeys(_type(choice) for choice in value["anyOf"] if choice.get("type") != "null")
         return " or ".join(words)
     kind = value.get("type")
-    if kind == "string" and "steps" in value.get("pattern", ""):
-        return "duration"
-    if kind == "string" and "minutes" in value.get("pattern", ""):
-        return "time"
-    if kind == "string" and "MGT" in value.get("pattern", ""):
-        return "memory"
-    if kind == "string" and r"\d" in value.get("pattern", ""):
-        return "range"
+    for part, word in _PATTERNS.items():
+        if kind == "string" and part in value.get("pattern", ""):
+            return word
     if kind == "array":
         return _list_type(value)
     if kind == "object":

@@ -268,3 +268,8 @@ def origin_of(tree: Branch, path: Loc) -> Origin:
 def dotted(loc: Loc) -> str:
     """``("data", "train", 0, "shards")`` as ``data.train.0.shards``."""
     return ".".join(str(part) for part in loc)
+
+
+def loc_of(dotted: str) -> Loc:
+    """``data.train.0.shards`` as ``("data", "train", 0, "shards")``."""
+    return tuple(int(part) if part.isdigit() else part for part in dotted.split("."))

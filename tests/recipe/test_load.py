@@ -48,7 +48,6 @@ def test_a_recipe_is_read(small: Small) -> None:
     assert loaded.recipe.name == "small"
     assert loaded.recipe.optim.lr == 1e-3
     assert loaded.recipe.train.non_finite.limit == 10
-    assert loaded.site is None
 
 
 @pytest.mark.parametrize("text", ["7e-4", "7.0e-4", '"7e-4"', ".0007", "0.000_7"])

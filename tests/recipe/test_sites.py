@@ -36,12 +36,11 @@ def test_the_shipped_example_is_known_and_never_taken_unasked(sites: Path) -> No
 def test_the_only_profile_is_taken(sites: Path, small: Callable[..., Loaded]) -> None:
     (sites / "mine.yaml").write_text("cluster: {partition: gpu, account: me, environment: {A: a, B: b}}\n")
     loaded = small("cluster.environment.B=c", "cluster.account=you")
-    assert loaded.site == "mine"
     assert loaded.recipe.cluster.partition == "gpu"
     assert loaded.recipe.cluster.account == "you"
     assert loaded.recipe.cluster.environment == {"A": "a", "B": "c"}
     (sites / "other.yaml").write_text("cluster: {partition: cpu}\n")
-    assert small().site is None
+    assert small().recipe.cluster.partition is None
 
 
 def test_the_recipe_goes_over_the_profile(sites: Path, recipe_file: Path) -> None:
