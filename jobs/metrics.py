@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rich.table import Table
+
 from clipcluster.errors import UserError
 from clipcluster.recipe.tree import nearest
 from clipcluster.runs.files import NON_FINITE, finite
@@ -92,6 +94,16 @@ def cell(name: str, value: Any) -> str:
     if name.endswith("_per_second"):
         return f"{value:,.0f}"
     return f"{value:.4g}" if 0 < abs(value) < 1e-3 else f"{value:,.4f}"
+
+
+def table(lines: Lines, names: Sequence[str]) -> Table:
+    """One row a line."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        made.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        made.add_row(*(cell(name, line.get(name)) for name in names))
+    return made
 
 
 def curves(lines: Lines, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:

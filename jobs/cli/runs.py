@@ -228,33 +228,29 @@ def metrics(
     runs: Runs = None,
 ) -> None:
     """Print the metrics of all attempts as one table: of a long run, a selection of its steps."""
-    from jobs import metrics as table
+    from jobs import metrics as printing
 
     forms = {"--csv": as_csv, "--jsonl": as_jsonl, "--plot": plot, "--picture": picture is not None}
     given = [name for name, wanted in forms.items() if wanted]
     if len(given) > 1:
         raise UserError(f"metrics: {' and '.join(given)} were given; give one of them")
     found = find_run(run, runs_folder(runs))
-    lines = table.lines_of(found, every=every)
+    lines = printing.lines_of(found, every=every)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if as_csv or as_jsonl:
-        table.write(lines, table.columns(lines, wanted), sys.stdout, kind="csv" if as_csv else "jsonl")
+        printing.write(lines, printing.columns(lines, wanted), sys.stdout, kind="csv" if as_csv else "jsonl")
     elif picture is not None:
-        table.picture(table.curves(lines, wanted), found.name, picture)
+        printing.picture(printing.curves(lines, wanted), found.name, picture)
         say(f"wrote {picture}")
     elif plot:
-        for name, curve in table.curves(lines, wanted).items():
-            say("\n".join(table.terminal_plot(name, curve)))
+        for name, curve in printing.curves(lines, wanted).items():
+            say("\n".join(printing.terminal_plot(name, curve)))
     else:
         from rich.console import Console
 
-        from jobs.cli.tables import metrics_table
-
-        shown = lines if every is not None else table.thinned(lines)
-        chosen = table.columns(
-            lines, wanted or [name for name in table.SHOWN if any(name in x for x in lines)]
-        )
-        Console(width=None if sys.stdout.isatty() else 200).print(metrics_table(shown, chosen))
+        shown = lines if every is not None else printing.thinned(lines)
+        chosen = printing.columns(lines, wanted or printing.usual(lines))
+        Console(width=None if sys.stdout.isatty() else 200).print(printing.table(shown, chosen))
         if len(shown) < len(lines):
             say(f"{len(shown)} of {len(lines):,} lines; choose with --every N and --columns, all: --csv")
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from jobs.metrics import Lines, cell
 from jobs.status import Report
 
 
@@ -33,16 +32,6 @@ def status_table(reports: Sequence[Report], *, now: float | None = None) -> Tabl
             _number(report.checkpoint),
             _event(report, now),
         )
-    return table
-
-
-def metrics_table(lines: Lines, names: Sequence[str]) -> Table:
-    """One line a step."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        table.add_row(*(cell(name, line.get(name)) for name in names))
     return table
 
 
