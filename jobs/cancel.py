@@ -10,7 +10,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from jobs.state import Queue, State, state_of
-from jobs.submissions import job_ids
+from jobs.submissions import adopt, job_ids, refused, unanswered
 
 
 def cancel(run: Run, queue: Queue) -> str:
@@ -23,7 +23,9 @@ def cancel(run: Run, queue: Queue) -> str:
         return f"{run.name} is {state}: nothing to cancel"
     if state.name == "SUBMITTING":
         raise UserError(f"{run.name} is {state}. Cancel it in a minute: until then its job may appear.")
-    jobs = list(dict.fromkeys([*job_ids(run), *([state.job] if state.job else [])]))
+    if state.job:
+        adopt(run, state.job)
+    jobs = job_ids(run)
     run.mark_cancelled(jobs)
     if not state.queued:
         return _not_queued(run, state)
@@ -32,6 +34,9 @@ def cancel(run: Run, queue: Queue) -> str:
 
 
 def _not_queued(run: Run, state: State) -> str:
+    intent = unanswered(run)
+    if intent is not None:
+        refused(run, intent, "cancelled")
     if state.name == "UNKNOWN":
         raise UserError(
             f"{run.name}: {state.detail}. The run is marked as cancelled, so that no attempt follows; "

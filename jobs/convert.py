@@ -172,7 +172,7 @@ def submit(order: Order, cluster: Cluster, jobs: int) -> list[str]:
         folder = order.out / FOLDER
         shutil.rmtree(folder / _CLAIMS, ignore_errors=True)  # no job holds one: see above
         (folder / _CLAIMS).mkdir(parents=True)
-        code = snapshot.take_into(folder).path
+        code = snapshot.take(folder).path
         members = min(jobs, len(plan.shards()))
         ids = launch.queue(
             [ConvertJob(order)] * members, _parameters(cluster, order, code), folder / "submitit"

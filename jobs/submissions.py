@@ -53,6 +53,13 @@ def refused(run: Run, intent: Intent, reason: str) -> None:
     _append(run, {**vars(intent), "refused": reason})
 
 
+def adopt(run: Run, job: str) -> None:
+    """Record the job of a launch whose process died before it did; no line is needed for any other job."""
+    intent = unanswered(run)
+    if intent is not None and job not in job_ids(run):
+        launched(run, intent, job)
+
+
 def _append(run: Run, line: dict[str, Any]) -> None:
     files.append_lines(run.submitit / FILE, [line], durable=True)
 

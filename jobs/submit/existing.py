@@ -27,8 +27,8 @@ def running_or_finished(run: Run, say: Say, *, wait: bool, dry_run: bool) -> Sta
         if not state.queued:
             return _ended(run, state, say)
         if state.name in ("RUNNING", "PENDING"):
-            if not dry_run:
-                _adopt(run, state)
+            if state.job and not dry_run:
+                submissions.adopt(run, state.job)
             say(f"{run.name} is {state}, as job {state.job}")
             return state
         what = f"job {state.job} is still ending" if state.job else "an earlier submission was interrupted"
@@ -41,13 +41,6 @@ def running_or_finished(run: Run, say: Say, *, wait: bool, dry_run: bool) -> Sta
             waiting = True
         time.sleep(1.0)
     return None
-
-
-def _adopt(run: Run, state: State) -> None:
-    """Record the job of a launch whose process died before it did."""
-    intent = submissions.unanswered(run)
-    if intent is not None and state.job is not None and state.job not in submissions.job_ids(run):
-        submissions.launched(run, intent, state.job)
 
 
 def _ended(run: Run, state: State, say: Say) -> State | None:

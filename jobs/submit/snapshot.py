@@ -17,7 +17,6 @@ from pathlib import Path
 
 from clipcluster.errors import UserError
 from clipcluster.runs import files
-from clipcluster.runs.folder import Run
 
 PACKAGES = ("clipcluster", "jobs", "tools")
 FACTS = "snapshot.json"
@@ -37,12 +36,7 @@ class Snapshot:
     first: bool
 
 
-def take(run: Run) -> Snapshot:
-    """The snapshot of a run. Raises UserError as `take_into`."""
-    return take_into(run.path)
-
-
-def take_into(folder: Path) -> Snapshot:
+def take(folder: Path) -> Snapshot:
     """Copy the packages into `code-N` unless an earlier folder holds the same; check that it can start.
 
     Raises UserError where the copy cannot start (and removes it).
@@ -146,7 +140,7 @@ def _check(code: Path) -> None:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise UserError(
             f"the snapshot of the code cannot start with {sys.executable}:\n{said}\n"
-            "Mend the code or the environment, then submit again."
+            "Fix the code or the environment, then submit again."
         )
 
 

@@ -68,7 +68,7 @@ class Start:
     def _snapshot(self, grace: float, made: bool) -> Path:
         """The folder of the code that the job will run; the settings name it."""
         try:
-            code = snapshot.take(self.run)
+            code = snapshot.take(self.run.path)
             if code.new and not code.first:
                 self.say(f"the code differs from the last submission's: {code.path.name}")
             self.run.update_settings(self._settings(code.path.name, grace))

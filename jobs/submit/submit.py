@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +46,6 @@ class Wanted:
     dry_run: bool = False
     quick: bool = False
     trainee: str = TRAINEE
-    environ: Mapping[str, str] | None = None
     say: Callable[[str], None] = field(default=print)
 
 
@@ -116,9 +115,7 @@ def checked_for(wanted: Wanted, executor: str) -> checks.Checked:
     """The plain check, for one node where the run stays on this machine. Raises UserError."""
 
     def plain(*more: str) -> checks.Checked:
-        return checks.check(
-            wanted.recipe, [*wanted.overrides, *more], wanted.environ, site=wanted.site, runs=wanted.runs
-        )
+        return checks.check(wanted.recipe, [*wanted.overrides, *more], site=wanted.site, runs=wanted.runs)
 
     checked = plain()
     nodes = checked.recipe.cluster.nodes

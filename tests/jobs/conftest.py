@@ -40,7 +40,7 @@ def no_slurm(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def code(tmp_path_factory):
     """One snapshot for all local runs."""
-    return snapshot.take(Run.create(tmp_path_factory.mktemp("code") / "run", {"name": "c"}, {"none": 0})).path
+    return snapshot.take(tmp_path_factory.mktemp("code")).path
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
+from clipcluster.errors import UserError
 from clipcluster.runs import files
 from jobs import submissions
+from jobs.cancel import cancel
 from jobs.cli.tables import age, status_table
 from jobs.endings import history
 from jobs.state import Queue, state_of
@@ -185,9 +187,23 @@ def test_a_launch_without_an_answer(run, monkeypatch):
     monkeypatch.setattr(submissions, "SETTLE_SECONDS", 0.0)
     assert state_of(run, Answers()).name == "NEW"
     assert state_of(run, Answers(silent=True)).name == "UNKNOWN"
-    claimed(run, "17")
+    submissions.adopt(run, "17")
+    submissions.adopt(run, "17")
+    assert len(submissions.submissions(run)) == 1
+    submissions.intend(run, "slurm", "code-1")
+    claimed(run, "18")
     assert submissions.unanswered(run) is None
-    assert submissions.job_ids(run) == ["17"]
+    assert submissions.job_ids(run) == ["18", "17"]
+
+
+def test_a_launch_that_left_no_job_can_be_cancelled(run, monkeypatch):
+    submissions.intend(run, "slurm", "code-1")
+    with pytest.raises(UserError, match="until then its job may appear"):
+        cancel(run, Answers())
+    monkeypatch.setattr(submissions, "SETTLE_SECONDS", 0.0)
+    with pytest.raises(UserError, match="cannot be asked here"):
+        cancel(run, Answers(silent=True))
+    assert state_of(run, Answers(silent=True)).name == "NEW"
 
 
 def test_a_launch_with_an_answer(run):

@@ -72,8 +72,7 @@ TRAINEES = Path(__file__).resolve().parents[1] / "jobs"
 @pytest.fixture(scope="session")
 def code(tmp_path_factory):
     """One snapshot for all runs: taking it is tested elsewhere."""
-    run = Run.create(tmp_path_factory.mktemp("code") / "run", {"name": "code"}, {"none": 0})
-    return snapshot.take(run).path
+    return snapshot.take(tmp_path_factory.mktemp("code")).path
 
 
 class Bench:

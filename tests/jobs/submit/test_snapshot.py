@@ -11,7 +11,7 @@ from jobs.submit import snapshot
 
 
 def test_a_copy_of_what_is_imported(run):
-    taken = snapshot.take(run)
+    taken = snapshot.take(run.path)
     assert (taken.path.name, taken.new, taken.first) == ("code-1", True, True)
     for name in ("clipcluster/runs/folder.py", "jobs/train.py", "tools/slurm.py"):
         assert (taken.path / name).read_bytes() == (snapshot._folder_of("jobs").parent / name).read_bytes()
@@ -23,7 +23,7 @@ def test_a_copy_of_what_is_imported(run):
 
 
 def test_the_copy_runs_instead_of_the_checkout(run):
-    code = snapshot.take(run).path
+    code = snapshot.take(run.path).path
     done = subprocess.run(
         [sys.executable, "-c", "import jobs.endings.act, clipcluster.runs.folder as f; print(f.__file__)"],
         cwd=code,
@@ -35,17 +35,17 @@ def test_the_copy_runs_instead_of_the_checkout(run):
 
 
 def test_the_same_code_is_copied_once(run):
-    first, second = snapshot.take(run), snapshot.take(run)
+    first, second = snapshot.take(run.path), snapshot.take(run.path)
     assert (second.path, second.new) == (first.path, False)
 
 
 def test_other_code_is_another_folder(run, tmp_path, monkeypatch):
-    snapshot.take(run)
+    snapshot.take(run.path)
     copy = tmp_path / "checkout"
     subprocess.run(["cp", "-r", run.path / "code-1", copy], check=True)
     (copy / "jobs" / "train.py").open("a").write("# edited\n")
     monkeypatch.setattr(snapshot, "_folder_of", lambda package: copy / package)
-    second = snapshot.take(run)
+    second = snapshot.take(run.path)
     assert (second.path.name, second.new, second.first) == ("code-2", True, False)
     facts = json.loads((second.path / "snapshot.json").read_text())
     assert facts["commit"] is None  # no git checkout
@@ -61,5 +61,5 @@ def test_a_copy_that_cannot_start_is_refused(run, tmp_path, monkeypatch, edit):
     train.write_text(train.read_text() + edit)
     monkeypatch.setattr(snapshot, "_folder_of", lambda package: copy / package)
     with pytest.raises(UserError, match="cannot start"):
-        snapshot.take(run)
+        snapshot.take(run.path)
     assert list(run.path.glob("*code-*")) == []

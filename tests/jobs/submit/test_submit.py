@@ -156,7 +156,7 @@ def test_at_once_after_a_cancel_it_refuses(ask, local):
 def test_a_dry_run_writes_nothing(ask, tmp_path):
     submitted = ask(dry_run=True)
     assert submitted.job is None
-    assert any("165 in all" in line for line in ask.said)
+    assert any("165 in total" in line for line in ask.said)
     assert not (tmp_path / "runs").exists()
 
 
