@@ -70,7 +70,7 @@ class _Open(NamedTuple):
         return self._within(row, "offset")[0]
 
     def _within(self, row: int, offset: str, size: str | None = None) -> tuple[int, int]:
-        at, count = int(self.columns[offset][row]), int(self.columns[size][row]) if size else 0
+        at, count = self.columns[offset].item(row), self.columns[size].item(row) if size else 0
         if at < 0 or count < 0 or at + count > self.size:
             raise BrokenColumns(f"sample {row} has {count} bytes at {at} of {self.size}")
         return at, count
@@ -127,7 +127,7 @@ class Dataset(Metadata):
             texts = self._captions(shard, opened, row) if text else []
         return Sample(
             name[0] if name else member.name, self.shard_name(shard), image, texts,
-            int(opened.columns["class"][row]),
+            opened.columns["class"].item(row),
         )  # fmt: skip
 
     def _captions(self, shard: int, opened: _Open, row: int) -> list[str]:
@@ -135,7 +135,7 @@ class Dataset(Metadata):
         found: list[str] = []
         for choice in self._choices_of(self._number_in_folder(shard)[0]):
             kind, count = (
-                int(opened.columns[shard_index.caption_column(name, choice)][row])
+                opened.columns[shard_index.caption_column(name, choice)].item(row)
                 for name in ("text_kind", "captions")
             )
             if kind != captions.NO_TEXT:
