@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from clipcluster.errors import UserError
+from clipcluster.runtime.stop import Failure
 
 T = TypeVar("T")
 
@@ -24,8 +25,6 @@ class Findings:
 
         foreign: the action ends in other people's code, and whatever it raises is an error of the recipe.
         """
-        from clipcluster.runtime.stop import Failure
-
         try:
             return action(*args)
         except (UserError, Failure) as error:
