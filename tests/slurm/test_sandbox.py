@@ -212,7 +212,7 @@ class TestPreempt:
         for job, message in (
             (waiting, "PENDING"),
             (high, "partition high"),
-            ("99999", "knows no job"),
+            ("99999", "has no job"),
             (str(tmp_path / "absent"), "neither a job id"),
         ):
             with pytest.raises(UserError, match=message):
