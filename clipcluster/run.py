@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipcluster.build.data import check_shards, open_sources
-from clipcluster.build.model import build_model, load_weights
-from clipcluster.build.training import build_trainer
 from clipcluster.errors import UserError
 from clipcluster.evals.headline import ordered
 from clipcluster.recipe.load import from_run, override
@@ -51,9 +48,15 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
     if world.agree(stop.wishes()) & Wish.STOP:
         return _stopped_early(world, attempt, stop)
     attempt.phase(world.rank, "data")
+    from clipcluster.build.data import check_shards, open_sources
+
     sources = open_sources(recipe, run.assets)
     if check_shards(sources.shards, world, stop) & Wish.STOP:
         return _stopped_early(world, attempt, stop)
+    from clipcluster.build.training import (
+        build_trainer,  # timm and transformers: seconds, after the ranks met
+    )
+
     trainer = build_trainer(run, attempt, world, stop, recipe, sources)
     outcome = trainer.run()
     if world.is_main:
@@ -103,6 +106,7 @@ def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None
     _require_measurable(run, recipe, checkpoint)
     import torch
 
+    from clipcluster.build.model import build_model, load_weights
     from clipcluster.data.tokenizer import load_tokenizer
     from clipcluster.evals.suite import build_suite
     from clipcluster.runtime.devices import pick_device

@@ -6,18 +6,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from clipcluster.data.loading.loader import Loader
+from clipcluster.data.sampling.sampler import Sampler, sampler_of
+from clipcluster.data.shards.dataset import Dataset
+from clipcluster.data.shards.open import open_source
+from clipcluster.data.storage.cache import Cache
+from clipcluster.data.tokenizer import Tokenizer, load_tokenizer
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runtime.stop import Stop, Wish
-
-if TYPE_CHECKING:
-    from clipcluster.data.loading.loader import Loader
-    from clipcluster.data.sampling.sampler import Sampler
-    from clipcluster.data.shards.dataset import Dataset
-    from clipcluster.data.tokenizer import Tokenizer
-    from clipcluster.runtime.world import World
+from clipcluster.runtime.world import World
 
 logger = logging.getLogger("clipcluster")
 NAMED_SHARDS = 1000
@@ -58,11 +58,6 @@ def _hashes(source: Dataset) -> dict[str, str]:
 
 def open_sources(recipe: Recipe, assets: Path | None) -> Sources:
     """Open the recipe's sources. Raises UserError where one cannot be opened."""
-    from clipcluster.data.sampling.sampler import sampler_of
-    from clipcluster.data.shards.open import open_source
-    from clipcluster.data.storage.cache import Cache
-    from clipcluster.data.tokenizer import load_tokenizer
-
     cache = Cache.of(recipe.data.cache)
     captions = TASKS[recipe.task].captions
     shards = [open_source(source, text=captions, cache=cache) for source in recipe.data.train]
@@ -101,8 +96,6 @@ def open_batches(
     recipe: Recipe, sources: Sources, world: World, start: int, skipped: Sequence[tuple[int, int]]
 ) -> Loader:
     """This rank's batches from number `start` on, without the `skipped` ranges; the caller closes them."""
-    from clipcluster.data.loading.loader import Loader
-
     return Loader(
         sources.shards,
         sources.sampler,

@@ -6,18 +6,21 @@ import hashlib
 import logging
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
+from clipcluster.model.clip import Clip, build_clip
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.checkpoints import weights_file
 from clipcluster.runs.folder import Run
-
-if TYPE_CHECKING:
-    from clipcluster.data.tokenizer import Tokenizer
-    from clipcluster.model.clip import Clip
+from clipcluster.train.checkpoint import CheckpointFolder, reading
+from clipcluster.train.checkpoint_reader import Broken, verify
 
 logger = logging.getLogger("clipcluster")
 
@@ -29,16 +32,12 @@ def build_model(
 
     `starting_weights=False` reads no weight file: for a model that is about to take a checkpoint's.
     """
-    import torch
-
     torch.manual_seed(recipe.seed)
     return resolve_name(TASKS[recipe.task].model)(recipe, tokenizer, assets, starting_weights)
 
 
 def dual_encoder(recipe: Recipe, tokenizer: Tokenizer, assets: Path | None, starting_weights: bool) -> Clip:
     """An image tower and a text tower into one space."""
-    from clipcluster.model.clip import build_clip
-
     return build_clip(
         recipe.model,
         image_size=recipe.data.image.size,
@@ -80,11 +79,6 @@ def hash_of(path: Path) -> str:
 
 def load_weights(run: Run, model: Any, checkpoint: Path | None) -> tuple[Path, int, bool]:
     """Weights of a checkpoint, by default the newest whole one; its folder, step, and whether averaged."""
-    from safetensors.torch import load_file
-
-    from clipcluster.train.checkpoint import CheckpointFolder, reading
-    from clipcluster.train.checkpoint_reader import Broken, verify
-
     folder = CheckpointFolder(run.checkpoints, check=lambda: None, about={})
     newest_first = [folder.path(step) for step in reversed(folder.steps())]
     reasons = []

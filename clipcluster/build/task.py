@@ -1,17 +1,15 @@
-"""The task of a recipe: what a step computes, and how the ranks share its gradients."""
+"""The task of a recipe: what turns its batches into a loss."""
 
 from __future__ import annotations
 
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from clipcluster.model.losses import Ranks
+from clipcluster.model.protocols import DualEncoder
+from clipcluster.model.task import ContrastiveTask, Task
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
-
-if TYPE_CHECKING:
-    from clipcluster.model.losses import Ranks
-    from clipcluster.model.protocols import DualEncoder
-    from clipcluster.model.task import ContrastiveTask, Task
 
 
 def build_task(recipe: Recipe, model: Any, ranks: Ranks) -> Task:
@@ -22,6 +20,4 @@ def build_task(recipe: Recipe, model: Any, ranks: Ranks) -> Task:
 
 def contrastive(recipe: Recipe, model: DualEncoder, ranks: Ranks) -> ContrastiveTask:
     """`task: contrastive`."""
-    from clipcluster.model.task import ContrastiveTask
-
     return ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, ranks)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from clipcluster.build.data import Sources, open_batches, open_sources
 from clipcluster.build.model import build_model, describe_start
 from clipcluster.build.task import build_task
+from clipcluster.evals.suite import build_suite
+from clipcluster.model.task import Task
 from clipcluster.recipe.plan import Plan, plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
@@ -19,13 +23,26 @@ from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events
 from clipcluster.runtime.stop import GRACE_SECONDS, NonFiniteError, Stop
-
-if TYPE_CHECKING:
-    from clipcluster.runtime.world import World
-    from clipcluster.train.evaluations import Evaluations
-    from clipcluster.train.saver import Saver
-    from clipcluster.train.step import Step
-    from clipcluster.train.trainer import Trainer
+from clipcluster.runtime.world import World
+from clipcluster.train.backward import Cached, Independent, Whole
+from clipcluster.train.bad_samples import BadSamples
+from clipcluster.train.checkpoint import CheckpointFolder
+from clipcluster.train.checkpoint_writer import versions
+from clipcluster.train.ema import Ema
+from clipcluster.train.evaluations import Evaluations
+from clipcluster.train.guard import Guard
+from clipcluster.train.metrics import Metrics
+from clipcluster.train.optimizer import Optimizer
+from clipcluster.train.precision import Precision
+from clipcluster.train.progress import Progress
+from clipcluster.train.rotation import Keep
+from clipcluster.train.saver import Saver
+from clipcluster.train.schedule import make_schedule
+from clipcluster.train.stages import Stages
+from clipcluster.train.statistics import RunningStatistics
+from clipcluster.train.step import Step
+from clipcluster.train.trainer import Trainer
+from clipcluster.train.wrapping import WrappedTask
 
 TRIED_SAMPLES = 2  # a batch norm needs more than one
 
@@ -34,13 +51,6 @@ def build_trainer(
     run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe, sources: Sources
 ) -> Trainer:
     """All parts of a run, put together; every rank builds the same."""
-    from clipcluster.train.bad_samples import BadSamples
-    from clipcluster.train.checkpoint import CheckpointFolder
-    from clipcluster.train.checkpoint_writer import versions
-    from clipcluster.train.metrics import Metrics
-    from clipcluster.train.progress import Progress
-    from clipcluster.train.trainer import Trainer
-
     plan_ = plan(recipe, sources.sampler.samples, world.size)
     attempt.phase(world.rank, "model")
     model = build_model(recipe, sources.tokenizer, run.assets)
@@ -64,7 +74,17 @@ def build_trainer(
         constants=constants,
         checkpoints=checkpoints,
         saver=_saver(run, recipe, plan_, world, attempt, checkpoints, constants),
-        evaluations=_evaluations(run, recipe, plan_, world, attempt, sources, model, step),
+        evaluations=Evaluations(
+            build_suite(recipe, world=world, tokenizer=sources.tokenizer) or None,
+            model,
+            every=plan_.evaluate_every,
+            total_steps=plan_.total_steps,
+            run=run,
+            attempt=attempt,
+            world=world,
+            precision=step.precision,
+            ema=step.ema,
+        ),
         metrics=Metrics(run, attempt, world, every=plan_.log_every, total_steps=plan_.total_steps),
         bad_samples=BadSamples(
             run, attempt, rank=world.rank, samples=sources.samples, limit=recipe.data.bad_samples.limit
@@ -76,17 +96,6 @@ def build_trainer(
 
 def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
     """What happens to the weights at a step; the model moves to the world's device."""
-    from clipcluster.train.backward import Cached, Independent, Whole
-    from clipcluster.train.ema import Ema
-    from clipcluster.train.guard import Guard
-    from clipcluster.train.optimizer import Optimizer
-    from clipcluster.train.precision import Precision
-    from clipcluster.train.schedule import make_schedule
-    from clipcluster.train.stages import Stages
-    from clipcluster.train.statistics import RunningStatistics
-    from clipcluster.train.step import Step
-    from clipcluster.train.wrapping import WrappedTask
-
     precision = Precision(recipe.train.precision, world.device)
     task = build_task(recipe, model, world).to(world.device)
     wrapped, optim = WrappedTask(task, world), recipe.optim
@@ -121,11 +130,6 @@ def try_task(recipe: Recipe, assets: Path | None) -> list[str]:
 
     Raises UserError and DataError as building and reading do, NonFiniteError, and whatever the towers raise.
     """
-    import torch
-
-    from clipcluster.model.task import Task
-    from clipcluster.runtime.world import World
-
     world = World(0, 1, 0, torch.device("cpu"))
     data = recipe.data.model_copy(update={"batch_size": TRIED_SAMPLES, "workers": 0})
     small = recipe.model_copy(update={"data": data})
@@ -147,32 +151,6 @@ def try_task(recipe: Recipe, assets: Path | None) -> list[str]:
     return [name for name, value in task.named_parameters() if value.requires_grad and value.grad is None]
 
 
-def _evaluations(
-    run: Run,
-    recipe: Recipe,
-    plan_: Plan,
-    world: World,
-    attempt: Attempt,
-    sources: Sources,
-    model: Any,
-    step: Step,
-) -> Evaluations:
-    from clipcluster.evals.suite import build_suite
-    from clipcluster.train.evaluations import Evaluations
-
-    return Evaluations(
-        build_suite(recipe, world=world, tokenizer=sources.tokenizer) or None,
-        model,
-        every=plan_.evaluate_every,
-        total_steps=plan_.total_steps,
-        run=run,
-        attempt=attempt,
-        world=world,
-        precision=step.precision,
-        ema=step.ema,
-    )
-
-
 def _saver(
     run: Run,
     recipe: Recipe,
@@ -182,8 +160,6 @@ def _saver(
     folder: Any,
     constants: Mapping[str, Any],
 ) -> Saver:
-    from clipcluster.train.rotation import Keep
-    from clipcluster.train.saver import Saver
 
     every, keep = recipe.checkpoint.every, recipe.checkpoint.keep
     best = keep.best
