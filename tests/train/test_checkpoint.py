@@ -237,7 +237,7 @@ def test_a_manifest_names_files_of_its_own_folder_alone(folder: CheckpointFolder
     assert folder.newest() == folder.path(2)
 
 
-@pytest.mark.parametrize("garbage", [*GARBAGE, b"", b"\xff\xfe", b'{"format": 1'])
+@pytest.mark.parametrize("garbage", [*GARBAGE, b"", b"\xff\xfe", b'{"format": 1', b"[" * 100_000])
 def test_garbage_as_the_state_is_broken(folder: CheckpointFolder, garbage: Any) -> None:
     rewrite(folder.path(3), garbage)
     assert folder.newest() == folder.path(2)

@@ -308,6 +308,16 @@ def test_a_run_killed_while_it_went_back_resumes_before_the_row(toy: ModuleType,
     assert aside == ["broken-step-00000006-1"]
 
 
+@pytest.mark.parametrize(
+    "content", ["", "7", "{}", '{"skipped": 3}', '{"skipped": [[5]]}', '{"skipped": ["ab"]}']
+)
+def test_a_damaged_record_of_a_roll_back_is_refused(toy: ModuleType, run: Any, content: str) -> None:
+    attempt = toy.claim(run)
+    (attempt.path / "roll_back.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"roll_back.json is damaged"):
+        toy.go(run)
+
+
 def test_a_roll_back_that_cannot_be_recorded_ends_the_run(toy: ModuleType, run: Any) -> None:
     trainer = toy.build(
         run, toy.claim(run), toy.alone(), Stop(), toy.Script(poison=[5, 6, 7], save_every=3, limit=2)
