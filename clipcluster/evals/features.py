@@ -125,8 +125,8 @@ def rank_chunks(count: int, world: World, rows: int) -> Iterator[tuple[int, int]
     """
     start, stop = count * world.rank // world.size, count * (world.rank + 1) // world.size
     largest = -(-count // world.size)
-    for piece in range(0, largest, rows):
-        yield min(start + piece, stop), min(start + piece + rows, stop)
+    for chunk in range(0, largest, rows):
+        yield min(start + chunk, stop), min(start + chunk + rows, stop)
 
 
 def from_all_ranks(own: dict[int, Any], world: World) -> dict[int, Any]:

@@ -20,7 +20,7 @@ from clipcluster.runs.checkpoints import EVALUATION, name_of, steps_in
 from clipcluster.runs.files import fsync_folder, read_json, write_json
 from clipcluster.runtime.stop import CheckpointError
 from clipcluster.train.checkpoint_reader import Broken, verify
-from clipcluster.train.checkpoint_writer import Contents, Tell, write_share, write_whole
+from clipcluster.train.checkpoint_writer import Contents, Tell, write_own_files, write_whole
 
 WRITING, DELETING, BROKEN, PINNED = ".writing-", ".deleting-", "broken-", "pinned-"
 PIN_SECONDS = 3600.0
@@ -116,7 +116,7 @@ class CheckpointFolder:
         if contents.rank:
             self._check()
             aside.mkdir(exist_ok=True)
-            write_share(aside, contents, tell)
+            write_own_files(aside, contents, tell)
             return final
         try:
             if not self._keeps(final):

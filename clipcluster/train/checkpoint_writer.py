@@ -39,7 +39,7 @@ Tell = Callable[[int], None]
 
 
 class Dropped(Exception):
-    """The write was given up because something more urgent came."""
+    """The write was given up in favour of a newer one."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def write_whole(aside: Path, contents: Contents, about: Mapping[str, Any], tell:
     fsync_folder(aside)
 
 
-def write_share(aside: Path, contents: Contents, tell: Tell) -> None:
+def write_own_files(aside: Path, contents: Contents, tell: Tell) -> None:
     """Another rank: write its files and the receipt that rank 0 waits for. Raises OSError."""
     try:
         files = _write_tensors(aside, contents, tell)

@@ -30,7 +30,7 @@ def restore(
 
     `enter(step)` comes before the loading and puts the stage of that step in force (0 without a checkpoint).
     Rank 0 looks and verifies, the others load what it found. A checkpoint that was saved within the batches
-    `skipped` is passed over; the progress leaves them out from then on, with a checkpoint or without. Raises,
+    `skipped` is passed over; the progress skips them from then on, with a checkpoint or without. Raises,
     on all ranks together, CheckpointError where none verifies, DataError for another index, RecipeFailure
     for other starting weights.
     """

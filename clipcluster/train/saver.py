@@ -109,7 +109,7 @@ class Saver:
         self._evaluations.clear()  # of steps that a roll-back undid
 
     def wishes(self, progress: Progress) -> Wish:
-        """SAVE when a save is due or must be repeated, ABORT (with `failure` set) when saving is hopeless."""
+        """SAVE when a save is due or must be repeated, ABORT (with `failure` set) when it failed for good."""
         if self._write and not self._write.is_alive():
             self._collect()
         if self.failure:

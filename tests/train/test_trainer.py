@@ -82,7 +82,7 @@ def test_the_first_step_is_logged_and_what_comes_before_it_is_told(toy: ModuleTy
 
 @pytest.mark.parametrize("stops", [[0], [4], [5], [10], [2, 3, 9]])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_stopped_run_goes_on_bit_for_bit(
+def test_a_stopped_run_resumes_bit_for_bit(
     toy: ModuleType, run: Any, stops: list[int], precision: str
 ) -> None:
     toy.go(run, precision=precision)
