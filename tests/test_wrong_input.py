@@ -70,7 +70,7 @@ def refused(digits: Path, tmp_path: Path) -> Refused:
         ("train.micro_batch=16", ["32 a rank, micro_batch 16 -> 2 micro-batches", "not supported yet"]),
     ],
 )
-def test_a_mistake_in_the_recipe(refused: Refused, override: str, parts: list[str]) -> None:
+def test_an_error_in_the_recipe(refused: Refused, override: str, parts: list[str]) -> None:
     refused(override, parts=parts)
 
 

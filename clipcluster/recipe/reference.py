@@ -158,7 +158,7 @@ def _sections(model: type[Section], definitions: dict[str, Any], prefix: str) ->
         parts.append(f"\n### {title}\n\n{(field.description or '').rstrip('.')}. {kind}".rstrip() + "\n\n")
         kinds = kinds_of(field)
         if kinds:
-            parts.append(f"One of {len(kinds)} kinds, recognised by its first key.\n")
+            parts.append(f"One of {len(kinds)} kinds, each recognised by a key that only it has.\n")
         for inner in sections_of(field):
             about = next((f"\nWith `{name}`:\n\n" for name, kind in kinds.items() if kind is inner), "")
             parts += [about, _table(inner, definitions[inner.__name__]["properties"])]

@@ -72,7 +72,7 @@ def test_a_profile_holds_the_cluster_section_only(sites: Path) -> None:
         find_site("mine", environ(sites))
 
 
-def test_a_mistake_in_a_profile_names_its_line(sites: Path, recipe_file: Path) -> None:
+def test_an_error_in_a_profile_names_its_line(sites: Path, recipe_file: Path) -> None:
     (sites / "mine.yaml").write_text("cluster:\n  partitoin: gpu\n")
     with pytest.raises(
         UserError, match=r"mine\.yaml:2: cluster\.partitoin: unknown key; did you mean cluster\.part"
