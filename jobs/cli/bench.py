@@ -12,12 +12,12 @@ from clipcluster.errors import UserError
 from clipcluster.text import counted
 from jobs.cli.options import AsJson, group, print_document, say
 
-bench = group("How fast things are on this machine.")
+bench = group("Measures speed on this machine.")
 
 
 @bench.callback()
 def _bench() -> None:
-    """How fast things are on this machine."""
+    """Measures speed on this machine."""
 
 
 @bench.command()
@@ -29,10 +29,11 @@ def loader(
         ),
     ] = None,
     index: Annotated[
-        Path | None, typer.Option("--index", metavar="FOLDER", help="Where its index is, if elsewhere.")
+        Path | None,
+        typer.Option("--index", metavar="FOLDER", help="Where its index is, if elsewhere."),
     ] = None,
     workers: Annotated[
-        str, typer.Option("--workers", metavar="N[,N]", help="Loader processes, one number after the other.")
+        str, typer.Option("--workers", metavar="N[,N]", help="Numbers of loader processes to measure.")
     ] = "1",
     size: Annotated[int, typer.Option("--size", metavar="PIXELS", help="Side of the cropped images.")] = 224,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.")] = 64,
@@ -45,18 +46,18 @@ def loader(
         typer.Option(
             "--peer",
             metavar="PYTHON",
-            help="An interpreter with open_clip_torch 3.3.0 and webdataset 0.2.86: OpenCLIP's loader too.",
+            help="An interpreter with open_clip_torch 3.3.0 and webdataset 0.2.86: measure its loader too.",
         ),
     ] = None,
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Normalise on the CPU too; training does it on the device.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON there too.")
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON to this file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The loader's images per second, beside decoding alone and OpenCLIP's loader."""
+    """Measure the loader's images per second, beside decoding alone and OpenCLIP's loader."""
     from contextlib import nullcontext
 
     from tools.bench.loader import Settings, measure, synthetic_photographs
@@ -64,7 +65,7 @@ def loader(
     try:
         counts = tuple(int(number) for number in workers.split(","))
     except ValueError:
-        raise UserError(f"--workers {workers}: one or more numbers from 1, as 1,2") from None
+        raise UserError(f"--workers {workers}: give one or more numbers from 1, such as 1,2") from None
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     with synthetic_photographs() if shards is None else nullcontext(shards) as folder:
@@ -93,9 +94,9 @@ def _lines(result: dict[str, Any]) -> list[str]:
         line = f"  {name:28} {figure['images_per_second']:7.0f} images/s"
         line += f" ({figure['least']:.0f} to {figure['largest']:.0f})"
         if figure["images_per_core_second"]:
-            line += f", {figure['images_per_core_second']:.0f} a core second"
+            line += f", {figure['images_per_core_second']:.0f} per core second"
         if figure["worker_uss_bytes"]:
-            line += f", {figure['worker_uss_bytes'] / 1e6:.0f} MB a worker"
+            line += f", {figure['worker_uss_bytes'] / 1e6:.0f} MB per worker"
         lines.append(line)
     lines.append(f"  beside decoding and resizing alone: {_compared(result['share_of_decode_resize'])}")
     if "peer" in result:

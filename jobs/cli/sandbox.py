@@ -27,7 +27,7 @@ def _sandbox_folder(folder: Path | None) -> Path:
 @sandbox.command("start")
 def sandbox_start(
     nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="How many nodes.")] = 4,
-    cpus: Annotated[int, typer.Option("--cpus", metavar="N", help="CPUs that each claims to have.")] = 4,
+    cpus: Annotated[int, typer.Option("--cpus", metavar="N", help="CPUs of each, as SLURM is told.")] = 4,
     grace: Annotated[
         int, typer.Option("--grace", metavar="S", help="GraceTime of the low partition, seconds.")
     ] = 10,

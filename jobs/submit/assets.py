@@ -54,8 +54,8 @@ def _fetch(name: str, target: Path, patterns: tuple[str, ...]) -> None:
     except (OSError, ValueError, HFValidationError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{name} is no folder here, and it could not be fetched from the hub: {first}\n"
-            "Give a folder with its files, a name that the hub knows, or submit where the hub can be reached."
+            f"{name} is not a folder here, and it could not be fetched from the hub: {first}\n"
+            "Give a folder with its files or a name that the hub knows, or submit where it can be reached."
         ) from None
 
 

@@ -104,7 +104,7 @@ def _only_submission(wanted: Wanted) -> Iterator[None]:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        wanted.say(f"{wanted.runs} is on a file system without locks: submit a recipe once at a time")
+        wanted.say(f"{wanted.runs} is on a file system without locks: do not submit one recipe twice at once")
     try:
         yield
     finally:

@@ -36,5 +36,5 @@ def test_what_is_there_is_not_fetched_again(recipe, tmp_path):
 
 
 def test_a_hub_out_of_reach_is_said(recipe, tmp_path):
-    with pytest.raises(UserError, match="org/words is no folder here"):
+    with pytest.raises(UserError, match="org/words is not a folder here"):
         assets.fetch(loaded(recipe, "data.text.tokenizer=org/words"), tmp_path / "assets")
