@@ -19,7 +19,7 @@ def open_attempt(run: Run, launch: Launch, still_running: Callable[[str], bool])
     """This process's attempt; None where the run is finished already."""
     if not run.exists():
         raise UserError(
-            f"{run.path} is no run folder: it has no recipe.yaml. Make one with: "
+            f"{run.path} is not a run folder: it has no recipe.yaml. Create one with: "
             "clipcluster submit RECIPE --executor none"
         )
     given = os.environ.get(ATTEMPT)
@@ -57,7 +57,7 @@ def _claim(run: Run, launch: Launch, still_running: Callable[[str], bool]) -> At
     try:
         return run.claim(launch.job_id, host=socket.gethostname(), still_running=runs)
     except AlreadyOwned as error:
-        raise UserError(f"{error}. Where you know that it has ended: {TAKE_OVER}={error.job_id}") from error
+        raise UserError(f"{error}. If you know that it has ended, set {TAKE_OVER}={error.job_id}") from error
 
 
 def _claim_together(run: Run, launch: Launch, still_running: Callable[[str], bool]) -> Attempt | None:
@@ -82,13 +82,13 @@ def _claim_together(run: Run, launch: Launch, still_running: Callable[[str], boo
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"Rank {launch.rank} of {launch.size} did not meet the others at {address}: {error}"
+            f"Rank {launch.rank} of {launch.size} could not reach the other ranks at {address}: {error}"
         ) from error
 
 
 def _told(run: Run, told: str) -> Attempt | None:
     if told == "refused":
-        raise UserError(f"Rank 0 could not claim {run.name}; it says why.")
+        raise UserError(f"Rank 0 could not claim {run.name}; its message says why.")
     return None if told == "finished" else run.attempt(int(told))
 
 

@@ -20,9 +20,10 @@ def announce(run: Run, attempt: Attempt) -> int:
 
 def say_ending(terminal: int, run: Run, attempt: Attempt, code: int) -> None:
     """One line on the terminal that a run was started from: how it ended, why, and what to do."""
-    made = attempt.outcome() or {"outcome": f"ended with {code}"}
+    made = attempt.outcome() or {"outcome": f"ended with code {code}"}
     said = "; ".join(filter(None, (made.get("reason"), made.get("advice"))))
-    line = f"{run.name}: {made['outcome']} at step {attempt.step}" + (f" ({said})" if said else "") + "\n"
+    step = f" at step {attempt.step}" if attempt.step is not None else ""
+    line = f"{run.name}: {made['outcome']}{step}" + (f" ({said})" if said else "") + "\n"
     with contextlib.suppress(OSError):  # the terminal may have gone
         os.write(terminal, line.encode(errors="replace"))
     os.close(terminal)

@@ -47,7 +47,7 @@ def merged_samples(run: Run) -> list[dict[str, Any]]:
         known = merged.get((line["step"], line["slot"]))
         if known is None or line["attempt"] >= known["attempt"]:
             merged[line["step"], line["slot"]] = line
-    return [line for place, line in sorted(merged.items()) if line["attempt"] == owner[place[0]]]
+    return [line for (step, _), line in sorted(merged.items()) if line["attempt"] == owner[step]]
 
 
 def events(run: Run) -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ class World:
         beside_store = interface or interface_of(address_of(None))
         if beside_store:
             os.environ["GLOO_SOCKET_IFNAME"] = beside_store
-        with world._telling("did not meet the others"):
+        with world._telling("could not reach the other ranks"):
             dist.init_process_group(
                 backends(device),
                 store=_meet(launch, interface, publish, find, timeout_s),

@@ -9,5 +9,5 @@ while time.monotonic() < _end:
     time.sleep(0.01)
 
 
-def train(run, attempt, place, stop):
+def train(run, attempt, launch, stop):
     return Outcome.STOPPED if stop.requested else Outcome.FINISHED

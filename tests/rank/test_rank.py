@@ -378,7 +378,7 @@ def test_a_slurm_step_of_the_claiming_job(run, attempt):
 
 def test_no_run_folder(tmp_path):
     process = start(Run(tmp_path / "nowhere"), "finish")
-    assert "is no run folder" in process.communicate(timeout=30)[1]
+    assert "is not a run folder" in process.communicate(timeout=30)[1]
     assert process.returncode == 2
 
 

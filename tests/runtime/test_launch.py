@@ -1,4 +1,4 @@
-"""A process finds its place from what launchers set."""
+"""A process finds its rank from what launchers set."""
 
 import os
 import socket
@@ -41,8 +41,8 @@ def test_member_of_an_array():
 
 def test_shell_inside_an_allocation_is_no_step():
     shell = {name: value for name, value in SLURM.items() if "STEP" not in name and name != "SLURM_PROCID"}
-    place = Launch.from_environment(shell)
-    assert (place.manager, place.rank, place.size) == ("single", 0, 1)
+    launch = Launch.from_environment(shell)
+    assert (launch.manager, launch.rank, launch.size) == ("single", 0, 1)
     # The batch script itself: SLURM gives it a rank, but no step.
     batch = {name: value for name, value in SLURM.items() if "STEP" not in name}
     assert Launch.from_environment(batch).manager == "single"
@@ -73,12 +73,12 @@ def test_submitit_says_so_itself(tmp_path):
     executor = submitit.LocalExecutor(tmp_path)
     executor.update_parameters(tasks_per_node=2, timeout_min=1)
     job = executor.submit(Launch.from_environment)
-    places = job.results()
-    assert [(place.rank, place.size, place.local_size, place.manager) for place in places] == [
+    launches = job.results()
+    assert [(launch.rank, launch.size, launch.local_size, launch.manager) for launch in launches] == [
         (0, 2, 2, "local"),
         (1, 2, 2, "local"),
     ]
-    assert {place.job_id for place in places} == {job.job_id}
+    assert {launch.job_id for launch in launches} == {job.job_id}
 
 
 def test_torchrun():
@@ -90,14 +90,14 @@ def test_torchrun():
         "GROUP_RANK": "1",
         "GROUP_WORLD_SIZE": "2",
     }
-    place = Launch.from_environment({**SLURM, **environ})
-    assert place == Launch(5, 8, 1, 4, 1, 2, place.job_id, "torchrun")
+    launch = Launch.from_environment({**SLURM, **environ})
+    assert launch == Launch(5, 8, 1, 4, 1, 2, launch.job_id, "torchrun")
 
 
 def test_nobody():
-    place = Launch.from_environment({})
-    assert place == Launch(0, 1, 0, 1, 0, 1, place.job_id, "single")
-    assert local_job_runs(place.job_id)
+    launch = Launch.from_environment({})
+    assert launch == Launch(0, 1, 0, 1, 0, 1, launch.job_id, "single")
+    assert local_job_runs(launch.job_id)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_contradictions_are_told(environ, message):
 @given(counts=st.lists(st.integers(1, 64), min_size=1, max_size=12))
 def test_tasks_of_a_node(counts):
     parts = []
-    for place, count in enumerate(counts):
-        if place and counts[place - 1] == count:
+    for node, count in enumerate(counts):
+        if node and counts[node - 1] == count:
             parts[-1][1] += 1
         else:
             parts.append([count, 1])

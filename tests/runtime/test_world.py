@@ -128,7 +128,7 @@ def test_a_rank_of_another_attempt_meets_nobody(attempt, start):
         address, port, _ = attempt.find(30)
         return address, port, "another attempt's token"
 
-    with pytest.raises(LostPeers, match="rank 1 of 2 did not meet the others"):
+    with pytest.raises(LostPeers, match="rank 1 of 2 could not reach the other ranks"):
         World.join(
             Launch(1, 2, 1, 2, 0, 1, "1", "single"),
             publish=attempt.publish,
@@ -159,7 +159,7 @@ def test_the_store_listens_on_one_address(attempt, start):
 
 
 def test_rank_0_never_comes(attempt):
-    with pytest.raises(LostPeers, match="rank 1 of 2 did not meet the others: rank 0 published no address"):
+    with pytest.raises(LostPeers, match="could not reach the other ranks: rank 0 published no address"):
         World.join(
             Launch(1, 2, 1, 2, 0, 1, "1", "single"),
             publish=attempt.publish,
