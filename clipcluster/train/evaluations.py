@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import name_of
 from clipcluster.runs.files import write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.world import World
@@ -78,4 +79,4 @@ class Evaluations:
             "ema": self._ema is not None,
             "metrics": dict(results),
         }
-        write_json(self._run.evals / f"step-{progress.step:08d}.json", document)
+        write_json(self._run.evals / f"{name_of(progress.step)}.json", document)

@@ -38,7 +38,7 @@ class _Write(threading.Thread):
     def run(self) -> None:
         try:
             self._folder.write(self._contents, self._tell)
-        except BaseException as error:  # handed to the training thread by Saver._collect
+        except BaseException as error:  # handed to the training thread by Saver.finish
             self.error = error
         self.seconds = time.monotonic() - self.began
 
@@ -111,7 +111,7 @@ class Saver:
     def wishes(self, progress: Progress) -> Wish:
         """SAVE when a save is due or must be repeated, ABORT (with `failure` set) when it failed for good."""
         if self._write and not self._write.is_alive():
-            self._collect()
+            self.finish()
         if self.failure:
             return Wish.ABORT
         due = self._world.is_main and (self._failed or self._due(progress))
@@ -140,11 +140,11 @@ class Saver:
 
     def _wanted(self, step: int) -> bool:
         """On rank 0: whether a step is still to be written, once the write under way is done."""
-        self._collect()
+        self.finish()
         return self.failure is None and self.durable_step != step
 
     def _start(self, progress: Progress, parts: Parts) -> None:
-        self._collect()
+        self.finish()
         self._asked_at, self._failed = progress.step, False
         self._clock = time.monotonic()
         self._begun += 1
@@ -177,14 +177,10 @@ class Saver:
                     step,
                 )
                 write.drop.set()
-        self._collect()
+        self.finish()
 
     def finish(self) -> None:
-        """Wait for a write under way on this rank."""
-        self._collect()
-
-    def _collect(self) -> None:
-        """Wait for the write under way, if any, and take its result."""
+        """Wait for the write under way on this rank, if any, and take its result."""
         write, self._write = self._write, None
         if write is None:
             return

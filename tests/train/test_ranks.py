@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipcluster.runs.checkpoints import is_whole
+from clipcluster.runs.files import read_json
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
@@ -100,13 +101,16 @@ def test_without_a_rehearsal_a_resume_differs(toy: ModuleType, tmp_path: Path, s
 
 
 def test_ranks_agree_on_what_one_of_them_found(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
-    """A loss that is not finite on rank 1 alone is skipped on both; the weights stay the same everywhere."""
+    """A loss that is not finite on rank 1 alone is skipped on both; after a row of them both go back."""
     run = ranked_run(toy, tmp_path / "run")
-    script = {"poison": [4], "poison_rank": 1, "save_every": 1, "keep_last": 12}
+    script = {"poison": [2, 5, 6, 7], "poison_rank": 1, "save_every": 1, "keep_last": 12, "limit": 2}
     start_ranks(run, 2, script).finish(0)
-    assert differing_tensors(run.checkpoints / "step-00000004", run.checkpoints / "step-00000005") == []
-    assert differing_tensors(run.checkpoints / "step-00000005", run.checkpoints / "step-00000006") != []
-    assert merged_metrics(run)[-1]["skipped_steps"] == 1
+    assert differing_tensors(run.checkpoints / "step-00000002", run.checkpoints / "step-00000003") == []
+    assert differing_tensors(run.checkpoints / "step-00000003", run.checkpoints / "step-00000004") != []
+    assert [event["event"] for event in events(run)].count("roll_back") == 1
+    assert read_json(run.newest().path / "roll_back.json")["skipped"] == [[5, 8]]
+    consumed = [int(key.split("-")[0]) for _, slot, key in samples(run) if slot == 0]
+    assert consumed == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]
 
 
 def test_a_signal_to_one_rank_stops_all(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
