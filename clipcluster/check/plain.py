@@ -71,7 +71,7 @@ def check(
     checked.unchecked = _check_names(loaded, runs, checked)
     samples = _check_sources(loaded, checked)
     _check_evaluations(loaded, checked)
-    _check_best(loaded.recipe, checked)
+    _check_best(loaded, checked)
     if samples is not None:
         checked.plan = _check_plans(loaded.recipe, samples, checked)
     if checked.plan is not None:
@@ -198,8 +198,9 @@ def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
         findings.errors.append(f"{key}: every line of zeroshot_classification_templates.txt needs {{c}}")
 
 
-def _check_best(recipe: Recipe, findings: Findings) -> None:
+def _check_best(loaded: Loaded, findings: Findings) -> None:
     """The metric that keeps checkpoints is one that the evaluations measure."""
+    recipe = loaded.recipe
     best = recipe.checkpoint.keep.best
     if best is None:
         return
@@ -209,7 +210,8 @@ def _check_best(recipe: Recipe, findings: Findings) -> None:
         hint = (
             f"did you mean {near}?" if near else f"measured: {', '.join(known) or 'nothing (see evaluate)'}"
         )
-        findings.errors.append(f"checkpoint.keep.best.metric: nothing measures {best.metric!r}; {hint}")
+        place = _place(loaded, "checkpoint.keep.best.metric")
+        findings.errors.append(f"{place}: nothing measures {best.metric!r}; {hint}")
 
 
 def _check_plans(recipe: Recipe, samples: int, findings: Findings) -> Plan | None:

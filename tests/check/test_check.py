@@ -169,7 +169,7 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
         (["evaluate.zero_shot=[data/test, data/sub/test]"], "2 sets are called 'test'"),
         (
             ["checkpoint.keep.best={metric: test/t2i_r2}"],
-            "nothing measures 'test/t2i_r2'; did you mean test/t2i_r5?",
+            "{metric: test/t2i_r2}: nothing measures 'test/t2i_r2'; did you mean test/t2i_r5?",
         ),
         (["checkpoint.keep.best={metric: loss}", "evaluate={}"], "measured: nothing (see evaluate)"),
     ],
