@@ -5,6 +5,7 @@ a fork copies their locks. The server imports torch once, so that a worker start
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -22,8 +23,9 @@ from clipcluster.data.loading.worker import Reader
 from clipcluster.runtime.stop import ignore_signals
 
 PREFETCH = 2  # batches a worker prepares ahead of the one in use
+_SINGLE_THREAD = "clipcluster.data.loading.single_thread"
 _PRELOAD = [
-    "clipcluster.data.loading.single_thread",  # first: what is loaded after it reads what it sets
+    _SINGLE_THREAD,  # first: what is loaded after it reads what it sets
     "torch",
     "torch.utils.data",
     "torchvision.io",
@@ -121,6 +123,7 @@ def _unchanged(result: Any) -> Any:
 def _initialize(worker: int) -> None:
     """What a worker does first."""
     ignore_signals()
+    importlib.import_module(_SINGLE_THREAD)  # again: others may have started the fork server
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_rank, daemon=True).start()

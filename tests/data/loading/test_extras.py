@@ -115,6 +115,17 @@ def test_extras_travel_by_name_from_shard_to_batch(
     require_own(cut)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_a_decoder_in_a_worker_has_one_thread_that_never_spins(
+    write: Callable[..., Dataset], data_section: Callable[..., Data]
+) -> None:
+    (batch,) = take(loader_of(write(), data_section(), {"txt": "toy_decoders:threads"}, workers=1), 1)
+    threads = [number for number, policy in batch.extras["txt"] if policy == "passive"]
+    assert len(threads) == len(batch)
+    # besides the decoder's: one that waits for the rank's end, one that sends
+    assert max(threads) <= 3
+
+
 def test_only_the_members_that_are_wanted_are_read(
     write: Callable[..., Dataset], data_section: Callable[..., Data]
 ) -> None:
@@ -160,7 +171,7 @@ def test_the_deep_check_decodes_the_members_that_a_task_needs(write: Callable[..
         if number == 0:
             del held["score.txt"]
 
-    source, findings = Source(shards=str(write(change).parts[0].folder)), Findings()
+    source, findings = Source(shards=str(write(change).shard_path(0).parent)), Findings()
     check_sample("data.train.0", source, True, EXTRAS, TOKENIZER, findings)
     assert "samples that cannot be decoded: 00000.tar s000: no member score.txt" in findings.warnings[0]
     with pytest.raises(UserError, match=r"00000\.tar s000: no member syn\.json"):
