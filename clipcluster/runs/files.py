@@ -259,14 +259,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
-
-
-def read_at(descriptor: int, offset: int, size: int) -> bytes:
-    """All `size` bytes from `offset` on: one pread gives 2 GiB at most. OSError if the file ends before."""
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            raise OSError(errno.EIO, f"the file ends at byte {offset + len(data):,}, not {offset + size:,}")
-        data += more
-    return data

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipcluster.data.shards.texts import DATASET_TYPE
 from clipcluster.errors import UserError
-from clipcluster.recipe.captions import CHOICES, DEFAULT, LINES, checked, field_of
+from clipcluster.recipe.captions import DEFAULT, LINES, checked, field_of
 from clipcluster.recipe.captions import TXT as TXT_ALONE
 
 NO_TEXT, JSON, TXT = 0, 1, 2  # the kind of member a sample's captions come from
@@ -106,21 +106,3 @@ def _is_caption(text: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-__all__ = [
-    "CHOICES",
-    "DEFAULT",
-    "JSON",
-    "LINES",
-    "NO_TEXT",
-    "TXT",
-    "check_choice",
-    "choice_for",
-    "from_json",
-    "from_record",
-    "from_txt",
-    "members_of",
-    "record_of",
-    "texts",
-]

@@ -20,10 +20,9 @@ import numpy as np
 from clipcluster.data.shards import captions, folder_index, shard_index
 from clipcluster.data.shards.columns import BrokenColumns, Columns
 from clipcluster.data.shards.metadata import IndexedFolder, Metadata
-from clipcluster.data.shards.tar import BrokenTar, scan
+from clipcluster.data.shards.tar import BrokenTar, read_at, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
 from clipcluster.errors import UserError
-from clipcluster.runs.files import read_at
 from clipcluster.runtime.stop import DataError
 
 if TYPE_CHECKING:

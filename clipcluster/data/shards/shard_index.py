@@ -18,9 +18,8 @@ import numpy as np
 from clipcluster.data.shards import captions
 from clipcluster.data.shards.captions import JSON, NO_TEXT
 from clipcluster.data.shards.columns import BrokenColumns, Columns, Expected, read_columns, write_columns
-from clipcluster.data.shards.tar import BLOCK, BrokenTar, Member, compression, scan
+from clipcluster.data.shards.tar import BLOCK, BrokenTar, Member, compression, read_at, scan
 from clipcluster.errors import UserError
-from clipcluster.runs.files import read_at
 
 FORMAT = 2
 IMAGE_EXTENSIONS = frozenset(

@@ -4,6 +4,7 @@ Reads POSIX ustar, PAX (path and size records) and GNU (long names, base-256 siz
 Writes ustar, with a PAX header only where ustar cannot say it; the same member gives the same bytes.
 """
 
+import errno
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -43,6 +44,17 @@ class Member(NamedTuple):
 def padded(size: int) -> int:
     """`size` rounded up to whole blocks, in bytes."""
     return -(-size // BLOCK) * BLOCK
+
+
+def read_at(fd: int, offset: int, size: int) -> bytes:
+    """All `size` bytes from `offset` on: one pread gives 2 GiB at most. OSError if the file ends before."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(errno.EIO, f"the file ends at byte {offset + len(data):,}, not {offset + size:,}")
+        data += more
+    return data
 
 
 def compression(fd: int) -> str | None:

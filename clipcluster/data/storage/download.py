@@ -35,7 +35,6 @@ from clipcluster.data.storage.urls import (
     redacted,
 )
 from clipcluster.errors import UserError
-from clipcluster.runs.files import read_at
 
 RETRIES = (0.2, 1.0, 3.0, 8.0)  # seconds to wait before another try
 QUESTIONS = (0.3, 1.5)  # the same for a question that a person waits for
@@ -185,9 +184,10 @@ class _Download:
         return Got(done, found, stamp)
 
     def _sha256_of_file(self) -> str:
-        digest = hashlib.sha256()
-        for at in range(0, self._done, _CHUNK):
-            digest.update(read_at(self.fd, at, min(_CHUNK, self._done - at)))
+        digest, at = hashlib.sha256(), 0
+        while piece := os.pread(self.fd, _CHUNK, at):
+            digest.update(piece)
+            at += len(piece)
         return digest.hexdigest()
 
 

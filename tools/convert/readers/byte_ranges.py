@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs.files import read_at
+from clipcluster.data.shards.tar import read_at
 
 
 class ByteRanges:

@@ -22,10 +22,9 @@ from clipcluster.data.shards.captions import choice_for
 from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import OPEN_SHARDS, Dataset
 from clipcluster.data.shards.open import open_folder
-from clipcluster.data.shards.tar import BrokenTar, scan
+from clipcluster.data.shards.tar import BrokenTar, read_at, scan
 from clipcluster.data.shards.texts import BESIDE_SHARDS, CLASS_NAMES
 from clipcluster.errors import UserError
-from clipcluster.runs.files import read_at
 from clipcluster.runtime.stop import DataError
 from tools.convert.records import BadRecord, InputFile, Kind, Source, WholeRecord, option
 

@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name
-from clipcluster.data.shards.tar import BrokenTar, padded, scan
-from clipcluster.runs.files import read_at
+from clipcluster.data.shards.tar import BrokenTar, padded, read_at, scan
 
 OPEN_SHARDS = 64  # handles kept open in each process
 
