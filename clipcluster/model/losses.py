@@ -59,7 +59,7 @@ def contrastive(
     gradients back to their rank, for the scale because every rank's rows count once.
 
     image_features, text_features: (B, E), L2-normalised. scale: (), the factor itself, not its logarithm.
-    Returns the loss, (), float32 or wider, and the share of the own images whose own text scores best, ().
+    Returns the loss, (), float32 or wider, and the fraction of its own images whose own text scores best, ().
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = widen(image_features), widen(text_features)

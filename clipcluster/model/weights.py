@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clipcluster.errors import UserError
 
 LEAST_COVERAGE = 0.9
-"""Share of the tower's tensors, and of their elements, that a file must bring."""
+"""Fraction of the tower's tensors, and of their elements, that a file must bring."""
 
 # A prefix is any run of these words: `module.`, `_orig_mod.module.`, `visual.trunk.`, `text.transformer.`, …
 _WRAPPERS = {
@@ -51,7 +51,7 @@ _OLD_LAYER_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 class Coverage:
     """What one file brought to one tower.
 
-    `loaded` of `tensors` tensors hold `share` of the tower's elements; `missing` stay as they were drawn;
+    `loaded` of `tensors` tensors hold `fraction` of the tower's elements; `missing` stay as they were drawn;
     `left_out` are the file's own tensors (under `prefix`) that the tower does not have.
     """
 
@@ -60,14 +60,13 @@ class Coverage:
     prefix: str
     loaded: int
     tensors: int
-    share: float
+    fraction: float
     missing: tuple[str, ...]
     left_out: tuple[str, ...]
 
     def __str__(self) -> str:
-        text = (
-            f"{self.tower} tower: {self.loaded} of {self.tensors} tensors ({self.share:.1%}) from {self.file}"
-        )
+        counted = f"{self.loaded} of {self.tensors} tensors ({self.fraction:.1%})"
+        text = f"{self.tower} tower: {counted} from {self.file}"
         if self.prefix:
             text += f", prefix {self.prefix!r} removed"
         if self.missing:
@@ -98,7 +97,7 @@ def load_weights(tower: nn.Module, source: Path, *, name: str) -> Coverage:
         prefix=prefix,
         loaded=len(fitting),
         tensors=len(own),
-        share=sum(value.numel() for value in fitting.values()) / elements,
+        fraction=sum(value.numel() for value in fitting.values()) / elements,
         missing=tuple(key for key in own if key not in fitting),
         left_out=left_out,
     )
@@ -197,10 +196,10 @@ def _check_coverage(
         f"\n  {key}: {tuple(inside[key].shape)} in the file, {tuple(own[key].shape)} in the tower"
         for key in wrong[:5]
     )
-    if min(coverage.loaded / coverage.tensors, coverage.share) < LEAST_COVERAGE or wrong:
+    if min(coverage.loaded / coverage.tensors, coverage.fraction) < LEAST_COVERAGE or wrong:
         raise UserError(
             f"{file} brings {coverage.loaded} of the {name} tower's {coverage.tensors} tensors "
-            f"({coverage.share:.1%} of its elements), so it was made for another tower.\n"
+            f"({coverage.fraction:.1%} of its elements), so it was made for another tower.\n"
             f"  Missing from the file: {some(coverage.missing)}\n"
             f"  The file holds: {some(tuple(state))}"
             + (f"\n  Shapes that differ:{shapes}" if shapes else "")

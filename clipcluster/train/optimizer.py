@@ -75,11 +75,6 @@ class Optimizer:
         for name, (parameter, _) in self._named.items():
             self._adamw.state[parameter] = kept.get(name) or fresh_state(parameter)
 
-    @property
-    def names(self) -> list[str]:
-        """The names of the parameters that train."""
-        return list(self._named)
-
     def gradients(self) -> list[Tensor]:
         """The gradients there are; a parameter that took no part in the loss has None, not zero."""
         return [p.grad for p, _ in self._named.values() if p.grad is not None]

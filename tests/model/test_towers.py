@@ -158,7 +158,7 @@ def test_a_folder_gives_the_tower_and_its_weights(folder: Path) -> None:
     section = text_section(None, hf=str(folder), weights="pretrained")
     tower, coverage = build_text_tower(section, tokenizer=Tokens())
     assert coverage is not None
-    assert coverage.share == 1
+    assert coverage.fraction == 1
     assert coverage.prefix == "transformer."
     from safetensors.torch import load_file
 
@@ -200,7 +200,7 @@ def test_a_name_on_the_hub_is_read_from_its_cache(
     for assets in (None, tmp_path / "assets"):
         _, coverage = build_text_tower(section, tokenizer=Tokens(), assets=assets)
         assert coverage is not None
-        assert coverage.share == 1
+        assert coverage.fraction == 1
     section = text_section(None, hf="somebody/other", weights="pretrained")
     with pytest.raises(UserError, match="neither a folder"):
         build_text_tower(section, tokenizer=Tokens())

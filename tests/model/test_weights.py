@@ -32,7 +32,7 @@ def test_every_prefix_is_found(tmp_path: Path, prefix: str) -> None:
     save_file({prefix + k: v for k, v in contiguous(source.state_dict()).items()}, tmp_path / "w.safetensors")
     coverage = load_weights(tower, tmp_path / "w.safetensors", name="image")
     assert coverage.prefix == prefix
-    assert (coverage.loaded, coverage.share, coverage.missing) == (coverage.tensors, 1.0, ())
+    assert (coverage.loaded, coverage.fraction, coverage.missing) == (coverage.tensors, 1.0, ())
     for key, value in source.state_dict().items():
         assert torch.equal(tower.state_dict()[key], value), key
 
@@ -57,7 +57,7 @@ def test_any_run_of_prefixes_is_found_beside_other_parts(
 def test_training_checkpoints_give_their_model(tmp_path: Path, wrapper: str | None) -> None:
     state = trunk().state_dict()
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "w.bin")
-    assert load_weights(trunk(1), tmp_path / "w.bin", name="image").share == 1
+    assert load_weights(trunk(1), tmp_path / "w.bin", name="image").fraction == 1
 
 
 def test_a_classifier_is_left_out_and_said(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_old_names_of_layer_norms_are_understood(tmp_path: Path) -> None:
     old = {"bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma"): v for k, v in state.items()}
     torch.save(old | {"cls.predictions.bias": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
     coverage = load_weights(clip.text.transformer, tmp_path, name="text")
-    assert coverage.share == 1
+    assert coverage.fraction == 1
 
 
 def test_a_sharded_folder_is_read_whole(tmp_path: Path) -> None:
