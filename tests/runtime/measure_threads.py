@@ -1,6 +1,6 @@
 """Images a second of one training rank beside busy processes, for each way its threads wait for each other.
 
-    python tests/runtime/measure_threads.py [--threads 2] [--seconds 10] [--repetitions 3]
+    python tests/runtime/measure_threads.py [--threads 2] [--seconds 10] [--repetitions 3] [--busy 2]
 
 Every turn is a process of its own on the first THREADS cores: OpenMP reads its variables once. "busy" is an
 endless loop on the same cores.
@@ -56,17 +56,21 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--busy", type=int, default=2, help="beside 0 to so many endless loops")
     asked = parser.parse_args()
     os.environ.pop("OMP_WAIT_POLICY", None)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.threads])
-    print(f"{'':32}{'quiet':>10}{'one busy':>10}{'two busy':>10}   images/s, medians", flush=True)
-    speeds = {way: [[], [], []] for way in WAYS}
+    beside = range(asked.busy + 1)
+    speeds = {way: [[] for _ in beside] for way in WAYS}
     for _ in range(asked.repetitions):
         for way, variables in WAYS.items():
-            for busy in range(3):
-                speeds[way][busy].append(measure(variables, asked.threads, asked.seconds, busy))
+            for busy in beside:
+                found = measure(variables, asked.threads, asked.seconds, busy)
+                print(f"{way}, {busy} busy: {found:.0f}", file=sys.stderr, flush=True)
+                speeds[way][busy].append(found)
+    print(f"{'busy loops':24}" + "".join(f"{busy:10}" for busy in beside) + "   images/s, medians")
     for way, found in speeds.items():
-        print(f"{way:32}" + "".join(f"{statistics.median(each):10.0f}" for each in found))
+        print(f"{way:24}" + "".join(f"{statistics.median(each):10.0f}" for each in found))
 
 
 if __name__ == "__main__":
