@@ -108,12 +108,12 @@ def serve(order: Order, stop: Stop) -> int:
 def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
     """Work, and finish where this task was the last; a shard that repeats a key is written again."""
     while True:
-        # keys found to be repeated, all when every shard was there: more of them begin another round
-        turn = sum(map(len, making.read_left_out(plan).values()))
+        # keys found to be repeated, all when every shard was there: more of them begin another rewrite
+        rewrite = sum(map(len, making.read_left_out(plan).values()))
 
-        def claim(shard: Shard, turn: int = turn) -> bool:
+        def claim(shard: Shard, rewrite: int = rewrite) -> bool:
             heed(0)
-            return claims.take(shard, turn)
+            return claims.take(shard, rewrite)
 
         making.work(plan, claim, heed)
         left_out = making.read_left_out(plan)
@@ -121,7 +121,7 @@ def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
         if missing and making.is_finished(plan.out):
             print("another task finished the conversion")
             return
-        if missing and not any(claims.mine(shard, turn) for shard in missing):
+        if missing and not any(claims.mine(shard, rewrite) for shard in missing):
             print(f"{len(missing)} shards are being written by other tasks: nothing left to do")
             return
         if not missing and making.finish(plan):
@@ -133,7 +133,7 @@ def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
 class Claims:
     """Which task writes which shard: a file for each, made whole and once, holding the task's name.
 
-    `turn` tells a shard's first writing from later ones: who wrote it first may have left since.
+    `rewrite` tells a shard's first writing from later ones: who wrote it first may have left since.
     """
 
     def __init__(self, folder: Path, owner: str) -> None:
@@ -141,21 +141,21 @@ class Claims:
         self._folder = folder
         self._owner = owner
 
-    def take(self, shard: Shard, turn: int) -> bool:
+    def take(self, shard: Shard, rewrite: int) -> bool:
         """Claim a shard; also True for one this task claimed before it was requeued."""
-        taken = files.link_once(self._file(shard, turn), self._owner) or self.mine(shard, turn)
+        taken = files.link_once(self._file(shard, rewrite), self._owner) or self.mine(shard, rewrite)
         self.taken += taken
         return taken
 
-    def mine(self, shard: Shard, turn: int) -> bool:
+    def mine(self, shard: Shard, rewrite: int) -> bool:
         """Whether this task has claimed it."""
         try:
-            return bool(files.read_json(self._file(shard, turn)) == self._owner)
+            return bool(files.read_json(self._file(shard, rewrite)) == self._owner)
         except FileNotFoundError:
             return False
 
-    def _file(self, shard: Shard, turn: int) -> Path:
-        return self._folder / f"{turn}-{shard.split}-{shard.number}"
+    def _file(self, shard: Shard, rewrite: int) -> Path:
+        return self._folder / f"{rewrite}-{shard.split}-{shard.number}"
 
 
 def submit(order: Order, cluster: Cluster, jobs: int) -> list[str]:
