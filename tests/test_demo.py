@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from clipcluster.runs.find import all_runs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,8 +29,10 @@ def test_digits_reach_the_accuracy(tmp_path):
 
     clipcluster("shards", "convert", "digits", "--out", "data/digits")
     said = clipcluster("submit", str(ROOT / "recipes/digits.yaml"), "--executor", "local", "--follow")
-    (run,) = (tmp_path / "runs").iterdir()
+    (run,) = (found.path for found in all_runs(tmp_path / "runs"))
     assert str(run) in said
+    assert "waiting for the first batch" in said
+    assert said.index("zero-shot (") < said.index("retrieval (") < said.index("retrieval, paired (")
     assert "clipcluster metrics" in said, "what to type next"
     last = max((run / "evals").iterdir())
     measured = json.loads(last.read_text())["metrics"]
