@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -19,8 +20,8 @@ from clipcluster.build.model import hash_of
 from clipcluster.build.training import seconds_of_a_save, try_task
 from clipcluster.data.storage import download
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import load, recipe_keys, settings_keys
-from clipcluster.run import evaluate, train
+from clipcluster.recipe.load import from_run, load, recipe_keys, settings_keys
+from clipcluster.run import evaluate, train, use_processors
 from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
@@ -238,6 +239,29 @@ def test_a_stop_while_starting_builds_nothing(tiny: Tiny) -> None:
     assert tiny.go(run, stop) is Outcome.STOPPED
     assert list(run.checkpoints.iterdir()) == []
     assert run.newest().outcome()["reason"] == "rank 0 got before the first step during start-up"
+
+
+@pytest.mark.parametrize(("deterministic", "kernels"), [("null", "deterministic"), ("false", "fast")])
+def test_device_kernels_and_more_threads_than_cores_are_said(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture, deterministic: str, kernels: str
+) -> None:
+    threads, usable = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    run = tiny.make("threads", "cluster.cpus_per_task=1000", f"train.deterministic={deterministic}")
+    logging.getLogger("clipcluster").addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, "clipcluster")
+    try:
+        device = use_processors(from_run(run.recipe(), run.settings()), ALONE)
+        assert torch.are_deterministic_algorithms_enabled() is (kernels == "deterministic")
+        assert torch.get_num_threads() == usable
+    finally:
+        logging.getLogger("clipcluster").removeHandler(caplog.handler)
+        torch.set_num_threads(threads)
+        torch.set_deterministic_debug_mode("default")
+    said = list(dict.fromkeys(record.getMessage() for record in caplog.records))
+    assert f"cluster.cpus_per_task is 1000, and this rank has {usable} of the node's cores" in said[0]
+    if device.type == "cpu":
+        assert said[1].startswith("device: cpu (")
+        assert said[1].endswith(f"), {kernels} kernels")
 
 
 SLOW_HASH = """
