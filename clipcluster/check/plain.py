@@ -18,7 +18,7 @@ from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.recipe.tasks import metric_names
+from clipcluster.recipe.tasks import metric_names, set_name
 from clipcluster.recipe.tree import nearest
 from clipcluster.runs.folder import Run
 from clipcluster.runs.name import run_name
@@ -182,7 +182,7 @@ def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
     findings.errors += [
         f"{_place(loaded, 'evaluate')}: {count} sets are called {name!r}; the last component of each path "
         "names its metrics, so they must differ"
-        for name, count in Counter(Path(folder).name for folder in every).items()
+        for name, count in Counter(map(set_name, every)).items()
         if count > 1
     ]
 

@@ -5,6 +5,7 @@ A new task is one entry of `TASKS` and its builder; the check, the data and the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,13 +58,20 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 """The metrics of each key of the `evaluate` section, without the counts (`images`, `pairs`, ...)."""
 
 
+def set_name(folder: str) -> str:
+    """The name of an evaluation set: its folder's last component, of an address without user and query."""
+    if "://" in folder:
+        folder = re.sub("://[^/]*@", "://", folder.partition("?")[0])
+    return Path(folder).name
+
+
 def metric_names(task: str, folders: Mapping[str, Sequence[str]]) -> list[str]:
     """SET/METRIC of all that a task's evaluations measure.
 
     folders: key of the `evaluate` section -> its shard folders, each named by its last component.
     """
     return [
-        f"{Path(folder).name}/{metric}"
+        f"{set_name(folder)}/{metric}"
         for evaluation in TASKS[task].evaluations
         for folder in folders.get(evaluation, ())
         for metric in METRICS[evaluation]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clipcluster.check import deep
 from clipcluster.check import plain as checks
+from clipcluster.data.storage.urls import redacted_within
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
 from clipcluster.recipe.plan import Plan
@@ -137,7 +138,7 @@ def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
         for difference in twin.differences:
             wanted.say(
                 f"a new run: {twin.run.name} differs in {difference.key} "
-                f"({difference.there!r} there, {difference.here!r} here)"
+                f"({redacted_within(difference.there)!r} there, {redacted_within(difference.here)!r} here)"
             )
 
 

@@ -7,7 +7,7 @@ Written like local sources, with `://` or `pipe:` in front: a folder, one tar, b
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -91,6 +91,15 @@ def redacted(text: str) -> str:
         shards = [tar.rpartition("/")[2] for tar in _tars_in(text)[-1:]]
         return PIPE + _SECRET.sub(r"\1…", " ".join([*words[:1], "…", *shards]))
     return _SECRET.sub(r"\1…", _URL.sub(_without_keys, text))
+
+
+def redacted_within(value: Any) -> Any:
+    """A value of a recipe with every text in it `redacted`."""
+    if isinstance(value, Mapping):
+        return {key: redacted_within(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_within(inner) for inner in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _without_keys(url: "re.Match[str]") -> str:

@@ -13,10 +13,11 @@ import pytest
 from clipcluster.data.shards.open import open_source
 from clipcluster.data.storage import download
 from clipcluster.data.storage.cache import Cache
-from clipcluster.data.storage.urls import RemoteFolder, folder_at, named, redacted
+from clipcluster.data.storage.urls import RemoteFolder, folder_at, named, redacted, redacted_within
 from clipcluster.errors import UserError
 from clipcluster.evals.suite import set_names
 from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.tasks import set_name
 from clipcluster.runtime.stop import DataError
 from tools.shards.index import index_folders
 
@@ -134,10 +135,17 @@ def test_what_is_written_of_a_source_shows_no_key(
     assert "hidden" not in caplog.text
 
 
+def test_a_value_of_a_recipe_is_shown_without_keys() -> None:
+    value = [{"shards": ["https://u:hidden@h/x", "pipe:curl hidden 0.tar"], "weight": 2}, None]
+    assert redacted_within(value) == [{"shards": ["https://h/x", "pipe:curl … 0.tar"], "weight": 2}, None]
+
+
 def test_the_names_of_evaluations_show_no_key() -> None:
     folders = ["https://user:hidden@host/a/val?sig=hidden", "https://host/b/val", "/data/val", "/data/pets"]
     names = set_names(folders)
     assert names == ["a-val", "b-val", "data-val", "pets"]
+    assert [set_name(folder) for folder in folders] == ["val", "val", "val", "pets"]
+    assert set_name("https://user:hidden@host") == "host"
 
 
 def test_a_folder_is_shown_by_its_name_alone() -> None:
