@@ -170,12 +170,12 @@ class Dataset(Metadata):
         """Tells the kernel which images and captions will be read soon; with `members`, whole samples."""
         if not hasattr(os, "posix_fadvise"):
             return
-        places: dict[int, list[int]] = {}
+        rows_of: dict[int, list[int]] = {}
         for position in positions:
             shard, row = self.locate(position)
-            places.setdefault(shard, []).append(row)
-        self._fetch_ahead([shard for shard in places if shard not in self._open])
-        for shard, rows in places.items():
+            rows_of.setdefault(shard, []).append(row)
+        self._fetch_ahead([shard for shard in rows_of if shard not in self._open])
+        for shard, rows in rows_of.items():
             self._with_retries(shard, partial(self._announce, shard, rows, members))
 
     def _announce(self, shard: int, rows: Sequence[int], members: bool) -> None:
@@ -192,7 +192,7 @@ class Dataset(Metadata):
 
     def _fetch_ahead(self, shards: Sequence[int]) -> None:
         """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
-        if len(shards) > 1 and any(isinstance(part.folder, RemoteFolder) for part in self.folders):
+        if len(shards) > 1 and any(isinstance(indexed.folder, RemoteFolder) for indexed in self.folders):
             _in_threads(FETCHES, self._warm, [shard for shard in shards if self._is_remote(shard)])
 
     def _warm(self, shard: int) -> None:
@@ -268,65 +268,65 @@ class Dataset(Metadata):
 
     def _bytes_of(self, shard: int) -> int:
         """The size of a shard when it was indexed."""
-        part, row = self._number_in_folder(shard)
-        return int(self._tables[part].arrays["bytes"][row])
+        folder, number = self._number_in_folder(shard)
+        return int(self._tables[folder].arrays["bytes"][number])
 
     def _fetch(self, shard: int, *, again: bool = False) -> int:
         """A handle on a remote shard's bytes as they were indexed. DataError if they changed."""
-        place = self.shard_location(shard)
-        assert isinstance(place, RemoteFile)
+        file = self.shard_location(shard)
+        assert isinstance(file, RemoteFile)
         assert self.cache is not None
         try:
-            return self.cache.shard(place.address, self._bytes_of(shard), self.sha256(shard), again=again)
+            return self.cache.shard(file.address, self._bytes_of(shard), self.sha256(shard), again=again)
         except OtherContent as error:
             raise self._changed(shard, str(error)) from None
 
     def _columns(self, shard: int) -> dict[str, np.ndarray]:
         """The index of a shard, which must match the index of its folder."""
-        part = self.folders[self._number_in_folder(shard)[0]]
+        indexed = self.folders[self._number_in_folder(shard)[0]]
         with self._checking_index(shard):
-            if part.remote_index is not None:
-                return self._fetched_columns(shard, part.remote_index)
-            path = shard_index.shard_index_path(part.index, self.shard_name(shard))
+            if indexed.remote_index is not None:
+                return self._fetched_columns(shard, indexed.remote_index)
+            path = shard_index.shard_index_path(indexed.index, self.shard_name(shard))
             return self._matching(shard, shard_index.read_shard_index(path), path)
 
     def _fetched_columns(self, shard: int, at: RemoteFolder) -> dict[str, np.ndarray]:
         """The index of a remote shard; a damaged one is fetched once more."""
         assert self.cache is not None
-        place = at / f"{self.shard_name(shard)}.idx"
+        file = at / f"{self.shard_name(shard)}.idx"
         key = f"{self.sha256(shard)} {self.folders[self._number_in_folder(shard)[0]].index}"
         for last in (False, True):
-            fd = self.cache.shard_index(place.address, key)
+            fd = self.cache.shard_index(file.address, key)
             path = Path(f"/dev/fd/{fd}")
             try:
-                return self._matching(shard, shard_index.read_shard_index(path), place)
+                return self._matching(shard, shard_index.read_shard_index(path), file)
             except (BrokenColumns, DataError) as error:
-                self.cache.drop_shard_index(place.address, key)
+                self.cache.drop_shard_index(file.address, key)
                 if last and isinstance(error, BrokenColumns):
-                    raise BrokenColumns(str(error).replace(str(path), str(place))) from None
+                    raise BrokenColumns(str(error).replace(str(path), str(file))) from None
                 if last:
                     raise
             finally:
                 os.close(fd)
         raise AssertionError("unreachable")
 
-    def _matching(self, shard: int, rows: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
+    def _matching(self, shard: int, index: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
         """The columns of a shard's index, if they match the index of its folder, else DataError."""
         if (
-            rows.meta["sha256"] != self.sha256(shard)
-            or len(rows.arrays["offset"]) != self.sample_counts[shard]
-            or not set(self._choices_of(self._number_in_folder(shard)[0])) <= set(rows.meta["choices"])
+            index.meta["sha256"] != self.sha256(shard)
+            or len(index.arrays["offset"]) != self.sample_counts[shard]
+            or not set(self._choices_of(self._number_in_folder(shard)[0])) <= set(index.meta["choices"])
         ):
             raise DataError(f"{path} does not match the index of its folder", self._advice(shard))
-        return rows.arrays
+        return index.arrays
 
     @property
     def remote_sizes(self) -> np.ndarray:
         """Bytes of the remote ones among the shards taken, (n,) int64."""
         sizes = [
-            table.arrays["bytes"] if rows is None else table.arrays["bytes"][rows]
-            for part, table, rows in zip(self.folders, self._tables, self._taken, strict=True)
-            if isinstance(part.folder, RemoteFolder)
+            table.arrays["bytes"] if taken is None else table.arrays["bytes"][taken]
+            for indexed, table, taken in zip(self.folders, self._tables, self._taken, strict=True)
+            if isinstance(indexed.folder, RemoteFolder)
         ]
         return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
 
@@ -346,9 +346,9 @@ class Dataset(Metadata):
         """Size and stamp of a remote shard, by its server."""
         from clipcluster.data.storage.download import state_of
 
-        place = self.shard_location(shard)
-        assert isinstance(place, RemoteFile)
-        return self._with_retries(shard, partial(state_of, place.address))
+        file = self.shard_location(shard)
+        assert isinstance(file, RemoteFile)
+        return self._with_retries(shard, partial(state_of, file.address))
 
     def _stat_and_compare(self, shard: int) -> None:
         if not self._is_remote(shard):
@@ -363,10 +363,10 @@ class Dataset(Metadata):
 
     def _is_as_indexed(self, shard: int, state: State) -> bool:
         """By size and time or stamp, as far as both sides know one; one found to be the same will do."""
-        part, row = self._number_in_folder(shard)
+        folder, number = self._number_in_folder(shard)
         if state.size not in (None, self._bytes_of(shard)):
             return False
-        known = int(self._tables[part].arrays["mtime_ns"][row])
+        known = int(self._tables[folder].arrays["mtime_ns"][number])
         if self._is_remote(shard) and (state.stamp == 0 or known >= 0):
             return True  # whatever is fetched is hashed
         return state.stamp == known or (shard, state.stamp) in self._hashed
@@ -397,10 +397,10 @@ class Dataset(Metadata):
             ) from None
 
     def _advice(self, shard: int) -> str:
-        part = self.folders[self._number_in_folder(shard)[0]]
+        indexed = self.folders[self._number_in_folder(shard)[0]]
         return (
             "restore the shard, or index the folder again and start a new run: "
-            f"clipcluster shards index {part.folder}{part.index_option}"
+            f"clipcluster shards index {indexed.folder}{indexed.index_option}"
         )
 
     def _with_retries(self, shard: int, action: Callable[[], T]) -> T:
