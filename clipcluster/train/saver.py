@@ -28,7 +28,7 @@ class _Write(threading.Thread):
     def __init__(self, folder: CheckpointFolder, contents: Contents) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.step = contents.step
-        self.drop = threading.Event()
+        self.drop, self.peers_lost = threading.Event(), threading.Event()
         self.began = time.monotonic()
         self.seconds = 0.0
         self.error: BaseException | None = None
@@ -44,7 +44,8 @@ class _Write(threading.Thread):
 
     def _tell(self, size: int) -> None:
         self._written += size
-        if self.drop.is_set():
+        waiting_for_peers = size == 0
+        if self.drop.is_set() or (waiting_for_peers and self.peers_lost.is_set()):
             raise Dropped
 
     def expected_seconds(self) -> tuple[float, float]:
@@ -178,6 +179,11 @@ class Saver:
                 )
                 write.drop.set()
         self.finish()
+
+    def peers_lost(self) -> None:
+        """A write under way no longer waits for files of the other ranks."""
+        if self._write:
+            self._write.peers_lost.set()
 
     def finish(self) -> None:
         """Wait for the write under way on this rank, if any, and take its result."""

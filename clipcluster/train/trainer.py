@@ -75,10 +75,13 @@ class Trainer:
         """
         try:
             return self._run()
-        except RuntimeError as error:
-            if is_lost_peer(error):
-                raise LostPeers(f"rank {self.world.rank} lost its peers: {error}") from error
-            raise
+        except (RuntimeError, LostPeers) as error:
+            if not is_lost_peer(error):
+                raise
+            self.saver.peers_lost()
+            if isinstance(error, LostPeers):
+                raise
+            raise LostPeers(f"rank {self.world.rank} lost its peers: {error}") from error
         finally:
             self.feed.close()
             self.saver.finish()  # a checkpoint on its way is worth the wait, whatever ended the run

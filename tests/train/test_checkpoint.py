@@ -33,10 +33,10 @@ from clipcluster.runtime.world import World
 from clipcluster.train import checkpoint_writer
 from clipcluster.train.checkpoint import CheckpointFolder, reading
 from clipcluster.train.checkpoint_reader import Broken, load_parts, verify
-from clipcluster.train.checkpoint_writer import Contents, take_copy
+from clipcluster.train.checkpoint_writer import Contents, Dropped, take_copy
 from clipcluster.train.progress import Progress
 from clipcluster.train.rotation import Keep
-from clipcluster.train.saver import Saver, to_drop
+from clipcluster.train.saver import Saver, _Write, to_drop
 from clipcluster.train.tensorfile import safetensors_bytes
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -725,6 +725,18 @@ def test_a_rank_that_never_writes_fails_the_save(
     with pytest.raises(OSError, match=r"rank 1 did not write its files of step 4 within 0\.1 s"):
         folder.write(brought_by(0, ranks=2))
     assert folder.steps() == [1, 2, 3]
+
+
+def test_a_write_does_not_wait_for_peers_that_are_lost(folder: CheckpointFolder) -> None:
+    write = _Write(folder, brought_by(0, ranks=2))
+    write.start()
+    time.sleep(0.1)
+    assert write.is_alive()
+    write.peers_lost.set()
+    write.join(10)
+    assert isinstance(write.error, Dropped)
+    assert folder.steps() == [1, 2, 3]
+    assert not list(folder.folder.glob(".*"))
 
 
 def test_a_file_of_another_rank_that_is_damaged_breaks_the_checkpoint(folder: CheckpointFolder) -> None:
