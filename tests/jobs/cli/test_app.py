@@ -286,5 +286,5 @@ def test_help_names_every_verb():
 def test_training_from_the_command_needs_a_run(tmp_path):
     done = clipcluster("train", tmp_path)
     assert done.returncode == 2
-    assert "no run folder" in done.stderr
+    assert "is not a run folder" in done.stderr
     assert not Run(tmp_path).exists()
