@@ -31,7 +31,8 @@ class Stage:
 class Stages:
     """The stages of a run; the one in force follows from the step alone, at a resume too.
 
-    A frozen parameter has no gradient (None: zero would let weight decay move it).
+    A frozen parameter has no gradient (None: zero would let weight decay move it). What a tower holds fixed
+    itself (sinusoidal positions) trains in no stage.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Stages:
         starts = [stage.start for stage in stages]
         if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
             raise ValueError(f"stages begin at rising steps, the first at 0, not at {starts}")
-        self._model, self._task, self._optimizer, self._stages = model, task, optimizer, tuple(stages)
+        self._task, self._optimizer, self._stages = task, optimizer, tuple(stages)
         self._current: Stage | None = None
+        self._trainable = [pair for pair in model.named_parameters() if pair[1].requires_grad]
 
     def enter(self, step: int) -> bool:
         """Put the stage of `step` in force; whether it changed. Called before a checkpoint of it is loaded.
@@ -52,7 +54,7 @@ class Stages:
         stage = [stage for stage in self._stages if stage.start <= step][-1]
         if stage is self._current:
             return False
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._trainable:
             parameter.requires_grad_(stage.lr_scale(name) is not None)
             if not parameter.requires_grad:
                 parameter.grad = None

@@ -59,6 +59,19 @@ def test_what_is_frozen_does_not_move(toy: ModuleType, tmp_path: Path) -> None:
     assert not torch.equal(words[THAW], words[THAW + 1])
 
 
+def test_what_a_tower_holds_fixed_trains_in_no_stage(toy: ModuleType) -> None:
+    """As RoFormer does its positions: DDP would wait for their gradient, which never comes."""
+    model = toy.Towers()
+    model.words.weight.requires_grad_(False)
+    optimizer = Optimizer(model, lr=0.1, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
+    task = WrappedTask(toy.ToyTask(model, toy.alone(), toy.Script()), toy.alone())
+    stages = Stages(model, task, optimizer, [Stage(), Stage(4)])
+    for step in (0, 4):
+        stages.enter(step)
+        assert not model.words.weight.requires_grad
+        assert "words.weight.exp_avg" not in optimizer.state_dict()
+
+
 def test_a_checkpoint_of_other_stages_is_refused_by_name(toy: ModuleType, tmp_path: Path) -> None:
     run = toy.new_run(tmp_path / "run")
     toy.go(run, thaw_at=THAW, stop_at=3)
