@@ -59,9 +59,14 @@ class RunningStatistics:
         before = self._before[: self._floats]
         if not before:
             return []
-        moves = torch.cat([value.flatten() for value in before]) * 0
+        moves = torch.zeros_like(torch.cat([value.flatten() for value in before]))
         for values in passes:
-            moves += torch.cat([(new - old).flatten() for new, old in zip(values, before, strict=True)])
+            moves += torch.cat([_move(old, new).flatten() for old, new in zip(before, values, strict=True)])
         moves = self._world.all_reduce_sum(moves) / (len(passes) * self._world.size)
         parts = moves.split([value.numel() for value in before])
         return [old + move.view_as(old) for old, move in zip(before, parts, strict=True)]
+
+
+def _move(old: Tensor, new: Tensor) -> Tensor:
+    """From an old value to a new one; none for a constant infinity, whose difference would be NaN."""
+    return torch.where(new == old, 0, new - old)

@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from clipcluster.runtime.world import World
+from clipcluster.train.statistics import RunningStatistics
 
 WORKER = Path(__file__).with_name("backward_of_ranks.py")
 ALONE = ("whole", "cached", "classes", "dropout-12", "norm-1", "norm-cached-12")
@@ -108,3 +112,15 @@ def test_statistics_move_once_a_step_on_any_number_of_ranks(ranks: Any) -> None:
     assert not torch.allclose(whole, expected["norm.running_var"])  # larger groups have another variance
     naive = ranks[3][0]["naive-statistics"]["buffers"]
     assert naive["norm.num_batches_tracked"] == 8
+
+
+def test_a_constant_buffer_stays_also_where_it_is_infinite() -> None:
+    """As Gemma 4's image tower has them, the bounds of a clamp."""
+    bound = nn.Module()
+    bound.register_buffer("highest", torch.tensor([1.0, torch.inf]))
+    statistics = RunningStatistics(bound, World(0, 1, 0, torch.device("cpu")))
+    statistics.begin()
+    statistics.take()
+    statistics.take()
+    statistics.commit(torch.zeros(()))
+    assert torch.equal(bound.highest, torch.tensor([1.0, torch.inf]))
