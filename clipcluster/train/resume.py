@@ -29,26 +29,28 @@ def restore(
     """Load the newest checkpoint into `progress` and `parts` on every rank; None where there is none.
 
     `enter(step)` comes before the loading and puts the stage of that step in force (0 without a checkpoint).
-    Rank 0 looks and verifies, the others load what it found. A checkpoint that was saved within the batches
-    `skipped` is passed over; the progress skips them from then on, with a checkpoint or without. Raises,
-    on all ranks together, CheckpointError where none verifies, DataError for another index, RecipeFailure
-    for other starting weights.
+    Rank 0 looks, verifies and tells the others; all load what it found. A checkpoint that was saved within
+    the batches `skipped` is passed over; the progress skips them from then on, with a checkpoint or without.
+    Raises, on all ranks together, CheckpointError where none verifies, DataError for another index,
+    RecipeFailure for other starting weights.
     """
 
-    def look() -> str | None:
+    def look() -> dict[str, Any] | None:
         newest = folder.newest(before(skipped))
-        if newest:
-            check_same(read_json(newest / STATE), constants, newest)
-        return newest.name if newest else None
+        if newest is None:
+            return None
+        state = read_json(newest / STATE)
+        check_same(state, constants, newest)
+        return {"name": newest.name, "state": state, "evaluated": bool(folder.evaluation(state["step"]))}
 
-    name = world.while_main(look)
-    found = folder.folder / name if name else None
-    state = read_json(found / STATE) if found else {"step": 0}
-    enter(state["step"])
+    # One look for all ranks: two could differ where a file comes late over the network.
+    newest = world.while_main(look)
+    found = folder.folder / newest["name"] if newest else None
+    enter(newest["state"]["step"] if newest else 0)
     if found:
-        load_parts(found, state, parts, rank=world.rank, ranks=world.size)
-        progress.load_state_dict(state)
-        if folder.evaluation(progress.step):
+        load_parts(found, newest["state"], parts, rank=world.rank, ranks=world.size)
+        progress.load_state_dict(newest["state"])
+        if newest["evaluated"]:
             progress.evaluated_step = progress.step
     progress.skipped = sorted({*progress.skipped, *skipped})
     return found

@@ -113,6 +113,14 @@ def test_ranks_agree_on_what_one_of_them_found(toy: ModuleType, tmp_path: Path, 
     assert consumed == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]
 
 
+def test_ranks_agree_on_which_evaluation_is_owed(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
+    """A resume of a run whose last step was evaluated after its checkpoint, which one rank does not see."""
+    run = ranked_run(toy, tmp_path / "run")
+    script = {"steps": 4, "evaluate_every": 4}
+    start_ranks(run, 3, script, {**script, "blind": 2, "silence": 10}).finish(0)
+    assert run.attempt(2).outcome()["outcome"] == "finished"
+
+
 def test_a_signal_to_one_rank_stops_all(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
     run = ranked_run(toy, tmp_path / "run")
     ranks = start_ranks(run, 2, {"steps": 5000, "save_every": 7, "pause": 0.01, "record": False})

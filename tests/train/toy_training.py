@@ -70,6 +70,7 @@ class Script:
     pause: float = 0.0
     own_part: bool = False  # a part that differs by rank
     slow_disk: float = 0.0  # seconds that reading and writing a checkpoint takes
+    blind: int | None = None  # a rank that sees no evaluation yet which another node recorded
     silence: float = 60.0  # seconds after which a rank is lost
     backward: str = "whole"
     thaw_at: int | None = None  # until this step the words do not train, then at half the learning rate
@@ -184,7 +185,10 @@ class ToySuite:
 
 
 class SlowDisk(CheckpointFolder):
-    seconds = 0.0
+    seconds, blind = 0.0, False
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        return {} if self.blind else super().evaluation(step)
 
     def newest(self, *arguments: Any) -> Path | None:
         time.sleep(self.seconds)
@@ -235,7 +239,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     checkpoints = SlowDisk(
         run.checkpoints, check=attempt.check, about={"world_size": world.size}, attempt=attempt.number
     )
-    checkpoints.seconds = script.slow_disk
+    checkpoints.seconds, checkpoints.blind = script.slow_disk, script.blind == world.rank
     saver = Saver(
         checkpoints,
         world,
