@@ -37,7 +37,7 @@ class Snapshot:
 
 
 def take(folder: Path) -> Snapshot:
-    """Copy the packages into `code-N` unless an earlier folder holds the same; check that it can start.
+    """Copy the packages into `code-N` unless an earlier folder still holds the same; check that it can start.
 
     Raises UserError where the copy cannot start (and removes it).
     """
@@ -45,7 +45,7 @@ def take(folder: Path) -> Snapshot:
     digest = _digest(sources)
     there = sorted(folder.glob("code-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in reversed(there):
-        if _facts(path).get("digest") == digest:
+        if _facts(path).get("digest") == digest == _digest({name: path / name for name in PACKAGES}):
             return Snapshot(path, new=False, first=False)
     number = int(there[-1].name.split("-")[1]) + 1 if there else 1
     target = folder / f"code-{number}"
@@ -136,7 +136,8 @@ def _check(code: Path) -> None:
         capture_output=True,
         text=True,
     )
-    if done.returncode != 0 or not done.stdout.strip().startswith(str(code)):
+    # Resolved, because Python names the file in its working directory by the real path.
+    if done.returncode != 0 or not Path(done.stdout.strip()).resolve().is_relative_to(code.resolve()):
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise UserError(
             f"the snapshot of the code cannot start with {sys.executable}:\n{said}\n"

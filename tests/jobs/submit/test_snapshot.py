@@ -63,3 +63,15 @@ def test_a_copy_that_cannot_start_is_refused(run, tmp_path, monkeypatch, edit):
     with pytest.raises(UserError, match="cannot start"):
         snapshot.take(run.path)
     assert list(run.path.glob("*code-*")) == []
+
+
+def test_runs_may_lie_behind_a_link(run, tmp_path):
+    (tmp_path / "link").symlink_to(run.path.parent)
+    assert snapshot.take(tmp_path / "link" / run.name).path.name == "code-1"
+
+
+def test_a_copy_that_was_edited_is_not_used_again(run):
+    first = snapshot.take(run.path)
+    (first.path / "jobs" / "train.py").open("a").write("# edited\n")
+    second = snapshot.take(run.path)
+    assert (second.path.name, second.new) == ("code-2", True)
