@@ -100,7 +100,12 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
 
 
 def _document(value: Any) -> bytes:
-    return (json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return _encoded(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _encoded(text: str) -> bytes:
+    """JSON in UTF-8; what came from bytes that are not UTF-8, as file names may be, is escaped as JSON can."""
+    return text.encode(errors="backslashreplace")
 
 
 NON_FINITE = "non_finite"
@@ -234,7 +239,7 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
         if before and os.pread(descriptor, 1, before - 1) != b"\n":
             text = "\n" + text
         try:
-            _write_all(descriptor, text.encode())
+            _write_all(descriptor, _encoded(text))
             if durable:
                 os.fsync(descriptor)
         except OSError:

@@ -165,3 +165,11 @@ def test_finite_values_are_left_as_they_are():
     line = {"step": 3, "loss": 1.5, "parts": [{"a": 1}]}
     assert files.finite(line) is line
     assert files.finite([float("nan"), 1]) == [None, 1]
+
+
+def test_a_name_that_is_not_utf_8_is_kept(tmp_path):
+    line = {"key": os.fsdecode(b"caf\xe9"), "reason": "日本"}
+    files.append_lines(tmp_path / "lines", [line])
+    assert files.read_lines(tmp_path / "lines") == [line]
+    assert files.link_once(tmp_path / "outcome.json", line)
+    assert files.read_json(tmp_path / "outcome.json") == line
