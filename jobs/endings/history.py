@@ -106,5 +106,9 @@ def _not_ended(run: Run, job_id: str) -> bool:
     if job_id in run.cancelled_jobs():
         return False
     attempts = [attempt for attempt in run.attempts() if attempt.job == job_id]
-    verdict = last_verdict(attempts[-1]) if attempts else None
-    return verdict is None or verdict["event"] not in FINAL
+    if not attempts:
+        return True
+    verdict = last_verdict(attempts[-1])
+    if verdict is None:  # nobody judges what was started by hand: its outcome is the verdict
+        return not (job_id.startswith("local-") and attempts[-1].outcome())
+    return verdict["event"] not in FINAL

@@ -104,6 +104,13 @@ def test_an_unknown_job_counts_as_running_until_it_ended(run, no_slurm):
     assert not history.job_runs(run, "local-elsewhere-12-34", Slurm())
 
 
+def test_what_was_started_by_hand_elsewhere_ended_with_its_outcome(run):
+    attempt = attempt_with(run, job="local-elsewhere-12-34")
+    assert history.job_runs(run, "local-elsewhere-12-34", Slurm())
+    attempt.write_outcome(outcome_name="stopped", code=85, rank=0)
+    assert claim(run, "17", Slurm()).number == 2
+
+
 def test_nothing_is_claimed_for_a_finished_or_cancelled_run(run, no_slurm, capsys):
     run.mark_cancelled(["17"])
     assert claim(run, "17", Slurm()) is None
