@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +53,8 @@ class Queue:
     @cached_property
     def _jobs(self) -> dict[str, QueuedJob] | None:
         try:
-            return {job.job_id: job for job in self.slurm.queue(user=getpass.getuser())}
+            # By number: the variables that name a user may name another one, whose queue is no error.
+            return {job.job_id: job for job in self.slurm.queue(user=str(os.getuid()))}
         except (SlurmUnavailable, SlurmRefused):
             return None
 
@@ -101,6 +101,8 @@ def state_of(run: Run, queue: Queue) -> State:
     intent = unanswered(run)
     if intent is not None and (submitting := _submitting(queue, intent)):
         return submitting
+    if newest is not None and job_ids(run)[-1:] != [newest.job] and not run.finished():
+        newest = verdict = None  # a later job came to its end without a claim
     if newest is not None and verdict and verdict["event"] in history.FINAL:
         return _final(verdict, newest)
     if newest is not None:

@@ -70,10 +70,12 @@ def submissions(run: Run) -> list[dict[str, Any]]:
 
 
 def job_ids(run: Run) -> list[str]:
-    """Every job that was submitted for the run or claimed it, the newest last."""
-    claimed = [attempt.job for attempt in run.attempts()]
-    submitted = [line["job"] for line in submissions(run)]
-    return [job for job in dict.fromkeys([*claimed, *submitted]) if job]
+    """Every job that was submitted for the run or claimed it, by when it last did, the newest last."""
+    latest: dict[str, float] = {}
+    for line in [*submissions(run), *(attempt.claim() for attempt in run.attempts())]:
+        if line.get("job"):
+            latest[line["job"]] = max(line.get("time", 0.0), latest.get(line["job"], 0.0))
+    return sorted(latest, key=lambda job: latest[job])
 
 
 def unanswered(run: Run) -> Intent | None:

@@ -1,6 +1,8 @@
 """What a run is said to be doing, from its folder and the queue alone."""
 
 import io
+import os
+import time
 
 import pytest
 from rich.console import Console
@@ -44,7 +46,7 @@ def judged(attempt, event, **fields):
 
 def submitted(run, job="17"):
     run.submitit.mkdir(exist_ok=True)
-    files.append_line(run.submitit / submissions.FILE, {"job": job})
+    files.append_line(run.submitit / submissions.FILE, {"job": job, "time": time.time()})
 
 
 def test_before_and_while_it_waits(run):
@@ -119,6 +121,28 @@ def test_a_new_submission_after_the_end(run):
     judged(claimed(run), "fail", code=86, reason="bug")
     submitted(run, "18")
     assert state_of(run, Answers({"18": ("PENDING", "Priority")})).name == "PENDING"
+    assert str(state_of(run, Answers())) == (
+        "LOST (job 18 ended without recording an outcome: it never claimed the run)"
+    )
+    assert state_of(run, Answers(ended={"18": "CANCELLED"})).name == "CANCELLED"
+
+
+def test_an_older_job_that_never_claimed_tells_nothing(run):
+    submitted(run, "17")
+    run.mark_cancelled(["17"])
+    claimed(run, "local-nowhere-1-1")
+    assert submissions.job_ids(run) == ["17", "local-nowhere-1-1"]
+    assert state_of(run, Answers()).name == "UNKNOWN"
+
+
+def test_the_queue_is_that_of_the_user_not_of_variables(run, tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    assert not Queue().silent
+    assert f"--user={os.getuid()}" in (tmp_path / "asked").read_text().split()
 
 
 def test_a_report_reads_the_ends_of_files(run):
@@ -193,7 +217,7 @@ def test_a_launch_without_an_answer(run, monkeypatch):
     submissions.intend(run, "slurm", "code-1")
     claimed(run, "18")
     assert submissions.unanswered(run) is None
-    assert submissions.job_ids(run) == ["18", "17"]
+    assert submissions.job_ids(run) == ["17", "18"]
 
 
 def test_a_launch_that_left_no_job_can_be_cancelled(run, monkeypatch):
