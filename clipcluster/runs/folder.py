@@ -50,8 +50,15 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     @classmethod
-    def create(cls, path: Path, recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Run:
-        """Make the folder whole, with `recipe.yaml` and `settings.yaml`, or not at all.
+    def create(
+        cls,
+        path: Path,
+        recipe: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        *,
+        assets: Path | None = None,
+    ) -> Run:
+        """Make the folder whole, with `recipe.yaml`, `settings.yaml` and a copy of `assets`, or not at all.
 
         Raises FileExistsError where the run exists already, for example made by a submit at the same moment.
         """
@@ -64,6 +71,8 @@ class Run:
             files.write_yaml(aside.settings_file, settings)
             for folder in (aside.attempts_dir, aside.checkpoints, aside.evals, aside.marks, aside.assets):
                 folder.mkdir()
+            if assets:
+                shutil.copytree(assets, aside.assets, dirs_exist_ok=True)
             _rename_new(aside.path, run.path)
         except BaseException:
             shutil.rmtree(aside.path, ignore_errors=True)

@@ -49,8 +49,10 @@ def _fetch(name: str, target: Path, patterns: tuple[str, ...]) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    aside = target.with_name(f".{target.name}.part")  # what is fetched in part is no asset; it is resumed
     try:
-        snapshot_download(name, local_dir=target, allow_patterns=list(patterns))
+        snapshot_download(name, local_dir=aside, allow_patterns=list(patterns))
+        aside.rename(target)
     except (OSError, ValueError, HFValidationError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -44,8 +44,7 @@ class Start:
         grace = clusters.grace_seconds(cluster, Slurm() if self.executor == "slurm" else None)
         made = not run.exists()
         if made:
-            Run.create(run.path, recipe_keys(self.loaded), self._settings(None, grace))
-            shutil.copytree(fetched, run.assets, dirs_exist_ok=True)
+            Run.create(run.path, recipe_keys(self.loaded), self._settings(None, grace), assets=fetched)
         if self.executor == "none":
             run.update_settings(self._settings(None, grace))
             self.say(f"{run.name}: made, and nothing started. Train it with one of:")

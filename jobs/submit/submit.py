@@ -172,7 +172,7 @@ def _say_plan(run: Run, checked: checks.Checked, executor: str, wanted: Wanted) 
 
 @contextlib.contextmanager
 def _fetched(recipe: Recipe, run: Run, wanted: Wanted) -> Iterator[Path]:
-    """The folder of the run's assets: its own, or for a new run one aside that `_start` moves into it."""
+    """The folder of the run's assets: its own, or for a new run one aside that is copied into it."""
     if run.exists():
         for name in assets.fetch(recipe, run.assets):
             wanted.say(f"fetched {name}")

@@ -57,6 +57,17 @@ def test_created_once(run):
     assert os.listdir(run.path.parent) == [run.name]
 
 
+def test_assets_are_copied_whole_or_no_run_is_made(tmp_path):
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "tokenizer.json").write_text("{}")
+    assert (Run.create(tmp_path / "a-0", {}, {}, assets=assets).assets / "tokenizer.json").is_file()
+    (assets / "model").symlink_to("/nowhere/model")
+    with pytest.raises(OSError, match="No such file"):
+        Run.create(tmp_path / "a-1", {}, {}, assets=assets)
+    assert sorted(os.listdir(tmp_path)) == ["a-0", "assets"]
+
+
 def test_numbers_survive_the_yaml(tmp_path):
     recipe = {"lr": 7e-4, "eps": 1e-8, "large": 1e22, "text": "7e-4", "none": None, "Ä": ["ß"]}
     assert Run.create(tmp_path / "a", recipe, {}).recipe() == recipe

@@ -38,3 +38,22 @@ def test_what_is_there_is_not_fetched_again(recipe, tmp_path):
 def test_a_hub_out_of_reach_is_said(recipe, tmp_path):
     with pytest.raises(UserError, match="org/words is not a folder here"):
         assets.fetch(loaded(recipe, "data.text.tokenizer=org/words"), tmp_path / "assets")
+
+
+def test_what_was_fetched_in_part_is_fetched_again(recipe, tmp_path, monkeypatch):
+    def snapshot_download(name, *, local_dir, allow_patterns):
+        local_dir.mkdir(exist_ok=True)
+        (local_dir / "config.json").write_text("{}")
+        calls.append(name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        (local_dir / "tokenizer.json").write_text("{}")
+
+    calls = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    wanted = loaded(recipe, "data.text.tokenizer=org/words")
+    with pytest.raises(KeyboardInterrupt):
+        assets.fetch(wanted, tmp_path)
+    assert assets.fetch(wanted, tmp_path) == ["org/words"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["org--words"]
+    assert len(assets.hashes(tmp_path)) == 2
