@@ -204,7 +204,7 @@ def refuse_running(out: Path) -> None:
 def _parameters(cluster: Cluster, order: Order, code: Path) -> dict[str, Any]:
     """submitit's parameters: one task a member, requeued when its node is taken away."""
     lead = min(_LEAD_SECONDS, int(cluster.time.minutes * 20))
-    decide = script.python("-m", "jobs.convert", "ending", '"$1"')
+    decide = script.python("-m", "jobs.convert", "ending")
     return clusters.job(
         cluster,
         name=f"convert-{order.out.name}",

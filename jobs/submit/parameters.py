@@ -139,9 +139,7 @@ def _setup(
     """What the batch script does before srun: the site's lines, the snapshot, the claim."""
     member = "${SLURM_ARRAY_TASK_ID:-0}" if len(members) > 1 else "0"
     return [
-        *script.begin(
-            script.python("-m", "jobs.endings", "verdict", '"$clipcluster_run"', '"$1"'), logs=logs
-        ),
+        *script.begin(script.python("-m", "jobs.endings", "verdict", '"$clipcluster_run"'), logs=logs),
         script.table("clipcluster_runs", [member.run_dir for member in members]),
         script.table("clipcluster_codes", [member.code for member in members]),
         f'clipcluster_run="${{clipcluster_runs[{member}]}}"',

@@ -195,22 +195,37 @@ def test_what_follows_a_task(
     assert calls.count("requeue") == requeued + answer["refusals"]
 
 
-def test_a_node_without_the_interpreter_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def batch_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> subprocess.CompletedProcess[str]:
+    """The batch script of a task that leaves with `code`, run by bash."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    monkeypatch.setattr(sys, "executable", "/nowhere/bin/python")
     order = Order("keys", tmp_path, [], NoOptions(), Settings())
-    chosen = parameters_of(Cluster(gpus_per_node=0), order, tmp_path)
+    chosen = parameters_of(Cluster(gpus_per_node=0), order, Path(__file__).resolve().parents[2])
     script = _make_sbatch_string(command="task", folder=tmp_path, **chosen)
     for name, text in {
-        "srun": "#!/bin/sh\nexit 127\n",
+        "srun": f"#!/bin/sh\nexit {code}\n",
         "scontrol": "#!/bin/sh\necho $1 JobState=RUNNING\n",
     }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_task_that_is_done_is_not_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    done = batch_script(tmp_path, monkeypatch, code)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_a_node_without_the_interpreter_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/bin/python")
+    done = batch_script(tmp_path, monkeypatch, 127)
     assert done.returncode == Outcome.STOPPED
     assert "no verdict: the script ended with code 127; job 7 is requeued once" in done.stderr
     assert "requeue" in done.stdout
