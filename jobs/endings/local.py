@@ -161,7 +161,7 @@ def _start(run: Run, attempt: Attempt, job_id: str, order: Order, rank: int) -> 
         "SUBMITIT_LOCAL_NODEID": "0",
         "SUBMITIT_LOCAL_GLOBALID": str(rank),
         "SUBMITIT_LOCAL_LOCALID": str(rank),
-        "CUDA_VISIBLE_DEVICES": _visible(order.gpus),
+        "CUDA_VISIBLE_DEVICES": visible_gpus(order.gpus),
     }
     paths = [run.submitit / f"{job_id}_{rank}_log.{kind}" for kind in ("out", "err")]
     with paths[0].open("ab") as out, paths[1].open("ab") as err:
@@ -174,10 +174,10 @@ def _start(run: Run, attempt: Attempt, job_id: str, order: Order, rank: int) -> 
         )
 
 
-def _visible(gpus: int) -> str:
+def visible_gpus(gpus: int) -> str:
     """The first so many of the GPUs that this process may see."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = given.split(",") if given else [str(number) for number in range(gpus)]
+    devices = [str(number) for number in range(gpus)] if given is None else given.split(",")
     return ",".join(devices[:gpus])
 
 

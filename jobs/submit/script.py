@@ -77,7 +77,7 @@ def begin(verdict: str, *, logs: Path) -> list[str]:
         'clipcluster_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'clipcluster_job="${clipcluster_job:-$SLURM_JOB_ID}"  # as scontrol requeue must be told it',
         f"export {LOGS}={shlex.quote(str(logs))}",
-        *_END.replace("VERDICT", verdict).replace("LOGS", LOGS).strip().splitlines(),
+        *_END.replace("LOGS", LOGS).replace("VERDICT", verdict).strip().splitlines(),
     ]
 
 

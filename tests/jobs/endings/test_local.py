@@ -9,6 +9,7 @@ import pytest
 from clipcluster.runs.merge import merged_metrics, merged_samples
 from jobs.cancel import cancel
 from jobs.endings import history
+from jobs.endings.local import visible_gpus
 from jobs.state import Queue, state_of
 
 
@@ -176,3 +177,11 @@ def test_a_local_run_whose_process_was_killed_is_lost(local, run):
         )
     )
     assert len(old) == 2
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "0,1"), ("", ""), ("3", "3"), ("3,5,7", "3,5")])
+def test_hidden_gpus_stay_hidden(monkeypatch, given, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_gpus(2) == seen

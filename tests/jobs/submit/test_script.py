@@ -240,3 +240,8 @@ def test_a_verdict_that_fails_is_followed_by_one_requeue(job):
     job.run.attempt(1).path.joinpath("outcome.json").unlink()
     assert job.start(torn, restarts=1) == 1
     assert job.asked("requeue") == ["requeue 17"]
+
+
+def test_the_interpreter_may_lie_anywhere(job, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/LOGS/VERDICT/python")
+    assert '"$(/LOGS/VERDICT/python -m jobs.endings verdict "$clipcluster_run" "$1")"' in job.script("exit 0")
