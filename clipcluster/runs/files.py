@@ -104,7 +104,7 @@ def _document(value: Any) -> bytes:
 
 
 def _encoded(text: str) -> bytes:
-    """JSON in UTF-8; what came from bytes that are not UTF-8, as file names may be, is escaped as JSON can."""
+    """JSON in UTF-8. What came from other bytes, as file names may, is escaped: JSON reads it back."""
     return text.encode(errors="backslashreplace")
 
 
