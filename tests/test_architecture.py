@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.shard_writer import ShardWriter
 from tools.convert.readers.digits import KIND as DIGITS
 from tools.convert.records import NoOptions
-from tools.convert.shard_writer import ShardWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text()

@@ -1,4 +1,4 @@
-"""Small folders of shards, made by the writer that users' conversions use."""
+"""Small folders of shards, each written whole, then indexed."""
 
 import io
 from collections.abc import Callable, Collection
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipcluster.recipe.sections.data import Data
-from tools.convert.shard_writer import ShardWriter
+from tests.shard_writer import ShardWriter
 
 
 def _picture(number: int, kind: str = "PNG", size: tuple[int, int] = (12, 10)) -> bytes:

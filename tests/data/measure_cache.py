@@ -1,4 +1,4 @@
-"""How fast remote shards come into the cache: python tests/data/measure_cache.py [SHARDS] [MEGABYTES]."""
+"""How fast remote shards come into the cache: python -m tests.data.measure_cache [SHARDS] [MEGABYTES]."""
 
 import functools
 import http.server
@@ -12,7 +12,7 @@ from pathlib import Path
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.shard_index import file_sha256
 from clipcluster.data.storage.cache import Cache
-from tools.convert.shard_writer import ShardWriter
+from tests.shard_writer import ShardWriter
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from clipcluster.data.shards.open import open_folder
 from clipcluster.evals.suite import set_names
 from clipcluster.recipe.tasks import metric_names
+from tests.shard_writer import ShardWriter
 from tools.convert.convert import convert
-from tools.convert.shard_writer import ShardWriter
 
 SIZES = (1, 2, 3)
 WORKER = Path(__file__).with_name("suite_of_ranks.py")

@@ -26,7 +26,7 @@ from tools.bench.loader_parts import CROP_SCALE
 from tools.bench.process import Contender, cpu_seconds, descendants, unique_bytes
 
 PEER_PACKAGES = "open_clip_torch==3.3.0 webdataset==0.2.86"
-SYNTHETIC = 512  # images of the set that is made where none is given
+SYNTHETIC, SHARDS = 512, 8  # images of the set that is made where none is given, and its tars
 
 
 @dataclass(frozen=True)
@@ -268,21 +268,29 @@ def _check_peer(python: Path) -> None:
 def synthetic_photographs() -> Iterator[Path]:
     """A folder of shards with synthetic images: JPEGs of 500 x 375 pixels, about 110 kB each."""
     import io
+    import tarfile
 
     from PIL import Image
 
-    from tools.convert.shard_writer import ShardWriter
+    from clipcluster.data.shards.indexing import index_folder
 
-    with tempfile.TemporaryDirectory(prefix="clipcluster-bench-") as name:
-        with ShardWriter(Path(name), samples_per_shard=SYNTHETIC // 8) as writer:
-            for number in range(SYNTHETIC):
-                numbers = np.random.default_rng(number)
-                coarse = Image.fromarray(numbers.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-                pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)
-                grain = numbers.normal(0, 14, (375, 500, 1)).astype(np.int16)
-                file = io.BytesIO()
-                Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=93)
-                writer.add(
-                    f"{number:05d}", file.getvalue(), "jpg", [f"a synthetic photograph, number {number}"]
-                )
-        yield Path(name)
+    def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+    with tempfile.TemporaryDirectory(prefix="clipcluster-bench-") as folder:
+        for shard in range(SHARDS):
+            with tarfile.open(Path(folder) / f"{shard:05d}.tar", "w") as tar:
+                for number in range(shard, SYNTHETIC, SHARDS):
+                    numbers = np.random.default_rng(number)
+                    coarse = Image.fromarray(numbers.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+                    pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+                    grain = numbers.normal(0, 14, (375, 500, 1))
+                    file = io.BytesIO()
+                    noisy = (pixels.astype(np.int16) + grain.astype(np.int16)).clip(0, 255)
+                    Image.fromarray(noisy.astype(np.uint8)).save(file, "JPEG", quality=93)
+                    add(tar, f"{number:05d}.jpg", file.getvalue())
+                    add(tar, f"{number:05d}.txt", f"a synthetic photograph, number {number}".encode())
+        index_folder(Path(folder))
+        yield Path(folder)

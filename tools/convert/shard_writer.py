@@ -6,7 +6,6 @@ complete, while the next one is being built.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,15 +14,13 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from clipcluster.data.shards import captions, folder_index, indexing, shard_index, shard_list
-from clipcluster.data.shards.tar import BLOCK, END, Member, header
+from clipcluster.data.shards import captions, indexing, shard_index, shard_list
+from clipcluster.data.shards.tar import BLOCK, END, header
 
-SAMPLES_PER_SHARD = 10_000
 _BUFFER = 1 << 20  # bytes built before they are written
 _ZEROS = tuple(bytes(size) for size in range(BLOCK))
 _LARGEST_OCTAL = 8**11 - 1
@@ -98,9 +95,8 @@ class Behind:
 class ShardFile:
     """One tar being written beside its final name; it appears there synced and indexed, or not at all."""
 
-    def __init__(self, path: Path, behind: Behind, *, choice: str = captions.DEFAULT) -> None:
+    def __init__(self, path: Path, behind: Behind) -> None:
         self.path = path
-        self.choice = choice
         self.at = 0  # bytes so far: where the next member's header will begin
         self._behind = behind
         self._aside = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.part")
@@ -123,12 +119,12 @@ class ShardFile:
 
     def close(
         self,
-        rows: Callable[[], tuple[Mapping[str, np.ndarray], int]],
-        complete: Callable[[shard_list.ShardEntry, Mapping[str, np.ndarray]], None],
+        columns: Callable[[], Mapping[str, np.ndarray]],
+        complete: Callable[[shard_list.ShardEntry], None],
     ) -> None:
         """Ends the tar. In the thread: syncs, renames and indexes it, then calls `complete`.
 
-        `rows` gives the columns of the shard's index and how many samples have no image.
+        `columns` gives those of the shard's index, every sample of which has an image.
         """
         self._parts.append(END)
         self._flush()
@@ -136,13 +132,10 @@ class ShardFile:
         def finish() -> None:
             os.fsync(self._fd)
             self._close()
-            columns, without_image = rows()
+            rows = columns()
             os.replace(self._aside, self.path)
             digest = self._hash.hexdigest()
-            entry = indexing.write_entry(
-                self.path, self.path.parent, self.choice, digest, columns, without_image
-            )
-            complete(entry, columns)
+            complete(indexing.write_entry(self.path, self.path.parent, captions.DEFAULT, digest, rows))
 
         self._behind.do(finish)
 
@@ -155,7 +148,6 @@ class ShardFile:
         data = b"".join(self._parts)
         self._parts.clear()
         self._flush_at = self.at + _BUFFER
-
         self._hash.update(data)
         rest = memoryview(data)
         while rest:
@@ -165,102 +157,6 @@ class ShardFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-class ShardWriter:
-    """Writes samples to `00000.tar`, `00001.tar`, … of a folder, each aside, synced, hashed and renamed.
-
-    With the last shard closed by `finish`, the folder's index is complete. Leaving a `with` block by an
-    exception writes no index and leaves no half shard under a final name.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        samples_per_shard: int = SAMPLES_PER_SHARD,
-        captions_choice: str = captions.DEFAULT,
-    ) -> None:
-        self.folder = folder
-        self.samples_per_shard = samples_per_shard
-        self.choice = captions_choice
-        self.entries: list[shard_list.ShardEntry] = []
-        self._behind = Behind()
-        self._shard: ShardFile | None = None
-        self._rows = shard_index.ShardIndexBuilder(captions_choice)
-        self._shards = self._samples = 0  # shards closed; samples in the open one
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.finish()
-            return
-        with contextlib.suppress(Exception):  # the error on its way is the first one
-            self._behind.wait()
-        self._behind.close()
-        if self._shard is not None:
-            self._shard.discard()
-
-    def add(
-        self,
-        key: str,
-        image: bytes,
-        extension: str,
-        texts: Sequence[str],
-        *,
-        fields: Mapping[str, Any] | None = None,
-        cls: int | None = None,
-    ) -> None:
-        """Adds a sample: the image as it is, `KEY.json` (captions, then `fields`), `KEY.txt`, `KEY.cls`."""
-        members = {extension: image, "json": json_member(texts, fields or {})}
-        if texts:
-            members["txt"] = texts[0].encode()
-        if cls is not None:
-            members["cls"] = b"%d" % cls
-        self.add_members(key, members)
-
-    def add_members(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Adds a sample of any members, by extension, in the order given. ValueError for a key with dots."""
-        for extension in members:
-            check_key(key, extension)
-        if self._shard is None:
-            path = self.folder / f"{self._shards:05d}.tar"
-            self._shard = ShardFile(path, self._behind, choice=self.choice)
-        for extension, data in members.items():
-            self._put(self._shard, f"{key}.{extension}", data)
-        self._samples += 1
-        if self._samples >= self.samples_per_shard:
-            self._close_shard()
-
-    def finish(self) -> shard_list.IndexSummary:
-        """Closes the last shard and writes the folder's list."""
-        if self._shard is not None:
-            self._close_shard()
-        self._behind.wait()
-        self._behind.close()
-        folder_index.write_folder_index(self.folder, self.choice, self.entries)
-        return shard_list.summarize(self.folder, self.folder, self.choice, self.entries)
-
-    def _put(self, shard: ShardFile, name: str, data: bytes) -> None:
-        start = shard.at
-        offset = shard.put(name.encode("utf-8", "surrogateescape"), data)
-        self._rows.add(Member(name, start, offset, len(data)), lambda: data)
-
-    def _close_shard(self) -> None:
-        shard, rows = self._shard, self._rows
-        self._shard, self._rows, self._samples = None, shard_index.ShardIndexBuilder(self.choice), 0
-        self._shards += 1
-
-        def complete(entry: shard_list.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
-            self.entries.append(entry)
-
-        if shard is not None:
-            shard.close(lambda: (rows.finish(), rows.without_image), complete)
 
 
 def check_key(key: str, extension: str) -> None:

@@ -64,30 +64,18 @@ def work(
     """
     (plan.out / STATE).mkdir(parents=True, exist_ok=True)
     behind = Behind()
-    orders = _Orders(plan)
     left_out = read_left_out(plan)
+    split, order = -1, np.zeros(0, np.int64)
     try:
         for shard in plan.shards():
             if finished(plan, shard, left_out) is None and claim(shard):
-                _write(plan, shard, orders.of(shard), left_out, behind, report)
+                if shard.split != split:
+                    split, order = shard.split, plan.order(shard.split)
+                numbers = order[shard.start : shard.stop].tolist()
+                _write(plan, shard, numbers, left_out, behind, report)
         behind.wait()
     finally:
         behind.close()
-
-
-class _Orders:
-    """The order of one split at a time."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._split = -1
-        self._order = np.zeros(0, np.int64)
-
-    def of(self, shard: Shard) -> list[int]:
-        """The numbers of a shard's samples."""
-        if shard.split != self._split:
-            self._split, self._order = shard.split, self._plan.order(shard.split)
-        return self._order[shard.start : shard.stop].tolist()
 
 
 def _write(
@@ -116,11 +104,11 @@ def _write(
                 report(count - reported)
                 reported, due = count, time.monotonic() + _REPORT_SECONDS
 
-        def complete(entry: shard_list.ShardEntry, columns: Mapping[str, np.ndarray]) -> None:
+        def complete(entry: shard_list.ShardEntry) -> None:
             _keep(plan, shard, Done(entry, contents.bad), contents.keys)
             report(len(numbers) - reported)
 
-        tar.close(contents.rows, complete)
+        tar.close(contents.columns, complete)
     except BaseException:
         with contextlib.suppress(BaseException):  # the error on its way is the first one
             behind.wait()
@@ -193,10 +181,10 @@ class _Contents:
         self._rows.extend((start, at[extension], len(known[extension]), *where, kind, count, cls))
         self.keys[key] = None
 
-    def rows(self) -> tuple[dict[str, np.ndarray], int]:
-        """The columns of the index, and the samples without an image: none."""
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns of the index."""
         rows = np.array(self._rows, np.int64).reshape(-1, len(_COLUMNS))
-        return {name: rows[:, column] for column, name in enumerate(_COLUMNS)}, 0
+        return {name: rows[:, column] for column, name in enumerate(_COLUMNS)}
 
 
 def _extension(key: str, image: bytes) -> str:

@@ -26,7 +26,7 @@ from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Data, Source
 from clipcluster.runtime.stop import DataError
-from tools.convert.shard_writer import ShardWriter
+from tests.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)
 EXTRAS = {

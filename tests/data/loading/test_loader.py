@@ -22,7 +22,7 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
 from clipcluster.runtime.stop import DataError
-from tools.convert.shard_writer import ShardWriter
+from tests.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)
 

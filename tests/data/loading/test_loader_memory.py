@@ -13,8 +13,8 @@ from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
+from tests.shard_writer import ShardWriter
 from tools.bench.process import descendants, unique_bytes
-from tools.convert.shard_writer import ShardWriter
 
 EPOCHS = 20
 MEGABYTE = 2**20

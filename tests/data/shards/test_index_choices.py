@@ -1,7 +1,6 @@
 """Several choices of captions in one index, and what an index of an older format is good for."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -231,8 +230,3 @@ def test_every_run_of_members_is_counted_once(members: list[tuple[str, str, byte
     columns = rows.finish()
     assert len(columns["offset"]) + rows.without_image + rows.duplicates == runs
     assert len(columns["offset"]) <= 3
-
-
-def test_it_is_the_writers_index_too(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
-    folder = make_shards(tmp_path / "s", 9, per_shard=4)
-    assert read_summary(folder) == index_folder(folder)

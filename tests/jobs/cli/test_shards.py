@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.convert.shard_writer import ShardWriter
+from tests.shard_writer import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[3]
 JPEG = b"\xff\xd8\xff\xe0"  # enough for its kind

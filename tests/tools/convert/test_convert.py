@@ -35,7 +35,7 @@ from tools.convert import work as making
 from tools.convert.convert import Conversion, Settings, convert
 from tools.convert.readers.folder import FolderOptions
 from tools.convert.records import BadRecord, Kind, NoOptions, Record, Source
-from tools.convert.shard_writer import header_parts
+from tools.convert.shard_writer import check_key, header_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 JPEG = b"\xff\xd8\xff\xe0"
@@ -331,6 +331,14 @@ def test_a_small_disk_that_is_full_in_the_middle(tmp_path: Path) -> None:
 def test_a_quick_header_is_a_header(name: str, size: int) -> None:
     path = name.replace("\0", "").encode("utf-8", "replace") or b"x"
     assert b"".join(header_parts(path, size)) == header(path.decode(), size)
+
+
+@pytest.mark.parametrize(
+    ("key", "extension"), [("a.b", "png"), ("a", "PNG"), ("", "png"), ("__a__/b", "png")]
+)
+def test_a_key_that_cannot_be_read_back_is_refused(key: str, extension: str) -> None:
+    with pytest.raises(ValueError, match="told apart"):
+        check_key(key, extension)
 
 
 def test_several_processes_may_work_and_finish(tmp_path: Path, numbers: Callable) -> None:

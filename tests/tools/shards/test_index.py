@@ -7,7 +7,7 @@ import pytest
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.shard_list import read_summary
 from clipcluster.errors import UserError
-from tools.convert.shard_writer import ShardWriter
+from tests.shard_writer import ShardWriter
 from tools.shards.index import index_folders
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_folder
-from tools.convert.shard_writer import ShardWriter
+from tests.shard_writer import ShardWriter
 from tools.shards.pool import PoolError, over_shards
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
+from tests.shard_writer import ShardWriter
 from tools.convert.readers.digits import png
-from tools.convert.shard_writer import ShardWriter
 from tools.shards.repair import repair_folder
 from tools.shards.verify import verify
 

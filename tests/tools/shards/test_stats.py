@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.errors import UserError
-from tools.convert.shard_writer import ShardWriter
+from tests.shard_writer import ShardWriter
 from tools.shards.stats import stats
 from tools.shards.stats_plot import draw, require_drawable
 

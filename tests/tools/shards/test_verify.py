@@ -8,8 +8,8 @@ import pytest
 
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.errors import UserError
+from tests.shard_writer import ShardWriter
 from tools.convert.readers.digits import png
-from tools.convert.shard_writer import ShardWriter
 from tools.shards.verify import verify
 
 
