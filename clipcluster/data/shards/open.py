@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from clipcluster.data.shards import captions, folder_index, texts
 from clipcluster.data.shards.dataset import Dataset
@@ -26,20 +26,10 @@ from clipcluster.recipe.captions import probabilities_of
 
 if TYPE_CHECKING:
     from clipcluster.data.storage.cache import Cache
+    from clipcluster.recipe.sections.data import Source
 
 
 Asked = Mapping[str | None, float | None]  # choices of captions (None: the folder's own) and probabilities
-
-
-class SourceSection(Protocol):
-    """A source section of a recipe; paths are absolute."""
-
-    @property
-    def shards(self) -> Any: ...
-    @property
-    def index(self) -> str | None: ...
-    @property
-    def captions_in(self) -> str | Mapping[str, float] | None: ...
 
 
 def open_folder(
@@ -60,7 +50,7 @@ def open_folder(
     return Dataset([indexed], tuple(asked.values()))
 
 
-def open_source(source: SourceSection, *, text: bool, cache: Cache | None = None) -> Dataset:
+def open_source(source: Source, *, text: bool, cache: Cache | None = None) -> Dataset:
     """Opens a source of a recipe: folders, tars, globs and braces, here or remote, or a list of them.
 
     `text` says whether captions are needed; `cache` is where remote shards are kept. UserError: no folder, no

@@ -21,13 +21,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from clipcluster.data.storage.download import Got, download, read_beside, state_of
 from clipcluster.data.storage.urls import RemoteFolder, redacted
 from clipcluster.errors import UserError
-from clipcluster.recipe.units import Memory
 from clipcluster.runtime.stop import DataError
+
+if TYPE_CHECKING:
+    from clipcluster.recipe.sections.data import Cache as Section
 
 SIZE = 100 << 30  # bytes of a cache that nobody set the size of
 WAIT_S = 600.0  # for other processes' downloads that take all the room
@@ -36,15 +38,6 @@ LIST_DAYS = 30  # an index that nobody opened for so long is removed
 _LISTS = "lists"
 _LOCKS = "locks"
 _numbers = itertools.count()
-
-
-class CacheSection(Protocol):
-    """The cache section of a recipe."""
-
-    @property
-    def folder(self) -> str | None: ...
-    @property
-    def size(self) -> Memory: ...
 
 
 class _Entry(NamedTuple):
@@ -68,7 +61,7 @@ class Cache:
     size: int = SIZE
 
     @classmethod
-    def of(cls, section: "CacheSection") -> "Cache":
+    def of(cls, section: "Section") -> "Cache":
         """The cache of a recipe's `data.cache`."""
         return cls(section.folder or default_folder(), section.size.megabytes << 20)
 
@@ -102,26 +95,17 @@ class Cache:
 
     def shard_index(self, address: str, key: str) -> int:
         """An open handle on a shard's index; `key` identifies the content that it belongs to."""
-        name = hashlib.sha256(f"{address} {key}".encode()).hexdigest()
-        return self._open(f"{name}.idx", None, partial(download, address))
+        return self._open(_index_name(address, key), None, partial(download, address))
 
     def drop_shard_index(self, address: str, key: str) -> None:
         """Removes such a file, which was found to be damaged."""
-        name = hashlib.sha256(f"{address} {key}".encode()).hexdigest()
-        (self.root / f"{name}.idx").unlink(missing_ok=True)
+        (self.root / _index_name(address, key)).unlink(missing_ok=True)
 
     def unnamed(self, address: str) -> tuple[int, Got]:
         """A handle on a file whose hash is not known yet, and what was fetched; it is kept as a shard."""
         root = self.root
-        part, fd = self._part(root, "unnamed")
-        try:
-            got = download(address, fd, reserve=partial(self._reserve, root, fd, part, address))
-            os.fsync(fd)
+        with self._fetched(root, "unnamed", address, partial(download, address)) as (part, fd, got):
             self._keep(root, part, root / f"{got.sha256}.tar")
-        except BaseException:
-            part.unlink(missing_ok=True)
-            os.close(fd)
-            raise
         fcntl.flock(fd, fcntl.LOCK_SH)
         return fd, got
 
@@ -155,21 +139,14 @@ class Cache:
     ) -> Path:
         """Fetches a list and the text beside it; without a `place`, into one named by its content."""
         source = (folder / table).address
-        part, fd = self._part(root, "list")
-        try:
-            got = download(source, fd, reserve=partial(self._reserve, root, fd, part, source))
-            os.fsync(fd)
+        with self._fetched(root, "list", source, partial(download, source)) as (part, fd, got):
             place = place or root / _LISTS / got.sha256[:32]
             place.mkdir(exist_ok=True)
             text = read_beside(folder, words)
             if text is not None:
                 (place / words).write_bytes(text)
             self._keep(root, part, place / table)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(fd)
+        os.close(fd)
         return place
 
     def _open(self, name: str, size: int | None, fetch: Callable[..., Got], *, again: bool = False) -> int:
@@ -180,29 +157,32 @@ class Cache:
             return fd
         with self._lock(root, name):
             fd = None if again else _opened(path, size)
-            return self._bring(root, path, size, fetch) if fd is None else fd
+            if fd is None:
+                with self._fetched(root, name, name, fetch) as (part, fd, _):
+                    self._keep(root, part, path)
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            return fd
 
-    def _bring(self, root: Path, path: Path, size: int | None, fetch: Callable[..., Got]) -> int:
-        """Downloads aside, syncs and renames; returns the handle."""
-        part, fd = self._part(root, path.name)
-        try:
-            fetch(fd, reserve=partial(self._reserve, root, fd, part, path.name))
-            os.fsync(fd)
-            self._keep(root, part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            os.close(fd)
-            raise
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        return fd
+    @contextlib.contextmanager
+    def _fetched(
+        self, root: Path, name: str, what: str, fetch: Callable[..., Got]
+    ) -> Iterator[tuple[Path, int, Got]]:
+        """A file aside with what `fetch` brings, synced, and its handle; both are removed after an error.
 
-    def _part(self, root: Path, name: str) -> tuple[Path, int]:
-        """A new file, locked while it is written: one without a lock was left by a killed process."""
+        It is locked while it is written: one without a lock was left by a killed process.
+        """
         part = root / f"{name}.{os.getpid()}-{next(_numbers)}.part"
         with self._lock(root, "space"):
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
-        return part, fd
+        try:
+            got = fetch(fd, reserve=partial(self._reserve, root, fd, part, what))
+            os.fsync(fd)
+            yield part, fd, got
+        except BaseException:
+            part.unlink(missing_ok=True)
+            os.close(fd)
+            raise
 
     def _keep(self, root: Path, part: Path, path: Path) -> None:
         """Gives a finished file its name; under the lock, as a listing at that moment may miss both names."""
@@ -266,6 +246,10 @@ def hold(path: Path) -> int:
     return fd
 
 
+def _index_name(address: str, key: str) -> str:
+    return f"{hashlib.sha256(f'{address} {key}'.encode()).hexdigest()}.idx"
+
+
 def _acquire(fd: int, root: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -303,7 +287,7 @@ def _entries(root: Path) -> list[_Entry]:
         except FileNotFoundError:
             continue
         path = Path(entry.path)
-        if path.suffix == ".part" and _if_free(path, os.unlink):
+        if path.suffix == ".part" and _if_free(path, unlink=True):
             continue
         unwritten = max(0, state.st_size - 512 * state.st_blocks) if path.suffix == ".part" else 0
         found.append(_Entry(path, state.st_size, state.st_mtime, unwritten))
@@ -315,7 +299,7 @@ def _lists(root: Path) -> Iterator[_Entry]:
         files = [(Path(entry.path), entry.stat()) for entry in os.scandir(folder.path)]
         newest = max((state.st_mtime for _, state in files), default=time.time())
         if newest < time.time() - 86400 * LIST_DAYS:
-            if all(_if_free(path, None) for path, _ in files):
+            if all(_if_free(path, unlink=False) for path, _ in files):
                 shutil.rmtree(folder.path, ignore_errors=True)
                 continue
             for path, _ in files:
@@ -324,17 +308,16 @@ def _lists(root: Path) -> Iterator[_Entry]:
             yield _Entry(path, state.st_size, state.st_mtime, 0)
 
 
-def _if_free(path: Path, action: Callable[[Path], None] | None) -> bool:
-    """Whether nobody holds a lock on a file, or it is gone; if so, runs `action` under a lock."""
+def _if_free(path: Path, *, unlink: bool) -> bool:
+    """Whether nobody holds a lock on a file, or it is gone; with `unlink` it is removed then, under a lock."""
     try:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if action is not None:
-            with contextlib.suppress(FileNotFoundError):
-                action(path)
+        if unlink:
+            path.unlink(missing_ok=True)
         return True
     except BlockingIOError:
         return False
@@ -354,7 +337,7 @@ def _evict(entries: list[_Entry], missing: int) -> int:
     for entry in removable:
         if missing <= 0:
             return missing
-        if _if_free(entry.path, os.unlink):
+        if _if_free(entry.path, unlink=True):
             missing -= entry.size
         else:
             kept.append(entry)
