@@ -1,4 +1,4 @@
-"""What travels between a rank and its loader workers: work items there, partial batches or failures back."""
+"""What travels between a rank and its loader workers: work items there, partial batches (or errors) back."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from clipcluster.data.loading.shared_buffer import BufferSlice
-from clipcluster.runtime.stop import DataError, OutOfMemory
 
 
 @dataclass(frozen=True)
@@ -76,24 +75,6 @@ class PartialBatch:
         self.__dict__.update(state)
         self.tokens, self.mask = _unpacked(self.tokens), _unpacked(self.mask)
         self.extras = {name: _unpacked(values) for name, values in self.extras.items()}
-
-
-@dataclass(frozen=True)
-class WorkerFailure:
-    """An exception of a worker, as plain text that can be sent to another process."""
-
-    kind: str  # data | disk | memory
-    reason: str
-    advice: str = ""
-    errno: int | None = None
-
-    def error(self) -> Exception:
-        """The exception to raise in the rank."""
-        if self.kind == "disk":
-            return OSError(self.errno, self.reason)
-        if self.kind == "memory":
-            return OutOfMemory(self.reason, self.advice)
-        return DataError(self.reason, self.advice)
 
 
 @dataclass(frozen=True)

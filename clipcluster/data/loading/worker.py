@@ -10,11 +10,11 @@ import torch
 from clipcluster.data.images.decode import BadImage, decode
 from clipcluster.data.images.transforms import EvaluationTransform, TrainTransform, draw_seed
 from clipcluster.data.loading.extras import BadExtra, Decoder, decode_extras, stacked
-from clipcluster.data.loading.messages import PartialBatch, WorkerFailure, WorkItem
+from clipcluster.data.loading.messages import PartialBatch, WorkItem
 from clipcluster.data.sampling.oversampling import ShownClasses
 from clipcluster.data.shards.dataset import Dataset, Sample
 from clipcluster.data.tokenizer import Tokenizer
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.stop import DataError, OutOfMemory
 
 
 class Decoded(NamedTuple):
@@ -26,7 +26,7 @@ class Decoded(NamedTuple):
 
 
 class Reader:
-    """Turns work items into partial batches; an exception becomes a WorkerFailure with shard and key."""
+    """Turns work items into partial batches; an unexpected error is told with shard and key."""
 
     def __init__(
         self,
@@ -43,24 +43,21 @@ class Reader:
         self._bad: dict[tuple[int, int], dict[str, Any]] = {}
         self._at: tuple[int, int] | None = None
 
-    def __getitems__(self, item: WorkItem) -> PartialBatch | WorkerFailure:
-        """The partial batch of one work item; torch's fetcher calls it with what its batch sampler gave."""
+    def __getitems__(self, item: WorkItem) -> PartialBatch | Exception:
+        """The partial batch of one work item, or the error to raise in the rank; torch's fetcher calls it."""
         try:
             self._announce(item)
             return self.load(item)
         except DataError as error:
-            return WorkerFailure("data", error.reason, error.advice)
+            return error
         except MemoryError:
-            return WorkerFailure(
-                "memory",
-                f"{self._where()}: no memory left in a loader worker",
-                "fewer workers, or more memory",
-            )
+            reason = f"{self._where()}: no memory left in a loader worker"
+            return OutOfMemory(reason, "fewer workers, or more memory")
         except OSError as error:
-            return WorkerFailure("disk", f"{self._where(key=False)}: {error}", errno=error.errno)
+            return OSError(error.errno, f"{self._where(key=False)}: {error}")
         except Exception as error:
             lines = "".join(traceback.format_exception(error)[-3:])
-            return WorkerFailure("data", f"{self._where()}: {type(error).__name__}: {error}\n{lines}")
+            return DataError(f"{self._where()}: {type(error).__name__}: {error}\n{lines}")
 
     def load(self, item: WorkItem) -> PartialBatch:
         raise NotImplementedError

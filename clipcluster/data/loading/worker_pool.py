@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from clipcluster.data.loading.messages import PartialBatch, WorkerFailure, WorkItem
+from clipcluster.data.loading.messages import PartialBatch, WorkItem
 from clipcluster.data.loading.worker import Reader
 from clipcluster.runtime.stop import ignore_signals
 
@@ -94,9 +94,9 @@ class WorkerPool:
                 ) from error
             raise
         for result in results:
-            if isinstance(result, WorkerFailure):
+            if isinstance(result, Exception):
                 self.close()
-                raise result.error()
+                raise result
         return results
 
     def _dead(self, *, wait: bool) -> list[int]:

@@ -1,6 +1,6 @@
 """Columns of several folders concatenated without a copy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 class Concatenated:
     """Columns concatenated without copying them; a piece of several columns is their sum.
 
-    Indexed as an array of one dimension is: by a number, a slice, an array of numbers or of booleans.
+    Indexed by a number, an array of numbers, or a slice without a step.
     """
 
     def __init__(self, pieces: Sequence[Sequence["np.ndarray | Concatenated"]]) -> None:
@@ -22,22 +22,12 @@ class Concatenated:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    @property
-    def shape(self) -> tuple[int]:
-        return (len(self),)
-
-    @property
-    def size(self) -> int:
-        return len(self)
-
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            return self._stretch(start, max(start, stop))[::step] if step > 0 else np.asarray(self)[key]
+            start, stop, _ = key.indices(len(self))
+            return self._stretch(start, stop)
         numbers = np.asarray(key)
-        if numbers.dtype == bool:
-            numbers = np.flatnonzero(numbers)
-        flat = np.where(numbers < 0, numbers + len(self), numbers).reshape(-1)
+        flat = numbers.reshape(-1)
         if len(flat) and not 0 <= flat.min() <= flat.max() < len(self):
             raise IndexError(f"a number is out of 0 to {len(self) - 1}")
         values = np.empty(len(flat), self.dtype)
@@ -50,24 +40,6 @@ class Concatenated:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self._stretch(0, len(self))
         return values if dtype is None else values.astype(dtype)
-
-    def tolist(self) -> list[Any]:
-        return self._stretch(0, len(self)).tolist()
-
-    def max(self) -> int:
-        """The largest value, one piece after the other. ValueError if there is none."""
-        return max(int(values.max()) for values in self._values() if len(values))
-
-    def min(self) -> int:
-        """The smallest value, as `max`."""
-        return min(int(values.min()) for values in self._values() if len(values))
-
-    def sum(self, dtype: Any = None) -> int:
-        """The sum of all values."""
-        return sum(int(column.sum(dtype=np.int64)) for piece in self._pieces for column in piece)
-
-    def _values(self) -> Iterator[np.ndarray]:
-        return (self._of(number, slice(None)) for number in range(len(self._pieces)))
 
     def _begin(self, number: int) -> int:
         return int(self._ends[number - 1]) if number else 0

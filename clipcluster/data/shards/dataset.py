@@ -116,11 +116,10 @@ class Dataset(Metadata):
 
     def _read(self, shard: int, row: int, text: bool) -> Sample:
         opened = self._handle(shard)
-        with self._checking_index(shard):
-            try:
-                member = next(scan(opened.fd, opened.begin(row)))
-            except (BrokenTar, StopIteration):
-                raise self._changed(shard) from None
+        with self._comparing(shard):
+            member = next(scan(opened.fd, opened.begin(row)), None)
+            if member is None:
+                raise self._changed(shard)
             name = shard_index.sample_name(member.name)
             image = read_at(opened.fd, *opened.image(row))
             texts = self._captions(shard, opened, row) if text else []
@@ -132,7 +131,7 @@ class Dataset(Metadata):
     def _captions(self, shard: int, opened: _Open, row: int) -> list[str]:
         """The captions of all fields, one field after the other."""
         found: list[str] = []
-        for choice in self._choices_of(self._number_in_folder(shard)[0]):
+        for choice in self._choices_at(shard):
             kind, count = (
                 opened.columns[shard_index.caption_column(name, choice)].item(row)
                 for name in ("text_kind", "captions")
@@ -155,15 +154,12 @@ class Dataset(Metadata):
     def _read_members(self, shard: int, row: int, extensions: Collection[str]) -> dict[str, bytes]:
         opened = self._handle(shard)
         found: dict[str, bytes] = {}
-        with self._checking_index(shard):
-            try:
-                for extension, member in shard_index.sample_members(opened.fd, opened.begin(row)):
-                    if extension in extensions:
-                        found[extension] = read_at(opened.fd, member.offset, member.size)
-                        if len(found) == len(extensions):
-                            break
-            except BrokenTar:
-                raise self._changed(shard) from None
+        with self._comparing(shard):
+            for extension, member in shard_index.sample_members(opened.fd, opened.begin(row)):
+                if extension in extensions:
+                    found[extension] = read_at(opened.fd, member.offset, member.size)
+                    if len(found) == len(extensions):
+                        break
         return found
 
     def announce(self, positions: Iterable[int], *, members: bool = False) -> None:
@@ -179,8 +175,8 @@ class Dataset(Metadata):
             self._with_retries(shard, partial(self._announce, shard, rows, members))
 
     def _announce(self, shard: int, rows: Sequence[int], members: bool) -> None:
-        opened, choices = self._handle(shard), self._choices_of(self._number_in_folder(shard)[0])
-        with self._checking_index(shard):
+        opened, choices = self._handle(shard), self._choices_at(shard)
+        with self._comparing(shard):
             for row in rows:
                 begin = opened.begin(row)
                 spans = [opened.image(row), *(opened.text(row, choice) for choice in choices)]
@@ -192,8 +188,9 @@ class Dataset(Metadata):
 
     def _fetch_ahead(self, shards: Sequence[int]) -> None:
         """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
-        if len(shards) > 1 and any(isinstance(indexed.folder, RemoteFolder) for indexed in self.folders):
-            _in_threads(FETCHES, self._warm, [shard for shard in shards if self._is_remote(shard)])
+        remote = [shard for shard in shards if self._is_remote(shard)]
+        if len(remote) > 1:
+            _in_threads(FETCHES, self._warm, remote)
 
     def _warm(self, shard: int) -> None:
         os.close(self._with_retries(shard, partial(self._fetch, shard)))
@@ -216,10 +213,10 @@ class Dataset(Metadata):
         if len(self) > CHECKED_SHARDS:
             return {}
         remote = [shard for shard in range(len(self)) if self._is_remote(shard)]
-        told = dict(zip(remote, _in_threads(TALKS, self._ask_server, remote), strict=True))
+        told = dict(zip(remote, _in_threads(TALKS, self._state, remote), strict=True))
         found = {}
         for shard in range(len(self)):
-            state = told.get(shard) or self._with_retries(shard, partial(self._stat, shard))
+            state = told.get(shard) or self._state(shard)
             if not self._is_as_indexed(shard, state):
                 found[shard] = state.stamp
         return found
@@ -230,7 +227,8 @@ class Dataset(Metadata):
 
     def check(self, shard: int) -> None:
         """Compares one shard with the index, by its hash where the time differs. DataError if it changed."""
-        self._with_retries(shard, partial(self._stat_and_compare, shard))
+        state = self._state(shard)
+        self._with_retries(shard, partial(self._compare, shard, state))
 
     def close(self) -> None:
         """Closes the files that are open; reading opens them again."""
@@ -247,14 +245,13 @@ class Dataset(Metadata):
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        if self._is_remote(shard):
-            fd = self._fetch(shard)
-        else:
-            fd = os.open(self.shard_path(shard), os.O_RDONLY)
+        remote = self._is_remote(shard)
+        fd = self._fetch(shard) if remote else os.open(self.shard_path(shard), os.O_RDONLY)
         try:
-            if not self._is_remote(shard):
-                self._compare(shard, _local_state(os.fstat(fd)))
-            opened = _Open(fd, self._columns(shard), os.fstat(fd).st_size)
+            state = os.fstat(fd)
+            if not remote:
+                self._compare(shard, State(state.st_size, state.st_mtime_ns))
+            opened = _Open(fd, self._columns(shard), state.st_size)
         except BaseException:
             os.close(fd)
             raise
@@ -264,7 +261,10 @@ class Dataset(Metadata):
         return opened
 
     def _is_remote(self, shard: int) -> bool:
-        return isinstance(self.folders[self._number_in_folder(shard)[0]].folder, RemoteFolder)
+        return isinstance(self._folder_of(shard).folder, RemoteFolder)
+
+    def _choices_at(self, shard: int) -> tuple[str, ...]:
+        return self._choices_of(self._number_in_folder(shard)[0])
 
     def _bytes_of(self, shard: int) -> int:
         """The size of a shard when it was indexed."""
@@ -283,39 +283,36 @@ class Dataset(Metadata):
 
     def _columns(self, shard: int) -> dict[str, np.ndarray]:
         """The index of a shard, which must match the index of its folder."""
-        indexed = self.folders[self._number_in_folder(shard)[0]]
-        with self._checking_index(shard):
-            if indexed.remote_index is not None:
-                return self._fetched_columns(shard, indexed.remote_index)
-            path = shard_index.shard_index_path(indexed.index, self.shard_name(shard))
-            return self._matching(shard, shard_index.read_shard_index(path), path)
-
-    def _fetched_columns(self, shard: int, at: RemoteFolder) -> dict[str, np.ndarray]:
-        """The index of a remote shard; a damaged one is fetched once more."""
-        assert self.cache is not None
-        file = at / f"{self.shard_name(shard)}.idx"
-        key = f"{self.sha256(shard)} {self.folders[self._number_in_folder(shard)[0]].index}"
-        for last in (False, True):
-            fd = self.cache.shard_index(file.address, key)
-            path = Path(f"/dev/fd/{fd}")
+        indexed = self._folder_of(shard)
+        with self._comparing(shard):
+            if indexed.remote_index is None:
+                path = shard_index.shard_index_path(indexed.index, self.shard_name(shard))
+                return self._matching(shard, shard_index.read_shard_index(path), path)
+            assert self.cache is not None
+            file = indexed.remote_index / f"{self.shard_name(shard)}.idx"
+            key = f"{self.sha256(shard)} {indexed.index}"
             try:
-                return self._matching(shard, shard_index.read_shard_index(path), file)
-            except (BrokenColumns, DataError) as error:
+                return self._fetched_columns(shard, self.cache, file, key)
+            except (BrokenColumns, DataError):  # a damaged one is fetched once more
                 self.cache.drop_shard_index(file.address, key)
-                if last and isinstance(error, BrokenColumns):
-                    raise BrokenColumns(str(error).replace(str(path), str(file))) from None
-                if last:
-                    raise
-            finally:
-                os.close(fd)
-        raise AssertionError("unreachable")
+                return self._fetched_columns(shard, self.cache, file, key)
+
+    def _fetched_columns(self, shard: int, cache: Cache, file: RemoteFile, key: str) -> dict[str, np.ndarray]:
+        fd = cache.shard_index(file.address, key)
+        path = Path(f"/dev/fd/{fd}")
+        try:
+            return self._matching(shard, shard_index.read_shard_index(path), file)
+        except BrokenColumns as error:
+            raise BrokenColumns(str(error).replace(str(path), str(file))) from None
+        finally:
+            os.close(fd)
 
     def _matching(self, shard: int, index: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
         """The columns of a shard's index, if they match the index of its folder, else DataError."""
         if (
             index.meta["sha256"] != self.sha256(shard)
             or len(index.arrays["offset"]) != self.sample_counts[shard]
-            or not set(self._choices_of(self._number_in_folder(shard)[0])) <= set(index.meta["choices"])
+            or not set(self._choices_at(shard)) <= set(index.meta["choices"])
         ):
             raise DataError(f"{path} does not match the index of its folder", self._advice(shard))
         return index.arrays
@@ -323,11 +320,8 @@ class Dataset(Metadata):
     @property
     def remote_sizes(self) -> np.ndarray:
         """Bytes of the remote ones among the shards taken, (n,) int64."""
-        sizes = [
-            table.arrays["bytes"] if taken is None else table.arrays["bytes"][taken]
-            for indexed, table, taken in zip(self.folders, self._tables, self._taken, strict=True)
-            if isinstance(indexed.folder, RemoteFolder)
-        ]
+        by_folder = zip(self.folders, self._of_shards(["bytes"] * len(self.folders)), strict=True)
+        sizes = [sizes for indexed, sizes in by_folder if isinstance(indexed.folder, RemoteFolder)]
         return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
 
     def check_cache_size(self, size: int) -> None:
@@ -339,27 +333,15 @@ class Dataset(Metadata):
                 f"{size:,}; set data.cache.size to several times the largest shard"
             )
 
-    def _stat(self, shard: int) -> State:
-        return _local_state(os.stat(self.shard_path(shard)))
-
-    def _ask_server(self, shard: int) -> State:
-        """Size and stamp of a remote shard, by its server."""
+    def _state(self, shard: int) -> State:
+        """Size and mtime of a shard, or its stamp by its server."""
+        file = self.shard_location(shard)
+        if isinstance(file, Path):
+            state = self._with_retries(shard, partial(os.stat, file))
+            return State(state.st_size, state.st_mtime_ns)
         from clipcluster.data.storage.download import state_of
 
-        file = self.shard_location(shard)
-        assert isinstance(file, RemoteFile)
         return self._with_retries(shard, partial(state_of, file.address))
-
-    def _stat_and_compare(self, shard: int) -> None:
-        if not self._is_remote(shard):
-            self._compare(shard, self._stat(shard))
-            return
-        state = self._ask_server(shard)
-        if not self._is_as_indexed(shard, state):
-            if state.size not in (None, self._bytes_of(shard)):
-                raise self._changed(shard)
-            os.close(self._fetch(shard, again=True))  # its hash decides
-            self._hashed.add((shard, state.stamp))
 
     def _is_as_indexed(self, shard: int, state: State) -> bool:
         """By size and time or stamp, as far as both sides know one; one found to be the same will do."""
@@ -372,11 +354,14 @@ class Dataset(Metadata):
         return state.stamp == known or (shard, state.stamp) in self._hashed
 
     def _compare(self, shard: int, state: State) -> None:
+        """DataError unless a shard in this state has the bytes that were indexed: the hash decides."""
         if self._is_as_indexed(shard, state):
             return
-        if state.size != self._bytes_of(shard) or shard_index.file_sha256(
-            self.shard_path(shard)
-        ) != self.sha256(shard):
+        if state.size not in (None, self._bytes_of(shard)):
+            raise self._changed(shard)
+        if self._is_remote(shard):
+            os.close(self._fetch(shard, again=True))
+        elif shard_index.file_sha256(self.shard_path(shard)) != self.sha256(shard):
             raise self._changed(shard)
         self._hashed.add((shard, state.stamp))
 
@@ -387,17 +372,19 @@ class Dataset(Metadata):
         )
 
     @contextlib.contextmanager
-    def _checking_index(self, shard: int) -> Iterator[None]:
-        """What the index of a shard is found to be damaged by is a DataError."""
+    def _comparing(self, shard: int) -> Iterator[None]:
+        """A shard and its index that do not fit each other are a DataError."""
         try:
             yield
+        except BrokenTar:
+            raise self._changed(shard) from None
         except (BrokenColumns, FileNotFoundError) as error:
             raise DataError(
                 f"the index of {self.shard_location(shard)} is damaged: {error}", self._advice(shard)
             ) from None
 
     def _advice(self, shard: int) -> str:
-        indexed = self.folders[self._number_in_folder(shard)[0]]
+        indexed = self._folder_of(shard)
         return (
             "restore the shard, or index the folder again and start a new run: "
             f"clipcluster shards index {indexed.folder}{indexed.index_option}"
@@ -419,14 +406,10 @@ class Dataset(Metadata):
                         ) from None
                     raise OSError(error.errno, f"{error.strerror or error} (tried {len(RETRIES) + 1} times)",
                                   str(self.shard_location(shard))) from error  # fmt: skip
-                self._forget(shard)
+                if shard in self._open:  # the next try opens it again
+                    os.close(self._open.pop(shard).fd)
                 time.sleep(wait)
         raise AssertionError("unreachable")
-
-    def _forget(self, shard: int) -> None:
-        """Closes a shard's handle, so that the next try opens it again."""
-        if shard in self._open:
-            os.close(self._open.pop(shard).fd)
 
 
 def _in_threads(count: int, action: Callable[[int], T], shards: Sequence[int]) -> list[T]:
@@ -447,7 +430,3 @@ def _held(folders: Sequence[IndexedFolder]) -> list[int]:
     from clipcluster.data.storage.cache import hold  # local shards need none of it
 
     return [hold(index / folder_index.COLUMNS_FILE) for index in fetched]
-
-
-def _local_state(state: os.stat_result) -> State:
-    return State(state.st_size, state.st_mtime_ns)

@@ -59,11 +59,12 @@ class Metadata:
     """The samples of one source, numbered 0 … n_samples - 1 in the order of the shards' names.
 
     Attributes: `name` (last component of the first folder), `fingerprint` (hash over shard names and
-    contents), `sample_counts` (n_shards,) int64, `n_samples`, `n_pairs` (captions of all samples),
-    `classes` (n_samples,) int32 (-1: none), `fields` (the choices of captions, with their probabilities and
-    counts), `caption_counts` (n_samples,) the sum over the fields, `more_than` (C, n_shards) samples of each
-    shard with more than c captions (C is 1 where there are several fields). All are mapped, and shared by the
-    processes of a node, where the source is one whole folder; of several folders those by sample are too.
+    contents), `sample_counts` (n_shards,) int64, `sample_ends` their running sum, `n_samples`, `n_pairs`
+    (captions of all samples), `classes` (n_samples,) int32 (-1: none), `fields` (the choices of captions,
+    with their probabilities and counts), `caption_counts` (n_samples,) the sum over the fields, `more_than`
+    (C, n_shards) samples of each shard with more than c captions (C is 1 where there are several fields). All
+    are mapped, and shared by the processes of a node, where the source is one whole folder; of several
+    folders those by sample are too.
     """
 
     def __init__(
@@ -82,49 +83,40 @@ class Metadata:
         ]
         # a folder that is taken whole has no list of its shards: it would be private to every process
         self._taken = [None if f.taken is None else np.array(f.taken, np.int64) for f in self.folders]
-        self.sample_counts = self._of_shards("samples")
-        self._folder_ends = np.cumsum(
-            [
-                len(table.arrays["samples"] if taken is None else taken)
-                for table, taken in zip(self._tables, self._taken, strict=True)
-            ]
-        )
-        whole = len(self.folders) == 1 and self.folders[0].taken is None
-        self._sample_ends = (
-            self._tables[0].arrays["sample_ends"] if whole else np.cumsum(self.sample_counts, dtype=np.int64)
-        )
-        self.n_samples = int(self._sample_ends[-1]) if len(self._sample_ends) else 0
-        self.fingerprint = self._fingerprint()
-
-    def _fingerprint(self) -> str:
+        counts = self._of_shards(["samples"] * len(self.folders))
+        self._folder_ends = np.cumsum([len(column) for column in counts])
         if len(self.folders) == 1 and self.folders[0].taken is None:
-            return str(self._tables[0].meta["fingerprint"])
-        return folder_index.fingerprint(
-            [(self.shard_name(i), bytes.fromhex(self.sha256(i))) for i in range(len(self))]
-        )
+            self.sample_counts = counts[0]
+            self.sample_ends = self._tables[0].arrays["sample_ends"]
+            self.fingerprint = str(self._tables[0].meta["fingerprint"])
+        else:
+            self.sample_counts = np.concatenate(counts)
+            self.sample_ends = np.cumsum(self.sample_counts, dtype=np.int64)
+            self.fingerprint = folder_index.fingerprint(
+                [(self.shard_name(i), bytes.fromhex(self.sha256(i))) for i in range(len(self))]
+            )
+        self.n_samples = int(self.sample_ends[-1]) if len(self.sample_ends) else 0
 
     def __len__(self) -> int:
         """The number of shards."""
         return len(self.sample_counts)
 
-    def _of_shards(self, name: str) -> np.ndarray:
-        """A column of the shards taken, (…, n_shards); the mapped one where that is all of one folder."""
-        columns = [table.arrays[name] for table in self._tables]
-        pieces = [
+    def _of_shards(self, names: Sequence[str]) -> list[np.ndarray]:
+        """A column of the shards taken of each folder, (…, n_shards) each; `names` are those by folder."""
+        columns = [table.arrays[name] for table, name in zip(self._tables, names, strict=True)]
+        return [
             column if taken is None else column[..., taken]
             for column, taken in zip(columns, self._taken, strict=True)
         ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
 
-    def _of_samples(self, names: Sequence[str | None], absent: int | None = None) -> np.ndarray:
-        """A column of the samples of the shards taken, (n_samples,): `names` by folder (None: `absent`)."""
+    def _of_samples(self, names: Sequence[str]) -> np.ndarray:
+        """A column of the samples of the shards taken, (n_samples,), -1 where a folder has none."""
         pieces = []
         for table, taken, name in zip(self._tables, self._taken, names, strict=True):
             ends = table.arrays["sample_ends"]
-            if name is None or name not in table.arrays:
-                column = np.broadcast_to(np.int32(absent or 0), (int(ends[-1]) if len(ends) else 0,))
-            else:
-                column = table.arrays[name]
+            column = table.arrays.get(name)
+            if column is None:
+                column = np.broadcast_to(np.int32(-1), (int(ends[-1]) if len(ends) else 0,))
             if taken is None:
                 pieces.append(column)
             else:
@@ -141,11 +133,6 @@ class Metadata:
         """The choices of captions read in a folder: those asked for, else the index's first."""
         choices = self.folders[folder].choices
         return (next(iter(self._tables[folder].meta["captions"])),) if choices is None else choices
-
-    @property
-    def sample_ends(self) -> np.ndarray:
-        """The running sum of `sample_counts`, (n_shards,) int64."""
-        return self._sample_ends
 
     @cached_property
     def fields(self) -> tuple[CaptionField, ...]:
@@ -170,7 +157,7 @@ class Metadata:
     @cached_property
     def classes(self) -> np.ndarray:
         """Class of every sample, (n_samples,) int32; -1 where it has none."""
-        return self._of_samples(["classes"] * len(self.folders), absent=-1)
+        return self._of_samples(["classes"] * len(self.folders))
 
     @cached_property
     def more_than(self) -> np.ndarray:
@@ -183,9 +170,9 @@ class Metadata:
         partial, first = (having > 0) & (having < self.sample_counts), 0
         while partial[first:].any():
             first += int(partial[first:].argmax())
-            low = int(self._sample_ends[first] - self.sample_counts[first])
-            last = max(first + 1, int(np.searchsorted(self._sample_ends, low + _SCAN, side="right")))
-            ends, counts = self._sample_ends[first:last] - low, self.sample_counts[first:last]
+            low = int(self.sample_ends[first] - self.sample_counts[first])
+            last = max(first + 1, int(np.searchsorted(self.sample_ends, low + _SCAN, side="right")))
+            ends, counts = self.sample_ends[first:last] - low, self.sample_counts[first:last]
             used = np.cumsum(np.asarray(self.caption_counts[low : low + int(ends[-1])]) > 0)
             used = np.concatenate([[0], used])
             having[first:last] = used[ends] - used[ends - counts]
@@ -194,10 +181,8 @@ class Metadata:
 
     def more_than_of(self, field: int) -> np.ndarray:
         """Samples of each shard with more than c captions of one field, (C, n_shards)."""
-        tables = []
-        for folder, (table, taken) in enumerate(zip(self._tables, self._taken, strict=True)):
-            column = table.arrays[shard_index.caption_column("more_than", self._choices_of(folder)[field])]
-            tables.append(column if taken is None else column[:, taken])
+        choices = [self._choices_of(folder)[field] for folder in range(len(self.folders))]
+        tables = self._of_shards([shard_index.caption_column("more_than", choice) for choice in choices])
         if len(tables) == 1:
             return tables[0]
         depth = max(map(len, tables))
@@ -258,6 +243,9 @@ class Metadata:
         taken = self._taken[folder]
         return folder, shard - first if taken is None else int(taken[shard - first])
 
+    def _folder_of(self, shard: int) -> IndexedFolder:
+        return self.folders[self._number_in_folder(shard)[0]]
+
     def shard_name(self, shard: int) -> str:
         folder, number = self._number_in_folder(shard)
         arrays = self._tables[folder].arrays
@@ -273,7 +261,7 @@ class Metadata:
 
     def shard_location(self, shard: int) -> Path | RemoteFile:
         """The path of a shard, or the address of a remote one, redacted where it is shown."""
-        return self.folders[self._number_in_folder(shard)[0]].folder / self.shard_name(shard)
+        return self._folder_of(shard).folder / self.shard_name(shard)
 
     def sha256(self, shard: int) -> str:
         """The hash of a shard's bytes when it was indexed, in hex."""
@@ -284,8 +272,8 @@ class Metadata:
         """Shard number and sample number within it."""
         if not 0 <= position < self.n_samples:
             raise IndexError(f"{self.name} has {self.n_samples} samples; there is no sample {position}")
-        shard = int(np.searchsorted(self._sample_ends, position, side="right"))
-        return shard, int(position - self._sample_ends[shard] + self.sample_counts[shard])
+        shard = int(np.searchsorted(self.sample_ends, position, side="right"))
+        return shard, int(position - self.sample_ends[shard] + self.sample_counts[shard])
 
 
 def _name_of(indexed: IndexedFolder) -> str:

@@ -309,7 +309,7 @@ def _lists(root: Path) -> Iterator[_Entry]:
 
 
 def _if_free(path: Path, *, unlink: bool) -> bool:
-    """Whether nobody holds a lock on a file, or it is gone; with `unlink` it is removed then, under a lock."""
+    """Whether nobody holds a lock on a file, or it is gone; then, with `unlink`, it is removed under one."""
     try:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
