@@ -122,7 +122,7 @@ def _open(folder: str, name: str, recipe: Recipe, world: World) -> EvaluationSet
     )
     return EvaluationSet(
         name=name,
-        folder=folder,
+        folder=redacted(folder),
         samples=shards.n_samples,
         batches=batches,
         classnames=shards.classnames,

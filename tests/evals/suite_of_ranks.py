@@ -31,7 +31,7 @@ class Stopped(Exception):
     pass
 
 
-def recipe(shards: Path, batch_size: int) -> Recipe:
+def recipe(shards: Path | str, batch_size: int) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "ranks",

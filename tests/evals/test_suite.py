@@ -4,15 +4,21 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from suite_of_ranks import recipe
 
 from clipcluster.data.shards.open import open_folder
-from clipcluster.evals.suite import set_names
+from clipcluster.data.tokenizer import load_tokenizer
+from clipcluster.evals.suite import build_suite, set_names
 from clipcluster.recipe.tasks import metric_names
+from clipcluster.runtime.world import World
 from tests.shard_writer import ShardWriter
 from tools.convert.convert import convert
 
@@ -89,6 +95,18 @@ def test_the_model_is_left_training(reports: Reports) -> None:
 def test_sets_are_named_by_their_last_component_unless_that_is_ambiguous() -> None:
     assert set_names(["/data/coco/val", "/data/digits/test"]) == ["val", "test"]
     assert set_names(["/data/coco/val", "/data/flickr/val", "x"]) == ["coco-val", "flickr-val", "x"]
+
+
+def test_what_is_shown_of_a_set_holds_no_key(
+    digits: Path, tmp_path: Path, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPCLUSTER_CACHE", str(tmp_path))
+    address = f"{web_server(digits).address}?token=hunter2"
+    settings = recipe(address, batch_size=32)
+    world = World(0, 1, 0, torch.device("cpu"))
+    suite = build_suite(settings, world=world, tokenizer=load_tokenizer(settings.data.text))
+    shown = {evaluation.images.folder for evaluation in suite.evaluations}
+    assert shown == {address.partition("?")[0]}
 
 
 @given(

@@ -213,7 +213,7 @@ def _patiently(
                     getattr(_cause(error), "errno", None) or 5,
                     f"{_reason(error)} (tried {failures} times)",
                     redacted(address),
-                ) from error
+                ) from None  # whose own words may hold keys: a traceback shows them
             logger.debug("%s: %s; trying again", redacted(address), _reason(error))
             time.sleep(waits[failures - 1])
 
@@ -351,7 +351,7 @@ def _wrapped(address: str, action: Callable[[], Any]) -> Any:
     except (OSError, UserError):
         raise
     except Exception as error:
-        raise OSError(5, redacted(f"{type(error).__name__}: {error}")) from error
+        raise OSError(5, redacted(f"{type(error).__name__}: {error}")) from None
 
 
 def _told(address: str) -> State:

@@ -305,7 +305,7 @@ def _answer(folder: RemoteFolder, question: Callable[[], Sequence[Any]]) -> Sequ
         raise
     except Exception as error:
         reason = redacted(f"it cannot be listed: {type(error).__name__}: {error}")
-        raise Unreachable(5, reason, str(folder)) from error
+        raise Unreachable(5, reason, str(folder)) from None
 
 
 def file_system(address: str) -> tuple[Any, str]:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,12 +236,16 @@ def test_commands(folder: Path, cache: Cache, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.usefixtures("hurried")
 def test_a_command_that_fails(folder: Path, cache: Cache) -> None:
     shards = open_source(
-        _source(shards="pipe:echo no such bucket >&2; echo x/{00000..00019}.tar; exit 3", index=str(folder)),
+        _source(
+            shards="pipe:echo key=hunter2: no such bucket >&2; echo x/{00000..00019}.tar; exit 3",
+            index=str(folder),
+        ),
         text=True,
         cache=cache,
     )
-    with pytest.raises(OSError, match=r"failed with code 3: no such bucket \(tried 4 times\)"):
+    with pytest.raises(OSError, match=r"failed with code 3: .* no such bucket \(tried 4 times\)") as raised:
         shards.read(0)
+    assert "hunter2" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_dataset_on_the_hub(
