@@ -268,17 +268,20 @@ SLOW_HASH = """
 import sys, time
 from clipcluster import run
 from clipcluster.data.shards import shard_index
+from clipcluster.data.shards.dataset import Dataset
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 
-hash_of = shard_index.file_sha256
+def slowly(action, seconds):
+    def slow(subject):
+        time.sleep(seconds)
+        return action(subject)
+    return slow
 
-def slowly(path):
-    time.sleep(2)
-    return hash_of(path)
-
-shard_index.file_sha256, run.SILENCE_S = slowly, 8
+run.SILENCE_S = 8
+shard_index.file_sha256 = slowly(shard_index.file_sha256, 2)
+Dataset.modified_shards = slowly(Dataset.modified_shards, 9)
 folder = Run(sys.argv[1])
 sys.exit(run.train(folder, folder.newest(), Launch.from_environment(), Stop()))
 """

@@ -69,10 +69,10 @@ def check_shards(sources: Sequence[Dataset], world: World, stop: Stop) -> Wish:
     """Compare shards with their index; the ranks divide those that only their hash can tell of.
 
     They agree after each, so that none is taken for lost meanwhile; returns STOP where one was asked to.
-    Raises DataError on the rank that finds a changed shard.
+    Raises DataError on the rank that finds a changed shard, and on all where one is missing.
     """
-    modified = [list(source.modified_shards().items()) for source in sources] if world.is_main else None
-    found = [dict(shards) for shards in world.broadcast(modified)]
+    modified = world.while_main(lambda: [list(source.modified_shards().items()) for source in sources])
+    found = [dict(shards) for shards in modified]
     suspects = [(source, shard) for source, shards in zip(sources, found, strict=True) for shard in shards]
     if suspects and world.is_main:
         logger.warning(

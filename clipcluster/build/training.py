@@ -54,7 +54,7 @@ def build_trainer(
     plan_ = plan(recipe, sources.sampler.samples, world.size)
     attempt.phase(world.rank, "model")
     model = build_model(recipe, sources.tokenizer, run.assets)
-    weights = describe_start(model, plan_) if world.is_main else {}
+    weights = world.while_main(lambda: describe_start(model, plan_))
     step = build_step(recipe, plan_, model, world)
     parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.precision}
     if step.ema:
