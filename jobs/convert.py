@@ -22,7 +22,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs import files
 from clipcluster.runtime.job_id import slurm_job_id
-from clipcluster.runtime.stop import Outcome, Stop, Wish
+from clipcluster.runtime.stop import Outcome, Stop, Wish, leave
 from jobs.endings import facts
 from jobs.endings.act import requeue
 from jobs.endings.log import say
@@ -66,14 +66,12 @@ class ConvertJob:
         try:
             code = serve(self.order, stop)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
             code = 2
+            print(f"error: {error}", file=sys.stderr)
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            leave(code)
 
 
 class _Stopped(BaseException):
@@ -169,11 +167,13 @@ def submit(order: Order, cluster: Cluster, jobs: int) -> list[str]:
     if prepared.finished:
         return []
     with begun(plan):
+        refuse_running(order.out)  # once more: planning may take minutes, and here nobody else submits
         folder = order.out / FOLDER
         shutil.rmtree(folder / _CLAIMS, ignore_errors=True)  # no job holds one: see above
         (folder / _CLAIMS).mkdir(parents=True)
         code = snapshot.take(folder).path
         members = min(jobs, len(plan.shards()))
+        files.write_json(folder / _JOB, {"jobs": []})
         ids = launch.queue(
             [ConvertJob(order)] * members, _parameters(cluster, order, code), folder / "submitit"
         )
@@ -183,21 +183,22 @@ def submit(order: Order, cluster: Cluster, jobs: int) -> list[str]:
 
 def refuse_running(out: Path) -> None:
     """UserError if SLURM still shows a job of the conversion into `out`, or cannot be asked about one."""
-    try:
-        ids = files.read_json(out / FOLDER / _JOB)["jobs"]
-    except FileNotFoundError:
+    known = files.read_object(out / FOLDER / _JOB, jobs=list)
+    if known is None:
         return
     try:
-        queued = Slurm().queue(job_ids=ids)
+        everybody = Slurm().queue()
     except (SlurmUnavailable, SlurmRefused) as error:
         raise UserError(
-            f"{out} was being converted by job {ids[0].split('_')[0]}, and SLURM cannot be asked whether it "
-            f"still is ({str(error).splitlines()[-1]}); try where it can, or remove {out / FOLDER}"
+            f"{out} was being converted by jobs of SLURM, which cannot be asked whether they have ended "
+            f"({str(error).splitlines()[-1]}); try where it can, or remove {out / FOLDER}"
         ) from None
-    if queued:
+    # by the comment those whose submitter died before it learned their ids
+    mine = (job for job in everybody if job.job_id in known["jobs"] or job.comment == str(out.absolute()))
+    for job in mine:
         raise UserError(
-            f"{out}: job {queued[0].job_id} of this conversion is {queued[0].state}; wait for it, or end it "
-            f"with: scancel {queued[0].job_id.split('_')[0]}"
+            f"{out}: job {job.job_id} of this conversion is {job.state}; wait for it, or end it "
+            f"with: scancel {job.job_id.split('_')[0]}"
         )
 
 
@@ -208,6 +209,7 @@ def _parameters(cluster: Cluster, order: Order, code: Path) -> dict[str, Any]:
     return clusters.job(
         cluster,
         name=f"convert-{order.out.name}",
+        comment=str(order.out),
         setup=[
             *script.begin(decide, logs=order.out / FOLDER / "submitit"),
             *script.exports(clusters.environment(cluster)),

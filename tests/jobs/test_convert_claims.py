@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from clipcluster.data.shards.open import open_folder
+from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.runs.files import write_json
 from clipcluster.runtime.stop import Outcome, Stop
-from jobs.convert import FOLDER, Claims, Order, ending, serve
+from jobs.convert import FOLDER, Claims, Order, ending, refuse_running, serve, submit
 from jobs.convert import _parameters as parameters_of
 from tools.convert import convert as conversion
 from tools.convert import work as making
@@ -229,3 +231,53 @@ def test_a_node_without_the_interpreter_is_left(tmp_path: Path, monkeypatch: pyt
     assert done.returncode == Outcome.STOPPED
     assert "no verdict: the script ended with code 127; job 7 is requeued once" in done.stderr
     assert "requeue" in done.stdout
+
+
+FAILS = """
+import sys
+from pathlib import Path
+from jobs.convert import ConvertJob, Order
+
+ConvertJob(Order("no such kind", Path(sys.argv[1]), [], None, None))()
+"""
+
+
+def test_a_full_disk_under_the_log_changes_no_code(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", FAILS, str(tmp_path)], stdout=full, stderr=full)
+    assert done.returncode == 2
+
+
+def queue_shows(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """SLURM's queue shows a job that converts into `out`, once it was asked `after` times."""
+    (folder / "squeue").write_text(
+        f"#!/bin/sh\necho >> {folder}/asked\n[ $(wc -l < {folder}/asked) -le {after} ] ||"
+        f" printf '18_0|RUNNING|low|me|0:01|1:00|N/A|n1|None|convert-out\\037{out}\\n'\n"
+    )
+    (folder / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_job_whose_submitter_died_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    (out / FOLDER).mkdir(parents=True)
+    queue_shows(tmp_path, out, monkeypatch, after=0)
+    refuse_running(out)
+    write_json(out / FOLDER / "job.json", {"jobs": []})
+    with pytest.raises(UserError, match="scancel 18"):
+        refuse_running(out)
+
+
+def test_of_two_submissions_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = Kind("keys", lambda inputs, options: Source([Keys(["a", "b"])], []), options=NoOptions)
+    monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
+    out = tmp_path / "out"
+    order = Order("keys", out, [], NoOptions(), Settings(samples_per_shard=1))
+    with begun(prepare("keys", out, [], NoOptions(), order.settings).plan):
+        (out / FOLDER / "claims").mkdir(parents=True)
+    write_json(out / FOLDER / "job.json", {"jobs": ["17_0"]})
+    queue_shows(tmp_path, out, monkeypatch, after=1)  # not yet when this submission began
+    assert Claims(out / FOLDER / "claims", "18_0").take(shard(0), 0)
+    with pytest.raises(UserError, match="18_0 of this conversion is RUNNING"):
+        submit(order, Cluster(gpus_per_node=0), 2)
+    assert not Claims(out / FOLDER / "claims", "19_0").take(shard(0), 0)
