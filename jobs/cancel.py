@@ -11,6 +11,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from jobs.state import Queue, State, state_of
 from jobs.submissions import adopt, job_ids, refused, unanswered
+from tools.slurm import SlurmRefused, SlurmUnavailable
 
 
 def cancel(run: Run, queue: Queue) -> str:
@@ -55,5 +56,11 @@ def _end(job: str, queue: Queue) -> bool:
         return True
     if queue.state(job) is None:
         return False
-    queue.slurm.cancel([job])
+    try:
+        queue.slurm.cancel([job])
+    except (SlurmUnavailable, SlurmRefused) as error:
+        raise UserError(
+            f"job {job} could not be ended ({error}). It is marked as cancelled, so that no attempt follows; "
+            f"end it with: scancel {job}"
+        ) from None
     return True

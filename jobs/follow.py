@@ -13,11 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
 from jobs import results
-from jobs.state import Queue, State, state_of
+from jobs.state import ASK_SECONDS, Queue, State, state_of
 from jobs.status import last_metrics, total_steps
 
 LOOK_SECONDS = 0.5
-ASK_SECONDS = 10.0  # between two questions to SLURM
 LINE_SECONDS = 5.0  # between two plain lines of progress
 STARTING = frozenset({"claim", "phase", "resume"})
 TOLD = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from jobs.submissions import Intent, job_ids, unanswered
 from tools.slurm import QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
 
 ENDED = frozenset({"FINISHED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "LOST", "NEW"})
+ASK_SECONDS = 10.0  # between two questions to SLURM about a run that is watched
 _RESUBMIT = "Submit the run again: it resumes from its last checkpoint."
 
 
@@ -89,6 +91,20 @@ class Queue:
         except (SlurmUnavailable, SlurmRefused):
             return None
         return job.state if job else None
+
+
+class Watched:
+    """A run whose state is asked for again and again; SLURM is asked every ASK_SECONDS."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._queue, self._asked = Queue(), time.monotonic()
+
+    def state(self) -> State:
+        """What the run is doing now."""
+        if time.monotonic() - self._asked > ASK_SECONDS:
+            self._queue, self._asked = Queue(), time.monotonic()
+        return state_of(self._run, self._queue)
 
 
 def state_of(run: Run, queue: Queue) -> State:

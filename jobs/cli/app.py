@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ _REFUSALS = {
 def main() -> NoReturn:
     """Run the command; a user's error is one message on stderr and code 2."""
     command = typer.main.get_command(app)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     words = verb_first(sys.argv[1:], command)
     try:
         code = command.main(words, prog_name="clipcluster", standalone_mode=False)

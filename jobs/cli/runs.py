@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from enum import Enum
@@ -192,10 +191,10 @@ def logs(
 ) -> None:
     """Print what a rank wrote."""
     from jobs import logs as printing
-    from jobs.state import Queue, state_of
+    from jobs.state import Watched
 
     found = find_run(run, runs_folder(runs))
-
+    watched = Watched(found)
     first = printing.log_files(found, rank=rank, attempt=attempt)
 
     def paths() -> list[Path]:
@@ -205,7 +204,7 @@ def logs(
             return first  # the next attempt has begun, and this rank has printed nothing in it yet
 
     try:
-        for text in printing.stream(paths, following=following, ended=lambda: state_of(found, Queue()).ended):
+        for text in printing.stream(paths, following=following, ended=lambda: watched.state().ended):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         return
@@ -294,16 +293,13 @@ def train(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
 ) -> None:
     """Train in this process, alone or as one rank under torchrun. Nothing restarts it."""
-    from clipcluster.runtime.stop import Stop
+    from clipcluster.runtime.stop import Stop, leave
 
     stop = Stop()
     stop.install(interactive=True)
     from clipcluster.rank.serve import serve
 
-    code = serve(run_dir, "clipcluster.run:train", stop)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(serve(run_dir, "clipcluster.run:train", stop))
 
 
 VERBS = (check, submit, status, logs, metrics, cancel, evaluate, train)

@@ -13,7 +13,7 @@ from jobs import submissions
 from jobs.cancel import cancel
 from jobs.cli.tables import age, status_table
 from jobs.endings import history
-from jobs.state import Queue, state_of
+from jobs.state import Queue, Watched, state_of
 from jobs.status import last_metrics, report
 from tools.slurm import SlurmUnavailable, parse_queue
 
@@ -135,14 +135,37 @@ def test_an_older_job_that_never_claimed_tells_nothing(run):
     assert state_of(run, Answers()).name == "UNKNOWN"
 
 
-def test_the_queue_is_that_of_the_user_not_of_variables(run, tmp_path, monkeypatch):
-    squeue = tmp_path / "squeue"
-    squeue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
-    squeue.chmod(0o755)
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A folder of SLURM's programs: job 17 runs and cannot be ended; `asked` has every call of squeue."""
+    for name, line in {
+        "squeue": f'echo "$@" >> {tmp_path}/asked; echo "17|RUNNING|low|me|0:01|1:00|N/A|n1|None|toy"',
+        "scancel": "echo 'Socket timed out' >&2; exit 1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_the_queue_is_that_of_the_user_not_of_variables(slurm, monkeypatch):
     monkeypatch.setenv("LOGNAME", "somebody-else")
     assert not Queue().silent
-    assert f"--user={os.getuid()}" in (tmp_path / "asked").read_text().split()
+    assert f"--user={os.getuid()}" in (slurm / "asked").read_text().split()
+
+
+def test_who_watches_asks_slurm_seldom(run, slurm):
+    claimed(run)
+    watched = Watched(run)
+    assert {watched.state().name for _ in range(5)} == {"RUNNING"}
+    assert len((slurm / "asked").read_text().splitlines()) == 1
+
+
+def test_a_job_that_cannot_be_ended_is_marked_and_said(run, slurm):
+    claimed(run)
+    with pytest.raises(UserError, match=r"job 17 could not be ended \(Socket timed out\).*scancel 17"):
+        cancel(run, Queue())
+    assert run.cancelled_jobs() == {"17"}
 
 
 def test_a_report_reads_the_ends_of_files(run):

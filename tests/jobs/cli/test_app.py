@@ -118,6 +118,14 @@ def test_status_for_people(finished, tmp_path):
     assert "no runs in" in clipcluster("status", "--runs", tmp_path / "none").stdout
 
 
+def test_a_name_that_is_not_utf_8_can_be_shown(run):
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    reason = os.fsdecode(b"caf\xe9.tar changed")
+    attempt.event("fail", writer=history.WRITER, ending="failed", code=90, reason=reason)
+    assert r"caf\udce9.tar changed" in clipcluster("status", run.path).stdout
+    assert json.loads(clipcluster("status", run.path, "--json").stdout)[0]["detail"] == reason
+
+
 def test_metrics_of_all_attempts(finished):
     done = clipcluster("metrics", finished.path, "--csv")
     lines = done.stdout.splitlines()
