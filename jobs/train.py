@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 import traceback
 
-from clipcluster.runtime.stop import Outcome, Stop
+from clipcluster.runtime.stop import Outcome, Stop, leave
 
 
 class TrainJob:
@@ -34,7 +32,4 @@ class TrainJob:
         except BaseException:
             traceback.print_exc()
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError):  # a full disk must not change the code
-                    stream.flush()
-            os._exit(code)
+            leave(code)

@@ -6,12 +6,15 @@ arrives during the imports would otherwise kill the process.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from enum import IntEnum, IntFlag
 from types import FrameType
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from clipcluster.errors import StaleAttempt, UserError
 
@@ -186,6 +189,14 @@ def holding_signals(python: str) -> list[str]:
     interpreter, some hundredths of a second; a rank killed in there never started, and the job is requeued.
     """
     return [python, "-I", "-S", "-c", "; ".join(_HOLD.strip().splitlines())]
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code` at once, whatever threads, handlers and destructors are left."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk must not change the code
+            stream.flush()
+    os._exit(code)
 
 
 def ignore_signals() -> None:
