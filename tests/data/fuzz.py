@@ -314,7 +314,7 @@ def _repaired(folder: Path, salvage: Callable[..., Any], index_shard: Callable[.
         done = salvage(tar)
         if done is None:
             continue
-        entry = index_shard(tar, copy, "default")
+        entry = index_shard(tar, copy, ("default",))
         if entry.broken or done.original.read_bytes() != path.read_bytes():
             wrong.append(f"{path.name} repaired: {entry.broken}")
     return wrong

@@ -214,8 +214,8 @@ def sparse_shards(folder: Path, shards: int, per_shard: int) -> int:
             file.write(real)
             file.truncate(per_shard * padded(len(real)) + len(END))
         digest = hashlib.sha256(path.name.encode()).hexdigest()  # made up: nobody reads these terabytes
-        entries.append(write_entry(path, folder, "default", digest, rows))
-    write_folder_index(folder, "default", entries)
+        entries.append(write_entry(path, folder, ("default",), digest, rows))
+    write_folder_index(folder, ("default",), entries)
     return len(image)
 
 
@@ -273,7 +273,7 @@ def small_members(folder: Path, samples: int = 10_000) -> dict[str, float]:
             members = sum(1 for _ in scan(file.fileno()))
         scans.append(time.perf_counter() - began)
         began = time.perf_counter()
-        index_shard(path, folder, "default")
+        index_shard(path, folder, ("default",))
         indexings.append(time.perf_counter() - began)
     return {"members": members, "scan_s": round(min(scans), 4), "index_s": round(min(indexings), 4)}
 

@@ -135,7 +135,7 @@ class ShardFile:
             rows = columns()
             os.replace(self._aside, self.path)
             digest = self._hash.hexdigest()
-            complete(indexing.write_entry(self.path, self.path.parent, captions.DEFAULT, digest, rows))
+            complete(indexing.write_entry(self.path, self.path.parent, (captions.DEFAULT,), digest, rows))
 
         self._behind.do(finish)
 

@@ -328,7 +328,7 @@ def _write_lists(plan: Plan, split: int, done: Mapping[Shard, Done]) -> None:
     ]
     if bad:
         write_bytes(folder / BAD_SAMPLES, ("\n".join(bad) + "\n").encode())
-    folder_index.write_folder_index(folder, captions.DEFAULT, [kept.entry for kept in done.values()])
+    folder_index.write_folder_index(folder, (captions.DEFAULT,), [kept.entry for kept in done.values()])
 
 
 def read_bad_samples(folder: Path) -> list[int]:

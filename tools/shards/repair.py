@@ -141,7 +141,7 @@ def _rows(
         else:
             yield Deed(path.name, True, "rewritten: indexed")
         return
-    indexing.index_shard(path, index, choices)
+    indexing.index_shard(path, index, tuple(choices))
     yield Deed(
         shard_index.shard_index_path(index, path.name).name, True, "its shard index was rebuilt from the tar"
     )

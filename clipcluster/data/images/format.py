@@ -64,9 +64,7 @@ def _kind_of_boxes(data: bytes) -> str | None:
     brands = {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
     if brands & {b"avif", b"avis"}:
         return "AVIF"
-    return (
-        "HEIF" if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"} else None
-    )
+    return "HEIF" if brands & _HEIF_BRANDS else None
 
 
 def extension_of(data: bytes) -> str | None:

@@ -143,8 +143,7 @@ class CaptionRounds:
         table = np.zeros((len(self._sources), self.fields))
         for number, source in enumerate(self._sources):
             table[number, : len(source.fields)] = [own.probability or 1.0 for own in source.fields]
-        found: np.ndarray = table[sources]
-        return found
+        return np.asarray(table[sources])
 
     def _by_source(self, portions: np.ndarray) -> Iterator[tuple["_SourceRounds", np.ndarray, np.ndarray]]:
         """Each source, which of `portions` (n,) are its own, and their numbers within it."""
@@ -172,8 +171,7 @@ class CaptionRounds:
             owner = int(np.searchsorted(self._portion_starts[1:], portion, side="right"))
             return self._sources[owner].held_by(round_index, portion - int(self._portion_starts[owner]))
 
-        held: np.ndarray = self._held.get((round_index, portion), make)
-        return held
+        return np.asarray(self._held.get((round_index, portion), make))
 
 
 class _SourceRounds:
@@ -204,20 +202,17 @@ class _SourceRounds:
     def sizes(self) -> np.ndarray:
         """Draws of each round, (C,) int64."""
         times = self._copies.most if self.counts.shape[1] == 1 else 1
-        sizes: np.ndarray = self.counts.sum(axis=(1, 2), dtype=np.int64) * times
-        return sizes
+        return np.asarray(self.counts.sum(axis=(1, 2), dtype=np.int64) * times)
 
     def counts_of(self, round_index: int, portions: np.ndarray) -> np.ndarray:
         """Samples of each portion in a round, (n,)."""
         if round_index >= len(self.counts):
             return np.zeros(portions.shape, dtype=np.int64)
         if self._copies.most == 1:
-            found: np.ndarray = self.counts[round_index, 0, portions]
-        elif self.counts.shape[1] == 1:
-            found = self.counts[round_index, 0, portions % self.n_shards]
-        else:
-            found = self.counts[round_index].reshape(-1)[portions]
-        return found
+            return np.asarray(self.counts[round_index, 0, portions])
+        if self.counts.shape[1] == 1:
+            return np.asarray(self.counts[round_index, 0, portions % self.n_shards])
+        return np.asarray(self.counts[round_index].reshape(-1)[portions])
 
     def held_by(self, round_index: int, portion: int) -> np.ndarray:
         """Numbers within its shard of the samples of a portion in a round, ascending int32."""

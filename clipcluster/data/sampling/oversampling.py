@@ -94,14 +94,12 @@ class Copies:
         turned = (portion + np.arange(self.most, dtype=np.int64)) % max(self.most, 1)
         values = self.values.astype(np.int64)[:, None]
         # of `most` consecutive numbers exactly `values` fulfil this, evenly spread
-        held: np.ndarray = turned * values % max(self.most, 1) < values
-        return held
+        return np.asarray(turned * values % max(self.most, 1) < values)
 
     def in_portion(self, portion: int, start: int, stop: int) -> np.ndarray:
         """Which of the samples start … stop - 1, all of one shard, lie in a portion of it, (n,) bool."""
         offsets = self.offsets(np.arange(stop - start))
-        found: np.ndarray = self.held(portion)[self.kinds(start, stop), offsets]
-        return found
+        return np.asarray(self.held(portion)[self.kinds(start, stop), offsets])
 
     def portions(self, copies: np.ndarray, kinds: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """The portion of copy number `copies` (n,) of samples with these kinds and offsets, (n,) int64."""
@@ -121,8 +119,9 @@ def whole_copies(repeats: Sequence[Repeats | None]) -> tuple[int, list[Copies]]:
     factor = math.lcm(*(value.denominator for value in values))
     keys = ", ".join(dict.fromkeys(own.recipe_key for own in given if own.recipe_key)) or "the repeats"
     if factor > LARGEST_DENOMINATOR:
-        written = ", ".join(f"{value:.8g}" for value in _distinct(values))
-        wanted = ", ".join(f"{value:.8g}" for value in _nearest(_distinct(values)))
+        distinct = [float(value) for value in dict.fromkeys(values)]
+        written = ", ".join(f"{value:.8g}" for value in distinct)
+        wanted = ", ".join(f"{value:.8g}" for value in _nearest(distinct))
         raise UserError(
             f"{keys}: the repeats {written} are whole only when multiplied by {factor:,}; a pass holds a"
             f" sample a whole number of times, at most {LARGEST_DENOMINATOR} times as often as written. The"
@@ -223,17 +222,12 @@ def _exact(value: float) -> Fraction:
     return simple if abs(simple - written) <= _SAME else written
 
 
-def _distinct(values: Sequence[Fraction]) -> list[float]:
-    return [float(value) for value in dict.fromkeys(values)]
-
-
 def _nearest(values: Sequence[float]) -> list[float]:
     """The values rounded to a common denominator of at most 64, their largest relative error least."""
-    best: tuple[float, list[float]] | None = None
+    best, least = [*values], math.inf
     for denominator in range(1, LARGEST_DENOMINATOR + 1):
         rounded = [max(round(v * denominator), 1 if v else 0) / denominator for v in values]
         error = max(abs(a - b) / b for a, b in zip(rounded, values, strict=True) if b)
-        if best is None or error < best[0] - 1e-12:
-            best = error, rounded
-    assert best is not None, "there is a denominator"
-    return best[1]
+        if error < least - 1e-12:
+            best, least = rounded, error
+    return best

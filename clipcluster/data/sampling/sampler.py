@@ -77,7 +77,8 @@ class Sampler:
         groups = _group(sources)
         self._group_of = {source: number for number, group in enumerate(groups) for source in group}
         self._first_source = [group[0] for group in groups]
-        self.weights = [1] if len(groups) == 1 else integer_weights([_weight(source) for source in sources])
+        weights = [source.weight for source in sources if source.weight is not None]
+        self.weights = [1] if len(groups) == 1 else integer_weights(weights)
         rounds = [
             CaptionRounds([sources[i] for i in group], every_caption=captions == "all") for group in groups
         ]
@@ -160,11 +161,6 @@ def _group(sources: Sequence[SamplerSource]) -> list[list[int]]:
             " draws), or none of them (then they are drawn as one)."
         )
     return [[number] for number in range(len(sources))]
-
-
-def _weight(source: SamplerSource) -> float:
-    assert source.weight is not None, "every source has a weight where there are several groups"
-    return source.weight
 
 
 def _require_draws(group: list[int], sources: Sequence[SamplerSource], rounds_: CaptionRounds) -> None:

@@ -42,12 +42,11 @@ class Coordinates:
 class Samples:
     """The samples at coordinates, arrays (n,) int64.
 
-    position: counted over all sources. copy: which of the sample's copies.
+    position: counted over all sources.
     pass_index: pass x copies + copy: every copy of a sample goes through the source in a pass of its own.
     """
 
     position: np.ndarray
-    copy: np.ndarray
     pass_index: np.ndarray
 
 
@@ -100,7 +99,7 @@ class GroupSampler:
         for pass_index, round_index, rows in _equal_spans(at.pass_index, at.round_index):
             find = self._fully_shuffled if self._full_shuffle else self._in_lanes
             positions[rows], copies[rows] = find(pass_index, round_index, at[rows])
-        return Samples(positions, copies, at.pass_index * self.rounds.copies + copies)
+        return Samples(positions, at.pass_index * self.rounds.copies + copies)
 
     def captions(
         self,
@@ -141,10 +140,8 @@ class GroupSampler:
     def _words(self, samples: Samples, what: str) -> np.ndarray:
         """A random word (n,) uint64 for each sample by (seed, source, pass, copy, sample)."""
         passes, rows = np.unique(samples.pass_index, return_inverse=True)
-        parents = np.array(
-            [key(*self._name, pass_index, what) for pass_index in passes.tolist()], dtype=np.uint64
-        )
-        return subkeys(parents[rows], samples.position)
+        parents = [key(*self._name, pass_index, what) for pass_index in passes.tolist()]
+        return subkeys(np.array(parents, np.uint64)[rows], samples.position)
 
     def _first_draws(self, pass_index: np.ndarray) -> np.ndarray:
         """How far into its rounds each draw's pass begins (n,); else the cut always hit the last round."""

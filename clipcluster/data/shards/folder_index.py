@@ -47,12 +47,11 @@ _CHUNK = 1 << 16  # shards whose columns are compared at once
 _SCAN = 1 << 20  # bytes of names that are looked at at once
 
 
-def write_folder_index(target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]) -> None:
+def write_folder_index(target: Path, choices: tuple[str, ...], entries: Sequence[ShardEntry]) -> None:
     """Writes index.json, then index.bin, from the entries and the shard indexes on disk; both are renamed.
 
     UserError where the index of a shard is not that of its entry.
     """
-    choices = (choices,) if isinstance(choices, str) else tuple(choices)
     totals = {
         "format": FORMAT,
         "fingerprint": fingerprint([(entry.name, bytes.fromhex(entry.sha256)) for entry in entries]),
@@ -136,16 +135,14 @@ def read_folder_index(
     folder: Path | RemoteFolder,
     target: Path,
     *,
-    captions_choice: str | Sequence[str] | None,
-    index_option: str | None = None,
+    choices: Sequence[str],
+    index_option: str,
 ) -> Columns:
     """The mapped list of a folder's index at `target`.
 
-    `captions_choice` is what the source asks for, None if it needs no captions. UserError, with the command
-    that helps: no index, a damaged or older one, one without a choice that is asked for.
+    `choices` of captions are those that the source asks for. UserError, with the command that helps: no
+    index, a damaged or older one, one without a choice that is asked for.
     """
-    if index_option is None:
-        index_option = "" if target == folder else f" --index {target}"
     command = f"clipcluster shards index {folder}{index_option}"
     try:
         table = _read_columns(target / COLUMNS_FILE)
@@ -161,9 +158,8 @@ def read_folder_index(
             f"{target / COLUMNS_FILE} has another format ({table.meta.get('format')}); "
             f"rebuild it with: {command}"
         )
-    asked = (captions_choice,) if isinstance(captions_choice, str) else tuple(captions_choice or ())
     have = list(table.meta["captions"])
-    missing = [choice for choice in asked if choice not in have]
+    missing = [choice for choice in choices if choice not in have]
     if missing:
         near = difflib.get_close_matches(missing[0], have, 1)
         options = "".join(f" --captions {shlex.quote(choice)}" for choice in missing)

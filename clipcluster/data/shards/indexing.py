@@ -118,9 +118,7 @@ def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool
     return same and set(choices) == set(meta["choices"])
 
 
-def index_shard(
-    path: Path, index: Path, choices: str | Sequence[str], digest: str | None = None
-) -> ShardEntry:
+def index_shard(path: Path, index: Path, choices: tuple[str, ...], digest: str | None = None) -> ShardEntry:
     """Scans and hashes one tar and writes its index; returns its entry.
 
     With `digest`, its known sha256, it is not hashed. UserError: it changed meanwhile, or is compressed.
@@ -141,7 +139,7 @@ def index_shard(
 def write_entry(
     path: Path,
     index: Path,
-    choices: str | Sequence[str],
+    choices: tuple[str, ...],
     digest: str,
     columns: Mapping[str, np.ndarray],
     without_image: int = 0,
@@ -153,7 +151,6 @@ def write_entry(
     columns: those of `shard_index`, each (samples,); of a single choice their names may go without it
     (`captions` for `captions/CHOICE`). ValueError where one is missing or has another length.
     """
-    choices = (choices,) if isinstance(choices, str) else tuple(choices)
     named = {
         caption_column(name, choices[0]) if name in CAPTION_COLUMNS else name: np.asarray(values)
         for name, values in columns.items()

@@ -77,7 +77,7 @@ class Metadata:
         self.name = _name_of(self.folders[0])
         self._tables = [
             folder_index.read_folder_index(
-                f.folder, f.index, captions_choice=f.choices, index_option=f.index_option
+                f.folder, f.index, choices=f.choices or (), index_option=f.index_option
             )
             for f in self.folders
         ]

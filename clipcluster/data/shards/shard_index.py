@@ -43,6 +43,14 @@ def caption_column(name: str, choice: str) -> str:
     return f"{name}/{choice}"
 
 
+def _column_types(choices: Sequence[str]) -> dict[str, Any]:
+    """The columns of a shard's index, and the dtype of each; of captions' numbers uint8 where they fit."""
+    types: dict[str, Any] = dict(SAMPLE_COLUMNS)
+    for choice in choices:
+        types |= {caption_column(name, choice): dtype for name, dtype in CAPTION_COLUMNS.items()}
+    return types
+
+
 def sample_name(member: str) -> tuple[str, str] | None:
     """Key and lower-case extension of a member, split as WebDataset does; None if it belongs to no sample."""
     base = member.rfind("/") + 1
@@ -78,15 +86,15 @@ def sample_members(fd: int, start: int) -> Iterator[tuple[str, Member]]:
 
 
 class ShardIndexBuilder:
-    """Builds the index of one shard from its members, given in tar order.
+    """Builds the index of one shard from its members, given in tar order; `read` returns a small one's bytes.
 
     A sample is a run of members with one key; an extension that comes again begins the next. The first sample
     of a key is used. `without_image` counts the runs without an image, `duplicates` those of a key that was
     used before: samples, these and those are all there are.
     """
 
-    def __init__(self, choices: str | Sequence[str], read: Callable[[Member], bytes] | None = None) -> None:
-        self.choices = _several(choices)
+    def __init__(self, choices: tuple[str, ...], read: Callable[[Member], bytes]) -> None:
+        self.choices = choices
         self.without_image = 0
         self.duplicates = 0
         self._read = read
@@ -95,47 +103,27 @@ class ShardIndexBuilder:
         self._keys: set[str] = set()
         self._key = ""
         self._members: dict[str, Member | None] = {}
-        self._reads: dict[str, Callable[[], bytes]] = {}
 
-    def add(self, member: Member, read: Callable[[], bytes] | None = None) -> None:
-        """Adds the next member; `read` (else that of all) returns its bytes, and is called for small ones."""
-        extension = self._begin(member.name)
-        if extension is not None:
-            self._members[extension] = member
-            if read is not None:
-                self._reads[extension] = read
-
-    def add_other(self, name: str) -> None:
-        """Adds the name of a member without bytes of its own (a link): its sample does without it."""
-        extension = self._begin(name)
-        if extension is not None:
-            self._members[extension] = None
-
-    def finish(self) -> dict[str, np.ndarray]:
-        """The columns, each (samples,)."""
-        self._finish_sample()
-        types: dict[str, Any] = dict(SAMPLE_COLUMNS)
-        for choice in self.choices:
-            types |= {caption_column(name, choice): dtype for name, dtype in CAPTION_COLUMNS.items()}
-        values = zip(*self._rows, strict=True) if self._rows else repeat((), len(types))
-        arrays = {
-            name: np.array(numbers, dtype)
-            for (name, dtype), numbers in zip(types.items(), values, strict=True)
-        }
-        for choice in self.choices:
-            arrays[caption_column("captions", choice)] = narrow(arrays[caption_column("captions", choice)])
-        return arrays
-
-    def _begin(self, name: str) -> str | None:
-        """The extension of a member whose sample is the one at hand from now on; None: it belongs to none."""
+    def add(self, name: str, member: Member | None) -> None:
+        """Adds the next member; None: it has no bytes of its own (a link), its sample does without it."""
         split = sample_name(name)
         if split is None:
-            return None
+            return
         key, extension = split
         if key != self._key or extension in self._members:
             self._finish_sample()
             self._key = key
-        return extension
+        self._members[extension] = member
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """The columns, each (samples,)."""
+        self._finish_sample()
+        types = _column_types(self.choices)
+        values = zip(*self._rows, strict=True) if self._rows else repeat((), len(types))
+        return {
+            name: np.array(numbers, dtype)
+            for (name, dtype), numbers in zip(types.items(), values, strict=True)
+        }
 
     def _finish_sample(self) -> None:
         members, self._members = self._members, {}
@@ -157,14 +145,6 @@ class ShardIndexBuilder:
             self._rows.append(
                 (first.start, image.offset, image.size, self._class(members), *self._texts(members))
             )
-        if self._reads:
-            self._reads = {}
-
-    def _bytes(self, extension: str, member: Member) -> bytes:
-        if extension in self._reads:
-            return self._reads[extension]()
-        assert self._read is not None, "a way to read is given for one member or for all"
-        return self._read(member)
 
     def _texts(self, members: Mapping[str, Member | None]) -> list[int]:
         """Offset, size, kind and number of the captions, for each choice in turn."""
@@ -177,7 +157,7 @@ class ShardIndexBuilder:
                 if member is None or member.size > _LARGEST_TEXT:
                     continue
                 if extension not in parsed:
-                    data = self._bytes(extension, member)
+                    data = self._read(member)
                     parsed[extension] = captions.record_of(data) if kind == JSON else data
                 take = captions.from_record if kind == JSON else captions.from_txt
                 count = len(take(parsed[extension], choice))
@@ -192,13 +172,8 @@ class ShardIndexBuilder:
         member = members.get("cls")
         if member is None or member.size > BLOCK:
             return -1
-        text = self._bytes("cls", member).strip()
+        text = self._read(member).strip()
         return int(text) if text.isdigit() and len(text) < 10 else -1
-
-
-def narrow(counts: np.ndarray) -> np.ndarray:
-    """Caption counts as uint8 where they fit, else int32."""
-    return counts.astype(np.uint8 if counts.size == 0 or counts.max() < 256 else np.int32)
 
 
 def shard_index_path(folder: Path, shard: str) -> Path:
@@ -230,16 +205,14 @@ def _expected(meta: dict[str, Any]) -> Expected:
     choices = meta["choices"]
     if meta["format"] != FORMAT or not isinstance(meta["sha256"], str) or not isinstance(choices, list):
         raise ValueError(f"format {meta['format']!r}, not {FORMAT}")
-    expected = {name: ((np.dtype(dtype).str,), (None,)) for name, dtype in SAMPLE_COLUMNS.items()}
-    for choice in choices:
-        for name, dtype in CAPTION_COLUMNS.items():
-            narrowed = ("|u1",) if name == "captions" else ()
-            expected[caption_column(name, choice)] = ((np.dtype(dtype).str, *narrowed), (None,))
-    return expected
+    return {
+        name: ((np.dtype(dtype).str, *(("|u1",) if name.startswith("captions/") else ())), (None,))
+        for name, dtype in _column_types(choices).items()
+    }
 
 
 def scan_shard(
-    path: Path, choices: str | Sequence[str]
+    path: Path, choices: tuple[str, ...]
 ) -> tuple[ShardIndexBuilder, dict[str, np.ndarray], str | None]:
     """The index of a tar, its columns, and why the tar is broken, or None. UserError: it is compressed."""
     broken = None
@@ -247,8 +220,8 @@ def scan_shard(
     try:
         rows = ShardIndexBuilder(choices, lambda member: read_at(fd, member.offset, member.size))
         try:
-            for member in scan(fd, others=rows.add_other):
-                rows.add(member)
+            for member in scan(fd, others=lambda name: rows.add(name, None)):
+                rows.add(member.name, member)
         except BrokenTar as error:
             broken = str(error)
         columns = rows.finish()
@@ -270,16 +243,12 @@ def write_shard_index(
 
     ValueError where a column is missing, unknown or of another length.
     """
-    types: dict[str, Any] = dict(SAMPLE_COLUMNS)
-    for choice in choices:
-        types |= {caption_column(name, choice): dtype for name, dtype in CAPTION_COLUMNS.items()}
+    types = _column_types(choices)
     if set(columns) != set(types) or len({len(values) for values in columns.values()}) > 1:
         raise ValueError(f"the columns of a shard are {', '.join(types)}, all of one length")
     ready = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
-    ready |= {name: narrow(values) for name, values in ready.items() if name.startswith("captions/")}
+    for name, values in ready.items():
+        if name.startswith("captions/") and values.max(initial=0) < 256:
+            ready[name] = values.astype(np.uint8)
     meta = {"format": FORMAT, "shard": shard, "sha256": digest, "choices": list(choices)}
     write_columns(path, meta, ready)
-
-
-def _several(choices: str | Sequence[str]) -> tuple[str, ...]:
-    return (choices,) if isinstance(choices, str) else tuple(choices)

@@ -138,10 +138,9 @@ def plain(entry: ShardEntry) -> dict[str, Any]:
 
 
 def summarize(
-    folder: Path | str, target: Path, choices: str | Sequence[str], entries: Sequence[ShardEntry]
+    folder: Path | str, target: Path, choices: tuple[str, ...], entries: Sequence[ShardEntry]
 ) -> IndexSummary:
     """The sums over a list of shards."""
-    choices = (choices,) if isinstance(choices, str) else tuple(choices)
     samples = sum(entry.samples for entry in entries)
     counts = {}
     for choice in choices:

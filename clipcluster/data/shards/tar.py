@@ -64,7 +64,7 @@ def compression(fd: int) -> str | None:
 
 
 def scan(
-    fd: int, start: int = 0, end: int | None = None, others: Callable[[str], object] | None = None
+    fd: int, start: int = 0, end: int | None = None, others: Callable[[str], object] = lambda name: None
 ) -> Iterator[Member]:
     """Yields the regular files of an open tar in order, reading headers only.
 
@@ -95,7 +95,7 @@ def scan(
                 raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
             name = records.get("path") or _name(block)
             if _is_sparse(records):
-                _tell(others, records.get("GNU.sparse.name", name))
+                others(records.get("GNU.sparse.name", name))
             else:
                 yield Member(name, first, body, size)
         elif kind in (b"x", b"L"):
@@ -103,7 +103,7 @@ def scan(
                 raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
             records |= _long_header(fd, kind, body, size, position)
         elif kind in _SAMPLES_LOST:
-            _tell(others, records.get("path") or _name(block))
+            others(records.get("path") or _name(block))
             body += _sparse_headers(fd, block, body, end) if kind == b"S" else 0
         position = body + (0 if kind in _NO_BODY else -(-size // BLOCK) * BLOCK)
         if kind not in (b"x", b"L", b"K", b"g"):
@@ -127,11 +127,6 @@ def header(name: str, size: int) -> bytes:
     extended = _block(b"PaxHeader", len(body), b"x") + body + bytes(padded(len(body)) - len(body))
     plain = bytes(byte if byte < 128 else ord("?") for byte in path[-100:])
     return extended + _block(plain, min(size, _LARGEST_OCTAL), b"0")
-
-
-def _tell(others: Callable[[str], object] | None, name: str) -> None:
-    if others is not None:
-        others(name)
 
 
 def _require_no_more(fd: int, position: int, end: int) -> None:

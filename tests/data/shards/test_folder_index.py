@@ -61,7 +61,7 @@ def test_runs_of_members_become_samples(tmp_path: Path) -> None:
         ("e.seg.png", b"a mask alone"),
     ]  # fmt: skip
     path = tar_of(tmp_path / "0.tar", members)
-    rows, columns, broken = scan_shard(path, "default")
+    rows, columns, broken = scan_shard(path, ("default",))
     assert broken is None
     assert columns["captions/default"].tolist() == [1, 2, 0]
     assert columns["class"].tolist() == [3, -1, -1]
@@ -250,14 +250,14 @@ def test_many_captions_of_one_image_are_counted(tmp_path: Path) -> None:
 
 def test_columns_made_in_bulk_are_those_of_a_scan(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
     path = make_shards(tmp_path / "s", 5) / "00000.tar"
-    _, columns, _ = scan_shard(path, "default")
+    _, columns, _ = scan_shard(path, ("default",))
     written = shard_index_path(path.parent, path.name).read_bytes()
     bulk = {name: column.astype(np.int64) for name, column in columns.items()}
-    entry = write_entry(path, path.parent, "default", file_sha256(path), bulk)
+    entry = write_entry(path, path.parent, ("default",), file_sha256(path), bulk)
     assert shard_index_path(path.parent, path.name).read_bytes() == written
     assert (entry.samples, entry.captions) == (5, {"default": int(columns["captions/default"].sum())})
     plain = {name.removesuffix("/default"): column for name, column in bulk.items()}
-    assert write_entry(path, path.parent, "default", file_sha256(path), plain) == entry
+    assert write_entry(path, path.parent, ("default",), file_sha256(path), plain) == entry
     assert shard_index_path(path.parent, path.name).read_bytes() == written
     with pytest.raises(ValueError, match="one length"):
-        write_entry(path, path.parent, "default", "", {**bulk, "class": bulk["class"][1:]})
+        write_entry(path, path.parent, ("default",), "", {**bulk, "class": bulk["class"][1:]})
