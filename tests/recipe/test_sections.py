@@ -186,3 +186,10 @@ def test_numbers_may_be_written_as_text() -> None:
     assert Source(shards="a", weight="7e-1").weight == 0.7  # type: ignore[arg-type]
     assert Image(size="2e2").size == 200  # type: ignore[arg-type]
     assert Image(size="1_000").size == 1000  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["A-B", "", "1A", "A=B", "A B", "A;B"])
+def test_a_variable_is_named_as_a_shell_names_it(name: str) -> None:
+    with pytest.raises(ValidationError, match="cannot name a variable"):
+        Cluster(environment={name: "1"})
+    assert Cluster(environment={"_a1": "x"}).environment == {"_a1": "x"}

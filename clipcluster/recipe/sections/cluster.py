@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import field_validator
 
 from clipcluster.recipe.sections.base import Section, key
@@ -47,6 +49,14 @@ class Cluster(Section):
                 name: str(entry) if isinstance(entry, (int, float)) and not isinstance(entry, bool) else entry
                 for name, entry in value.items()
             }
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _named_as_in_a_shell(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} cannot name a variable: allowed are letters, digits and _")
         return value
 
     @property
