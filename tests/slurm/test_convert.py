@@ -102,6 +102,8 @@ def test_tasks_are_killed_and_preempted_and_the_bytes_are_the_same(images, clust
 
     wait_for(over, 120)
 
+    untouched = [cluster.slurm.job(job) for job in jobs if job not in (killed, running[0])]
+    assert [(job.state, job.restarts) for job in untouched] == [("COMPLETED", 0)] * 2
     assert json.loads((out / "conversion.json").read_text())["finished"]
     assert tars(out) == tars(alone)
     assert open_folder(out).fingerprint == open_folder(alone).fingerprint
