@@ -20,7 +20,8 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import Outcome, Stop, Wish
+from clipcluster.runtime.outcome import Outcome
+from clipcluster.runtime.stop import Stop, Wish
 
 if TYPE_CHECKING:
     import torch

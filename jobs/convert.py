@@ -22,7 +22,8 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs import files
 from clipcluster.runtime.job_id import slurm_job_id
-from clipcluster.runtime.stop import Outcome, Stop, Wish, leave
+from clipcluster.runtime.outcome import Outcome, leave
+from clipcluster.runtime.stop import Stop, Wish
 from jobs.endings import facts
 from jobs.endings.act import requeue
 from jobs.endings.log import say

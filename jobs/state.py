@@ -12,7 +12,7 @@ from typing import Any
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
-from clipcluster.runtime.stop import Outcome
+from clipcluster.runtime.outcome import Outcome
 from jobs.endings import history
 from jobs.submissions import Intent, job_ids, unanswered
 from tools.slurm import QueuedJob, Slurm, SlurmRefused, SlurmUnavailable

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import traceback
 
-from clipcluster.runtime.stop import Outcome, Stop, leave
+from clipcluster.runtime.outcome import Outcome, leave
+from clipcluster.runtime.stop import Stop
 
 
 class TrainJob:

@@ -15,6 +15,7 @@ TORCH_FREE = [
     "clipcluster.recipe.plan",
     "clipcluster.runs.folder",
     "clipcluster.runs.merge",
+    "clipcluster.runtime.outcome",
     "clipcluster.runtime.stop",
     "clipcluster.runtime.launch",
     "clipcluster.data.shards.open",

@@ -26,7 +26,8 @@ from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import DataError, Outcome, RecipeFailure, Stop
+from clipcluster.runtime.outcome import DataError, Outcome, RecipeFailure
+from clipcluster.runtime.stop import Stop
 from tools.convert.convert import convert
 
 RECIPE = """

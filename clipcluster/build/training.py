@@ -22,7 +22,8 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events
-from clipcluster.runtime.stop import GRACE_SECONDS, NonFiniteError, Stop
+from clipcluster.runtime.outcome import NonFiniteError
+from clipcluster.runtime.stop import GRACE_SECONDS, Stop
 from clipcluster.runtime.world import World
 from clipcluster.train.backward import Cached, Independent, Whole
 from clipcluster.train.bad_samples import BadSamples

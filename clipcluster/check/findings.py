@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from clipcluster.errors import UserError
-from clipcluster.runtime.stop import Failure
+from clipcluster.runtime.outcome import Failure
 
 T = TypeVar("T")
 

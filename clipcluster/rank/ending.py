@@ -12,7 +12,8 @@ from clipcluster.errors import StaleAttempt, UserError
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runtime import logs
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import ADVICE, Failure, LostPeers, Outcome, Stop
+from clipcluster.runtime.outcome import ADVICE, Failure, LostPeers, Outcome
+from clipcluster.runtime.stop import Stop
 
 # Errors of the program, which the next attempt would repeat: they end the run.
 _PROGRAMMING_ERRORS = (

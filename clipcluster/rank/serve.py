@@ -22,7 +22,8 @@ from clipcluster.runtime import logs
 from clipcluster.runtime.environment import ATTEMPT, share_cores
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import Outcome, Stop
+from clipcluster.runtime.outcome import Outcome
+from clipcluster.runtime.stop import Stop
 
 Trainee = Callable[[Run, Attempt, Launch, Stop], Outcome]
 

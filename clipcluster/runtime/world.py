@@ -21,7 +21,8 @@ import torch.distributed as dist
 from clipcluster.runtime.devices import backends
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.network import address_of, interface_of, listen, site_interface
-from clipcluster.runtime.stop import Failure, LostPeers, Stop, Wish, described, restored
+from clipcluster.runtime.outcome import Failure, LostPeers, described, restored
+from clipcluster.runtime.stop import Stop, Wish
 
 _BEAT_S = 1.0  # between two signs of life of rank 0 while it works alone
 # What gloo, NCCL and the store say of a peer that is gone or silent, in lower case.

@@ -9,7 +9,7 @@ from typing import Any
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import bad_samples
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 
 LEAST_SAMPLES = 1000
 """The limit is a fraction of at least so many samples, so that one bad image does not end a small run."""

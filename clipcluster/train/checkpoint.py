@@ -18,7 +18,7 @@ from typing import Any
 
 from clipcluster.runs.checkpoints import EVALUATION, name_of, steps_in
 from clipcluster.runs.files import fsync_folder, read_json, write_json
-from clipcluster.runtime.stop import CheckpointError
+from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.train.checkpoint_reader import Broken, verify
 from clipcluster.train.checkpoint_writer import Contents, Tell, write_own_files, write_whole
 

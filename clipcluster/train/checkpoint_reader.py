@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from clipcluster.runs.checkpoints import MANIFEST, STATE, read_manifest, tensors_file
 from clipcluster.runs.files import read_json
+from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stateful import Parts, is_per_rank
-from clipcluster.runtime.stop import CheckpointError
 
 FORMATS = (1, 2)
 """Those that can be read. In 1 the logit scale has no dimension, and no part differs by rank."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runtime.stop import Failure
+from clipcluster.runtime.outcome import Failure
 from clipcluster.runtime.world import World
 
 logger = logging.getLogger("clipcluster")

@@ -8,8 +8,8 @@ from typing import Any
 
 from clipcluster.runs.checkpoints import STATE
 from clipcluster.runs.files import read_json
+from clipcluster.runtime.outcome import DataError, RecipeFailure
 from clipcluster.runtime.stateful import Parts
-from clipcluster.runtime.stop import DataError, RecipeFailure
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_reader import load_parts

@@ -14,7 +14,7 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import name_of
 from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.stop import CheckpointError, NonFiniteError
+from clipcluster.runtime.outcome import CheckpointError, NonFiniteError
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.guard import Streak

@@ -293,7 +293,8 @@ def train(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
 ) -> None:
     """Train in this process, alone or as one rank under torchrun. Nothing restarts it."""
-    from clipcluster.runtime.stop import Stop, leave
+    from clipcluster.runtime.outcome import leave
+    from clipcluster.runtime.stop import Stop
 
     stop = Stop()
     stop.install(interactive=True)

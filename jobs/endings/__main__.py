@@ -15,7 +15,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime.environment import ATTEMPT
 from clipcluster.runtime.job_id import slurm_job_id
-from clipcluster.runtime.stop import Outcome
+from clipcluster.runtime.outcome import Outcome
 from jobs.endings import local
 from jobs.endings.act import conclude
 from jobs.endings.claim import claim

@@ -14,7 +14,7 @@ from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import slurm_job_id
-from clipcluster.runtime.stop import Outcome
+from clipcluster.runtime.outcome import Outcome
 from jobs.endings import facts, history
 from jobs.endings.log import say
 from jobs.endings.verdict import Facts, Verdict, blamed, decide

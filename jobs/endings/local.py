@@ -25,7 +25,8 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime.environment import ATTEMPT, LOGS
 from clipcluster.runtime.job_id import local_job_id
-from clipcluster.runtime.stop import Outcome, holding_signals
+from clipcluster.runtime.outcome import Outcome
+from clipcluster.runtime.stop import holding_signals
 from jobs.endings import act
 from jobs.endings.claim import claim
 from jobs.endings.facts import gather

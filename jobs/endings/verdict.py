@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from clipcluster.runtime.stop import ADVICE, Outcome
+from clipcluster.runtime.outcome import ADVICE, Outcome
 from tools.slurm import expand_nodes
 
 Action = Literal["leave", "finish", "cancel", "stop", "note", "requeue", "fail"]

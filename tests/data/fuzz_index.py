@@ -104,7 +104,7 @@ def look(folder: Path) -> dict[str, Any]:
     from clipcluster.data.shards.open import open_folder
     from clipcluster.data.shards.shard_list import read_entries, read_summary
     from clipcluster.errors import UserError
-    from clipcluster.runtime.stop import DataError
+    from clipcluster.runtime.outcome import DataError
     from tools.shards.stats import stats
     from tools.shards.verify import verify
 

@@ -15,7 +15,8 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.files import write_json
-from clipcluster.runtime.stop import Outcome, Stop
+from clipcluster.runtime.outcome import Outcome
+from clipcluster.runtime.stop import Stop
 from jobs.convert import FOLDER, Claims, Order, ending, refuse_running, serve, submit
 from jobs.convert import _parameters as parameters_of
 from tools.convert import convert as conversion

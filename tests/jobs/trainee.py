@@ -23,7 +23,8 @@ import socket
 import time
 
 from clipcluster.runs import files
-from clipcluster.runtime.stop import DataError, LostPeers, Outcome, Wish
+from clipcluster.runtime.outcome import DataError, LostPeers, Outcome
+from clipcluster.runtime.stop import Wish
 
 
 class Peers:

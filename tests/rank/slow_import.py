@@ -2,7 +2,7 @@
 
 import time
 
-from clipcluster.runtime.stop import Outcome
+from clipcluster.runtime.outcome import Outcome
 
 _end = time.monotonic() + 1
 while time.monotonic() < _end:

@@ -10,8 +10,8 @@ import sys
 import time
 
 from clipcluster.errors import StaleAttempt, UserError
-from clipcluster.runtime import stop as endings
-from clipcluster.runtime.stop import Outcome
+from clipcluster.runtime import outcome as endings
+from clipcluster.runtime.outcome import Outcome
 
 OTHERS = {"UserError": UserError, "StaleAttempt": StaleAttempt}
 

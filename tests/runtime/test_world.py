@@ -13,7 +13,8 @@ import torch
 
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import DataError, LostPeers, Wish
+from clipcluster.runtime.outcome import DataError, LostPeers
+from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World, is_lost_peer
 
 PEER = Path(__file__).with_name("world_peer.py")

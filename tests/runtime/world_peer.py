@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import DataError, LostPeers, Wish
+from clipcluster.runtime.outcome import DataError, LostPeers
+from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World, is_lost_peer
 
 SLOW_S = 5.0  # of rank 0's work in `values`: longer than the silence that the test allows

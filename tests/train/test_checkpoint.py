@@ -28,7 +28,8 @@ from safetensors.torch import load
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.checkpoints import newest_whole, read_manifest, steps_in
 from clipcluster.runs.files import read_json
-from clipcluster.runtime.stop import CheckpointError, Wish
+from clipcluster.runtime.outcome import CheckpointError
+from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
 from clipcluster.train import checkpoint_writer
 from clipcluster.train.checkpoint import CheckpointFolder, reading

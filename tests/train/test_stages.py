@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipcluster.model.task import Task
-from clipcluster.runtime.stop import CheckpointError, Outcome
+from clipcluster.runtime.outcome import CheckpointError, Outcome
 from clipcluster.train.optimizer import Optimizer
 from clipcluster.train.stages import Stage, Stages
 from clipcluster.train.wrapping import WrappedTask

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.files import read_json, read_lines
 from clipcluster.runs.merge import bad_samples, events, merged_metrics, merged_samples
-from clipcluster.runtime.stop import CheckpointError, DataError, NonFiniteError, Outcome, RecipeFailure, Stop
+from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteError, Outcome, RecipeFailure
+from clipcluster.runtime.stop import Stop
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
 

@@ -13,7 +13,7 @@ import numpy as np
 from clipcluster.data.shards import captions, indexing, shard_list
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 from tools.shards.pool import over_shards
 from tools.shards.survey import Survey, survey
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 
 Decoder = Callable[[bytes], Any]
 _STACKED = (bool, int, float, np.generic, np.ndarray, torch.Tensor)

@@ -14,7 +14,7 @@ from clipcluster.data.loading.messages import PartialBatch, WorkItem
 from clipcluster.data.sampling.oversampling import ShownClasses
 from clipcluster.data.shards.dataset import Dataset, Sample
 from clipcluster.data.tokenizer import Tokenizer
-from clipcluster.runtime.stop import DataError, OutOfMemory
+from clipcluster.runtime.outcome import DataError, OutOfMemory
 
 
 class Decoded(NamedTuple):

@@ -23,7 +23,7 @@ from clipcluster.data.shards.metadata import IndexedFolder, Metadata
 from clipcluster.data.shards.tar import BrokenTar, read_at, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
 from clipcluster.errors import UserError
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 
 if TYPE_CHECKING:
     from clipcluster.data.storage.cache import Cache

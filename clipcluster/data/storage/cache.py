@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from clipcluster.data.storage.download import Got, download, read_beside, state_of
 from clipcluster.data.storage.urls import RemoteFolder, redacted
 from clipcluster.errors import UserError
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 
 if TYPE_CHECKING:
     from clipcluster.recipe.sections.data import Cache as Section

@@ -25,7 +25,7 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Data, Source
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 from tests.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)

@@ -21,7 +21,7 @@ from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 from tests.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)

@@ -17,7 +17,7 @@ from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 
 
 @pytest.fixture

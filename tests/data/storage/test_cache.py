@@ -20,7 +20,7 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.data.storage import cache as module
 from clipcluster.data.storage.cache import Cache, default_folder
 from clipcluster.errors import UserError
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 
 PROCESS = Path(__file__).with_name("fetching_process.py")
 ROOT = Path(__file__).resolve().parents[3]

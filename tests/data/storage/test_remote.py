@@ -23,7 +23,7 @@ from clipcluster.data.storage import urls as remote
 from clipcluster.data.storage.cache import Cache
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 from tools.shards.index import index_folders
 from tools.shards.remote_index import index_remote
 

@@ -18,7 +18,7 @@ from clipcluster.errors import UserError
 from clipcluster.evals.suite import set_names
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.tasks import set_name
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 from tools.shards.index import index_folders
 
 

@@ -19,7 +19,8 @@ from clipcluster.run import train
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics, merged_samples
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import Outcome, Stop
+from clipcluster.runtime.outcome import Outcome
+from clipcluster.runtime.stop import Stop
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 10

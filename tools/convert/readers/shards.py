@@ -25,7 +25,7 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.tar import BrokenTar, read_at, scan
 from clipcluster.data.shards.texts import BESIDE_SHARDS, CLASS_NAMES
 from clipcluster.errors import UserError
-from clipcluster.runtime.stop import DataError
+from clipcluster.runtime.outcome import DataError
 from tools.convert.records import BadRecord, InputFile, Kind, Source, WholeRecord, option
 
 _HEADER = 128 << 10  # bytes of an image in which its size usually stands
