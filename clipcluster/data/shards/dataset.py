@@ -20,7 +20,7 @@ import numpy as np
 from clipcluster.data.shards import captions, folder_index, shard_index
 from clipcluster.data.shards.columns import BrokenColumns, Columns
 from clipcluster.data.shards.metadata import IndexedFolder, Metadata
-from clipcluster.data.shards.tar import BrokenTar, read_at, scan
+from clipcluster.data.shards.tar import NO_BYTES, BrokenTar, read_at, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
 from clipcluster.errors import UserError
 from clipcluster.runtime.outcome import DataError
@@ -155,12 +155,24 @@ class Dataset(Metadata):
         opened = self._handle(shard)
         found: dict[str, bytes] = {}
         with self._comparing(shard):
-            for extension, member in shard_index.sample_members(opened.fd, opened.begin(row)):
-                if extension in extensions:
+            _, members = next(shard_index.samples(opened.fd, opened.begin(row)), ("", {}))
+            for extension in extensions:
+                member = members.get(extension)
+                if member is not None and member.size != NO_BYTES:
                     found[extension] = read_at(opened.fd, member.offset, member.size)
-                    if len(found) == len(extensions):
-                        break
         return found
+
+    def begin(self, position: int) -> tuple[int, int]:
+        """A handle on the shard of a sample, which stays this source's, and the byte where the sample begins.
+
+        Raises as `read`.
+        """
+        shard, row = self.locate(position)
+        if shard not in self._open:
+            self._with_retries(shard, partial(self._handle, shard))
+        with self._comparing(shard):
+            opened = self._handle(shard)
+            return opened.fd, opened.begin(row)
 
     def announce(self, positions: Iterable[int], *, members: bool = False) -> None:
         """Tells the kernel which images and captions will be read soon; with `members`, whole samples."""
@@ -251,7 +263,7 @@ class Dataset(Metadata):
             state = os.fstat(fd)
             if not remote:
                 self._compare(shard, State(state.st_size, state.st_mtime_ns))
-            opened = _Open(fd, self._columns(shard), state.st_size)
+            opened = _Open(fd, self.columns(shard), state.st_size)
         except BaseException:
             os.close(fd)
             raise
@@ -281,8 +293,8 @@ class Dataset(Metadata):
         except OtherContent as error:
             raise self._changed(shard, str(error)) from None
 
-    def _columns(self, shard: int) -> dict[str, np.ndarray]:
-        """The index of a shard, which must match the index of its folder."""
+    def columns(self, shard: int) -> dict[str, np.ndarray]:
+        """The index of a shard, which must match the index of its folder, else it raises DataError."""
         indexed = self._folder_of(shard)
         with self._comparing(shard):
             if indexed.remote_index is None:

@@ -18,7 +18,7 @@ import numpy as np
 from clipcluster.data.shards import captions
 from clipcluster.data.shards.captions import JSON, NO_TEXT
 from clipcluster.data.shards.columns import BrokenColumns, Columns, Expected, read_columns, write_columns
-from clipcluster.data.shards.tar import BLOCK, BrokenTar, Member, compression, read_at, scan
+from clipcluster.data.shards.tar import BLOCK, NO_BYTES, BrokenTar, Member, compression, read_at, scan
 from clipcluster.errors import UserError
 
 FORMAT = 2
@@ -60,37 +60,36 @@ def sample_name(member: str) -> tuple[str, str] | None:
     return member[:dot], member[dot + 1 :].lower()
 
 
-def sample_members(fd: int, start: int) -> Iterator[tuple[str, Member]]:
-    """Extension and member of all members of the sample whose first header is at byte `start`, in tar order.
+def samples(fd: int, start: int = 0) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Key and members by extension, links among them, of every sample from byte `start` on.
 
-    Raises BrokenTar if there is no member at `start`.
+    A sample is a run of members with one key; an extension that comes again begins the next. BrokenTar, if
+    the tar is broken, is raised behind the last sample.
     """
-    links: list[str] = []
-    key, seen = None, set()
+    key, members, broken = "", dict[str, Member](), None
     try:
-        for member in scan(fd, start, others=links.append):
-            for name in (*links, member.name):
-                split = sample_name(name)
-                if split is None:
-                    continue
-                if (key is not None and split[0] != key) or split[1] in seen:
-                    return
-                key = split[0]
-                seen.add(split[1])
-            links.clear()
-            if split is not None:
-                yield split[1], member
-    except BrokenTar:
-        if key is None:
-            raise
+        for member in scan(fd, start, links=True):
+            name = sample_name(member.name)
+            if name is None:
+                continue
+            if name[0] != key or name[1] in members:
+                if members:
+                    yield key, members
+                key, members = name[0], {}
+            members[name[1]] = member
+    except BrokenTar as error:
+        broken = error
+    if members:
+        yield key, members
+    if broken is not None:
+        raise broken
 
 
 class ShardIndexBuilder:
-    """Builds the index of one shard from its members, given in tar order; `read` returns a small one's bytes.
+    """Builds the index of one shard from its samples, given in tar order; `read` returns a member's bytes.
 
-    A sample is a run of members with one key; an extension that comes again begins the next. The first sample
-    of a key is used. `without_image` counts the runs without an image, `duplicates` those of a key that was
-    used before: samples, these and those are all there are.
+    The first sample of a key is used. `without_image` counts the samples without an image, `duplicates` those
+    of a key that was used before: samples, these and those are all there are.
     """
 
     def __init__(self, choices: tuple[str, ...], read: Callable[[Member], bytes]) -> None:
@@ -101,23 +100,28 @@ class ShardIndexBuilder:
         self._places = [(choice, captions.members_of(choice)) for choice in self.choices]
         self._rows: list[tuple[int, ...]] = []
         self._keys: set[str] = set()
-        self._key = ""
-        self._members: dict[str, Member | None] = {}
 
-    def add(self, name: str, member: Member | None) -> None:
-        """Adds the next member; None: it has no bytes of its own (a link), its sample does without it."""
-        split = sample_name(name)
-        if split is None:
-            return
-        key, extension = split
-        if key != self._key or extension in self._members:
-            self._finish_sample()
-            self._key = key
-        self._members[extension] = member
+    def add(self, key: str, members: Mapping[str, Member]) -> None:
+        """Adds the next sample; small members are read."""
+        image = first = None
+        for extension, member in members.items():
+            if member.size != NO_BYTES:
+                first = first or member
+                if extension in IMAGE_EXTENSIONS:
+                    image = member
+                    break
+        if key in self._keys:
+            self.duplicates += 1
+        elif image is None or first is None:
+            self.without_image += 1
+        else:
+            self._keys.add(key)
+            self._rows.append(
+                (first.start, image.offset, image.size, self._class(members), *self._texts(members))
+            )
 
     def finish(self) -> dict[str, np.ndarray]:
         """The columns, each (samples,)."""
-        self._finish_sample()
         types = _column_types(self.choices)
         values = zip(*self._rows, strict=True) if self._rows else repeat((), len(types))
         return {
@@ -125,28 +129,7 @@ class ShardIndexBuilder:
             for (name, dtype), numbers in zip(types.items(), values, strict=True)
         }
 
-    def _finish_sample(self) -> None:
-        members, self._members = self._members, {}
-        if not members:
-            return
-        image = first = None
-        for extension, member in members.items():
-            if member is not None:
-                first = first or member
-                if extension in IMAGE_EXTENSIONS:
-                    image = member
-                    break
-        if self._key in self._keys:
-            self.duplicates += 1
-        elif image is None or first is None:
-            self.without_image += 1
-        else:
-            self._keys.add(self._key)
-            self._rows.append(
-                (first.start, image.offset, image.size, self._class(members), *self._texts(members))
-            )
-
-    def _texts(self, members: Mapping[str, Member | None]) -> list[int]:
+    def _texts(self, members: Mapping[str, Member]) -> list[int]:
         """Offset, size, kind and number of the captions, for each choice in turn."""
         found: list[int] = []
         parsed: dict[str, Any] = {}
@@ -154,7 +137,7 @@ class ShardIndexBuilder:
             row = (0, 0, NO_TEXT, 0)
             for kind, extension in places:
                 member = members.get(extension)
-                if member is None or member.size > _LARGEST_TEXT:
+                if member is None or not NO_BYTES < member.size <= _LARGEST_TEXT:
                     continue
                 if extension not in parsed:
                     data = self._read(member)
@@ -167,10 +150,10 @@ class ShardIndexBuilder:
             found += row
         return found
 
-    def _class(self, members: Mapping[str, Member | None]) -> int:
+    def _class(self, members: Mapping[str, Member]) -> int:
         """The decimal number in `cls`, or -1."""
         member = members.get("cls")
-        if member is None or member.size > BLOCK:
+        if member is None or not NO_BYTES < member.size <= BLOCK:
             return -1
         text = self._read(member).strip()
         return int(text) if text.isdigit() and len(text) < 10 else -1
@@ -220,8 +203,8 @@ def scan_shard(
     try:
         rows = ShardIndexBuilder(choices, lambda member: read_at(fd, member.offset, member.size))
         try:
-            for member in scan(fd, others=lambda name: rows.add(name, None)):
-                rows.add(member.name, member)
+            for key, members in samples(fd):
+                rows.add(key, members)
         except BrokenTar as error:
             broken = str(error)
         columns = rows.finish()

@@ -7,13 +7,14 @@ Writes ustar, with a PAX header only where ustar cannot say it; the same member 
 import errno
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
 
+NO_BYTES = -1
 _REGULAR = (b"0", b"\0", b"7")
 _SAMPLES_LOST = (b"1", b"2", b"S")  # hard and symbolic links, GNU's sparse files: names without plain bytes
 _NO_BODY = (b"1", b"2", b"3", b"4", b"5", b"6")  # their size, where there is one, is of no bytes here
@@ -33,7 +34,10 @@ class BrokenTar(Exception):
 
 
 class Member(NamedTuple):
-    """One regular file: `start` of its first header, `offset` and `size` of its bytes (all in bytes)."""
+    """One regular file: `start` of its first header, `offset` and `size` of its bytes (all in bytes).
+
+    Of a link or a sparse file, whose bytes are not to be had, the size is NO_BYTES.
+    """
 
     name: str
     start: int
@@ -63,13 +67,11 @@ def compression(fd: int) -> str | None:
     return next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
 
 
-def scan(
-    fd: int, start: int = 0, end: int | None = None, others: Callable[[str], object] = lambda name: None
-) -> Iterator[Member]:
+def scan(fd: int, start: int = 0, end: int | None = None, *, links: bool = False) -> Iterator[Member]:
     """Yields the regular files of an open tar in order, reading headers only.
 
-    `end` (bytes) is the file's size unless given. `others` is told the names of links and sparse files, whose
-    bytes are not to be had. Raises BrokenTar where the tar stops being one; what was yielded before stands.
+    `end` (bytes) is the file's size unless given. With `links` it yields links and sparse files too. Raises
+    BrokenTar where the tar stops being one; what was yielded before stands.
     """
     end = os.fstat(fd).st_size if end is None else end
     position, first = start, start
@@ -94,16 +96,17 @@ def scan(
             if body + size > end:
                 raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
             name = records.get("path") or _name(block)
-            if _is_sparse(records):
-                others(records.get("GNU.sparse.name", name))
-            else:
+            if not _is_sparse(records):
                 yield Member(name, first, body, size)
+            elif links:
+                yield Member(records.get("GNU.sparse.name", name), first, body, NO_BYTES)
         elif kind in (b"x", b"L"):
             if body + size > end:
                 raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
             records |= _long_header(fd, kind, body, size, position)
         elif kind in _SAMPLES_LOST:
-            others(records.get("path") or _name(block))
+            if links:
+                yield Member(records.get("path") or _name(block), first, body, NO_BYTES)
             body += _sparse_headers(fd, block, body, end) if kind == b"S" else 0
         position = body + (0 if kind in _NO_BODY else -(-size // BLOCK) * BLOCK)
         if kind not in (b"x", b"L", b"K", b"g"):

@@ -1,6 +1,9 @@
 """Several choices of captions in one index, and what an index of an older format is good for."""
 
+import io
 import json
+import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,9 @@ from clipcluster.data.shards.columns import read_columns, write_columns
 from clipcluster.data.shards.folder_index import COLUMNS_FILE, write_folder_index
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder, open_source
-from clipcluster.data.shards.shard_index import ShardIndexBuilder, shard_index_path
+from clipcluster.data.shards.shard_index import scan_shard, shard_index_path
 from clipcluster.data.shards.shard_list import ENTRIES_FILE, read_entries, read_summary
-from clipcluster.data.shards.tar import END, Member, header, padded
+from clipcluster.data.shards.tar import END, header, padded
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
 
@@ -217,14 +220,19 @@ EXTENSIONS = st.sampled_from(["jpg", "png", "txt", "json", "cls", "syn.json", "J
 
 @given(st.lists(st.tuples(KEYS, EXTENSIONS, st.binary(max_size=6), st.booleans()), max_size=25))
 def test_every_run_of_members_is_counted_once(members: list[tuple[str, str, bytes, bool]]) -> None:
-    rows = ShardIndexBuilder(("default", SYNTHETIC), lambda member: members[member.start][2])
     runs, last, seen = 0, "", set()
-    for number, (key, extension, data, link) in enumerate(members):
-        if key != last or extension.lower() in seen or not seen:
-            runs, last, seen = runs + 1, key, set()
-        seen.add(extension.lower())
-        name = f"{key}.{extension}"
-        rows.add(name, None if link else Member(name, number, number, len(data)))
-    columns = rows.finish()
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for key, extension, data, link in members:
+            if key != last or extension.lower() in seen or not seen:
+                runs, last, seen = runs + 1, key, set()
+            seen.add(extension.lower())
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.type, info.size = (tarfile.SYMTYPE, 0) if link else (tarfile.REGTYPE, len(data))
+            tar.addfile(info, io.BytesIO(data))
+    with tempfile.NamedTemporaryFile(suffix=".tar") as place:
+        Path(place.name).write_bytes(file.getvalue())
+        rows, columns, broken = scan_shard(Path(place.name), ("default", SYNTHETIC))
+    assert broken is None
     assert len(columns["offset"]) + rows.without_image + rows.duplicates == runs
     assert len(columns["offset"]) <= 3

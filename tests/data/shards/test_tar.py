@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcluster.data.shards.tar import END, BrokenTar, compression, header, padded, scan
+from clipcluster.data.shards.tar import END, NO_BYTES, BrokenTar, compression, header, padded, scan
 
 NAMES = [
     "a.jpg",
@@ -159,12 +159,13 @@ def _block(name: bytes, size: bytes, kind: bytes) -> bytes:
 
 
 def test_links_carry_no_bytes_whatever_size_they_name(tmp_path: Path) -> None:
-    path, lost = tmp_path / "t.tar", []
+    path = tmp_path / "t.tar"
     blocks = [_block(b"a.jpg", b"00000002000", kind) for kind in (b"1", b"2", b"5")]
     path.write_bytes(b"".join(blocks) + header("b.jpg", 2) + b"hi".ljust(512, b"\0") + END)
     with open(path, "rb") as file:
-        assert [member.name for member in scan(file.fileno(), others=lost.append)] == ["b.jpg"]
-    assert lost == ["a.jpg", "a.jpg"]  # a folder is no loss
+        assert [member.name for member in scan(file.fileno())] == ["b.jpg"]
+        found = [(member.name, member.size) for member in scan(file.fileno(), links=True)]
+    assert found == [("a.jpg", NO_BYTES), ("a.jpg", NO_BYTES), ("b.jpg", 2)]  # a folder is no loss
 
 
 @pytest.mark.parametrize("form", ["gnu", "posix"])
@@ -176,10 +177,10 @@ def test_sparse_files_are_passed_over_and_named(tmp_path: Path, form: str) -> No
     (tmp_path / "b.jpg").write_bytes(b"whole")
     command = ["tar", "--sparse", "--format", form, "-cf", "t.tar", "a.jpg", "b.jpg"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    lost: list[str] = []
     with open(tmp_path / "t.tar", "rb") as tar:
-        assert [member.name for member in scan(tar.fileno(), others=lost.append)] == ["b.jpg"]
-    assert lost == ["a.jpg"]
+        assert [member.name for member in scan(tar.fileno())] == ["b.jpg"]
+        found = [(member.name, member.size) for member in scan(tar.fileno(), links=True)]
+    assert found == [("a.jpg", NO_BYTES), ("b.jpg", 5)]
 
 
 @pytest.mark.parametrize("record", [10 << 10, 512 << 10, 3 << 20])  # GNU tar's default, --blocking-factor

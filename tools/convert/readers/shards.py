@@ -7,9 +7,8 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ import numpy as np
 from clipcluster.data.images.format import KIND_NAMES, kind_of, size_of
 from clipcluster.data.shards import indexing, shard_index, shard_list
 from clipcluster.data.shards.captions import choice_for
-from clipcluster.data.shards.columns import BrokenColumns
-from clipcluster.data.shards.dataset import OPEN_SHARDS, Dataset
+from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_folder
-from clipcluster.data.shards.tar import BrokenTar, read_at, scan
+from clipcluster.data.shards.tar import NO_BYTES, read_at, scan
 from clipcluster.data.shards.texts import BESIDE_SHARDS, CLASS_NAMES
 from clipcluster.errors import UserError
 from clipcluster.runtime.outcome import DataError
@@ -64,37 +62,25 @@ class _Folder:
             self.shards.check(shard)
         summary = shard_list.read_summary(path)
         self.choices = tuple(summary.choices)
-        self.without_image, self.repeated, self.broken = (
-            summary.without_image,
-            summary.duplicates,
-            summary.broken,
-        )
+        self.without_image, self.repeated = summary.without_image, summary.duplicates
+        self.broken = summary.broken
 
     def keys(self, positions: np.ndarray) -> Iterator[str]:
         """The keys of these samples (ascending), by their headers alone."""
-        fd, opened = -1, -1
-        try:
-            for shard, row in map(self.shards.locate, positions.tolist()):
-                if shard != opened:
-                    path = self.shards.shard_path(shard)
-                    offsets = _columns(self.path, path.name)["offset"]
-                    if fd >= 0:
-                        os.close(fd)
-                    fd, opened = os.open(path, os.O_RDONLY), shard
-                name = shard_index.sample_name(next(scan(fd, int(offsets[row]))).name)
-                assert name is not None, "the index begins a sample with a member of one"
-                yield name[0]
-        finally:
-            if fd >= 0:
-                os.close(fd)
+        for position in positions.tolist():
+            with _told():
+                name = shard_index.sample_name(next(scan(*self.shards.begin(position))).name)
+            assert name is not None, "the index begins a sample with a member of one"
+            yield name[0]
 
 
-def _columns(folder: Path, shard: str) -> dict[str, np.ndarray]:
-    """The index of a shard; UserError where it is damaged."""
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with shards or their index becomes a UserError."""
     try:
-        return shard_index.read_shard_index(shard_index.shard_index_path(folder, shard)).arrays
-    except BrokenColumns as error:
-        raise UserError(f"{error}; repair it with: clipcluster shards verify {folder} --repair") from None
+        yield
+    except DataError as error:
+        raise UserError(f"{error.reason}; {error.advice}" if error.advice else error.reason) from None
 
 
 class Resharding:
@@ -114,19 +100,16 @@ class Resharding:
         self._taken = taken
         self._ends = np.cumsum([len(positions) for positions in taken])
         self._options = options
-        self._open: OrderedDict[tuple[int, int, int], tuple[int, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": OrderedDict()}  # handles are those of one process
 
     def sizes(self) -> np.ndarray:
         """Bytes of each image, (n,) int64."""
         pieces = []
         for folder, taken in zip(self._folders, self._taken, strict=True):
-            every = [_columns(folder.path, name)["image_size"] for name in folder.shards.shard_names]
+            with _told():
+                every = [folder.shards.columns(shard)["image_size"] for shard in range(len(folder.shards))]
             pieces.append(np.concatenate(every)[taken])
         return np.concatenate(pieces)
 
@@ -135,48 +118,18 @@ class Resharding:
         part = int(np.searchsorted(self._ends, number, side="right"))
         position = int(self._taken[part][number - int(self._ends[part]) + len(self._taken[part])])
         folder = self._folders[part]
-        shard, row = folder.shards.locate(position)
-        fd, offsets = self._handle(part, shard)
-        key, members = _members(fd, int(offsets[row]))
+        with _told():
+            fd, start = folder.shards.begin(position)
+        key, found = next(shard_index.samples(fd, start))
+        members = {
+            member.name[len(key) + 1 :]: read_at(fd, member.offset, member.size)
+            for member in found.values()
+            if member.size != NO_BYTES
+        }
         key = f"{folder.path.resolve().name}/{key}" if self._options.prefix else key
         if self._options.drop_bad:
             _require_decodable(key, members)
         return WholeRecord(key, members)
-
-    def _handle(self, part: int, shard: int) -> tuple[int, np.ndarray]:
-        """An open tar and its samples' offsets; each process has its own."""
-        name = (os.getpid(), part, shard)
-        if name not in self._open:
-            folder = self._folders[part]
-            path = folder.shards.shard_path(shard)
-            offsets = _columns(folder.path, path.name)["offset"]
-            self._open[name] = (os.open(path, os.O_RDONLY), offsets)
-            while len(self._open) > OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1][0])
-        self._open.move_to_end(name)
-        return self._open[name]
-
-
-def _members(fd: int, start: int) -> tuple[str, dict[str, bytes]]:
-    """Key and members of the sample that begins at `start`, by extension as it is written there."""
-    key: str | None = None
-    members: dict[str, bytes] = {}
-    seen: set[str] = set()
-    try:
-        for member in scan(fd, start):
-            name = shard_index.sample_name(member.name)
-            if name is None:
-                continue
-            if (key is not None and name[0] != key) or name[1] in seen:
-                break
-            key = name[0]
-            seen.add(name[1])
-            members[member.name[len(key) + 1 :]] = read_at(fd, member.offset, member.size)
-    except BrokenTar:
-        if key is None:  # what lies before a cut is taken, as training does
-            raise
-    assert key is not None
-    return key, members
 
 
 def _require_decodable(key: str, members: Mapping[str, bytes]) -> None:
@@ -191,7 +144,8 @@ def _require_decodable(key: str, members: Mapping[str, bytes]) -> None:
 
 def _open(inputs: Sequence[Path], options: Options) -> Source:
     _require_sense(options)
-    folders = [_opened(path) for path in dict.fromkeys(inputs)]
+    with _told():
+        folders = [_Folder(path) for path in dict.fromkeys(inputs)]
     files, notes = _files(folders)
     for folder in folders:
         notes += _left_behind(folder)
@@ -205,13 +159,6 @@ def _open(inputs: Sequence[Path], options: Options) -> Source:
     ]
     lists = [InputFile.of(options.samples)] if options.samples else []
     return Source([Resharding(folders, taken, files, options)], [*tars, *lists], notes)
-
-
-def _opened(path: Path) -> _Folder:
-    try:
-        return _Folder(path)
-    except DataError as error:
-        raise UserError(f"{error.reason}; {error.advice}" if error.advice else error.reason) from None
 
 
 def _kinds_named(options: Options) -> set[str]:

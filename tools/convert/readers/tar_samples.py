@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name
-from clipcluster.data.shards.tar import BrokenTar, padded, read_at, scan
+from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name, samples
+from clipcluster.data.shards.tar import NO_BYTES, BrokenTar, padded, read_at, scan
 
 OPEN_SHARDS = 64  # handles kept open in each process
 
@@ -126,30 +126,14 @@ class _Tar:
         os.close(self._fd)
 
     def samples(self) -> Iterator[Found]:
-        """Runs of members with one key; an extension that comes again begins the next sample."""
-        key, first, end, json = "", 0, 0, None
-        sizes: dict[str, int] = {}
-        broken: BrokenTar | None = None
-        try:
-            for member in scan(self._fd):
-                name = sample_name(member.name)
-                if name is None:
-                    continue
-                if sizes and (name[0] != key or name[1] in sizes):
-                    yield Found(key, first, end, _image_bytes(sizes), json)
-                    sizes, json = {}, None
-                if not sizes:
-                    key, first = name[0], member.start
-                sizes[name[1]] = member.size
-                end = member.offset + padded(member.size)
-                if name[1] == "json":
-                    json = partial(read_at, self._fd, member.offset, member.size)
-        except BrokenTar as error:
-            broken = error
-        if sizes:
-            yield Found(key, first, end, _image_bytes(sizes), json)
-        if broken is not None:
-            raise broken
+        for key, named in samples(self._fd):
+            members = {extension: member for extension, member in named.items() if member.size != NO_BYTES}
+            if members:
+                first, last = next(iter(members.values())), next(reversed(members.values()))
+                end, json = last.offset + padded(last.size), members.get("json")
+                read_json = json and partial(read_at, self._fd, json.offset, json.size)
+                image = image_of(members)
+                yield Found(key, first.start, end, -1 if image is None else members[image].size, read_json)
 
     def read(self, start: int, end: int) -> tuple[str, dict[str, bytes]]:
         key, members = "", {}
@@ -181,9 +165,10 @@ class _Folder:
     def samples(self) -> Iterator[Found]:
         for number, key in enumerate(self._keys):
             files = self._samples[key]
-            sizes = {extension: (self._path / file).stat().st_size for extension, file in files.items()}
             json = (self._path / files["json"]).read_bytes if "json" in files else None
-            yield Found(key, number, number + 1, _image_bytes(sizes), json)
+            image = image_of(files)
+            size = -1 if image is None else (self._path / files[image]).stat().st_size
+            yield Found(key, number, number + 1, size, json)
 
     def read(self, start: int, end: int) -> tuple[str, dict[str, bytes]]:
         key = self._keys[start]
@@ -192,13 +177,9 @@ class _Folder:
         }
 
 
-def image_of(members: dict[str, bytes]) -> str | None:
-    """The extension of the member that is a sample's image; None if there is none."""
+def image_of(members: Iterable[str]) -> str | None:
+    """Which of a sample's extensions is its image's; None if none is."""
     return next((extension for extension in members if extension in IMAGE_EXTENSIONS), None)
-
-
-def _image_bytes(sizes: dict[str, int]) -> int:
-    return next((size for extension, size in sizes.items() if extension in IMAGE_EXTENSIONS), -1)
 
 
 def _joined(pieces: Sequence[np.ndarray], dtype: object) -> np.ndarray:
