@@ -7,7 +7,6 @@ written.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,19 +67,14 @@ class _Folder:
     def keys(self, positions: np.ndarray) -> Iterator[str]:
         """The keys of these samples (ascending), by their headers alone."""
         for position in positions.tolist():
-            with _told():
-                name = shard_index.sample_name(next(scan(*self.shards.begin(position))).name)
+            name = shard_index.sample_name(next(scan(*self.shards.begin(position))).name)
             assert name is not None, "the index begins a sample with a member of one"
             yield name[0]
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with shards or their index becomes a UserError."""
-    try:
-        yield
-    except DataError as error:
-        raise UserError(f"{error.reason}; {error.advice}" if error.advice else error.reason) from None
+def _told(error: DataError) -> UserError:
+    """What is wrong with shards or their index, for people."""
+    return UserError(f"{error.reason}; {error.advice}" if error.advice else error.reason)
 
 
 class Resharding:
@@ -108,8 +102,7 @@ class Resharding:
         """Bytes of each image, (n,) int64."""
         pieces = []
         for folder, taken in zip(self._folders, self._taken, strict=True):
-            with _told():
-                every = [folder.shards.columns(shard)["image_size"] for shard in range(len(folder.shards))]
+            every = [folder.shards.columns(shard)["image_size"] for shard in range(len(folder.shards))]
             pieces.append(np.concatenate(every)[taken])
         return np.concatenate(pieces)
 
@@ -118,8 +111,10 @@ class Resharding:
         part = int(np.searchsorted(self._ends, number, side="right"))
         position = int(self._taken[part][number - int(self._ends[part]) + len(self._taken[part])])
         folder = self._folders[part]
-        with _told():
+        try:
             fd, start = folder.shards.begin(position)
+        except DataError as error:
+            raise _told(error) from None
         key, found = next(shard_index.samples(fd, start))
         members = {
             member.name[len(key) + 1 :]: read_at(fd, member.offset, member.size)
@@ -144,8 +139,14 @@ def _require_decodable(key: str, members: Mapping[str, bytes]) -> None:
 
 def _open(inputs: Sequence[Path], options: Options) -> Source:
     _require_sense(options)
-    with _told():
-        folders = [_Folder(path) for path in dict.fromkeys(inputs)]
+    try:
+        return _chosen(inputs, options)
+    except DataError as error:
+        raise _told(error) from None
+
+
+def _chosen(inputs: Sequence[Path], options: Options) -> Source:
+    folders = [_Folder(path) for path in dict.fromkeys(inputs)]
     files, notes = _files(folders)
     for folder in folders:
         notes += _left_behind(folder)
