@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from clipcluster.runs import files
 
 PACKAGES = ("clipcluster", "jobs", "tools")
 FACTS = "snapshot.json"
+_NAME = re.compile("code-[0-9]+")
 CHECK = (
     "import sys, jobs.train, jobs.endings.__main__, clipcluster.rank.serve, submitit.core.submission\n"
     "assert 'torch' not in sys.modules, 'torch is imported before the signal handlers stand'\n"
@@ -43,11 +45,11 @@ def take(folder: Path) -> Snapshot:
     """
     sources = {name: _folder_of(name) for name in PACKAGES}
     digest = _digest(sources)
-    there = sorted(folder.glob("code-*"), key=lambda path: int(path.name.split("-")[1]))
+    there = sorted((path for path in folder.glob("code-*") if _NAME.fullmatch(path.name)), key=_number)
     for path in reversed(there):
         if _facts(path).get("digest") == digest == _digest({name: path / name for name in PACKAGES}):
             return Snapshot(path, new=False, first=False)
-    number = int(there[-1].name.split("-")[1]) + 1 if there else 1
+    number = _number(there[-1]) + 1 if there else 1
     target = folder / f"code-{number}"
     aside = folder / f".code-{number}.{secrets.token_hex(4)}.tmp"
     try:
@@ -57,6 +59,10 @@ def take(folder: Path) -> Snapshot:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Snapshot(target, new=True, first=not there)
+
+
+def _number(code: Path) -> int:
+    return int(code.name.removeprefix("code-"))
 
 
 def _folder_of(package: str) -> Path:

@@ -70,6 +70,12 @@ def test_runs_may_lie_behind_a_link(run, tmp_path):
     assert snapshot.take(tmp_path / "link" / run.name).path.name == "code-1"
 
 
+def test_folders_that_a_person_made_are_left_alone(run):
+    for name in ("code-old", "code-1-backup"):
+        (run.path / name).mkdir()
+    assert snapshot.take(run.path).path.name == "code-1"
+
+
 def test_a_copy_that_was_edited_is_not_used_again(run):
     first = snapshot.take(run.path)
     (first.path / "jobs" / "train.py").open("a").write("# edited\n")
