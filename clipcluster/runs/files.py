@@ -225,11 +225,6 @@ def _line(line: Mapping[str, Any]) -> str:
     return json.dumps(finite(line), ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
 
 
-def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """`append_lines` of one line."""
-    append_lines(path, [line])
-
-
 def append_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Append `text` with a single write; `durable` fsyncs it. See `append_lines`."""
     # Opened and closed each time: closing makes the lines visible on other machines of a network file system.

@@ -103,7 +103,7 @@ def test_logs_are_followed_into_the_next_attempt(run):
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path):
-    files.append_line(tmp_path / "metrics.jsonl", {"step": 3, "epoch": 0.5, "loss": float("nan")})
+    files.append_lines(tmp_path / "metrics.jsonl", [{"step": 3, "epoch": 0.5, "loss": float("nan")}])
     (line,) = files.read_lines(tmp_path / "metrics.jsonl")
     assert metrics_text(line) == "epoch 0.50  loss not finite"
 

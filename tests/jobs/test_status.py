@@ -46,7 +46,7 @@ def judged(attempt, event, **fields):
 
 def submitted(run, job="17"):
     run.submitit.mkdir(exist_ok=True)
-    files.append_line(run.submitit / submissions.FILE, {"job": job, "time": time.time()})
+    files.append_lines(run.submitit / submissions.FILE, [{"job": job, "time": time.time()}])
 
 
 def test_before_and_while_it_waits(run):

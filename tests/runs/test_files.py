@@ -52,8 +52,8 @@ def test_full_disk_makes_no_first_file(tmp_path):
 
 def test_full_disk_cuts_the_line_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    files.append_line(path, {"step": 1})
-    done = limited(tmp_path, "files.append_line(folder / 'metrics.jsonl', {'step': 2, 'text': 'x' * 200})")
+    files.append_lines(path, [{"step": 1}])
+    done = limited(tmp_path, "files.append_lines(folder / 'metrics.jsonl', [{'step': 2, 'text': 'x' * 200}])")
     assert "OSError" in done.stderr
     assert path.read_bytes() == b'{"step":1}\n'
 
@@ -101,11 +101,11 @@ def test_other_link_errors_are_raised(tmp_path, monkeypatch):
 
 def test_a_torn_line_is_left_out_and_spoils_no_other(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    files.append_line(path, {"step": 1})
+    files.append_lines(path, [{"step": 1}])
     with path.open("a") as stream:
         stream.write('{"step": 2, "lo')
     assert files.read_lines(path) == [{"step": 1}]
-    files.append_line(path, {"step": 3})
+    files.append_lines(path, [{"step": 3}])
     assert files.read_lines(path) == [{"step": 1}, {"step": 3}]
 
 
@@ -146,7 +146,7 @@ def test_what_is_not_finite_is_null_and_named(tmp_path):
     }
     expected = {"step": 3, "loss": None, "lr": 0.1, "val": {"r1": None, "all": [1.0, None]}}
     expected["non_finite"] = ["loss", "val.all.1", "val.r1"]
-    files.append_line(tmp_path / "metrics.jsonl", line)
+    files.append_lines(tmp_path / "metrics.jsonl", [line])
     files.write_json(tmp_path / "evaluation.json", line)
     assert files.link_once(tmp_path / "outcome.json", line)
     for name in ("metrics.jsonl", "evaluation.json", "outcome.json"):
