@@ -15,7 +15,8 @@ from collections.abc import Callable
 import numpy as np
 
 from clipcluster.data.sampling.oversampling import Repeats
-from clipcluster.data.sampling.sampler import Sampler, SamplerSource
+from clipcluster.data.sampling.sampler import Sampler
+from tests.data.sources import sampler_source
 
 BATCH, STEP, BATCHES = 384, 12_345, 100
 PER_SHARD = 10_000
@@ -53,14 +54,12 @@ def measured(make: Callable[[], Sampler], repetitions: int) -> dict[str, float]:
 def samplers(shards: int, by_class: bool) -> dict[str, Callable[[], Sampler]]:
     """Ways to make a sampler of one source, whose columns are those of an index."""
     counts = np.full(shards, PER_SHARD, np.int64)
-    ends = np.cumsum(counts)
     more_than = counts.astype(np.int32)[None]
     samples = shards * PER_SHARD
     captions = np.broadcast_to(np.uint8(1), (samples,))
-    columns = {"more_than": more_than, "sample_ends": ends}
 
     def make(repeats: Repeats | None) -> Callable[[], Sampler]:
-        source = SamplerSource(counts, captions, repeats=repeats, **columns)
+        source = sampler_source(counts, captions, repeats=repeats, more_than=more_than)
         return lambda: Sampler([source], batch_size=BATCH, seed=0, captions="random")
 
     made = {"plain": make(None), "three_times": make(Repeats(3))}

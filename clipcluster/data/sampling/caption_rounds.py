@@ -19,7 +19,7 @@ from clipcluster.data.shards.metadata import CaptionField
 from clipcluster.errors import UserError
 
 MAX_PORTIONS = 1 << 25  # 4 bytes each in every rank
-_SCAN = 1 << 22  # samples of the caption counts looked at together
+_SCAN = 1 << 19  # samples of the caption counts looked at together
 _KEPT = 1 << 23  # numbers of samples in partial portions that are kept, in all
 
 
@@ -28,26 +28,24 @@ class SamplerSource:
     """What the sampler knows of one source.
 
     sample_counts: (n_shards,) integers, samples of each shard in the index's order.
-    caption_counts: (n_samples,) integers, captions of each sample in the index's order; a sample with none is
-        never drawn. None: captions play no part, every sample is drawn once a pass and Draws.caption is -1.
+    sample_ends: (n_shards,) int64, running sum of sample_counts.
+    fields: the counts of captions, of several fields each with its probability (above zero); a sample with
+        none is never drawn. Empty: captions play no part, every sample is drawn once a pass and Draws.caption
+        is -1.
+    more_than: (C, n_shards) integers, row c the samples of each shard with more than c captions, wherever
+        there are fields. C = 1 is enough unless captions are "all".
     weight: mixing weight, the source's part of the draws; None in all sources of a recipe, or in none.
-    more_than: (C, n_shards) integers, row c the samples of each shard with more than c captions; None:
-        counted here, by a scan of caption_counts. C = 1 is enough unless captions are "all".
     name: for messages.
-    fields: in place of caption_counts, where captions come from several fields, each with its probability
-        (above zero); one field alone is what caption_counts are.
     repeats: how often each sample is drawn in a pass; None: once.
-    sample_ends: (n_shards,) int64, running sum of sample_counts; None: made here.
     """
 
     sample_counts: np.ndarray
-    caption_counts: np.ndarray | None = None
-    weight: float | None = None
-    more_than: np.ndarray | None = None
-    name: str = ""
+    sample_ends: np.ndarray
     fields: Sequence[CaptionField] = ()
+    more_than: np.ndarray | None = None
+    weight: float | None = None
+    name: str = ""
     repeats: Repeats | None = None
-    sample_ends: np.ndarray | None = None
 
 
 class CaptionRounds:
@@ -178,26 +176,17 @@ class _SourceRounds:
     """One source of the group: its counts, `(C, 1 or copies, n_shards)`, and its mapped columns."""
 
     def __init__(self, source: SamplerSource, copies: Copies, every_caption: bool) -> None:
-        self.fields = _fields(source)
+        self.fields = source.fields
         self._copies = copies
         self.sample_counts = np.asarray(source.sample_counts)
         self.n_shards = len(self.sample_counts)
         self.n_portions = copies.most * self.n_shards
-        _require_agreement(source, self.fields)
-        self.ends = (
-            np.cumsum(self.sample_counts, dtype=np.int64)
-            if source.sample_ends is None
-            else source.sample_ends
-        )
+        _require_agreement(source)
+        self.ends = source.sample_ends
         self.n_samples = int(self.ends[-1]) if self.n_shards else 0
-        if copies.by_class:
-            self.counts = self._count_by_class(self._depth(source.more_than, every_caption))
-        elif not self.fields:
-            self.counts = self.sample_counts[None, None]
-        elif source.more_than is not None:
-            self.counts = np.asarray(source.more_than if every_caption else source.more_than[:1])[:, None]
-        else:
-            self.counts = self._count(self._depth(None, every_caption))[:, None]
+        by_round = self.sample_counts[None] if source.more_than is None else np.asarray(source.more_than)
+        by_round = by_round if every_caption else by_round[:1]
+        self.counts = self._count_by_class(len(by_round)) if copies.by_class else by_round[:, None]
 
     def sizes(self) -> np.ndarray:
         """Draws of each round, (C,) int64."""
@@ -249,36 +238,12 @@ class _SourceRounds:
         first = np.asarray(self.fields[0].counts[start:stop])
         return sum((np.asarray(own.counts[start:stop], np.int64) for own in self.fields[1:]), first)
 
-    def _depth(self, more_than: np.ndarray | None, every_caption: bool) -> int:
-        """How many rounds there are."""
-        if not every_caption or not self.fields:
-            return 1
-        if more_than is not None:
-            return len(more_than)
-        most = (int(self._captions(low, high).max()) for _, _, low, high in _scan_spans(self.ends, 1))
-        return max(1, *most, 0)
-
-    def _count(self, depth: int) -> np.ndarray:
-        """Samples of each shard in each round, (depth, n_shards)."""
-        counts = np.zeros((depth, self.n_shards), dtype=np.int32)
-        for first, last, low, high in _scan_spans(self.ends, depth + 1):
-            lengths = self.sample_counts[first:last]
-            values = np.minimum(self._captions(low, high), depth)
-            least = int(values.min())
-            counts[:least, first:last] = lengths
-            if least < values.max():
-                rows = np.repeat(np.arange(last - first) * (depth + 1), lengths)
-                table = np.bincount(rows + values, minlength=(last - first) * (depth + 1))
-                exact = table.reshape(last - first, depth + 1)
-                counts[:, first:last] = exact[:, :0:-1].cumsum(axis=1)[:, ::-1].T
-        return counts
-
     def _count_by_class(self, depth: int) -> np.ndarray:
         """Samples of each portion in each round, (depth, copies, n_shards)."""
         most, kinds = self._copies.most, len(self._copies.values)
         counts = np.zeros((depth, most, self.n_shards), dtype=np.int32)
         cells = (depth + 1) * kinds * most
-        for first, last, low, high in _scan_spans(self.ends, cells, _SCAN // 8):
+        for first, last, low, high in _scan_spans(self.ends, cells):
             lengths = self.sample_counts[first:last]
             starts = self.ends[first:last] - lengths
             numbers = np.arange(low, high) - np.repeat(starts, lengths)
@@ -295,15 +260,9 @@ class _SourceRounds:
         return counts
 
 
-def _fields(source: SamplerSource) -> tuple[CaptionField, ...]:
-    if source.fields:
-        return tuple(source.fields)
-    return () if source.caption_counts is None else (CaptionField("", None, source.caption_counts),)
-
-
-def _require_agreement(source: SamplerSource, fields: Sequence[CaptionField]) -> None:
+def _require_agreement(source: SamplerSource) -> None:
     samples = int(np.sum(source.sample_counts, dtype=np.int64))
-    for own in fields:
+    for own in source.fields:
         if len(own.counts) != samples:
             raise ValueError(
                 f"source {source.name!r}: {len(own.counts):,} caption counts for {samples:,} samples"
@@ -313,8 +272,11 @@ def _require_agreement(source: SamplerSource, fields: Sequence[CaptionField]) ->
     classes = source.repeats.classes if source.repeats is not None else None
     if classes is not None and len(classes) != samples:
         raise ValueError(f"source {source.name!r}: {len(classes):,} classes for {samples:,} samples")
-    if source.more_than is not None and source.more_than.shape[1] != len(source.sample_counts):
-        raise ValueError(f"source {source.name!r}: more_than has {source.more_than.shape[1]:,} shards")
+    more_than = source.more_than
+    if (more_than is not None) != bool(source.fields):
+        raise ValueError(f"source {source.name!r}: more_than stands beside the counts of captions")
+    if more_than is not None and more_than.shape[1] != len(source.sample_counts):
+        raise ValueError(f"source {source.name!r}: more_than has {more_than.shape[1]:,} shards")
 
 
 def _require_few_portions(sources: Sequence[SamplerSource], copies: Sequence[Copies]) -> None:
@@ -328,13 +290,12 @@ def _require_few_portions(sources: Sequence[SamplerSource], copies: Sequence[Cop
         )
 
 
-def _scan_spans(ends: np.ndarray, width: int, samples: int = 0) -> Iterator[tuple[int, int, int, int]]:
+def _scan_spans(ends: np.ndarray, width: int) -> Iterator[tuple[int, int, int, int]]:
     """Spans of shards small enough to be scanned at once: first and last shard, first and last sample."""
-    samples = samples or _SCAN
-    first, most = 0, max(1, samples // width)
+    first, most = 0, max(1, _SCAN // width)
     while first < len(ends):
         low = int(ends[first - 1]) if first else 0
-        last = int(np.searchsorted(ends, low + samples, side="right"))
+        last = int(np.searchsorted(ends, low + _SCAN, side="right"))
         last = min(max(last, first + 1), first + most)
         if ends[last - 1] > low:
             yield first, last, low, int(ends[last - 1])

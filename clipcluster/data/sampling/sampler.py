@@ -53,7 +53,7 @@ class Sampler:
     Sources without mixing weights form one group, drawn as one source, and no batch crosses a pass of it;
     with weights each is a group of its own. Raises UserError for weights whose period is too long, a source
     with nothing to draw, an epoch without a step. What is kept are the columns it was given, and little more:
-    after one scan of the caption counts nothing grows with the number of samples but groups permuted whole.
+    nothing grows with the number of samples but groups permuted whole.
     """
 
     def __init__(
@@ -168,8 +168,7 @@ def _require_draws(group: list[int], sources: Sequence[SamplerSource], rounds_: 
         return
     names = ", ".join(f"data.train.{i} {sources[i].name}".strip() for i in group)
     mine = [sources[i] for i in group]
-    captionless = any(source.caption_counts is not None and len(source.caption_counts) for source in mine)
-    captionless |= any(len(own.counts) for source in mine for own in source.fields)
+    captionless = any(len(own.counts) for source in mine for own in source.fields)
     reason = "no sample with a caption" if captionless else "no samples"
     if any(source.repeats is not None for source in mine):
         reason += " and a repeat above zero"
@@ -244,10 +243,11 @@ def _sampler_source(dataset: Dataset, source: Source, recipe_key: str) -> Sample
     by_class = bool(source.repeat_classes)
     return SamplerSource(
         dataset.sample_counts,
+        dataset.sample_ends,
+        dataset.fields,
+        dataset.more_than,
         weight=source.weight,
-        more_than=dataset.more_than,
         name=dataset.name,
-        fields=dataset.fields,
         repeats=repeats_of(
             source.repeat,
             source.repeat_classes,
@@ -256,5 +256,4 @@ def _sampler_source(dataset: Dataset, source: Source, recipe_key: str) -> Sample
             recipe_key=recipe_key,
             name=dataset.name,
         ),
-        sample_ends=dataset.sample_ends,
     )

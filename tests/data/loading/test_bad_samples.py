@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 from clipcluster.data.loading.loader import Loader
-from clipcluster.data.sampling.sampler import Sampler, SamplerSource
+from clipcluster.data.sampling.sampler import Sampler
 from clipcluster.data.shards import dataset as shards_module
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
+from tests.data.sources import sampler_source
 
 TOKENIZER = ByteTokenizer(24)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
@@ -81,7 +82,7 @@ def mixed(tmp_path: Path) -> Dataset:
 
 
 def sampler_of(shards: Dataset, batch_size: int = 8) -> Sampler:
-    shape = SamplerSource(shards.sample_counts, shards.caption_counts)
+    shape = sampler_source(shards.sample_counts, shards.caption_counts)
     return Sampler([shape], batch_size=batch_size, seed=3, captions="first")
 
 

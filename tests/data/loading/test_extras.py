@@ -18,7 +18,7 @@ from clipcluster.data.loading.batch import Batch
 from clipcluster.data.loading.extras import concatenated, decoders_of, stacked
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.loading.messages import PartialBatch
-from clipcluster.data.sampling.sampler import Sampler, SamplerSource
+from clipcluster.data.sampling.sampler import Sampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
@@ -26,6 +26,7 @@ from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Data, Source
 from clipcluster.runtime.outcome import DataError
+from tests.data.sources import sampler_source
 from tests.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)
@@ -76,7 +77,7 @@ def write(tmp_path: Path, picture: Callable[..., bytes]) -> Callable[..., Datase
 
 
 def loader_of(shards: Dataset, section: Data, extras: dict[str, str], **options: Any) -> Loader:
-    source = SamplerSource(shards.sample_counts, shards.caption_counts)
+    source = sampler_source(shards.sample_counts, shards.caption_counts)
     sampler = Sampler([source], batch_size=8, seed=3, captions="first")
     return Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=0, extras=extras, **options)
 

@@ -15,13 +15,14 @@ from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import draw_seed, evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch
 from clipcluster.data.loading.loader import EvaluationLoader, Loader
-from clipcluster.data.sampling.sampler import Sampler, SamplerSource
+from clipcluster.data.sampling.sampler import Sampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
 from clipcluster.runtime.outcome import DataError
+from tests.data.sources import sampler_source
 from tests.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(24)
@@ -29,7 +30,7 @@ TOKENIZER = ByteTokenizer(24)
 
 def sampler_of(sources: list[Dataset], batch_size: int = 8, captions: str = "all") -> Sampler:
     shapes = [
-        SamplerSource(
+        sampler_source(
             shards.sample_counts, shards.caption_counts, None if len(sources) == 1 else float(number + 1)
         )
         for number, shards in enumerate(sources)
@@ -313,7 +314,7 @@ def test_captions_come_from_the_field_that_was_drawn(
             writer.add_members(f"{number:03d}", members)
     index_folder(tmp_path / "s", captions_choice="syn.json:syn_text")
     shards = open_folder(tmp_path / "s", captions_in={"default": 1, "syn.json:syn_text": 1})
-    shape = SamplerSource(
+    shape = sampler_source(
         shards.sample_counts,
         more_than=shards.more_than,
         fields=shards.fields,

@@ -13,12 +13,13 @@ import pytest
 
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.loading.worker_pool import WorkerDied
-from clipcluster.data.sampling.sampler import Sampler, SamplerSource
+from clipcluster.data.sampling.sampler import Sampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
 from clipcluster.runtime.world import is_lost_peer
+from tests.data.sources import sampler_source
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def shards(tmp_path: Path, make_shards: Callable[..., Path]) -> Dataset:
 @pytest.fixture
 def loader(shards: Dataset, data_section: Callable[..., Data]) -> Loader:
     sampler = Sampler(
-        [SamplerSource(shards.sample_counts, shards.caption_counts, None)],
+        [sampler_source(shards.sample_counts, shards.caption_counts, None)],
         batch_size=8,
         seed=0,
         captions="first",

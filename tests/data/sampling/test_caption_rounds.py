@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clipcluster.data.sampling import caption_rounds as rounds_module
-from clipcluster.data.sampling.caption_rounds import CaptionRounds, SamplerSource
+from clipcluster.data.sampling.caption_rounds import CaptionRounds
+from tests.data.sources import captions_of, sampler_source
 
 
 @st.composite
@@ -15,7 +16,7 @@ def shapes(draw, most_captions=6):
     sample_counts = np.array(draw(st.lists(st.integers(0, 9), min_size=1, max_size=12)), dtype=np.int64)
     captions = st.integers(0, most_captions)
     caption_counts = draw(hnp.arrays(np.uint8, int(sample_counts.sum()), elements=captions))
-    return SamplerSource(sample_counts, draw(st.sampled_from([None, caption_counts, caption_counts])))
+    return sampler_source(sample_counts, draw(st.sampled_from([None, caption_counts, caption_counts])))
 
 
 def counts_of(rounds, round_index):
@@ -23,7 +24,7 @@ def counts_of(rounds, round_index):
 
 
 def samples_by_shard(shape, round_index):
-    counts = shape.caption_counts
+    counts = captions_of(shape)
     if counts is None:
         counts = np.ones(shape.sample_counts.sum(), dtype=int)
     bounds = np.concatenate([[0], np.cumsum(shape.sample_counts)])
@@ -65,19 +66,6 @@ def test_one_round_of_the_samples_with_a_caption(shape):
 
 
 @settings(deadline=None)
-@given(shapes(), st.booleans())
-def test_counts_known_beforehand_are_taken(shape, every_caption):
-    counted = CaptionRounds([shape], every_caption=True)
-    more_than = np.array([counts_of(counted, round_index) for round_index in range(len(counted.sizes))])
-    told = SamplerSource(shape.sample_counts, shape.caption_counts, more_than=more_than)
-    expected = CaptionRounds([shape], every_caption=every_caption)
-    rounds = CaptionRounds([told], every_caption=every_caption)
-    assert rounds.sizes.tolist() == expected.sizes.tolist()
-    for round_index in range(len(rounds.sizes)):
-        assert counts_of(rounds, round_index) == counts_of(expected, round_index)
-
-
-@settings(deadline=None)
 @given(st.lists(shapes(), min_size=1, max_size=3))
 def test_a_position_belongs_to_one_source(given_shapes):
     rounds = CaptionRounds(given_shapes, every_caption=True)
@@ -87,13 +75,13 @@ def test_a_position_belongs_to_one_source(given_shapes):
     assert within.tolist() == [place for size in sizes for place in range(size)]
     known = rounds.captions_at(sources, within)
     for number, shape in enumerate(given_shapes):
-        expected = -1 if shape.caption_counts is None else shape.caption_counts
+        expected = -1 if captions_of(shape) is None else captions_of(shape)
         assert np.all(known[sources == number, 0] == expected)
 
 
 def test_what_is_kept_of_partly_captioned_shards_is_bounded(monkeypatch):
     monkeypatch.setattr(rounds_module, "_KEPT", 50)
-    shape = SamplerSource(np.full(20, 10), np.tile([0, 1], 100).astype(np.uint8))
+    shape = sampler_source(np.full(20, 10), np.tile([0, 1], 100).astype(np.uint8))
     rounds = CaptionRounds([shape], every_caption=False)
     shards = np.arange(20)
     for _ in range(2):
@@ -102,8 +90,9 @@ def test_what_is_kept_of_partly_captioned_shards_is_bounded(monkeypatch):
 
 
 def test_columns_that_disagree_are_refused():
+    nine = sampler_source(np.array([10]), np.ones(9, dtype=np.uint8), more_than=np.array([[9]]))
     with pytest.raises(ValueError, match="9 caption counts for 10 samples"):
-        CaptionRounds([SamplerSource(np.array([10]), np.ones(9, dtype=np.uint8))], every_caption=False)
-    shape = SamplerSource(np.array([10]), np.ones(10, dtype=np.uint8), more_than=np.array([[5, 5]]))
+        CaptionRounds([nine], every_caption=False)
+    shape = sampler_source(np.array([10]), np.ones(10, dtype=np.uint8), more_than=np.array([[5, 5]]))
     with pytest.raises(ValueError, match="more_than"):
         CaptionRounds([shape], every_caption=False)

@@ -13,6 +13,7 @@ from clipcluster.data.sampling.oversampling import Repeats
 from clipcluster.data.sampling.sampler import Draws, Sampler, SamplerSource
 from clipcluster.data.sampling.shuffle import count_lanes
 from clipcluster.errors import UserError
+from tests.data.sources import captions_of, sampler_source
 
 
 @st.composite
@@ -22,7 +23,7 @@ def source(draw, weight=None):
     caption_counts = draw(hnp.arrays(np.uint8, int(sample_counts.sum()), elements=st.integers(0, 4)))
     caption_counts[:2] = 1  # something to draw
     known = draw(st.booleans())
-    return SamplerSource(sample_counts, caption_counts if known else None, weight)
+    return sampler_source(sample_counts, caption_counts if known else None, weight)
 
 
 @st.composite
@@ -47,16 +48,16 @@ def shapes_and_settings(draw):
 
 def pairs_of(shape, captions):
     """Draws of one whole pass of a source."""
-    if shape.caption_counts is None:
+    if captions_of(shape) is None:
         return int(shape.sample_counts.sum())
-    return int(shape.caption_counts.sum() if captions == "all" else (shape.caption_counts > 0).sum())
+    return int(captions_of(shape).sum() if captions == "all" else (captions_of(shape) > 0).sum())
 
 
 def expected_pass(shapes, captions):
     """Every (source, position[, caption]) that one whole pass shows, once each."""
     for number, shape in enumerate(shapes):
         for position in range(int(shape.sample_counts.sum())):
-            count = 1 if shape.caption_counts is None else int(shape.caption_counts[position])
+            count = 1 if captions_of(shape) is None else int(captions_of(shape)[position])
             shown = range(count) if captions == "all" else range(min(count, 1))
             for caption in shown:
                 yield (number, position, caption) if captions == "all" else (number, position)
@@ -104,17 +105,17 @@ def test_a_batch_is_the_same_for_every_number_of_ranks_and_workers(case, ranks, 
 
 def grown(shape: SamplerSource) -> SamplerSource:
     """The source with one more shard of 24 samples."""
-    captions = shape.caption_counts
+    captions = captions_of(shape)
     if captions is not None:
         captions = np.append(captions, np.ones(24, dtype=np.uint8))
-    return SamplerSource(np.append(shape.sample_counts, 24), captions, shape.weight)
+    return sampler_source(np.append(shape.sample_counts, 24), captions, shape.weight)
 
 
 @settings(deadline=None)
 @given(shapes_and_settings())
 def test_of_one_line_no_batch_crosses_a_pass_and_nothing_comes_twice_in_one(case):
     shapes, options = case
-    shapes = [SamplerSource(shape.sample_counts, shape.caption_counts) for shape in shapes]
+    shapes = [sampler_source(shape.sample_counts, captions_of(shape)) for shape in shapes]
     size, captions = options["batch_size"], options["captions"]
     options["epoch_samples"] = None
     everything = set(expected_pass(shapes, captions))
@@ -139,11 +140,11 @@ def test_of_one_line_no_batch_crosses_a_pass_and_nothing_comes_twice_in_one(case
 def test_of_several_lines_every_pass_shows_everything_once(case, weights):
     shapes, options = case
     shapes = [
-        SamplerSource(shape.sample_counts, shape.caption_counts, weight)
+        sampler_source(shape.sample_counts, captions_of(shape), weight)
         for shape, weight in zip(shapes, weights, strict=False)
     ]
     if len(shapes) == 1:
-        shapes = [SamplerSource(shapes[0].sample_counts, shapes[0].caption_counts, 1.0)] * 2
+        shapes = [sampler_source(shapes[0].sample_counts, captions_of(shapes[0]), 1.0)] * 2
     options["epoch_samples"], captions = 1000, options["captions"]
     sampler = Sampler(shapes, **options)
     passes: dict[tuple[int, int], Counter] = {}
@@ -161,7 +162,7 @@ def test_of_several_lines_every_pass_shows_everything_once(case, weights):
 @pytest.mark.parametrize("weights", [(3, 1), (7, 2, 1), (0.7, 0.2, 0.1), (1, 1)])
 @pytest.mark.parametrize("batch_size", [8, 10, 33])
 def test_shares_are_exact_after_every_period(weights, batch_size):
-    shapes = [SamplerSource(np.full(5, 11 + number), None, w) for number, w in enumerate(weights)]
+    shapes = [sampler_source(np.full(5, 11 + number), None, w) for number, w in enumerate(weights)]
     sampler = Sampler(shapes, batch_size=batch_size, seed=1, lanes=4, window=5, full_shuffle_below=0)
     period = sum(sampler.weights)
     assert sampler.weights == {2: [1, 1] if weights[0] == 1 else [3, 1], 3: [7, 2, 1]}[len(weights)]
@@ -177,7 +178,7 @@ def test_shares_are_exact_after_every_period(weights, batch_size):
 @pytest.mark.parametrize("shards", [1, 3, 40])
 def test_over_several_passes_everything_is_seen(captions, full_shuffle_below, shards):
     sizes = np.diff(np.linspace(0, 1437, shards + 1).astype(int))
-    shape = SamplerSource(sizes, np.random.default_rng(0).integers(1, 4, 1437).astype(np.uint8))
+    shape = sampler_source(sizes, np.random.default_rng(0).integers(1, 4, 1437).astype(np.uint8))
     # windows of one: what is left over must not depend on the shuffle inside a lane to change
     sampler = Sampler(
         [shape], batch_size=64, seed=0, captions=captions, window=1, full_shuffle_below=full_shuffle_below
@@ -197,7 +198,7 @@ def test_over_several_passes_everything_is_seen(captions, full_shuffle_below, sh
 def test_what_is_left_over_is_not_always_of_the_last_round(full_shuffle_below):
     counts = np.full(23, 2, dtype=np.uint8)
     counts[:3] = 3  # alone in the last round, and as many as are left over
-    shape = SamplerSource(np.array([23]), counts)
+    shape = sampler_source(np.array([23]), counts)
     sampler = Sampler([shape], batch_size=46, seed=0, captions="all", full_shuffle_below=full_shuffle_below)
     in_full = 0
     for pass_index in range(20):
@@ -209,7 +210,7 @@ def test_what_is_left_over_is_not_always_of_the_last_round(full_shuffle_below):
 @pytest.mark.parametrize("full_shuffle_below", [0, 10**6])
 def test_two_captions_of_an_image_meet_only_in_a_batch_that_touches_two_rounds(full_shuffle_below):
     counts = np.random.default_rng(1).integers(4, 6, 2000).astype(np.uint8)
-    shape = SamplerSource(np.full(20, 100), counts)
+    shape = sampler_source(np.full(20, 100), counts)
     sampler = Sampler(
         [shape], batch_size=128, seed=3, captions="all", window=32, full_shuffle_below=full_shuffle_below
     )
@@ -226,7 +227,7 @@ def test_two_captions_of_an_image_meet_only_in_a_batch_that_touches_two_rounds(f
 
 
 def test_the_captions_of_an_image_come_in_another_order_for_another_image_and_pass():
-    sampler = Sampler([SamplerSource(np.array([100]), np.full(100, 5, dtype=np.uint8))],
+    sampler = Sampler([sampler_source(np.array([100]), np.full(100, 5, dtype=np.uint8))],
                   batch_size=100, seed=0, captions="all")  # fmt: skip
     shown = np.zeros((2, 100, 5), dtype=int)
     for pass_index in range(2):
@@ -242,7 +243,7 @@ def test_the_captions_of_an_image_come_in_another_order_for_another_image_and_pa
 
 def test_a_random_caption_is_any_of_the_image_and_the_first_is_the_first():
     counts = np.random.default_rng(0).integers(0, 6, 3000).astype(np.uint8)
-    shape = SamplerSource(np.full(30, 100), counts)
+    shape = sampler_source(np.full(30, 100), counts)
     for full_shuffle_below in (0, 10**6):
         options = {"batch_size": 100, "seed": 0, "full_shuffle_below": full_shuffle_below}
         orders = {choice: Sampler([shape], captions=choice, **options) for choice in ("random", "first")}
@@ -258,7 +259,7 @@ def test_a_random_caption_is_any_of_the_image_and_the_first_is_the_first():
 
 
 def test_without_weights_the_shards_of_all_sources_are_one_line():
-    shapes = [SamplerSource(np.full(4, 25)), SamplerSource(np.full(12, 25), np.ones(300, dtype=np.uint8))]
+    shapes = [sampler_source(np.full(4, 25)), sampler_source(np.full(12, 25), np.ones(300, dtype=np.uint8))]
     sampler = Sampler(shapes, batch_size=50, seed=0, lanes=10, window=8, full_shuffle_below=0)
     assert sampler.steps_per_epoch == 8
     batches = [sampler.batch(t) for t in range(8)]
@@ -269,7 +270,7 @@ def test_without_weights_the_shards_of_all_sources_are_one_line():
 
 
 def test_an_epoch_of_another_length_than_a_pass_changes_no_batch():
-    shape = SamplerSource(np.full(7, 10))
+    shape = sampler_source(np.full(7, 10))
     by_default = Sampler([shape], batch_size=8, seed=0)
     for epoch_samples, steps in ((8, 1), (63, 7), (1000, 125)):
         sampler = Sampler([shape], batch_size=8, seed=0, epoch_samples=epoch_samples)
@@ -280,7 +281,7 @@ def test_an_epoch_of_another_length_than_a_pass_changes_no_batch():
 
 
 def test_seed_source_and_pass_each_give_another_order():
-    shapes = [SamplerSource(np.full(10, 20), None, 1), SamplerSource(np.full(10, 20), None, 1)]
+    shapes = [sampler_source(np.full(10, 20), None, 1), sampler_source(np.full(10, 20), None, 1)]
     for full_shuffle_below in (0, 10**6):
         options = {"batch_size": 40, "lanes": 5, "window": 8, "full_shuffle_below": full_shuffle_below}
         first, other = (Sampler(shapes, seed=seed, **options) for seed in (0, 1))
@@ -293,7 +294,7 @@ def test_seed_source_and_pass_each_give_another_order():
 
 @pytest.mark.parametrize("weights", [(None, None), (1, 1), (3, 1)])
 def test_no_shard_is_read_by_two_ranks_and_a_batch_mixes_many(weights):
-    shapes = [SamplerSource(np.full(320, 1000), None, weight) for weight in weights]
+    shapes = [sampler_source(np.full(320, 1000), None, weight) for weight in weights]
     sampler = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
     shards: list[set[tuple[int, int]]] = [set(), set(), set(), set()]
     for t in range(500):
@@ -306,7 +307,7 @@ def test_no_shard_is_read_by_two_ranks_and_a_batch_mixes_many(weights):
 
 
 def test_shares_that_no_batch_holds_exactly_still_keep_ranks_near_their_lanes():
-    shapes = [SamplerSource(np.full(320, 1000), None, weight) for weight in (7, 2, 1)]
+    shapes = [sampler_source(np.full(320, 1000), None, weight) for weight in (7, 2, 1)]
     sampler = Sampler(shapes, batch_size=128, seed=0, lanes=64, window=64, full_shuffle_below=0)
     assert [sampler.group_of(i).lanes for i in range(3)] == [64, 25, 12]
     shards: list[set[tuple[int, int]]] = [set(), set(), set(), set()]
@@ -319,7 +320,7 @@ def test_shares_that_no_batch_holds_exactly_still_keep_ranks_near_their_lanes():
 
 
 def test_samples_of_a_shard_are_scattered_over_their_window():
-    sampler = Sampler([SamplerSource(np.full(64, 4096))], batch_size=64, seed=0, full_shuffle_below=0)
+    sampler = Sampler([sampler_source(np.full(64, 4096))], batch_size=64, seed=0, full_shuffle_below=0)
     positions = np.concatenate([sampler.batch(t).position for t in range(1024)]).reshape(1024, 64)
     same_shard = positions[1:] // 4096 == positions[:-1] // 4096
     steps = np.abs(np.diff(positions, axis=0))[same_shard]
@@ -344,7 +345,7 @@ def test_lanes_divide_the_batch_unless_that_leaves_too_few(batch_size, most, lan
 
 
 def test_mistakes_in_the_recipe_are_named():
-    ten = SamplerSource(np.array([10]))
+    ten = sampler_source(np.array([10]))
     with pytest.raises(UserError, match=r"training data hold 10 samples, less than one batch of 11"):
         Sampler([ten], batch_size=11, seed=0)
     with pytest.raises(UserError, match=r"data\.epoch_samples is 3 samples, less than one batch of 4"):
@@ -352,16 +353,16 @@ def test_mistakes_in_the_recipe_are_named():
     with pytest.raises(UserError, match=r"data\.batch_size of at most 10"):
         Sampler([ten], batch_size=11, seed=0, epoch_samples=100)
     with pytest.raises(UserError, match=r"data\.train\.0, data\.train\.2 has none"):
-        Sampler([ten, SamplerSource(np.array([10]), None, 2.0), ten], batch_size=4, seed=0)
-    bare = SamplerSource(np.array([3]), np.zeros(3, dtype=np.uint8), 1.0, name="flickr")
+        Sampler([ten, sampler_source(np.array([10]), None, 2.0), ten], batch_size=4, seed=0)
+    bare = sampler_source(np.array([3]), np.zeros(3, dtype=np.uint8), 1.0, name="flickr")
     with pytest.raises(UserError, match=r"data\.train\.1 flickr: no sample with a caption"):
-        Sampler([SamplerSource(np.array([10]), None, 1.0), bare], batch_size=4, seed=0, captions="all")
+        Sampler([sampler_source(np.array([10]), None, 1.0), bare], batch_size=4, seed=0, captions="all")
     with pytest.raises(UserError, match="no samples"):
-        Sampler([SamplerSource(np.array([0, 0]))], batch_size=4, seed=0)
+        Sampler([sampler_source(np.array([0, 0]))], batch_size=4, seed=0)
 
 
 def test_what_no_recipe_can_ask_for_is_a_programming_error():
-    ten = SamplerSource(np.array([10]))
+    ten = sampler_source(np.array([10]))
     with pytest.raises(ValueError, match="allowed: 'all', 'random', 'first'"):
         Sampler([ten], batch_size=2, seed=0, captions="last")
     with pytest.raises(ValueError, match="at least 1"):
@@ -372,7 +373,7 @@ def test_what_no_recipe_can_ask_for_is_a_programming_error():
 
 
 def test_a_batch_smaller_than_a_source_may_hold_several_passes_of_a_tiny_one():
-    shapes = [SamplerSource(np.array([2]), None, 1), SamplerSource(np.full(50, 100), None, 1)]
+    shapes = [sampler_source(np.array([2]), None, 1), sampler_source(np.full(50, 100), None, 1)]
     sampler = Sampler(shapes, batch_size=20, seed=0)
     batch = sampler.batch(3)
     tiny = batch.source == 0
@@ -382,7 +383,7 @@ def test_a_batch_smaller_than_a_source_may_hold_several_passes_of_a_tiny_one():
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**9))
 def test_a_resume_from_any_step_of_twelve_million_samples_does_little_work(t):
-    shape = SamplerSource(np.full(1280, 10_000), TWELVE_MILLION)
+    shape = sampler_source(np.full(1280, 10_000), TWELVE_MILLION)
     np.unique(shape.sample_counts)  # the first time, numpy loads a part of itself
     tracemalloc.start()
     try:
@@ -404,8 +405,8 @@ TWELVE_MILLION = np.ones(12_800_000, dtype=np.uint8)
 def test_a_billion_samples_are_planned_by_shard(times, megabytes):
     counts = np.full(1_280_000, 10_000)
     captions = np.broadcast_to(np.uint8(2), (12_800_000_000,))  # what an index maps
-    columns = {"more_than": counts.astype(np.int32)[None], "sample_ends": np.cumsum(counts)}
-    shape = SamplerSource(counts, captions, repeats=Repeats(times), **columns)
+    columns = {"more_than": counts.astype(np.int32)[None]}
+    shape = sampler_source(counts, captions, repeats=Repeats(times), **columns)
     tracemalloc.start()
     try:
         sampler = Sampler([shape], batch_size=384, seed=0, captions="random")
@@ -433,7 +434,7 @@ def test_a_billion_samples_are_planned_by_shard(times, megabytes):
 )
 def test_the_order_never_changes_from_one_version_to_the_next(captions, full_shuffle_below, digest):
     counts = (np.arange(1500) * 7 % 4).astype(np.uint8)
-    shapes = [SamplerSource(np.full(15, 100), counts, 3), SamplerSource(np.full(9, 50), None, 1)]
+    shapes = [sampler_source(np.full(15, 100), counts, 3), sampler_source(np.full(9, 50), None, 1)]
     sampler = Sampler(
         shapes, batch_size=48, seed=5, captions=captions, lanes=8, window=16,
         full_shuffle_below=full_shuffle_below,

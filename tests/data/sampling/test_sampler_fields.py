@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clipcluster.data.sampling.oversampling import Repeats
-from clipcluster.data.sampling.sampler import Sampler, SamplerSource
+from clipcluster.data.sampling.sampler import Sampler
 from clipcluster.data.shards.metadata import CaptionField
 from clipcluster.errors import UserError
+from tests.data.sources import captions_of, sampler_source
 
 LENGTHS = st.integers(0, 3)
 
@@ -34,9 +35,9 @@ def shapes_with_fields(draw):
         if fields > 1:
             chances = draw(st.lists(st.floats(0.001, 100, allow_nan=False), min_size=fields, max_size=fields))
             both = tuple(field(column, chance) for column, chance in zip(counts, chances, strict=True))
-            shapes.append(SamplerSource(sample_counts, fields=both, repeats=repeats))
+            shapes.append(sampler_source(sample_counts, fields=both, repeats=repeats))
         else:
-            shapes.append(SamplerSource(sample_counts, counts[0] if fields else None, repeats=repeats))
+            shapes.append(sampler_source(sample_counts, counts[0] if fields else None, repeats=repeats))
     return shapes
 
 
@@ -54,7 +55,7 @@ def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data
         shape = shapes[source]
         shown.add((source, position))
         if not shape.fields:
-            counts = [] if shape.caption_counts is None else [int(shape.caption_counts[position])]
+            counts = [] if captions_of(shape) is None else [int(captions_of(shape)[position])]
         else:
             counts = [int(field.counts[position]) for field in shape.fields]
         firsts = np.cumsum([0, *counts[:-1]]).tolist()
@@ -69,8 +70,8 @@ def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data
         counts = np.ones(int(shape.sample_counts.sum()), dtype=int)
         if shape.fields:
             counts = np.sum([field.counts for field in shape.fields], axis=0, dtype=int)
-        elif shape.caption_counts is not None:
-            counts = shape.caption_counts
+        elif captions_of(shape) is not None:
+            counts = captions_of(shape)
         everything |= {(number, place) for place in np.flatnonzero(counts).tolist()}
     assert shown == everything  # a sample without a caption in any field is never drawn
     size = min(len(everything), 7)
@@ -84,7 +85,7 @@ def test_a_caption_is_one_of_a_field_that_has_some(shapes, captions, whole, data
 @pytest.mark.parametrize("chances", [(0.5, 0.5), (0.7, 0.2, 0.1), (3.0, 1.0)])
 def test_fields_are_drawn_by_their_probabilities(full_shuffle_below, chances):
     fields = tuple(field(np.full(20_000, 2, dtype=np.uint8), chance) for chance in chances)
-    shape = SamplerSource(np.full(200, 100), fields=fields)
+    shape = sampler_source(np.full(200, 100), fields=fields)
     sampler = Sampler(
         [shape], batch_size=1000, seed=4, captions="random", lanes=20, window=32,
         full_shuffle_below=full_shuffle_below,
@@ -102,7 +103,7 @@ def test_fields_without_a_caption_of_the_sample_are_left_to_the_others():
     counts = [np.where(np.isin(kinds, own), 1, 0).astype(np.uint8) for own in ((1, 3), (3,), (2, 3))]
     fields = tuple(field(column, chance) for column, chance in zip(counts, (0.1, 0.6, 0.3), strict=True))
     sampler = Sampler(
-        [SamplerSource(np.full(40, 1000), fields=fields)], batch_size=1000, seed=0, captions="first"
+        [sampler_source(np.full(40, 1000), fields=fields)], batch_size=1000, seed=0, captions="first"
     )
     assert sampler.samples == 30_000
     draws = [sampler.batch(t) for t in range(30)]
@@ -119,7 +120,7 @@ def test_each_pass_and_copy_draws_another_field():
         field(np.ones(4000, dtype=np.uint8), 1.0),
         field(np.ones(4000, dtype=np.uint8), 1.0),
     )
-    shape = SamplerSource(np.full(40, 100), fields=fields, repeats=Repeats(2))
+    shape = sampler_source(np.full(40, 100), fields=fields, repeats=Repeats(2))
     sampler = Sampler([shape], batch_size=100, seed=0, captions="random")
     shown = np.full((4, 4000), -1)  # pass x copies + copy
     for t in range(2 * sampler.steps_per_epoch):
@@ -134,7 +135,7 @@ def test_each_pass_and_copy_draws_another_field():
 def test_the_draws_never_change_from_one_version_to_the_next():
     counts = (np.arange(1500) * 7 % 4).astype(np.uint8)
     classes = (np.arange(1500) % 5).astype(np.int32)
-    shape = SamplerSource(
+    shape = sampler_source(
         np.full(15, 100), fields=(field(counts, 0.3), field(counts[::-1], 0.7)),
         repeats=Repeats(1, {2: 3, 4: 0.5}, classes),
     )  # fmt: skip
@@ -153,8 +154,8 @@ def test_the_draws_never_change_from_one_version_to_the_next():
 def test_one_field_alone_is_what_caption_counts_are():
     counts = (np.arange(900) % 4).astype(np.uint8)
     options = {"batch_size": 30, "seed": 1, "captions": "all", "lanes": 5, "full_shuffle_below": 0}
-    told = Sampler([SamplerSource(np.full(9, 100), fields=(field(counts, 0.2),))], **options)
-    plain = Sampler([SamplerSource(np.full(9, 100), counts)], **options)
+    told = Sampler([sampler_source(np.full(9, 100), fields=(field(counts, 0.2),))], **options)
+    plain = Sampler([sampler_source(np.full(9, 100), counts)], **options)
     for t in (0, 3, 44, 46):
         assert told.batch(t).position.tolist() == plain.batch(t).position.tolist()
         assert told.batch(t).caption.tolist() == plain.batch(t).caption.tolist()
@@ -175,7 +176,7 @@ def test_samples_counted_beforehand_are_not_counted_again():
             return self.counts[key]
 
     columns = [Guarded(np.ones(4000, dtype=np.uint8)), Guarded(np.zeros(4000, dtype=np.uint8))]
-    shape = SamplerSource(
+    shape = sampler_source(
         np.full(40, 100), more_than=np.full((1, 40), 100),
         fields=tuple(field(column, 0.5) for column in columns), repeats=Repeats(3),  # type: ignore[arg-type]
     )  # fmt: skip
@@ -186,21 +187,23 @@ def test_samples_counted_beforehand_are_not_counted_again():
 
 def test_every_caption_of_several_fields_cannot_be_asked_for():
     fields = (field(np.ones(9, dtype=np.uint8), 1.0), field(np.ones(9, dtype=np.uint8), 1.0))
-    shape = SamplerSource(np.array([9]), fields=fields, name="datacomp")
+    shape = sampler_source(np.array([9]), fields=fields, name="datacomp")
     with pytest.raises(
         UserError, match=r"captions is all, and data\.train\.0 datacomp has its captions in sev"
     ):
         Sampler([shape], batch_size=3, seed=0, captions="all")
     bare = tuple(field(np.zeros(9, dtype=np.uint8), 1.0) for _ in range(2))
     with pytest.raises(UserError, match="no sample with a caption"):
-        Sampler([SamplerSource(np.array([9]), fields=bare)], batch_size=3, seed=0, captions="random")
+        Sampler([sampler_source(np.array([9]), fields=bare)], batch_size=3, seed=0, captions="random")
     with pytest.raises(ValueError, match=r"probability 0\.0"):
         Sampler(
-            [SamplerSource(np.array([9]), fields=(fields[0], field(fields[0].counts, 0.0)))],
+            [sampler_source(np.array([9]), fields=(fields[0], field(fields[0].counts, 0.0)))],
             batch_size=3, seed=0, captions="random",
         )  # fmt: skip
     with pytest.raises(ValueError, match="8 caption counts for 9 samples"):
         Sampler(
-            [SamplerSource(np.array([9]), fields=(fields[0], field(np.ones(8), 1.0)))],
+            [sampler_source(
+                np.array([9]), fields=(fields[0], field(np.ones(8), 1.0)), more_than=np.array([[9]])
+            )],
             batch_size=3, seed=0, captions="random",
         )  # fmt: skip

@@ -15,6 +15,7 @@ from clipcluster.data.sampling.caption_rounds import CaptionRounds
 from clipcluster.data.sampling.oversampling import Repeats
 from clipcluster.data.sampling.sampler import Sampler, SamplerSource
 from clipcluster.errors import UserError
+from tests.data.sources import captions_of, sampler_source
 
 CHOICES = st.sampled_from([0, 0.25, 0.5, 1, 1.5, 2, 3])
 
@@ -39,7 +40,7 @@ def source(draw, weight=None):
         own.classes[:2] = 5
     if own.every == 0:
         own = Repeats(1.0, own.by_class, own.classes)
-    return SamplerSource(sample_counts, captions if draw(st.booleans()) else None, weight, repeats=own)
+    return sampler_source(sample_counts, captions if draw(st.booleans()) else None, weight, repeats=own)
 
 
 def written(shape: SamplerSource) -> list[Fraction]:
@@ -55,7 +56,7 @@ def expected_pass(shapes, factor, captions):
     things: Counter = Counter()
     for number, shape in enumerate(shapes):
         for position, times in enumerate(written(shape)):
-            count = 1 if shape.caption_counts is None else int(shape.caption_counts[position])
+            count = 1 if captions_of(shape) is None else int(captions_of(shape)[position])
             for caption in range(count) if captions == "all" else range(min(count, 1)):
                 things[number, position, caption] += int(times * factor)
     return +things
@@ -135,7 +136,7 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
             shown[pass_index, thing] += 1
     assert set(shown.values()) == {1}  # no two draws with the same augmentation
     for (number, pass_index), things in passes.items():
-        line = [SamplerSource(np.zeros(1))] * number + [shapes[number]]
+        line = [sampler_source(np.zeros(1))] * number + [shapes[number]]
         everything = expected_pass(line, factor_of([shapes[number]]), captions)
         assert everything.total() == sampler.group_of(number).pass_draws
         assert all(times <= everything[thing] for thing, times in things.items())
@@ -153,9 +154,9 @@ def test_a_pass_shows_every_sample_exactly_its_repeats_times(shapes, captions, w
 def test_one_line_shows_no_sample_more_often_and_over_several_passes_all(captions, full_shuffle_below):
     generator = np.random.default_rng(0)
     shapes = [
-        SamplerSource(np.full(9, 31), generator.integers(1, 3, 279).astype(np.uint8),
+        sampler_source(np.full(9, 31), generator.integers(1, 3, 279).astype(np.uint8),
                     repeats=Repeats(1, {0: 4, 1: 0, 2: 0.5}, generator.integers(-1, 4, 279))),
-        SamplerSource(np.full(4, 20), repeats=Repeats(0.5)),
+        sampler_source(np.full(4, 20), repeats=Repeats(0.5)),
     ]  # fmt: skip
     sampler = Sampler(
         shapes, batch_size=48, seed=2, captions=captions, lanes=8, window=8,
@@ -190,14 +191,14 @@ def test_an_epoch_keeps_the_length_that_is_written_though_a_pass_is_longer():
         (Repeats(0, {1: 2}, classes), 40, 40),
         (Repeats(1, {1: 0}, classes), 60, 60),
     ):
-        sampler = Sampler([SamplerSource(np.full(8, 10), repeats=own)], batch_size=10, seed=0)
+        sampler = Sampler([sampler_source(np.full(8, 10), repeats=own)], batch_size=10, seed=0)
         assert (sampler.samples, sampler.steps_per_epoch) == (samples, samples // 10)
         assert sampler.group_of(0).pass_draws == a_pass // 10 * 10
 
 
 def over_sampled(share: float, times: int, shards: int = 64, per_shard: int = 1000) -> tuple:
     classes = (np.random.default_rng(5).random(shards * per_shard) < share).astype(np.int32)
-    shape = SamplerSource(np.full(shards, per_shard), repeats=Repeats(1, {1: times}, classes))
+    shape = sampler_source(np.full(shards, per_shard), repeats=Repeats(1, {1: times}, classes))
     return shape, classes
 
 
@@ -221,7 +222,7 @@ def test_an_over_sampled_class_is_spread_over_all_batches(full_shuffle_below, la
 @pytest.mark.parametrize("shards", [128, 131])
 def test_copies_of_a_sample_are_spread_over_the_pass_and_meet_by_chance_alone(shards, full_shuffle_below):
     # 128: shards end together in all lanes, so that their portions would meet sample by sample
-    shape = SamplerSource(np.full(shards, 250), repeats=Repeats(4))
+    shape = sampler_source(np.full(shards, 250), repeats=Repeats(4))
     met, expected = 0, 0.0
     for seed in range(2):
         sampler = Sampler(
@@ -242,10 +243,10 @@ def test_copies_of_a_sample_are_spread_over_the_pass_and_meet_by_chance_alone(sh
 
 def test_rounds_hold_every_caption_as_often_as_its_sample_is_repeated():
     counts = np.array([1, 3, 2, 3, 0], dtype=np.uint8)
-    shape = SamplerSource(np.array([3, 2]), counts, repeats=Repeats(2, {7: 1}, np.array([0, 7, 0, 0, 0])))
+    shape = sampler_source(np.array([3, 2]), counts, repeats=Repeats(2, {7: 1}, np.array([0, 7, 0, 0, 0])))
     rounds = CaptionRounds([shape], every_caption=True)
     assert rounds.sizes.tolist() == [2 + 1 + 2 + 2, 1 + 2 + 2, 1 + 2]
-    told = SamplerSource(
+    told = sampler_source(
         shape.sample_counts, counts, repeats=shape.repeats, more_than=np.array([[3, 1], [2, 1], [1, 1]])
     )
     assert CaptionRounds([told], every_caption=True).sizes.tolist() == rounds.sizes.tolist()
@@ -255,7 +256,7 @@ def test_rounds_hold_every_caption_as_often_as_its_sample_is_repeated():
 def test_a_line_of_many_portions_finds_the_same_samples(monkeypatch):
     shape, _ = over_sampled(0.3, 3, shards=41, per_shard=50)
     shape.sample_counts[7:9] = 0
-    shape = SamplerSource(shape.sample_counts, repeats=Repeats(1, {1: 3}, shape.repeats.classes[:1950]))
+    shape = sampler_source(shape.sample_counts, repeats=Repeats(1, {1: 3}, shape.repeats.classes[:1950]))
     options = {"batch_size": 32, "seed": 0, "lanes": 8, "window": 8, "full_shuffle_below": 0}
     plain = Sampler([shape], **options)
     monkeypatch.setattr(line_module, "_MANY", 10)
@@ -268,7 +269,7 @@ def test_mistakes_are_named():
     classes = np.zeros(80, dtype=np.int32)
 
     def sampler(*repeats, batch_size=4):
-        shapes = [SamplerSource(np.array([80]), repeats=own, name="flickr") for own in repeats]
+        shapes = [sampler_source(np.array([80]), repeats=own, name="flickr") for own in repeats]
         return Sampler(shapes, batch_size=batch_size, seed=0)
 
     with pytest.raises(
@@ -289,20 +290,20 @@ def test_mistakes_are_named():
         sampler(Repeats(0))
     with pytest.raises(UserError, match=r"a pass through the training data, repeats counted, is 160 samples"):
         Sampler(
-            [SamplerSource(np.array([80]), repeats=Repeats(2))], batch_size=161, seed=0, epoch_samples=999
+            [sampler_source(np.array([80]), repeats=Repeats(2))], batch_size=161, seed=0, epoch_samples=999
         )
     with pytest.raises(UserError, match=r"the repeats of flickr show 200,000 shards up to 200 times a pass"):
-        Sampler([SamplerSource(np.ones(200_000), name="flickr", repeats=Repeats(200))], batch_size=4, seed=0)
+        Sampler([sampler_source(np.ones(200_000), name="flickr", repeats=Repeats(200))], batch_size=4, seed=0)
 
 
 def test_the_nearest_repeats_that_are_named_will_do():
     classes = np.zeros(80, dtype=np.int32)
     for value in (0.37, 1.2345, 0.001, 2.718281):
-        shape = SamplerSource(np.array([80]), repeats=Repeats(1, {0: value}, classes))
+        shape = sampler_source(np.array([80]), repeats=Repeats(1, {0: value}, classes))
         with pytest.raises(UserError) as caught:
             Sampler([shape], batch_size=1, seed=0)
         every, nearest = str(caught.value).rsplit("possible repeats are ", 1)[1].rstrip(".").split(", ")
-        told = SamplerSource(np.array([80]), repeats=Repeats(float(every), {0: float(nearest)}, classes))
+        told = sampler_source(np.array([80]), repeats=Repeats(float(every), {0: float(nearest)}, classes))
         assert Sampler([told], batch_size=1, seed=0).steps_per_epoch >= 1
         assert float(nearest) == pytest.approx(value, rel=0.02 if value > 0.1 else 20)
 
@@ -312,7 +313,7 @@ def test_what_no_recipe_can_ask_for_is_a_programming_error():
         Repeats(1, {0: 2})
     with pytest.raises(ValueError, match="79 classes for 80 samples"):
         Sampler(
-            [SamplerSource(np.array([80]), repeats=Repeats(1, {0: 2}, np.zeros(79)))], batch_size=1, seed=0
+            [sampler_source(np.array([80]), repeats=Repeats(1, {0: 2}, np.zeros(79)))], batch_size=1, seed=0
         )
     with pytest.raises(ValueError, match="zero or more"):
-        Sampler([SamplerSource(np.array([80]), repeats=Repeats(-1))], batch_size=1, seed=0)
+        Sampler([sampler_source(np.array([80]), repeats=Repeats(-1))], batch_size=1, seed=0)

@@ -9,29 +9,30 @@ import numpy as np
 import pytest
 
 from clipcluster.data.sampling.sampler import Sampler, SamplerSource
+from tests.data.sources import sampler_source
 
 COUNTS = (np.arange(1500) * 7 % 4).astype(np.uint8)
 STEPS = (0, 1, 30, 31, 77, 1_000_000)
 
 
 def one() -> list[SamplerSource]:
-    return [SamplerSource(np.full(15, 100), COUNTS)]
+    return [sampler_source(np.full(15, 100), COUNTS)]
 
 
 def one_without_captions() -> list[SamplerSource]:
-    return [SamplerSource(np.array([0, 7, 640, 1, 0, 333]))]
+    return [sampler_source(np.array([0, 7, 640, 1, 0, 333]))]
 
 
 def together() -> list[SamplerSource]:
     return [
-        SamplerSource(np.full(15, 100), COUNTS),
-        SamplerSource(np.full(9, 50)),
-        SamplerSource(np.full(3, 9)),
+        sampler_source(np.full(15, 100), COUNTS),
+        sampler_source(np.full(9, 50)),
+        sampler_source(np.full(3, 9)),
     ]
 
 
 def weighted() -> list[SamplerSource]:
-    return [SamplerSource(np.full(15, 100), COUNTS, 0.7), SamplerSource(np.full(9, 50), None, 0.3)]
+    return [sampler_source(np.full(15, 100), COUNTS, 0.7), sampler_source(np.full(9, 50), None, 0.3)]
 
 
 def digest(sampler: Sampler) -> str:
