@@ -83,14 +83,9 @@ def ordered(results: Mapping[str, float | None]) -> dict[Kind, list[Result]]:
     return {kind: own for kind, own in by_kind.items() if own}
 
 
-def headline(results: Mapping[str, float | None]) -> list[Result]:
-    """The few results that a line has room for: zero-shot top-1 and grouped R@1; else the first ones."""
-    every = [result for own in ordered(results).values() for result in own]
-    return [result for result in every if result.name.rpartition("/")[2] in HEADLINE] or every[:3]
-
-
 def headline_text(results: Mapping[str, float | None]) -> str:
-    """`headline` in one line, and how many results there are."""
-    chosen = headline(results)
+    """One line: zero-shot top-1 and grouped R@1, else the first results, and how many there are."""
+    every = [result for own in ordered(results).values() for result in own]
+    chosen = [result for result in every if result.name.rpartition("/")[2] in HEADLINE] or every[:3]
     shown = ", ".join(f"{result.name} {result.text}" for result in chosen)
     return shown + (f" ({len(results)} results in all)" if len(results) > len(chosen) else "")

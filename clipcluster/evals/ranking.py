@@ -1,4 +1,4 @@
-"""The place of the correct candidate in a ranking: pure functions on features, in bounded memory.
+"""The place of the correct candidate in a ranking of features, in bounded memory.
 
 Ties go to the candidate that comes first, as in OpenCLIP 4.2, and scores closer than TIE are ties: so copies
 of one image have a fixed order, and a model that gives everything the same vector scores as chance does.
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+
+from clipcluster.evals.features import Context, Tick, rank_chunks
 
 TIE = 1e-6
 """Cosines closer than this are equal: what float32 products of the same vectors differ by."""
@@ -32,9 +34,6 @@ class Matches:
             raise ValueError("every query needs a correct candidate")
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.values = np.fromiter((i for right in lists for i in right), dtype=np.int64, count=sum(counts))
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
 
     def mask(self, start: int, stop: int, candidates: int, device: torch.device) -> Tensor:
         """(stop - start, candidates) bool: true where the candidate is correct for the query."""
@@ -64,6 +63,19 @@ def first_match(scores: Tensor, right: Tensor) -> Tensor:
     own = (tied & right).to(torch.uint8).argmax(dim=1, keepdim=True)
     earlier = torch.arange(scores.shape[1], device=scores.device) < own
     return ((scores > best + TIE) | (tied & earlier)).sum(dim=1)
+
+
+def rank_together(
+    queries: Tensor, candidates: Tensor, owners: Matches, context: Context, tick: Tick
+) -> np.ndarray:
+    """(Q,) int64: the place, from 0, of every query's best correct candidate; the ranks share the queries."""
+    places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for start, stop in rank_chunks(len(queries), context.world, max(1, CHUNK_ELEMENTS // len(candidates))):
+        if start < stop:
+            right = owners.mask(start, stop, len(candidates), queries.device)
+            places[start:stop] = first_match(cosines(queries[start:stop], candidates), right)
+        tick()
+    return context.world.all_reduce_sum(places).cpu().numpy()
 
 
 def figures(places: np.ndarray) -> Iterator[tuple[str, float]]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clipcluster.errors import UserError
 from clipcluster.evals.features import (
@@ -23,9 +22,8 @@ from clipcluster.evals.features import (
     encode_images,
     encode_texts,
     from_all_ranks,
-    rank_chunks,
 )
-from clipcluster.evals.ranking import CHUNK_ELEMENTS, Matches, cosines, figures, first_match
+from clipcluster.evals.ranking import Matches, figures, rank_together
 from clipcluster.model.protocols import DualEncoder
 
 
@@ -101,16 +99,3 @@ def retrieval(
     yield "images", float(len(image))
     yield "pairs", float(len(pair_image))
     yield "distinct_captions", float(len(captions.texts))
-
-
-def rank_together(
-    queries: Tensor, candidates: Tensor, owners: Matches, context: Context, tick: Tick
-) -> np.ndarray:
-    """(Q,) int64: the place, from 0, of every query's best correct candidate; the ranks share the queries."""
-    places = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for start, stop in rank_chunks(len(queries), context.world, max(1, CHUNK_ELEMENTS // len(candidates))):
-        if start < stop:
-            right = owners.mask(start, stop, len(candidates), queries.device)
-            places[start:stop] = first_match(cosines(queries[start:stop], candidates), right)
-        tick()
-    return context.world.all_reduce_sum(places).cpu().numpy()

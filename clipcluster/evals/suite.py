@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,18 +30,10 @@ Measure = Callable[[DualEncoder, EvaluationSet, Context, Tick], Iterator[tuple[s
 KINDS: dict[str, Measure] = {"zero_shot": zero_shot, "retrieval": retrieval}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One kind of measure on one set."""
-
-    kind: str
-    images: EvaluationSet
-
-
 class Suite:
-    """All evaluations of a run; every rank holds the same."""
+    """All evaluations of a run, each a kind of measure on one set; every rank holds the same."""
 
-    def __init__(self, evaluations: Sequence[Evaluation], context: Context) -> None:
+    def __init__(self, evaluations: Sequence[tuple[str, EvaluationSet]], context: Context) -> None:
         self.evaluations = tuple(evaluations)
         self.context = context
 
@@ -62,13 +53,12 @@ class Suite:
         model.eval()
         results: dict[str, float] = {}
         try:
-            for evaluation in self.evaluations:
+            for kind, images in self.evaluations:
                 wishes()
-                images = evaluation.images
                 if self.context.world.is_main:
                     step = f" at step {progress.step}" if progress is not None else ""
-                    logger.info("%s on %s%s: %d images", evaluation.kind, images.name, step, images.samples)
-                measured = KINDS[evaluation.kind](model, images, self.context, wishes)
+                    logger.info("%s on %s%s: %d images", kind, images.name, step, images.samples)
+                measured = KINDS[kind](model, images, self.context, wishes)
                 results.update({f"{images.name}/{name}": value for name, value in measured})
         finally:
             model.train(training)
@@ -88,7 +78,7 @@ def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer) -> Suite:
     }
     chosen = [("zero_shot", folder) for folder in section.zero_shot]
     chosen += [("retrieval", folder) for folder in section.retrieval]
-    evaluations = [Evaluation(kind, sets[folder]) for kind, folder in dict.fromkeys(chosen)]
+    evaluations = [(kind, sets[folder]) for kind, folder in dict.fromkeys(chosen)]
     image, per_rank = recipe.data.image, max(1, section.batch_size // world.size)
     context = Context(world, tokenizer, image.mean, image.std, per_rank)
     return Suite(evaluations, context)

@@ -16,9 +16,8 @@ from clipcluster.evals.features import (
     encode_images,
     encode_texts,
     from_all_ranks,
-    rank_chunks,
 )
-from clipcluster.evals.ranking import CHUNK_ELEMENTS, cosines, first_match
+from clipcluster.evals.ranking import Matches, rank_together
 from clipcluster.model.protocols import DualEncoder
 
 PLACEHOLDER = "{c}"
@@ -46,11 +45,11 @@ def zero_shot(
             f"classnames.txt names {len(classes)} classes (0 to {len(classes) - 1})."
         )
     positions = torch.tensor(list(labels), device=classes.device)
-    targets = torch.tensor(list(labels.values()), device=classes.device)
-    places = _places(known.features[positions], classes, targets, context, tick)
-    yield "zero_shot_top1", float((places < 1).double().mean())
+    own = Matches([[label] for label in labels.values()])
+    places = rank_together(known.features[positions], classes, own, context, tick)
+    yield "zero_shot_top1", float((places < 1).mean())
     if len(classes) >= 5:
-        yield "zero_shot_top5", float((places < 5).double().mean())
+        yield "zero_shot_top5", float((places < 5).mean())
     yield "zero_shot_images", float(len(labels))
 
 
@@ -72,15 +71,3 @@ def class_vectors(model: DualEncoder, images: EvaluationSet, context: Context, t
     features = encode_texts(model, texts, context, tick)
     means = features.unflatten(0, (len(images.classnames), len(images.templates))).mean(dim=1)
     return functional.normalize(means, dim=-1)
-
-
-def _places(features: Tensor, classes: Tensor, targets: Tensor, context: Context, tick: Tick) -> Tensor:
-    """(n,) int64: the place, from 0, of every image's class; the ranks share the images."""
-    places = torch.zeros(len(features), dtype=torch.int64, device=features.device)
-    numbers = torch.arange(len(classes), device=features.device)
-    for start, stop in rank_chunks(len(features), context.world, max(1, CHUNK_ELEMENTS // len(classes))):
-        right = targets[start:stop, None] == numbers
-        if start < stop:
-            places[start:stop] = first_match(cosines(features[start:stop], classes), right)
-        tick()
-    return context.world.all_reduce_sum(places)

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 DEFAULT, LINES, TXT = "default", "lines", "txt"
 CHOICES = "default, lines, txt, json:FIELD or MEMBER.json:FIELD"
@@ -40,7 +41,7 @@ def checked(choice: str) -> str:
     raise ValueError(f"should be {CHOICES}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def checked_probabilities(probabilities: Mapping[str, float]) -> None:
+def checked_probabilities(probabilities: Mapping[str, Any]) -> None:
     """ValueError unless these are choices with positive probabilities."""
     if not probabilities:
         raise ValueError("should name at least one choice with its probability")
@@ -49,8 +50,9 @@ def checked_probabilities(probabilities: Mapping[str, float]) -> None:
             checked(choice)
         except ValueError as error:
             raise ValueError(f"{choice!r} {error}") from None
-        if not (math.isfinite(probability) and probability > 0):
-            raise ValueError(f"{choice!r} has the probability {probability:g}; should be a positive number")
+        number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
+        if not (number and 0 < probability < math.inf):
+            raise ValueError(f"{choice!r} has the probability {probability!r}; should be a positive number")
 
 
 def probabilities_of(asked: str | Mapping[str, float] | None) -> dict[str | None, float | None]:

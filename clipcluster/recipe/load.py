@@ -88,7 +88,7 @@ def load(
     tree = _with_parents(file, environ, ())
     profile = find_site(site, environ)
     if profile is not None:
-        tree = merge(profile.tree, tree)
+        tree = merge(profile, tree)
     _assign_all(tree, overrides)
     problems: dict[Loc, str] = {}
     written = plain(tree, (), environ, problems, keep_paths=True)
@@ -142,8 +142,7 @@ def load_cluster(
         UserError: as `load`.
     """
     environ = os.environ if environ is None else environ
-    profile = find_site(site, environ)
-    tree = profile.tree if profile is not None else Branch({}, {}, Origin(COMMAND_LINE))
+    tree = find_site(site, environ) or Branch({}, {}, Origin(COMMAND_LINE))
     _assign_all(tree, overrides, below=["cluster"])
     problems: dict[Loc, str] = {}
     resolved = plain(tree, (), environ, problems, keep_paths=False)
@@ -155,16 +154,14 @@ def _existing(path: Path) -> Path:
         return path
     if path.is_dir():
         raise UserError(f"{path} is a folder; a recipe is a YAML file")
-    near = nearest(path.name, _yaml_names(path.parent)) or nearest(
-        path.name + ".yaml", _yaml_names(path.parent)
-    )
+    names = sorted(_yaml_names(path.parent))
+    near = nearest(path.name, names) or nearest(path.name + ".yaml", names)
     shipped = path.parent / "recipes" / path.name
     if near or shipped.is_file():
         hint = f"did you mean {shipped if shipped.is_file() else path.parent / str(near)}?"
     elif not path.parent.is_dir():
         hint = f"the folder {path.parent} does not exist"
     else:
-        names = sorted(_yaml_names(path.parent))
         hint = f"{path.parent} has {', '.join(names[:10])}" if names else f"{path.parent} has no recipe"
     raise UserError(f"{path}: no such recipe; {hint}")
 

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.base import Section
-from clipcluster.recipe.sections.fields import is_list_of_sections, kinds_of, sections_of, walk
+from clipcluster.recipe.sections.fields import is_list_of_sections, kinds_of, parts_of, sections_of, walk
 from clipcluster.recipe.tree import Branch, Leaf, Loc, Origin, dotted, find, nearest, origin_of, read_scalar
 
 S = TypeVar("S", bound=Section)
@@ -112,8 +112,8 @@ class Key:
                 continue
             field = inner.model_fields.get(part)
             key = cls(tuple(loc), field, inner, others)
-            kinds, others = (kinds_of(field), {}) if field else ({}, {})
-            inner = next(iter(sections_of(field)), None) if field else None
+            kinds, others = kinds_of(field), {}
+            inner = next(iter(sections_of(field)), None)
         return key
 
     @property
@@ -135,9 +135,12 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Branch, root: type[Sectio
     if kind == "kind_missing":
         return origin.problem(key.path, _no_kind(key, value))
     if kind in ("model_type", "kind_type"):
-        expected = f"should be a section with the keys {_keys_of(key)}"
+        keys = ", or ".join(", ".join(section.model_fields) for section in sections_of(key.field))
+        expected = f"should be a section with the keys {keys}"
     elif kind == "literal_error":
-        expected = _one_of(value, _choices(key.field))
+        choices = _choices(key.field)
+        near = nearest(str(value), choices)
+        expected = f"should be {' or '.join(choices)}" + (f"; did you mean {near}?" if near else "")
     elif kind in EXPECTED:
         expected = EXPECTED[kind].format(**entry.get("ctx", {}))
     else:  # a type that no key had when this was written: pydantic's own words
@@ -153,26 +156,10 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Branch, root: type[Sectio
     return origin.problem(key.path, f"got {_given(key.loc, value, tree)}; {expected}")
 
 
-def _keys_of(key: Key) -> str:
-    """The keys of the section at `key`, of each kind."""
-    kinds = sections_of(key.field) if key.field else ()
-    return ", or ".join(", ".join(kind.model_fields) for kind in kinds)
-
-
 def _choices(field: FieldInfo | None) -> list[str]:
     """The words of a key that takes one of several."""
-    annotations = [field.annotation] if field else []
-    while annotations:
-        annotation = annotations.pop()
-        if get_origin(annotation) is Literal:
-            return [str(choice) for choice in get_args(annotation)]
-        annotations.extend(get_args(annotation))
-    return []
-
-
-def _one_of(value: Any, choices: list[str]) -> str:
-    near = nearest(str(value), choices)
-    return f"should be {' or '.join(choices)}" + (f"; did you mean {near}?" if near else "")
+    literals = (part for part in parts_of(field) if get_origin(part) is Literal)
+    return [str(choice) for choice in get_args(next(literals, None))]
 
 
 def _examples(key: Key, value: Any) -> list[str]:
@@ -219,7 +206,7 @@ def _got(value: Any) -> str:
 
 def _two_kinds(key: Key, value: Mapping[str, Any], tree: Branch) -> str:
     """One line for a section with the keys of several kinds, at the last of them that was written."""
-    names = [name for name in kinds_of(key.field) if value.get(name) is not None] if key.field else []
+    names = [name for name in kinds_of(key.field) if value.get(name) is not None]
     origins = {name: origin_of(tree, (*key.loc, name)) for name in names}
     last = next((name for name in names if origins[name].override), names[-1])
     other = next(name for name in names if name != last)
@@ -230,7 +217,7 @@ def _two_kinds(key: Key, value: Mapping[str, Any], tree: Branch) -> str:
 
 def _no_kind(key: Key, value: Mapping[str, Any]) -> str:
     """What to say of a section without a key that tells its kind."""
-    kinds = kinds_of(key.field) if key.field else {}
+    kinds = kinds_of(key.field)
     known = {name for kind in kinds.values() for name in kind.model_fields}
     for name in value:
         near = nearest(name, kinds) if name not in known else None

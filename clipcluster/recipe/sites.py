@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from clipcluster.errors import UserError
@@ -17,15 +16,6 @@ from clipcluster.recipe.tree import Branch, nearest, parse_file
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes" / "sites"
 _EXAMPLE = "example"  # shows the keys; used only by name
-
-
-@dataclass(frozen=True)
-class Site:
-    """A profile: its name, its file, and its keys with the lines that wrote them."""
-
-    name: str
-    file: Path
-    tree: Branch
 
 
 def user_folder(environ: Mapping[str, str] | None = None) -> Path:
@@ -46,7 +36,7 @@ def known_sites(environ: Mapping[str, str] | None = None) -> dict[str, Path]:
     return found
 
 
-def find_site(name: str | None, environ: Mapping[str, str] | None = None) -> Site | None:
+def find_site(name: str | None, environ: Mapping[str, str] | None = None) -> Branch | None:
     """The profile called `name`; without a name the only one there is (not counting the example), else None.
 
     Raises:
@@ -66,4 +56,4 @@ def find_site(name: str | None, environ: Mapping[str, str] | None = None) -> Sit
     for entry in tree.entries:
         if entry != "cluster":
             raise UserError(tree.marks[entry].problem(entry, "a site profile has only the section cluster"))
-    return Site(name, known[name], tree)
+    return tree

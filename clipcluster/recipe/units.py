@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     GetCoreSchemaHandler,
@@ -66,12 +66,19 @@ def _decimal(value: Fraction) -> str:
     return str(value.numerator) if value.denominator == 1 else repr(float(value))
 
 
+def _text_like(unit: str) -> dict[str, Any]:
+    """The JSON Schema of a number and a unit that fits the pattern."""
+    return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*{unit}\s*$"}
+
+
 def _round_half_up(value: Fraction) -> int:
     return math.floor(value + Fraction(1, 2))
 
 
 class _Text:
-    """What the units share: they are read from text and written as text."""
+    """What the units share: they are read from text and written as text; `SCHEMA` is that of the text."""
+
+    SCHEMA: ClassVar[dict[str, Any]]
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -80,10 +87,6 @@ class _Text:
 
     @classmethod
     def _read(cls, value: object) -> Self:
-        raise NotImplementedError
-
-    @classmethod
-    def _pattern(cls) -> dict[str, Any]:
         raise NotImplementedError
 
     @classmethod
@@ -96,7 +99,7 @@ class _Text:
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return cls._pattern()
+        return dict(cls.SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Duration(_Text):
 
     count: Fraction
     unit: str  # steps | samples | epochs | %
+
+    SCHEMA = _text_like(r"(steps?|samples?|epochs?|%)")
 
     @classmethod
     def _read(cls, value: object) -> Duration:
@@ -129,10 +134,6 @@ class Duration(_Text):
     def __str__(self) -> str:
         return f"{_decimal(self.count)}{'' if self.unit == '%' else ' '}{self.unit}"
 
-    @classmethod
-    def _pattern(cls) -> dict[str, Any]:
-        return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?|%)\s*$"}
-
 
 def parse_length(value: object) -> Duration:
     """Read the duration of a whole run, of which a percentage would say nothing; ValueError for others."""
@@ -146,7 +147,7 @@ Length = Annotated[
     Duration,
     PlainValidator(parse_length),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": "string", "pattern": rf"^\s*{_NUMBER}\s*(steps?|samples?|epochs?)\s*$"}),
+    WithJsonSchema(_text_like(r"(steps?|samples?|epochs?)")),
 ]
 
 
@@ -155,6 +156,8 @@ class Time(_Text):
     """A length of wall-clock time."""
 
     seconds: float
+
+    SCHEMA = _text_like(rf"({'|'.join(_TIME_UNITS)})")
 
     @classmethod
     def _read(cls, value: object) -> Time:
@@ -175,10 +178,6 @@ class Time(_Text):
                 return f"{int(self.seconds // size)} {name}"
         return f"{_decimal(Fraction(repr(self.seconds)))} s"
 
-    @classmethod
-    def _pattern(cls) -> dict[str, Any]:
-        return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*({'|'.join(_TIME_UNITS)})\s*$"}
-
 
 def parse_period(value: object) -> Duration | Time:
     """Read a duration or a time; ValueError says what is allowed."""
@@ -195,7 +194,7 @@ Period = Annotated[
     Duration | Time,
     PlainValidator(parse_period),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"anyOf": [Duration._pattern(), Time._pattern()]}),
+    WithJsonSchema({"anyOf": [Duration.SCHEMA, Time.SCHEMA]}),
 ]
 
 
@@ -204,6 +203,8 @@ class Memory(_Text):
     """Memory of a node, in the units of SLURM: 1 GB is 1024 MB."""
 
     megabytes: int
+
+    SCHEMA = _text_like(r"[MGTmgt](i?[Bb])?")
 
     @classmethod
     def _read(cls, value: object) -> Memory:
@@ -217,10 +218,6 @@ class Memory(_Text):
     def __str__(self) -> str:
         return f"{self.megabytes // 1024} GB" if self.megabytes % 1024 == 0 else f"{self.megabytes} MB"
 
-    @classmethod
-    def _pattern(cls) -> dict[str, Any]:
-        return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*[MGTmgt](i?[Bb])?\s*$"}
-
 
 @dataclass(frozen=True)
 class Nodes(_Text):
@@ -228,6 +225,13 @@ class Nodes(_Text):
 
     least: int
     most: int
+
+    SCHEMA: ClassVar[dict[str, Any]] = {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": r"^\s*\d+(\s*-\s*\d+)?\s*$"},
+        ]
+    }
 
     @classmethod
     def _read(cls, value: object) -> Nodes:
@@ -242,12 +246,3 @@ class Nodes(_Text):
 
     def __str__(self) -> str:
         return str(self.least) if self.least == self.most else f"{self.least}-{self.most}"
-
-    @classmethod
-    def _pattern(cls) -> dict[str, Any]:
-        return {
-            "anyOf": [
-                {"type": "integer", "minimum": 1},
-                {"type": "string", "pattern": r"^\s*\d+(\s*-\s*\d+)?\s*$"},
-            ]
-        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,18 +11,22 @@ import typer
 from clipcluster.runs.find import find_run, runs_folder
 from clipcluster.text import counted
 from jobs.cli.options import AsJson, Runs, group, print_document, say
+from tools.sandbox import preempt
+from tools.sandbox import sandbox as sandboxes
 
 sandbox = group("A throwaway SLURM cluster of several nodes on this machine, for tests and demonstrations.")
 SandboxFolder = Annotated[
-    Path | None,
-    typer.Option("--dir", metavar="DIR", help="Its folder. Default: $CLIPCLUSTER_SANDBOX, else ./sandbox"),
+    Path,
+    typer.Option(
+        "--dir",
+        metavar="DIR",
+        envvar="CLIPCLUSTER_SANDBOX",
+        show_envvar=False,
+        show_default=False,
+        help="Its folder. Default: $CLIPCLUSTER_SANDBOX, else ./sandbox",
+    ),
 ]
-
-
-def _sandbox_folder(folder: Path | None) -> Path:
-    from tools.sandbox import sandbox as sandboxes
-
-    return folder or sandboxes.default_folder()
+HERE = Path("sandbox")
 
 
 @sandbox.command("start")
@@ -35,13 +40,11 @@ def sandbox_start(
     user_signal: Annotated[
         bool, typer.Option("--user-signal", help="A preemption sends USR2 (preempt_send_user_signal).")
     ] = False,
-    folder: SandboxFolder = None,
+    folder: SandboxFolder = HERE,
 ) -> None:
     """Start it, and print the line that makes a shell use it."""
-    from tools.sandbox import sandbox as sandboxes
-
     started = sandboxes.start(
-        _sandbox_folder(folder),
+        folder,
         nodes=nodes,
         cpus=cpus,
         grace_seconds=grace,
@@ -55,24 +58,17 @@ def sandbox_start(
 @sandbox.command("stop")
 def sandbox_stop(
     keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Keep the daemons' logs.")] = False,
-    folder: SandboxFolder = None,
+    folder: SandboxFolder = HERE,
 ) -> None:
     """Stop it and remove its folder."""
-    from tools.sandbox import sandbox as sandboxes
-
-    chosen = _sandbox_folder(folder)
-    ended = sandboxes.stop(chosen, keep_logs=keep_logs)
-    say(f"{chosen}: {counted(ended, 'process')} ended")
+    ended = sandboxes.stop(folder, keep_logs=keep_logs)
+    say(f"{folder}: {counted(ended, 'process')} ended")
 
 
 @sandbox.command("status")
-def sandbox_status(folder: SandboxFolder = None, as_json: AsJson = False) -> None:
+def sandbox_status(folder: SandboxFolder = HERE, as_json: AsJson = False) -> None:
     """Show its nodes and jobs."""
-    from dataclasses import asdict
-
-    from tools.sandbox import sandbox as sandboxes
-
-    found = sandboxes.status(_sandbox_folder(folder))
+    found = sandboxes.status(folder)
     if as_json:
         document = {
             "folder": str(found.sandbox.folder),
@@ -98,16 +94,12 @@ def sandbox_preempt(
     come_back: Annotated[
         bool, typer.Option("--come-back/--no-come-back", help="Let it start again at once.")
     ] = True,
-    folder: SandboxFolder = None,
+    folder: SandboxFolder = HERE,
     runs: Runs = None,
 ) -> None:
     """Preempt a running job by one of higher priority, and let it start again."""
-    from tools.sandbox import preempt
-
-    job: str | Path = run
-    if not preempt.JOB_ID.fullmatch(run):
-        job = find_run(run, runs_folder(runs)).path
-    done = preempt.preempt(_sandbox_folder(folder), job, come_back=come_back, hold_seconds=hold)
+    job = run if preempt.JOB_ID.fullmatch(run) else find_run(run, runs_folder(runs)).path
+    done = preempt.preempt(folder, job, come_back=come_back, hold_seconds=hold)
     say(
         f"job {done.job_id} left {', '.join(done.nodes)} after {done.evicted_after:.1f} s; "
         + ("requeued" if done.requeued else f"not requeued: {done.state}")
@@ -118,27 +110,21 @@ NodeName = Annotated[str, typer.Argument(metavar="NODE", help="A node, such as n
 
 
 @sandbox.command("kill-node")
-def sandbox_kill_node(node: NodeName, folder: SandboxFolder = None) -> None:
+def sandbox_kill_node(node: NodeName, folder: SandboxFolder = HERE) -> None:
     """Kill a node: slurmd, step daemons and tasks at once, as when a machine loses its power."""
-    from tools.sandbox import sandbox as sandboxes
-
-    ended = sandboxes.kill_node(_sandbox_folder(folder), node)
+    ended = sandboxes.kill_node(folder, node)
     say(f"{node}: {counted(ended, 'process')} killed; SLURM notices after about 25 s")
 
 
 @sandbox.command("lose-node")
-def sandbox_lose_node(node: NodeName, folder: SandboxFolder = None) -> None:
+def sandbox_lose_node(node: NodeName, folder: SandboxFolder = HERE) -> None:
     """Kill a node's slurmd alone: to SLURM the node is gone, its ranks keep running."""
-    from tools.sandbox import sandbox as sandboxes
-
-    sandboxes.lose_node(_sandbox_folder(folder), node)
+    sandboxes.lose_node(folder, node)
     say(f"{node}: slurmd killed, its ranks keep running; SLURM notices after about 25 s")
 
 
 @sandbox.command("restore-node")
-def sandbox_restore_node(node: NodeName, folder: SandboxFolder = None) -> None:
+def sandbox_restore_node(node: NodeName, folder: SandboxFolder = HERE) -> None:
     """Start a node's slurmd again, and wait until SLURM can use it."""
-    from tools.sandbox import sandbox as sandboxes
-
-    sandboxes.restore_node(_sandbox_folder(folder), node)
+    sandboxes.restore_node(folder, node)
     say(f"{node}: up")

@@ -39,11 +39,6 @@ class Status:
     jobs: list[QueuedJob]
 
 
-def default_folder() -> Path:
-    """$CLIPCLUSTER_SANDBOX, else ./sandbox."""
-    return Path(os.environ.get("CLIPCLUSTER_SANDBOX") or "sandbox")
-
-
 def start(
     folder: Path,
     *,

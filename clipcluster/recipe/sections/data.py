@@ -14,11 +14,6 @@ from clipcluster.recipe.units import Memory
 
 def _captions_in(value: object) -> object:
     if isinstance(value, dict) and all(isinstance(choice, str) for choice in value):
-        for choice, probability in value.items():
-            if isinstance(probability, bool) or not isinstance(probability, (int, float)):
-                raise ValueError(
-                    f"{choice!r} has the probability {probability!r}; should be a positive number"
-                )
         captions.checked_probabilities(value)
         return {choice: float(probability) for choice, probability in value.items()}
     if isinstance(value, str):

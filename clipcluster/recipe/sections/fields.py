@@ -12,27 +12,27 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sections.union import Kinds
 
 
-def sections_of(field: FieldInfo) -> tuple[type[Section], ...]:
+def parts_of(field: FieldInfo | None) -> list[Any]:
+    """A field's annotation, then what it is made of, from the outside in; [] for an unknown key."""
+    found: list[Any] = [field.annotation] if field else []
+    for annotation in found:
+        found.extend(getattr(annotation, "__args__", ()))
+    return found
+
+
+def sections_of(field: FieldInfo | None) -> tuple[type[Section], ...]:
     """The section behind a field (optional and listed ones too), every kind of a union, () for a key."""
-    found: dict[type[Section], None] = {}
-    candidates = [field.annotation]
-    while candidates:
-        annotation = candidates.pop(0)
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            found[annotation] = None
-        else:
-            candidates.extend(getattr(annotation, "__args__", ()))
-    return tuple(found)
+    parts = parts_of(field)
+    return tuple(
+        dict.fromkeys(part for part in parts if isinstance(part, type) and issubclass(part, Section))
+    )
 
 
-def kinds_of(field: FieldInfo) -> dict[str, type[Section]]:
+def kinds_of(field: FieldInfo | None) -> dict[str, type[Section]]:
     """The kinds of a union of sections by the key that tells them; {} for any other field."""
-    marks = list(field.metadata)
-    candidates = [field.annotation]
-    while candidates:
-        annotation = candidates.pop()
-        marks.extend(getattr(annotation, "__metadata__", ()))
-        candidates.extend(getattr(annotation, "__args__", ()))
+    marks = list(field.metadata) if field else []
+    for part in parts_of(field):
+        marks.extend(getattr(part, "__metadata__", ()))
     return next((mark.sections for mark in marks if isinstance(mark, Kinds)), {})
 
 
