@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -74,7 +73,7 @@ class Events:
 def follow(run: Run, console: Console, *, queue: Callable[[], Queue] = Queue) -> int:
     """Show the run until it ends, then its results; returns its exit code (0 after Ctrl-C)."""
     try:
-        with _view(run, console) as view:
+        with Bar(run, console) if console.is_terminal else View(run, console) as view:
             state = _watch(run, view, queue)
     except KeyboardInterrupt:
         console.print(
@@ -187,10 +186,6 @@ class Bar(View):
         self._bar.update(self._task, completed=line["step"], description=metrics_text(line))
 
 
-def _view(run: Run, console: Console) -> View:
-    return Bar(run, console) if console.is_terminal else View(run, console)
-
-
 def metrics_text(line: Mapping[str, Any]) -> str:
     """The few numbers of a line of metrics that a person follows."""
     parts = []
@@ -248,8 +243,3 @@ def where(run: Run) -> str:
     from clipcluster.runs.find import runs_folder
 
     return run.name if (runs_folder().absolute() == run.path.parent) else str(run.path)
-
-
-def terminal() -> Console:
-    """Standard output, for people."""
-    return Console(file=sys.stdout)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clipcluster.errors import UserError
-from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 
 LOOK_SECONDS = 0.5
@@ -28,16 +27,12 @@ def log_files(run: Run, *, rank: int = 0, attempt: int | None = None) -> list[Pa
             raise UserError(
                 f"attempt {chosen.number} of {run.name} has no rank {rank}; its ranks: 0 to {ranks[-1]}"
             )
-    found = _job_logs(run, chosen)
+    # where no rank came to its own file: what submitit, srun and the batch script wrote
+    pattern = f"{chosen.job}_*_log.err" if chosen else "*_log.err"
+    found = [path for path in sorted(run.submitit.glob(pattern)) if path.stat().st_size]
     if not found:
         raise UserError(f"{run.name} has printed nothing yet; see: clipcluster status {run.name}")
     return found
-
-
-def _job_logs(run: Run, attempt: Attempt | None) -> list[Path]:
-    """Where no rank came to its own file: what submitit, srun and the batch script wrote."""
-    pattern = f"{attempt.job}_*_log.err" if attempt else "*_log.err"
-    return [path for path in sorted(run.submitit.glob(pattern)) if path.stat().st_size]
 
 
 def stream(

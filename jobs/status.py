@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from jobs.endings import history
@@ -36,9 +33,6 @@ class Report:
     checkpoint: int | None
     last_event: str | None
     last_event_time: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def report(run: Run, queue: Queue) -> Report:
@@ -80,7 +74,7 @@ def total_steps(run: Run) -> int | None:
 def last_metrics(run: Run) -> dict[str, Any] | None:
     """The last line of metrics of the newest attempt that wrote one."""
     for attempt in reversed(run.attempts()):
-        lines = _last_lines(attempt.path / "metrics.jsonl")
+        lines = files.read_lines(attempt.path / "metrics.jsonl", last_bytes=_TAIL_BYTES)
         if lines:
             return lines[-1]
     return None
@@ -88,29 +82,6 @@ def last_metrics(run: Run) -> dict[str, Any] | None:
 
 def last_event(attempt: Attempt) -> dict[str, Any] | None:
     """The latest event of an attempt, whoever wrote it."""
-    ends = (_last_lines(path)[-1:] for path in attempt.path.glob("events-*.jsonl"))
+    written = attempt.path.glob("events-*.jsonl")
+    ends = (files.read_lines(path, last_bytes=_TAIL_BYTES)[-1:] for path in written)
     return max((line for end in ends for line in end), key=lambda line: line.get("time", 0), default=None)
-
-
-def _last_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            stream.seek(max(0, size - _TAIL_BYTES))
-            pieces = stream.read().split(b"\n")
-    except OSError:
-        return []
-    lines = []
-    for piece in pieces:
-        try:
-            line = json.loads(piece)
-        except ValueError:
-            continue  # empty, torn, or cut at the beginning of what was read
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
-
-
-def reports(runs: Iterable[Run], queue: Queue) -> list[Report]:
-    """All runs' reports, in order."""
-    return [report(run, queue) for run in runs]

@@ -85,11 +85,6 @@ def check(
     return checked
 
 
-def _place(loaded: Loaded, key: str) -> str:
-    place = loaded.place(key)
-    return place if "=" in place else f"{place}: {key}"
-
-
 def _check_files(loaded: Loaded, findings: Findings) -> None:
     """Weights, tokenizers and configurations given as paths exist."""
     for key, path in loaded.paths.items():
@@ -100,7 +95,7 @@ def _check_files(loaded: Loaded, findings: Findings) -> None:
             nearest(Path(path).name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else None
         )
         hint = f"; did you mean {folder / near}?" if near else ""
-        findings.errors.append(f"{_place(loaded, key)}: {path} does not exist{hint}")
+        findings.errors.append(f"{loaded.place(key)}: {path} does not exist{hint}")
 
 
 def _check_names(loaded: Loaded, runs: Path | None, findings: Findings) -> list[str]:
@@ -116,7 +111,7 @@ def _check_names(loaded: Loaded, runs: Path | None, findings: Findings) -> list[
     unchecked = []
     for key, check_name in checks.items():
         if key not in loaded.paths or os.path.exists(loaded.paths[key]):  # else said already
-            reason = findings.attempt(_place(loaded, key), check_name)
+            reason = findings.attempt(loaded.place(key), check_name)
             if reason:
                 unchecked.append(f"{key} {reason}")
     return unchecked
@@ -126,7 +121,7 @@ def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
     """Samples (with captions: all, pairs) of all sources, repeats included; None if none can be drawn."""
     opened: list[Dataset] = []
     for place, source in enumerate(loaded.recipe.data.train):
-        shards = findings.attempt(_place(loaded, f"data.train.{place}.shards"), open_indexed, source, True)
+        shards = findings.attempt(loaded.place(f"data.train.{place}.shards"), open_indexed, source, True)
         if shards is not None:
             opened.append(shards)
     if len(opened) < len(loaded.recipe.data.train):
@@ -174,13 +169,13 @@ def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
     evaluate = loaded.recipe.evaluate
     for kind, folders in (("retrieval", evaluate.retrieval), ("zero_shot", evaluate.zero_shot)):
         for place, folder in enumerate(folders):
-            key = _place(loaded, f"evaluate.{kind}.{place}")
+            key = loaded.place(f"evaluate.{kind}.{place}")
             shards = findings.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
                 findings.attempt(key, _check_classes, shards, key, findings)
     every = dict.fromkeys([*evaluate.retrieval, *evaluate.zero_shot])
     findings.errors += [
-        f"{_place(loaded, 'evaluate')}: {count} sets are called {name!r}; the last component of each path "
+        f"{loaded.place('evaluate')}: {count} sets are called {name!r}; the last component of each path "
         "names its metrics, so they must differ"
         for name, count in Counter(map(set_name, every)).items()
         if count > 1
@@ -210,7 +205,7 @@ def _check_best(loaded: Loaded, findings: Findings) -> None:
         hint = (
             f"did you mean {near}?" if near else f"measured: {', '.join(known) or 'nothing (see evaluate)'}"
         )
-        place = _place(loaded, "checkpoint.keep.best.metric")
+        place = loaded.place("checkpoint.keep.best.metric")
         findings.errors.append(f"{place}: nothing measures {best.metric!r}; {hint}")
 
 

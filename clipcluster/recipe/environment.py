@@ -60,29 +60,25 @@ def expanded(leaf: Leaf, environ: Mapping[str, str], dotted: str) -> Any:
     return read_scalar(text) if leaf.bare else text
 
 
-def plain(
-    tree: Tree, loc: Loc, environ: Mapping[str, str], problems: dict[Loc, str], *, keep_paths: bool
-) -> Any:
+def plain(tree: Tree, environ: Mapping[str, str], problems: dict[Loc, str], *, keep_paths: bool) -> Any:
     """The tree as dictionaries, lists and values; `problems` collects what cannot be expanded."""
-    if isinstance(tree, Branch):
-        return {
-            name: plain(entry, (*loc, name), environ, problems, keep_paths=keep_paths)
-            for name, entry in tree.entries.items()
-        }
-    if isinstance(tree, Row):
-        return [
-            plain(entry, (*loc, place), environ, problems, keep_paths=keep_paths)
-            for place, entry in enumerate(tree.entries)
-        ]
-    if isinstance(tree, Value):
-        return tree.value
-    if _kind(loc, "shell") or (keep_paths and _kind(loc, "path")):
-        return read_scalar(tree.text) if tree.bare else tree.text
-    try:
-        return expanded(tree, environ, dotted(loc))
-    except UserError as error:
-        problems[loc] = str(error)
-        return None
+
+    def value_of(entry: Tree, loc: Loc) -> Any:
+        if isinstance(entry, Branch):
+            return {name: value_of(inner, (*loc, name)) for name, inner in entry.entries.items()}
+        if isinstance(entry, Row):
+            return [value_of(inner, (*loc, place)) for place, inner in enumerate(entry.entries)]
+        if isinstance(entry, Value):
+            return entry.value
+        if _kind(loc, "shell") or (keep_paths and _kind(loc, "path")):
+            return read_scalar(entry.text) if entry.bare else entry.text
+        try:
+            return expanded(entry, environ, dotted(loc))
+        except UserError as error:
+            problems[loc] = str(error)
+            return None
+
+    return value_of(tree, ())
 
 
 def resolve_paths(value: Any, loc: Loc, paths: dict[str, str]) -> None:

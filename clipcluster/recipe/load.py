@@ -60,9 +60,9 @@ class Loaded:
     tree: Branch
 
     def place(self, key: str) -> str:
-        """Where a key was written (``recipes/x.yaml:12``), for messages of later checks."""
+        """Where a key was written (``recipes/x.yaml:12: optim.lr``), for messages of later checks."""
         origin = origin_of(self.tree, loc_of(key))
-        return origin.place if origin.override is None else f"{origin.place}: {origin.override}"
+        return f"{origin.place}: {key if origin.override is None else origin.override}"
 
 
 def load(
@@ -91,7 +91,7 @@ def load(
         tree = merge(profile, tree)
     _assign_all(tree, overrides)
     problems: dict[Loc, str] = {}
-    written = plain(tree, (), environ, problems, keep_paths=True)
+    written = plain(tree, environ, problems, keep_paths=True)
     recipe, paths = _resolved(tree, environ, problems, shown(file))
     return Loaded(recipe, Recipe.model_validate(written), paths, tree)
 
@@ -121,7 +121,7 @@ def _resolved(
     tree: Branch, environ: Mapping[str, str], problems: dict[Loc, str], name: str
 ) -> tuple[Recipe, dict[str, str]]:
     """The recipe of a tree with its paths absolute, and these paths by their keys."""
-    value = plain(tree, (), environ, problems, keep_paths=False)
+    value = plain(tree, environ, problems, keep_paths=False)
     paths: dict[str, str] = {}
     resolve_paths(value, (), paths)
     return validated(value, tree, problems, name, Recipe), paths
@@ -145,7 +145,7 @@ def load_cluster(
     tree = find_site(site, environ) or Branch({}, {}, Origin(COMMAND_LINE))
     _assign_all(tree, overrides, below=["cluster"])
     problems: dict[Loc, str] = {}
-    resolved = plain(tree, (), environ, problems, keep_paths=False)
+    resolved = plain(tree, environ, problems, keep_paths=False)
     return validated(resolved, tree, problems, "the cluster section", _ClusterOnly).cluster
 
 
@@ -254,7 +254,7 @@ def from_run(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
     for name, path in settings.get("paths", {}).items():
         if find(tree, loc_of(name)[:-1]) is not None:  # a later version may have another section there
             assign(tree, name.split("."), Value(path, origin))
-    value = plain(tree, (), {}, {}, keep_paths=False)
+    value = plain(tree, {}, {}, keep_paths=False)
     return validated(value, tree, {}, "the run's recipe.yaml and settings.yaml", Recipe)
 
 

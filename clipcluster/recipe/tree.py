@@ -151,7 +151,7 @@ def parse_override(text: str) -> tuple[list[str], Tree]:
 
 def _compose(text: str, file: str, override: str | None) -> yaml.Node | None:
     try:
-        node: yaml.Node | None = yaml.compose(text, Loader=yaml.BaseLoader)
+        return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         why = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
@@ -162,7 +162,6 @@ def _compose(text: str, file: str, override: str | None) -> yaml.Node | None:
         if mark is not None and text[mark.index : mark.index + 1] == "\t":
             raise UserError(f"{file}:{line}: a tab character; YAML takes spaces instead") from None
         raise UserError(f"{file}:{line}: not YAML: {why}") from None
-    return node
 
 
 def _convert(node: yaml.Node, file: str, override: str | None, within: frozenset[int] = frozenset()) -> Tree:
@@ -236,23 +235,18 @@ def assign(tree: Branch, path: list[str], value: Tree) -> None:
             )
 
 
-def find(tree: Tree, path: Iterable[str | int]) -> Tree | None:
+def find(tree: Tree, path: Loc) -> Tree | None:
     """The entry at `path`, or None."""
-    here: Tree | None = tree
-    for part in path:
-        if isinstance(here, Branch):
-            here = here.entries.get(str(part))
-        elif isinstance(here, Row) and isinstance(part, int) and part < len(here.entries):
-            here = here.entries[part]
-        else:
-            return None
-    return here
+    return _reach(tree, path)[0]
 
 
 def origin_of(tree: Branch, path: Loc) -> Origin:
     """Where the key at `path` was written; for an absent key, where the section around it begins."""
-    here: Tree = tree
-    origin = tree.origin
+    return _reach(tree, path)[1]
+
+
+def _reach(tree: Tree, path: Loc) -> tuple[Tree | None, Origin]:
+    here, origin = tree, tree.origin
     for part in path:
         if isinstance(here, Branch) and str(part) in here.entries:
             origin = here.marks[str(part)]
@@ -261,8 +255,8 @@ def origin_of(tree: Branch, path: Loc) -> Origin:
             here = here.entries[part]
             origin = here.origin
         else:
-            break
-    return origin
+            return None, origin
+    return here, origin
 
 
 def dotted(loc: Loc) -> str:

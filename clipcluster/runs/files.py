@@ -244,10 +244,16 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
         os.close(descriptor)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of `path`, torn ones left out; an absent file has none."""
+def read_lines(path: Path, *, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The JSON lines of `path`, or those that its `last_bytes` hold, torn ones left out.
+
+    An absent file has none.
+    """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as stream:
+            if last_bytes is not None:
+                stream.seek(max(0, os.fstat(stream.fileno()).st_size - last_bytes))
+            content = stream.read()
     except FileNotFoundError:
         return []
     lines = []
@@ -255,7 +261,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
-            continue  # empty, or torn by a kill
+            continue  # empty, torn by a kill, or cut where reading began
         if isinstance(line, dict):
             lines.append(line)
     return lines

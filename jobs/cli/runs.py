@@ -48,19 +48,18 @@ def check(
     """Find everything that can be known before queueing."""
     from clipcluster.check import deep as deep_check
     from clipcluster.check import plain
-    from clipcluster.check.findings import Findings
 
     checked = plain.check(recipe, overrides or [], site=site, runs=runs_folder())
     checked.raise_errors()
-    found: list[Findings] = [checked]
     if deep:
         ranks = checked.plan.world_size if checked.plan else 1
-        found.append(deep_check.check(checked.recipe, world_size=ranks))
-        found[1].raise_errors()
-    for line in (text for findings in found for text in findings.summary):
+        found = deep_check.check(checked.recipe, world_size=ranks)
+        found.raise_errors()
+        checked.summary += found.summary
+        checked.warnings += found.warnings
+    for line in checked.summary:
         say(line)
-    warnings = [text for findings in found for text in findings.warnings]
-    for warning in [*warnings, *_device_line(checked.recipe.cluster)]:
+    for warning in [*checked.warnings, *_device_line(checked.recipe.cluster)]:
         say(f"warning: {warning}")
     if checked.unchecked and not deep:
         say(f"not checked: {'; '.join(checked.unchecked)}")
@@ -116,11 +115,12 @@ def submit(
     )
     if dry_run:
         return
+    from rich.console import Console
+
     from jobs import follow as following
 
-    console = following.terminal()
     if follow:
-        raise typer.Exit(following.follow(submitted.run, console))
+        raise typer.Exit(following.follow(submitted.run, Console()))
     if submitted.job is not None:
         say(f"run folder: {submitted.run.path}")
         say(f"  clipcluster logs -f {following.where(submitted.run)}")
@@ -135,16 +135,17 @@ def status(
 ) -> None:
     """Show the state of runs."""
     from jobs.state import Queue
-    from jobs.status import reports
+    from jobs.status import report
 
     folder = runs_folder(runs)
 
     def look() -> list[Any]:
         chosen = [find_run(name, folder) for name in names] if names else all_runs(folder)
-        return reports(chosen, Queue())
+        queue = Queue()
+        return [report(run, queue) for run in chosen]
 
     if as_json:
-        print_document([report.as_dict() for report in look()])
+        print_document([vars(one) for one in look()])
         return
     from rich.console import Console
 
@@ -159,9 +160,9 @@ def status(
         _watch(console, look)
         return
     console.print(status_table(found))
-    for report in found:
-        if report.advice:
-            say(f"{report.name}: {report.advice}")
+    for one in found:
+        if one.advice:
+            say(f"{one.name}: {one.advice}")
 
 
 def _watch(console: Any, look: Any) -> None:
@@ -283,10 +284,11 @@ def evaluate(
     if as_json:
         print_document(document)
         return
-    from jobs.follow import terminal
+    from rich.console import Console
+
     from jobs.results import shown
 
-    terminal().print(shown(document))
+    Console().print(shown(document))
 
 
 def train(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runtime.accelerators import count_accelerators
 from clipcluster.text import counted
@@ -38,10 +37,3 @@ def missing(cluster: Cluster) -> str:
         f"cluster.gpus_per_node: {gpus} requested, and this machine has {has}. Give {fewer}"
         "cluster.gpus_per_node=0 to train on the CPU, or submit where SLURM is"
     )
-
-
-def require(cluster: Cluster) -> None:
-    """Raises UserError where this machine lacks GPUs that were explicitly requested."""
-    reason = missing(cluster)
-    if reason:
-        raise UserError(reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Callable
 
 from clipcluster.errors import UserError
@@ -61,7 +61,4 @@ def _ask_slurm(asked: str) -> bool:
 
 def has_sbatch() -> bool:
     """Whether sbatch is on the PATH."""
-    return any(
-        os.access(os.path.join(folder, "sbatch"), os.X_OK)
-        for folder in os.environ.get("PATH", os.defpath).split(os.pathsep)
-    )
+    return shutil.which("sbatch") is not None

@@ -124,8 +124,8 @@ def checked_for(wanted: Wanted, executor: str) -> checks.Checked:
         wanted.say(f"this machine is one node: cluster.nodes=1 instead of {nodes}")
         checked = plain("cluster.nodes=1")
     checked.raise_errors()
-    if executor == "local":
-        devices.require(checked.recipe.cluster)
+    if executor == "local" and (reason := devices.missing(checked.recipe.cluster)):
+        raise UserError(reason)
     if executor == "local" and checked.recipe.cluster.setup:
         wanted.say("cluster.setup belongs to the cluster: its lines are left out on this machine")
     for warning in checked.warnings:
@@ -147,15 +147,14 @@ def _say_plan(run: Run, checked: checks.Checked, executor: str, wanted: Wanted) 
     for line in [*checked.summary, *unchecked, devices.describe(checked.recipe.cluster, executor)]:
         wanted.say(line)
     wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))
+    cluster = checked.recipe.cluster
     if executor == "none":
         wanted.say("would make the folder, and start nothing")
         return
     if executor == "local":
-        cluster = checked.recipe.cluster
         ranks = counted(cluster.ranks_per_node, "rank")
         wanted.say(f"would start {ranks} on this machine, for {cluster.time} at most")
         return
-    cluster = checked.recipe.cluster
     chosen = clusters.parameters(
         cluster,
         [Member(run.path, run.path / "code-N")],
@@ -173,15 +172,11 @@ def _say_plan(run: Run, checked: checks.Checked, executor: str, wanted: Wanted) 
 @contextlib.contextmanager
 def _fetched(recipe: Recipe, run: Run, wanted: Wanted) -> Iterator[Path]:
     """The folder of the run's assets: its own, or for a new run one aside that is copied into it."""
-    if run.exists():
-        for name in assets.fetch(recipe, run.assets):
-            wanted.say(f"fetched {name}")
-        yield run.assets
-        return
     with tempfile.TemporaryDirectory(prefix="clipcluster-assets-") as aside:
-        for name in assets.fetch(recipe, Path(aside)):
+        folder = run.assets if run.exists() else Path(aside)
+        for name in assets.fetch(recipe, folder):
             wanted.say(f"fetched {name}")
-        yield Path(aside)
+        yield folder
 
 
 def _deep(recipe: Recipe, plan: Plan, fetched: Path, wanted: Wanted) -> None:

@@ -115,7 +115,7 @@ def test_figures_are_the_definitions(captions: list[list[int]], seed: int, eleme
     text = functional.one_hot(torch.randint(0, 3, (6,)), 3).float()
     sentences = [[f"text {number}" for number in own] for own in captions]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "CHUNK_ELEMENTS", elements)
+        patch.setattr(ranking, "CHUNK_ELEMENTS", elements)
         found = measure(Oracle(image, text), sentences)
 
     distinct = list(dict.fromkeys(itertools.chain(*captions)))

@@ -530,9 +530,9 @@ def test_a_wrong_override_of_a_loaded_recipe(small: Small) -> None:
 
 def test_places_of_keys(small: Small) -> None:
     loaded = small("optim.lr=3")
-    assert loaded.place("data.train.0.shards") == "small.yaml:4"
+    assert loaded.place("data.train.0.shards") == "small.yaml:4: data.train.0.shards"
     assert loaded.place("optim.lr") == "from the command line: optim.lr=3"
-    assert loaded.place("evaluate.every") == "small.yaml:1"
+    assert loaded.place("evaluate.every") == "small.yaml:1: evaluate.every"
 
 
 # Whatever is written, the answer is a recipe or a message.

@@ -11,17 +11,16 @@ from clipcluster.recipe.sections.union import Kinds
 from clipcluster.recipe.sections.values import Float, Int
 
 
+def _weights(more: str = "") -> Any:
+    text = f"File with the tower's starting weights{more}. Default: from scratch."
+    return key("result", text, None, path="path", min_length=1)
+
+
 class ImageTower(Section):
     """The image tower."""
 
     timm: str = key("result", "Name of the tower in timm, such as convnextv2_tiny or vit_base_patch16_224.")
-    weights: str | None = key(
-        "result",
-        "File with the tower's starting weights. Default: from scratch.",
-        None,
-        path="path",
-        min_length=1,
-    )
+    weights: str | None = _weights()
     args: dict[str, Any] = key("result", "Arguments for timm's create_model, such as drop_path_rate.", {})
 
 
@@ -43,14 +42,7 @@ class HfTextTower(Section):
         path="name",
         min_length=1,
     )
-    weights: str | None = key(
-        "result",
-        "File with the tower's starting weights, or 'pretrained' for those that belong to `hf`. "
-        "Default: from scratch.",
-        None,
-        path="path",
-        min_length=1,
-    )
+    weights: str | None = _weights(", or 'pretrained' for those that belong to `hf`")
     pool: Literal["last", "first", "mean"] | None = _pool()
 
 
@@ -59,13 +51,7 @@ class ArchTextTower(Section):
 
     arch: str = key("result", "Model type known to transformers (gpt2, roberta, …).", min_length=1)
     config: dict[str, Any] = key("result", "Values of its configuration, such as n_layer.", {})
-    weights: str | None = key(
-        "result",
-        "File with the tower's starting weights. Default: from scratch.",
-        None,
-        path="path",
-        min_length=1,
-    )
+    weights: str | None = _weights()
     pool: Literal["last", "first", "mean"] | None = _pool()
 
     @field_validator("weights")
