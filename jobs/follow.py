@@ -177,11 +177,6 @@ class Bar(View):
             self._task, completed=event.get("step"), description=PHASES.get(event.get("phase", ""))
         )
 
-    @property
-    def completed(self) -> int:
-        """The step at which the bar stands."""
-        return int(self._bar.tasks[0].completed)
-
     def progress(self, line: Mapping[str, Any]) -> None:
         self._bar.update(self._task, completed=line["step"], description=metrics_text(line))
 

@@ -21,62 +21,11 @@ from clipcluster.recipe.units import Duration, Memory, Nodes, Time
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = "recipe.md"
 SCHEMA = "recipe.schema.json"
-_COMMAND = "python -m clipcluster.recipe.reference"
+_KEYS = "## Keys\n"  # from here on the page is made
 _VARIABLE = {"type": "string", "pattern": r"\$\{"}  # any value may come from the environment
 _WORDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
 # What a pattern is called, by a part of it.
 _PATTERNS = {"steps": "duration", "minutes": "time", "MGT": "memory", r"\d": "range"}
-
-_INTRODUCTION = f"""\
-# The recipe
-
-<!-- Made by `{_COMMAND}` from clipcluster/recipe/sections. Do not edit. -->
-
-A recipe is one YAML file that describes a training run. `clipcluster check RECIPE` finds its errors,
-`clipcluster submit RECIPE` runs it. Unknown keys are refused. Editors complete and check recipes with
-[`{SCHEMA}`]({SCHEMA}): put `# yaml-language-server: $schema=PATH/TO/{SCHEMA}` in the first line.
-
-## How a recipe is written
-
-- **`extends: FILE`** starts from another recipe, found in the same folder or else among the shipped ones.
-  Mappings are merged; everything else, lists included, is replaced.
-- **`key=value` on the command line** overrides everything: `optim.lr=3e-4`, `data.train.0.shards=/data/coco`
-  (a number steps into a list), `train.ema=null`. The value is YAML.
-- **`${{NAME}}`** comes from the environment, `${{NAME:-default}}` has a default for a variable that is unset
-  or empty, and `$${{NAME}}` is a literal `${{NAME}}`. Without quotes the result is read as YAML, so that
-  `batch_size: ${{BATCH}}` is a number. The lines of `cluster.setup` are left to the shell.
-- **Paths** belong to the recipe as they are written, `${{NAME}}` unexpanded: a run whose data moved to
-  another disk is the same run. Relative paths start from the directory in which the command is typed. A
-  tokenizer or a model named by `hf` is a folder if there is one, or if it begins with `/`, `./`, `../` or
-  `~`; else a name on the hub.
-- **Numbers** may be written `7e-4` and `1_000_000`. `no`, `on` and `1:30` are text.
-- **Durations** are `N steps`, `N samples`, `N epochs` (`0.5 epochs` too) or `N%` of the run's steps
-  (`warmup: 5%`; not for `train.duration` itself), turned into steps once and rounded to the nearest.
-  **Times** are `90 s`, `15 min`, `4 h`, `2 d`. **Memory** is `500 MB`, `200 GB`, `1.5 TB`, with
-  1 GB = 1024 MB as SLURM counts.
-- **Site profiles** hold what a cluster needs in every recipe: a file with a `cluster` section, `NAME.yaml` in
-  `~/.config/clipcluster/sites` or in `recipes/sites`. `--site NAME` selects one; without it the only one is
-  used (not counting the example). The recipe overrides the profile.
-
-## What `check` finds
-
-`clipcluster check RECIPE` reads the recipe, its shard indexes, files and names, and computes the steps; it
-takes less than a second, loads no torch, and says what it could not check. `--deep` also builds the towers,
-reads their starting weights, decodes a sample of every source, and takes one training step of two samples on
-the CPU: shapes that do not fit and parameters without a gradient are errors. It also stores timm's list of
-names in `~/.cache/clipcluster/names`, by which later plain checks find a misspelled tower. `submit` does both
-(`--quick`: the plain one; `--dry-run` too).
-
-## What a key decides
-
-- **result**: the trained weights. These keys, where they differ from their defaults, name the run: the same
-  result keys are the same run.
-- **speed**: how fast the run is, never its weights.
-- **record**: what is kept and measured, and where the run takes place.
-
-Speed and record keys may change when a run is submitted again.
-
-"""
 
 
 def schema() -> dict[str, Any]:
@@ -138,9 +87,10 @@ def _for_editors(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def page() -> str:
-    """The reference page in Markdown."""
+    """The reference page in Markdown: its introduction as it stands in docs, then every key."""
     made = _made()
-    parts = [_INTRODUCTION, "## Keys\n\n", _table(Recipe, made["properties"])]
+    introduction = (DOCS / PAGE).read_text(encoding="utf-8").partition(_KEYS)[0]
+    parts = [introduction, _KEYS, "\n", _table(Recipe, made["properties"])]
     parts += _sections(Recipe, made["$defs"], "")
     return "".join(parts).rstrip() + "\n"
 
@@ -205,8 +155,6 @@ def _type(value: dict[str, Any]) -> str:
 
 
 def _list_type(value: dict[str, Any]) -> str:
-    if "prefixItems" in value:
-        return f"{len(value['prefixItems'])} numbers"
     if value.get("minItems") and value.get("minItems") == value.get("maxItems"):
         return f"{value['minItems']} numbers"
     return f"list of {_WORDS[value['items']['type']]}"

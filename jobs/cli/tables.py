@@ -10,9 +10,8 @@ from rich.table import Table
 from jobs.status import Report
 
 
-def status_table(reports: Sequence[Report], *, now: float | None = None) -> Table:
+def status_table(reports: Sequence[Report]) -> Table:
     """One line a run: state, progress, and when something last happened."""
-    now = time.time() if now is None else now
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("run", no_wrap=True)
     table.add_column("state", overflow="fold", min_width=len("CANCELLED"))
@@ -30,7 +29,7 @@ def status_table(reports: Sequence[Report], *, now: float | None = None) -> Tabl
             "" if report.loss is None else f"{report.loss:.4f}",
             "" if report.samples_per_second is None else f"{report.samples_per_second:,.0f}",
             _number(report.checkpoint),
-            _event(report, now),
+            _event(report),
         )
     return table
 
@@ -53,10 +52,10 @@ def _steps(report: Report) -> str:
     return f"{report.step or 0:,}" + (f"/{report.total_steps:,}" if report.total_steps else "")
 
 
-def _event(report: Report, now: float) -> str:
+def _event(report: Report) -> str:
     if report.last_event is None:
         return ""
-    ago = "" if report.last_event_time is None else f" {age(now - report.last_event_time)} ago"
+    ago = "" if report.last_event_time is None else f" {age(time.time() - report.last_event_time)} ago"
     return f"{report.last_event.replace('_', ' ')}{ago}"
 
 

@@ -16,7 +16,7 @@ from clipcluster.runtime.environment import ATTEMPT, INTERFACE, LEAD, LOGS
 from clipcluster.runtime.stop import GRACE_SECONDS
 from jobs.endings.local import PICKLE
 from jobs.submit import script
-from tools.slurm import Partition, Slurm, SlurmRefused, SlurmUnavailable
+from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 TRAINEE = "clipcluster.run:train"
 
@@ -41,17 +41,13 @@ def grace_seconds(cluster: Cluster, slurm: Slurm | None) -> int:
         return GRACE_SECONDS
     try:
         wait = slurm.kill_wait()
-        partition = _partition(slurm.partitions(), cluster.partition)
+        partitions = slurm.partitions()
     except (SlurmUnavailable, SlurmRefused, KeyError):
         return GRACE_SECONDS
-    grace = partition.grace_seconds if partition else 0
+    name = (cluster.partition or "").split(",")[0]
+    fitting = [part for part in partitions if (part.name == name if name else part.default)]
+    grace = fitting[0].grace_seconds if fitting else 0
     return max(1, min(grace, wait) if grace else wait)
-
-
-def _partition(partitions: Sequence[Partition], name: str | None) -> Partition | None:
-    first = (name or "").split(",")[0]
-    fitting = [part for part in partitions if (part.name == first if first else part.default)]
-    return fitting[0] if fitting else None
 
 
 def lead_seconds(time_seconds: float, grace: float) -> int:

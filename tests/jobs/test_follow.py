@@ -133,12 +133,12 @@ def test_a_resumed_attempt_is_shown_at_its_step_at_once(run):
     bar = Bar(run, console)
     with bar:
         bar.show(State("RUNNING"), last_metrics(run), Events(run).fresh())
-        assert bar.completed == 8
+        assert bar._bar.tasks[0].completed == 8
         again = run.claim("17", host="n1", still_running=lambda job: False)
         again.step = 5
         again.event("resume", writer="rank-0")
         bar.show(State("RUNNING"), last_metrics(run), Events(run).fresh())
-        assert bar.completed == 5
+        assert bar._bar.tasks[0].completed == 5
         again.metrics({"step": 6, "loss": 1.0})
         bar.show(State("RUNNING"), last_metrics(run), [])
-        assert bar.completed == 6
+        assert bar._bar.tasks[0].completed == 6
