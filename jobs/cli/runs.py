@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from enum import Enum
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from clipcluster.errors import UserError
 from clipcluster.runs.find import all_runs, find_run, runs_folder
 from jobs.cli.options import AsJson, Runs, print_document, say
-
-if TYPE_CHECKING:
-    from clipcluster.recipe.sections.cluster import Cluster
-
-
-class Executor(str, Enum):
-    """Where a run goes."""
-
-    slurm = "slurm"
-    local = "local"
-    none = "none"
-
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -48,6 +36,7 @@ def check(
     """Find everything that can be known before queueing."""
     from clipcluster.check import deep as deep_check
     from clipcluster.check import plain
+    from jobs.submit import devices, executor
 
     checked = plain.check(recipe, overrides or [], site=site, runs=runs_folder())
     checked.raise_errors()
@@ -57,9 +46,12 @@ def check(
         found.raise_errors()
         checked.summary += found.summary
         checked.warnings += found.warnings
-    for line in checked.summary:
+    cluster, where = checked.recipe.cluster, "slurm" if executor.has_sbatch() else "local"
+    for line in [*checked.summary, devices.describe(cluster, where)]:
         say(line)
-    for warning in [*checked.warnings, *_device_line(checked.recipe.cluster)]:
+    if where == "local" and (missing := devices.missing(cluster)):
+        checked.warnings.append(missing)
+    for warning in checked.warnings:
         say(f"warning: {warning}")
     if checked.unchecked and not deep:
         say(f"not checked: {'; '.join(checked.unchecked)}")
@@ -67,22 +59,12 @@ def check(
     say(f"{recipe}: no problems found{more}")
 
 
-def _device_line(cluster: Cluster) -> list[str]:
-    """Say which devices a submission from here would use; returns a warning where it would be refused."""
-    from jobs.submit import devices, executor
-
-    where = "slurm" if executor.has_sbatch() else "local"
-    say(devices.describe(cluster, where))
-    missing = devices.missing(cluster) if where == "local" else ""
-    return [missing] if missing else []
-
-
 def submit(
     recipe: RecipeFile,
     overrides: Overrides = None,
     site: Site = None,
     executor: Annotated[
-        Executor | None,
+        Literal["slurm", "local", "none"] | None,
         typer.Option(
             "--executor",
             help="Where it runs; none: make the folder only. Default: SLURM where it is set up, else local.",
@@ -106,7 +88,7 @@ def submit(
             overrides=overrides or [],
             runs=runs_folder(runs),
             site=site,
-            executor=executor.value if executor else None,
+            executor=executor,
             follow=follow,
             dry_run=dry_run,
             quick=quick,
@@ -157,26 +139,20 @@ def status(
         say(f"no runs in {folder}; make one with: clipcluster submit RECIPE")
         return
     if watch:
-        _watch(console, look)
+        from rich.live import Live
+
+        with (
+            suppress(KeyboardInterrupt),
+            Live(status_table(found), console=console, auto_refresh=False) as live,
+        ):
+            while True:
+                time.sleep(5.0)
+                live.update(status_table(look()), refresh=True)
         return
     console.print(status_table(found))
     for one in found:
         if one.advice:
             say(f"{one.name}: {one.advice}")
-
-
-def _watch(console: Any, look: Any) -> None:
-    from rich.live import Live
-
-    from jobs.cli.tables import status_table
-
-    try:
-        with Live(status_table(look()), console=console, auto_refresh=False) as live:
-            while True:
-                time.sleep(5.0)
-                live.update(status_table(look()), refresh=True)
-    except KeyboardInterrupt:
-        return
 
 
 def logs(
