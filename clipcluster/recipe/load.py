@@ -96,7 +96,7 @@ def load(
     return Loaded(recipe, Recipe.model_validate(written), paths, tree)
 
 
-def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Recipe:
     """A loaded recipe with overrides ``key=value``, validated, its paths made absolute as by `load`.
 
     Raises:
@@ -105,7 +105,7 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     tree = tree_of(recipe.model_dump(mode="json"), Origin("the run's recipe"))
     assert isinstance(tree, Branch)
     _assign_all(tree, overrides)
-    return _resolved(tree, os.environ, {}, "the run's recipe")[0]
+    return _resolved(tree, os.environ if environ is None else environ, {}, "the run's recipe")[0]
 
 
 def _assign_all(tree: Branch, overrides: Sequence[str], below: Sequence[str] = ()) -> None:
