@@ -18,6 +18,7 @@ from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.checkpoints import weights_file
+from clipcluster.runs.files import file_sha256
 from clipcluster.runs.folder import Run
 from clipcluster.train.checkpoint import CheckpointFolder, reading
 from clipcluster.train.checkpoint_reader import Broken, verify
@@ -70,11 +71,7 @@ def hash_of(path: Path) -> str:
         return hashlib.sha256(
             "".join(f"{file.name} {hash_of(file)}\n" for file in files).encode()
         ).hexdigest()
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(4 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 def load_weights(run: Run, model: Any, checkpoint: Path | None) -> tuple[Path, int, bool]:

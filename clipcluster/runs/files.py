@@ -7,6 +7,7 @@ with one write. A full disk leaves nothing half under the final name.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -146,6 +147,16 @@ class BrokenFile(UserError, ValueError):
 def _broken(path: Path, what: str) -> BrokenFile:
     # Files are renamed into place whole, so that no kill leaves one behind.
     return BrokenFile(f"{path} {what}. Restore it, or delete it if no job of the run is running.")
+
+
+def file_sha256(file: Path | int) -> str:
+    """The hash of a file's bytes, in hex; of an open one (a descriptor) from its beginning."""
+    digest = hashlib.sha256()
+    with open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as stream:
+        stream.seek(0)
+        while chunk := stream.read(4 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:

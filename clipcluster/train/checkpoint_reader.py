@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from clipcluster.runs.checkpoints import MANIFEST, STATE, read_manifest, tensors_file
-from clipcluster.runs.files import read_json
+from clipcluster.runs.files import file_sha256, read_json
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stateful import Parts, is_per_rank
 
@@ -118,9 +117,5 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
     found = path.stat().st_size
     if found != size:
         raise Broken(f"{path.name} has {found:,} bytes, the manifest says {size:,}")
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(4 << 20):
-            digest.update(piece)
-    if digest.hexdigest() != sha256:
+    if file_sha256(path) != sha256:
         raise Broken(f"the content of {path.name} is not what was written (SHA-256 differs)")

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from clipcluster.data.shards.open import open_folder
-from clipcluster.data.shards.shard_index import file_sha256
 from clipcluster.data.storage.cache import Cache
+from clipcluster.runs.files import file_sha256
 from tests.shard_writer import ShardWriter
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from clipcluster.data.shards import captions, indexing, shard_index, shard_list
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.errors import UserError
+from clipcluster.runs.files import file_sha256
 from tools.shards.salvage import salvage
 from tools.shards.verify import CHANGED, CUT, GONE, ROWS, UNKNOWN, Report, verify
 
@@ -135,7 +136,7 @@ def _shards(folder: Path, index: Path, choices: list[str], report: Report) -> It
 def _rows(
     path: Path, index: Path, choices: list[str], listed: shard_list.ShardEntry | None
 ) -> Iterator[Deed]:
-    if listed is not None and shard_index.file_sha256(path) != listed.sha256:
+    if listed is not None and file_sha256(path) != listed.sha256:
         if _looks_unchanged(path, listed):
             yield _rotten(path)
         else:

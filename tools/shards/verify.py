@@ -13,6 +13,7 @@ from clipcluster.data.shards import indexing, shard_index, shard_list
 from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.metadata import IndexedFolder
+from clipcluster.runs.files import file_sha256
 from tools.shards.pool import over_shards
 from tools.shards.survey import Survey, survey
 
@@ -126,7 +127,7 @@ def _shard_fault(
         meta, rows = shard_index.read_shard_index(shard_index.shard_index_path(index, path.name))
     except (OSError, BrokenColumns) as error:
         return ROWS, f"its shard index cannot be read: {error}", False
-    digest = shard_index.file_sha256(path)
+    digest = file_sha256(path)
     if digest != shards.sha256(number):
         return (
             CHANGED,

@@ -23,6 +23,7 @@ from clipcluster.data.shards.metadata import IndexedFolder, Metadata
 from clipcluster.data.shards.tar import NO_BYTES, BrokenTar, read_at, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
 from clipcluster.errors import UserError
+from clipcluster.runs.files import file_sha256
 from clipcluster.runtime.outcome import DataError
 
 if TYPE_CHECKING:
@@ -373,7 +374,7 @@ class Dataset(Metadata):
             raise self._changed(shard)
         if self._is_remote(shard):
             os.close(self._fetch(shard, again=True))
-        elif shard_index.file_sha256(self.shard_path(shard)) != self.sha256(shard):
+        elif file_sha256(self.shard_path(shard)) != self.sha256(shard):
             raise self._changed(shard)
         self._hashed.add((shard, state.stamp))
 

@@ -16,7 +16,6 @@ from clipcluster.data.shards.folder_index import write_folder_index
 from clipcluster.data.shards.shard_index import (
     CAPTION_COLUMNS,
     caption_column,
-    file_sha256,
     read_shard_index,
     scan_shard,
     shard_index_path,
@@ -24,6 +23,7 @@ from clipcluster.data.shards.shard_index import (
 )
 from clipcluster.data.shards.shard_list import IndexSummary, ShardEntry, read_list, summarize
 from clipcluster.errors import UserError
+from clipcluster.runs.files import file_sha256
 
 
 def index_folder(

@@ -5,7 +5,6 @@ bytes), `class` (int32, -1: none). For each choice of captions, named `NAME/CHOI
 `text_size` (int64, bytes), `text_kind` (uint8: NO_TEXT, JSON or TXT), `captions` (their number).
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +32,6 @@ CAPTION_COLUMNS = {
     "captions": np.int32,
 }
 
-_HASH_CHUNK = 4 << 20
 _LARGEST_TEXT = 64 << 20  # bytes of a member that is looked into for captions
 _ABOUT_THE_TAR = re.compile(r"(^|/)__[^/]*__($|/)")
 
@@ -162,15 +160,6 @@ class ShardIndexBuilder:
 def shard_index_path(folder: Path, shard: str) -> Path:
     """The file of one shard's index."""
     return folder / f"{shard}.idx"
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_shard_index(path: Path) -> Columns:

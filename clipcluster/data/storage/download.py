@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -35,6 +36,7 @@ from clipcluster.data.storage.urls import (
     redacted,
 )
 from clipcluster.errors import UserError
+from clipcluster.runs.files import file_sha256
 
 RETRIES = (0.2, 1.0, 3.0, 8.0)  # seconds to wait before another try
 QUESTIONS = (0.3, 1.5)  # the same for a question that a person waits for
@@ -122,19 +124,20 @@ def download(
     return _patiently(address, transfer.attempt, RETRIES, lambda: transfer.gained)
 
 
+@dataclass
 class _Download:
     """One file on its way; an attempt continues where the last one broke. What is hashed is the file."""
 
-    def __init__(
-        self, address: str, fd: int, reserve: Callable[[int], None], size: int | None, sha256: str | None
-    ) -> None:
-        self.address, self.fd, self.reserve = address, fd, reserve
-        self.size, self.sha256 = size, sha256
-        self.gained = 0  # bytes that the last attempt brought
-        self._tag: str | None = None
-        self._wrong: str | None = None
-        self._done = 0  # bytes that are written, from the file's beginning
-        self._announced: int | None = None  # the size by the server, now or when the transfer began
+    address: str
+    fd: int
+    reserve: Callable[[int], None]
+    size: int | None
+    sha256: str | None
+    gained: int = 0  # bytes that the last attempt brought
+    _tag: str | None = None
+    _wrong: str | None = None
+    _done: int = 0  # bytes that are written, from the file's beginning
+    _announced: int | None = None  # the size by the server, now or when the transfer began
 
     def attempt(self) -> Got:
         self.gained = 0
@@ -174,7 +177,7 @@ class _Download:
     def _checked(self, stamp: int) -> Got:
         done = self._done
         os.ftruncate(self.fd, done)
-        found = self._sha256_of_file()
+        found = file_sha256(self.fd)
         if self.sha256 is not None and found != self.sha256:
             self.gained = self._done = 0
             if found == self._wrong:
@@ -182,13 +185,6 @@ class _Download:
             self._wrong, self._tag = found, None
             raise OSError(f"{done:,} bytes arrived with a hash that is not the index's")
         return Got(done, found, stamp)
-
-    def _sha256_of_file(self) -> str:
-        digest, at = hashlib.sha256(), 0
-        while piece := os.pread(self.fd, _CHUNK, at):
-            digest.update(piece)
-            at += len(piece)
-        return digest.hexdigest()
 
 
 def _patiently(
@@ -272,13 +268,9 @@ def _request(address: str, method: str, headers: dict[str, str] | None = None) -
     url = _web(address) or address
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")), method=method)
-    for name, value in {
-        "User-Agent": "clipcluster",
-        "Accept-Encoding": "identity",
-        **(headers or {}),
-    }.items():
-        request.add_header(name, value)
+    target = urlunsplit(parts._replace(netloc=host, fragment=""))
+    headers = {"User-Agent": "clipcluster", "Accept-Encoding": "identity", **(headers or {})}
+    request = urllib.request.Request(target, headers=headers, method=method)
     if at:
         secret = base64.b64encode(unquote(user).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {secret}")

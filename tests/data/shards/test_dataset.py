@@ -110,13 +110,13 @@ def test_a_new_time_with_the_same_bytes_is_no_change(folder: Path) -> None:
 
 def test_bytes_are_hashed_once_for_each_new_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
-    real = module.shard_index.file_sha256
+    real = module.file_sha256
 
     def counting(path: Path) -> str:
         hashed.append(path)
         return real(path)
 
-    monkeypatch.setattr(module.shard_index, "file_sha256", counting)
+    monkeypatch.setattr(module, "file_sha256", counting)
     shards = open_folder(folder)
     os.utime(folder / "00002.tar")
     for _ in range(3):
@@ -138,7 +138,7 @@ def test_what_another_process_has_compared_is_not_hashed_again(
     assert list(found) == [2]
     shards.mark_unchanged(found)
     assert shards.modified_shards() == {}
-    monkeypatch.setattr(module.shard_index, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
+    monkeypatch.setattr(module, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
     there = pickle.loads(pickle.dumps(shards))
     assert there.read(13).key == "s00013"
     os.utime(folder / "00002.tar", (1, 1))

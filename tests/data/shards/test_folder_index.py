@@ -15,9 +15,10 @@ from clipcluster.data.shards.columns import read_columns
 from clipcluster.data.shards.folder_index import COLUMNS_FILE
 from clipcluster.data.shards.indexing import index_folder, write_entry
 from clipcluster.data.shards.open import open_folder
-from clipcluster.data.shards.shard_index import file_sha256, sample_name, scan_shard, shard_index_path
+from clipcluster.data.shards.shard_index import sample_name, scan_shard, shard_index_path
 from clipcluster.data.shards.shard_list import ENTRIES_FILE, read_summary
 from clipcluster.errors import UserError
+from clipcluster.runs.files import file_sha256
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
