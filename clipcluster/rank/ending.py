@@ -10,7 +10,6 @@ import traceback
 
 from clipcluster.errors import StaleAttempt, UserError
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runtime import logs
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import ADVICE, Failure, LostPeers, Outcome
 from clipcluster.runtime.stop import Stop
@@ -27,7 +26,7 @@ _PROGRAMMING_ERRORS = (
     NotImplementedError,
 )
 _OUTCOME_WAIT_S = 10.0  # how long the other ranks wait for rank 0 to make the outcome
-_log = logging.getLogger(logs.NAME)
+_log = logging.getLogger("clipcluster")
 
 
 def returned(outcome: Outcome, attempt: Attempt, launch: Launch, stop: Stop) -> int:

@@ -1,12 +1,14 @@
-"""Where a rank prints: its own file, and one line at each end for a person who started it by hand."""
+"""Where a rank prints: its file, its logger, and a line at each end for a person who started it by hand."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
@@ -42,3 +44,14 @@ def redirect(path: Path) -> None:
         stream = open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
     faulthandler.enable(file=sys.stderr)
+
+
+def log_to(stream: TextIO, rank: int) -> logging.Logger:
+    """Send the logger "clipcluster" to `stream` alone, one line a message; returns the logger."""
+    logger = logging.getLogger("clipcluster")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return logger

@@ -15,10 +15,9 @@ from pathlib import Path
 from clipcluster.errors import UserError
 from clipcluster.rank.claiming import open_attempt
 from clipcluster.rank.ending import raised, returned
-from clipcluster.rank.output import announce, redirect, say_ending
+from clipcluster.rank.output import announce, log_to, redirect, say_ending
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
-from clipcluster.runtime import logs
 from clipcluster.runtime.environment import ATTEMPT, share_cores
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.launch import Launch
@@ -62,7 +61,7 @@ def serve(
     try:
         attempt.check()
         redirect(attempt.path / f"{writer}.out")
-        logs.setup(launch.rank, sys.stdout)
+        log_to(sys.stdout, launch.rank)
         attempt.event("start", writer=writer, rank=launch.rank, host=socket.gethostname(), pid=os.getpid())
         outcome = _load(trainee)(run, attempt, launch, stop)
         code = returned(Outcome(outcome), attempt, launch, stop)

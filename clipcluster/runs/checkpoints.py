@@ -1,4 +1,4 @@
-"""The layout of a run's checkpoints, and what can be told of one without hashing it. No torch.
+"""What a checkpoint consists of: its parts, its files, and what is known without hashing them. No torch.
 
 step-00001234/
   PART.safetensors    the tensors of a part that all ranks hold alike (model, ema, optimizer)
@@ -10,8 +10,9 @@ step-00001234/
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from clipcluster.runs.files import read_json
 
@@ -19,6 +20,27 @@ STATE, MANIFEST, EVALUATION = "state.json", "manifest.json", "evaluation.json"
 MODEL, AVERAGE = "model", "ema"
 """The parts whose tensors are the weights that others read."""
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A part whose state a checkpoint holds; a checkpoint is a `dict[str, Stateful]` and knows no names."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+Parts = Mapping[str, Stateful]
+"""What a checkpoint holds, by name."""
+
+
+def is_per_rank(part: Stateful) -> bool:
+    """Whether the part says, by a true attribute `per_rank`, that its state differs from rank to rank.
+
+    Every rank writes and reads a file of its own then; all other parts are the same on all ranks.
+    """
+    return bool(getattr(part, "per_rank", False))
 
 
 def name_of(step: int) -> str:

@@ -221,19 +221,6 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
-    def broadcast_tensor(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """Overwrite `tensor` (any shape, on the CPU or the world's device) with rank `src`'s; returns it.
-
-        Raises LostPeers.
-        """
-        if self.size > 1:
-            sent = tensor.contiguous()  # collectives take no other
-            with self._telling("lost its peers"):
-                dist.broadcast(sent, src=src)
-            if sent is not tensor:
-                tensor.copy_(sent)
-        return tensor
-
     def leave(self) -> None:
         """Close the process group; called once all ranks have agreed to end. Harmless in a single process."""
         if self.size > 1 and dist.is_initialized():

@@ -9,10 +9,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from clipcluster.runs.checkpoints import MANIFEST, STATE, read_manifest, tensors_file
+from clipcluster.runs.checkpoints import MANIFEST, STATE, Parts, is_per_rank, read_manifest, tensors_file
 from clipcluster.runs.files import file_sha256, read_json
 from clipcluster.runtime.outcome import CheckpointError
-from clipcluster.runtime.stateful import Parts, is_per_rank
 
 FORMATS = (1, 2)
 """Those that can be read. In 1 the logit scale has no dimension, and no part differs by rank."""
@@ -118,4 +117,4 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
     if found != size:
         raise Broken(f"{path.name} has {found:,} bytes, the manifest says {size:,}")
     if file_sha256(path) != sha256:
-        raise Broken(f"the content of {path.name} is not what was written (SHA-256 differs)")
+        raise Broken(f"the content of {path.name} does not match the manifest (SHA-256 differs)")

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipcluster.runs.checkpoints import MANIFEST, STATE, file_entry, tensors_file
+from clipcluster.runs.checkpoints import MANIFEST, STATE, Parts, file_entry, is_per_rank, tensors_file
 from clipcluster.runs.files import fsync_folder, read_json, write_json
-from clipcluster.runtime.stateful import Parts, is_per_rank
 from clipcluster.train.tensorfile import safetensors_bytes
 
 FORMAT = 2

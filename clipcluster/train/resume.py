@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs.checkpoints import STATE
+from clipcluster.runs.checkpoints import STATE, Parts
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.outcome import DataError, RecipeFailure
-from clipcluster.runtime.stateful import Parts
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_reader import load_parts

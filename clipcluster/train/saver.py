@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clipcluster.errors import StaleAttempt
+from clipcluster.runs.checkpoints import Parts, is_per_rank
 from clipcluster.runtime.outcome import CheckpointError
-from clipcluster.runtime.stateful import Parts, is_per_rank
 from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder

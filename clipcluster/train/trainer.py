@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import Parts
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import LostPeers, Outcome
-from clipcluster.runtime.stateful import Parts
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 from clipcluster.train import rollback

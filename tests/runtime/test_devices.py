@@ -1,7 +1,5 @@
 """Randomness is a function of (seed, step, slot); the CPU is taken where no GPU is."""
 
-import io
-import logging
 import os
 import re
 
@@ -11,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
-from clipcluster.runtime import logs
+from clipcluster.runs.checkpoints import Stateful
 from clipcluster.runtime.devices import (
     backends,
     choose_kernels,
@@ -22,7 +20,6 @@ from clipcluster.runtime.devices import (
     step_seed,
     usable_cores,
 )
-from clipcluster.runtime.stateful import Stateful
 
 numbers = st.integers(0, 2**62)
 
@@ -148,14 +145,3 @@ def test_modules_and_optimizers_are_stateful():
     assert isinstance(model, Stateful)
     assert isinstance(torch.optim.AdamW(model.parameters()), Stateful)
     assert not isinstance(object(), Stateful)
-
-
-def test_one_line_a_message():
-    first, second = io.StringIO(), io.StringIO()
-    logs.setup(0, first)
-    logger = logs.setup(3, second)
-    logger.info("step %d", 7)
-    logging.getLogger("clipcluster").warning("slow")
-    assert first.getvalue() == ""
-    lines = second.getvalue().splitlines()
-    assert [re.sub(r"^\S+ \S+ ", "", line) for line in lines] == ["rank 3 step 7", "rank 3 slow"]

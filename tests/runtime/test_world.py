@@ -71,7 +71,6 @@ def test_ranks_meet_and_agree(attempt, start, size):
             "none": 0,
             "plain": {"from": size - 1, "text": "é" * (size - 1)},
             "all": [[rank] * rank for rank in range(size)],
-            "buffer": [[1, 1], [1, 1], [1, 1]],
             "slow": "done",
             "sum": [size * (size + 1) / 2] * 2,
             "main": rank == 0,

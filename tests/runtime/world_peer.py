@@ -45,7 +45,6 @@ def values(world):
         "none": int(world.agree(Wish.NONE)),
         "plain": world.broadcast({"from": world.rank, "text": "é" * world.rank}, src=world.size - 1),
         "all": world.gather([world.rank] * world.rank),
-        "buffer": world.broadcast_tensor(torch.full((2, 3), world.rank).t(), src=1).tolist(),
         "slow": world.while_main(lambda: time.sleep(SLOW_S) or "done"),
         "sum": world.all_reduce_sum(torch.full((2,), float(world.rank + 1))).tolist(),
         "main": world.is_main,
