@@ -169,8 +169,8 @@ def lose_file(path: Path) -> None:
 
 BREAKS = {
     truncate: "has 4,1.. bytes, the manifest says",
-    flip: "content of model.safetensors is not what was written",
-    flip_state: "content of state.json is not what was written",
+    flip: "content of model.safetensors does not match the manifest",
+    flip_state: "content of state.json does not match the manifest",
     lose_manifest: "manifest.json is missing",
     tear_manifest: "manifest.json is not valid JSON",
     lose_file: "model.safetensors is missing",
