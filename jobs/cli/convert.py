@@ -135,11 +135,15 @@ def conversion_command(
     own = [field.name for field in dataclasses.fields(kind.options)]
 
     def run(**given: Any) -> None:
-        options = kind.options(**{key: _frozen(given.pop(key)) for key in own})
+        values = {key: given.pop(key) for key in own}
+        options = kind.options(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
         run_conversion(name, given.pop("inputs", None) or [], options, after=after, **given)
 
-    parameters = {
-        **_inputs(kind),
+    inputs = Annotated[list[Path], typer.Argument(metavar="INPUT...", help=kind.inputs)]
+    parameters: dict[str, tuple[Any, Any]] = {
+        **({"inputs": (inputs, ...)} if kind.inputs else {}),
         **_own_options(kind),
         **{key: (_COMMON[key], _DEFAULTS.get(key)) for key in common},
     }
@@ -151,12 +155,6 @@ def conversion_command(
     )
     run.__annotations__ = {key: annotation for key, (annotation, _) in parameters.items()}
     return run
-
-
-def _inputs(kind: Any) -> dict[str, tuple[Any, Any]]:
-    if not kind.inputs:
-        return {}
-    return {"inputs": (Annotated[list[Path], typer.Argument(metavar="INPUT...", help=kind.inputs)], ...)}
 
 
 def _own_options(kind: Any) -> dict[str, tuple[Any, Any]]:
@@ -172,14 +170,8 @@ def _own_options(kind: Any) -> dict[str, tuple[Any, Any]]:
         if typing.get_origin(kind_of_value) is tuple:
             kind_of_value, default = list[typing.get_args(kind_of_value)[0]], list(default)  # type: ignore[misc]
         option = typer.Option(flag, metavar=field.metadata.get("metavar"), help=field.metadata.get("help"))
-        if default is dataclasses.MISSING:
-            default = inspect.Parameter.empty
         found[field.name] = (Annotated[kind_of_value, option], default)
     return found
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def run_conversion(

@@ -115,15 +115,14 @@ def measure(settings: Settings, say: Any = lambda text: None) -> dict[str, Any]:
 
 def _measure(settings: Settings, workers: int, tars: Sequence[str], say: Any) -> dict[str, Any]:
     with ExitStack() as stack:
-        ours = stack.enter_context(_contender("the loader", settings, "loader", workers, 1))
-        decode = stack.enter_context(_contender("decoding", settings, "decode", workers, workers))
-        resize = stack.enter_context(
-            _contender("decoding and resizing", settings, "resize", workers, workers)
-        )
-        groups = [ours, decode, resize]
+        groups = [
+            _contenders(stack, "the loader", settings, "loader", workers, 1),
+            _contenders(stack, "decoding", settings, "decode", workers, workers),
+            _contenders(stack, "decoding and resizing", settings, "resize", workers, workers),
+        ]
         if settings.peer is not None:
-            groups.append(stack.enter_context(_peer(settings, workers, tars)))
-        about = [[contender.ready() for contender in group] for group in groups]
+            groups.append([_peer(stack, settings, workers, tars)])
+        about = [[contender.answer() for contender in group] for group in groups]
         figures = _repeated(groups, settings, say)
     return _result(workers, figures, about[-1][0] if settings.peer is not None else None)
 
@@ -136,7 +135,7 @@ def _repeated(groups: Sequence[Sequence[Contender]], settings: Settings, say: An
         for at, (group, figure) in enumerate(zip(groups, figures, strict=True)):
             for contender in group:
                 contender.start(settings.seconds if repetition else min(1.0, settings.seconds))
-            answers = [contender.finish() for contender in group]
+            answers = [contender.answer() for contender in group]
             before, used[at] = used[at], _cpu_seconds(group)
             if not repetition:
                 continue
@@ -188,10 +187,9 @@ def _ratios(a: Figure, b: Figure) -> dict[str, float | None]:
     }
 
 
-@contextmanager
-def _contender(
-    name: str, settings: Settings, part: str, workers: int, processes: int
-) -> Iterator[list[Contender]]:
+def _contenders(
+    stack: ExitStack, name: str, settings: Settings, part: str, workers: int, processes: int
+) -> list[Contender]:
     """`processes` programs that run one part of this project."""
     parameters = {
         "part": part,
@@ -204,14 +202,11 @@ def _contender(
     here = str(Path(__file__).parents[2])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tools.bench.loader_parts", json.dumps(parameters)]
-    with _closing(
-        [Contender(name, command, {**os.environ, "PYTHONPATH": path}) for _ in range(processes)]
-    ) as contenders:
-        yield contenders
+    environment = {**os.environ, "PYTHONPATH": path}
+    return [_started(stack, Contender(name, command, environment)) for _ in range(processes)]
 
 
-@contextmanager
-def _peer(settings: Settings, workers: int, tars: Sequence[str]) -> Iterator[list[Contender]]:
+def _peer(stack: ExitStack, settings: Settings, workers: int, tars: Sequence[str]) -> Contender:
     parameters = {
         "tars": list(tars),
         "workers": workers,
@@ -222,17 +217,13 @@ def _peer(settings: Settings, workers: int, tars: Sequence[str]) -> Iterator[lis
     program = Path(__file__).with_name("open_clip_loader.py")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [str(settings.peer), "-I", str(program), json.dumps(parameters)]
-    with _closing([Contender("OpenCLIP's loader", command, environment)]) as contenders:
-        yield contenders
+    return _started(stack, Contender("OpenCLIP's loader", command, environment))
 
 
-@contextmanager
-def _closing(contenders: list[Contender]) -> Iterator[list[Contender]]:
-    try:
-        yield contenders
-    finally:
-        for contender in contenders:
-            contender.close()
+def _started(stack: ExitStack, contender: Contender) -> Contender:
+    """Leaves it to `stack` to end it."""
+    stack.callback(contender.close)
+    return contender
 
 
 def _tars(settings: Settings) -> list[str]:

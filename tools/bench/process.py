@@ -40,19 +40,11 @@ class Contender:
             raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None
         self.pid = self._process.pid
 
-    def ready(self) -> dict[str, Any]:
-        """Its description of itself, once it is ready."""
-        return self._answer()
-
     def start(self, seconds: float) -> None:
         """Tells it to work for so many seconds."""
         if self._process.stdin is not None:
             self._process.stdin.write(json.dumps({"seconds": seconds}) + "\n")
             self._process.stdin.flush()
-
-    def finish(self) -> dict[str, Any]:
-        """Waits for its answer. UserError with its last line of output if it ended early."""
-        return self._answer()
 
     def close(self) -> None:
         """Ends it and its children, and waits."""
@@ -62,7 +54,11 @@ class Contender:
         self._process.wait()
         self._stderr.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
+        """What it says of itself once it is ready, then what it did each time it was started.
+
+        Waits for it. UserError with its last line of output if it ended early.
+        """
         line = self._process.stdout.readline() if self._process.stdout else ""
         if line:
             return dict(json.loads(line))

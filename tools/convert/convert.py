@@ -89,7 +89,8 @@ def prepare(
     chosen = kind_named(kind)
     _refuse_places(out, inputs, chosen)
     was = planning.read_description(out)
-    if was is None and not _is_free(out):
+    # a conversion may have been killed before it wrote what it is
+    if was is None and out.exists() and not {*os.listdir(out)} <= {making.STATE}:
         raise UserError(f"{out} exists and is not a conversion; choose another --out, or remove it first")
     settings = settings or Settings()
     if settings.samples_per_shard is None and settings.bytes_per_shard is None:
@@ -127,7 +128,9 @@ def begun(plan: Plan) -> Iterator[None]:
         plan.out.mkdir(parents=True, exist_ok=True)
         with _alone(plan.out):
             sweep(plan)
-            _begin(plan)
+            (plan.out / making.STATE).mkdir(exist_ok=True)
+            text = json.dumps({**plan.description, "finished": False}, indent=1) + "\n"
+            write_bytes(plan.out / planning.DESCRIPTION, text.encode())
             yield
 
 
@@ -151,11 +154,14 @@ def convert(
     plan = prepared.plan
     if prepared.finished:
         return result(plan, made=False, notes=prepared.notes)
-    with begun(plan), _swept(plan):
-        while True:
-            processes.run(plan, workers, progress)
-            if making.finish(plan):
-                return result(plan, made=True, notes=prepared.notes)
+    with begun(plan):
+        try:
+            while True:
+                processes.run(plan, workers, progress)
+                if making.finish(plan):
+                    return result(plan, made=True, notes=prepared.notes)
+        finally:
+            sweep(plan)
 
 
 def _refuse_places(out: Path, inputs: Sequence[Path], kind: Kind) -> None:
@@ -177,26 +183,6 @@ def _refuse_places(out: Path, inputs: Sequence[Path], kind: Kind) -> None:
                 f"--out {out}: it lies in {path}, and all that is below belongs to the input; give a folder "
                 "outside it"
             )
-
-
-def _is_free(out: Path) -> bool:
-    """Whether a conversion may begin in `out`: nothing there, or only what one leaves before it begins."""
-    return not out.exists() or (out.is_dir() and {*os.listdir(out)} <= {making.STATE})
-
-
-def _begin(plan: Plan) -> None:
-    (plan.out / making.STATE).mkdir(exist_ok=True)
-    text = json.dumps({**plan.description, "finished": False}, indent=1) + "\n"
-    write_bytes(plan.out / planning.DESCRIPTION, text.encode())
-
-
-@contextlib.contextmanager
-def _swept(plan: Plan) -> Iterator[None]:
-    """Removes what was left aside, once nobody is writing any more, whatever happens."""
-    try:
-        yield
-    finally:
-        sweep(plan)
 
 
 def sweep(plan: Plan) -> None:

@@ -104,24 +104,27 @@ def plan(
                 "name": split.name,
                 "samples": len(split),
                 "shards": len(cuts),
-                "files": {name: _digest(text) for name, text in split.files.items()},
+                "files": {
+                    name: hashlib.sha256(text.encode()).hexdigest() for name, text in split.files.items()
+                },
             }
             for split, cuts in zip(source.splits, ends, strict=True)
         ],
         "files_read": [list(file) for file in source.inputs],
     }
-    return Plan(out, source.splits, settings, ends, json.loads(json.dumps(description)))
+    return Plan(out, source.splits, settings, ends, description)
 
 
 def describe(kind: str, inputs: Sequence[Path], options: Any, settings: Settings) -> dict[str, Any]:
     """The part of a description that is known without opening the inputs."""
-    return {
+    description = {
         "format": _FORMAT,
         "kind": kind,
         "input": [os.path.abspath(path) for path in inputs],
-        "options": _plain(asdict(options)),
+        "options": asdict(options),
         "settings": asdict(settings),
     }
+    return dict(json.loads(json.dumps(description, default=str)))  # as it will be read again
 
 
 def _cut(split: Split, order: np.ndarray, settings: Settings) -> np.ndarray:
@@ -144,19 +147,6 @@ def _cut(split: Split, order: np.ndarray, settings: Settings) -> np.ndarray:
         before = int(totals[start - 1])
         ends.append(start)
     return np.array(ends, np.int64)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Options as JSON has them."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def read_description(out: Path) -> dict[str, Any] | None:

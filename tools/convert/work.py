@@ -152,34 +152,40 @@ class _Contents:
 
     def _add_with_text(self, record: Record, path: bytes, extension: str, image: bytes) -> None:
         members = _members(record, extension, image)
-        start, at = self._tar.at, {}
-        for name, data in members.items():
-            at[name] = self._tar.put(path + name.encode(), data)
-        kind, text, count = _captions(record.members, members, record.captions)
-        where = (at[text], len(members[text])) if text else (0, 0)
-        cls = -1 if record.cls is None else record.cls
-        self._rows.extend((start, at[extension], len(image), *where, kind, count, cls))
+        found = _captions(record.members, members, record.captions)
+        self._put(path, members, extension, found, -1 if record.cls is None else record.cls)
 
     def _add_whole(self, record: WholeRecord) -> None:
-        key, members = record
-        known = {name.lower(): data for name, data in members.items()}
-        for name in known:
+        key, written = record
+        members = {name.lower(): data for name, data in written.items()}
+        for name in members:
             _check(key, name)
         if key in self.keys:
             raise BadRecord(key, "duplicate key")
-        extension = next((name for name in known if name in shard_index.IMAGE_EXTENSIONS), None)
+        extension = next((name for name in members if name in shard_index.IMAGE_EXTENSIONS), None)
         if extension is None:
             raise BadRecord(key, "no member is an image")
+        number = members.get("cls", b"").strip()
+        cls = int(number) if number.isdigit() and len(number) < 10 else -1
         path = key.encode("utf-8", "surrogateescape") + b"."
+        self._put(path, written, extension, _captions(members, members), cls)
+        self.keys[key] = None
+
+    def _put(
+        self,
+        path: bytes,
+        members: Mapping[str, bytes],
+        extension: str,
+        found: tuple[int, str | None, int],
+        cls: int,
+    ) -> None:
+        """Writes a sample and its row; `found`: kind and name of the member with captions, their number."""
         start, at = self._tar.at, {}
         for name, data in members.items():
-            at[name.lower()] = self._tar.put(path + name.encode("utf-8", "surrogateescape"), data)
-        kind, text, count = _captions(known, known)
-        where = (at[text], len(known[text])) if text else (0, 0)
-        number = known.get("cls", b"").strip()
-        cls = int(number) if number.isdigit() and len(number) < 10 else -1
-        self._rows.extend((start, at[extension], len(known[extension]), *where, kind, count, cls))
-        self.keys[key] = None
+            offset = self._tar.put(path + name.encode("utf-8", "surrogateescape"), data)
+            at[name.lower()] = offset, len(data)
+        kind, text, count = found
+        self._rows.extend((start, *at[extension], *(at[text] if text else (0, 0)), kind, count, cls))
 
     def columns(self) -> dict[str, np.ndarray]:
         """The columns of the index."""

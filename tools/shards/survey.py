@@ -6,7 +6,7 @@ One pass over a shard for `shards stats` and `shards verify`.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,15 @@ class Survey:
     """
 
     shard: str
-    kinds: Counter[str] = field(default_factory=Counter)
-    bad: list[dict[str, Any]] = field(default_factory=list)
-    usable: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    image_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    content: np.ndarray = field(default_factory=lambda: np.zeros((0, 16), np.uint8))
-    classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    keys: list[str] = field(default_factory=list)
+    kinds: Counter[str]
+    bad: list[dict[str, Any]]
+    usable: np.ndarray
+    sizes: np.ndarray
+    image_bytes: np.ndarray
+    content: np.ndarray
+    classes: np.ndarray
+    lengths: np.ndarray
+    keys: list[str]
 
 
 def survey(
@@ -51,35 +51,41 @@ def survey(
     What cannot be decoded, or is no known kind of image, stands in `bad` with its reason.
     """
     fault_of = _decoding() if decoded else _by_kind
-    found = Survey(shards.shard_name(shard))
+    kinds: Counter[str] = Counter()
+    bad = []
     count = int(shards.sample_counts[shard])
     first = int(shards.sample_counts[:shard].sum())
-    usable, sizes, weights, content, classes, lengths = [], [], [], [], [], []
+    usable, sizes, weights, content, classes, lengths, keys = [], [], [], [], [], [], []
     for position in range(first, first + count):
         sample = shards.read(position, text=details)
         at(position)
         kind = kind_of(sample.image)
         reason = lost[position] if position in lost else fault_of(sample.image)
         if kind is not None:
-            found.kinds[kind] += 1
+            kinds[kind] += 1
         if reason is not None:
-            found.bad.append({"shard": sample.shard, "key": sample.key, "reason": reason})
+            bad.append({"shard": sample.shard, "key": sample.key, "reason": reason})
         usable.append(reason is None)
         if details:
-            found.keys.append(sample.key)
+            keys.append(sample.key)
             sizes.append((position not in lost and size_of(sample.image)) or (0, 0))
             weights.append(len(sample.image))
             content.append(hashlib.sha256(sample.image).digest()[:16])
             classes.append(sample.cls)
             lengths += [len(text) for text in sample.captions]
     at(-1)
-    found.usable = np.array(usable, bool)
-    found.sizes = np.array(sizes, np.int64).reshape(-1, 2)
-    found.image_bytes = np.array(weights, np.int64)
-    found.content = np.frombuffer(b"".join(content), np.uint8).reshape(-1, 16)
-    found.classes = np.array(classes, np.int32)
-    found.lengths = np.array(lengths, np.int32)
-    return found
+    return Survey(
+        shard=shards.shard_name(shard),
+        kinds=kinds,
+        bad=bad,
+        usable=np.array(usable, bool),
+        sizes=np.array(sizes, np.int64).reshape(-1, 2),
+        image_bytes=np.array(weights, np.int64),
+        content=np.frombuffer(b"".join(content), np.uint8).reshape(-1, 16),
+        classes=np.array(classes, np.int32),
+        lengths=np.array(lengths, np.int32),
+        keys=keys,
+    )
 
 
 def _by_kind(image: bytes) -> str | None:

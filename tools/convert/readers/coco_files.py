@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from clipcluster.errors import UserError
 from tools.convert.readers.zip_members import DamagedMember, ZipMembers
@@ -25,26 +25,10 @@ _TEXTS = re.compile(r"(captions_(train|val)|image_info_test)(2014|2017)\.json")
 _ZIP = re.compile(r"((train|val|test)|annotations_trainval|image_info_test)(2014|2017)\.zip")
 
 
-class ImageFolder(Protocol):
-    """Image files by name."""
-
-    def state(self) -> InputFile:
-        """The folder or the zip on disk, as it was."""
-        ...
-
-    def names(self) -> Set[str]: ...
-
-    def size(self, name: str) -> int:
-        """Bytes of a file. KeyError: no such file."""
-        ...
-
-    def read(self, name: str) -> bytes:
-        """A file's bytes. KeyError or FileNotFoundError: no such file; DamagedMember."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Extracted:
+    """Image files by name: of one that is not there `size` raises KeyError, `read` FileNotFoundError."""
+
     where: Path
 
     @cached_property
@@ -71,6 +55,8 @@ class _Extracted:
 
 @dataclass(frozen=True)
 class _Zipped:
+    """The same of a folder in a zip; `read` raises KeyError, or DamagedMember."""
+
     archive: ZipMembers
     prefix: str  # with its slash
 
@@ -86,6 +72,9 @@ class _Zipped:
 
     def read(self, name: str) -> bytes:
         return self.archive.read(self.prefix + name)
+
+
+ImageFolder = _Extracted | _Zipped
 
 
 class CocoFiles:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,9 @@ import numpy as np
 
 from clipcluster.errors import UserError
 from tools.convert.readers.parquet import column_of
-from tools.convert.readers.sample_choice import Chosen, all_or_once, by_uids, field_label, uid_label
-from tools.convert.readers.sample_members import record_of
+from tools.convert.readers.sample_choice import ChosenSplit, all_or_once, by_uids, field_label, uid_label
 from tools.convert.readers.tar_samples import TarSamples
-from tools.convert.records import InputFile, Kind, Record, Source, option
+from tools.convert.records import InputFile, Kind, Source, option
 
 
 @dataclass(frozen=True)
@@ -36,26 +35,6 @@ class Options:
     caption_field: str | None = option(
         None, "Take the captions from this field of the json. Default: txt, else the json's.", metavar="FIELD"
     )
-
-
-class Downloads:
-    """The samples of some folders of downloads, as one split."""
-
-    name = ""
-    files: Mapping[str, str] = {}
-
-    def __init__(self, samples: TarSamples, chosen: Chosen, caption_field: str | None) -> None:
-        self._samples, self._chosen, self._caption_field = samples, chosen, caption_field
-
-    def __len__(self) -> int:
-        return len(self._chosen.numbers)
-
-    def sizes(self) -> np.ndarray:
-        return self._samples.image_bytes[self._chosen.numbers]
-
-    def read(self, number: int) -> Record:
-        key, members = self._samples.read(int(self._chosen.numbers[number]))
-        return record_of(self._chosen.key(number, key, members), members, self._caption_field)
 
 
 def open_downloads(inputs: Sequence[Path], options: Options) -> Source:
@@ -78,7 +57,7 @@ def open_downloads(inputs: Sequence[Path], options: Options) -> Source:
     samples.forget()
     files = [input_of(path) for path in paths]
     files += [InputFile.of(options.uids)] if options.uids else []
-    return Source([Downloads(samples, chosen, options.caption_field)], files, [*notes, *more])
+    return Source([ChosenSplit(samples, chosen, options.caption_field)], files, [*notes, *more])
 
 
 def find_parts(folder: Path) -> list[Path]:

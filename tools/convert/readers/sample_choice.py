@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from tools.convert.readers import uids
-from tools.convert.readers.sample_members import uid_of
+from tools.convert.readers.sample_members import record_of, uid_of
 from tools.convert.readers.tar_samples import TarSamples
+from tools.convert.records import Record
 
 
 @dataclass
@@ -35,6 +36,31 @@ class Chosen:
         if self.by_uid and uid is not None:
             return f"{uid.hex()}-{repeat}"
         return f"{key}{self.dash}{repeat}" if repeat else key
+
+
+class ChosenSplit:
+    """The samples taken of some shards, as one split; `caption_field` as `record_of` has it."""
+
+    def __init__(
+        self,
+        samples: TarSamples,
+        chosen: Chosen,
+        caption_field: str | None,
+        name: str = "",
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.files = name, files or {}
+        self._samples, self._chosen, self._caption_field = samples, chosen, caption_field
+
+    def __len__(self) -> int:
+        return len(self._chosen.numbers)
+
+    def sizes(self) -> np.ndarray:
+        return self._samples.image_bytes[self._chosen.numbers]
+
+    def read(self, number: int) -> Record:
+        key, members = self._samples.read(int(self._chosen.numbers[number]))
+        return record_of(self._chosen.key(number, key, members), members, self._caption_field)
 
 
 def uid_label(key: str, read_json: Any) -> bytes:

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from clipcluster.data.shards import captions
 from clipcluster.data.shards.texts import CLASS_NAMES, TEMPLATES, class_names, templates
 from clipcluster.errors import UserError
-from tools.convert.readers.sample_choice import Chosen, all_or_once
-from tools.convert.readers.sample_members import record_of
+from tools.convert.readers.sample_choice import Chosen, ChosenSplit, all_or_once
 from tools.convert.readers.tar_samples import TarSamples
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
 
@@ -47,7 +44,7 @@ class Options:
     )
 
 
-class Tars:
+class Tars(ChosenSplit):
     """The samples of some tars, as one split. `lines`: each line of txt is a caption."""
 
     def __init__(
@@ -59,23 +56,16 @@ class Tars:
         options: Options,
         lines: bool,
     ) -> None:
-        self.name, self.files = name, files
-        self._samples, self._chosen, self._options, self._lines = samples, chosen, options, lines
+        super().__init__(samples, chosen, options.caption_field, name, files)
+        self._options, self._lines = options, lines and options.caption_field is None
         names = files.get(CLASS_NAMES, "").split("\n")[:-1]
         self._captions = [[text.replace("{c}", name) for text in options.template] for name in names]
 
-    def __len__(self) -> int:
-        return len(self._chosen.numbers)
-
-    def sizes(self) -> np.ndarray:
-        return self._samples.image_bytes[self._chosen.numbers]
-
     def read(self, number: int) -> Record:
-        key, members = self._samples.read(int(self._chosen.numbers[number]))
-        record = record_of(self._chosen.key(number, key, members), members, self._options.caption_field)
+        record = super().read(number)
         cls = record.cls if self._options.class_field is None else self._class(record)
         texts = list(record.captions)
-        if self._lines and self._options.caption_field is None:
+        if self._lines:
             texts = [line for text in texts for line in text.splitlines() if line.strip()]
         if not texts and self._captions and cls is not None:
             if cls >= len(self._captions):

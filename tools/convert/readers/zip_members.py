@@ -7,7 +7,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from clipcluster.errors import UserError
 from tools.convert.readers.byte_ranges import ByteRanges
@@ -21,14 +20,6 @@ class DamagedMember(Exception):
     """A member that is not what the zip's list says of it."""
 
 
-class _Member(NamedTuple):
-    offset: int
-    packed: int
-    size: int
-    method: int
-    crc: int
-
-
 class ZipMembers:
     """The files in a zip. It may be pickled and read from any process; a zip in a zip is only bytes."""
 
@@ -36,7 +27,7 @@ class ZipMembers:
         """Reads the list. UserError for a file that is no whole zip, or one that is encrypted."""
         self.path = path
         self._file = ByteRanges(path)
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, zipfile.ZipInfo] = {}
         try:
             with zipfile.ZipFile(path) as archive:
                 found = [info for info in archive.infolist() if not info.is_dir()]
@@ -50,9 +41,7 @@ class ZipMembers:
                     f"{path}: {info.filename} is encrypted or packed by method {info.compress_type}; only "
                     "stored and deflated members can be read: extract it and give the folder"
                 )
-            self._members[info.filename] = _Member(
-                info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
-            )
+            self._members[info.filename] = info
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the zip's order."""
@@ -60,24 +49,20 @@ class ZipMembers:
 
     def size(self, name: str) -> int:
         """Bytes of a member, unpacked. KeyError: no such member."""
-        return self._members[name].size
+        return self._members[name].file_size
 
     def read(self, name: str) -> bytes:
         """A member's bytes. KeyError: no such member; DamagedMember; OSError where the disk fails."""
         member = self._members[name]
-        signature, name_bytes, extra = _LOCAL.unpack(self._file.read(member.offset, _LOCAL.size))
+        signature, name_bytes, extra = _LOCAL.unpack(self._file.read(member.header_offset, _LOCAL.size))
         if signature != b"PK\x03\x04":
-            raise DamagedMember(f"no member begins at byte {member.offset:,} of {self.path.name}")
-        data = self._file.read(member.offset + _LOCAL.size + name_bytes + extra, member.packed)
-        if member.method == zipfile.ZIP_DEFLATED:
-            data = _inflated(data, self.path.name)
-        if len(data) != member.size or zlib.crc32(data) != member.crc:
+            raise DamagedMember(f"no member begins at byte {member.header_offset:,} of {self.path.name}")
+        data = self._file.read(member.header_offset + _LOCAL.size + name_bytes + extra, member.compress_size)
+        if member.compress_type == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompress(data, -zlib.MAX_WBITS)
+            except zlib.error as error:
+                raise DamagedMember(f"cannot be unpacked from {self.path.name}: {error}") from None
+        if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
             raise DamagedMember(f"not what the checksum in {self.path.name} says")
         return data
-
-
-def _inflated(data: bytes, where: str) -> bytes:
-    try:
-        return zlib.decompress(data, -zlib.MAX_WBITS)
-    except zlib.error as error:
-        raise DamagedMember(f"cannot be unpacked from {where}: {error}") from None
