@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -58,7 +59,6 @@ class _Job:
 
     def __init__(self, plan: Plan, shards: Sequence[Shard]) -> None:
         self.plan = plan
-        self.parent = os.getpid()
         self.samples = _FORK.Value("q", 0)
         self.stopped = _FORK.Value("b", 0, lock=False)  # a killed worker may hold a lock for ever
         self._numbers = {shard: number for number, shard in enumerate(shards)}
@@ -84,9 +84,7 @@ class _Job:
         return number
 
     def report(self, samples: int) -> None:
-        """Count samples. Raises _Stopped; ends this worker if the command was killed."""
-        if os.getppid() != self.parent:
-            os._exit(1)
+        """Count samples. Raises _Stopped."""
         if self.stopped.value:
             raise _Stopped
         with self.samples.get_lock():
@@ -138,6 +136,15 @@ def _start(job: _Job) -> None:
     gc.freeze()  # what was listed is not looked at again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_command, daemon=True).start()
+
+
+def _exit_with_command() -> None:
+    """Wait for the command's end, however it came: a worker without a shard would wait for the next one."""
+    command = multiprocessing.parent_process()
+    if command is not None:
+        command.join()
+        os._exit(1)
 
 
 def _work() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -510,3 +511,36 @@ def test_a_worker_killed_while_it_draws_keeps_nobody_waiting(
         signal.alarm(0)
     assert convert("numbers", tmp_path / "out", settings=Settings(samples_per_shard=1), workers=2).made
     assert len(list((tmp_path / "out" / "train").glob("*.tar"))) == 6
+
+
+def test_workers_end_with_a_command_that_is_killed(
+    tmp_path: Path, numbers: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one at work and the one that waits for the other's end."""
+    numbers(["k0", "k1"])
+    settings = Settings(samples_per_shard=1)
+    plan = conversion.prepare("numbers", tmp_path / "out", [], NoOptions(), settings).plan
+    read = Numbers.read
+
+    def slowly(self: Numbers, number: int) -> Record:
+        (tmp_path / f"{os.getpid()}.pid").touch()
+        if number == 0:
+            time.sleep(60)
+        return read(self, number)
+
+    monkeypatch.setattr(Numbers, "read", slowly)
+    command = multiprocessing.get_context("fork").Process(target=processes.run, args=(plan, 2))
+    command.start()
+    wait_until(lambda: (tmp_path / "out" / "train" / "00001.tar").exists())
+    command.kill()
+    command.join()
+    workers = [Path("/proc", path.stem, "stat") for path in tmp_path.glob("*.pid")]
+    assert len(workers) == 2
+    wait_until(lambda: all(not stat.exists() or ") Z " in stat.read_text() for stat in workers))
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
