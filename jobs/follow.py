@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from clipcluster.runs import files
+from clipcluster.runs.find import as_typed
 from clipcluster.runs.folder import Run
 from jobs import results
 from jobs.state import ASK_SECONDS, Queue, State, state_of
@@ -43,7 +44,8 @@ class Events:
         self._seen: dict[str, int] = {}
         before = self._found()
         newest = run.newest()
-        starting = newest is not None and before and before[-1]["attempt"] == newest.number
+        open_ = newest.number if newest is not None and newest.outcome() is None else None
+        starting = before and before[-1]["attempt"] == open_
         self._before = before[-1:] if starting and before[-1]["event"] in STARTING else []
 
     def fresh(self) -> list[dict[str, Any]]:
@@ -76,10 +78,13 @@ def follow(run: Run, console: Console, *, queue: Callable[[], Queue] = Queue) ->
         with Bar(run, console) if console.is_terminal else View(run, console) as view:
             state = _watch(run, view, queue)
     except KeyboardInterrupt:
-        console.print(
-            f"\nNo longer following; {run.name} continues. "
-            f"Follow again: clipcluster logs -f {run.name}   End it: clipcluster cancel {run.name}"
+        said = (
+            f"\nNo longer following; {run.name} continues.",
+            f"  clipcluster logs -f {as_typed(run)}    # follow again",
+            f"  clipcluster cancel {as_typed(run)}     # end it",
         )
+        for line in said:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         return 0
     show_end(run, state, console)
     return state.code or (0 if state.name == "FINISHED" else 1)
@@ -223,7 +228,7 @@ def show_end(run: Run, state: State, console: Console) -> None:
 
 def next_commands(run: Run, state: State) -> list[str]:
     """What to type next."""
-    name = where(run)
+    name = as_typed(run)
     if state.name == "FINISHED":
         return [
             f"clipcluster metrics {name} --plot    # the loss; --columns, --csv and more",
@@ -231,10 +236,3 @@ def next_commands(run: Run, state: State) -> list[str]:
             f"tensorboard --logdir {run.tensorboard}",
         ]
     return [f"clipcluster logs {name}", f"clipcluster status {name}"]
-
-
-def where(run: Run) -> str:
-    """How the run is named on the command line: by its name where it lies in ./runs, else by its folder."""
-    from clipcluster.runs.find import runs_folder
-
-    return run.name if (runs_folder().absolute() == run.path.parent) else str(run.path)

@@ -14,6 +14,7 @@ from rich.table import Table
 from clipcluster.errors import UserError
 from clipcluster.recipe.tree import nearest
 from clipcluster.runs.files import NON_FINITE, finite
+from clipcluster.runs.find import as_typed
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 
@@ -32,7 +33,7 @@ def lines_of(run: Run, *, every: int | None = None) -> Lines:
     """
     lines = [finite(line) for line in merged_metrics(run)]
     if not lines:
-        raise UserError(f"{run.name} has no metrics yet; see: clipcluster status {run.name}")
+        raise UserError(f"{run.name} has no metrics yet; see: clipcluster status {as_typed(run)}")
     if every is None:
         return lines
     ends = (lines[0]["step"], lines[-1]["step"])
@@ -141,8 +142,12 @@ def terminal_plot(name: str, curve: Sequence[tuple[int, float]]) -> list[str]:
 def picture(found: dict[str, list[tuple[int, float]]], title: str, file: Path) -> None:
     """The curves, one below the other, as a picture of the kind that the file's ending names.
 
-    Raises UserError for an ending that matplotlib cannot write.
+    Raises UserError for an ending that matplotlib cannot write, and for a folder that does not exist.
     """
+    if not file.suffix:
+        raise UserError(f"--picture {file}: give a name that ends in .png, .pdf or .svg")
+    if not file.parent.is_dir():
+        raise UserError(f"--picture {file}: no folder {file.parent}; make it first")
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(8, 2.6 * len(found)), layout="constrained")

@@ -54,6 +54,8 @@ class Result:
     def metric(self) -> str:
         """The metric without its set and without what its kind says already."""
         metric = self.name.rpartition("/")[2]
+        if self.kind is COUNTS:
+            return metric
         return metric.removeprefix("zero_shot_").removeprefix("paired_")
 
     @property

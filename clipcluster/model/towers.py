@@ -122,7 +122,7 @@ def _timm_trunk(name: str, args: Mapping[str, Any], image_size: int) -> Any:
             if "img_size" not in str(error):
                 raise
             return timm.create_model(name, pretrained=False, num_classes=0, **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
         raise UserError(
             f"model.image: timm cannot build {name} for images of {image_size} pixels "
             f"with {dict(args)}: {error}"

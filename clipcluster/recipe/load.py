@@ -162,7 +162,8 @@ def _existing(path: Path) -> Path:
     elif not path.parent.is_dir():
         hint = f"the folder {path.parent} does not exist"
     else:
-        hint = f"{path.parent} has {', '.join(names[:10])}" if names else f"{path.parent} has no recipe"
+        folder = "this folder" if path.parent == Path() else str(path.parent)
+        hint = f"{folder} has {', '.join(names[:10])}" if names else f"{folder} has no recipe"
     raise UserError(f"{path}: no such recipe; {hint}")
 
 

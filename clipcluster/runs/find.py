@@ -16,8 +16,17 @@ def runs_folder(option: Path | None = None) -> Path:
     return Path(os.environ.get("CLIPCLUSTER_RUNS") or "runs")
 
 
+def as_typed(run: Run) -> str:
+    """How the run is named on the command line: by its name where it lies in ./runs, else by its folder."""
+    return run.name if runs_folder().absolute() == run.path.parent else str(run.path)
+
+
 def all_runs(folder: Path) -> list[Run]:
-    """Every run in `folder`, by name; none where there is no such folder."""
+    """Every run in `folder`, by name; none where there is no such folder. Raises UserError for a file."""
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file; runs lie in a folder: give one with --runs or $CLIPCLUSTER_RUNS"
+        )
     if not folder.is_dir():
         return []
     runs = (Run(path) for path in sorted(folder.iterdir()) if not path.name.startswith("."))

@@ -17,7 +17,7 @@ from jobs.cli.options import group, say
 from jobs.cli.runs import VERBS
 from jobs.cli.sandbox import sandbox
 from jobs.cli.shards import shards
-from jobs.cli.words import pointer, verb_first
+from jobs.cli.words import given, pointer, verb_first
 
 # Some versions of typer bring a click of their own, so the class is found, not imported.
 UsageProblem: type[Exception] = next(
@@ -57,7 +57,7 @@ app.add_typer(sandbox, name="sandbox")
 app.add_typer(bench, name="bench")
 
 
-_RIGHTS = "permission denied; change its permissions or choose another path"
+_RIGHTS = "change its permissions or choose another path"
 _SPACE = "make space and run the same command again"
 _OTHER = "a file or folder of another kind has this name; give another"
 # What the file system says to a path that somebody typed; all else is a fault of the program.
@@ -83,7 +83,9 @@ def main() -> NoReturn:
     try:
         code = command.main(words, prog_name="clipcluster", standalone_mode=False)
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        from clipcluster.data.storage.urls import addresses_redacted
+
+        typer.echo(f"error: {addresses_redacted(str(error))}", err=True)  # it may quote what was typed
         code = 2
     except UsageProblem as problem:
         code = _usage(problem, words, command)
@@ -104,11 +106,13 @@ def _usage(problem: Any, words: list[str], command: Any) -> int:
     """One message for a command line that cannot be understood."""
     context = getattr(problem, "ctx", None)
     if type(problem).__name__ == "NoArgsIsHelpError":
-        if context is not None:
-            typer.echo(context.get_help())
+        if message := problem.format_message():  # empty where rich has printed the help already
+            typer.echo(message)
         return 2
     message = problem.format_message() if hasattr(problem, "format_message") else str(problem)
-    message = message.replace(": Value error, ", ": ")
+    message = message.replace(": Value error, ", ": ").replace(": Input should be ", ": should be ")
+    if "unable to parse string" in message:
+        message = f"{message.partition(', unable to parse')[0]}; got {given(words, problem.param.opts)!r}"
     unknown = type(problem).__name__ in ("NoSuchOption", "NoSuchCommand") or "No such command" in message
     instead = pointer(words, command, getattr(problem, "option_name", None)) if unknown else ""
     if instead:

@@ -15,6 +15,7 @@ import typer
 import typer.core
 
 from clipcluster.errors import UserError
+from clipcluster.text import counted
 from jobs.cli.options import SETTINGS, AsJson, print_document, say
 from jobs.cli.progress import progress_bar
 
@@ -296,7 +297,8 @@ def _refuse_running(out: Path) -> None:
 
 def summary_line(made: Any) -> str:
     """One line for the index of one folder."""
-    text = f"{made.folder}: {made.samples:,} samples with {made.captions:,} captions in {made.shards} shards"
+    what = f"{counted(made.samples, 'sample')} with {counted(made.captions, 'caption')}"
+    text = f"{made.folder}: {what} in {counted(made.shards, 'shard')}"
     for count, what in (
         (made.without_caption, "without a caption"),
         (made.without_image, "without an image"),
@@ -304,7 +306,8 @@ def summary_line(made: Any) -> str:
     ):
         text += f", {count:,} {what}" if count else ""
     for choice, counts in list(made.choices.items())[1:]:
-        text += f"; {choice}: {counts.captions:,} captions, {counts.without_caption:,} samples without"
+        text += f"; {choice}: {counted(counts.captions, 'caption')}, "
+        text += f"{counted(counts.without_caption, 'sample')} without"
     for fault in made.broken:
         text += f"\n  {fault['shard']}: {fault['reason']}; the samples before it are used"
     if made.left_out:

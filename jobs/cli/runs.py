@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from clipcluster.errors import UserError
-from clipcluster.runs.find import all_runs, find_run, runs_folder
+from clipcluster.runs.find import all_runs, as_typed, find_run, runs_folder
 from jobs.cli.options import AsJson, Runs, print_document, say
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
@@ -46,7 +46,7 @@ def check(
         found.raise_errors()
         checked.summary += found.summary
         checked.warnings += found.warnings
-    cluster, where = checked.recipe.cluster, "slurm" if executor.has_sbatch() else "local"
+    cluster, where = checked.recipe.cluster, executor.likely()
     for line in [*checked.summary, devices.describe(cluster, where)]:
         say(line)
     if where == "local" and (missing := devices.missing(cluster)):
@@ -105,8 +105,8 @@ def submit(
         raise typer.Exit(following.follow(submitted.run, Console()))
     if submitted.job is not None:
         say(f"run folder: {submitted.run.path}")
-        say(f"  clipcluster logs -f {following.where(submitted.run)}")
-        say(f"  clipcluster status {following.where(submitted.run)}")
+        say(f"  clipcluster logs -f {as_typed(submitted.run)}")
+        say(f"  clipcluster status {as_typed(submitted.run)}")
 
 
 def status(
@@ -193,7 +193,10 @@ def metrics(
         str, typer.Option("--columns", metavar="NAME[,NAME]", help="These columns, in this order.")
     ] = "",
     every: Annotated[
-        int | None, typer.Option("--every", metavar="N", min=1, help="Only steps that N divides.")
+        int | None,
+        typer.Option(
+            "--every", metavar="N", min=1, help="Only steps that N divides, the first and the last."
+        ),
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Plot the columns (default: loss) here.")] = False,
     picture: Annotated[

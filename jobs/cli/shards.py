@@ -10,6 +10,7 @@ import typer.core
 
 from clipcluster.data.storage.urls import is_remote, redacted
 from clipcluster.errors import UserError
+from clipcluster.text import counted
 from jobs.cli.convert import conversion_command, convert, summary_line
 from jobs.cli.options import SETTINGS, AsJson, group, print_document, say
 from jobs.cli.progress import progress_bar
@@ -208,9 +209,13 @@ def _print(documents: list[dict[str, Any]]) -> None:
 def _say_report(report: Any) -> None:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items())
     say(
-        f"{report.folder}: {report.samples:,} samples ({kinds or 'no image'}) with {report.captions:,} "
-        f"captions in {report.shards} shards, "
-        + ("whole" if report.whole else f"{len(report.broken)} broken shards, {len(report.bad)} bad samples")
+        f"{report.folder}: {counted(report.samples, 'sample')} ({kinds or 'no image'}) with "
+        f"{counted(report.captions, 'caption')} in {counted(report.shards, 'shard')}, "
+        + (
+            "whole"
+            if report.whole
+            else f"{counted(len(report.broken), 'broken shard')}, {counted(len(report.bad), 'bad sample')}"
+        )
     )
     faults = [*report.broken, *report.bad]
     for fault in faults[:_SHOWN]:

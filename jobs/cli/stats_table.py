@@ -10,6 +10,8 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from clipcluster.text import counted
+
 if TYPE_CHECKING:
     from tools.shards.stats import Stats
 
@@ -31,7 +33,8 @@ def _counts(stats: Stats) -> Table:
     rows.add_row("samples", f"{stats.samples:,}: {stats.used:,} used, {len(stats.bad):,} bad ({decoded})")
     rows.add_row(
         "captions",
-        f"{stats.captions:,} (choice {stats.captions_choice}), {stats.without_caption:,} samples without one",
+        f"{stats.captions:,} (choice {stats.captions_choice}), "
+        f"{counted(stats.without_caption, 'sample')} without one",
     )
     rows.add_row("kinds", _counted(stats.kinds) or "none")
     rows.add_row("captions a sample", _counted(stats.captions_per_sample, most=8))
@@ -40,7 +43,8 @@ def _counts(stats: Stats) -> Table:
         rows.add_row("classes", f"{len(stats.classes):,}, each of {least:,} to {most:,} samples")
     for name, what in (("content", "same image"), ("keys", "same key")):
         found = stats.duplicates[name]
-        rows.add_row(what, f"{found['groups']:,} groups, {found['extra']:,} copies beyond the first")
+        copies = counted(found["extra"], "copy")
+        rows.add_row(what, f"{counted(found['groups'], 'group')}, {copies} beyond the first")
     if stats.without_image or stats.repeated_keys:
         rows.add_row(
             "no samples",

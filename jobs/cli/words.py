@@ -51,7 +51,9 @@ def verb_first(words: Sequence[str], commands: Any) -> list[str]:
     while rest and rest[0].startswith("-") and rest[0] not in _names(commands.params):
         option = rest.pop(0)
         leading.append(option)
-        if "=" not in option and rest and option in _names(_parameters(commands), with_value=True):
+        takes_value = option in _names(_parameters(commands), with_value=True)
+        foreign = option in OPTIONS and rest and _verb(commands, rest[0]) is None
+        if "=" not in option and rest and (takes_value or foreign):
             leading.append(rest.pop(0))
     inner = _verb(commands, rest[0]) if rest else None
     if inner is None:
@@ -76,6 +78,17 @@ def _names(parameters: Any, *, with_value: bool = False) -> set[str]:
     chosen = (one for one in parameters if not (with_value and getattr(one, "is_flag", True)))
     names = {name for one in chosen for name in one.opts if name.startswith("-")}
     return names if with_value else names | {"-h", "--help"}
+
+
+def given(words: Sequence[str], names: Sequence[str]) -> str:
+    """The value that stands behind an option, or behind `=` in the same word; empty where there is none."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in names:
+            return following
+        name, equals, value = word.partition("=")
+        if equals and name in names:
+            return value
+    return ""
 
 
 def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:

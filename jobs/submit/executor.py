@@ -32,6 +32,14 @@ def choose(asked: str | None, say: Callable[[str], None]) -> str:
     return "slurm"
 
 
+def likely() -> str:
+    """Where a submission without --executor would go; "slurm" where a cluster is silent for now."""
+    try:
+        return choose(None, lambda line: None)
+    except UserError:
+        return "slurm"
+
+
 def require_slurm() -> None:
     """UserError where --executor slurm was given and no cluster can be asked."""
     if not has_sbatch():

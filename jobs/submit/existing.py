@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from clipcluster.errors import UserError
+from clipcluster.runs.find import as_typed
 from clipcluster.runs.folder import Run
 from jobs import submissions
 from jobs.state import Queue, State, state_of
@@ -31,13 +32,12 @@ def running_or_finished(run: Run, say: Say, *, wait: bool, dry_run: bool) -> Sta
                 submissions.adopt(run, state.job)
             say(f"{run.name} is {state}, as job {state.job}")
             return state
-        what = f"job {state.job} is still ending" if state.job else "an earlier submission was interrupted"
+        ending = f"job {state.job} is still ending ({state.name})"
+        what = ending if state.job else f"an earlier submission was interrupted ({state})"
         if not wait or dry_run or time.monotonic() > deadline:
-            raise UserError(
-                f"{run.name}: {what} ({state}). Submit again in a moment, or with --follow, which waits."
-            )
+            raise UserError(f"{run.name}: {what}. Submit again in a moment, or with --follow, which waits.")
         if not waiting:
-            say(f"{run.name}: {what}; waiting for it ({state})")
+            say(f"{run.name}: {what}; waiting for it")
             waiting = True
         time.sleep(1.0)
     return None
@@ -45,12 +45,12 @@ def running_or_finished(run: Run, say: Say, *, wait: bool, dry_run: bool) -> Sta
 
 def _ended(run: Run, state: State, say: Say) -> State | None:
     if state.name == "FINISHED":
-        say(f"{run.name} is finished; see: clipcluster status {run.name}")
+        say(f"{run.name} is finished; see: clipcluster status {as_typed(run)}")
         return state
     if state.name == "UNKNOWN":
         raise UserError(
             f"{run.name}: {state.detail}. Submit from a machine that reaches SLURM; or, knowing that the job "
-            f"has ended: clipcluster cancel {run.name}"
+            f"has ended: clipcluster cancel {as_typed(run)}"
         )
     if state.name != "NEW":
         say(f"{run.name} was {state}: it resumes from its last checkpoint")

@@ -143,7 +143,10 @@ def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
 
 
 def _say_plan(run: Run, checked: checks.Checked, executor: str, wanted: Wanted) -> None:
-    unchecked = [f"not checked: {'; '.join(checked.unchecked)}"] if checked.unchecked else []
+    later = [] if wanted.quick else ["the towers and samples (clipcluster check --deep, and the submission)"]
+    unchecked = (
+        [f"not checked: {'; '.join([*checked.unchecked, *later])}"] if checked.unchecked or later else []
+    )
     for line in [*checked.summary, *unchecked, devices.describe(checked.recipe.cluster, executor)]:
         wanted.say(line)
     wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))

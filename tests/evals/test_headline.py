@@ -34,7 +34,7 @@ def test_the_headline_comes_first_and_the_paired_figures_behind() -> None:
         ("val", "i2t_r1", "5.00 %"),
         ("val", "images", "1,000"),
         ("val", "distinct_captions", "5,000"),
-        ("test", "images", "360"),
+        ("test", "zero_shot_images", "360"),
     ]
     assert "five captions" in PAIRED.explanation
 

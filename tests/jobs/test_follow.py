@@ -68,6 +68,7 @@ def test_ctrl_c_stops_following_only(local, run):
     out, _ = watcher.communicate(timeout=10)
     assert watcher.returncode == 0
     assert "No longer following" in out
+    assert f"  clipcluster cancel {run.path} " in out
     step = len((run.attempts_dir / "1" / "metrics.jsonl").read_text().splitlines())
     local.at_step(run, step + 3)
     os.kill(local.pid(), signal.SIGTERM)
@@ -82,6 +83,14 @@ def test_events_are_told_once(run):
     attempt.event("requeue", writer="verdict", reason="preempted")
     assert [event["event"] for event in events.fresh()] == ["resume", "requeue"]
     assert events.fresh() == []
+
+
+def test_an_attempt_that_ended_is_not_starting(run):
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    attempt.event("phase", writer="rank-0", phase="first batch")
+    assert [event["event"] for event in Events(run).fresh()] == ["phase"]
+    attempt.write_outcome(outcome_name="finished", code=0, rank=0, step=3)
+    assert Events(run).fresh() == []
 
 
 def test_logs_are_followed_into_the_next_attempt(run):

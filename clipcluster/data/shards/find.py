@@ -13,7 +13,8 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 def find_shards(folder: Path) -> list[Path]:
     """The tars of a folder by name; UserError if there is no such folder, or none in it."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder that holds .tar shards")
+        wrong = "is a file" if folder.is_file() else "no such folder"
+        raise UserError(f"{folder}: {wrong}; give a folder that holds .tar shards")
     names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
     tars = [folder / name for name in names if name.endswith(".tar")]
     if tars:

@@ -93,6 +93,11 @@ def redacted(text: str) -> str:
     return _SECRET.sub(r"\1…", _URL.sub(_without_keys, text))
 
 
+def addresses_redacted(text: str) -> str:
+    """A message without the user, the query and the fragment of every address in it."""
+    return _URL.sub(_without_keys, text)
+
+
 def redacted_within(value: Any) -> Any:
     """A value of a recipe with every text in it `redacted`."""
     if isinstance(value, Mapping):

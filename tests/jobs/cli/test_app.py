@@ -153,6 +153,12 @@ def test_metrics_for_people(finished, tmp_path):
     done = clipcluster("metrics", finished.path, "--picture", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG"), done.stderr
     fails(clipcluster("metrics", finished.path, "--picture", tmp_path / "loss.what"), "loss.what", "png")
+    fails(clipcluster("metrics", finished.path, "--picture", tmp_path / "loss"), "ends in .png")
+    fails(
+        clipcluster("metrics", finished.path, "--picture", tmp_path / "x" / "loss.png"),
+        "no folder",
+        "make it",
+    )
 
 
 def test_a_long_run_is_thinned(run):
@@ -220,8 +226,16 @@ def test_one_message_for_a_mistake(words, parts, tmp_path):
         ("check r.yaml --lr=3e-4", "No such option: --lr; instead: optim.lr=3e-4"),
         ("submit r.yaml --epochs 4", "No such option: --epochs; instead: train.duration='4 epochs'"),
         ("submit r.yaml --optim.lr 1", "No such option: --optim.lr; instead: optim.lr=1"),
+        ("--gpus 2 submit r.yaml", "No such option: --gpus; instead: cluster.gpus_per_node=2"),
         ("submit --mem r.yaml", "No such option: --mem; instead: cluster.mem=r.yaml"),
         ("convert csv", "No such command 'convert'; instead: clipcluster shards convert"),
+        ("metrics toy --every ten", "Invalid value for '--every': should be a valid integer; got 'ten'"),
+        ("--every=ten metrics toy", "Invalid value for '--every': should be a valid integer; got 'ten'"),
+        ("status --runs README.md", "README.md is a file; runs lie in a folder"),
+        (
+            "check recipes/digits.yaml data.train=https://u:KEY@h/a.tar?k=KEY",
+            "from the command line: data.train=",
+        ),
     ],
 )
 def test_words_of_other_programs_get_a_pointer(words, message, monkeypatch, capsys):
@@ -229,7 +243,20 @@ def test_words_of_other_programs_get_a_pointer(words, message, monkeypatch, caps
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}\n")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert "KEY@" not in said
+    assert "=KEY" not in said
+
+
+@pytest.mark.parametrize("words", [[], ["shards"], ["bench"]])
+def test_a_group_without_a_command_prints_its_help_once(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["clipcluster", *words])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("Usage:") == 1
 
 
 def test_a_conversion_as_json_is_one_document(tmp_path):

@@ -69,7 +69,7 @@ def test_verify_exits_with_1_until_it_is_repaired(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
     done = clipcluster("verify", folder, "--no-images")
     assert (done.returncode, done.stderr) == (1, "")
-    assert "1 broken shards" in done.stdout
+    assert "1 broken shard, 0 bad samples" in done.stdout
     assert "00000.tar: changed since it was indexed" in done.stdout
     done = clipcluster("verify", folder, "--no-images", "--repair")
     assert (done.returncode, done.stderr) == (0, "")
@@ -100,6 +100,7 @@ def test_the_table(folder: Path) -> None:
     ("words", "part"),
     [
         (["stats", "nowhere"], "no such folder"),
+        (["stats", "FOLDER/00000.tar"], "is a file; give a folder"),
         (["verify", "s3://bucket/shards"], "s3://bucket/shards: only folders of this machine"),
         (["stats", "FOLDER", "--picture", "x.doc"], "ends in .png"),
         (["stats", "FOLDER", "FOLDER", "--index", "x"], "2 were given"),

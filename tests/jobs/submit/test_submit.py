@@ -22,6 +22,7 @@ from jobs.state import Queue, state_of
 from jobs.submissions import job_ids, submissions
 from jobs.submit import devices, launch
 from jobs.submit import submit as submission
+from jobs.submit.executor import likely
 from jobs.submit.submit import LOCK, Wanted, submit
 
 PLAN = ["data.batch_size=128", "train.duration=15 epochs", "optim.lr=1e-3", "cluster.tasks_per_node=2"]
@@ -55,9 +56,7 @@ def ask(recipe, tmp_path, monkeypatch, local, no_slurm):
             overrides=[*PLAN, *overrides],
             runs=tmp_path / "runs",
             trainee="trainee:train",
-            quick=True,
-            say=said.append,
-            **more,
+            **{"quick": True, "say": said.append, **more},
         )
         submitted = submit(wanted)
         if submitted.job:
@@ -187,7 +186,9 @@ def test_a_silent_cluster_is_no_reason_to_train_on_its_login_node(ask, tmp_path)
             ask(executor=executor)
     assert ask(executor="local", dry_run=True).executor == "local"
     script.write_text("#!/bin/sh\necho 'fatal: Could not establish a configuration source' >&2; exit 1\n")
-    assert ask(executor=None, dry_run=True).executor == "local"
+    assert ask(executor=None, dry_run=True, quick=False).executor == "local"
+    assert "(clipcluster check --deep, and the submission)" in " ".join(ask.said)
+    assert likely() == "local"
     with pytest.raises(UserError, match="SLURM does not answer"):
         ask(executor="slurm", dry_run=True)
 

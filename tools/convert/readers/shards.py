@@ -169,7 +169,7 @@ def _kinds_named(options: Options) -> set[str]:
 def _require_sense(options: Options) -> None:
     """UserError for values that mean nothing."""
     if options.fraction is not None and not 0 < options.fraction <= 1:
-        raise UserError(f"--fraction {options.fraction}: give a share above 0 and up to 1, such as 0.1")
+        raise UserError(f"--fraction {options.fraction}: give a fraction above 0 and up to 1, such as 0.1")
     for name in ("first", "min_side"):
         value = getattr(options, name)
         if value is not None and value < 1:
