@@ -122,7 +122,6 @@ def house(tmp_path: Path) -> Path:
     copy = tmp_path / "house"
     for room in ROOMS:
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "docs", copy / "docs")
     return copy
 
 

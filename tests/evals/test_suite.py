@@ -105,7 +105,7 @@ def test_what_is_shown_of_a_set_holds_no_key(
     settings = recipe(address, batch_size=32)
     world = World(0, 1, 0, torch.device("cpu"))
     suite = build_suite(settings, world=world, tokenizer=load_tokenizer(settings.data.text))
-    shown = {evaluation.images.folder for evaluation in suite.evaluations}
+    shown = {images.folder for _, images in suite.evaluations}
     assert shown == {address.partition("?")[0]}
 
 
