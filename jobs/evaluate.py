@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
-from clipcluster.runs.checkpoints import MANIFEST, is_whole, name_of, steps_in
+from clipcluster.runs.checkpoints import MANIFEST, is_complete, name_of, steps_in
 from clipcluster.runs.find import find_run
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.environment import share_cores
@@ -26,7 +26,7 @@ def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
         return _measure(run, overrides, checkpoint)
     if (inside := Run(checkpoint.parent.parent)).exists():
         names = [name_of(step) for step in steps_in(inside.checkpoints)]
-        whole = [name for name in names if is_whole(inside.checkpoints / name)]
+        whole = [name for name in names if is_complete(inside.checkpoints / name)]
         raise UserError(
             f"{what} is not a complete checkpoint; {inside.name} has {', '.join(whole) or 'none'}."
         )

@@ -75,7 +75,7 @@ def hash_of(path: Path) -> str:
 
 
 def load_weights(run: Run, model: Any, checkpoint: Path | None) -> tuple[Path, int, bool]:
-    """Weights of a checkpoint, by default the newest whole one; its folder, step, and whether averaged."""
+    """Load a checkpoint's weights, by default the newest that verifies; folder, step, whether averaged."""
     folder = CheckpointFolder(run.checkpoints, check=lambda: None, about={})
     newest_first = [folder.path(step) for step in reversed(folder.steps())]
     reasons = []

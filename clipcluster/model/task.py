@@ -1,4 +1,4 @@
-"""A task: what turns a batch into a loss. The only part of a training step that knows the science."""
+"""A task: what turns a batch into a loss. Nothing else in a step depends on it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, features: Features) -> Report:
-        """The loss over the features of all ranks; this rank's part of it, so that the ranks' mean is whole.
+        """This rank's part of the loss over the features of all ranks: the ranks' mean is the batch's.
 
         It may use parameters of the task itself (a scale of the logits), and need not declare them.
         """

@@ -81,8 +81,8 @@ class TextTower(nn.Module):
         if self.pool == "mean":
             weights = mask.unsqueeze(-1).to(states.dtype)
             return (states * weights).sum(dim=1) / weights.sum(dim=1)
-        places = torch.arange(mask.shape[1], device=mask.device)
-        last = (places * mask).argmax(dim=1)
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (positions * mask).argmax(dim=1)
         return states[torch.arange(len(states), device=states.device), last]
 
 

@@ -1,6 +1,6 @@
 """Starting weights from a file into a tower, with proof of what was loaded.
 
-A file and a tower differ by a prefix, and a load that skips what it does not know takes nothing and says
+A file and a tower differ by a prefix, and a load that skips what it does not know takes nothing and raises
 nothing. Here the prefix is found, the coverage is counted, and too little of it is an error.
 """
 
@@ -34,7 +34,7 @@ FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Classifiers, language-model heads and poolers: a tower has no place for them.
+# Classifiers, language-model heads and poolers: a tower does not have them.
 _HEADS = re.compile(
     r"^(head|head_dist|fc|classifier|head\.fc|head\.l|last_linear|lm_head|cls|score|pooler|pre_classifier"
     r"|vocab_[a-z_]+|discriminator_predictions|generator_[a-z_]+|qa_outputs)\.(weight|bias|.*\.(weight|bias)|bias)$"
@@ -153,8 +153,8 @@ def _read(file: Path) -> dict[str, Any]:
         return dict(load_file(file))
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # whose words advise to load it without the safeguard
-        raise ValueError("it is no file of tensors alone") from error
+    except UnpicklingError as error:  # torch's message advises to load it without weights_only
+        raise ValueError("it holds more than tensors") from error
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} where a dictionary of tensors was expected")
     return content

@@ -61,22 +61,22 @@ def raised(error: BaseException, attempt: Attempt, launch: Launch) -> int:
         _log.warning("%s", stale)
     except OSError as refusal:
         # The folder takes nothing more (a full disk): the code alone tells, and the verdict sees a crash.
-        _log.error("the ending could not be written down: %s", refusal)
+        _log.error("the ending could not be recorded: %s", refusal)
     with contextlib.suppress(OSError):
         traceback.print_exception(type(error), error, error.__traceback__)
     return int(outcome)
 
 
 def _record(error: BaseException, outcome: Outcome, attempt: Attempt, launch: Launch) -> None:
-    """Make the outcome at once where `error` ends the run (the peers sit in a collective), then the event.
+    """Make the outcome at once where `error` ends the run (the peers wait in a collective), then the event.
 
     The event carries `reason` and `signature`: an error with the same signature at the same step in the next
-    attempt will not go away by itself.
+    attempt is permanent.
     """
     reason = _reason(error)
     if _ends_run(error, outcome):
         if isinstance(error, Failure) and error.agreed and launch.rank != 0:
-            attempt.wait_for_outcome(_OUTCOME_WAIT_S)  # rank 0 speaks for all
+            attempt.wait_for_outcome(_OUTCOME_WAIT_S)  # rank 0 writes for all ranks
         advice = getattr(error, "advice", "") or ADVICE[outcome]
         _write_outcome(attempt, launch, "failed", outcome, reason=reason, advice=advice)
     attempt.event(

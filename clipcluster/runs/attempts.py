@@ -1,7 +1,7 @@
 """One attempt at a run: its claim, what it writes, and whether it still owns the run.
 
-A writer is stale as soon as the next attempt exists. A node that the scheduler calls dead may run its ranks
-on: so every rename, deletion and append asks first.
+A writer is stale as soon as the next attempt exists. The ranks of a node that the scheduler calls dead may
+still run: so every rename, deletion and append checks first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipcluster.runs import files
 class Attempt:
     """`attempts/N` of a run.
 
-    `step` is where this writer stands (the trainer keeps it current); events and the outcome carry it.
+    `step` is the step this writer has reached (the trainer updates it); events and the outcome carry it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -55,7 +55,7 @@ def step_of(name: str) -> int | None:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps that have a folder in `folder`, ascending, whole or not; none where it does not exist."""
+    """The steps that have a folder in `folder`, ascending, complete or not; none where it does not exist."""
     try:
         names = [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -98,7 +98,7 @@ def _entry(name: str, entry: Any) -> tuple[int, str]:
     return size, sha256
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether the manifest can be read and every file has the size it lists; contents are not hashed."""
     try:
         listed = read_manifest(checkpoint)
@@ -107,10 +107,10 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def newest_whole(folder: Path) -> int | None:
-    """The step of the newest checkpoint in `folder` that `is_whole`, or None."""
+def newest_complete(folder: Path) -> int | None:
+    """The step of the newest checkpoint in `folder` that `is_complete`, or None."""
     try:
         newest_first = reversed(steps_in(folder))
     except OSError:
         return None
-    return next((step for step in newest_first if is_whole(folder / name_of(step))), None)
+    return next((step for step in newest_first if is_complete(folder / name_of(step))), None)

@@ -145,7 +145,7 @@ class BrokenFile(UserError, ValueError):
 
 
 def _broken(path: Path, what: str) -> BrokenFile:
-    # Files are renamed into place whole, so that no kill leaves one behind.
+    # Complete files are renamed into place, so that no kill leaves one behind.
     return BrokenFile(f"{path} {what}. Restore it, or delete it if no job of the run is running.")
 
 
@@ -209,7 +209,7 @@ def _one_line(error: Exception) -> str:
 def link_once(path: Path, value: Any) -> bool:
     """Make `path` with the JSON of `value` unless it exists; the first caller of all machines wins.
 
-    Returns whether it was this caller. The file appears whole, over NFS too.
+    Returns whether it was this caller. The file appears complete, over NFS too.
     """
     aside = _write_aside(path, _document(value))
     try:

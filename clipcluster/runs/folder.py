@@ -58,7 +58,7 @@ class Run:
         *,
         assets: Path | None = None,
     ) -> Run:
-        """Make the folder whole, with `recipe.yaml`, `settings.yaml` and a copy of `assets`, or not at all.
+        """Make the folder, with `recipe.yaml`, `settings.yaml` and a copy of `assets`, or not at all.
 
         Raises FileExistsError where the run exists already, for example made by a submit at the same moment.
         """
@@ -135,7 +135,7 @@ class Run:
             try:
                 return self._claim_number(newest.number + 1 if newest else 1, job_id, host)
             except FileExistsError:
-                continue  # somebody else was first: look at who it is
+                continue  # another job was first: look at which
 
     def _claim_number(self, number: int, job_id: str, host: str) -> Attempt:
         # Made aside and renamed, so that no attempt is ever seen without its claim. As with mkdir one caller

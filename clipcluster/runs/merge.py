@@ -38,7 +38,7 @@ def merged_metrics(run: Run) -> list[dict[str, Any]]:
 def merged_samples(run: Run) -> list[dict[str, Any]]:
     """The samples consumed (`train.record_samples`), one line a slot, by step and slot.
 
-    A step belongs wholly to the highest attempt that consumed it.
+    A step belongs to the highest attempt that consumed it.
     """
     merged: dict[tuple[int, int], dict[str, Any]] = {}
     owner: dict[int, int] = {}
@@ -61,7 +61,7 @@ def events(run: Run) -> list[dict[str, Any]]:
 
 
 def bad_samples(run: Run) -> list[dict[str, Any]]:
-    """The run's distinct bad samples (shard and key), each as it was first written down."""
+    """The run's distinct bad samples (shard and key), each as it was first recorded."""
     distinct: dict[tuple[str, str], dict[str, Any]] = {}
     for line in _lines(run, "bad_samples-*.jsonl", shard=str, key=str):
         distinct.setdefault((line["shard"], line["key"]), line)

@@ -68,20 +68,20 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Twin:
+class SimilarRun:
     """A run of the same NAME that differs in a few result keys."""
 
     run: Run
     differences: list[Difference]
 
 
-def near_twins(name: str, recipe: Mapping[str, Any], folder: Path, *, at_most: int = 3) -> list[Twin]:
-    """Runs named NAME-8hex in `folder` whose result keys differ from `recipe` in 1 to `at_most` places.
+def similar_runs(name: str, recipe: Mapping[str, Any], folder: Path, *, at_most: int = 3) -> list[SimilarRun]:
+    """Runs named NAME-8hex in `folder` whose result keys differ from `recipe` in 1 to `at_most` of them.
 
     `recipe` is the mapping that `recipe.yaml` would hold; the key `name` is not compared. The nearest first.
     """
     here = _flat({key: value for key, value in recipe.items() if key != "name"})
-    twins = []
+    found = []
     for run in all_runs(folder):
         match = _RUN_NAME.fullmatch(run.name)
         if match is None or match["name"] != name:
@@ -93,5 +93,5 @@ def near_twins(name: str, recipe: Mapping[str, Any], folder: Path, *, at_most: i
             if here.get(key) != there.get(key)
         ]
         if 1 <= len(differences) <= at_most:
-            twins.append(Twin(run, differences))
-    return sorted(twins, key=lambda twin: (len(twin.differences), twin.run.name))
+            found.append(SimilarRun(run, differences))
+    return sorted(found, key=lambda similar: (len(similar.differences), similar.run.name))

@@ -39,7 +39,7 @@ def local_job_runs(job_id: str) -> bool | None:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's process: it runs, and the start time says whether it is the one meant
+        pass  # another user's process: it runs, and the start time says whether it is the one meant
     process = _process(int(pid))
     if process is None:
         return True  # no /proc here: the pid alone must do

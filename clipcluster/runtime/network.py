@@ -48,7 +48,7 @@ def site_interface(launch: Launch) -> str | None:
 
 
 def _nodes_are_one_machine() -> bool:
-    """Whether SLURM's nodes all live here, as in a sandbox: srun was started at a loopback address."""
+    """Whether all SLURM nodes are this machine, as in a sandbox: srun was started at a loopback address."""
     try:
         return ipaddress.ip_address(os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")).is_loopback
     except ValueError:

@@ -44,7 +44,7 @@ ADVICE = {
 class Failure(Exception):
     """Ends the run for good: `reason` and `advice` go into `outcome.json`, and the code is `outcome`.
 
-    `agreed` says that all ranks raise it together at a step boundary, so that rank 0 speaks for them.
+    `agreed` says that all ranks raise it together at a step boundary, so that rank 0 writes the outcome.
     """
 
     outcome: ClassVar[Outcome] = Outcome.ERROR
@@ -107,7 +107,7 @@ def restored(description: Mapping[str, str]) -> Exception:
 
 
 class LostPeers(Exception):
-    """Another rank is gone or silent. Never the run's outcome: whoever went first knows the reason."""
+    """Another rank is gone or silent. Never the run's outcome: the rank that ended first has the reason."""
 
 
 def leave(code: int) -> NoReturn:

@@ -80,8 +80,8 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 def holding_signals(python: str) -> list[str]:
     """A command to put before Python's arguments: signals that ask to stop wait for `Stop.install`.
 
-    Until its handlers stand, a rank that imports would be killed by them. What remains is the start of a bare
-    interpreter, some hundredths of a second; a rank killed in there never started, and the job is requeued.
+    Before its handlers are installed, a rank would be killed by them. What remains is the start of a bare
+    interpreter, some hundredths of a second; a rank killed then never started, and the job is requeued.
     """
     return [python, "-I", "-S", "-c", "; ".join(_HOLD.strip().splitlines())]
 

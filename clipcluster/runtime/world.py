@@ -78,7 +78,7 @@ class World:
 
         Rank 0 listens on a free port of the site's interface and calls `publish(address, port, token)`; the
         others call `find(timeout_s)`, which waits for it. The token keeps attempts apart: a rank left over
-        from another one meets nobody. A single process meets nobody and makes no process group.
+        from another one finds no peers. A single process makes no process group.
 
         `timeout_s` (seconds) bounds the meeting and every collective afterwards: a peer silent for so long is
         lost. Raises LostPeers, and UserError for an interface that does not exist.
@@ -106,7 +106,7 @@ class World:
 
     @contextmanager
     def _telling(self, what: str) -> Iterator[None]:
-        """Turn what a collective says of a dead or silent peer into LostPeers."""
+        """Raise a collective's error about a dead or silent peer as LostPeers."""
         try:
             yield
         except (RuntimeError, TimeoutError) as error:
@@ -254,7 +254,7 @@ def _from_bytes(content: torch.Tensor) -> Any:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether `error` is how gloo, NCCL or the store tell of a dead or silent peer.
+    """Whether `error` is what gloo, NCCL or the store raise for a dead or silent peer.
 
     Such errors surface wherever a collective runs: in a backward pass under DDP too.
     """

@@ -83,7 +83,7 @@ class Whole(Backward):
 
 
 class Independent(Backward):
-    """One pass a micro-batch, for a loss that is a mean over samples: the gradients' mean is the whole's.
+    """One pass a micro-batch, for a loss that is a mean over samples: so are its gradients.
 
     A loss over the batch would see only a micro-batch's negatives: use `Cached`.
     """

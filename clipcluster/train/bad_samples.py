@@ -1,4 +1,4 @@
-"""Samples that could not be decoded: written down once each, and too many of them end the run."""
+"""Samples that could not be decoded: each is recorded once, and too many of them end the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAST_SAMPLES = 1000
 
 
 class BadSamples:
-    """Records what this rank met; rank 0 judges what all ranks recorded in all attempts.
+    """Records those of this rank; rank 0 counts what all ranks recorded in all attempts.
 
     Args:
         samples: of all sources.
@@ -30,7 +30,7 @@ class BadSamples:
         self._new = 0
 
     def note(self, bad: Iterable[Mapping[str, Any]]) -> None:
-        """Write down the bad samples of a batch (`shard`, `key`, `reason`). Raises StaleAttempt."""
+        """Record the bad samples of a batch (`shard`, `key`, `reason`). Raises StaleAttempt."""
         for sample in bad:
             identity = (str(sample["shard"]), str(sample["key"]))
             if identity not in self._known:
@@ -39,7 +39,7 @@ class BadSamples:
                 self._attempt.bad_sample(self._rank, **{**sample, "shard": identity[0], "key": identity[1]})
 
     def take_new(self) -> int:
-        """How many this rank met since it was last asked."""
+        """How many this rank found since it was last asked."""
         new, self._new = self._new, 0
         return new
 

@@ -43,7 +43,7 @@ class Board:
     def _giving_up(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever TensorBoard's thread met comes up here
+        except Exception as error:  # errors of TensorBoard's thread are raised here
             self._writer = None
             logger.warning("TensorBoard curves stop for the rest of this attempt: %s", error)
 

@@ -1,7 +1,7 @@
 """The checkpoints of a run on disk: which there are, the newest that verifies, broken ones set aside.
 
 `clipcluster.runs.checkpoints` has the layout. A folder is written under another name, every file fsynced,
-renamed into place, and the parent fsynced: a checkpoint exists wholly or not at all.
+renamed into place, and the parent fsynced: a checkpoint exists completely or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipcluster.runs.checkpoints import EVALUATION, name_of, steps_in
 from clipcluster.runs.files import fsync_folder, read_json, write_json
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.train.checkpoint_reader import Broken, verify
-from clipcluster.train.checkpoint_writer import Contents, Tell, write_own_files, write_whole
+from clipcluster.train.checkpoint_writer import Contents, Tell, write_complete, write_own_files
 
 WRITING, DELETING, BROKEN, PINNED = ".writing-", ".deleting-", "broken-", "pinned-"
 PIN_SECONDS = 3600.0
@@ -66,7 +66,7 @@ class CheckpointFolder:
         and CheckpointError says what to do: a run never starts from scratch over checkpoints.
         """
         broken: dict[int, str] = {}
-        any_whole = False
+        any_complete = False
         for step in reversed(self.steps()):
             try:
                 state = verify(self.path(step))
@@ -74,13 +74,13 @@ class CheckpointFolder:
                 broken[step] = str(error)
                 logger.warning("%s does not verify: %s", self.path(step), error)
                 continue
-            any_whole = True
+            any_complete = True
             if usable(state):
                 for other, reason in broken.items():
                     self.set_aside(other, reason)
                 return self.path(step)
         earlier = [path.name for path in self.folder.iterdir() if path.name.startswith(BROKEN)]
-        if not any_whole and (broken or earlier):
+        if not any_complete and (broken or earlier):
             self._refuse(broken, earlier)
         return None
 
@@ -122,7 +122,7 @@ class CheckpointFolder:
             if not self._keeps(final):
                 self._check()
                 aside.mkdir(exist_ok=True)
-                write_whole(aside, contents, self._about, tell)
+                write_complete(aside, contents, self._about, tell)
                 self._check()
                 os.rename(aside, final)
         finally:
@@ -154,11 +154,11 @@ class CheckpointFolder:
             return {}
 
     def pinned(self, step: int) -> bool:
-        """Whether somebody is reading this checkpoint."""
+        """Whether a process is reading this checkpoint."""
         return any(time.time() - _changed(pin) < PIN_SECONDS for pin in self.path(step).glob(f"{PINNED}*"))
 
     def delete(self, step: int) -> None:
-        """Remove a checkpoint: renamed first, so that its name never stands for half of it."""
+        """Remove a checkpoint: renamed first, so that an incomplete one never has its name."""
         source = self.path(step)
         aside = self.folder / f"{DELETING}{source.name}-{secrets.token_hex(4)}"
         self._check()
@@ -171,7 +171,7 @@ class CheckpointFolder:
 def reading(folder: Path) -> Iterator[None]:
     """Keep the rotation of a running run from deleting this checkpoint meanwhile, where it can be pinned."""
     pin = folder / f"{PINNED}{secrets.token_hex(4)}"
-    with suppress(OSError):  # somebody else's run, or a disk to read from only: rotation may come in between
+    with suppress(OSError):  # another user's run, or a read-only disk: the rotation may delete it meanwhile
         pin.touch()
     try:
         yield

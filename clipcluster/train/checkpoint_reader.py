@@ -60,7 +60,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """Read every byte of a checkpoint and return its state.json. Raises Broken with the reason.
 
     A file system that refuses to read (not: a file that is absent) raises its own OSError: such a checkpoint
-    may be whole.
+    may be intact.
     """
     try:
         listed = read_manifest(folder)

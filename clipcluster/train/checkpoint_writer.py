@@ -34,7 +34,7 @@ _LOOK_SECONDS = 0.05
 Files = dict[str, dict[str, Any]]
 """As the manifest lists them: name -> `bytes` and `sha256`."""
 Tell = Callable[[int], None]
-"""Called with the size of every piece that was written (0: still waiting); raises Dropped to give up."""
+"""Called with the size of every chunk that was written (0: still waiting); raises Dropped to give up."""
 
 
 class Dropped(Exception):
@@ -91,7 +91,7 @@ def take_copy(
     return Contents(step, tensors, {"format": FORMAT, **state, **plain, **about}, rank, ranks, number)
 
 
-def write_whole(aside: Path, contents: Contents, about: Mapping[str, Any], tell: Tell) -> None:
+def write_complete(aside: Path, contents: Contents, about: Mapping[str, Any], tell: Tell) -> None:
     """Rank 0: write its files, wait for those of the other ranks, and write state and manifest.
 
     Raises OSError, also where another rank could not write its files or did not within PEER_SECONDS.
@@ -142,17 +142,17 @@ def _write_tensors(aside: Path, contents: Contents, tell: Tell) -> Files:
     }
 
 
-def _write_file(path: Path, pieces: Iterable[bytes | memoryview], tell: Tell) -> dict[str, Any]:
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview], tell: Tell) -> dict[str, Any]:
     """Write and fsync a file; its entry in the manifest."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb", buffering=0) as stream:
-        for piece in pieces:
-            rest = memoryview(piece)
+        for chunk in chunks:
+            rest = memoryview(chunk)
             digest.update(rest)
             size += len(rest)
             while rest:
                 rest = rest[stream.write(rest) :]
-            tell(len(piece))
+            tell(len(chunk))
         os.fsync(stream.fileno())
     return file_entry(size, digest.hexdigest())
 

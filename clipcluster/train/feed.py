@@ -23,11 +23,11 @@ class Batches(Protocol):
 
 
 class Feed:
-    """Batches from where a progress stands, without the ranges that it skips.
+    """Batches from the next one of a progress on, without the ranges that it skips.
 
     Args:
         open_batches: opens them.
-        waited: told how many seconds each batch was waited for.
+        waited: called with the seconds that each batch was waited for.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class Guard:
         self._total += bad
 
     def read(self) -> Streak:
-        """The longest row since the last reading, or the one still going on. Waits for the device."""
+        """The longest row since the last reading, or the one that has not ended. Waits for the device."""
         length, first, last, total = torch.cat((self._longest, self._total[None])).tolist()
         self._longest = self._row.clone()
         return Streak(length, first, last, total)

@@ -42,7 +42,7 @@ class Metrics:
         self.restart_clock(0)
 
     def open(self, progress: Progress) -> None:
-        """Begin where the run stands."""
+        """Begin at the step that the run has reached."""
         self.restart_clock(progress.samples)
         if self._world.is_main:
             self._board = Board(self._run.tensorboard, attempt=self._attempt.number, step=progress.step)

@@ -38,8 +38,8 @@ class Optimizer:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), one fused kernel a step, skippable on the device.
 
     The state is flat, `PARAMETER.exp_avg`, `PARAMETER.exp_avg_sq`, `PARAMETER.step`, so that it outlives a
-    change of the parameters' order, and whole: every parameter that trains has one from the beginning.
-    Hyperparameters come from the recipe and are no part of it.
+    change of the parameters' order, and complete: every parameter that trains has one from the beginning.
+    Hyperparameters come from the recipe and are not in it.
     """
 
     def __init__(

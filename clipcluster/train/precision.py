@@ -19,8 +19,8 @@ class Precision:
     """Autocast and loss scale; the loss scale is what a checkpoint keeps (empty without one).
 
     The scale follows Micikevicius et al. 2018, section 3.2, as torch's GradScaler does (start 65,536,
-    halved at an overflow, doubled after 2,000 steps without one), with a floor: at `SMALLEST` an overflow is
-    no longer the scale's fault. Everything stays on the device.
+    halved at an overflow, doubled after 2,000 steps without one), with a floor: at `SMALLEST` the
+    scale cannot be the cause of an overflow. Everything stays on the device.
     """
 
     START, SMALLEST, LARGEST, GROWTH_INTERVAL = 65536.0, 1.0, 2.0**24, 2000
@@ -85,7 +85,7 @@ class Precision:
         return {"scale": self.scale.item(), "good_steps": int(self._good_steps)} if self.scales else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved scale."""
+        """Continue from a saved scale."""
         if self.scales and state:
             self.scale.fill_(state["scale"])
             self._good_steps.fill_(state["good_steps"])

@@ -1,4 +1,4 @@
-"""What a rank writes down between two boundaries, and the failure it found until all ranks can act on it."""
+"""What a rank records between two boundaries, and the failure it found until all ranks can act on it."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Saver:
         every_steps, every_seconds: when to save; one of them. Steps that `keep` keeps for good, and with a
             best metric those that were evaluated, are saved besides.
         last_seconds: how long a save of this run took last, where an earlier attempt saved.
-        event: told of every checkpoint in place, set aside or failed.
+        event: called for every checkpoint that was written or failed.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Saver:
         self.failure: Exception | None = None
 
     def resumed_from(self, step: int) -> None:
-        """The checkpoint of `step` is in place: it need not be written again."""
+        """The checkpoint of `step` exists: it need not be written again."""
         self.durable_step = self._asked_at = step
         self._evaluations.clear()  # of steps that a roll-back undid
 

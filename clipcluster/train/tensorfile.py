@@ -25,7 +25,7 @@ CHUNK = 4 << 20
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
-    """The bytes of a safetensors file in pieces of at most 4 MiB; tensors lie on the CPU.
+    """The bytes of a safetensors file in chunks of at most 4 MiB; the tensors are on the CPU.
 
     Format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}` padded
     with spaces to a multiple of 8, the tensors' bytes without gaps. Raises KeyError for another dtype.

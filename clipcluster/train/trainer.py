@@ -39,7 +39,7 @@ class Trainer:
     Ranks act together: whatever one of them wishes is reduced at every step boundary before anyone acts.
 
     Args:
-        open_batches: batches from where a progress stands, without the ranges it skips.
+        open_batches: batches from the next one of a progress on, without the ranges it skips.
         parts: what a checkpoint holds, by name.
         constants: what state.json holds besides; a resume with another index or starting weights is refused.
         grace_seconds: time between the request to stop and the kill.
@@ -161,7 +161,7 @@ class Trainer:
         self.metrics.restart_clock(self.progress.samples)
 
     def _count(self, batch: Batch) -> None:
-        """Count what the step consumed, and write down what was asked for."""
+        """Count what the step consumed, and record its samples where the recipe asks for it."""
         self.progress.advance(batch)
         self.attempt.step = self.progress.step
         with self.records.keeping():

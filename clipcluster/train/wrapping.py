@@ -31,7 +31,7 @@ def data_parallel(task: Task) -> nn.Module:
 class WrappedTask:
     """A task under what reduces its gradients over the ranks; by default DDP, or nothing on a single rank.
 
-    `wrapped(call, *args)` is `call(task, *args)` run inside the wrapper's `forward`, the only place that it
+    `wrapped(call, *args)` is `call(task, *args)` run inside the wrapper's `forward`, the only method that it
     watches. Nothing else knows DDP from FSDP2.
 
     `needs_rehearsal`: DDP puts its buckets into another order after its first backward pass that reduces, so

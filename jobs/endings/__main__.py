@@ -2,7 +2,7 @@
 
 python -m jobs.endings claim RUN_DIR         prints the attempt's number; nothing where none is due
 python -m jobs.endings verdict RUN_DIR CODE  CODE: srun's exit code; prints the script's, and leaves with it
-python -m jobs.endings local RUN_DIR         what stands in for the batch script on a machine without SLURM
+python -m jobs.endings local RUN_DIR         the local supervisor, in place of the batch script without SLURM
 """
 
 from __future__ import annotations

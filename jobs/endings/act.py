@@ -1,4 +1,4 @@
-"""The end of an attempt: the verdict is written down and acted on. Standard library only.
+"""The end of an attempt: the verdict is recorded and acted on. Standard library only.
 
 A scancel gives all of it little time.
 """
@@ -25,7 +25,7 @@ EXCLUDE_SECONDS = 3.0
 
 
 def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mapping[str, str]) -> int:
-    """Decide, write the verdict down, act on it; returns the batch script's exit code."""
+    """Decide, record the verdict, act on it; returns the batch script's exit code."""
     job_id = slurm_job_id(environ)
     job = facts.ask(slurm, job_id)
     seen = facts.on_slurm(run, attempt, code, job, environ)

@@ -1,4 +1,4 @@
-"""What earlier endings left in the run folder: verdicts, whole checkpoints, blamed nodes. No torch."""
+"""What earlier endings left in the run folder: verdicts, complete checkpoints, blamed nodes. No torch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def last_verdict(attempt: Attempt) -> dict[str, Any] | None:
 
 
 def newest_checkpoint(run: Run) -> int | None:
-    """The step of the newest whole checkpoint, or None.
+    """The step of the newest complete checkpoint, or None.
 
-    Whole by its sizes: contents are hashed by whoever loads it; the verdict has no time for that.
+    Complete by its sizes: whoever loads it hashes the contents; the verdict has no time for that.
     """
-    return checkpoints.newest_whole(run.checkpoints)
+    return checkpoints.newest_complete(run.checkpoints)
 
 
 def fruitless(run: Run, attempt: Attempt, checkpoint: int | None) -> int:
@@ -89,8 +89,8 @@ def _earlier(run: Run, attempt: Attempt) -> list[dict[str, Any]]:
 def job_runs(run: Run, job_id: str, slurm: Slurm) -> bool:
     """Whether a job still has processes that may write to the run.
 
-    One of which nobody here can know (another machine's, or SLURM is silent) counts as running until the run
-    folder says that it ended.
+    A job that cannot be looked up from here (on another machine, or SLURM does not answer) counts as running
+    until the run folder says that it ended.
     """
     if job_id.startswith("local-"):
         runs = local_job_runs(job_id)
@@ -109,6 +109,6 @@ def _not_ended(run: Run, job_id: str) -> bool:
     if not attempts:
         return True
     verdict = last_verdict(attempts[-1])
-    if verdict is None:  # nobody judges what was started by hand: its outcome is the verdict
+    if verdict is None:  # started by hand: there is no verdict, and the outcome decides
         return not (job_id.startswith("local-") and attempts[-1].outcome())
     return verdict["event"] not in FINAL

@@ -1,4 +1,4 @@
-"""A run on this machine, without SLURM: this process stands in for the batch script.
+"""The local supervisor: runs a run on this machine, without SLURM, in place of the batch script.
 
 It claims, starts and watches the ranks, keeps the time, and decides.
 
@@ -96,7 +96,7 @@ class Ranks:
         return any(process.poll() is None for process in self.processes)
 
     def listening(self) -> bool:
-        """Whether every rank has started: before its handlers stand, a USR1 would kill it."""
+        """Whether every rank has started: before its handlers are installed, a USR1 would kill it."""
         return len(list(self.attempt.path.glob("events-rank-*.jsonl"))) >= self.order.tasks
 
     def code(self) -> int:

@@ -187,7 +187,7 @@ def error_lines(text: str) -> list[str]:
 def blamed(errors: Sequence[str], down: Sequence[str]) -> str | None:
     """The node a crash is blamed on: one that the scheduler calls down, else the first in srun's errors.
 
-    Ranks that stopped or lost their peers are survivors and blame nobody. Of a list of nodes the first.
+    Ranks that stopped or lost their peers are survivors and blame no node. Of a list of nodes the first.
     """
     if down:
         return down[0]

@@ -115,7 +115,7 @@ def _refusal(failure: Exception) -> UserError:
 
 
 def locally(cluster: Cluster, member: Member, *, grace: float, trainee: str = TRAINEE) -> str:
-    """Start the process that stands in for the batch script; returns its job id ("local-HOST-PID-START").
+    """Start the local supervisor; returns its job id ("local-HOST-PID-START").
 
     It lives on, in a session of its own, whatever becomes of this process.
     """

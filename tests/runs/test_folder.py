@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from clipcluster.errors import UserError
 from clipcluster.runs.find import find_run, runs_folder
 from clipcluster.runs.folder import AlreadyOwned, Run
-from clipcluster.runs.name import near_twins, run_name
+from clipcluster.runs.name import run_name, similar_runs
 
 leaves = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -196,13 +196,13 @@ def test_near_twins_say_which_key(tmp_path):
         "data": {"batch_size": 384},
         "seed": 3,
     }
-    found = near_twins("coco", new, tmp_path)
+    found = similar_runs("coco", new, tmp_path)
     assert [near.run.name for near in found] == [twin.name]
     assert [(d.key, d.here, d.there) for d in found[0].differences] == [
         ("optim.betas.1", 0.999, 0.98),
         ("seed", 3, None),
     ]
-    assert near_twins("coco", base, tmp_path) == []  # the run itself is no twin
+    assert similar_runs("coco", base, tmp_path) == []  # the run itself is not listed
 
 
 @given(first=trees, second=trees)
@@ -212,12 +212,12 @@ def test_twins_differ_both_ways_alike(tmp_path_factory, first, second):
     folder = tmp_path_factory.mktemp("twins")
     first.pop("name", None), second.pop("name", None)
     make(folder, "a", first)
-    found = near_twins("a", second, folder, at_most=100)
+    found = similar_runs("a", second, folder, at_most=100)
     if not found:
         return
     other = tmp_path_factory.mktemp("twins")
     make(other, "a", second)
-    (back,) = near_twins("a", first, other, at_most=100)
+    (back,) = similar_runs("a", first, other, at_most=100)
     assert [(d.key, d.there, d.here) for d in back.differences] == [
         (d.key, d.here, d.there) for d in found[0].differences
     ]

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from clipcluster.errors import StaleAttempt
-from clipcluster.runs.checkpoints import newest_whole, read_manifest, steps_in
+from clipcluster.runs.checkpoints import newest_complete, read_manifest, steps_in
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish
@@ -225,7 +225,7 @@ def test_garbage_in_the_manifest_is_broken(
         inner[entry[-1]] = garbage
         value = manifest
     (folder.path(3) / "manifest.json").write_text(json.dumps(value))
-    assert newest_whole(folder.folder) == 2
+    assert newest_complete(folder.folder) == 2
     assert folder.newest() == folder.path(2)
 
 
@@ -234,7 +234,7 @@ def test_a_manifest_names_files_of_its_own_folder_alone(folder: CheckpointFolder
     manifest = read_json(folder.path(3) / "manifest.json")
     manifest["files"][name] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     (folder.path(3) / "manifest.json").write_text(json.dumps(manifest))
-    assert newest_whole(folder.folder) == 2
+    assert newest_complete(folder.folder) == 2
     assert folder.newest() == folder.path(2)
 
 

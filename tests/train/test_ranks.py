@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipcluster.runs.checkpoints import is_whole
+from clipcluster.runs.checkpoints import is_complete
 from clipcluster.runs.files import read_json
 from clipcluster.runs.merge import events, merged_metrics, merged_samples
 
@@ -84,7 +84,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert differing_tensors(stopped.path / end, whole.path / end) == []
     own = [load_file(stopped.path / end / f"seen-rank-0000{rank}.safetensors") for rank in range(SIZE)]
     assert [int(tensors["total"]) for tensors in own] == [12 * (rank + 1) for rank in range(SIZE)]
-    assert is_whole(stopped.path / end)
+    assert is_complete(stopped.path / end)
     asked = [event for event in events(stopped) if event["event"] == "stop_requested"]
     assert {event["attempt"] for event in asked} == {1, 2, 3, 4, 5}
 

@@ -41,7 +41,7 @@ class Batch:
         return replace(self, extras=extras, **_moved(self, _COLUMNS, device))
 
     def cut(self, start: int, stop: int) -> "Batch":
-        """Samples `start` to `stop` of this batch: views of its tensors. `bad` stays with the whole batch.
+        """Samples `start` to `stop` of this batch: views of its tensors. `bad` stays with the uncut batch.
 
         Raises ValueError unless 0 <= start <= stop <= len(self).
         """
@@ -71,7 +71,7 @@ class EvaluationBatch:
     `positions` (b,) int64: which sample of the source; `images` (b, 3, S, S) uint8; `classes` (b,) int64, -1
     for none; `captions`: b lists; `tokens` (c, L), `mask` (c, L) and `owners` (c,) int64, the position of
     each caption's image: captions laid end to end (None without a tokenizer). A sample that cannot be decoded
-    is left out and stands in `bad`.
+    is left out and listed in `bad`.
     """
 
     index: int

@@ -25,7 +25,7 @@ class BadExtra(Exception):
 
 
 def decoders_of(extras: Mapping[str, str]) -> dict[str, Decoder]:
-    """The decoders by extension. ImportError or AttributeError where a dotted name stands for nothing."""
+    """The decoders by extension. ImportError or AttributeError where a dotted name does not exist."""
     return {extension: resolve_name(dotted) for extension, dotted in extras.items()}
 
 
@@ -45,7 +45,7 @@ def decode_extras(decoders: Mapping[str, Decoder], members: Mapping[str, bytes])
 
 
 def stacked(extension: str, values: Sequence[Any], samples: Sequence[str]) -> torch.Tensor | list[Any]:
-    """One value a sample as a tensor (b, ...), or as a list if they are no numbers and no arrays.
+    """One value a sample as a tensor (b, ...), or as a list if they are neither numbers nor arrays.
 
     samples: shard and key of each, for the error. DataError where arrays differ in shape or dtype.
     """

@@ -26,7 +26,7 @@ class Decoded(NamedTuple):
 
 
 class Reader:
-    """Turns work items into partial batches; an unexpected error is told with shard and key."""
+    """Turns work items into partial batches; an unexpected error names shard and key."""
 
     def __init__(
         self,
