@@ -93,7 +93,7 @@ def test_another_captions_choice_is_refused_with_its_command(tmp_path: Path) -> 
 
 def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="is a file; give a folder"):
         open_folder(tmp_path / "file")
     with pytest.raises(UserError, match="no such folder"):
         open_folder(tmp_path / "nowhere")
