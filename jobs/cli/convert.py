@@ -79,10 +79,10 @@ class Kinds(typer.core.TyperGroup):
     """The kinds as sub-commands, each built from its reader when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The kinds that this installation can read."""
+        """The kinds."""
         from tools.convert.convert import KINDS
 
-        return [name for name in KINDS if _kind(name) is not None]
+        return list(KINDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The sub-command of one kind. UserError: there is no such kind."""
@@ -105,15 +105,6 @@ convert = typer.Typer(
 @convert.callback()
 def _group() -> None:
     """Makes typer build a group although no command is registered."""
-
-
-def _kind(name: str) -> Any:
-    from tools.convert.convert import kind_named
-
-    try:
-        return kind_named(name)
-    except UserError:
-        return None
 
 
 def _command(name: str, kind: Any) -> Any:

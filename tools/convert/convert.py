@@ -62,13 +62,7 @@ def kind_named(name: str) -> Kind:
     """The reader of a kind. UserError: there is no such kind."""
     if name not in KINDS:
         raise UserError(f"convert {name!r}: no such kind of input; there are: {', '.join(sorted(KINDS))}")
-    module = f"tools.convert.readers.{KINDS[name]}"
-    try:
-        kind = importlib.import_module(module).KIND
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise UserError(f"convert {name!r}: no reader for it is installed") from None
+    kind = importlib.import_module(f"tools.convert.readers.{KINDS[name]}").KIND
     assert isinstance(kind, Kind)
     return kind
 

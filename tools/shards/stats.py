@@ -104,9 +104,7 @@ def _misfit(folder: Path, index: Path | None, choice: str) -> str | None:
     """Why the index cannot be used; None if it can."""
     try:
         shards = open_folder(folder, index, choice)
-        touched = shards.modified_shards()
-        for shard in touched:
-            shards.check(shard)
+        shards.check_unchanged()
         unknown = {path.name for path in indexing.find_shards(folder)} - set(shards.shard_names)
         shards.close()
     except DataError as error:

@@ -55,14 +55,9 @@ class _Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.choice = choice_for(path, None)
-        self.shards: Dataset = open_folder(path, None, self.choice)
-        for shard in self.shards.modified_shards():
-            self.shards.check(shard)
-        summary = shard_list.read_summary(path)
-        self.choices = tuple(summary.choices)
-        self.without_image, self.repeated = summary.without_image, summary.duplicates
-        self.broken = summary.broken
+        self.shards: Dataset = open_folder(path, None, choice_for(path, None))
+        self.shards.check_unchanged()
+        self.summary = shard_list.read_summary(path)
 
     def keys(self, positions: np.ndarray) -> Iterator[str]:
         """The keys of these samples (ascending), by their headers alone."""
@@ -185,15 +180,15 @@ def _require_sense(options: Options) -> None:
 
 def _left_behind(folder: _Folder) -> list[str]:
     """What is no sample for the index and so does not go over, in words."""
-    notes = []
-    if folder.without_image or folder.repeated:
+    notes, found = [], folder.summary
+    if found.without_image or found.duplicates:
         notes.append(
-            f"{folder.path}: left behind: {folder.without_image} without an image, {folder.repeated} whose "
+            f"{folder.path}: left behind: {found.without_image} without an image, {found.duplicates} whose "
             "key came before in their shard"
         )
     notes += [
         f"{folder.path}: {one['shard']} is broken: {one['reason']}; the samples before that point are taken"
-        for one in folder.broken
+        for one in found.broken
     ]
     return notes
 

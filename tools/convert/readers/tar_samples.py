@@ -67,10 +67,6 @@ class TarSamples:
         """Gives up keys and labels, which only the choice of samples needs."""
         self.keys, self.labels = np.zeros(0, "S1"), None
 
-    def shard_name(self, number: int) -> str:
-        """The name of the shard that holds a sample."""
-        return self.paths[int(self.shards[number])].name
-
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members (extension to bytes) of one sample. OSError where the disk fails."""
         shard = self._handle(int(self.shards[number]))
