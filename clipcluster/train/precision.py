@@ -85,7 +85,7 @@ class Precision:
         return {"scale": self.scale.item(), "good_steps": int(self._good_steps)} if self.scales else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved scale."""
-        if self.scales and state:
+        """Continue from a saved scale. Raises KeyError where float16 has none."""
+        if self.scales:
             self.scale.fill_(state["scale"])
             self._good_steps.fill_(state["good_steps"])

@@ -90,6 +90,8 @@ def test_the_loss_scale_is_torchs_with_a_floor(overflows: list[bool]) -> None:
         scale.clamp_(1.0, 2.0**24)
         assert float(ours.scale) == float(scale)
     resumed = Precision("fp16", CPU)
+    with pytest.raises(KeyError, match="scale"):
+        resumed.load_state_dict({})
     resumed.load_state_dict(ours.state_dict())
     assert resumed.state_dict() == ours.state_dict()
 
