@@ -85,7 +85,10 @@ def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer) -> Suite:
 
 
 def set_names(folders: Sequence[str]) -> list[str]:
-    """A name for each folder: its last component, after as many parents as tell it from the others."""
+    """A name for each folder: its last component, after as many parents as tell it from the others.
+
+    Addresses that differ in what is not shown (a key) are numbered.
+    """
     parts = [[part for part in Path(redacted(folder)).parts if part != "/"] or ["root"] for folder in folders]
     lengths = [1] * len(parts)
     while True:
@@ -93,7 +96,7 @@ def set_names(folders: Sequence[str]) -> list[str]:
         counts = Counter(names)
         growing = [i for i, name in enumerate(names) if counts[name] > 1 and lengths[i] < len(parts[i])]
         if not growing:
-            return names
+            return [f"{name}-{i}" if counts[name] > 1 else name for i, name in enumerate(names, start=1)]
         for i in growing:
             lengths[i] += 1
 

@@ -95,6 +95,8 @@ def test_the_model_is_left_training(reports: Reports) -> None:
 def test_sets_are_named_by_their_last_component_unless_that_is_ambiguous() -> None:
     assert set_names(["/data/coco/val", "/data/digits/test"]) == ["val", "test"]
     assert set_names(["/data/coco/val", "/data/flickr/val", "x"]) == ["coco-val", "flickr-val", "x"]
+    of_keys = ["s3://a/val", "https://b/c?of=1", "https://b/c?of=2"]
+    assert set_names(of_keys) == ["val", "https:-b-c-2", "https:-b-c-3"]
 
 
 def test_what_is_shown_of_a_set_holds_no_key(
