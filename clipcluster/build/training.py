@@ -161,7 +161,6 @@ def _saver(
     folder: Any,
     constants: Mapping[str, Any],
 ) -> Saver:
-
     every, keep = recipe.checkpoint.every, recipe.checkpoint.keep
     best = keep.best
     return Saver(

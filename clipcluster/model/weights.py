@@ -44,6 +44,7 @@ _COMPUTED = re.compile(
     r"(^|\.)(num_batches_tracked|position_ids|attn\.bias|attn\.masked_bias|relative_position_index"
     r"|relative_coords_table|attn_mask|inv_freq)$"
 )
+_NEW_NAMES = {"gamma": "weight", "beta": "bias"}
 _OLD_LAYER_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 
 
@@ -84,7 +85,8 @@ def load_weights(tower: nn.Module, source: Path, *, name: str) -> Coverage:
     Raises UserError where the file is missing or unreadable, matches less than LEAST_COVERAGE of the tower,
     or holds a larger tower than the one built.
     """
-    state = {_OLD_LAYER_NORM.sub(_new_name, key): value for key, value in read_state_dict(source).items()}
+    found = read_state_dict(source)
+    state = {_OLD_LAYER_NORM.sub(lambda old: _NEW_NAMES[old[0]], key): found[key] for key in found}
     own = {key: value for key, value in tower.state_dict().items() if not _COMPUTED.search(key)}
     prefix = _best_prefix(state, own)
     inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
@@ -165,10 +167,6 @@ def _file_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"The folder {folder} holds no weights: expected one of {', '.join(FOLDER_FILES)}.")
-
-
-def _new_name(match: re.Match[str]) -> str:
-    return {"gamma": "weight", "beta": "bias"}[match.group(0)]
 
 
 def _best_prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:

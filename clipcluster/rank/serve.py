@@ -5,26 +5,23 @@ Nothing here loads torch, so that a trainee without torch ends by the same rules
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 
 from clipcluster.errors import UserError
 from clipcluster.rank.claiming import open_attempt
 from clipcluster.rank.ending import raised, returned
 from clipcluster.rank.output import announce, log_to, redirect, say_ending
-from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.environment import ATTEMPT, share_cores
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import Stop
-
-Trainee = Callable[[Run, Attempt, Launch, Stop], Outcome]
 
 
 def serve(
@@ -63,7 +60,7 @@ def serve(
         redirect(attempt.path / f"{writer}.out")
         log_to(sys.stdout, launch.rank)
         attempt.event("start", writer=writer, rank=launch.rank, host=socket.gethostname(), pid=os.getpid())
-        outcome = _load(trainee)(run, attempt, launch, stop)
+        outcome = resolve_name(trainee)(run, attempt, launch, stop)
         code = returned(Outcome(outcome), attempt, launch, stop)
     except BaseException as error:
         code = raised(error, attempt, launch)
@@ -75,9 +72,3 @@ def serve(
 def _runs_here(job_id: str) -> bool:
     """Whether a process of this machine still runs; a job that it cannot know of counts as running."""
     return local_job_runs(job_id) is not False
-
-
-def _load(trainee: str) -> Trainee:
-    module, _, function = trainee.partition(":")
-    loaded: Trainee = getattr(importlib.import_module(module), function)
-    return loaded

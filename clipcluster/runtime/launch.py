@@ -43,7 +43,8 @@ class Launch:
             launch = _torchrun(environ)
         elif "SUBMITIT_LOCAL_GLOBALID" in environ:
             launch = _local(environ)
-        elif _in_slurm_step(environ):
+        elif all(name in environ for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_ID")):
+            # `srun --pty bash` sets them too; its processes are real tasks of that step.
             launch = _slurm(environ)
         else:
             launch = Launch(0, 1, 0, 1, 0, 1, local_job_id(), "single")
@@ -54,11 +55,6 @@ class Launch:
                 "ranks run from 0 to the size less one. Unset the variables of an outer launcher."
             )
         return launch
-
-
-def _in_slurm_step(environ: Mapping[str, str]) -> bool:
-    # SLURM_STEP_ID is also set for `srun --pty bash`; its processes are real tasks of that step.
-    return all(name in environ for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_ID"))
 
 
 def whole_number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -28,7 +28,7 @@ class Outcome(IntEnum):
     CANCELLED = 130
 
 
-ADVICE = {
+ADVICE: dict[int, str] = {
     Outcome.ERROR: "The traceback is in attempts/*/rank-*.out; see: clipcluster logs RUN",
     Outcome.RECIPE: "Fix the recipe (clipcluster check RECIPE --deep) and submit it again.",
     Outcome.DATA: "Repair or re-index the shards named (clipcluster shards verify DIR), then submit again.",

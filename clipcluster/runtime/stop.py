@@ -49,17 +49,14 @@ class Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number).name
-        self._set(self.signal)
+        self.request(self.signal)
 
-    def _set(self, reason: str) -> None:
+    def request(self, reason: str) -> None:
+        """Set the flag without a signal, for example when the recipe's own time is up."""
         if self.time is None:
             self.time = time.time()
         if self.reason is None:
             self.reason = reason
-
-    def request(self, reason: str) -> None:
-        """Set the flag without a signal, for example when the recipe's own time is up."""
-        self._set(reason)
 
     @property
     def requested(self) -> bool:

@@ -112,7 +112,8 @@ class Trainer:
                 return self._stopped()
             if wishes & Wish.SAVE:
                 self.saver.save(self.progress, self.parts)
-        return self._finished()
+        self.saver.save_and_wait(self.progress, self.parts)
+        return self._leave(Outcome.FINISHED, "all steps done")
 
     def _more(self) -> bool:
         return self.progress.step < self.total_steps or self.evaluations.owed(self.progress)
@@ -230,10 +231,6 @@ class Trainer:
             left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
             self.saver.save_and_wait(self.progress, self.parts, left)
         return self._leave(Outcome.STOPPED, self.world.reason_to_stop(self.stop))
-
-    def _finished(self) -> Outcome:
-        self.saver.save_and_wait(self.progress, self.parts)
-        return self._leave(Outcome.FINISHED, "all steps done")
 
     def _leave(self, outcome: Outcome, reason: str) -> Outcome:
         """Write the outcome once everything is durable, and leave together."""

@@ -133,12 +133,12 @@ def _by_ranks(facts: Facts) -> Verdict:
             return _unless_fruitless(facts, replace(verdict, counts=True))
         return verdict
     if said:
-        return Verdict("fail", "failed", said.code, said.reason, said.advice or _advice(said.code))
+        return Verdict("fail", "failed", said.code, said.reason, said.advice or ADVICE.get(said.code, ""))
     again = next((each for each in facts.raised if each in facts.raised_before), None)
     if again is not None:
         where = "before the first step" if again.step is None else f"at step {again.step}"
         reason = f"{again.signature} ({where}, twice in a row)"
-        return Verdict("fail", "failed", Outcome.ERROR, reason, _advice(Outcome.ERROR))
+        return Verdict("fail", "failed", Outcome.ERROR, reason, ADVICE[Outcome.ERROR])
     if facts.started:
         reason = "; ".join(facts.errors[:3]) or (
             f"a rank or a node ended without recording an outcome (code {facts.code})"
@@ -166,11 +166,6 @@ def _unless_fruitless(facts: Facts, verdict: Verdict) -> Verdict:
         f"{reason} ({verdict.reason})" if verdict.reason else reason,
         "See clipcluster logs RUN; save more often (checkpoint.every) or ask for more time, submit again.",
     )
-
-
-def _advice(code: int) -> str:
-    known = {outcome.value for outcome in ADVICE}
-    return ADVICE[Outcome(code)] if code in known else ""
 
 
 # "srun: error: n2: task 1: Killed", "srun: error: n[2-3]: tasks 0-3: …", "srun: error: Node failure on n3"
