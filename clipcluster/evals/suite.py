@@ -107,7 +107,6 @@ def _open(folder: str, name: str, recipe: Recipe, world: World) -> EvaluationSet
         EvaluationLoader,
         shards,
         recipe.data,
-        None,  # captions are tokenized once each, by text
         rank=world.rank,
         world_size=world.size,
         batch_size=recipe.evaluate.batch_size,

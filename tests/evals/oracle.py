@@ -52,22 +52,17 @@ def oracle_set(
 
     def batches() -> Batches:
         made = Batches()
-        for index, start in enumerate(range(0, len(captions), batch_size)):
+        for start in range(0, len(captions), batch_size):
             whole = range(start, min(start + batch_size, len(captions)))
             numbers = [number for number in whole if number not in left_out]
             pixels = torch.tensor(numbers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
             bad = [{"shard": "s", "key": str(n), "reason": "broken"} for n in whole if n in left_out]
             made.append(
                 EvaluationBatch(
-                    index=index,
                     positions=torch.tensor(numbers, dtype=torch.int64),
                     images=pixels,
                     classes=torch.tensor([classes[number] for number in numbers], dtype=torch.int64),
                     captions=[captions[number] for number in numbers],
-                    tokens=None,
-                    mask=None,
-                    owners=None,
-                    keys=[],
                     bad=bad,
                 )
             )

@@ -38,7 +38,9 @@ class Batch:
             name: values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
             for name, values in self.extras.items()
         }
-        return replace(self, extras=extras, **_moved(self, _COLUMNS, device))
+        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
+        moved = {name: c.to(device, non_blocking=True) for name, c in columns.items() if c is not None}
+        return replace(self, extras=extras, **moved)
 
     def cut(self, start: int, stop: int) -> "Batch":
         """Samples `start` to `stop` of this batch: views of its tensors. `bad` stays with the uncut batch.
@@ -66,32 +68,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """One rank's part of an evaluation batch: b samples, with all their captions, c in total.
+    """One rank's part of an evaluation batch: b samples, with all their captions.
 
     `positions` (b,) int64: which sample of the source; `images` (b, 3, S, S) uint8; `classes` (b,) int64, -1
-    for none; `captions`: b lists; `tokens` (c, L), `mask` (c, L) and `owners` (c,) int64, the position of
-    each caption's image: captions laid end to end (None without a tokenizer). A sample that cannot be decoded
-    is left out and listed in `bad`.
+    for none; `captions`: b lists. A sample that cannot be decoded is left out and is listed in `bad`.
     """
 
-    index: int
     positions: torch.Tensor
     images: torch.Tensor
     classes: torch.Tensor
     captions: list[list[str]]
-    tokens: torch.Tensor | None
-    mask: torch.Tensor | None
-    owners: torch.Tensor | None
-    keys: list[tuple[int, str, str]]
     bad: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def to(self, device: torch.device | str) -> "EvaluationBatch":
-        """The same batch with its tensors on a device; pixels stay uint8."""
-        names = ("positions", "images", "classes", "tokens", "mask", "owners")
-        return replace(self, **_moved(self, names, device))
 
 
 def normalise(
@@ -105,8 +95,3 @@ def normalise(
         torch.as_tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std)
     )
     return (images.to(width.dtype) - centre) / width
-
-
-def _moved(batch: Any, names: Sequence[str], device: torch.device | str) -> dict[str, Any]:
-    tensors = {name: getattr(batch, name) for name in names}
-    return {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}

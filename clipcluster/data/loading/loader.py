@@ -140,7 +140,6 @@ class EvaluationLoader:
         self,
         dataset: Dataset,
         data: Any,
-        tokenizer: Tokenizer | None,
         rank: int = 0,
         world_size: int = 1,
         batch_size: int = 64,
@@ -149,7 +148,7 @@ class EvaluationLoader:
         self._samples, self._batch_size = dataset.n_samples, batch_size
         self._rank, self._world_size = rank, world_size
         self._items_per_batch = max(1, workers)
-        reader = EvaluationReader(dataset, tokenizer, evaluation_transform(data.image))
+        reader = EvaluationReader(dataset, evaluation_transform(data.image))
         self._pool = WorkerPool(reader, self._items(), workers)
 
     def __len__(self) -> int:
@@ -176,22 +175,13 @@ class EvaluationLoader:
             yield from WorkItem(index, first, zeros, zeros, positions, zeros).cut(self._items_per_batch)
 
     def _joined(self, parts: list[PartialBatch]) -> EvaluationBatch:
-        positions = [position for part in parts for position in part.positions]
-        captions = [texts for part in parts for texts in part.captions]
         images = _concatenated([part.images for part in parts])
         assert images is not None, "evaluation uses no shared buffer"
-        tokens = _concatenated([part.tokens for part in parts])
-        owners = [position for position, texts in zip(positions, captions, strict=True) for _ in texts]
         return EvaluationBatch(
-            index=parts[0].index,
-            positions=torch.tensor(positions, dtype=torch.int64),
+            positions=torch.tensor([p for part in parts for p in part.positions], dtype=torch.int64),
             images=images,
             classes=torch.tensor([number for part in parts for number in part.classes], dtype=torch.int64),
-            captions=captions,
-            tokens=tokens,
-            mask=_concatenated([part.mask for part in parts]),
-            owners=None if tokens is None else torch.tensor(owners, dtype=torch.int64),
-            keys=[key for part in parts for key in part.keys],
+            captions=[texts for part in parts for texts in part.captions],
             bad=[entry for part in parts for entry in part.bad],
         )
 

@@ -1,13 +1,15 @@
 """What travels between a rank and its loader workers: work items there, partial batches (or errors) back."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from clipcluster.data.loading.shared_buffer import BufferSlice
+
+_COLUMNS = ("source", "pass_index", "position", "caption")  # of a WorkItem: one value a draw
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,17 @@ class WorkItem:
         """`count` contiguous work items, whose sizes differ by one at most."""
         for number in range(count):
             begin, end = len(self) * number // count, len(self) * (number + 1) // count
-            yield WorkItem(
-                self.index,
-                self.first + begin,
-                self.source[begin:end],
-                self.pass_index[begin:end],
-                self.position[begin:end],
-                self.caption[begin:end],
-                None if self.images is None else self.images.cut(begin, end),
-            )
+            columns = {name: getattr(self, name)[begin:end] for name in _COLUMNS}
+            images = None if self.images is None else self.images.cut(begin, end)
+            yield replace(self, first=self.first + begin, images=images, **columns)
 
 
 @dataclass
 class PartialBatch:
     """The samples of one work item, in the order of its draws.
 
-    `images` is None where they were written into a shared buffer. For evaluation, `tokens` are those of all
-    captions; `positions` and `captions` are left empty for training, `extras` for evaluation.
+    `images` is None where they were written into a shared buffer. `positions` and `captions` are left empty
+    for training; `tokens`, `mask`, `keys` and `extras` for evaluation.
     """
 
     index: int

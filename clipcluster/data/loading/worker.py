@@ -173,26 +173,22 @@ class TrainReader(Reader):
 class EvaluationReader(Reader):
     """Samples for evaluation: the centre square, all captions; a bad one is left out."""
 
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer | None, transform: EvaluationTransform) -> None:
-        super().__init__([dataset], tokenizer, text=True)
+    def __init__(self, dataset: Dataset, transform: EvaluationTransform) -> None:
+        super().__init__([dataset], None, text=True)
         self.transform = transform
 
     def load(self, item: WorkItem) -> PartialBatch:
         images: list[torch.Tensor] = []
         part = PartialBatch(item.index, torch.empty(0), None, None, [], [], [])
-        for at, position in enumerate(item.position.tolist()):
+        for position in item.position.tolist():
             decoded = self._decoded(0, position)
             if decoded is None:
                 part.bad.append(self._bad[0, position])
                 continue
-            sample = decoded.sample
             images.append(self.transform(decoded.pixels))
-            part.classes.append(sample.cls)
-            part.keys.append((item.first + at, sample.shard, sample.key))
+            part.classes.append(decoded.sample.cls)
             part.positions.append(position)
-            part.captions.append(sample.captions)
+            part.captions.append(decoded.sample.captions)
         size = self.transform.size
         part.images = torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
-        if self.tokenizer is not None:
-            part.tokens, part.mask = self.tokenizer([text for texts in part.captions for text in texts])
         return part

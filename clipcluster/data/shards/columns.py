@@ -16,11 +16,8 @@ import numpy as np
 
 MAGIC = b"CLCOLUMN"
 _ALIGNMENT = 64
-_BYTES = {
-    "|u1": 1,
-    "<i4": 4,
-    "<i8": 8,
-}  # the dtypes that a file may hold: no objects, whatever its header says
+# the dtypes that a file may hold, and their bytes: no objects, whatever its header says
+_BYTES = {"|u1": 1, "<i4": 4, "<i8": 8}
 
 Expected = Mapping[str, tuple[tuple[str, ...], tuple[int | None, ...]]]  # dtypes and shape (None: any length)
 

@@ -223,12 +223,10 @@ def _reason(error: Exception) -> str:
     return redacted(str(getattr(_cause(error), "strerror", None) or _cause(error))) or type(error).__name__
 
 
-@contextlib.contextmanager
-def _opened(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
+def _opened(address: str, start: int, tag: str | None) -> contextlib.AbstractContextManager[Transfer]:
     """The bytes of a file from `start` on, if it is still the one with that ETag; else from the beginning."""
     opener = _piped if address.startswith(PIPE) else _of_the_web if _web(address) else _by_fsspec
-    with opener(address, start, tag) as transfer:
-        yield transfer
+    return opener(address, start, tag)
 
 
 def _ask(address: str) -> State:

@@ -116,7 +116,7 @@ def test_workers_end_with_a_rank_that_is_killed(shards: Dataset, tmp_path: Path)
         if __name__ == "__main__":
             section = Data(train=[{{"shards": "x"}}], batch_size=8, image={{"size": 8}})
             shards = open_folder({str(shards.folders[0].folder)!r})
-            loader = EvaluationLoader(shards, section, None, batch_size=4, workers=2)
+            loader = EvaluationLoader(shards, section, batch_size=4, workers=2)
             batches = iter(loader)
             next(batches)
             print(*[worker.pid for worker in loader._pool._results._workers], flush=True)
