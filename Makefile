@@ -30,10 +30,10 @@ lint: $(INSTALLED)
 	lint-imports
 
 test: $(INSTALLED) slurm
-	python -m pytest -m "not long" --cov --cov-report=
+	python -m pytest -m "not long" -n 2 --dist loadfile --cov --cov-report=
 
 test-all: $(INSTALLED) slurm
-	python -m pytest --hypothesis-profile searching --cov --cov-report=
+	python -m pytest --hypothesis-profile searching -n 2 --dist loadfile --cov --cov-report=
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

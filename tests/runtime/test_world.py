@@ -100,7 +100,13 @@ def test_an_error_of_one_rank_is_raised_on_all(start):
 
 @pytest.mark.parametrize(
     ("size", "collective"),
-    [(2, "agree"), (3, "agree"), (3, "backward"), (3, "broadcast"), (2, "gather")],
+    [
+        (3, "agree"),
+        (3, "backward"),
+        pytest.param(2, "agree", marks=pytest.mark.long),
+        pytest.param(3, "broadcast", marks=pytest.mark.long),
+        pytest.param(2, "gather", marks=pytest.mark.long),
+    ],
 )
 def test_a_killed_peer_is_noticed_at_once(start, size, collective):
     *others, killed = finish(start(size, collective, "kill"))

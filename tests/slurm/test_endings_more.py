@@ -225,7 +225,7 @@ def test_preempted_without_grace(bench_on, members):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("members", [1, 2], ids=["single", "array"])
+@pytest.mark.parametrize("members", [pytest.param(1, marks=pytest.mark.long), 2], ids=["single", "array"])
 def test_a_node_without_the_code_is_left_once(bench, members):
     """As where a folder is not mounted: no claim and no verdict can run; the shell requeues, once."""
     runs, jobs = bench.submit({"steps": 3}, code=bench.folder / "absent", members=members)

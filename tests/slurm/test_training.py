@@ -196,6 +196,7 @@ def test_preempted_mid_epoch(site):
     site.assert_as_uninterrupted(run, SHORT)
 
 
+@pytest.mark.long
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(site):
     run = site.submit(SHORT)
     wait_for_step(run, 12)

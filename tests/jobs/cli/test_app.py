@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from jobs.cli.options import print_document
 from jobs.endings import history
 
 ROOT = Path(__file__).resolve().parents[3]
-QUICK = 1.5  # seconds of wall time for what needs no torch
+QUICK = 1.5  # seconds of processor time for what needs no torch
 
 
 def clipcluster(*words, **more):
@@ -76,18 +75,24 @@ def test_no_torch(verb, recipe, finished, tmp_path, no_slurm):
     assert "LOADED []" in done.stdout, done.stderr
 
 
+def cpu_seconds() -> float:
+    """Of all child processes so far: wall time would tell of the machine's other work too."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.parametrize("words", [["check"], ["submit", "--dry-run", "--executor", "local"]])
 def test_instant(recipe, words, tmp_path):
     clipcluster(words[0], recipe, *words[1:])  # the files are in the machine's cache now
     seconds = []
     for _ in range(5):
-        begin = time.monotonic()
+        before = cpu_seconds()
         done = (
             clipcluster(words[0], recipe, *words[1:], "--runs", tmp_path)
             if words[1:]
             else clipcluster(words[0], recipe)
         )
-        seconds.append(time.monotonic() - begin)
+        seconds.append(cpu_seconds() - before)
         assert done.returncode == 0, done.stderr
     assert min(seconds) < QUICK
     assert list(tmp_path.glob("*-????????")) == []

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,11 @@ def test_the_verdict_is_quick(run, no_slurm):
     run.claim("17", host="n1", still_running=lambda job: False)
     seconds = []
     for _ in range(5):
-        begin = time.monotonic()
+        before = os.times()
         assert endings("verdict", run.path, 0, CLIPCLUSTER_ATTEMPT="9").returncode != 0  # no such attempt
-        seconds.append(time.monotonic() - begin)
+        after = os.times()
+        # processor time: wall time would tell of the machine's other work too
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
     assert min(seconds) < 0.5
 
 

@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kept
 
 
+@pytest.mark.long
 def test_the_command_reports_all_it_promises(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     command = [
