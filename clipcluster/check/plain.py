@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING
 from clipcluster.check import names
 from clipcluster.check.findings import Findings
 from clipcluster.errors import UserError
+from clipcluster.evals.headline import set_names
 from clipcluster.recipe.load import Loaded, load, result_keys
 from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.recipe.tasks import metric_names, set_name
+from clipcluster.recipe.tasks import METRICS, metric_names
 from clipcluster.recipe.tree import nearest
 from clipcluster.runs.folder import Run
 from clipcluster.runs.name import run_name
@@ -165,7 +165,7 @@ def open_indexed(source: Source, text: bool) -> Dataset:
 
 
 def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
-    """The evaluation sets open, and have distinct names, class names and templates."""
+    """The evaluation sets open, and have class names and templates."""
     evaluate = loaded.recipe.evaluate
     for kind, folders in (("retrieval", evaluate.retrieval), ("zero_shot", evaluate.zero_shot)):
         for place, folder in enumerate(folders):
@@ -173,13 +173,6 @@ def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
             shards = findings.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
                 findings.attempt(key, _check_classes, shards, key, findings)
-    every = dict.fromkeys([*evaluate.retrieval, *evaluate.zero_shot])
-    findings.errors += [
-        f"{loaded.place('evaluate')}: {count} sets are called {name!r}; the last component of each path "
-        "names its metrics, so they must differ"
-        for name, count in Counter(map(set_name, every)).items()
-        if count > 1
-    ]
 
 
 def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
@@ -199,7 +192,11 @@ def _check_best(loaded: Loaded, findings: Findings) -> None:
     best = recipe.checkpoint.keep.best
     if best is None:
         return
-    known = metric_names(recipe.task, dict(recipe.evaluate))
+    folders = {kind: getattr(recipe.evaluate, kind) for kind in METRICS}
+    names = set_names(folder for own in folders.values() for folder in own)
+    known = metric_names(
+        recipe.task, {kind: [names[folder] for folder in own] for kind, own in folders.items()}
+    )
     if best.metric not in known:
         near = nearest(best.metric, known)
         hint = (

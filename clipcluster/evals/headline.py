@@ -1,10 +1,14 @@
-"""The results of an evaluation in the order in which people read them: the headline first. No torch."""
+"""What evaluations are called, and their results in the order in which people read them. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from clipcluster.data.storage.urls import redacted
 
 
 @dataclass(frozen=True)
@@ -91,3 +95,21 @@ def headline_text(results: Mapping[str, float | None]) -> str:
     chosen = [result for result in every if result.name.rpartition("/")[2] in HEADLINE] or every[:3]
     shown = ", ".join(f"{result.name} {result.text}" for result in chosen)
     return shown + (f" ({len(results)} results in all)" if len(results) > len(chosen) else "")
+
+
+def set_names(folders: Iterable[str]) -> dict[str, str]:
+    """The name of each folder's set: its last component, after as many parents as tell it from the others.
+
+    Addresses that differ in what is not shown (a key) are numbered.
+    """
+    parts = {f: [part for part in Path(redacted(f)).parts if part != "/"] or ["root"] for f in folders}
+    lengths = dict.fromkeys(parts, 1)
+    while True:
+        names = {folder: "-".join(own[-lengths[folder] :]) for folder, own in parts.items()}
+        counts = Counter(names.values())
+        growing = [f for f, name in names.items() if counts[name] > 1 and lengths[f] < len(parts[f])]
+        if not growing:
+            numbered = enumerate(names.items(), start=1)
+            return {f: f"{name}-{number}" if counts[name] > 1 else name for number, (f, name) in numbered}
+        for folder in growing:
+            lengths[folder] += 1

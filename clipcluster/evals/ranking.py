@@ -26,21 +26,21 @@ _LAST = -1e30  # below every score, and equal to itself
 
 
 class Matches:
-    """For each query the numbers of its correct candidates, at least one."""
+    """Pairs of a query and a correct candidate, (pairs,) int64 each; every query is in at least one."""
 
-    def __init__(self, lists: list[list[int]]) -> None:
-        counts = [len(right) for right in lists]
-        if not all(counts):
-            raise ValueError("every query needs a correct candidate")
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.values = np.fromiter((i for right in lists for i in right), dtype=np.int64, count=sum(counts))
+    def __init__(self, queries: np.ndarray, candidates: np.ndarray) -> None:
+        order = np.argsort(queries, kind="stable")
+        self._queries, self._candidates = (
+            torch.from_numpy(queries[order]),
+            torch.from_numpy(candidates[order]),
+        )
 
     def mask(self, start: int, stop: int, candidates: int, device: torch.device) -> Tensor:
         """(stop - start, candidates) bool: true where the candidate is correct for the query."""
-        rows = np.repeat(np.arange(stop - start), np.diff(self.starts[start : stop + 1]))
-        columns = self.values[self.starts[start] : self.starts[stop]]
+        first, last = torch.searchsorted(self._queries, torch.tensor([start, stop])).tolist()
         mask = torch.zeros(stop - start, candidates, dtype=torch.bool, device=device)
-        mask[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)] = True
+        rows, columns = self._queries[first:last] - start, self._candidates[first:last]
+        mask[rows.to(device), columns.to(device)] = True
         return mask
 
 

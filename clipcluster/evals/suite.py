@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +14,7 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.data.storage.cache import Cache
 from clipcluster.data.storage.urls import redacted
 from clipcluster.evals.features import Context, EvaluationSet, Tick
+from clipcluster.evals.headline import set_names
 from clipcluster.evals.retrieval import retrieval
 from clipcluster.evals.zero_shot import zero_shot
 from clipcluster.model.protocols import DualEncoder
@@ -71,34 +70,13 @@ def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer) -> Suite:
     Raises UserError where a folder has no index or cannot be opened.
     """
     section = recipe.evaluate
-    folders = list(dict.fromkeys([*section.zero_shot, *section.retrieval]))
-    sets = {
-        folder: _open(folder, name, recipe, world)
-        for folder, name in zip(folders, set_names(folders), strict=True)
-    }
-    chosen = [("zero_shot", folder) for folder in section.zero_shot]
-    chosen += [("retrieval", folder) for folder in section.retrieval]
-    evaluations = [(kind, sets[folder]) for kind, folder in dict.fromkeys(chosen)]
+    chosen = [(kind, folder) for kind in KINDS for folder in dict.fromkeys(getattr(section, kind))]
+    names = set_names(folder for _, folder in chosen)
+    sets = {folder: _open(folder, name, recipe, world) for folder, name in names.items()}
+    evaluations = [(kind, sets[folder]) for kind, folder in chosen]
     image, per_rank = recipe.data.image, max(1, section.batch_size // world.size)
     context = Context(world, tokenizer, image.mean, image.std, per_rank)
     return Suite(evaluations, context)
-
-
-def set_names(folders: Sequence[str]) -> list[str]:
-    """A name for each folder: its last component, after as many parents as tell it from the others.
-
-    Addresses that differ in what is not shown (a key) are numbered.
-    """
-    parts = [[part for part in Path(redacted(folder)).parts if part != "/"] or ["root"] for folder in folders]
-    lengths = [1] * len(parts)
-    while True:
-        names = ["-".join(own[-length:]) for own, length in zip(parts, lengths, strict=True)]
-        counts = Counter(names)
-        growing = [i for i, name in enumerate(names) if counts[name] > 1 and lengths[i] < len(parts[i])]
-        if not growing:
-            return [f"{name}-{i}" if counts[name] > 1 else name for i, name in enumerate(names, start=1)]
-        for i in growing:
-            lengths[i] += 1
 
 
 def _open(folder: str, name: str, recipe: Recipe, world: World) -> EvaluationSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -45,7 +46,7 @@ def zero_shot(
             f"classnames.txt names {len(classes)} classes (0 to {len(classes) - 1})."
         )
     positions = torch.tensor(list(labels), device=classes.device)
-    own = Matches([[label] for label in labels.values()])
+    own = Matches(np.arange(len(labels)), np.array(list(labels.values())))
     places = rank_together(known.features[positions], classes, own, context, tick)
     yield "zero_shot_top1", float((places < 1).mean())
     if len(classes) >= 5:

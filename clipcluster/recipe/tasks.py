@@ -5,10 +5,8 @@ A new task is one entry of `TASKS` and its builder; the check, the data and the 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 
@@ -47,32 +45,25 @@ TASKS: Mapping[str, TaskSpec] = {
 }
 
 METRICS: Mapping[str, tuple[str, ...]] = {
+    "zero_shot": ("zero_shot_top1", "zero_shot_top5"),
     "retrieval": tuple(
         f"{prefix}{direction}_{figure}"
         for prefix in ("", "paired_")
         for direction in ("i2t", "t2i")
         for figure in ("r1", "r5", "r10", "mean_rank", "median_rank")
     ),
-    "zero_shot": ("zero_shot_top1", "zero_shot_top5"),
 }
 """The metrics of each key of the `evaluate` section, without the counts (`images`, `pairs`, ...)."""
 
 
-def set_name(folder: str) -> str:
-    """The name of an evaluation set: its folder's last component, of an address without user and query."""
-    if "://" in folder:
-        folder = re.sub("://[^/]*@", "://", folder.partition("?")[0])
-    return Path(folder).name
-
-
-def metric_names(task: str, folders: Mapping[str, Sequence[str]]) -> list[str]:
+def metric_names(task: str, sets: Mapping[str, Iterable[str]]) -> list[str]:
     """SET/METRIC of all that a task's evaluations measure.
 
-    folders: key of the `evaluate` section -> its shard folders, each named by its last component.
+    sets: key of the `evaluate` section -> the names of its sets.
     """
     return [
-        f"{set_name(folder)}/{metric}"
+        f"{name}/{metric}"
         for evaluation in TASKS[task].evaluations
-        for folder in folders.get(evaluation, ())
+        for name in sets.get(evaluation, ())
         for metric in METRICS[evaluation]
     ]

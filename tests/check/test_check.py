@@ -166,7 +166,6 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
         (["model.image.weights=data/trian"], "data/trian does not exist; did you mean"),
         (["data.text.tokenizer=./nowhere"], "nowhere does not exist"),
         (["evaluate.retrieval=[data/none]"], "evaluate.retrieval=[data/none]: "),
-        (["evaluate.zero_shot=[data/test, data/sub/test]"], "2 sets are called 'test'"),
         (
             ["checkpoint.keep.best={metric: test/t2i_r2}"],
             "{metric: test/t2i_r2}: nothing measures 'test/t2i_r2'; did you mean test/t2i_r5?",
@@ -183,8 +182,9 @@ def test_what_is_wrong_with_a_run(checked: Callable[..., Checked], overrides: li
 
 def test_sets_of_both_kinds_have_names_of_their_own(checked: Callable[..., Checked], folder: Path) -> None:
     shutil.copytree(folder / "data", folder / "others")
-    found = checked("evaluate.zero_shot=[others/test]")
-    assert "evaluate: 2 sets are called 'test'" in "\n".join(found.errors)
+    best = "checkpoint.keep.best={metric: others-test/zero_shot_top1}"
+    assert checked("evaluate.zero_shot=[others/test]", best).errors == []
+    assert "nothing measures 'others-test/zero_shot_top1'" in checked(best).errors[0]
 
 
 def test_every_count_of_a_range_of_nodes_is_tried(checked: Callable[..., Checked]) -> None:

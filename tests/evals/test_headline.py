@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from clipcluster.evals.headline import COUNTS, GROUPED, PAIRED, ZERO_SHOT, headline_text, ordered
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipcluster.evals.headline import COUNTS, GROUPED, PAIRED, ZERO_SHOT, headline_text, ordered, set_names
 from clipcluster.recipe.tasks import METRICS
 
 RESULTS: dict[str, float | None] = {
@@ -55,3 +58,24 @@ def test_every_metric_of_the_tasks_has_a_kind() -> None:
 def test_it_needs_no_torch() -> None:
     code = "import sys, clipcluster.evals.headline; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_sets_are_named_by_their_last_component_unless_that_is_ambiguous() -> None:
+    def names(*folders: str) -> list[str]:
+        return list(set_names(folders).values())
+
+    assert names("/data/coco/val", "/data/digits/test", "/data/coco/val") == ["val", "test"]
+    assert names("/data/coco/val", "/data/flickr/val", "x") == ["coco-val", "flickr-val", "x"]
+    of_keys = ("s3://a/val", "https://b/c?of=1", "https://b/c?of=2")
+    assert names(*of_keys) == ["val", "https:-b-c-2", "https:-b-c-3"]
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map(lambda parts: "/" + "/".join(parts)),
+        max_size=6,
+        unique=True,
+    )
+)
+def test_names_of_sets_differ(folders: list[str]) -> None:
+    assert len(set(set_names(folders).values())) == len(folders)

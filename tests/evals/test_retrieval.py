@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from clipcluster.errors import UserError
 from clipcluster.evals import ranking, retrieval
-from clipcluster.evals.retrieval import group
 
 
 def measure(model: Oracle, captions: list[list[str]], **keys: object) -> dict[str, float]:
@@ -145,18 +144,3 @@ def test_figures_are_the_definitions(captions: list[list[int]], seed: int, eleme
 
 def _order(scores: torch.Tensor) -> list[int]:
     return sorted(range(len(scores)), key=lambda candidate: (-scores[candidate].item(), candidate))
-
-
-@given(st.lists(st.lists(st.sampled_from("abcde"), max_size=4), max_size=6))
-def test_groups_hold_every_pair_once_each_way(captions: list[list[str]]) -> None:
-    found = group(captions)
-    pairs = [(image, text) for image, own in enumerate(captions) for text in own]
-    assert [(i, found.texts[t]) for i, t in zip(found.pair_image, found.pair_text, strict=True)] == pairs
-    assert found.texts == list(dict.fromkeys(text for _, text in pairs))
-    from_images = {(i, t) for i, own in zip(found.captioned, found.of_image, strict=True) for t in own}
-    from_texts = {(i, t) for t, own in enumerate(found.of_text) for i in own}
-    assert (
-        from_images
-        == from_texts
-        == set(zip(found.pair_image.tolist(), found.pair_text.tolist(), strict=True))
-    )

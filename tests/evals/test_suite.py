@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from suite_of_ranks import recipe
 
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import load_tokenizer
-from clipcluster.evals.suite import build_suite, set_names
+from clipcluster.evals.suite import build_suite
 from clipcluster.recipe.tasks import metric_names
 from clipcluster.runtime.world import World
 from tests.shard_writer import ShardWriter
@@ -67,7 +65,7 @@ def test_fewer_images_than_ranks(digits: Path, tmp_path: Path) -> None:
 
 def test_the_names_tell_what_was_measured(reports: Reports) -> None:
     counts = ("images", "pairs", "distinct_captions", "zero_shot_images")
-    metrics = metric_names("contrastive", {"retrieval": ["/data/test"], "zero_shot": ["/data/test"]})
+    metrics = metric_names("contrastive", {"retrieval": ["test"], "zero_shot": ["test"]})
     expected = {*metrics, *(f"test/{name}" for name in counts)}
     results = reports[1, 0]["results"]
     assert set(results) == expected
@@ -92,13 +90,6 @@ def test_the_model_is_left_training(reports: Reports) -> None:
     assert all(report["training"] for report in reports.values())
 
 
-def test_sets_are_named_by_their_last_component_unless_that_is_ambiguous() -> None:
-    assert set_names(["/data/coco/val", "/data/digits/test"]) == ["val", "test"]
-    assert set_names(["/data/coco/val", "/data/flickr/val", "x"]) == ["coco-val", "flickr-val", "x"]
-    of_keys = ["s3://a/val", "https://b/c?of=1", "https://b/c?of=2"]
-    assert set_names(of_keys) == ["val", "https:-b-c-2", "https:-b-c-3"]
-
-
 def test_what_is_shown_of_a_set_holds_no_key(
     digits: Path, tmp_path: Path, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,14 +100,3 @@ def test_what_is_shown_of_a_set_holds_no_key(
     suite = build_suite(settings, world=world, tokenizer=load_tokenizer(settings.data.text))
     shown = {images.folder for _, images in suite.evaluations}
     assert shown == {address.partition("?")[0]}
-
-
-@given(
-    st.lists(
-        st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map(lambda parts: "/" + "/".join(parts)),
-        max_size=6,
-        unique=True,
-    )
-)
-def test_names_of_sets_differ(folders: list[str]) -> None:
-    assert len(set(set_names(folders))) == len(folders)

@@ -19,9 +19,9 @@ def test_every_task_can_be_named_by_a_recipe_and_be_built() -> None:
 
 
 def test_every_evaluation_has_its_metrics() -> None:
-    assert METRICS.keys() == KINDS.keys()
+    assert list(METRICS) == list(KINDS)
 
 
 def test_metrics_are_named_by_set() -> None:
-    names = metric_names("contrastive", {"zero_shot": ["/data/coco/val"]})
+    names = metric_names("contrastive", {"zero_shot": ["val"]})
     assert names == ["val/zero_shot_top1", "val/zero_shot_top5"]

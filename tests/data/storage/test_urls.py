@@ -15,9 +15,8 @@ from clipcluster.data.storage import download
 from clipcluster.data.storage.cache import Cache
 from clipcluster.data.storage.urls import RemoteFolder, folder_at, named, redacted, redacted_within
 from clipcluster.errors import UserError
-from clipcluster.evals.suite import set_names
+from clipcluster.evals.headline import set_names
 from clipcluster.recipe.sections.data import Source
-from clipcluster.recipe.tasks import set_name
 from clipcluster.runtime.outcome import DataError
 from tools.shards.index import index_folders
 
@@ -143,9 +142,8 @@ def test_a_value_of_a_recipe_is_shown_without_keys() -> None:
 def test_the_names_of_evaluations_show_no_key() -> None:
     folders = ["https://user:hidden@host/a/val?sig=hidden", "https://host/b/val", "/data/val", "/data/pets"]
     names = set_names(folders)
-    assert names == ["a-val", "b-val", "data-val", "pets"]
-    assert [set_name(folder) for folder in folders] == ["val", "val", "val", "pets"]
-    assert set_name("https://user:hidden@host") == "host"
+    assert list(names.values()) == ["a-val", "b-val", "data-val", "pets"]
+    assert set_names(["https://user:hidden@host"])["https://user:hidden@host"] == "host"
 
 
 def test_a_folder_is_shown_by_its_name_alone() -> None:
