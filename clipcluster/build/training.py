@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,15 @@ from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_writer import versions
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
-from clipcluster.train.guard import Guard
 from clipcluster.train.metrics import Metrics
-from clipcluster.train.optimizer import Optimizer
+from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
 from clipcluster.train.rotation import Keep
 from clipcluster.train.saver import Saver
-from clipcluster.train.schedule import make_schedule
 from clipcluster.train.stages import Stages
 from clipcluster.train.statistics import RunningStatistics
-from clipcluster.train.step import Step
+from clipcluster.train.step import Guard, Step
 from clipcluster.train.trainer import Trainer
 from clipcluster.train.wrapping import WrappedTask
 
@@ -57,7 +56,7 @@ def build_trainer(
     model = build_model(recipe, sources.tokenizer, run.assets)
     weights = world.while_main(lambda: describe_start(model, plan_))
     step = build_step(recipe, plan_, model, world)
-    parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.precision}
+    parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.backward.precision}
     if step.ema:
         parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
@@ -83,7 +82,7 @@ def build_trainer(
             run=run,
             attempt=attempt,
             world=world,
-            precision=step.precision,
+            precision=step.backward.precision,
             ema=step.ema,
         ),
         metrics=Metrics(run, attempt, world, every=plan_.log_every, total_steps=plan_.total_steps),
@@ -112,11 +111,18 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
         slot=world.rank * plan_.per_rank_batch,
         micro_batches=plan_.accumulation,
     )
+    schedule = partial(
+        learning_rate,
+        peak=optim.lr,
+        warmup=plan_.warmup_steps,
+        total=plan_.total_steps,
+        name=optim.schedule,
+    )
     return Step(
         backward,
         Stages(model, wrapped, optimizer),
         optimizer,
-        make_schedule(optim.schedule, peak=optim.lr, warmup=plan_.warmup_steps, total=plan_.total_steps),
+        schedule,
         Guard(world.device, recipe.train.non_finite.limit),
         Ema(model, recipe.train.ema.decay) if recipe.train.ema else None,
         clip_norm=optim.clip_norm,

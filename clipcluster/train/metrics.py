@@ -16,7 +16,6 @@ from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
 from clipcluster.train.board import Board
 from clipcluster.train.progress import Progress
-from clipcluster.train.step import plain_metrics
 
 if TYPE_CHECKING:
     from clipcluster.model.task import Report
@@ -65,7 +64,8 @@ class Metrics:
         `bad`: samples this rank found bad since the last line; returns the sum over the ranks.
         Raises StaleAttempt.
         """
-        names, values = plain_metrics(report.metrics)
+        names = sorted(report.metrics)
+        values = torch.stack([report.metrics[name].detach().reshape(()).double() for name in names])
         own = torch.tensor([self._waited, float(bad)], dtype=torch.float64, device=values.device)
         summed = self._world.all_reduce_sum(torch.cat((values, own)))
         *means, waited, all_bad = (summed / self._world.size).tolist()

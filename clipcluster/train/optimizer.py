@@ -1,36 +1,51 @@
-"""AdamW over the parameters that train, its state keyed by their names."""
+"""AdamW over the parameters that train, its state keyed by their names, and its learning rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from clipcluster.model.weights import some
 
+Schedule = Callable[[int], float]
+"""From the step to the learning rate."""
 
-def decays(module: nn.Module, parameter_name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: not to biases, norms, nor anything with fewer than two dimensions.
 
-    The last covers `logit_scale` and every per-channel gain. `parameter_name` is the name within `module`.
+def learning_rate(
+    step: int, *, peak: float, warmup: int, total: int, name: Literal["cosine", "constant"] = "cosine"
+) -> float:
+    """The learning rate of the update that leads from step `step` to `step + 1` (steps count from 0).
+
+    Warm-up is linear and never zero: `peak * (step + 1) / warmup` for `step < warmup`. After it
+    `constant` stays at `peak`, and `cosine` falls from `peak` (at `step == warmup`) along half a cosine,
+    `peak * (1 + cos(pi * (step - warmup) / (total - warmup))) / 2`, which reaches 0 at `step == total`,
+    one update past the last (Loshchilov and Hutter 2017, equation 5, one cycle with minimum 0).
     """
-    is_norm = "norm" in type(module).__name__.lower()
-    return parameter.ndim >= 2 and not is_norm and not parameter_name.endswith("bias")
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if name == "constant":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.5 * peak * (1.0 + math.cos(math.pi * done))
 
 
 def trained_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
-    """Name -> (parameter, whether it decays) of all that train; a shared one under its first name."""
-    found: dict[str, tuple[nn.Parameter, bool]] = {}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            found[f"{prefix}.{name}" if prefix else name] = (parameter, decays(module, name, parameter))
+    """Name -> (parameter, whether weight decay applies) of all that train; a shared one under its first name.
+
+    It does not apply to biases, norms, nor anything with fewer than two dimensions: the last covers
+    `logit_scale` and every per-channel gain.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__.lower()
+            decays = parameter.ndim >= 2 and "norm" not in owner and not name.endswith("bias")
+            found[name] = (parameter, decays)
     return found
 
 
@@ -110,25 +125,20 @@ class Optimizer:
         here, or have another shape; nothing is changed then.
         """
         own = self.state_dict()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         # Before format 2 the scale of the logits had no dimension.
         fitting = {
             key: value.reshape(1) if value.ndim == 0 and own[key].shape == (1,) else value
             for key, value in state.items()
             if key in own
         }
-        misshapen = sorted(key for key, value in fitting.items() if value.shape != own[key].shape)
-        problems = [
-            f"{what}: {some(names)}"
-            for what, names in (
-                ("no entries for", missing),
-                ("entries for what does not train in this model", unknown),
-                ("entries of another shape", misshapen),
-            )
-            if names
-        ]
-        if problems:
-            raise RuntimeError("the optimizer's state has " + "; ".join(problems))
+        problems = {
+            "no entries for": own.keys() - state.keys(),
+            "entries for what does not train in this model": state.keys() - own.keys(),
+            "entries of another shape": {key for key in fitting if fitting[key].shape != own[key].shape},
+        }
+        found = [f"{what}: {some(sorted(names))}" for what, names in problems.items() if names]
+        if found:
+            raise RuntimeError(f"the optimizer's state has {'; '.join(found)}")
         for key, value in fitting.items():
             own[key].copy_(value)
 

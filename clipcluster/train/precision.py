@@ -31,7 +31,7 @@ class Precision:
         self._check_device()
         self.scales = name == "fp16"
         self.scale = torch.tensor(self.START if self.scales else 1.0, dtype=torch.float32, device=device)
-        self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def _check_device(self) -> None:
         if self.dtype is torch.float32:
@@ -71,14 +71,10 @@ class Precision:
 
     def update(self, found_inf: Tensor) -> None:
         """Move the scale after a step whose gradients were (1) or were not (0) all finite."""
-        if not self.scales:
-            return
-        bad = found_inf.bool()
-        good_steps = torch.where(bad, 0, self._good_steps + 1)
-        grow = good_steps >= self.GROWTH_INTERVAL
-        factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
-        self.scale.mul_(factor).clamp_(self.SMALLEST, self.LARGEST)
-        self._good_steps = torch.where(grow, 0, good_steps)
+        if self.scales:
+            tracker, interval = self._good_steps, self.GROWTH_INTERVAL
+            torch._amp_update_scale_(self.scale, tracker, found_inf, 2.0, 0.5, interval)
+            self.scale.clamp_(self.SMALLEST, self.LARGEST)
 
     def state_dict(self) -> dict[str, Any]:
         """`scale` and `good_steps` with float16, else nothing."""

@@ -17,8 +17,8 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError, NonFiniteError
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder
-from clipcluster.train.guard import Streak
 from clipcluster.train.progress import Progress
+from clipcluster.train.step import Streak
 
 FILE = "roll_back.json"
 Range = tuple[int, int]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,61 +11,96 @@ from torch import Tensor
 from clipcluster.model.task import Report
 from clipcluster.train.backward import Backward
 from clipcluster.train.ema import Ema
-from clipcluster.train.guard import Guard
-from clipcluster.train.optimizer import Optimizer
+from clipcluster.train.optimizer import Optimizer, Schedule
 from clipcluster.train.progress import Progress
-from clipcluster.train.schedule import Schedule
 from clipcluster.train.stages import Stages
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
 
 
+@dataclass(frozen=True)
+class Streak:
+    """The longest row of non-finite steps since the last reading: its length, first and last batch."""
+
+    length: int
+    first_batch: int
+    last_batch: int
+    total: int
+    """All counted non-finite steps of this process so far."""
+
+
+class Guard:
+    """Tests the reduced gradient norm of every step, and counts, without waiting for the device."""
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        """`limit`: the number of counted non-finite steps in a row that a run survives."""
+        self.limit = limit
+        self._row = torch.zeros(3, dtype=torch.int64, device=device)  # length, first batch, last batch
+        self._longest = torch.zeros_like(self._row)
+        self._total = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(self, norm: Tensor, counts: Tensor, batch_index: int) -> Tensor:
+        """`found_inf` of a step: 1.0 where the norm of its reduced gradients is not finite, else 0.0.
+
+        Where `counts` is False a non-finite step neither lengthens nor ends a row.
+        """
+        found = ~torch.isfinite(norm)
+        bad = found & counts
+        length, first, last = self._row
+        first = torch.where(bad & (length == 0), batch_index, first)
+        last = torch.where(bad, batch_index, last)
+        length = torch.where(found, length + bad, 0)
+        self._row = torch.stack((length, first, last))
+        self._longest = torch.where(length > self._longest[0], self._row, self._longest)
+        self._total += bad
+        return found.float()
+
+    def read(self) -> Streak:
+        """The longest row since the last reading, or the one that has not ended. Waits for the device."""
+        length, first, last, total = torch.cat((self._longest, self._total[None])).tolist()
+        self._longest = self._row.clone()
+        return Streak(length, first, last, total)
+
+    def reset(self) -> None:
+        """Forget the rows, after a roll-back."""
+        self._row.zero_()
+        self._longest.zero_()
+
+
+@dataclass
 class Step:
     """What happens to the weights between two boundaries.
 
-    Args:
-        backward: turns a batch into gradients; it brings the task, its precision and running statistics.
-        clip_norm: largest norm of the whole gradient, or None.
+    backward: turns a batch into gradients; it brings the task, its precision and running statistics.
+    clip_norm: largest norm of the whole gradient, or None.
     """
 
-    def __init__(
-        self,
-        backward: Backward,
-        stages: Stages,
-        optimizer: Optimizer,
-        schedule: Schedule,
-        guard: Guard,
-        ema: Ema | None,
-        *,
-        clip_norm: float | None,
-    ) -> None:
-        self.backward, self.stages, self.optimizer = backward, stages, optimizer
-        self.schedule, self.guard, self.ema = schedule, guard, ema
-        self.precision, self._statistics = backward.precision, backward.statistics
-        self._clip_norm = clip_norm
+    backward: Backward
+    stages: Stages
+    optimizer: Optimizer
+    schedule: Schedule
+    guard: Guard
+    ema: Ema | None
+    clip_norm: float | None
 
     def __call__(self, batch: Batch, progress: Progress) -> Report:
         """Train on a batch, which lies on the device; returns what the task reports, still on the device."""
+        precision, statistics = self.backward.precision, self.backward.statistics
         self.optimizer.clear()
-        self._statistics.begin()
+        statistics.begin()
         report = self.backward(batch, progress.step)
-        norm = gradient_norm(self.optimizer.gradients()) / self.precision.scale
-        found_inf = self.guard.judge(norm)
-        divisor = self.precision.scale / self._clipping(norm)
-        self.optimizer.step(self.schedule(progress.step), divisor=divisor, found_inf=found_inf)
-        self._statistics.commit(found_inf)
+        norm = gradient_norm(self.optimizer.gradients()) / precision.scale
+        found_inf = self.guard(norm, precision.counts(), batch.index)
+        clipping = 1.0 if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        lr = self.schedule(progress.step)
+        self.optimizer.step(lr, divisor=precision.scale / clipping, found_inf=found_inf)
+        statistics.commit(found_inf)
         self.backward.task.task.after_step()
         if self.ema:
             self.ema.update(found_inf)
-        self.guard.observe(found_inf, self.precision.counts(), batch.index)
-        self.precision.update(found_inf)
+        precision.update(found_inf)
         return replace(report, metrics={**report.metrics, "gradient_norm": norm})
-
-    def _clipping(self, norm: Tensor) -> Tensor:
-        if self._clip_norm is None:
-            return torch.ones_like(norm)
-        return (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
     @property
     def needs_rehearsal(self) -> bool:
@@ -76,9 +110,9 @@ class Step:
     def rehearse(self, batch: Batch) -> None:
         """One forward and backward pass that changes nothing; it follows every wrapping."""
         self.optimizer.clear()
-        self._statistics.begin()
+        self.backward.statistics.begin()
         self.backward.rehearse(batch)
-        self._statistics.put_back()
+        self.backward.statistics.put_back()
         self.optimizer.clear()
 
 
@@ -88,10 +122,3 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
         raise ValueError("no parameter has a gradient: the loss does not depend on the model")
     norms = torch._foreach_norm(gradients)
     return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
-
-
-def plain_metrics(report_metrics: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
-    """The metrics' names, sorted, and their values as one float64 tensor on their device."""
-    names = sorted(report_metrics)
-    values = [report_metrics[name].detach().reshape(()).double() for name in names]
-    return names, torch.stack(values)

@@ -19,13 +19,12 @@ from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.evaluations import Evaluations, Interrupted
 from clipcluster.train.feed import Batches, Feed
-from clipcluster.train.guard import Streak
 from clipcluster.train.metrics import Metrics
 from clipcluster.train.progress import Progress
 from clipcluster.train.records import Records
 from clipcluster.train.resume import restore
 from clipcluster.train.saver import Saver
-from clipcluster.train.step import Step
+from clipcluster.train.step import Step, Streak
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch

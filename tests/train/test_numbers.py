@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +12,8 @@ from torch import nn
 
 from clipcluster.errors import UserError
 from clipcluster.train.ema import Ema
-from clipcluster.train.guard import Guard
 from clipcluster.train.precision import Precision
-from clipcluster.train.step import gradient_norm
+from clipcluster.train.step import Guard, gradient_norm
 
 CPU = torch.device("cpu")
 
@@ -156,8 +157,8 @@ def rows(pattern: list[tuple[bool, bool]]) -> tuple[int, int, int]:
 def test_the_guard_counts_rows(pattern: list[tuple[bool, bool]]) -> None:
     guard = Guard(CPU, 3)
     for index, (bad, counts) in enumerate(pattern):
-        found = guard.judge(number(float("inf") if bad else 1.0))
-        guard.observe(found, torch.tensor(counts), index)
+        found_inf = guard(number(math.inf if bad else 1.0), torch.tensor(counts), index)
+        assert found_inf == float(bad)
     streak = guard.read()
     length, first, last = rows(pattern)
     assert streak.length == length
@@ -169,10 +170,10 @@ def test_the_guard_counts_rows(pattern: list[tuple[bool, bool]]) -> None:
 def test_a_row_is_seen_across_readings() -> None:
     guard = Guard(CPU, 3)
     for index in range(3):
-        guard.observe(number(1.0), torch.tensor(True), index)
+        guard(number(math.nan), torch.tensor(True), index)
     assert guard.read().length == 3
-    guard.observe(number(1.0), torch.tensor(True), 3)
+    guard(number(math.nan), torch.tensor(True), 3)
     assert guard.read() == type(guard.read())(4, 0, 3, 4)
-    guard.observe(number(0.0), torch.tensor(True), 4)
+    guard(number(0.0), torch.tensor(True), 4)
     guard.read()
     assert guard.read().length == 0

@@ -369,7 +369,7 @@ def test_a_row_of_non_finite_steps_before_any_checkpoint_ends_the_run(toy: Modul
 def test_an_overflow_of_the_loss_scale_does_not_count(toy: ModuleType, run: Any) -> None:
     trainer = toy.go(run, precision="fp16", poison=[3, 4, 5, 6, 7], limit=2)
     assert trainer.outcome is Outcome.FINISHED
-    assert float(trainer.step.precision.scale) == 65536 / 2**5
+    assert float(trainer.step.backward.precision.scale) == 65536 / 2**5
     assert "skipped_steps" not in merged_metrics(run)[-1]
 
 

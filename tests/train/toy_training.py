@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,15 @@ from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
-from clipcluster.train.guard import Guard
 from clipcluster.train.metrics import Metrics
-from clipcluster.train.optimizer import Optimizer
+from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
 from clipcluster.train.rotation import Keep
 from clipcluster.train.saver import Saver
-from clipcluster.train.schedule import make_schedule
 from clipcluster.train.stages import Stage, Stages
 from clipcluster.train.statistics import RunningStatistics
-from clipcluster.train.step import Step
+from clipcluster.train.step import Guard, Step
 from clipcluster.train.trainer import Trainer
 from clipcluster.train.wrapping import WrappedTask
 
@@ -224,7 +223,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     precision = Precision(script.precision, world.device)  # type: ignore[arg-type]
     guard = Guard(world.device, script.limit)
     ema = Ema(model, 0.9) if script.ema else None
-    schedule = make_schedule("cosine", peak=script.lr, warmup=3, total=script.steps)
+    schedule = partial(learning_rate, peak=script.lr, warmup=3, total=script.steps)
     progress = Progress(steps_per_epoch=5, batch_size=BATCH)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision}
     if ema:
