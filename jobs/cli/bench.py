@@ -35,11 +35,15 @@ def loader(
     workers: Annotated[
         str, typer.Option("--workers", metavar="N[,N]", help="Numbers of loader processes to measure.")
     ] = "1",
-    size: Annotated[int, typer.Option("--size", metavar="PIXELS", help="Side of the cropped images.")] = 224,
+    size: Annotated[
+        int, typer.Option("--size", metavar="PIXELS", min=8, help="Side of the cropped images.")
+    ] = 224,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.")] = 64,
-    seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="Of each repetition.")] = 3.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.1, max=3600, help="Of each repetition.")
+    ] = 3.0,
     repetitions: Annotated[
-        int, typer.Option("--repetitions", metavar="N", help="How often each contender is measured.")
+        int, typer.Option("--repetitions", metavar="N", min=1, help="How often each contender is measured.")
     ] = 5,
     peer: Annotated[
         Path | None,
@@ -62,16 +66,14 @@ def loader(
 
     from tools.bench.loader import Settings, measure, synthetic_photographs
 
-    try:
-        counts = tuple(int(number) for number in workers.split(","))
-    except ValueError:
-        raise UserError(f"--workers {workers}: give one or more numbers from 1, such as 1,2") from None
+    numbers = workers.split(",")
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise UserError(f"--workers {workers}: give one or more numbers from 1, such as 1,2")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     with synthetic_photographs() if shards is None else nullcontext(shards) as folder:
-        settings = Settings(
-            folder, index, counts, size, batch_size, seconds, repetitions, peer, normalise
-        )  # fmt: skip
+        counts = tuple(map(int, numbers))
+        settings = Settings(folder, index, counts, size, batch_size, seconds, repetitions, peer, normalise)
         document = measure(settings, (lambda text: None) if as_json else say)
     if out is not None:
         out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

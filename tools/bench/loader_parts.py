@@ -1,27 +1,31 @@
-"""What `clipcluster bench loader` measures of this project: the loader, and decoding without a loader.
+"""What `clipcluster bench loader` measures: the loader, decoding without it, and OpenCLIP's own loader.
 
-Run as a program with its settings as JSON; see `tools.bench.process.serve`.
+A program, with its settings as JSON: it prints what it is once it is ready, then for each line of its input
+works for so many seconds and prints what it did, so that the time to start is in no figure. With OpenCLIP's
+loader it runs in an interpreter without clipcluster.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 from typing import Any
-
-from tools.bench.process import serve
 
 CROP_SCALE = (0.9, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
+CONTEXT_LENGTH = 77
 FILES = 256  # decoded again and again where there is no loader
-
-
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
+Part = tuple[Callable[[], int], dict[str, Any]]  # loads some images and returns how many; what it is
 
-def loader(settings: dict[str, Any]) -> Callable[[], int]:
+
+def loader(settings: dict[str, Any]) -> Part:
     """The loader as training uses it, with the byte tokenizer."""
     from clipcluster.data.loading.batch import normalise
     from clipcluster.data.loading.loader import Loader
@@ -37,11 +41,7 @@ def loader(settings: dict[str, Any]) -> Callable[[], int]:
             "batch_size": settings["batch_size"],
             "workers": settings["workers"],
             "image": {"size": settings["size"], "crop_scale": CROP_SCALE, "crop_ratio": CROP_RATIO},
-            "text": {
-                "tokenizer": "bytes",
-                "context_length": settings["context_length"],
-                "captions": "random",
-            },
+            "text": {"tokenizer": "bytes", "context_length": CONTEXT_LENGTH, "captions": "random"},
         }
     )
     shards = [open_source(data.train[0], text=True)]
@@ -60,10 +60,10 @@ def loader(settings: dict[str, Any]) -> Callable[[], int]:
             normalise(batch.images, MEAN, STD)
         return len(batch)
 
-    return take
+    return take, {}
 
 
-def decoding(settings: dict[str, Any]) -> Callable[[], int]:
+def decoding(settings: dict[str, Any]) -> Part:
     """Decoding alone, or with the crop and its resize, of files in memory: one thread, no text."""
     import torch
     from torchvision.transforms.v2 import InterpolationMode
@@ -88,16 +88,68 @@ def decoding(settings: dict[str, Any]) -> Callable[[], int]:
             transform(pixels, number)
         return 1
 
-    return take
+    return take, {}
+
+
+def open_clip(settings: dict[str, Any]) -> Part:
+    """OpenCLIP's get_wds_dataset as `open_clip_train --dataset-resampled` builds it.
+
+    With its train transform and our crop, and the same byte tokenizer: both do the same work.
+    """
+    import multiprocessing
+    from types import SimpleNamespace
+
+    import open_clip
+    import torch
+    import webdataset
+    from open_clip.transform import image_transform
+    from open_clip_train.data import get_wds_dataset
+
+    def tokenizer(text: str) -> torch.Tensor:
+        """(1, L) int64: begin, the bytes, end, padding, as clipcluster's ByteTokenizer."""
+        row = [256, *text.encode("utf-8", "replace")[: CONTEXT_LENGTH - 2], 257]
+        return torch.tensor([row + [258] * (CONTEXT_LENGTH - len(row))])
+
+    # its pipeline holds functions that cannot be pickled
+    multiprocessing.set_start_method("fork", force=True)
+    arguments = SimpleNamespace(
+        train_data=sorted(map(str, Path(settings["shards"]).glob("*.tar"))),
+        train_num_samples=10**9,
+        train_data_upsampling_factors=None,
+        dataset_resampled=True,
+        seed=0,
+        batch_size=settings["batch_size"],
+        workers=settings["workers"],
+        world_size=1,
+    )
+    transform = image_transform(
+        settings["size"], is_train=True, interpolation="bicubic", aug_cfg={"scale": CROP_SCALE}
+    )
+    batches = iter(get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer).dataloader)
+    versions = {"open_clip": open_clip.__version__, "webdataset": webdataset.__version__}
+    return lambda: len(next(batches)[0]), versions
+
+
+PARTS = {"loader": loader, "decode": decoding, "resize": decoding, "open_clip": open_clip}
 
 
 def main() -> None:
-    """The part named in the settings."""
+    """Runs the part named in the settings until standard input ends.
+
+    The first calls of a repetition are not timed: their images were loaded while others were measured.
+    """
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
     settings = json.loads(sys.argv[1])
-    if settings["part"] == "loader":
-        serve({}, loader(settings), lead=settings["lead"])
-    else:
-        serve({}, decoding(settings))
+    take, about = PARTS[settings["part"]](settings)
+    answers.write(json.dumps(about) + "\n")
+    for line in sys.stdin:
+        before = sum(take() for _ in range(2 * settings["workers"] + 2))
+        begin, images = time.perf_counter(), 0
+        while time.perf_counter() - begin < float(line):
+            images += take()
+        elapsed = time.perf_counter() - begin
+        answers.write(json.dumps({"images": images, "seconds": elapsed, "untimed": before}) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from clipcluster.data.loading.loader import Loader
@@ -15,7 +16,6 @@ from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
 from tests.data.sources import sampler_source
 from tests.shard_writer import ShardWriter
-from tools.bench.process import descendants, unique_bytes
 
 EPOCHS = 20
 MEGABYTE = 2**20
@@ -42,9 +42,10 @@ def test_nothing_grows_over_twenty_epochs(
         for _ in range(EPOCHS):
             for _ in range(10):
                 assert next(loader).images.shape == (40, 3, 224, 224)
-            sizes = [unique_bytes(pid) or 0 for pid in descendants(os.getpid())]
+            this = psutil.Process()
+            sizes = [process.memory_full_info().uss for process in this.children(recursive=True)]
             workers.append(max(sizes) / MEGABYTE)
-            rank.append((unique_bytes(os.getpid()) or 0) / MEGABYTE)
+            rank.append(this.memory_full_info().uss / MEGABYTE)
             open_files = len(os.listdir("/proc/self/fd"))
             assert open_files < 100
     print("workers", np.round(workers, 1), "rank", np.round(rank, 1))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from clipcluster.errors import UserError
+from jobs.cli.app import main
 from tools.bench import loader as bench_loader
 from tools.bench.loader import Settings, measure, synthetic_photographs
-from tools.bench.process import descendants, unique_bytes
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +55,28 @@ def test_the_command_reports_all_it_promises(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("words", "message"),
     [
-        ({"workers": (0,)}, "numbers from 1"),
-        ({"size": 2}, "--size 2: at least 8"),
-        ({"workers": (1, 9), "batch_size": 8}, "--batch-size 8: at least 9"),
-        ({"seconds": 0.0}, "more than 0"),
-        ({"repetitions": 0}, "at least 1"),
+        (["--workers", "0"], "numbers from 1"),
+        (["--workers", "1,two"], "numbers from 1"),
+        (["--size", "2"], "'--size'"),
+        (["--workers", "1,9", "--batch-size", "8"], "--batch-size 8: at least 9"),
+        (["--seconds", "0"], "'--seconds'"),
+        (["--repetitions", "0"], "'--repetitions'"),
     ],
 )
-def test_wrong_settings_are_told(folder: Path, options: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Settings(folder, **options)
+def test_wrong_options_are_told(
+    folder: Path,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["clipcluster", "bench", "loader", "--shards", str(folder), *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -99,18 +109,3 @@ def test_a_contender_that_dies_is_told(folder: Path, monkeypatch: pytest.MonkeyP
     finally:
         for tar in folder.glob("*.away"):
             tar.rename(tar.with_suffix(".idx"))
-
-
-def test_processes_are_found_and_weighed() -> None:
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
-    outer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    try:
-        for _ in range(3000):
-            inner = descendants(outer.pid)
-            if inner:
-                break
-        assert len(inner) == 1
-        assert 100_000 < (unique_bytes(outer.pid) or 0) < 100e6
-        assert unique_bytes(2**22 - 1) is None
-    finally:
-        outer.communicate(b"\n")
