@@ -9,7 +9,7 @@ import signal
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
-from jobs.state import Queue, State, state_of
+from jobs.state import Queue, state_of
 from jobs.submissions import adopt, job_ids, refused, unanswered
 from tools.slurm import SlurmRefused, SlurmUnavailable
 
@@ -28,13 +28,9 @@ def cancel(run: Run, queue: Queue) -> str:
         adopt(run, state.job)
     jobs = job_ids(run)
     run.mark_cancelled(jobs)
-    if not state.queued:
-        return _not_queued(run, state)
-    ended = [job for job in jobs if _end(job, queue)]
-    return f"{run.name}: cancelled {', '.join(ended)}"
-
-
-def _not_queued(run: Run, state: State) -> str:
+    if state.queued:
+        ended = [job for job in jobs if _end(job, queue)]
+        return f"{run.name}: cancelled {', '.join(ended)}"
     intent = unanswered(run)
     if intent is not None:
         refused(run, intent, "cancelled")
@@ -54,7 +50,7 @@ def _end(job: str, queue: Queue) -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(job.split("-")[-2]), signal.SIGTERM)
         return True
-    if queue.state(job) is None:
+    if queue.job(job) is None:
         return False
     try:
         queue.slurm.cancel([job])

@@ -1,12 +1,19 @@
-"""`clipcluster evaluate`: measure a run's checkpoint again, in this process."""
+"""The evaluations of a run: the last one, another of a checkpoint, and their results for people."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
 from clipcluster.errors import UserError
+from clipcluster.evals.headline import ordered
+from clipcluster.runs import files
 from clipcluster.runs.checkpoints import MANIFEST, is_complete, name_of, steps_in
 from clipcluster.runs.find import find_run
 from clipcluster.runs.folder import Run
@@ -16,25 +23,43 @@ from clipcluster.runtime.environment import share_cores
 def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
     """The results document of a run's newest checkpoint, or of the one named by its folder.
 
-    Raises UserError where there is none.
+    Measured in this process. Raises UserError where there is none.
     """
-    checkpoint = Path(what).absolute()
-    if (checkpoint / MANIFEST).is_file():
-        run = Run(checkpoint.parent.parent)
+    folder = Path(what).absolute()
+    run, checkpoint = Run(folder.parent.parent), folder if (folder / MANIFEST).is_file() else None
+    if checkpoint is not None:
         if not run.exists():
             raise UserError(f"{what} lies in no run folder: {run.path} has no recipe.yaml")
-        return _measure(run, overrides, checkpoint)
-    if (inside := Run(checkpoint.parent.parent)).exists():
-        names = [name_of(step) for step in steps_in(inside.checkpoints)]
-        whole = [name for name in names if is_complete(inside.checkpoints / name)]
-        raise UserError(
-            f"{what} is not a complete checkpoint; {inside.name} has {', '.join(whole) or 'none'}."
-        )
-    return _measure(find_run(what, runs), overrides, None)
-
-
-def _measure(run: Run, overrides: Sequence[str], checkpoint: Path | None) -> dict[str, Any]:
+    elif run.exists():
+        names = [name_of(step) for step in steps_in(run.checkpoints)]
+        whole = [name for name in names if is_complete(run.checkpoints / name)]
+        raise UserError(f"{what} is not a complete checkpoint; {run.name} has {', '.join(whole) or 'none'}.")
+    else:
+        run = find_run(what, runs)
     from clipcluster import run as running
 
     share_cores()
     return running.evaluate(run, overrides=overrides, checkpoint=checkpoint)
+
+
+def latest(run: Run) -> dict[str, Any] | None:
+    """The document of the run's last evaluation, or None."""
+    found = sorted(run.evals.glob("step-*.json"))
+    document: dict[str, Any] | None = files.read_json(found[-1]) if found else None
+    return document
+
+
+def shown(document: Mapping[str, Any]) -> Group:
+    """A document's results (SET/METRIC -> value) by kind, each with what it means; the headline first."""
+    parts: list[Any] = [Text(f"evaluation at step {document['step']:,}", style="bold")]
+    for kind, results in ordered(document["metrics"]).items():
+        explanation = f" ({kind.explanation})" if kind.explanation else ""
+        parts.append(Text.assemble((kind.title, "bold"), explanation))
+        table = Table("set", "metric", box=None, pad_edge=False, show_header=False)
+        table.add_column("value", justify="right")
+        before = None
+        for result in results:
+            table.add_row("" if result.set == before else result.set, result.metric, result.text)
+            before = result.set
+        parts.append(Padding(table, (0, 0, 0, 2)))
+    return Group(*parts)

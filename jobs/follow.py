@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clipcluster.runs import files
 from clipcluster.runs.find import as_typed
 from clipcluster.runs.folder import Run
-from jobs import results
-from jobs.state import ASK_SECONDS, Queue, State, state_of
-from jobs.status import last_metrics, total_steps
+from jobs.evaluate import latest, shown
+from jobs.state import State, Watched, last_metrics, total_steps
 
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 5.0  # between two plain lines of progress
@@ -41,12 +41,11 @@ class Events:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._seen: dict[str, int] = {}
-        before = self._found()
-        newest = run.newest()
-        open_ = newest.number if newest is not None and newest.outcome() is None else None
-        starting = before and before[-1]["attempt"] == open_
-        self._before = before[-1:] if starting and before[-1]["event"] in STARTING else []
+        self._attempt = 0  # the newest seen; of those before it nothing more is written
+        self._known: Counter[str] = Counter()  # lines of its files
+        before = self._found()[-1:]
+        starting = before and before[0]["event"] in STARTING
+        self._before = before if starting and run.attempt(self._attempt).outcome() is None else []
 
     def fresh(self) -> list[dict[str, Any]]:
         """Those that were not there at the last call."""
@@ -56,76 +55,50 @@ class Events:
     def _found(self) -> list[dict[str, Any]]:
         found = []
         for attempt in self._run.attempts():
-            if str(attempt.path) not in self._seen:
-                self._seen[str(attempt.path)] = 0
+            if attempt.number < self._attempt:
+                continue
+            if attempt.number > self._attempt:
+                self._attempt, self._known = attempt.number, Counter()
                 found.append({"event": "claim", **attempt.claim(), "attempt": attempt.number})
             for name, told in TOLD.items():
-                path = attempt.path / name
-                size = path.stat().st_size if path.exists() else 0
-                key = str(path)
-                if size == self._seen.get(key, 0):
-                    continue
-                lines = files.read_lines(path)
-                known = self._seen.get(f"{key}#", 0)
-                found += [line for line in lines[known:] if line.get("event") in told]
-                self._seen[key], self._seen[f"{key}#"] = size, len(lines)
+                lines = files.read_lines(attempt.path / name)
+                found += [line for line in lines[self._known[name] :] if line.get("event") in told]
+                self._known[name] = len(lines)
         return found
 
 
-def follow(run: Run, console: Console, *, queue: Callable[[], Queue] = Queue) -> int:
+def follow(run: Run, console: Console) -> int:
     """Show the run until it ends, then its results; returns its exit code (0 after Ctrl-C)."""
+    watched, events, view = Watched(run), Events(run), View(run, console)
     try:
-        with Bar(run, console) if console.is_terminal else View(run, console) as view:
-            state = _watch(run, view, queue)
+        with view.bar:
+            while True:
+                state = watched.state()
+                view.show(state, last_metrics(run), events.fresh())
+                if state.ended:
+                    break
+                time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt:
-        said = (
-            f"\nNo longer following; {run.name} continues.",
-            f"  clipcluster logs -f {as_typed(run)}    # follow again",
-            f"  clipcluster cancel {as_typed(run)}     # end it",
-        )
-        for line in said:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.out(f"\nNo longer following; {run.name} continues.", highlight=False)
+        console.out(f"  clipcluster logs -f {as_typed(run)}    # follow again", highlight=False)
+        console.out(f"  clipcluster cancel {as_typed(run)}     # end it", highlight=False)
         return 0
     show_end(run, state, console)
     return state.code or (0 if state.name == "FINISHED" else 1)
 
 
-def _watch(run: Run, view: View, queue: Callable[[], Queue]) -> State:
-    events, asked, state = Events(run), 0.0, State("PENDING")
-    while True:
-        if time.monotonic() - asked > ASK_SECONDS or _verdict_changed(run):
-            asked = time.monotonic()
-            state = state_of(run, queue())
-        line = last_metrics(run)
-        view.show(state, line, events.fresh())
-        if state.ended:
-            return state
-        time.sleep(LOOK_SECONDS)
-        if state.name == "RUNNING" and (state.job or "").startswith("local-"):
-            asked = 0.0  # costs nothing: no SLURM is asked about local jobs
-
-
-def _verdict_changed(run: Run) -> bool:
-    newest = run.newest()
-    path = newest.path / "events-verdict.jsonl" if newest else None
-    return path is not None and path.exists() and time.time() - path.stat().st_mtime < 2 * LOOK_SECONDS
-
-
 class View:
-    """Plain lines: one for each event, and one of progress every few seconds."""
+    """A bar on a terminal, elsewhere a line of progress every few seconds; the events as lines."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console, self.total = run, console, total_steps(run)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self.bar.add_task("waiting", total=self.total)
         self._state = ""
         self._attempt = 0
         self._step: int | None = None
         self._told = 0.0
-
-    def __enter__(self) -> View:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
 
     def show(self, state: State, line: Mapping[str, Any] | None, events: list[dict[str, Any]]) -> None:
         """Bring what is seen up to date."""
@@ -133,7 +106,8 @@ class View:
             self._attempt = max(self._attempt, event["attempt"])
             self.say(event_text(event))
             if event["event"] in STARTING:
-                self.starting(event)
+                phase = PHASES.get(event.get("phase", ""))
+                self.bar.update(self._task, completed=event.get("step"), description=phase)
         if str(state) != self._state:
             self._state = str(state)
             self.say(f"{self.run.name}: {state}")
@@ -141,49 +115,18 @@ class View:
             return  # a line of the attempt before
         if line.get("step") != self._step:
             self._step = line.get("step")
-            self.progress(line)
-
-    def starting(self, event: Mapping[str, Any]) -> None:
-        """An attempt has not come to its first step yet."""
+            self._progress(line)
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.out(text, highlight=False)
 
-    def progress(self, line: Mapping[str, Any]) -> None:
-        if time.monotonic() - self._told >= LINE_SECONDS or line.get("step") == self.total:
+    def _progress(self, line: Mapping[str, Any]) -> None:
+        self.bar.update(self._task, completed=line["step"], description=metrics_text(line))
+        seldom = time.monotonic() - self._told >= LINE_SECONDS or line["step"] == self.total
+        if seldom and not self.console.is_terminal:
             self._told = time.monotonic()
             total = f"/{self.total:,}" if self.total else ""
             self.say(f"step {line['step']:,}{total}  {metrics_text(line)}")
-
-
-class Bar(View):
-    """A bar that moves, with the events above it."""
-
-    def __init__(self, run: Run, console: Console) -> None:
-        super().__init__(run, console)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console, transient=True)
-        self._task: TaskID = self._bar.add_task("waiting", total=self.total)
-
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def starting(self, event: Mapping[str, Any]) -> None:
-        self._bar.update(
-            self._task, completed=event.get("step"), description=PHASES.get(event.get("phase", ""))
-        )
-
-    def progress(self, line: Mapping[str, Any]) -> None:
-        self._bar.update(self._task, completed=line["step"], description=metrics_text(line))
 
 
 def metrics_text(line: Mapping[str, Any]) -> str:
@@ -216,23 +159,16 @@ def event_text(event: Mapping[str, Any]) -> str:
 
 def show_end(run: Run, state: State, console: Console) -> None:
     """The last evaluation, an advice, the run's folder, and what to type next."""
-    document = results.latest(run)
+    document = latest(run)
     if document and document.get("metrics"):
-        console.print(results.shown(document))
-    if state.advice:
-        console.print(state.advice, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"run folder: {run.path}", markup=False, highlight=False, soft_wrap=True)
-    for line in next_commands(run, state):
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-
-
-def next_commands(run: Run, state: State) -> list[str]:
-    """What to type next."""
+        console.print(shown(document))
     name = as_typed(run)
+    following = [f"  clipcluster logs {name}", f"  clipcluster status {name}"]
     if state.name == "FINISHED":
-        return [
-            f"clipcluster metrics {name} --plot    # the loss; --columns, --csv and more",
-            f"clipcluster evaluate {name}          # evaluate the last checkpoint again",
-            f"tensorboard --logdir {run.tensorboard}",
+        following = [
+            f"  clipcluster metrics {name} --plot    # the loss; --columns, --csv and more",
+            f"  clipcluster evaluate {name}          # evaluate the last checkpoint again",
+            f"  tensorboard --logdir {run.tensorboard}",
         ]
-    return [f"clipcluster logs {name}", f"clipcluster status {name}"]
+    for line in filter(None, [state.advice, f"run folder: {run.path}", *following]):
+        console.out(line, highlight=False)

@@ -1,15 +1,16 @@
-"""The state of a run, read from its folder and from SLURM's queue. Works without SLURM."""
+"""The state and progress of a run, read from its folder and from SLURM's queue. Works without SLURM."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.outcome import Outcome
@@ -19,6 +20,8 @@ from tools.slurm import QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
 
 ENDED = frozenset({"FINISHED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "LOST", "NEW"})
 ASK_SECONDS = 10.0  # between two questions to SLURM about a run that is watched
+_TAIL_BYTES = 65536
+_ENDS = {"finish": "FINISHED", "stop": "STOPPED", "cancel": "CANCELLED", "fail": "FAILED"}
 _RESUBMIT = "Submit the run again: it resumes from its last checkpoint."
 
 
@@ -65,15 +68,9 @@ class Queue:
         """Whether there is no SLURM here, or it gives no answer."""
         return self._jobs is None
 
-    def state(self, job_id: str) -> str | None:
-        """PENDING, RUNNING, COMPLETING, …; None for a job that the queue does not show."""
-        found = (self._jobs or {}).get(job_id)
-        return found.state if found else None
-
-    def reason(self, job_id: str) -> str:
-        """Why a job waits, in SLURM's words; empty where it has none."""
-        found = (self._jobs or {}).get(job_id)
-        return found.reason if found and found.reason != "None" else ""
+    def job(self, job_id: str) -> QueuedJob | None:
+        """A job that waits, runs or is completing."""
+        return (self._jobs or {}).get(job_id)
 
     def jobs_of(self, run: Run) -> list[str]:
         """The jobs that carry the run's name and, as their comment, its folder."""
@@ -110,28 +107,22 @@ class Watched:
 def state_of(run: Run, queue: Queue) -> State:
     """What the run is doing now."""
     newest = run.newest()
-    verdict = history.last_verdict(newest) if newest else None
-    live = _live(run, queue)
-    if live is not None:
-        return _while_queued(run, queue, live, newest, verdict)
+    job = _live(run, queue)
+    if job is not None:
+        return _while_queued(run, queue, job, newest if newest and newest.job == job else None)
     intent = unanswered(run)
     if intent is not None and (submitting := _submitting(queue, intent)):
         return submitting
     if newest is not None and job_ids(run)[-1:] != [newest.job] and not run.finished():
-        newest = verdict = None  # a later job came to its end without a claim
-    if newest is not None and verdict and verdict["event"] in history.FINAL:
-        return _final(verdict, newest)
-    if newest is not None:
-        direct = _without_verdict(newest)
-        if direct is not None and verdict is None:
-            return direct
-    return _gone(run, queue, newest, verdict)
+        newest = None  # a later job came to its end without a claim
+    ended = _by_verdict(newest) or _by_outcome(newest) if newest else None
+    return ended or _gone(run, queue, newest)
 
 
 def _live(run: Run, queue: Queue) -> str | None:
     """The run's job that SLURM shows, or the local process that lives; the newest first."""
     for job in reversed(job_ids(run)):
-        if local_job_runs(job) if job.startswith("local-") else queue.state(job):
+        if local_job_runs(job) if job.startswith("local-") else queue.job(job):
             return job
     intent = unanswered(run)
     if intent is not None and intent.executor == "slurm":
@@ -148,48 +139,48 @@ def _submitting(queue: Queue, intent: Intent) -> State | None:
     return None
 
 
-def _while_queued(
-    run: Run, queue: Queue, job: str, newest: Attempt | None, verdict: Mapping[str, Any] | None
-) -> State:
-    mine = newest is not None and newest.job == job
-    if mine and newest is not None and verdict and verdict["event"] in history.FINAL:
-        final = _final(verdict, newest)
-        return State(final.name, final.detail, final.advice, job, True, final.code)
+def _while_queued(run: Run, queue: Queue, job: str, attempt: Attempt | None) -> State:
+    """The state of a run with a job; `attempt`: the newest one, where it is this job's."""
+    ended = _by_verdict(attempt) if attempt else None
+    if ended is not None:
+        return replace(ended, queued=True)
     if job in run.cancelled_jobs():
-        return State("CANCELLED", "its job is still ending", "", job, True, Outcome.CANCELLED)
-    if job.startswith("local-"):
-        return State("RUNNING", "", "", job, True)
-    state = queue.state(job) or ""
-    requeued = bool(mine and verdict and verdict["event"] in ("requeue", "note"))
-    if state == "PENDING" or (state == "COMPLETING" and requeued):
-        reason = queue.reason(job)
-        return State("PENDING", ", ".join(filter(None, ["requeued" if mine else "", reason])), "", job, True)
-    if state == "COMPLETING":
-        return State("COMPLETING", "", "", job, True)
-    return State("RUNNING", "" if mine else "starting", "", job, True)
+        return State("CANCELLED", "its job is still ending", job=job, queued=True, code=Outcome.CANCELLED)
+    shown = None if job.startswith("local-") else queue.job(job)
+    if shown is None:
+        return State("RUNNING", job=job, queued=True)
+    verdict = history.last_verdict(attempt) if attempt else None
+    if shown.state == "PENDING" or (shown.state == "COMPLETING" and verdict):
+        why = ["requeued" if attempt else "", shown.reason if shown.reason != "None" else ""]
+        return State("PENDING", ", ".join(filter(None, why)), job=job, queued=True)
+    if shown.state == "COMPLETING":
+        return State("COMPLETING", job=job, queued=True)
+    return State("RUNNING", "" if attempt else "starting", job=job, queued=True)
 
 
-def _final(verdict: Mapping[str, Any], attempt: Attempt) -> State:
-    name = {"finish": "FINISHED", "stop": "STOPPED", "cancel": "CANCELLED"}.get(verdict["event"], "FAILED")
+def _by_verdict(attempt: Attempt) -> State | None:
+    """The state of a run that the verdict on its newest attempt ended."""
+    verdict = history.last_verdict(attempt)
+    name = _ENDS.get(verdict["event"]) if verdict else None
+    if verdict is None or name is None:
+        return None
     detail = "" if name == "FINISHED" else verdict.get("reason", "")
-    return State(name, detail, verdict.get("advice", ""), attempt.job, False, verdict.get("code", 0))
+    return State(name, detail, verdict.get("advice", ""), attempt.job, code=verdict.get("code", 0))
 
 
-def _without_verdict(attempt: Attempt) -> State | None:
+def _by_outcome(attempt: Attempt) -> State | None:
     """The state of an attempt that nobody judges (torchrun, one process): its outcome is the verdict."""
     outcome = attempt.outcome()
-    if outcome is None:
+    if outcome is None or history.last_verdict(attempt) is not None:
         return None
-    if outcome["outcome"] == "finished":
-        return State("FINISHED", job=attempt.job)
-    if outcome["outcome"] == "failed":
-        return State("FAILED", outcome["reason"], outcome["advice"], attempt.job, code=outcome["code"])
-    if (attempt.job or "").startswith("local-"):
-        return State("STOPPED", outcome["reason"], "", attempt.job, code=outcome["code"])
-    return None
+    name = outcome["outcome"].upper()
+    if name == "STOPPED" and not (attempt.job or "").startswith("local-"):
+        return None
+    detail = "" if name == "FINISHED" else outcome["reason"]
+    return State(name, detail, outcome["advice"], attempt.job, code=outcome["code"])
 
 
-def _gone(run: Run, queue: Queue, newest: Attempt | None, verdict: Mapping[str, Any] | None) -> State:
+def _gone(run: Run, queue: Queue, newest: Attempt | None) -> State:
     """The state of a run whose job is in no queue and that no verdict ended."""
     jobs = job_ids(run)
     if not jobs:
@@ -197,10 +188,10 @@ def _gone(run: Run, queue: Queue, newest: Attempt | None, verdict: Mapping[str, 
     job = jobs[-1]
     if job in run.cancelled_jobs():
         return State("CANCELLED", job=job, code=Outcome.CANCELLED)
-    if newest is not None and _refused(newest):
-        return State(
-            "STOPPED", "SLURM refused to requeue the job", "Submit the run again.", job, code=Outcome.STOPPED
-        )
+    events = history.batch_events(newest) if newest else []
+    if events and events[-1].get("event") == "requeue_refused":
+        detail = "SLURM refused to requeue the job"
+        return State("STOPPED", detail, "Submit the run again.", job, code=Outcome.STOPPED)
     if job.startswith("local-") and local_job_runs(job) is None:
         return State("UNKNOWN", f"job {job} of another machine, which cannot be asked here", job=job)
     if not job.startswith("local-"):
@@ -217,6 +208,56 @@ def _gone(run: Run, queue: Queue, newest: Attempt | None, verdict: Mapping[str, 
     return State("LOST", detail, f"{_RESUBMIT} Its log: {log}" if log.exists() else _RESUBMIT, job, code=1)
 
 
-def _refused(attempt: Attempt) -> bool:
-    events = history.batch_events(attempt)
-    return bool(events) and events[-1].get("event") == "requeue_refused"
+def report(run: Run, queue: Queue) -> dict[str, Any]:
+    """One run in `clipcluster status`: state and progress, from the ends of its files.
+
+    What is not known is None; `last_event_time` is in seconds since 1970.
+    """
+    state = state_of(run, queue)
+    newest = run.newest()
+    line = last_metrics(run) or {}
+    event = (_last_event(newest) if newest else None) or {}
+    checkpoint = newest_complete(run.checkpoints)
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "state": state.name,
+        "detail": state.detail,
+        "advice": state.advice,
+        "job": state.job,
+        "attempt": newest.number if newest else None,
+        "step": max((step for step in (line.get("step"), checkpoint) if step is not None), default=None),
+        "total_steps": total_steps(run),
+        "epoch": line.get("epoch"),
+        "loss": line.get("loss"),
+        "samples_per_second": line.get("samples_per_second"),
+        "checkpoint": checkpoint,
+        "last_event": event.get("event"),
+        "last_event_time": event.get("time"),
+    }
+
+
+def total_steps(run: Run) -> int | None:
+    """Steps of the whole run, as planned at its last submission."""
+    try:
+        plan = run.settings().get("plan") or {}
+    except OSError:
+        return None
+    total = plan.get("total_steps")
+    return total if isinstance(total, int) else None
+
+
+def last_metrics(run: Run) -> dict[str, Any] | None:
+    """The last line of metrics of the newest attempt that wrote one."""
+    for attempt in reversed(run.attempts()):
+        lines = files.read_lines(attempt.path / "metrics.jsonl", last_bytes=_TAIL_BYTES)
+        if lines:
+            return lines[-1]
+    return None
+
+
+def _last_event(attempt: Attempt) -> dict[str, Any] | None:
+    """The latest event of an attempt, whoever wrote it."""
+    written = attempt.path.glob("events-*.jsonl")
+    ends = (files.read_lines(path, last_bytes=_TAIL_BYTES)[-1:] for path in written)
+    return max((line for end in ends for line in end), key=lambda line: line.get("time", 0), default=None)

@@ -36,7 +36,6 @@ TORCH_FREE = [
     "jobs.train",
     "jobs.endings.__main__",
     "jobs.state",
-    "jobs.status",
 ]
 
 

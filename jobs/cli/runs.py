@@ -116,18 +116,17 @@ def status(
     runs: Runs = None,
 ) -> None:
     """Show the state of runs."""
-    from jobs.state import Queue
-    from jobs.status import report
+    from jobs.state import Queue, report
 
     folder = runs_folder(runs)
 
-    def look() -> list[Any]:
+    def look() -> list[dict[str, Any]]:
         chosen = [find_run(name, folder) for name in names] if names else all_runs(folder)
         queue = Queue()
         return [report(run, queue) for run in chosen]
 
     if as_json:
-        print_document([vars(one) for one in look()])
+        print_document(look())
         return
     from rich.console import Console
 
@@ -151,8 +150,8 @@ def status(
         return
     console.print(status_table(found))
     for one in found:
-        if one.advice:
-            say(f"{one.name}: {one.advice}")
+        if one["advice"]:
+            say(f"{one['name']}: {one['advice']}")
 
 
 def logs(
@@ -265,7 +264,7 @@ def evaluate(
         return
     from rich.console import Console
 
-    from jobs.results import shown
+    from jobs.evaluate import shown
 
     Console().print(shown(document))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome
@@ -62,7 +63,7 @@ def record(
         "reason": verdict.reason,
         "advice": verdict.advice,
         "counts": verdict.counts,
-        "checkpoint": history.newest_checkpoint(run),
+        "checkpoint": newest_complete(run.checkpoints),
     }
     if seen.raised:
         fields["raised"] = [asdict(each) for each in seen.raised]

@@ -10,6 +10,7 @@ from typing import Any
 
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.environment import LEAD, LOGS
 from clipcluster.runtime.job_id import slurm_job_id
@@ -40,7 +41,7 @@ def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) ->
     first = logs / f"{job_id}_0_log.err"
     others = [path for path in sorted(logs.glob(f"{job_id}_*_log.err")) if path != first]
     events = [event for path in attempt.path.glob("events-rank-*.jsonl") for event in files.read_lines(path)]
-    checkpoint = history.newest_checkpoint(run)
+    checkpoint = newest_complete(run.checkpoints)
     return Facts(
         code=code,
         superseded=attempt.is_stale(),

@@ -1,11 +1,11 @@
-"""What earlier endings left in the run folder: verdicts, complete checkpoints, blamed nodes. No torch."""
+"""What earlier endings left in the run folder: verdicts, blamed nodes. No torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from clipcluster.runs import checkpoints, files
+from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
@@ -27,14 +27,6 @@ def last_verdict(attempt: Attempt) -> dict[str, Any] | None:
     """The attempt's verdict, or None while it has none."""
     verdicts = [event for event in batch_events(attempt) if event.get("event") in VERDICTS]
     return verdicts[-1] if verdicts else None
-
-
-def newest_checkpoint(run: Run) -> int | None:
-    """The step of the newest complete checkpoint, or None.
-
-    Complete by its sizes: whoever loads it hashes the contents; the verdict has no time for that.
-    """
-    return checkpoints.newest_complete(run.checkpoints)
 
 
 def fruitless(run: Run, attempt: Attempt, checkpoint: int | None) -> int:

@@ -1,9 +1,14 @@
-"""What `clipcluster evaluate` refuses, it refuses before torch is loaded."""
+"""What `clipcluster evaluate` refuses, it refuses before torch is loaded; results as people read them."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
+from clipcluster.runs import files
+from jobs.evaluate import latest, shown
 from jobs.submit.submit import Wanted, submit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,3 +52,27 @@ def test_refusals_come_before_torch(recipe, tmp_path):
     assert "There is nothing to measure" in lines[3]
     assert "/nowhere" in lines[4]
     assert lines[5] == "[]"
+
+
+def test_the_headline_comes_first(run):
+    assert latest(run) is None
+    metrics = {"a/paired_i2t_r1": 0.1, "a/distinct_captions": 5000, "b/i2t_r1": None, "a/zero_shot_top1": 0.5}
+    run.evals.mkdir(exist_ok=True)
+    files.write_json(run.evals / "step-00000003.json", {"step": 3, "metrics": metrics})
+    console = Console(file=io.StringIO(), width=200)
+    console.print(shown(latest(run)))
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert lines[0] == "evaluation at step 3"
+    assert [line.split(" (")[0] for line in lines[1::2]] == [
+        "zero-shot",
+        "retrieval",
+        "retrieval, paired",
+        "counts",
+    ]
+    assert [line.split() for line in lines[2::2]] == [
+        ["a", "top1", "50.00", "%"],
+        ["b", "i2t_r1", "not", "finite"],
+        ["a", "i2t_r1", "10.00", "%"],
+        ["a", "distinct_captions", "5,000"],
+    ]
+    assert "an image's other captions are wrong" in lines[5]

@@ -14,9 +14,8 @@ from rich.console import Console
 
 from clipcluster.runs import files
 from jobs import logs
-from jobs.follow import Bar, Events, event_text, follow, metrics_text
-from jobs.state import State
-from jobs.status import last_metrics
+from jobs.follow import Events, View, event_text, follow, metrics_text
+from jobs.state import State, last_metrics
 
 
 def watched(run):
@@ -139,15 +138,15 @@ def test_a_resumed_attempt_is_shown_at_its_step_at_once(run):
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     attempt = run.claim("17", host="n1", still_running=lambda job: False)
     attempt.metrics({"step": 8, "loss": 1.0})
-    bar = Bar(run, console)
-    with bar:
-        bar.show(State("RUNNING"), last_metrics(run), Events(run).fresh())
-        assert bar._bar.tasks[0].completed == 8
+    view = View(run, console)
+    with view.bar:
+        view.show(State("RUNNING"), last_metrics(run), Events(run).fresh())
+        assert view.bar.tasks[0].completed == 8
         again = run.claim("17", host="n1", still_running=lambda job: False)
         again.step = 5
         again.event("resume", writer="rank-0")
-        bar.show(State("RUNNING"), last_metrics(run), Events(run).fresh())
-        assert bar._bar.tasks[0].completed == 5
+        view.show(State("RUNNING"), last_metrics(run), Events(run).fresh())
+        assert view.bar.tasks[0].completed == 5
         again.metrics({"step": 6, "loss": 1.0})
-        bar.show(State("RUNNING"), last_metrics(run), [])
-        assert bar._bar.tasks[0].completed == 6
+        view.show(State("RUNNING"), last_metrics(run), [])
+        assert view.bar.tasks[0].completed == 6

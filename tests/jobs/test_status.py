@@ -13,8 +13,7 @@ from jobs import submissions
 from jobs.cancel import cancel
 from jobs.cli.tables import age, status_table
 from jobs.endings import history
-from jobs.state import Queue, Watched, state_of
-from jobs.status import last_metrics, report
+from jobs.state import Queue, Watched, last_metrics, report, state_of
 from tools.slurm import SlurmUnavailable, parse_queue
 
 
@@ -177,8 +176,8 @@ def test_a_report_reads_the_ends_of_files(run):
     judged(attempt, "finish", code=0)
     assert last_metrics(run)["step"] == 3
     found = report(run, Answers())
-    assert (found.state, found.step, found.total_steps, found.attempt) == ("FINISHED", 3, 20, 1)
-    assert found.last_event == "finish"
+    assert (found["state"], found["step"], found["total_steps"], found["attempt"]) == ("FINISHED", 3, 20, 1)
+    assert found["last_event"] == "finish"
     assert status_table([found]).row_count == 1
 
 
@@ -190,7 +189,7 @@ def test_a_report_counts_steps_that_only_a_checkpoint_tells_of(run):
     (folder / "state.json").write_text("{}")
     (folder / "manifest.json").write_text('{"files": {"state.json": {"bytes": 2, "sha256": ""}}}')
     found = report(run, Answers())
-    assert (found.step, found.checkpoint) == (8, 8)
+    assert (found["step"], found["checkpoint"]) == (8, 8)
 
 
 def test_the_table_keeps_names_and_states_whole_on_a_narrow_terminal(run):

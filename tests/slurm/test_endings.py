@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from clipcluster.runs.checkpoints import newest_complete
 from jobs.cancel import cancel
 from jobs.endings import history
 from jobs.state import Queue
@@ -31,7 +32,7 @@ def preempted(bench, nodes, members):
     assert done.evicted_after < bench.sandbox.grace_seconds
     bench.come_back(job)
     bench.finished(run, job, 2, 40, nodes)
-    assert history.newest_checkpoint(run) == 40
+    assert newest_complete(run.checkpoints) == 40
 
 
 def crashed(bench, nodes, members):

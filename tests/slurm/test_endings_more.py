@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from clipcluster.runs.checkpoints import newest_complete
 from jobs.cancel import cancel
 from jobs.endings import history
 from jobs.state import Queue
@@ -73,7 +74,7 @@ def test_submitting_while_the_old_job_still_ends(bench):
     assert f"owned by job {job}" in (run.submitit / f"{other}_0_log.err").read_text()
     cancel(run, Queue(bench.slurm))
     assert bench.gone(job) == "CANCELLED"
-    saved = history.newest_checkpoint(run)
+    saved = newest_complete(run.checkpoints)
     assert saved < 400
     (third,) = bench.submit_again([run], {"steps": saved + 3})
     bench.finished(run, third, 2, saved + 3, 1)
@@ -84,7 +85,7 @@ def test_another_number_of_nodes_goes_on(bench):
     bench.at_step(run, 3)
     cancel(run, Queue(bench.slurm))
     bench.gone(job)
-    saved = history.newest_checkpoint(run)
+    saved = newest_complete(run.checkpoints)
     (other,) = bench.submit_again([run], {"steps": saved + 5}, nodes=1)
     assert bench.verdict(run, 2)["event"] == "finish"
     assert bench.gone(other) == "COMPLETED"
@@ -139,7 +140,7 @@ def test_a_node_dies(bench, nodes):
         bench.until(lambda: (run.attempts_dir / "2" / "metrics.jsonl").exists(), 60)
         verdict = history.last_verdict(run.attempt(1))
         assert verdict is None or verdict["event"] in ("requeue", "note")
-        assert history.newest_checkpoint(run) >= 10
+        assert newest_complete(run.checkpoints) >= 10
     finally:
         sandboxes.restore_node(bench.sandbox.folder, victim)
 
@@ -215,7 +216,7 @@ def test_preempted_without_grace(bench_on, members):
         assert preempt(folder / "sandbox", jobs[-1], come_back=False).requeued
         verdict = history.last_verdict(runs[-1].attempt(1))
         assert verdict is None or verdict["ending"] == "requeued already"
-        assert history.newest_checkpoint(runs[-1]) >= 5
+        assert newest_complete(runs[-1].checkpoints) >= 5
         for job in jobs:
             bench.come_back(job)
         for run, job in zip(runs, jobs, strict=True):

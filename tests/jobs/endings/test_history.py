@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from clipcluster.runs.checkpoints import newest_complete
 from jobs.endings import history
 from jobs.endings.claim import claim
 from jobs.endings.log import tail
@@ -31,14 +32,14 @@ def make_checkpoint(run, step, content=b"state"):
 
 
 def test_only_whole_checkpoints_count(run):
-    assert history.newest_checkpoint(run) is None
+    assert newest_complete(run.checkpoints) is None
     make_checkpoint(run, 5)
     make_checkpoint(run, 10, b"sta")
     (make_checkpoint(run, 15) / "manifest.json").unlink()
     (make_checkpoint(run, 20) / "manifest.json").write_text("{}")
     (make_checkpoint(run, 25) / "state.json").unlink()
     (run.checkpoints / "broken-step-00000030-1").mkdir()
-    assert history.newest_checkpoint(run) == 5
+    assert newest_complete(run.checkpoints) == 5
 
 
 def test_a_row_without_a_newer_checkpoint(run):

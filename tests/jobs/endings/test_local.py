@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.merge import merged_metrics, merged_samples
 from jobs.cancel import cancel
 from jobs.endings import history
@@ -91,7 +92,7 @@ def test_crashes_with_newer_checkpoints_between_go_on(local, run):
         ),
     )
     local.verdict(run, 2)
-    assert history.newest_checkpoint(run) == 8
+    assert newest_complete(run.checkpoints) == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -102,7 +103,7 @@ def test_term_from_outside_stops(local, run, number):
     verdict = local.verdict(run)
     assert (verdict["event"], verdict["ending"]) == ("stop", "told to stop")
     assert run.attempt(1).outcome()["outcome"] == "stopped"
-    assert history.newest_checkpoint(run) >= 3
+    assert newest_complete(run.checkpoints) >= 3
     assert local.end(run).name == "STOPPED"
 
 
