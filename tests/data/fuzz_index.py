@@ -114,7 +114,7 @@ def look(folder: Path) -> dict[str, Any]:
         for position in range(dataset.n_samples):
             dataset.announce([position])
             keys.append(dataset.read(position).key)
-        columns = [dataset.classes, dataset.caption_counts, dataset.more_than, dataset.sample_counts]
+        columns = [dataset.classes, dataset.caption_counts(), dataset.more_than, dataset.sample_counts]
         told = [len(column) for column in columns], dataset.n_pairs, dataset.shard_names
         assert told
         dataset.check_unchanged()

@@ -133,7 +133,7 @@ def _stats(
     shards.close()
     whole = shard_list.read_summary(folder, index)
     bad = [entry for one in found for entry in one.bad]
-    counts = np.asarray(shards.caption_counts)
+    counts = shards.caption_counts()
     classes, numbers = np.unique(_joined(found, "classes"), return_counts=True)
     return Stats(
         folder=str(folder),

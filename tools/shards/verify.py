@@ -145,7 +145,7 @@ def _shard_fault(
 def _count(shards: Dataset, number: int, samples: Survey, report: Report) -> None:
     first = int(shards.sample_counts[:number].sum())
     count = int(shards.sample_counts[number])
-    counts = shards.caption_counts[first : first + count]
+    counts = shards.caption_counts(slice(first, first + count))
     report.samples += count
     report.captions += int(counts.sum(dtype=np.int64))
     report.without_caption += int((counts == 0).sum())

@@ -155,7 +155,7 @@ class TrainReader(Reader):
         count, first = int(dataset.sample_counts[shard]), position - row
         for step in range(count):
             candidate = first + (row + step) % count
-            if step and self.tokenizer is not None and not dataset.caption_counts[candidate]:
+            if step and self.tokenizer is not None and not dataset.caption_counts(candidate):
                 continue
             if step and dataset.classes[candidate] not in self._shown[source]:
                 continue

@@ -6,11 +6,10 @@ can be sent to another process: paths travel and which bytes were compared, the 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from clipcluster.data.shards import captions, folder_index, shard_index
-from clipcluster.data.shards.columns import BrokenColumns, Columns
+from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.metadata import IndexedFolder, Metadata
 from clipcluster.data.shards.tar import NO_BYTES, BrokenTar, read_at, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
@@ -62,8 +61,7 @@ class _Open(NamedTuple):
 
     def text(self, row: int, choice: str) -> tuple[int, int]:
         """The same of the member that holds the captions of a choice."""
-        offset, size = (shard_index.caption_column(name, choice) for name in ("text_offset", "text_size"))
-        return self._within(row, offset, size)
+        return self._within(row, f"text_offset/{choice}", f"text_size/{choice}")
 
     def begin(self, row: int) -> int:
         """Offset of the first header of a sample, in bytes. BrokenColumns as `image`."""
@@ -89,22 +87,22 @@ class Dataset(Metadata):
         self.cache = cache
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._hashed: set[tuple[int, int]] = set()  # shard and mtime of what was found to be the same bytes
-        self._held = _held(self.folders)  # indexes in the cache, which evicts none that is in use
+        self._held: list[int] = []  # indexes in the cache, which evicts none that is in use
+        fetched = [folder.index for folder in self.folders if folder.remote_index is not None]
+        if fetched:
+            from clipcluster.data.storage.cache import hold  # local shards need none of it
+
+            self._held = [hold(index / folder_index.COLUMNS_FILE) for index in fetched]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "folders": self.folders,
-            "probabilities": self.probabilities,
-            "cache": self.cache,
-            "fingerprint": self.fingerprint,
-            "hashed": self._hashed,
-        }
+        names = ("folders", "probabilities", "cache", "fingerprint", "_hashed")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Dataset.__init__(self, state["folders"], state["probabilities"], state["cache"])
         if self.fingerprint != state["fingerprint"]:
             raise DataError(f"the index of {self.folders[0].folder} was rebuilt while it was in use")
-        self._hashed = state["hashed"]
+        self._hashed = state["_hashed"]
 
     def read(self, position: int, *, text: bool = True) -> Sample:
         """Reads one sample; without its captions if not `text`.
@@ -117,13 +115,12 @@ class Dataset(Metadata):
 
     def _read(self, shard: int, row: int, text: bool) -> Sample:
         opened = self._handle(shard)
-        with self._comparing(shard):
-            member = next(scan(opened.fd, opened.begin(row)), None)
-            if member is None:
-                raise self._changed(shard)
-            name = shard_index.sample_name(member.name)
-            image = read_at(opened.fd, *opened.image(row))
-            texts = self._captions(shard, opened, row) if text else []
+        member = next(scan(opened.fd, opened.begin(row)), None)
+        if member is None:
+            raise self._changed(shard)
+        name = shard_index.sample_name(member.name)
+        image = read_at(opened.fd, *opened.image(row))
+        texts = self._captions(shard, opened, row) if text else []
         return Sample(
             name[0] if name else member.name, self.shard_name(shard), image, texts,
             opened.columns["class"].item(row),
@@ -133,13 +130,10 @@ class Dataset(Metadata):
         """The captions of all fields, one field after the other."""
         found: list[str] = []
         for choice in self._choices_at(shard):
-            kind, count = (
-                opened.columns[shard_index.caption_column(name, choice)].item(row)
-                for name in ("text_kind", "captions")
-            )
+            kind = opened.columns[f"text_kind/{choice}"].item(row)
             if kind != captions.NO_TEXT:
                 texts = captions.texts(kind, read_at(opened.fd, *opened.text(row, choice)), choice)
-                if len(texts) != count:
+                if len(texts) != opened.columns[f"captions/{choice}"].item(row):
                     raise self._changed(shard)
                 found += texts
         return found
@@ -154,14 +148,12 @@ class Dataset(Metadata):
 
     def _read_members(self, shard: int, row: int, extensions: Collection[str]) -> dict[str, bytes]:
         opened = self._handle(shard)
-        found: dict[str, bytes] = {}
-        with self._comparing(shard):
-            _, members = next(shard_index.samples(opened.fd, opened.begin(row)), ("", {}))
-            for extension in extensions:
-                member = members.get(extension)
-                if member is not None and member.size != NO_BYTES:
-                    found[extension] = read_at(opened.fd, member.offset, member.size)
-        return found
+        _, members = next(shard_index.samples(opened.fd, opened.begin(row)), ("", {}))
+        return {
+            extension: read_at(opened.fd, members[extension].offset, members[extension].size)
+            for extension in extensions
+            if extension in members and members[extension].size != NO_BYTES
+        }
 
     def begin(self, position: int) -> tuple[int, int]:
         """A handle on the shard of a sample, which stays this source's, and the byte where the sample begins.
@@ -169,41 +161,39 @@ class Dataset(Metadata):
         Raises as `read`.
         """
         shard, row = self.locate(position)
-        if shard not in self._open:
-            self._with_retries(shard, partial(self._handle, shard))
-        with self._comparing(shard):
-            opened = self._handle(shard)
-            return opened.fd, opened.begin(row)
+        return self._with_retries(shard, partial(self._begin, shard, row))
+
+    def _begin(self, shard: int, row: int) -> tuple[int, int]:
+        opened = self._handle(shard)
+        return opened.fd, opened.begin(row)
 
     def announce(self, positions: Iterable[int], *, members: bool = False) -> None:
-        """Tells the kernel which images and captions will be read soon; with `members`, whole samples."""
+        """Tells the kernel which images and captions will be read soon; with `members`, whole samples.
+
+        The remote ones among several shards are brought into the cache at once.
+        """
         if not hasattr(os, "posix_fadvise"):
             return
         rows_of: dict[int, list[int]] = {}
         for position in positions:
             shard, row = self.locate(position)
             rows_of.setdefault(shard, []).append(row)
-        self._fetch_ahead([shard for shard in rows_of if shard not in self._open])
+        remote = [shard for shard in rows_of if shard not in self._open and self._is_remote(shard)]
+        if len(remote) > 1:
+            _in_threads(FETCHES, self._warm, remote)
         for shard, rows in rows_of.items():
             self._with_retries(shard, partial(self._announce, shard, rows, members))
 
     def _announce(self, shard: int, rows: Sequence[int], members: bool) -> None:
         opened, choices = self._handle(shard), self._choices_at(shard)
-        with self._comparing(shard):
-            for row in rows:
-                begin = opened.begin(row)
-                spans = [opened.image(row), *(opened.text(row, choice) for choice in choices)]
-                end = max(map(sum, spans), default=begin)
-                if members:  # they are between this sample's beginning and the next one's
-                    last = row + 1 == len(opened.columns["offset"])
-                    end = max(end, opened.size if last else opened.begin(row + 1))
-                os.posix_fadvise(opened.fd, begin, max(1, end - begin), os.POSIX_FADV_WILLNEED)
-
-    def _fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Brings the remote ones of several shards into the cache at once; opening them finds them there."""
-        remote = [shard for shard in shards if self._is_remote(shard)]
-        if len(remote) > 1:
-            _in_threads(FETCHES, self._warm, remote)
+        for row in rows:
+            begin = opened.begin(row)
+            spans = [opened.image(row), *(opened.text(row, choice) for choice in choices)]
+            end = max(map(sum, spans), default=begin)
+            if members:  # they are between this sample's beginning and the next one's
+                last = row + 1 == len(opened.columns["offset"])
+                end = max(end, opened.size if last else opened.begin(row + 1))
+            os.posix_fadvise(opened.fd, begin, max(1, end - begin), os.POSIX_FADV_WILLNEED)
 
     def _warm(self, shard: int) -> None:
         os.close(self._with_retries(shard, partial(self._fetch, shard)))
@@ -225,14 +215,10 @@ class Dataset(Metadata):
         """
         if len(self) > CHECKED_SHARDS:
             return {}
-        remote = [shard for shard in range(len(self)) if self._is_remote(shard)]
-        told = dict(zip(remote, _in_threads(TALKS, self._state, remote), strict=True))
-        found = {}
-        for shard in range(len(self)):
-            state = told.get(shard) or self._state(shard)
-            if not self._is_as_indexed(shard, state):
-                found[shard] = state.stamp
-        return found
+        remote = any(isinstance(indexed.folder, RemoteFolder) for indexed in self.folders)
+        run = partial(_in_threads, TALKS) if remote else map
+        states = enumerate(run(self._state, range(len(self))))
+        return {shard: state.stamp for shard, state in states if not self._is_as_indexed(shard, state)}
 
     def mark_unchanged(self, found: Mapping[int, int]) -> None:
         """Marks shards with these times or stamps as unchanged: another process compared their content."""
@@ -279,63 +265,67 @@ class Dataset(Metadata):
     def _choices_at(self, shard: int) -> tuple[str, ...]:
         return self._choices_of(self._number_in_folder(shard)[0])
 
-    def _bytes_of(self, shard: int) -> int:
-        """The size of a shard when it was indexed."""
+    def _indexed(self, shard: int) -> State:
+        """The size and the mtime or stamp of a shard when it was indexed."""
         folder, number = self._number_in_folder(shard)
-        return int(self._tables[folder].arrays["bytes"][number])
+        arrays = self._tables[folder].arrays
+        return State(int(arrays["bytes"][number]), int(arrays["mtime_ns"][number]))
 
     def _fetch(self, shard: int, *, again: bool = False) -> int:
         """A handle on a remote shard's bytes as they were indexed. DataError if they changed."""
-        file = self.shard_location(shard)
+        file, size = self.shard_location(shard), self._indexed(shard).size
         assert isinstance(file, RemoteFile)
         assert self.cache is not None
+        assert size is not None
         try:
-            return self.cache.shard(file.address, self._bytes_of(shard), self.sha256(shard), again=again)
+            return self.cache.shard(file.address, size, self.sha256(shard), again=again)
         except OtherContent as error:
-            raise self._changed(shard, str(error)) from None
+            raise self._changed(shard, f" ({error})") from None
 
     def columns(self, shard: int) -> dict[str, np.ndarray]:
         """The index of a shard, which must match the index of its folder, else it raises DataError."""
         indexed = self._folder_of(shard)
-        with self._comparing(shard):
+        try:
             if indexed.remote_index is None:
                 path = shard_index.shard_index_path(indexed.index, self.shard_name(shard))
-                return self._matching(shard, shard_index.read_shard_index(path), path)
-            assert self.cache is not None
+                return self._matching(shard, path, path)
             file = indexed.remote_index / f"{self.shard_name(shard)}.idx"
-            key = f"{self.sha256(shard)} {indexed.index}"
             try:
-                return self._fetched_columns(shard, self.cache, file, key)
+                return self._fetched_columns(shard, file)
             except (BrokenColumns, DataError):  # a damaged one is fetched once more
-                self.cache.drop_shard_index(file.address, key)
-                return self._fetched_columns(shard, self.cache, file, key)
+                return self._fetched_columns(shard, file, again=True)
+        except (BrokenColumns, FileNotFoundError) as error:
+            raise self._damaged(shard, error) from None
 
-    def _fetched_columns(self, shard: int, cache: Cache, file: RemoteFile, key: str) -> dict[str, np.ndarray]:
-        fd = cache.shard_index(file.address, key)
-        path = Path(f"/dev/fd/{fd}")
+    def _fetched_columns(self, shard: int, file: RemoteFile, *, again: bool = False) -> dict[str, np.ndarray]:
+        assert self.cache is not None
+        key = f"{self.sha256(shard)} {self._folder_of(shard).index}"
+        fd = self.cache.shard_index(file.address, key, again=again)
         try:
-            return self._matching(shard, shard_index.read_shard_index(path), file)
-        except BrokenColumns as error:
-            raise BrokenColumns(str(error).replace(str(path), str(file))) from None
+            return self._matching(shard, Path(f"/dev/fd/{fd}"), file)
         finally:
             os.close(fd)
 
-    def _matching(self, shard: int, index: Columns, path: Path | RemoteFile) -> dict[str, np.ndarray]:
+    def _matching(self, shard: int, path: Path, shown: Path | RemoteFile) -> dict[str, np.ndarray]:
         """The columns of a shard's index, if they match the index of its folder, else DataError."""
+        try:
+            meta, arrays = shard_index.read_shard_index(path)
+        except BrokenColumns as error:
+            raise BrokenColumns(str(error).replace(str(path), str(shown))) from None
         if (
-            index.meta["sha256"] != self.sha256(shard)
-            or len(index.arrays["offset"]) != self.sample_counts[shard]
-            or not set(self._choices_at(shard)) <= set(index.meta["choices"])
+            meta["sha256"] != self.sha256(shard)
+            or len(arrays["offset"]) != self.sample_counts[shard]
+            or not set(self._choices_at(shard)) <= set(meta["choices"])
         ):
-            raise DataError(f"{path} does not match the index of its folder", self._advice(shard))
-        return index.arrays
+            raise DataError(f"{shown} does not match the index of its folder", self._advice(shard))
+        return arrays
 
     @property
     def remote_sizes(self) -> np.ndarray:
         """Bytes of the remote ones among the shards taken, (n,) int64."""
         by_folder = zip(self.folders, self._of_shards(["bytes"] * len(self.folders)), strict=True)
         sizes = [sizes for indexed, sizes in by_folder if isinstance(indexed.folder, RemoteFolder)]
-        return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+        return np.concatenate([np.zeros(0, np.int64), *sizes])
 
     def check_cache_size(self, size: int) -> None:
         """UserError where a remote shard is larger than a cache of `size` bytes."""
@@ -358,19 +348,18 @@ class Dataset(Metadata):
 
     def _is_as_indexed(self, shard: int, state: State) -> bool:
         """By size and time or stamp, as far as both sides know one; one found to be the same will do."""
-        folder, number = self._number_in_folder(shard)
-        if state.size not in (None, self._bytes_of(shard)):
+        known = self._indexed(shard)
+        if state.size not in (None, known.size):
             return False
-        known = int(self._tables[folder].arrays["mtime_ns"][number])
-        if self._is_remote(shard) and (state.stamp == 0 or known >= 0):
+        if self._is_remote(shard) and (state.stamp == 0 or known.stamp >= 0):
             return True  # whatever is fetched is hashed
-        return state.stamp == known or (shard, state.stamp) in self._hashed
+        return state.stamp == known.stamp or (shard, state.stamp) in self._hashed
 
     def _compare(self, shard: int, state: State) -> None:
         """DataError unless a shard in this state has the bytes that were indexed: the hash decides."""
         if self._is_as_indexed(shard, state):
             return
-        if state.size not in (None, self._bytes_of(shard)):
+        if state.size not in (None, self._indexed(shard).size):
             raise self._changed(shard)
         if self._is_remote(shard):
             os.close(self._fetch(shard, again=True))
@@ -379,22 +368,12 @@ class Dataset(Metadata):
         self._hashed.add((shard, state.stamp))
 
     def _changed(self, shard: int, how: str = "") -> DataError:
-        told = f" ({how})" if how else ""
-        return DataError(
-            f"shard {self.shard_location(shard)} changed since it was indexed{told}", self._advice(shard)
-        )
+        words = f"shard {self.shard_location(shard)} changed since it was indexed{how}"
+        return DataError(words, self._advice(shard))
 
-    @contextlib.contextmanager
-    def _comparing(self, shard: int) -> Iterator[None]:
-        """A shard and its index that do not fit each other are a DataError."""
-        try:
-            yield
-        except BrokenTar:
-            raise self._changed(shard) from None
-        except (BrokenColumns, FileNotFoundError) as error:
-            raise DataError(
-                f"the index of {self.shard_location(shard)} is damaged: {error}", self._advice(shard)
-            ) from None
+    def _damaged(self, shard: int, error: Exception) -> DataError:
+        words = f"the index of {self.shard_location(shard)} is damaged: {error}"
+        return DataError(words, self._advice(shard))
 
     def _advice(self, shard: int) -> str:
         indexed = self._folder_of(shard)
@@ -404,21 +383,24 @@ class Dataset(Metadata):
         )
 
     def _with_retries(self, shard: int, action: Callable[[], T]) -> T:
-        """Tries again when the disk fails; a file that stays away is a DataError."""
+        """Tries again when the disk fails; a file that is gone or unlike its index: DataError."""
         for wait in (*RETRIES, None):
             try:
                 return action()
+            except BrokenTar:
+                raise self._changed(shard) from None
+            except BrokenColumns as error:
+                raise self._damaged(shard, error) from None
             except (Unreachable, Refused):
                 raise  # tried often enough
             except OSError as error:
                 gone = isinstance(error, FileNotFoundError)
-                if wait is None or (gone and self._is_remote(shard)):  # a server's answer is final
-                    if gone:
-                        raise DataError(
-                            f"shard {self.shard_location(shard)} is missing", self._advice(shard)
-                        ) from None
-                    raise OSError(error.errno, f"{error.strerror or error} (tried {len(RETRIES) + 1} times)",
-                                  str(self.shard_location(shard))) from error  # fmt: skip
+                if gone and (wait is None or self._is_remote(shard)):  # a server's answer is final
+                    words = f"shard {self.shard_location(shard)} is missing"
+                    raise DataError(words, self._advice(shard)) from None
+                if wait is None:
+                    words = f"{error.strerror or error} (tried {len(RETRIES) + 1} times)"
+                    raise OSError(error.errno, words, str(self.shard_location(shard))) from error
                 if shard in self._open:  # the next try opens it again
                     os.close(self._open.pop(shard).fd)
                 time.sleep(wait)
@@ -427,19 +409,7 @@ class Dataset(Metadata):
 
 def _in_threads(count: int, action: Callable[[int], T], shards: Sequence[int]) -> list[T]:
     """The results of `action`, so many at once; after an error no further one is begun."""
-    if not shards:
-        return []
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(action, shards))
-
-
-def _held(folders: Sequence[IndexedFolder]) -> list[int]:
-    """Handles that keep the fetched indexes of these folders in the cache."""
-    fetched = [folder.index for folder in folders if folder.remote_index is not None]
-    if not fetched:
-        return []
-    from clipcluster.data.storage.cache import hold  # local shards need none of it
-
-    return [hold(index / folder_index.COLUMNS_FILE) for index in fetched]

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from clipcluster.data.shards import folder_index, shard_index, texts
-from clipcluster.data.shards.concatenated import Concatenated
 from clipcluster.data.storage.urls import RemoteFile, RemoteFolder
 
 _SCAN = 1 << 20  # samples looked at together
@@ -61,10 +60,9 @@ class Metadata:
     Attributes: `name` (last component of the first folder), `fingerprint` (hash over shard names and
     contents), `sample_counts` (n_shards,) int64, `sample_ends` their running sum, `n_samples`, `n_pairs`
     (captions of all samples), `classes` (n_samples,) int32 (-1: none), `fields` (the choices of captions,
-    with their probabilities and counts), `caption_counts` (n_samples,) the sum over the fields, `more_than`
-    (C, n_shards) samples of each shard with more than c captions (C is 1 where there are several fields). All
-    are mapped, and shared by the processes of a node, where the source is one whole folder; of several
-    folders those by sample are too.
+    with their probabilities and counts), `more_than` (C, n_shards) samples of each shard with more than c
+    captions (C is 1 where there are several fields). All are mapped, and shared by the processes of a node,
+    where the source is one whole folder; of several folders those by sample are too.
     """
 
     def __init__(
@@ -74,7 +72,11 @@ class Metadata:
     ) -> None:
         self.folders = tuple(folders)
         self.probabilities = tuple(probabilities)
-        self.name = _name_of(self.folders[0])
+        folder = self.folders[0].folder
+        if isinstance(folder, Path):
+            self.name = folder.resolve().name
+        else:  # a command has no name, its index has
+            self.name = self.folders[0].index.name if folder.is_pipe else folder.name
         self._tables = [
             folder_index.read_folder_index(
                 f.folder, f.index, choices=f.choices or (), index_option=f.index_option
@@ -127,7 +129,7 @@ class Metadata:
         # shards cut out of a folder are many small pieces: copied, they are as fast as one column
         if len(pieces) > _PIECES:
             return np.concatenate(pieces)
-        return cast(np.ndarray, Concatenated([[piece] for piece in pieces]))
+        return cast(np.ndarray, Concatenated(pieces))
 
     def _choices_of(self, folder: int) -> tuple[str, ...]:
         """The choices of captions read in a folder: those asked for, else the index's first."""
@@ -147,12 +149,10 @@ class Metadata:
             for choices, probability in zip(zip(*by_folder, strict=True), self.probabilities, strict=True)
         )
 
-    @cached_property
-    def caption_counts(self) -> np.ndarray:
-        """Captions of every sample over all fields, (n_samples,)."""
-        if len(self.fields) == 1:
-            return self.fields[0].counts
-        return cast(np.ndarray, Concatenated([[field.counts for field in self.fields]]))
+    def caption_counts(self, where: Any = slice(None)) -> np.ndarray:
+        """Captions over all fields of these samples (a number, an array of them, or a slice), int64."""
+        counts = [field.counts[where] for field in self.fields]
+        return np.asarray(np.sum(counts, axis=0, dtype=np.int64))
 
     @cached_property
     def classes(self) -> np.ndarray:
@@ -173,7 +173,7 @@ class Metadata:
             low = int(self.sample_ends[first] - self.sample_counts[first])
             last = max(first + 1, int(np.searchsorted(self.sample_ends, low + _SCAN, side="right")))
             ends, counts = self.sample_ends[first:last] - low, self.sample_counts[first:last]
-            used = np.cumsum(np.asarray(self.caption_counts[low : low + int(ends[-1])]) > 0)
+            used = np.cumsum(self.caption_counts(slice(low, low + int(ends[-1]))) > 0)
             used = np.concatenate([[0], used])
             having[first:last] = used[ends] - used[ends - counts]
             first = last
@@ -188,20 +188,10 @@ class Metadata:
         depth = max(map(len, tables))
         return np.concatenate([np.pad(t, ((0, depth - len(t)), (0, 0))) for t in tables], axis=1)
 
-    @cached_property
+    @property
     def n_pairs(self) -> int:
         """Captions of all samples, of all fields."""
-        if all(folder.taken is None for folder in self.folders):
-            return sum(
-                int(table.meta["captions"][choice])
-                for folder, table in enumerate(self._tables)
-                for choice in self._choices_of(folder)
-            )
-        return sum(
-            int(counts[low : low + _SCAN].sum(dtype=np.int64))
-            for _, _, counts in self.fields
-            for low in range(0, len(counts), _SCAN)
-        )
+        return sum(int(self.more_than_of(field).sum(dtype=np.int64)) for field in range(len(self.fields)))
 
     @property
     def shard_names(self) -> list[str]:
@@ -276,8 +266,40 @@ class Metadata:
         return shard, int(position - self.sample_ends[shard] + self.sample_counts[shard])
 
 
-def _name_of(indexed: IndexedFolder) -> str:
-    """What a source is called after: its folder; a command has none, its index has."""
-    if isinstance(indexed.folder, Path):
-        return indexed.folder.resolve().name
-    return indexed.index.name if indexed.folder.is_pipe else indexed.folder.name
+class Concatenated:
+    """Columns of several folders, one after the other, without a copy.
+
+    Indexed by a number, an array of numbers, or a slice without a step.
+    """
+
+    def __init__(self, pieces: Sequence[np.ndarray]) -> None:
+        self._pieces = pieces
+        self._ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        self.dtype = np.result_type(*pieces)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            start, stop, _ = key.indices(len(self))
+            begins = (self._ends - [len(piece) for piece in self._pieces]).tolist()
+            parts = [
+                piece[max(start - begin, 0) : stop - begin]
+                for piece, begin in zip(self._pieces, begins, strict=True)
+                if start < begin + len(piece) and stop > begin
+            ]
+            return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
+        numbers = np.asarray(key)
+        flat = numbers.reshape(-1)
+        if len(flat) and not 0 <= flat.min() <= flat.max() < len(self):
+            raise IndexError(f"a number is out of 0 to {len(self) - 1}")
+        values = np.empty(len(flat), self.dtype)
+        rows = np.searchsorted(self._ends, flat, side="right")
+        for row in np.unique(rows).tolist():
+            mine, piece = rows == row, self._pieces[row]
+            values[mine] = piece[flat[mine] - self._ends[row] + len(piece)]
+        return values.reshape(numbers.shape)[()]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)

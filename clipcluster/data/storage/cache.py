@@ -93,13 +93,10 @@ class Cache:
         name = f"{sha256}.tar"
         return self._open(name, size, partial(download, address, size=size, sha256=sha256), again=again)
 
-    def shard_index(self, address: str, key: str) -> int:
+    def shard_index(self, address: str, key: str, *, again: bool = False) -> int:
         """An open handle on a shard's index; `key` identifies the content that it belongs to."""
-        return self._open(_index_name(address, key), None, partial(download, address))
-
-    def drop_shard_index(self, address: str, key: str) -> None:
-        """Removes such a file, which was found to be damaged."""
-        (self.root / _index_name(address, key)).unlink(missing_ok=True)
+        name = f"{hashlib.sha256(f'{address} {key}'.encode()).hexdigest()}.idx"
+        return self._open(name, None, partial(download, address), again=again)
 
     def unnamed(self, address: str) -> tuple[int, Got]:
         """A handle on a file whose hash is not known yet, and what was fetched; it is kept as a shard."""
@@ -244,10 +241,6 @@ def hold(path: Path) -> int:
     fd = os.open(path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH)
     return fd
-
-
-def _index_name(address: str, key: str) -> str:
-    return f"{hashlib.sha256(f'{address} {key}'.encode()).hexdigest()}.idx"
 
 
 def _acquire(fd: int, root: Path) -> None:

@@ -82,7 +82,7 @@ def mixed(tmp_path: Path) -> Dataset:
 
 
 def sampler_of(shards: Dataset, batch_size: int = 8) -> Sampler:
-    shape = sampler_source(shards.sample_counts, shards.caption_counts)
+    shape = sampler_source(shards.sample_counts, shards.caption_counts())
     return Sampler([shape], batch_size=batch_size, seed=3, captions="first")
 
 

@@ -77,7 +77,7 @@ def write(tmp_path: Path, picture: Callable[..., bytes]) -> Callable[..., Datase
 
 
 def loader_of(shards: Dataset, section: Data, extras: dict[str, str], **options: Any) -> Loader:
-    source = sampler_source(shards.sample_counts, shards.caption_counts)
+    source = sampler_source(shards.sample_counts, shards.caption_counts())
     sampler = Sampler([source], batch_size=8, seed=3, captions="first")
     return Loader([shards], sampler, section, tokenizer=TOKENIZER, seed=0, extras=extras, **options)
 

@@ -31,7 +31,7 @@ TOKENIZER = ByteTokenizer(24)
 def sampler_of(sources: list[Dataset], batch_size: int = 8, captions: str = "all") -> Sampler:
     shapes = [
         sampler_source(
-            shards.sample_counts, shards.caption_counts, None if len(sources) == 1 else float(number + 1)
+            shards.sample_counts, shards.caption_counts(), None if len(sources) == 1 else float(number + 1)
         )
         for number, shards in enumerate(sources)
     ]

@@ -34,7 +34,7 @@ def test_nothing_grows_over_twenty_epochs(
             image = b"<html>" if bad else picture(number, kind, (side, side + 30))
             writer.add(f"s{number:05d}", image, "jpg", [f"caption of {number}", "another"])
     shards = open_folder(tmp_path / "s")
-    sampler = Sampler([sampler_source(shards.sample_counts, shards.caption_counts)], batch_size=40, seed=0)
+    sampler = Sampler([sampler_source(shards.sample_counts, shards.caption_counts())], batch_size=40, seed=0)
     workers, rank = [], []
     section = data_section(batch_size=40, size=224)
     loader = Loader([shards], sampler, section, tokenizer=ByteTokenizer(77), seed=0, workers=2)

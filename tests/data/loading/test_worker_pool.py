@@ -30,7 +30,7 @@ def shards(tmp_path: Path, make_shards: Callable[..., Path]) -> Dataset:
 @pytest.fixture
 def loader(shards: Dataset, data_section: Callable[..., Data]) -> Loader:
     sampler = Sampler(
-        [sampler_source(shards.sample_counts, shards.caption_counts, None)],
+        [sampler_source(shards.sample_counts, shards.caption_counts(), None)],
         batch_size=8,
         seed=0,
         captions="first",

@@ -189,10 +189,10 @@ def test_sources_as_recipes_write_them(
     both = open_source(_source(shards=[str(folder), str(second)]), text=True)
     assert (both.n_samples, both.n_pairs) == (25, whole.n_pairs + sum(1 + i % 3 for i in range(5)))
     assert both.read(20).key == "s00000"
-    assert list(both.caption_counts) == [1 + i % 3 for i in range(20)] + [1 + i % 3 for i in range(5)]
+    assert list(both.caption_counts()) == [1 + i % 3 for i in range(20)] + [1 + i % 3 for i in range(5)]
     some = open_source(_source(shards=f"{folder}/{{00001..00002}}.tar"), text=True)
     assert [some.read(i).key for i in range(some.n_samples)] == [f"s{i:05d}" for i in range(6, 18)]
-    assert some.n_pairs == sum(some.caption_counts) == sum(1 + i % 3 for i in range(6, 18))
+    assert some.n_pairs == sum(some.caption_counts()) == sum(1 + i % 3 for i in range(6, 18))
     assert open_source(_source(shards=f"{folder}/*.tar"), text=True).fingerprint == whole.fingerprint
     assert (
         open_source(_source(shards=f"{tmp_path}/set/{{train,more}}"), text=True).fingerprint

@@ -73,7 +73,7 @@ def test_runs_of_members_become_samples(tmp_path: Path) -> None:
     assert (summary.without_image, summary.duplicates) == (2, 2)
     assert read_summary(tmp_path) == summary
     shards = open_folder(tmp_path)
-    assert np.flatnonzero(shards.caption_counts).tolist() == [0, 1]
+    assert np.flatnonzero(shards.caption_counts()).tolist() == [0, 1]
     assert [shards.read(i).key for i in range(3)] == ["a", "c", "d"]
     assert shards.read(1).captions == ["x", "y"]
 
@@ -242,10 +242,10 @@ def test_many_captions_of_one_image_are_counted(tmp_path: Path) -> None:
         tar_of(tmp_path / f"{number}.tar", [("a.jpg", b"i"), ("a.json", record)])
     index_folder(tmp_path)
     shards = open_folder(tmp_path)
-    assert shards.caption_counts.tolist() == [3, 300]
+    assert shards.caption_counts().tolist() == [3, 300]
     assert shards.n_pairs == 303
-    assert shards.caption_counts.dtype == np.int32
-    assert not shards.caption_counts.flags.owndata
+    assert shards.fields[0].counts.dtype == np.int32
+    assert not shards.fields[0].counts.flags.owndata
     assert len(shards.read(1).captions) == 300
 
 

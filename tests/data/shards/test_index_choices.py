@@ -89,7 +89,7 @@ def test_only_what_changed_is_hashed_when_a_choice_is_added(
     index_folder(folder, captions_choice=["txt", SYNTHETIC])
     assert hashed == ["0003.tar"]
     assert list(read_summary(folder).choices) == ["default", "txt", SYNTHETIC]
-    assert open_folder(folder, captions_in="txt").caption_counts.tolist() == [1, 0, 1, 1, 0]
+    assert open_folder(folder, captions_in="txt").caption_counts().tolist() == [1, 0, 1, 1, 0]
 
 
 def test_several_processes_add_a_choice_as_one_does(folder: Path, tmp_path: Path) -> None:
@@ -110,10 +110,10 @@ def test_fields_with_probabilities_lie_end_to_end(folder: Path) -> None:
         (SYNTHETIC, 0.75),
     ]
     assert [field.counts.tolist() for field in shards.fields] == [list(c) for c in zip(*COUNTS, strict=True)]
-    assert list(shards.caption_counts) == [sum(counts) for counts in COUNTS]
+    assert list(shards.caption_counts()) == [sum(counts) for counts in COUNTS]
     assert shards.n_pairs == 22
     assert shards.more_than.tolist() == [[3, 2, 1]]  # samples with any caption, by shard
-    assert np.flatnonzero(shards.caption_counts).tolist() == [0, 1, 2, 4, 5, 6]
+    assert np.flatnonzero(shards.caption_counts()).tolist() == [0, 1, 2, 4, 5, 6]
     assert shards.classes.tolist() == [-1, 7, -1, 7, -1, 7, -1]
     assert shards.read(5).captions == ["own 5", "synthetic 5 0", "synthetic 5 1"]
     assert shards.read(3).captions == []
@@ -145,7 +145,7 @@ def test_folders_and_cut_folders_lie_end_to_end(folder: Path, tmp_path: Path) ->
         index_folder(place, captions_choice=["default", SYNTHETIC])
     source = {"shards": [str(folder), f"{other}/0002.tar"], "captions_in": {"default": 1, SYNTHETIC: 1}}
     shards = open_source(Source.model_validate(source), text=True)
-    assert list(shards.caption_counts) == [sum(c) for c in COUNTS] + [10, 10]
+    assert list(shards.caption_counts()) == [sum(c) for c in COUNTS] + [10, 10]
     assert shards.classes[-3:].tolist() == [-1, -1, 7]
     assert shards.more_than.tolist() == [[3, 2, 1, 2]]
     assert shards.sample_counts.tolist() == [3, 3, 1, 2]
@@ -189,7 +189,7 @@ def test_an_index_of_format_1_is_refused_then_made_anew_without_hashing(
         read_summary(folder)
     monkeypatch.setattr(indexing, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
     index_folder(folder)
-    assert open_folder(folder, captions_in="txt").caption_counts.tolist() == [own for own, _ in COUNTS]
+    assert open_folder(folder, captions_in="txt").caption_counts().tolist() == [own for own, _ in COUNTS]
 
 
 def test_the_table_holds_what_processes_share(folder: Path) -> None:
@@ -236,3 +236,22 @@ def test_every_run_of_members_is_counted_once(members: list[tuple[str, str, byte
     assert broken is None
     assert len(columns["offset"]) + rows.without_image + rows.duplicates == runs
     assert len(columns["offset"]) <= 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=4), st.data())
+def test_columns_concatenated_behave_as_one_array(
+    shapes: list[tuple[int, bool]], data: st.DataObject
+) -> None:
+    pieces = [np.arange(size).astype(np.int32 if wide else np.uint8) for size, wide in shapes]
+    whole, joined = np.concatenate(pieces), catalogue.Concatenated(pieces)
+    assert len(joined) == len(whole)
+    assert joined.dtype == whole.dtype
+    start, stop = data.draw(st.integers(-12, 25)), data.draw(st.integers(-12, 25))
+    np.testing.assert_array_equal(joined[start:stop], whole[start:stop])
+    np.testing.assert_array_equal(np.asarray(joined), whole)
+    if len(whole):
+        numbers = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=8)), np.int64)
+        np.testing.assert_array_equal(joined[numbers], whole[numbers])
+        assert joined[int(len(whole) - 1)] == whole[-1]
+    with pytest.raises(IndexError):
+        joined[len(whole)]

@@ -222,9 +222,7 @@ def _taken(folders: Sequence[_Folder], options: Options) -> list[np.ndarray]:
     """The positions taken of each folder, ascending int64."""
     taken = [np.arange(folder.shards.n_samples) for folder in folders]
     if options.has_caption:
-        taken = [
-            at[np.asarray(f.shards.caption_counts)[at] > 0] for f, at in zip(folders, taken, strict=True)
-        ]
+        taken = [at[f.shards.caption_counts(at) > 0] for f, at in zip(folders, taken, strict=True)]
     if options.classes:
         taken = [
             at[np.isin(np.asarray(f.shards.classes)[at], options.classes)]
