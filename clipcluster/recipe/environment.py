@@ -1,4 +1,4 @@
-"""``${NAME}`` from the environment, and the paths among a recipe's values. No torch."""
+"""A tree's values: ``${NAME}`` from the environment, and the paths among them. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.fields import extra_of, walk
-from clipcluster.recipe.tree import Branch, Leaf, Loc, Row, Tree, Value, dotted, read_scalar
+from clipcluster.recipe.tree import Entry, Loc, Variable, dotted, read_scalar
 
 _REFERENCE = re.compile(r"\$?\$\{([^}]*)\}?")
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
@@ -51,62 +51,62 @@ def expand(text: str, environ: Mapping[str, str]) -> str:
     return _REFERENCE.sub(replace, text)
 
 
-def expanded(leaf: Leaf, environ: Mapping[str, str], dotted: str) -> Any:
-    """A leaf's value; an unquoted one is parsed after the expansion."""
+def expanded(entry: Entry, environ: Mapping[str, str], key: str) -> Any:
+    """A scalar's value; an unquoted one is parsed after its variables are filled in."""
+    if not isinstance(entry.value, Variable):
+        return entry.value
     try:
-        text = expand(leaf.text, environ)
+        text = expand(entry.value.text, environ)
     except ValueError as error:
-        raise UserError(leaf.origin.problem(dotted, str(error))) from None
-    return read_scalar(text) if leaf.bare else text
+        raise UserError(entry.origin.problem(key, str(error))) from None
+    return read_scalar(text) if entry.value.bare else text
 
 
-def plain(tree: Tree, environ: Mapping[str, str], problems: dict[Loc, str], *, keep_paths: bool) -> Any:
-    """The tree as dictionaries, lists and values; `problems` collects what cannot be expanded."""
+def values(
+    tree: Entry,
+    environ: Mapping[str, str],
+    problems: dict[Loc, str],
+    paths: dict[str, str] | None = None,
+    loc: Loc = (),
+) -> Any:
+    """The tree as mappings, lists and values.
 
-    def value_of(entry: Tree, loc: Loc) -> Any:
-        if isinstance(entry, Branch):
-            return {name: value_of(inner, (*loc, name)) for name, inner in entry.entries.items()}
-        if isinstance(entry, Row):
-            return [value_of(inner, (*loc, place)) for place, inner in enumerate(entry.entries)]
-        if isinstance(entry, Value):
-            return entry.value
-        if _kind(loc, "shell") or (keep_paths and _kind(loc, "path")):
-            return read_scalar(entry.text) if entry.bare else entry.text
-        try:
-            return expanded(entry, environ, dotted(loc))
-        except UserError as error:
-            problems[loc] = str(error)
-            return None
-
-    return value_of(tree, ())
-
-
-def resolve_paths(value: Any, loc: Loc, paths: dict[str, str]) -> None:
-    """Make the paths in `value` absolute, in place, and note them in `paths`."""
-    entries = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    )
-    for name, entry in list(entries):
-        here = (*loc, name)
-        if isinstance(entry, (dict, list)):
-            resolve_paths(entry, here, paths)
-            continue
-        kind = _kind(here, "path")
-        if not kind or not isinstance(entry, str):
-            continue
-        if kind == "path" and _is_address(entry):
-            paths[dotted(here)] = entry  # with its variables expanded
-        elif _is_path(entry, kind):
-            value[name] = paths[dotted(here)] = os.path.abspath(os.path.expanduser(entry))
-
-
-def _is_address(text: str) -> bool:
-    return "://" in text or text.startswith("pipe:")
+    Args:
+        tree: the recipe, or what is below `loc` of it.
+        environ: the environment.
+        problems: collects what cannot be filled in, by the key's location.
+        paths: collects dotted path -> absolute path, or address, and paths become that; None leaves them as
+            they are written.
+    """
+    if isinstance(tree.value, dict):
+        return {
+            name: values(entry, environ, problems, paths, (*loc, name)) for name, entry in tree.value.items()
+        }
+    if isinstance(tree.value, list):
+        return [
+            values(entry, environ, problems, paths, (*loc, place)) for place, entry in enumerate(tree.value)
+        ]
+    key, kind = dotted(loc), _kind(loc, "path")
+    if isinstance(tree.value, Variable) and (_kind(loc, "shell") or (kind and paths is None)):
+        return tree.value.text
+    try:
+        value = expanded(tree, environ, key)
+    except UserError as error:
+        problems[loc] = str(error)
+        return None
+    location = _location(value, kind) if kind and isinstance(value, str) else None
+    if location is None or paths is None:
+        return value
+    paths[key] = location
+    return location
 
 
-def _is_path(text: str, kind: str) -> bool:
-    if not text or _is_address(text):
-        return False
+def _location(text: str, kind: str) -> str | None:
+    """The absolute path, or the address, that a path's text stands for; None where it is a name."""
+    if "://" in text or text.startswith("pipe:"):
+        return text if kind == "path" else None
     if kind == "path":
-        return text != "pretrained"
-    return text.startswith((".", "/", "~")) or os.path.isdir(text)
+        is_path = text not in ("", "pretrained")
+    else:
+        is_path = text.startswith((".", "/", "~")) or os.path.isdir(text)
+    return os.path.abspath(os.path.expanduser(text)) if is_path else None

@@ -14,33 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.environment import expanded, plain, resolve_paths
+from clipcluster.recipe.environment import values
+from clipcluster.recipe.files import existing, find_site, with_parents
 from clipcluster.recipe.problems import validated
 from clipcluster.recipe.sections.base import Section, section
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, sections_of, walk
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.recipe.sites import find_site
 from clipcluster.recipe.tree import (
     COMMAND_LINE,
-    Branch,
-    Leaf,
+    Entry,
     Loc,
     Origin,
-    Value,
     assign,
     find,
     loc_of,
     merge,
-    nearest,
     origin_of,
-    parse_file,
     parse_override,
     shown,
     tree_of,
 )
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Loaded:
     recipe: Recipe
     written: Recipe
     paths: dict[str, str]
-    tree: Branch
+    tree: Entry
 
     def place(self, key: str) -> str:
         """Where a key was written (``recipes/x.yaml:12: optim.lr``), for messages of later checks."""
@@ -84,16 +78,14 @@ def load(
         UserError: all errors, each with file, line, dotted path and what is allowed.
     """
     environ = os.environ if environ is None else environ
-    file = _existing(Path(path))
-    tree = _with_parents(file, environ, ())
+    file = existing(Path(path))
+    tree = with_parents(file, environ)
     profile = find_site(site, environ)
-    if profile is not None:
-        tree = merge(profile, tree)
-    _assign_all(tree, overrides)
+    tree = _with_overrides(merge(profile, tree) if profile else tree, overrides)
     problems: dict[Loc, str] = {}
-    written = plain(tree, environ, problems, keep_paths=True)
-    recipe, paths = _resolved(tree, environ, problems, shown(file))
-    return Loaded(recipe, Recipe.model_validate(written), paths, tree)
+    paths: dict[str, str] = {}
+    recipe = validated(values(tree, environ, problems, paths), tree, problems, shown(file), Recipe)
+    return Loaded(recipe, Recipe.model_validate(values(tree, environ, {})), paths, tree)
 
 
 def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Recipe:
@@ -102,29 +94,21 @@ def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str
     Raises:
         UserError: as `load`.
     """
-    tree = tree_of(recipe.model_dump(mode="json"), Origin("the run's recipe"))
-    assert isinstance(tree, Branch)
-    _assign_all(tree, overrides)
-    return _resolved(tree, os.environ if environ is None else environ, {}, "the run's recipe")[0]
+    name = "the run's recipe"
+    tree = _with_overrides(tree_of(recipe.model_dump(mode="json"), Origin(name)), overrides)
+    problems: dict[Loc, str] = {}
+    resolved = values(tree, os.environ if environ is None else environ, problems, {})
+    return validated(resolved, tree, problems, name, Recipe)
 
 
-def _assign_all(tree: Branch, overrides: Sequence[str], below: Sequence[str] = ()) -> None:
-    """Apply ``key=value`` to a tree, or to its section `below`."""
+def _with_overrides(tree: Entry, overrides: Sequence[str], section: Sequence[str] = ()) -> Entry:
+    """A tree with each ``key=value`` in it, below `section`."""
     for text in overrides:
         keys, value = parse_override(text)
         if keys == ["extends"]:
             raise UserError(value.origin.problem("", "extends can only be written in a file"))
-        assign(tree, [*below, *keys], value)
-
-
-def _resolved(
-    tree: Branch, environ: Mapping[str, str], problems: dict[Loc, str], name: str
-) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of a tree with its paths absolute, and these paths by their keys."""
-    value = plain(tree, environ, problems, keep_paths=False)
-    paths: dict[str, str] = {}
-    resolve_paths(value, (), paths)
-    return validated(value, tree, problems, name, Recipe), paths
+        tree = assign(tree, [*section, *keys], value)
+    return tree
 
 
 class _ClusterOnly(Section):
@@ -142,57 +126,11 @@ def load_cluster(
         UserError: as `load`.
     """
     environ = os.environ if environ is None else environ
-    tree = find_site(site, environ) or Branch({}, {}, Origin(COMMAND_LINE))
-    _assign_all(tree, overrides, below=["cluster"])
+    profile = find_site(site, environ) or Entry({}, Origin(COMMAND_LINE))
+    tree = _with_overrides(profile, overrides, ["cluster"])
     problems: dict[Loc, str] = {}
-    resolved = plain(tree, environ, problems, keep_paths=False)
+    resolved = values(tree, environ, problems)
     return validated(resolved, tree, problems, "the cluster section", _ClusterOnly).cluster
-
-
-def _existing(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; a recipe is a YAML file")
-    names = sorted(_yaml_names(path.parent))
-    near = nearest(path.name, names) or nearest(path.name + ".yaml", names)
-    shipped = path.parent / "recipes" / path.name
-    if near or shipped.is_file():
-        hint = f"did you mean {shipped if shipped.is_file() else path.parent / str(near)}?"
-    elif not path.parent.is_dir():
-        hint = f"the folder {path.parent} does not exist"
-    else:
-        folder = "this folder" if path.parent == Path() else str(path.parent)
-        hint = f"{folder} has {', '.join(names[:10])}" if names else f"{folder} has no recipe"
-    raise UserError(f"{path}: no such recipe; {hint}")
-
-
-def _yaml_names(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else []
-
-
-def _with_parents(file: Path, environ: Mapping[str, str], children: tuple[Path, ...]) -> Branch:
-    """The file's tree merged over that of the file it extends, recursively."""
-    if file.resolve() in children:
-        chain = " -> ".join(shown(step) for step in (*children, file.resolve()))
-        raise UserError(f"{shown(file)}: extends forms a circle: {chain}")
-    tree = parse_file(file)
-    parent = tree.entries.pop("extends", None)
-    origin = tree.marks.pop("extends", None)
-    if parent is None or origin is None:
-        return tree
-    if not isinstance(parent, Leaf) or not isinstance(expanded(parent, environ, "extends"), str):
-        raise UserError(origin.problem("extends", "should be the name of one file"))
-    name = str(expanded(parent, environ, "extends"))
-    for folder in (file.parent, RECIPES):
-        if (folder / name).is_file():
-            return merge(_with_parents(folder / name, environ, (*children, file.resolve())), tree)
-    near = nearest(name, {*_yaml_names(file.parent), *_yaml_names(RECIPES)})
-    hint = f"; did you mean {near}?" if near else ""
-    where = (
-        f"{shown(file.parent)} and {shown(RECIPES)}" if file.parent.resolve() != RECIPES else shown(RECIPES)
-    )
-    raise UserError(origin.problem("extends", f"{name} does not exist (looked in {where}){hint}"))
 
 
 def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dict[str, Any]:
@@ -250,20 +188,8 @@ def from_run(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
     """
     known = {name: value for name, value in settings.items() if name in Recipe.model_fields}
     origin = Origin("recipe.yaml and settings.yaml")
-    tree = tree_of(_merged(recipe, known), origin)
-    assert isinstance(tree, Branch)
+    tree = merge(tree_of(recipe, origin), tree_of(known, origin), lists=True)
     for name, path in settings.get("paths", {}).items():
         if find(tree, loc_of(name)[:-1]) is not None:  # a later version may have another section there
-            assign(tree, name.split("."), Value(path, origin))
-    value = plain(tree, {}, {}, keep_paths=False)
-    return validated(value, tree, {}, "the run's recipe.yaml and settings.yaml", Recipe)
-
-
-def _merged(below: Any, above: Any) -> Any:
-    """Two halves of one recipe merged; lists of sections entry by entry."""
-    if isinstance(below, Mapping) and isinstance(above, Mapping):
-        both = {name: _merged(below[name], above[name]) for name in below if name in above}
-        return {**below, **above, **both}
-    if isinstance(below, list) and isinstance(above, list) and len(below) == len(above):
-        return [_merged(one, other) for one, other in zip(below, above, strict=True)]
-    return above
+            tree = assign(tree, name.split("."), Entry(path, origin))
+    return validated(values(tree, {}, {}), tree, {}, "the run's recipe.yaml and settings.yaml", Recipe)

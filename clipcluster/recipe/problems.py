@@ -16,7 +16,17 @@ from pydantic.fields import FieldInfo
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.base import Section
 from clipcluster.recipe.sections.fields import is_list_of_sections, kinds_of, parts_of, sections_of, walk
-from clipcluster.recipe.tree import Branch, Leaf, Loc, Origin, dotted, find, nearest, origin_of, read_scalar
+from clipcluster.recipe.tree import (
+    Entry,
+    Loc,
+    Origin,
+    Variable,
+    did_you_mean,
+    dotted,
+    find,
+    nearest,
+    origin_of,
+)
 
 S = TypeVar("S", bound=Section)
 # What should be there, by the type of pydantic's error; `{…}` is filled from its context.
@@ -44,7 +54,7 @@ EXPECTED = {
 }
 
 
-def validated(value: Any, tree: Branch, problems: dict[Loc, str], file: str, model: type[S]) -> S:
+def validated(value: Any, tree: Entry, problems: dict[Loc, str], file: str, model: type[S]) -> S:
     """The recipe, or one UserError with everything that is wrong, in the order of the lines.
 
     Args:
@@ -121,7 +131,7 @@ class Key:
         return dotted(self.loc)
 
 
-def _message(key: Key, entry: Mapping[str, Any], tree: Branch, root: type[Section]) -> str:
+def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section]) -> str:
     """One line for one of pydantic's errors."""
     origin = origin_of(tree, key.loc)
     kind, value = entry["type"], entry["input"]
@@ -139,8 +149,7 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Branch, root: type[Sectio
         expected = f"should be a section with the keys {keys}"
     elif kind == "literal_error":
         choices = _choices(key.field)
-        near = nearest(str(value), choices)
-        expected = f"should be {' or '.join(choices)}" + (f"; did you mean {near}?" if near else "")
+        expected = f"should be {' or '.join(choices)}{did_you_mean(str(value), choices)}"
     elif kind in EXPECTED:
         expected = EXPECTED[kind].format(**entry.get("ctx", {}))
     else:  # a type that no key had when this was written: pydantic's own words
@@ -184,18 +193,16 @@ def _in_yaml(value: Any) -> str:
     return text.strip()[1:-1]
 
 
-def _given(loc: Loc, value: Any, tree: Branch) -> str:
+def _given(loc: Loc, value: Any, tree: Entry) -> str:
     """The value as it was written, and what it came to if it names a variable of the environment."""
     written = _written(loc, value, tree)
-    return f"{_got(value)} (from {written})" if "${" in str(written) else _got(written)
+    return f"{_got(value)} (from {written})" if isinstance(written, Variable) else _got(written)
 
 
-def _written(loc: Loc, value: Any, tree: Branch) -> Any:
+def _written(loc: Loc, value: Any, tree: Entry) -> Any:
     """A scalar as it was written, before variables were read and paths made absolute; else `value`."""
-    leaf = find(tree, loc)
-    if not isinstance(leaf, Leaf):
-        return value
-    return read_scalar(leaf.text) if leaf.bare else leaf.text
+    entry = find(tree, loc)
+    return value if entry is None or isinstance(entry.value, (dict, list)) else entry.value
 
 
 def _got(value: Any) -> str:
@@ -204,7 +211,7 @@ def _got(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _two_kinds(key: Key, value: Mapping[str, Any], tree: Branch) -> str:
+def _two_kinds(key: Key, value: Mapping[str, Any], tree: Entry) -> str:
     """One line for a section with the keys of several kinds, at the last of them that was written."""
     names = [name for name in kinds_of(key.field) if value.get(name) is not None]
     origins = {name: origin_of(tree, (*key.loc, name)) for name in names}

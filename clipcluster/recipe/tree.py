@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,69 +48,51 @@ class Origin:
 
     def problem(self, dotted: str, message: str) -> str:
         """A message of one line: the place, the key, what is wrong with it."""
-        if self.override is not None:
-            return f"{self.place}: {self.override}: {message}"
-        return f"{self.place}: {dotted}: {message}" if dotted else f"{self.place}: {message}"
+        return ": ".join(filter(None, (self.place, self.override or dotted, message)))
 
 
-@dataclass
-class Leaf:
-    """A scalar: its text as written, and whether it was written without quotes."""
+@dataclass(frozen=True)
+class Variable:
+    """A scalar with ``${NAME}`` in it: its text as written, and whether it was written without quotes."""
 
     text: str
     bare: bool
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was written at a key or in a list, and where; the whole recipe is one too."""
+
+    value: dict[str, Entry] | list[Entry] | Plain | Variable
     origin: Origin
 
-
-@dataclass
-class Value:
-    """A scalar with its final value: nothing in it is expanded."""
-
-    value: Plain
-    origin: Origin
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The entries of a mapping; {} for anything else."""
+        return self.value if isinstance(self.value, dict) else {}
 
 
-@dataclass
-class Branch:
-    """A mapping; `marks` tells where each of its keys was written."""
-
-    entries: dict[str, Tree]
-    marks: dict[str, Origin]
-    origin: Origin
-
-
-@dataclass
-class Row:
-    """A list."""
-
-    entries: list[Tree]
-    origin: Origin
-
-
-Tree = Leaf | Value | Branch | Row
-
-
-def tree_of(value: Any, origin: Origin) -> Tree:
+def tree_of(value: Any, origin: Origin) -> Entry:
     """Mappings, lists and final values as a tree, every entry with the same origin."""
     if isinstance(value, Mapping):
-        entries = {name: tree_of(entry, origin) for name, entry in value.items()}
-        return Branch(entries, dict.fromkeys(entries, origin), origin)
+        return Entry({name: tree_of(entry, origin) for name, entry in value.items()}, origin)
     if isinstance(value, (list, tuple)):
-        return Row([tree_of(entry, origin) for entry in value], origin)
-    return Value(value, origin)
-
-
-def is_null(tree: Tree | None) -> bool:
-    """Whether there is nothing at a place: no entry, or null."""
-    if isinstance(tree, Leaf):
-        return tree.bare and read_scalar(tree.text) is None
-    return tree is None or (isinstance(tree, Value) and tree.value is None)
+        return Entry([tree_of(entry, origin) for entry in value], origin)
+    return Entry(value, origin)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most similar to `word`; None where none is similar."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message: ``; did you mean WORD?``, or nothing where no known word is similar."""
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def shown(path: Path) -> str:
@@ -121,142 +103,125 @@ def shown(path: Path) -> str:
         return str(path)
 
 
-def parse_file(path: Path) -> Branch:
+def parse_file(path: Path) -> Entry:
     """Read a YAML file whose top level is a mapping; UserError with file and line for anything else."""
+    file = shown(path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{shown(path)}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from None
-    node = _compose(text, shown(path), None)
-    tree = None if node is None else _convert(node, shown(path), None)
-    if tree is None or is_null(tree):
-        raise UserError(f"{shown(path)} is empty; write at least one key, such as name: my-run")
-    if not isinstance(tree, Branch):
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    tree = _parse(text, lambda line: Origin(f"{file}:{line}"))
+    if tree.value is None:
+        raise UserError(f"{file} is empty; write at least one key, such as name: my-run")
+    if not isinstance(tree.value, dict):
         raise UserError(tree.origin.problem("", "should be a mapping (key: value) at its top level"))
     return tree
 
 
-def parse_override(text: str) -> tuple[list[str], Tree]:
+def parse_override(text: str) -> tuple[list[str], Entry]:
     """Split ``a.b.0.c=value`` into its path and its value, which is YAML; UserError says what is wrong."""
     dotted, equals, value = text.partition("=")
     path = [part.strip() for part in dotted.split(".")]
     if not equals or not all(path):
         raise UserError(f"{COMMAND_LINE}: {text}: write key=value, such as optim.lr=3e-4")
     origin = Origin(COMMAND_LINE, text)
-    node = _compose(value, "", text)
-    return path, Leaf("", True, origin) if node is None else _convert(node, "", text)
+    return path, _parse(value, lambda line: origin, "; put it in quotes, such as 'key=\"text\"'")
 
 
-def _compose(text: str, file: str, override: str | None) -> yaml.Node | None:
+def _parse(text: str, origin_of_line: Callable[[int], Origin], hint: str = "") -> Entry:
+    """YAML text as a tree; UserError, with a hint, for what is not YAML or not allowed in a recipe."""
     try:
-        return yaml.compose(text, Loader=yaml.BaseLoader)
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         why = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        if override is not None:
-            message = f"the value is not YAML: {why}; put it in quotes, such as 'key=\"text\"'"
-            raise UserError(Origin(COMMAND_LINE, override).problem("", message)) from None
-        line = mark.line + 1 if mark is not None else 1
+        message = f"not YAML: {why}{hint}"
         if mark is not None and text[mark.index : mark.index + 1] == "\t":
-            raise UserError(f"{file}:{line}: a tab character; YAML takes spaces instead") from None
-        raise UserError(f"{file}:{line}: not YAML: {why}") from None
+            message = "a tab character; YAML takes spaces instead"
+        raise UserError(origin_of_line(mark.line + 1 if mark else 1).problem("", message)) from None
+    return Entry(None, origin_of_line(1)) if node is None else _entry(node, origin_of_line, ())
 
 
-def _convert(node: yaml.Node, file: str, override: str | None, within: frozenset[int] = frozenset()) -> Tree:
-    if override is None:
-        origin = Origin(f"{file}:{node.start_mark.line + 1}")
-    else:
-        origin = Origin(COMMAND_LINE, override)
+def _entry(node: yaml.Node, origin_of_line: Callable[[int], Origin], around: tuple[yaml.Node, ...]) -> Entry:
+    origin = origin_of_line(node.start_mark.line + 1)
     if node.tag not in _TAGS:
         raise UserError(origin.problem("", f"YAML tags are not allowed here ({node.tag}); leave it out"))
-    if id(node) in within:
+    if node in around:
         raise UserError(origin.problem("", "an alias refers to the anchor that contains it"))
-    within = within | {id(node)}
     if isinstance(node, yaml.ScalarNode):
-        return Leaf(node.value, node.style is None, origin)
+        bare = node.style is None
+        if "${" in node.value:
+            return Entry(Variable(node.value, bare), origin)
+        return Entry(read_scalar(node.value) if bare else node.value, origin)
+    around = (*around, node)
     if isinstance(node, yaml.SequenceNode):
-        return Row([_convert(entry, file, override, within) for entry in node.value], origin)
-    branch = Branch({}, {}, origin)
+        return Entry([_entry(entry, origin_of_line, around) for entry in node.value], origin)
+    entries: dict[str, Entry] = {}
     for name, value in node.value:
-        mark = Origin(f"{file}:{name.start_mark.line + 1}") if override is None else origin
+        mark = origin_of_line(name.start_mark.line + 1)
         if not isinstance(name, yaml.ScalarNode):
             raise UserError(mark.problem("", "a key should be a word, not a list or a mapping"))
         if name.value == "<<":
             raise UserError(mark.problem("", "merge keys (<<) are not supported; use extends"))
-        if name.value in branch.entries:
-            raise UserError(
-                mark.problem(name.value, f"written twice, first at {branch.marks[name.value].place}")
-            )
-        branch.entries[name.value] = _convert(value, file, override, within)
-        branch.marks[name.value] = mark
-    return branch
+        if name.value in entries:
+            first = entries[name.value].origin.place
+            raise UserError(mark.problem(name.value, f"written twice, first at {first}"))
+        entries[name.value] = Entry(_entry(value, origin_of_line, around).value, mark)
+    return Entry(entries, origin)
 
 
-def merge(below: Branch, above: Branch) -> Branch:
-    """`above` over `below`: mappings are merged, everything else is replaced."""
-    entries, marks = dict(below.entries), dict(below.marks)
-    for name, value in above.entries.items():
-        old = entries.get(name)
-        both = isinstance(old, Branch) and isinstance(value, Branch)
-        entries[name] = merge(old, value) if both else value  # type: ignore[arg-type]
-        marks[name] = above.marks[name]
-    return Branch(entries, marks, above.origin)
+def merge(below: Entry, above: Entry, *, lists: bool = False) -> Entry:
+    """`above` over `below`: mappings are merged (with `lists`, lists of one length too), others replaced."""
+    one, other = below.value, above.value
+    if isinstance(one, dict) and isinstance(other, dict):
+        both = {name: merge(one[name], other[name], lists=lists) for name in one if name in other}
+        return Entry({**one, **other, **both}, above.origin)
+    if lists and isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return Entry([merge(*pair, lists=True) for pair in zip(one, other, strict=True)], above.origin)
+    return above
 
 
-def assign(tree: Branch, path: list[str], value: Tree) -> None:
-    """Put `value` at `path` of `tree`, creating the sections between; else UserError."""
-    here: Tree = tree
-    for depth, part in enumerate(path):
-        last = depth == len(path) - 1
-        walked = ".".join(path[:depth])
-        if isinstance(here, Branch):
-            absent = is_null(here.entries.get(part))
-            if last:
-                here.entries[part] = value
-            elif absent:
-                here.entries[part] = Branch({}, {}, value.origin)
-            if last or absent:
-                here.marks[part] = value.origin
-            here = here.entries[part]
-        elif isinstance(here, Row):
-            if not part.isdigit() or int(part) >= len(here.entries):
-                count = len(here.entries)
-                allowed = f"0 to {count - 1}" if count > 1 else "0" if count else "nothing: it is empty"
-                raise UserError(value.origin.problem("", f"{walked} is a list: {part!r} should be {allowed}"))
-            if last:
-                here.entries[int(part)] = value
-            here = here.entries[int(part)]
-        else:
-            given = here.text if isinstance(here, Leaf) else here.value
-            raise UserError(
-                value.origin.problem("", f"{walked} is a value ({given}) and has no key {part!r}")
-            )
+def assign(tree: Entry, path: Sequence[str], value: Entry, walked: Sequence[str] = ()) -> Entry:
+    """`tree` with `value` at `path`, and with the sections between; UserError where there can be none."""
+    if not path:
+        return value
+    part, rest, inside = path[0], path[1:], tree.value
+    if inside is None:
+        return assign(Entry({}, value.origin), path, value, walked)
+    if isinstance(inside, dict):
+        old = inside.get(part, Entry(None, value.origin))
+        return Entry({**inside, part: assign(old, rest, value, (*walked, part))}, tree.origin)
+    if not isinstance(inside, list):
+        message = f"{'.'.join(walked)} is a value ({inside}) and has no key {part!r}"
+        raise UserError(value.origin.problem("", message))
+    if not part.isdecimal() or int(part) >= len(inside):
+        count = len(inside)
+        allowed = f"0 to {count - 1}" if count > 1 else "0" if count else "nothing: it is empty"
+        message = f"{'.'.join(walked)} is a list: {part!r} should be {allowed}"
+        raise UserError(value.origin.problem("", message))
+    entries = list(inside)
+    entries[int(part)] = assign(entries[int(part)], rest, value, (*walked, part))
+    return Entry(entries, tree.origin)
 
 
-def find(tree: Tree, path: Loc) -> Tree | None:
+def find(tree: Entry, path: Loc) -> Entry | None:
     """The entry at `path`, or None."""
-    return _reach(tree, path)[0]
-
-
-def origin_of(tree: Branch, path: Loc) -> Origin:
-    """Where the key at `path` was written; for an absent key, where the section around it begins."""
-    return _reach(tree, path)[1]
-
-
-def _reach(tree: Tree, path: Loc) -> tuple[Tree | None, Origin]:
-    here, origin = tree, tree.origin
+    here: Entry | None = tree
     for part in path:
-        if isinstance(here, Branch) and str(part) in here.entries:
-            origin = here.marks[str(part)]
-            here = here.entries[str(part)]
-        elif isinstance(here, Row) and isinstance(part, int) and part < len(here.entries):
-            here = here.entries[part]
-            origin = here.origin
+        inside = here.value if here else None
+        if isinstance(inside, list) and isinstance(part, int) and part < len(inside):
+            here = inside[part]
         else:
-            return None, origin
-    return here, origin
+            here = inside.get(str(part)) if isinstance(inside, dict) else None
+    return here
+
+
+def origin_of(tree: Entry, path: Loc) -> Origin:
+    """Where the key at `path` was written; for an absent key, where the section around it begins."""
+    found = find(tree, path)
+    return found.origin if found else origin_of(tree, path[:-1])
 
 
 def dotted(loc: Loc) -> str:
@@ -266,4 +231,4 @@ def dotted(loc: Loc) -> str:
 
 def loc_of(dotted: str) -> Loc:
     """``data.train.0.shards`` as ``("data", "train", 0, "shards")``."""
-    return tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+    return tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))

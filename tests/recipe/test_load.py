@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from clipcluster.errors import UserError
+from clipcluster.recipe.files import RECIPES
 from clipcluster.recipe.load import (
-    RECIPES,
     Loaded,
     from_run,
     load,

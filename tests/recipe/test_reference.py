@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from clipcluster.recipe.load import RECIPES
+from clipcluster.recipe.files import RECIPES
 from clipcluster.recipe.reference import DOCS, PAGE, SCHEMA, page, schema, write
 from clipcluster.recipe.sections.fields import sections_of, walk
 

@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.tree import (
-    Branch,
-    Leaf,
-    Row,
+    Entry,
+    Variable,
     assign,
     find,
     merge,
@@ -18,10 +17,16 @@ from clipcluster.recipe.tree import (
 )
 
 
-def tree_of(tmp_path: Path, text: str, name: str = "r.yaml") -> Branch:
+def tree_of(tmp_path: Path, text: str, name: str = "r.yaml") -> Entry:
     file = tmp_path / name
     file.write_text(text)
     return parse_file(file)
+
+
+def value_at(tree: Entry, *path: str | int) -> object:
+    entry = find(tree, path)
+    assert entry is not None
+    return entry.value
 
 
 @pytest.mark.parametrize(
@@ -68,14 +73,10 @@ def test_no_text_breaks_the_reader(text: str) -> None:
 
 
 def test_entries_know_their_lines(tmp_path: Path) -> None:
-    tree = tree_of(tmp_path, "a: 1\nb:\n  c: [x, 'y']\n")
-    assert tree.marks["b"].place.endswith("r.yaml:2")
-    branch = tree.entries["b"]
-    assert isinstance(branch, Branch)
-    assert branch.marks["c"].place.endswith("r.yaml:3")
-    quoted = find(tree, ("b", "c", 1))
-    assert isinstance(quoted, Leaf)
-    assert not quoted.bare
+    tree = tree_of(tmp_path, "a: 1\nb:\n  c: [x, '${y}']\n")
+    assert tree.entries["b"].origin.place.endswith("r.yaml:2")
+    assert tree.entries["b"].entries["c"].origin.place.endswith("r.yaml:3")
+    assert value_at(tree, "b", "c", 1) == Variable("${y}", bare=False)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> No
 
 def test_an_alias_may_repeat_a_value(tmp_path: Path) -> None:
     tree = tree_of(tmp_path, "a: &x [1, 2]\nb: *x\n")
-    assert isinstance(tree.entries["b"], Row)
+    assert [entry.value for entry in tree.entries["b"].value] == [1, 2]  # type: ignore[union-attr]
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
@@ -119,32 +120,33 @@ def test_merge_goes_into_mappings_and_replaces_lists(tmp_path: Path) -> None:
     below = tree_of(tmp_path, "a: {b: 1, c: 2}\nd: [1, 2]\ne: {x: 1}\n", "below.yaml")
     above = tree_of(tmp_path, "a: {c: 3}\nd: [9]\ne: null\n", "above.yaml")
     merged = merge(below, above)
-    assert [find(merged, ("a", name)).text for name in "bc"] == ["1", "3"]  # type: ignore[union-attr]
-    assert len(merged.entries["d"].entries) == 1  # type: ignore[union-attr]
-    assert isinstance(merged.entries["e"], Leaf)
-    inner = merged.entries["a"]
-    assert isinstance(inner, Branch)
-    assert "below.yaml" in inner.marks["b"].place
-    assert "above.yaml" in inner.marks["c"].place
-    assert find(below, ("a", "c")).text == "2"  # type: ignore[union-attr]
+    assert [value_at(merged, "a", name) for name in "bc"] == [1, 3]
+    assert len(merged.entries["d"].value) == 1  # type: ignore[arg-type]
+    assert merged.entries["e"].value is None
+    inner = merged.entries["a"].entries
+    assert "below.yaml" in inner["b"].origin.place
+    assert "above.yaml" in inner["c"].origin.place
+    assert value_at(below, "a", "c") == 2
+    both = merge(below, tree_of(tmp_path, "d: [{x: 1}, 5]\n"), lists=True)
+    assert value_at(both, "d", 0, "x") == 1
+    assert value_at(both, "d", 1) == 5
 
 
 @pytest.mark.parametrize(
     ("text", "path", "value"),
     [
-        ("a.b.0.c=3", ["a", "b", "0", "c"], "3"),
-        ("a=", ["a"], ""),
+        ("a.b.0.c=3", ["a", "b", "0", "c"], 3),
+        ("a=", ["a"], None),
         ("a=b=c", ["a"], "b=c"),
-        ("s=${DATA}/x", ["s"], "${DATA}/x"),
+        ("s=${DATA}/x", ["s"], Variable("${DATA}/x", bare=True)),
         ("s=/d/{00..09}.tar", ["s"], "/d/{00..09}.tar"),
     ],
 )
-def test_an_override_is_a_path_and_a_value(text: str, path: list[str], value: str) -> None:
-    keys, leaf = parse_override(text)
+def test_an_override_is_a_path_and_a_value(text: str, path: list[str], value: object) -> None:
+    keys, entry = parse_override(text)
     assert keys == path
-    assert isinstance(leaf, Leaf)
-    assert leaf.text == value
-    assert leaf.origin.problem("a", "wrong") == f"from the command line: {text}: wrong"
+    assert entry.value == value
+    assert entry.origin.problem("a", "wrong") == f"from the command line: {text}: wrong"
 
 
 @pytest.mark.parametrize("text", ["a", "=3", "a..b=3", ".a=1", "a=[1", "a=*x"])
@@ -156,11 +158,13 @@ def test_what_is_no_override(text: str) -> None:
 def test_assign_makes_the_sections_between(tmp_path: Path) -> None:
     tree = tree_of(tmp_path, "a: null\nl: [{x: 1}, {x: 2}]\n")
     for text in ("a.b.c=1", "n.m=2", "l.1.x=5", "l.0={y: 7}"):
-        assign(tree, *parse_override(text))
-    assert find(tree, ("a", "b", "c")).text == "1"  # type: ignore[union-attr]
-    assert find(tree, ("n", "m")).text == "2"  # type: ignore[union-attr]
-    assert find(tree, ("l", 1, "x")).text == "5"  # type: ignore[union-attr]
-    assert find(tree, ("l", 0, "y")).text == "7"  # type: ignore[union-attr]
+        tree = assign(tree, *parse_override(text))
+    assert value_at(tree, "a", "b", "c") == 1
+    assert value_at(tree, "n", "m") == 2
+    assert value_at(tree, "l", 1, "x") == 5
+    assert value_at(tree, "l", 0, "y") == 7
+    assert tree.entries["a"].origin.override == "a.b.c=1"
+    assert tree.entries["l"].origin.override is None
 
 
 @pytest.mark.parametrize(
@@ -169,6 +173,7 @@ def test_assign_makes_the_sections_between(tmp_path: Path) -> None:
         ("l.2.x=1", "l is a list: '2' should be 0 to 1"),
         ("l.x=1", "l is a list: 'x' should be 0 to 1"),
         ("l.-1=1", "l is a list"),
+        ("l.²=1", "l is a list"),
         ("s.x=1", r"s is a value \(7\) and has no key 'x'"),
     ],
 )

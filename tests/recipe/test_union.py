@@ -10,7 +10,7 @@ from clipcluster.recipe.problems import validated
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.fields import kinds_of, sections_of, walk
 from clipcluster.recipe.sections.union import Kinds
-from clipcluster.recipe.tree import Branch, Origin, tree_of
+from clipcluster.recipe.tree import Origin, tree_of
 
 
 class Round(Section):
@@ -34,7 +34,6 @@ class Drawing(Section):
 
 def errors_of(value: dict[str, Any]) -> list[str]:
     tree = tree_of(value, Origin("a.yaml:1"))
-    assert isinstance(tree, Branch)
     with pytest.raises(UserError) as caught:
         validated(value, tree, {}, "a.yaml", Drawing)
     return [line.strip().removeprefix("a.yaml:1: ") for line in str(caught.value).splitlines()]

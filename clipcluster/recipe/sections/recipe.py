@@ -16,14 +16,12 @@ from clipcluster.recipe.sections.optim import Optim
 from clipcluster.recipe.sections.train import Train
 from clipcluster.recipe.sections.values import Int
 from clipcluster.recipe.tasks import TASKS
-from clipcluster.recipe.tree import nearest
+from clipcluster.recipe.tree import did_you_mean
 
 
 def _in_table(name: str) -> str:
     if name not in TASKS:
-        near = nearest(name, TASKS)
-        hint = f"; did you mean {near}?" if near else ""
-        raise ValueError(f"should be {' or '.join(TASKS)}{hint}")
+        raise ValueError(f"should be {' or '.join(TASKS)}{did_you_mean(name, TASKS)}")
     return name
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from clipcluster.errors import UserError
+from clipcluster.recipe.files import find_site, known_sites, user_folder
 from clipcluster.recipe.load import Loaded, load, result_keys
-from clipcluster.recipe.sites import find_site, known_sites, user_folder
 
 
 @pytest.fixture
