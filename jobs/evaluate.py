@@ -15,8 +15,8 @@ from clipcluster.errors import UserError
 from clipcluster.evals.headline import ordered
 from clipcluster.runs import files
 from clipcluster.runs.checkpoints import MANIFEST, is_complete, name_of, steps_in
-from clipcluster.runs.find import find_run
 from clipcluster.runs.folder import Run
+from clipcluster.runs.names import find_run
 from clipcluster.runtime.environment import share_cores
 
 

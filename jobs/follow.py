@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clipcluster.runs import files
-from clipcluster.runs.find import as_typed
 from clipcluster.runs.folder import Run
+from clipcluster.runs.names import as_typed
 from jobs.evaluate import latest, shown
 from jobs.state import State, Watched, last_metrics, total_steps
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clipcluster.runs.find import all_runs
+from clipcluster.runs.names import all_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -24,10 +24,11 @@ from clipcluster.recipe.load import from_run, load, recipe_keys, settings_keys
 from clipcluster.run import evaluate, train, use_processors
 from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
-from clipcluster.runs.merge import events, merged_metrics, merged_samples
+from clipcluster.runs.merge import events, merged_metrics
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import DataError, Outcome, RecipeFailure
 from clipcluster.runtime.stop import Stop
+from tests.consumed import merged_samples
 from tools.convert.convert import convert
 
 RECIPE = """

@@ -21,7 +21,7 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import METRICS, metric_names
 from clipcluster.recipe.tree import nearest
 from clipcluster.runs.folder import Run
-from clipcluster.runs.name import run_name
+from clipcluster.runs.names import run_name
 from clipcluster.text import counted
 
 if TYPE_CHECKING:

@@ -44,7 +44,8 @@ def returned(outcome: Outcome, attempt: Attempt, launch: Launch, stop: Stop) -> 
             _log.warning("rank 0 made no outcome within %g s", _OUTCOME_WAIT_S)
         _log.info("%s at step %s", name, attempt.step)
     elif outcome not in (Outcome.LOST_PEERS, Outcome.STALE):
-        _write_outcome(attempt, launch, "failed", outcome, reason=f"the trainee returned {outcome.name}")
+        reason = f"the trainee returned {outcome.name}"
+        attempt.write_outcome(outcome_name="failed", code=outcome, rank=launch.rank, reason=reason)
     return int(outcome)
 
 
@@ -78,7 +79,9 @@ def _record(error: BaseException, outcome: Outcome, attempt: Attempt, launch: La
         if isinstance(error, Failure) and error.agreed and launch.rank != 0:
             attempt.wait_for_outcome(_OUTCOME_WAIT_S)  # rank 0 writes for all ranks
         advice = getattr(error, "advice", "") or ADVICE[outcome]
-        _write_outcome(attempt, launch, "failed", outcome, reason=reason, advice=advice)
+        attempt.write_outcome(
+            outcome_name="failed", code=outcome, rank=launch.rank, reason=reason, advice=advice
+        )
     attempt.event(
         "fail",
         writer=f"rank-{launch.rank}",
@@ -150,11 +153,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if torch is None or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
-
-
-def _write_outcome(
-    attempt: Attempt, launch: Launch, name: str, outcome: Outcome, *, reason: str = "", advice: str = ""
-) -> bool:
-    return attempt.write_outcome(
-        outcome_name=name, code=int(outcome), rank=launch.rank, reason=reason, advice=advice
-    )

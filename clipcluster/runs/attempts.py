@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +153,14 @@ class Attempt:
 
     def wait_for_outcome(self, timeout_s: float) -> dict[str, Any] | None:
         """The outcome once some rank has made it, or None after `timeout_s` seconds. Raises StaleAttempt."""
+        return self._poll(self.outcome, timeout_s)
+
+    def _poll(self, read: Callable[[], dict[str, Any] | None], timeout_s: float) -> dict[str, Any] | None:
         deadline = time.monotonic() + timeout_s
-        while True:
-            outcome = self.outcome()
-            if outcome is not None or time.monotonic() >= deadline:
-                return outcome
+        while (found := read()) is None and time.monotonic() < deadline:
             self.check()
             time.sleep(0.05)
+        return found
 
     def publish(self, address: str, port: int, token: str) -> None:
         """Tell the other ranks where rank 0 listens (`rendezvous.json`). Raises StaleAttempt."""
@@ -172,12 +173,8 @@ class Attempt:
 
         Raises TimeoutError, and StaleAttempt where a later attempt owns the run.
         """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            found = files.read_object(self.path / "rendezvous.json", address=str, port=int, token=str)
-            if found is not None:
-                return found["address"], found["port"], found["token"]
-            self.check()
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"rank 0 published no address in {self.path} within {timeout_s:g} s")
-            time.sleep(0.05)
+        file = self.path / "rendezvous.json"
+        found = self._poll(lambda: files.read_object(file, address=str, port=int, token=str), timeout_s)
+        if found is None:
+            raise TimeoutError(f"rank 0 published no address in {self.path} within {timeout_s:g} s")
+        return found["address"], found["port"], found["token"]

@@ -13,8 +13,8 @@ from clipcluster.runs import files
 from clipcluster.runs.folder import Run
 
 
-def _lines(run: Run, pattern: str, **types: type) -> Iterator[dict[str, Any]]:
-    """Lines of all files that fit `pattern`, attempt by attempt, each with its `attempt`.
+def lines(run: Run, pattern: str, **types: type) -> Iterator[dict[str, Any]]:
+    """Lines of all files that fit `pattern`, the earliest attempt's first, each with its `attempt`.
 
     A line that lacks a field named in `types`, or has it with another type, is left out like a torn one.
     """
@@ -27,27 +27,8 @@ def _lines(run: Run, pattern: str, **types: type) -> Iterator[dict[str, Any]]:
 
 def merged_metrics(run: Run) -> list[dict[str, Any]]:
     """The run's metrics, one line a step, by step."""
-    merged: dict[int, dict[str, Any]] = {}
-    for line in _lines(run, "metrics.jsonl", step=int):
-        known = merged.get(line["step"])
-        if known is None or line["attempt"] >= known["attempt"]:
-            merged[line["step"]] = line
+    merged = {line["step"]: line for line in lines(run, "metrics.jsonl", step=int)}
     return [merged[step] for step in sorted(merged)]
-
-
-def merged_samples(run: Run) -> list[dict[str, Any]]:
-    """The samples consumed (`train.record_samples`), one line a slot, by step and slot.
-
-    A step belongs to the highest attempt that consumed it.
-    """
-    merged: dict[tuple[int, int], dict[str, Any]] = {}
-    owner: dict[int, int] = {}
-    for line in _lines(run, "samples-*.jsonl", step=int, slot=int):
-        owner[line["step"]] = max(owner.get(line["step"], 0), line["attempt"])
-        known = merged.get((line["step"], line["slot"]))
-        if known is None or line["attempt"] >= known["attempt"]:
-            merged[line["step"], line["slot"]] = line
-    return [line for (step, _), line in sorted(merged.items()) if line["attempt"] == owner[step]]
 
 
 def events(run: Run) -> list[dict[str, Any]]:
@@ -57,12 +38,12 @@ def events(run: Run) -> list[dict[str, Any]]:
         time = line.get("time")
         return line["attempt"], time if isinstance(time, (int, float)) else 0.0
 
-    return sorted(_lines(run, "events-*.jsonl", event=str), key=when)
+    return sorted(lines(run, "events-*.jsonl", event=str), key=when)
 
 
 def bad_samples(run: Run) -> list[dict[str, Any]]:
     """The run's distinct bad samples (shard and key), each as it was first recorded."""
     distinct: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in _lines(run, "bad_samples-*.jsonl", shard=str, key=str):
+    for line in lines(run, "bad_samples-*.jsonl", shard=str, key=str):
         distinct.setdefault((line["shard"], line["key"]), line)
     return list(distinct.values())

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -191,21 +191,20 @@ class World:
         """
         if self.size == 1:
             return self.broadcast(action())
-        worker = _Worker(action) if self.is_main else None
-        try:
-            while self._beat(worker):
+        with ThreadPoolExecutor(1) as pool:  # left once the action has ended, where a peer is lost too
+            work = pool.submit(action) if self.is_main else None
+            while self._beat(work):
                 pass
-        finally:
-            if worker:
-                worker.join()  # a checkpoint under way is worth the wait, also where a peer is lost
-        self.raise_first(worker.error if worker else None)
-        return self.broadcast(worker.value if worker else None)
+        error = work.exception() if work else None
+        if error and not isinstance(error, Exception):
+            error = RuntimeError(repr(error))
+        self.raise_first(error)
+        return self.broadcast(work.result() if work else None)
 
-    def _beat(self, worker: _Worker | None) -> bool:
+    def _beat(self, work: Future[Any] | None) -> bool:
         """One short collective; whether rank 0 is still at work."""
-        if worker:
-            worker.join(_BEAT_S)
-        at_work = torch.tensor([int(worker is not None and worker.is_alive())])
+        unfinished = wait([work], timeout=_BEAT_S).not_done if work else ()
+        at_work = torch.tensor([len(unfinished)])
         with self._telling("lost its peers"):
             dist.all_reduce(at_work)
         return bool(at_work)
@@ -225,23 +224,6 @@ class World:
         """Close the process group; called once all ranks have agreed to end. Harmless in a single process."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-class _Worker(threading.Thread):
-    """An action in a thread, and what came of it."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        super().__init__(name="while_main", daemon=True)
-        self.value: Any = None
-        self.error: Exception | None = None
-        self._action = action
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.value = self._action()
-        except BaseException as error:  # raised in the main threads of all ranks
-            self.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
 def _to_bytes(value: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from clipcluster.errors import UserError
-from clipcluster.runs.find import all_runs, as_typed, find_run, runs_folder
+from clipcluster.runs.names import all_runs, as_typed, find_run, runs_folder
 from jobs.cli.options import AsJson, Runs, print_document, say
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]

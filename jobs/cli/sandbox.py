@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clipcluster.runs.find import find_run, runs_folder
+from clipcluster.runs.names import find_run, runs_folder
 from clipcluster.text import counted
 from jobs.cli.options import AsJson, Runs, group, print_document, say
 from tools.sandbox import preempt

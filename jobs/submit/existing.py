@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from clipcluster.errors import UserError
-from clipcluster.runs.find import as_typed
 from clipcluster.runs.folder import Run
+from clipcluster.runs.names import as_typed
 from jobs import submissions
 from jobs.state import Queue, State, state_of
 

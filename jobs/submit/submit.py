@@ -20,7 +20,7 @@ from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.folder import Run
-from clipcluster.runs.name import run_name, similar_runs
+from clipcluster.runs.names import run_name, similar_runs
 from clipcluster.text import counted
 from jobs.submit import assets, devices, executor
 from jobs.submit import parameters as clusters
@@ -134,11 +134,11 @@ def checked_for(wanted: Wanted, executor: str) -> checks.Checked:
 
 
 def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
-    for similar in similar_runs(loaded.recipe.name, recipe_keys(loaded), wanted.runs)[:3]:
-        for difference in similar.differences:
+    for run, differences in similar_runs(loaded.recipe.name, recipe_keys(loaded), wanted.runs)[:3]:
+        for key, (here, there) in differences.items():
             wanted.say(
-                f"a new run: {similar.run.name} differs in {difference.key} "
-                f"({redacted_within(difference.there)!r} there, {redacted_within(difference.here)!r} here)"
+                f"a new run: {run.name} differs in {key} "
+                f"({redacted_within(there)!r} there, {redacted_within(here)!r} here)"
             )
 
 

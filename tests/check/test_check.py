@@ -23,7 +23,7 @@ from clipcluster.check.plain import Checked
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, result_keys
-from clipcluster.runs.name import run_name
+from clipcluster.runs.names import run_name
 
 RECIPE = """\
 name: tiny

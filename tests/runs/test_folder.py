@@ -10,9 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
-from clipcluster.runs.find import find_run, runs_folder
 from clipcluster.runs.folder import AlreadyOwned, Run
-from clipcluster.runs.name import run_name, similar_runs
+from clipcluster.runs.names import find_run, run_name, runs_folder, similar_runs
 
 leaves = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -197,10 +196,8 @@ def test_near_twins_say_which_key(tmp_path):
         "seed": 3,
     }
     found = similar_runs("coco", new, tmp_path)
-    assert [near.run.name for near in found] == [twin.name]
-    assert [(d.key, d.here, d.there) for d in found[0].differences] == [
-        ("optim.betas.1", 0.999, 0.98),
-        ("seed", 3, None),
+    assert [(run.name, differences) for run, differences in found] == [
+        (twin.name, {"optim.betas.1": (0.999, 0.98), "seed": (3, None)})
     ]
     assert similar_runs("coco", base, tmp_path) == []  # the run itself is not listed
 
@@ -217,10 +214,8 @@ def test_twins_differ_both_ways_alike(tmp_path_factory, first, second):
         return
     other = tmp_path_factory.mktemp("twins")
     make(other, "a", second)
-    (back,) = similar_runs("a", first, other, at_most=100)
-    assert [(d.key, d.there, d.here) for d in back.differences] == [
-        (d.key, d.here, d.there) for d in found[0].differences
-    ]
+    ((_, back),) = similar_runs("a", first, other, at_most=100)
+    assert {key: (here, there) for key, (there, here) in back.items()} == found[0][1]
 
 
 def test_where_runs_live(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from clipcluster.errors import UserError
 from clipcluster.runs import merge
 from clipcluster.runs.folder import Run
+from tests.consumed import merged_samples
 
 GARBAGE = [
     b"",
@@ -77,7 +78,7 @@ def test_lines_that_are_none_are_left_out(run, claim, content):
     assert [line["step"] for line in merge.merged_metrics(run)] == [1]
     assert [line["event"] for line in merge.events(run)] == ["start"]
     assert [line["key"] for line in merge.bad_samples(run)] == ["k"]
-    assert [line["slot"] for line in merge.merged_samples(run)] == [0]
+    assert [line["slot"] for line in merged_samples(run)] == [0]
     assert "2" in run.cancelled_jobs()
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from clipcluster.runs import merge
 from clipcluster.runs.folder import Run
+from tests.consumed import merged_samples
 
 
 def test_the_highest_attempt_wins_and_in_it_the_later_line(run, claim):
@@ -38,7 +39,7 @@ def test_a_run_without_attempts_has_nothing(run):
     assert merge.merged_metrics(run) == []
     assert merge.events(run) == []
     assert merge.bad_samples(run) == []
-    assert merge.merged_samples(run) == []
+    assert merged_samples(run) == []
 
 
 def test_events_by_attempt_then_time(run, claim):
@@ -75,9 +76,7 @@ def test_samples_of_a_step_belong_to_one_attempt(run, claim):
     first.samples(1, [{"step": 2, "slot": 1, "shard": "s", "key": "d"}])
     second = claim()  # on one rank, from step 2 on
     second.samples(0, [{"step": 2, "slot": slot, "shard": "s", "key": key} for slot, key in enumerate("cd")])
-    assert [
-        (line["step"], line["slot"], line["key"], line["attempt"]) for line in merge.merged_samples(run)
-    ] == [
+    assert [(line["step"], line["slot"], line["key"], line["attempt"]) for line in merged_samples(run)] == [
         (1, 0, "a", 1),
         (1, 1, "b", 1),
         (2, 0, "c", 2),

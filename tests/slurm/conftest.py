@@ -15,11 +15,12 @@ import pytest
 
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
-from clipcluster.runs.merge import merged_metrics, merged_samples
+from clipcluster.runs.merge import merged_metrics
 from jobs.endings import history
 from jobs.state import Queue, state_of
 from jobs.submit import launch, snapshot
 from jobs.submit.parameters import Member
+from tests.consumed import merged_samples
 from tools.sandbox import sandbox as sandboxes
 from tools.sandbox.config import ADMIN_FOLDERS, Sandbox
 from tools.sandbox.preempt import release

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from clipcluster.errors import UserError
-from clipcluster.runs.find import all_runs
+from clipcluster.runs.names import all_runs
 from jobs.cancel import cancel
 from jobs.state import Queue, state_of
 from jobs.submissions import job_ids, submissions

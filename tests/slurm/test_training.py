@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from clipcluster.runs.find import all_runs
 from clipcluster.runs.folder import Run
-from clipcluster.runs.merge import events, merged_metrics, merged_samples
+from clipcluster.runs.merge import events, merged_metrics
+from clipcluster.runs.names import all_runs
 from jobs.state import Queue, state_of
+from tests.consumed import merged_samples
 from tools.convert.convert import convert
 from tools.sandbox import sandbox as sandboxes
 from tools.sandbox.preempt import preempt, release

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from clipcluster.runs.checkpoints import is_complete
 from clipcluster.runs.files import read_json
-from clipcluster.runs.merge import events, merged_metrics, merged_samples
+from clipcluster.runs.merge import events, merged_metrics
+from tests.consumed import merged_samples
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.files import read_json, read_lines
-from clipcluster.runs.merge import bad_samples, events, merged_metrics, merged_samples
+from clipcluster.runs.merge import bad_samples, events, merged_metrics
 from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteError, Outcome, RecipeFailure
 from clipcluster.runtime.stop import Stop
+from tests.consumed import merged_samples
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
 

@@ -7,11 +7,12 @@ import signal
 import pytest
 
 from clipcluster.runs.checkpoints import newest_complete
-from clipcluster.runs.merge import merged_metrics, merged_samples
+from clipcluster.runs.merge import merged_metrics
 from jobs.cancel import cancel
 from jobs.endings import history
 from jobs.endings.local import visible_gpus
 from jobs.state import Queue, state_of
+from tests.consumed import merged_samples
 
 
 def check_whole(run, steps, ranks):

@@ -14,8 +14,8 @@ import yaml
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
-from clipcluster.runs.find import all_runs
 from clipcluster.runs.folder import Run
+from clipcluster.runs.names import all_runs
 from clipcluster.runtime.accelerators import count_accelerators
 from jobs.cancel import cancel
 from jobs.state import Queue, state_of

@@ -17,10 +17,11 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.run import train
 from clipcluster.runs.folder import Run
-from clipcluster.runs.merge import merged_metrics, merged_samples
+from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import Stop
+from tests.consumed import merged_samples
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 10
