@@ -196,9 +196,7 @@ class World:
             while self._beat(work):
                 pass
         error = work.exception() if work else None
-        if error and not isinstance(error, Exception):
-            error = RuntimeError(repr(error))
-        self.raise_first(error)
+        self.raise_first(error if isinstance(error, Exception | None) else RuntimeError(repr(error)))
         return self.broadcast(work.result() if work else None)
 
     def _beat(self, work: Future[Any] | None) -> bool:
