@@ -31,12 +31,14 @@ HERE = Path("sandbox")
 
 @sandbox.command("start")
 def sandbox_start(
-    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="How many nodes.")] = 4,
-    cpus: Annotated[int, typer.Option("--cpus", metavar="N", help="CPUs of each, as SLURM is told.")] = 4,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1, max=64, help="How many nodes.")] = 4,
+    cpus: Annotated[
+        int, typer.Option("--cpus", metavar="N", min=1, help="CPUs of each, as SLURM is told.")
+    ] = 4,
     grace: Annotated[
-        int, typer.Option("--grace", metavar="S", help="GraceTime of the low partition, seconds.")
+        int, typer.Option("--grace", metavar="S", min=0, help="GraceTime of the low partition, seconds.")
     ] = 10,
-    kill_wait: Annotated[int, typer.Option("--kill-wait", metavar="S", help="KillWait, seconds.")] = 5,
+    kill_wait: Annotated[int, typer.Option("--kill-wait", metavar="S", min=1, help="KillWait, seconds.")] = 5,
     user_signal: Annotated[
         bool, typer.Option("--user-signal", help="A preemption sends USR2 (preempt_send_user_signal).")
     ] = False,
@@ -52,7 +54,7 @@ def sandbox_start(
         user_signal=user_signal,
     )
     say(f"# {counted(nodes, 'node')}, partitions low (preemptible) and high; use them in this shell with:")
-    say(started.shell_line)
+    say(f"export SLURM_CONF={started.conf}")
 
 
 @sandbox.command("stop")

@@ -17,6 +17,7 @@ import pytest
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
+from jobs.cli.app import main
 from tools.sandbox import config as sandbox_config
 from tools.sandbox import hostname as sandbox_hostname
 from tools.sandbox import sandbox as sandboxes
@@ -131,7 +132,7 @@ class TestCluster:
         assert cluster.slurm.job(job).excluded == ("n1", "n3")
         assert [line.job_id for line in cluster.slurm.queue(job_ids=[job])] == [job]
         conf = room.with_name("dead.conf")
-        conf.write_text(cluster.conf.read_text().replace(str(cluster.control_port), "1"))
+        conf.write_text(cluster.conf.read_text().replace(str(cluster.port), "1"))
         with pytest.raises(SlurmUnavailable):
             Slurm(conf, timeout=2).job("1")
 
@@ -315,13 +316,16 @@ class TestStartAndStop:
         with pytest.raises(UserError, match="no sandbox in"):
             sandboxes.status(room)
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [({"nodes": 0}, "1 to 64 nodes"), ({"cpus": 0}, "CPUs"), ({"grace_seconds": -1}, "grace time")],
-    )
-    def test_impossible_sizes_are_refused(self, room: Path, change: dict[str, int], message: str) -> None:
-        with pytest.raises(UserError, match=message):
-            sandboxes.start(room, **change)  # type: ignore[arg-type]
+    @pytest.mark.parametrize("words", ["--nodes 0", "--cpus 0", "--grace -1", "--kill-wait 0"])
+    def test_impossible_sizes_are_refused(
+        self, room: Path, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = f"clipcluster sandbox start --dir {room} {words}"
+        monkeypatch.setattr(sys, "argv", words.split())
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert f"'{words.split()[-2]}'" in capsys.readouterr().err
         assert not room.exists()
 
     def test_a_daemon_that_dies_shows_the_end_of_its_log(
@@ -329,9 +333,7 @@ class TestStartAndStop:
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            monkeypatch.setattr(
-                sandbox_config, "free_ports", lambda count: [*range(21000, 20999 + count), port]
-            )
+            monkeypatch.setattr(sandboxes, "free_ports", lambda count: port - 1)
             with pytest.raises(UserError, match=r"(?s)daemon of n1 ended.*n1\.log.*in use"):
                 sandboxes.start(room, nodes=1)
         assert not room.exists()

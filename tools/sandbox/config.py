@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import random
-import re
 import shutil
 import socket
-import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clipcluster.errors import UserError
@@ -31,17 +28,20 @@ class Sandbox:
     """A throwaway cluster: its folder, how it is reached, what it claims to be. Times in seconds."""
 
     folder: Path
-    cluster: str  # its SLURM ClusterName, unlike any other's: by it its tasks are known
-    nodes: tuple[str, ...]
+    node_count: int
     cpus: int  # of each node, whatever the machine has
     grace_seconds: int
     kill_wait_seconds: int
     user_signal: bool  # whether a preemption sends the user's signal (USR2) instead of TERM alone
-    address: str  # the loopback address everything listens on
-    control_port: int
-    node_ports: tuple[int, ...]
+    cluster: str  # its SLURM ClusterName, unlike any other's: by it its tasks are known
+    port: int  # slurmctld's; the nodes' are the next ones
     spool: Path
     own_host_name: bool  # whether the daemons run under the host name "localhost", in a namespace
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(f"n{number}" for number in range(1, self.node_count + 1))
 
     @property
     def conf(self) -> Path:
@@ -59,20 +59,14 @@ class Sandbox:
         return {"SLURM_CONF": str(self.conf)}
 
     @property
-    def shell_line(self) -> str:
-        """The line that points a shell at this cluster."""
-        return f"export SLURM_CONF={self.conf}"
-
-    @property
     def slurm(self) -> Slurm:
         """For asking this cluster."""
         return Slurm(self.conf)
 
     def write(self) -> None:
         """Remember it in its folder, so that a later call finds it whatever happens to this process."""
-        facts = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
         aside = self.folder / f"{STATE_FILE}.new"
-        aside.write_text(json.dumps(facts, indent=1) + "\n")
+        aside.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
         aside.replace(self.folder / STATE_FILE)
 
     @staticmethod
@@ -82,14 +76,7 @@ class Sandbox:
             facts = json.loads((folder / STATE_FILE).read_text())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        found = Sandbox(**facts)
-        return replace(
-            found,
-            folder=Path(found.folder),
-            spool=Path(found.spool),
-            nodes=tuple(found.nodes),
-            node_ports=tuple(found.node_ports),
-        )
+        return Sandbox(**{**facts, "folder": Path(facts["folder"]), "spool": Path(facts["spool"])})
 
 
 def find_programs() -> dict[str, str]:
@@ -120,12 +107,12 @@ def listens_on_loopback() -> bool:
         return False
 
 
-def free_ports(count: int) -> list[int]:
-    """`count` ports in a row that nobody listens on now; raises UserError if there are none."""
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens on now; raises UserError if there are none."""
     for _ in range(200):
         first = random.randrange(PORTS.start, PORTS.stop - count)
         if all(_is_free(port) for port in range(first, first + count)):
-            return list(range(first, first + count))
+            return first
     raise UserError(f"no {count} free ports in a row between {PORTS.start} and {PORTS.stop}")
 
 
@@ -138,68 +125,24 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def plan(
-    folder: Path,
-    *,
-    nodes: int,
-    cpus: int,
-    grace_seconds: int,
-    kill_wait_seconds: int,
-    user_signal: bool,
-) -> Sandbox:
-    """Choose names, address and ports for a sandbox in this folder; writes nothing but a spool folder."""
-    if not 1 <= nodes <= 64:
-        raise UserError(f"a sandbox has 1 to 64 nodes, not {nodes}")
-    for what, value, least in (
-        ("CPUs of a node", cpus, 1),
-        ("grace time in seconds", grace_seconds, 0),
-        ("kill wait in seconds", kill_wait_seconds, 1),
-    ):
-        if value < least:
-            raise UserError(f"{what}: {value} was given, the least is {least}")
-    if not re.fullmatch(r"[\w./+-]+", str(folder), re.ASCII):
-        raise UserError(
-            f"the sandbox folder {folder} has characters that SLURM's files cannot hold; "
-            "give a folder of plain letters, digits and . _ - +"
-        )
-    control_port, *node_ports = free_ports(nodes + 1)
+def spool_of(folder: Path) -> Path:
+    """Where the daemons' sockets lie: in the folder, or in /tmp where its path is too long for them."""
     spool = folder / "spool"
-    if len(str(spool)) > SOCKET_ROOM:
-        spool = Path(tempfile.mkdtemp(prefix="clipcluster-sandbox-", dir="/tmp"))
-    return Sandbox(
-        folder=folder,
-        cluster=f"sandbox_{os.urandom(6).hex()}",
-        nodes=tuple(f"n{number}" for number in range(1, nodes + 1)),
-        cpus=cpus,
-        grace_seconds=grace_seconds,
-        kill_wait_seconds=kill_wait_seconds,
-        user_signal=user_signal,
-        address=LOOPBACK,
-        control_port=control_port,
-        node_ports=tuple(node_ports),
-        spool=spool,
-        own_host_name=not listens_on_loopback(),
-    )
+    if len(str(spool)) <= SOCKET_ROOM:
+        return spool
+    return Path(tempfile.mkdtemp(prefix="clipcluster-sandbox-", dir="/tmp"))
 
 
 def slurm_conf(sandbox: Sandbox) -> str:
     """The text of slurm.conf."""
-    try:
-        user = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        user = str(os.getuid())
-    folder, first, last = sandbox.folder, sandbox.node_ports[0], sandbox.node_ports[-1]
-    count = len(sandbox.nodes)
-    names = f"n[1-{count}]" if count > 1 else "n1"
-    ports = f"[{first}-{last}]" if count > 1 else str(first)
-    signal = "SlurmctldParameters=preempt_send_user_signal\n" if sandbox.user_signal else ""
-    mail = shutil.which("true") or "/bin/true"
+    folder, port, count = sandbox.folder, sandbox.port, sandbox.node_count
+    signal = "SlurmctldParameters=preempt_send_user_signal" if sandbox.user_signal else ""
     return f"""\
 ClusterName={sandbox.cluster}
-SlurmctldHost=localhost({sandbox.address})
-SlurmctldPort={sandbox.control_port}
-SlurmUser={user}
-SlurmdUser={user}
+SlurmctldHost=localhost({LOOPBACK})
+SlurmctldPort={port}
+SlurmUser={os.getuid()}
+SlurmdUser={os.getuid()}
 AuthType=auth/none
 CredType=cred/none
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
@@ -210,7 +153,7 @@ SlurmdLogFile={folder}/log/%n.log
 SlurmdSpoolDir={sandbox.spool}/%n
 StateSaveLocation={folder}/state
 PlugStackConfig={folder}/plugstack.conf
-MailProg={mail}
+MailProg=/bin/true
 
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
@@ -241,16 +184,9 @@ MinJobAge=3600
 MaxJobCount=20000
 MaxArraySize=1001
 
-NodeName={names} NodeHostname=localhost NodeAddr={sandbox.address} Port={ports} \
+NodeName=n[1-{count}] NodeHostname=localhost NodeAddr={LOOPBACK} Port=[{port + 1}-{port + count}] \
 CPUs={sandbox.cpus} RealMemory=8000
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1 \
 PreemptMode=REQUEUE GraceTime={sandbox.grace_seconds}
 PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
-
-
-def launch_line(sandbox: Sandbox, *command: str) -> list[str]:
-    """The command as it must be started: in a namespace where the machine's name needs one."""
-    if not sandbox.own_host_name:
-        return list(command)
-    return [sys.executable, str(Path(__file__).with_name("hostname.py")), *command]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -28,9 +29,7 @@ def enter(name: str = "localhost") -> None:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    encoded = name.encode()
-    if libc.sethostname(encoded, len(encoded)) != 0:
-        raise OSError(ctypes.get_errno(), "no host name")
+    socket.sethostname(name)
 
 
 if __name__ == "__main__":
@@ -39,5 +38,4 @@ if __name__ == "__main__":
     except OSError as error:
         print(error, file=sys.stderr)
         sys.exit(REFUSED)
-    if len(sys.argv) > 1:
-        os.execvp(sys.argv[1], sys.argv[1:])
+    os.execvp(sys.argv[1], sys.argv[1:])

@@ -10,20 +10,20 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from tools.sandbox.config import Sandbox
+from tools.sandbox.config import DAEMONS, Sandbox
 
-PROGRAMS = ("slurmctld", "slurmd", "slurmstepd")
+if TYPE_CHECKING:
+    import psutil
+
 CONTROL = "slurmctld"
-DAEMONS = ("slurmctld", "slurmd")
 
 
-@dataclass(frozen=True)
-class Owned:
+class Owned(NamedTuple):
     """A process of the sandbox."""
 
     pid: int
@@ -33,23 +33,28 @@ class Owned:
 
 def owned(sandbox: Sandbox) -> list[Owned]:
     """All living processes of the sandbox; zombies are dead."""
-    parents: dict[int, int] = {}
+    import psutil  # here: the other verbs of the command need none of it
+
+    children: dict[int, list[int]] = defaultdict(list)
     found: dict[int, Owned] = {}
-    for pid in _pids():
-        parent = _parent(pid)
-        if parent is None:
-            continue
-        parents[pid] = parent
-        process = _daemon(pid, sandbox) or _task(pid, sandbox)
-        if process is not None:
-            found[pid] = process
-    for pid in list(parents):
-        ancestor = _first_owned(pid, parents, found)
-        # What slurmd starts and holds no log yet is a step daemon on its way.
-        if ancestor is not None and pid not in found:
-            found[pid] = Owned(pid, "task", ancestor.node)
+    for pid in psutil.pids():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            process = psutil.Process(pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            children[process.ppid()].append(pid)
+            its = _daemon(process, sandbox) or _task(process, sandbox)
+            if its is not None:
+                found[pid] = its
+    mine = list(found.values())
+    for parent in mine:  # grows meanwhile
+        for pid in children[parent.pid]:
+            if pid not in found:
+                # What slurmd starts and holds no log yet is a step daemon on its way.
+                found[pid] = Owned(pid, "task", parent.node)
+                mine.append(found[pid])
     found.pop(os.getpid(), None)
-    return sorted(found.values(), key=lambda process: process.pid)
+    return sorted(found.values())
 
 
 def end(
@@ -64,19 +69,18 @@ def end(
     quiet = 0
     while quiet < 3:  # a process forked during one look shows in the next
         left = [
-            process
+            process.pid
             for process in owned(sandbox)
             if (node is None or process.node == node) and (not kinds or process.kind in kinds)
         ]
         quiet = 0 if left else quiet + 1
-        for process in left:
+        for pid in left:
             with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-            ended.add(process.pid)
+                os.kill(pid, signal.SIGKILL)
+        ended.update(left)
         if left and time.monotonic() > deadline:
-            raise TimeoutError(f"still alive after SIGKILL: {', '.join(str(p.pid) for p in left)}")
+            raise TimeoutError(f"still alive after SIGKILL: {', '.join(map(str, left))}")
         time.sleep(0.02)
-        _reap(ended)
     return len(ended)
 
 
@@ -85,61 +89,20 @@ def control_is_alive(sandbox: Sandbox) -> bool:
     return any(process.kind == CONTROL for process in owned(sandbox))
 
 
-def _reap(pids: set[int]) -> None:
-    """Take the exit of those that are this process's own children, so that they do not stay as zombies."""
-    for pid in pids:
-        with suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-
-
-def _pids() -> Iterator[int]:
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            yield int(name)
-
-
-def _parent(pid: int) -> int | None:
-    """The parent's pid; None for a process that is gone or a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    state, parent = text.rpartition(")")[2].split()[:2]
-    return None if state in "ZX" else int(parent)
-
-
-def _daemon(pid: int, sandbox: Sandbox) -> Owned | None:
-    try:
-        program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
-        kind = next(
-            (name for name in sorted(PROGRAMS, key=len, reverse=True) if program.startswith(name)), None
-        )
-        if kind is None:
-            return None
-        for descriptor in os.listdir(f"/proc/{pid}/fd"):
-            held = Path(os.readlink(f"/proc/{pid}/fd/{descriptor}").removesuffix(" (deleted)"))
-            if held.parent == sandbox.logs:
-                return Owned(pid, kind, held.stem)
-    except OSError:
-        return None
+def _daemon(process: psutil.Process, sandbox: Sandbox) -> Owned | None:
+    program = Path(process.exe()).name  # slurmd, slurmd-wlm, …
+    for kind in (*DAEMONS, "slurmstepd"):
+        if program.startswith(kind):
+            logs = [Path(file.path) for file in process.open_files()]
+            return next(
+                (Owned(process.pid, kind, log.stem) for log in logs if log.parent == sandbox.logs), None
+            )
     return None
 
 
-def _task(pid: int, sandbox: Sandbox) -> Owned | None:
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
+def _task(process: psutil.Process, sandbox: Sandbox) -> Owned | None:
+    carried = process.environ()
+    node = carried.get("SLURMD_NODENAME")
+    if carried.get("SLURM_CLUSTER_NAME") != sandbox.cluster or node not in sandbox.nodes:
         return None
-    if f"SLURM_CLUSTER_NAME={sandbox.cluster}".encode() not in environment:
-        return None
-    mark = b"SLURMD_NODENAME="
-    node = next((entry[len(mark) :].decode() for entry in environment if entry.startswith(mark)), None)
-    return Owned(pid, "task", node) if node in sandbox.nodes else None
-
-
-def _first_owned(pid: int, parents: dict[int, int], found: dict[int, Owned]) -> Owned | None:
-    while pid in parents:
-        if pid in found:
-            return found[pid]
-        pid = parents[pid]
-    return None
+    return Owned(process.pid, "task", node)

@@ -8,19 +8,29 @@ preemptible) and `high`, whose jobs evict those of `low`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipcluster.errors import UserError
-from tools.sandbox import processes
-from tools.sandbox.config import Sandbox, find_programs, launch_line, plan, slurm_conf
-from tools.sandbox.hostname import REFUSED
+from tools.sandbox import hostname, processes
+from tools.sandbox.config import (
+    DAEMONS,
+    LOOPBACK,
+    Sandbox,
+    find_programs,
+    free_ports,
+    listens_on_loopback,
+    slurm_conf,
+    spool_of,
+)
 from tools.slurm import Node, QueuedJob, SlurmRefused, SlurmUnavailable
 
 POLL_SECONDS = 0.1
@@ -58,13 +68,17 @@ def start(
     programs = find_programs()
     folder = Path(os.path.realpath(folder))
     _clear(folder)
-    sandbox = plan(
-        folder,
-        nodes=nodes,
+    sandbox = Sandbox(
+        folder=folder,
+        node_count=nodes,
         cpus=cpus,
         grace_seconds=grace_seconds,
         kill_wait_seconds=kill_wait_seconds,
         user_signal=user_signal,
+        cluster=f"sandbox_{os.urandom(6).hex()}",
+        port=free_ports(nodes + 1),
+        spool=spool_of(folder),
+        own_host_name=not listens_on_loopback(),
     )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     sandbox.write()
@@ -80,7 +94,9 @@ def start(
         _await(lambda: _listens(sandbox), sandbox, (processes.CONTROL,), deadline)
         for node in sandbox.nodes:
             _launch(sandbox, programs["slurmd"], "-N", node)
-        _await(lambda: _all_idle(sandbox), sandbox, (processes.CONTROL, *sandbox.nodes), deadline)
+        _await(
+            lambda: _usable(sandbox, sandbox.nodes), sandbox, (processes.CONTROL, *sandbox.nodes), deadline
+        )
     except BaseException:
         stop(folder, patience=0)
         raise
@@ -138,29 +154,37 @@ def kill_node(folder: Path, node: str) -> int:
 
     SLURM notices after about 25 s, as it does when a machine loses its power.
     """
-    sandbox = find(folder)
-    return processes.end(sandbox, node=_known(sandbox, node))
+    return processes.end(_with_node(folder, node), node=node)
 
 
 def lose_node(folder: Path, node: str) -> int:
     """SIGKILL a node's slurmd alone: to SLURM the node is gone after about 25 s, its ranks keep running."""
-    sandbox = find(folder)
-    return processes.end(sandbox, node=_known(sandbox, node), kinds=("slurmd",))
+    return processes.end(_with_node(folder, node), node=node, kinds=("slurmd",))
 
 
 def restore_node(folder: Path, node: str, *, seconds: float = 60) -> None:
     """Start a lost node's slurmd again and wait until SLURM can use it; nothing if it runs."""
-    sandbox = find(folder)
-    _known(sandbox, node)
-    running = [p for p in processes.owned(sandbox) if p.kind == "slurmd" and p.node == node]
-    if not running:
+    sandbox = _with_node(folder, node)
+    if not any(p.kind == "slurmd" and p.node == node for p in processes.owned(sandbox)):
         _launch(sandbox, find_programs()["slurmd"], "-N", node)
-    deadline = time.monotonic() + seconds
-    _await(lambda: _usable(sandbox, node), sandbox, (node,), deadline)
+    _await(lambda: _usable(sandbox, [node]), sandbox, (node,), time.monotonic() + seconds)
+
+
+def _with_node(folder: Path, node: str) -> Sandbox:
+    """The sandbox of this folder; UserError if there is none, or it has no such node."""
+    sandbox = find(folder)
+    if node not in sandbox.nodes:
+        raise UserError(f"no node {node} in the sandbox; it has {', '.join(sandbox.nodes)}")
+    return sandbox
 
 
 def _clear(folder: Path) -> None:
-    """Refuse a folder that is in use; remove what a sandbox that was killed has left."""
+    """Refuse a folder that is in use or misnamed; remove what a sandbox that was killed has left."""
+    if not re.fullmatch(r"[\w./+-]+", str(folder), re.ASCII):
+        raise UserError(
+            f"the sandbox folder {folder} has characters that SLURM's files cannot hold; "
+            "give a folder of plain letters, digits and . _ - +"
+        )
     old = Sandbox.read(folder)
     if old is not None:
         if processes.control_is_alive(old):
@@ -179,7 +203,9 @@ def _clear(folder: Path) -> None:
 def _launch(sandbox: Sandbox, program: str, *arguments: str) -> None:
     """Start a daemon, which puts itself into the background; raises UserError if it refuses at once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-    line = launch_line(sandbox, program, "-f", str(sandbox.conf), *arguments)
+    line = [program, "-f", str(sandbox.conf), *arguments]
+    if sandbox.own_host_name:
+        line = [sys.executable, hostname.__file__, *line]
     output = sandbox.logs / f"{Path(program).name}.out"
     with output.open("ab") as stream:
         done = subprocess.run(
@@ -192,12 +218,12 @@ def _launch(sandbox: Sandbox, program: str, *arguments: str) -> None:
             start_new_session=True,
             timeout=60,
         )
-    if sandbox.own_host_name and done.returncode == REFUSED:
+    if sandbox.own_host_name and done.returncode == hostname.REFUSED:
         name = socket.gethostname()
         raise UserError(
-            f"this machine's name {name} does not resolve to {sandbox.address}, so SLURM would listen on the "
+            f"this machine's name {name} does not resolve to {LOOPBACK}, so SLURM would listen on the "
             "network without authentication, and the system allows no host name of its own to the sandbox. "
-            f"Make {name} resolve to {sandbox.address}: a first line `{sandbox.address} {name}` "
+            f"Make {name} resolve to {LOOPBACK}: a first line `{LOOPBACK} {name}` "
             "in /etc/hosts, or, for a container, `--hostname localhost`"
         )
     if done.returncode != 0:
@@ -209,7 +235,7 @@ def _await(ready: Callable[[], bool], sandbox: Sandbox, launched: tuple[str, ...
     missing_since: dict[str, float] = {}
     while not ready():
         now = time.monotonic()
-        alive = {p.node for p in processes.owned(sandbox) if p.kind in processes.DAEMONS}
+        alive = {p.node for p in processes.owned(sandbox) if p.kind in DAEMONS}
         missing_since = {name: missing_since.get(name, now) for name in launched if name not in alive}
         gone = [name for name, since in missing_since.items() if now - since > APPEAR_SECONDS]
         if gone:
@@ -235,22 +261,17 @@ def _with_logs(sandbox: Sandbox, what: str) -> str:
 def _listens(sandbox: Sandbox) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
-        return probe.connect_ex((sandbox.address, sandbox.control_port)) == 0
+        return probe.connect_ex((LOOPBACK, sandbox.port)) == 0
 
 
-def _all_idle(sandbox: Sandbox) -> bool:
+def _usable(sandbox: Sandbox, nodes: Sequence[str]) -> bool:
+    """Whether SLURM can start jobs on these nodes."""
     try:
-        nodes = sandbox.slurm.nodes()
+        known = sandbox.slurm.nodes()
     except (SlurmUnavailable, SlurmRefused):
         return False
-    return len(nodes) == len(sandbox.nodes) and all(n.state == "idle" and n.responding for n in nodes)
-
-
-def _usable(sandbox: Sandbox, node: str) -> bool:
-    return any(
-        found.name == node and found.responding and found.state in ("idle", "mixed", "allocated")
-        for found in sandbox.slurm.nodes()
-    )
+    states = ("idle", "mixed", "allocated")
+    return set(nodes) <= {node.name for node in known if node.responding and node.state in states}
 
 
 def _cancel_everything(sandbox: Sandbox, patience: float) -> None:
@@ -262,9 +283,3 @@ def _cancel_everything(sandbox: Sandbox, patience: float) -> None:
             # A job that requeued itself while it ended is back in the queue.
             slurm.cancel([job.job_id for job in left if job.state != "COMPLETING"])
             time.sleep(POLL_SECONDS)
-
-
-def _known(sandbox: Sandbox, node: str) -> str:
-    if node not in sandbox.nodes:
-        raise UserError(f"no node {node} in the sandbox; it has {', '.join(sandbox.nodes)}")
-    return node
