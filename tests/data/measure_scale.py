@@ -29,7 +29,7 @@ import numpy as np
 from clipcluster.data.shards.columns import MAGIC
 from clipcluster.data.shards.folder_index import COLUMNS_FILE, write_folder_index
 from clipcluster.data.shards.indexing import index_shard, write_entry
-from clipcluster.data.shards.shard_index import FORMAT, caption_column
+from clipcluster.data.shards.shard_index import FORMAT
 from clipcluster.data.shards.tar import END, header, padded, scan
 
 SHARDS, PER_SHARD = 1_280_000, 10_000
@@ -61,7 +61,7 @@ def table_of(folder: Path, shards: int, per_shard: int) -> None:
             "more_than/default": np.full((1, shards), per_shard, np.int32),
         }.items()
     }
-    columns[caption_column("captions", "default")] = ("|u1", [shards * per_shard], b"")
+    columns["captions/default"] = ("|u1", [shards * per_shard], b"")
     at, layout = 0, {}
     for name, (dtype, shape, _) in columns.items():
         layout[name] = {"dtype": dtype, "shape": shape, "offset": at}

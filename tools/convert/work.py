@@ -249,13 +249,15 @@ def _captions(
     """
     if "json" in members:
         if "json" in foreign:
-            count = len(captions.from_json(members["json"], captions.DEFAULT))
+            content = captions.parsed(captions.JSON, members["json"])
+            count = len(captions.texts(captions.JSON, content, captions.DEFAULT))
         else:
             count = sum(1 for text in texts if text.strip())
         if count:
             return captions.JSON, "json", count
     if "txt" in members:
-        count = len(captions.from_txt(members["txt"], captions.DEFAULT))
+        content = captions.parsed(captions.TXT, members["txt"])
+        count = len(captions.texts(captions.TXT, content, captions.DEFAULT))
         if count:
             return captions.TXT, "txt", count
     return captions.NO_TEXT, None, 0

@@ -134,7 +134,7 @@ def _shard_fault(
             f"changed since it was indexed: sha256 is {digest}, was {shards.sha256(number)}",
             False,
         )
-    _, columns, broken = shard_index.scan_shard(path, choices)
+    columns, _, _, broken = shard_index.scan_shard(path, choices)
     if digest != meta["sha256"] or any(
         name not in rows or not np.array_equal(rows[name], column) for name, column in columns.items()
     ):

@@ -43,46 +43,25 @@ def members_of(choice: str) -> tuple[tuple[int, str], ...]:
     return ((JSON, "json"), (TXT, "txt")) if field is None else ((JSON, field[0]),)
 
 
-def texts(kind: int, data: bytes, choice: str) -> list[str]:
-    """The captions in a member of this kind (JSON or TXT)."""
-    return from_json(data, choice) if kind == JSON else from_txt(data, choice)
-
-
-def from_json(data: bytes, choice: str) -> list[str]:
-    """The captions in a JSON member; none if it is unreadable or has none."""
-    return from_record(record_of(data), choice)
-
-
-def record_of(data: bytes) -> Any:
-    """A JSON member parsed; None if it cannot be."""
+def parsed(kind: int, data: bytes) -> Any:
+    """What a member of this kind says: JSON parsed, txt as text; None if it cannot be read."""
     try:
-        return json.loads(data)
+        return json.loads(data) if kind == JSON else data.decode("utf-8")
     except (ValueError, RecursionError):
         return None
 
 
-def from_record(record: Any, choice: str) -> list[str]:
-    """The captions in a parsed JSON member."""
+def texts(kind: int, content: Any, choice: str) -> list[str]:
+    """The captions in a member of this kind, which is `parsed`."""
     field = field_of(choice)
-    if field is None:
-        value = record.get("captions") if isinstance(record, dict) else None
+    if kind == TXT:
+        found = (content or "").splitlines() if choice == LINES else [content]
+    elif field is None:
+        found = content.get("captions") if isinstance(content, dict) else None
     else:
-        value = _inside(record, field[1])
-        if isinstance(value, str):
-            value = [value]
-    return [text for text in value if _is_caption(text)] if isinstance(value, list) else []
-
-
-def from_txt(data: bytes, choice: str) -> list[str]:
-    """The captions in a txt member; none if its bytes are not UTF-8."""
-    if field_of(choice) is not None:
-        return []
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return []
-    pieces = text.splitlines() if choice == LINES else [text]
-    return [piece for piece in pieces if piece.strip()]
+        found = _inside(content, field[1])
+        found = [found] if isinstance(found, str) else found
+    return [text for text in found if _is_caption(text)] if isinstance(found, list) else []
 
 
 def _inside(record: Any, field: str) -> Any:

@@ -132,7 +132,8 @@ class Dataset(Metadata):
         for choice in self._choices_at(shard):
             kind = opened.columns[f"text_kind/{choice}"].item(row)
             if kind != captions.NO_TEXT:
-                texts = captions.texts(kind, read_at(opened.fd, *opened.text(row, choice)), choice)
+                data = read_at(opened.fd, *opened.text(row, choice))
+                texts = captions.texts(kind, captions.parsed(kind, data), choice)
                 if len(texts) != opened.columns[f"captions/{choice}"].item(row):
                     raise self._changed(shard)
                 found += texts

@@ -35,7 +35,7 @@ from clipcluster.data.shards.columns import (
     write_columns,
 )
 from clipcluster.data.shards.find import find_shards
-from clipcluster.data.shards.shard_index import FORMAT, caption_column, read_shard_index, shard_index_path
+from clipcluster.data.shards.shard_index import FORMAT, read_shard_index, shard_index_path
 from clipcluster.data.shards.shard_list import ENTRIES_FILE, ShardEntry, plain
 from clipcluster.data.storage.urls import RemoteFolder
 from clipcluster.errors import UserError
@@ -84,7 +84,7 @@ def _of_samples(
         arrays = _rows_of(target, entry)
         classes = classes or bool((arrays["class"] >= 0).any())
         for choice in choices:
-            more[choice].append(_more_than(arrays[caption_column("captions", choice)]))
+            more[choice].append(_more_than(arrays[f"captions/{choice}"]))
     samples = sum(entry.samples for entry in entries)
 
     def stream(name: str, dtype: type) -> Stream:
@@ -98,9 +98,7 @@ def _of_samples(
         for number, row in enumerate(rows):
             table[: len(row), number] = row
         columns[f"more_than/{choice}"] = table
-        columns[caption_column("captions", choice)] = stream(
-            caption_column("captions", choice), np.uint8 if depth < 256 else np.int32
-        )
+        columns[f"captions/{choice}"] = stream(f"captions/{choice}", np.uint8 if depth < 256 else np.int32)
     return columns
 
 
@@ -197,7 +195,7 @@ def _expected(meta: dict[str, Any]) -> Expected:
         "names": (("|u1",), (None,)),
     }
     for choice in meta["captions"]:
-        expected[caption_column("captions", choice)] = (("|u1", "<i4"), (meta["samples"],))
+        expected[f"captions/{choice}"] = (("|u1", "<i4"), (meta["samples"],))
         expected[f"more_than/{choice}"] = (("<i4",), (None, None))
     return expected
 

@@ -3,7 +3,8 @@
 What is known already is taken over: a shard of the same size and mtime is not hashed again.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import repeat
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from clipcluster.data.shards.find import find_shards
 from clipcluster.data.shards.folder_index import write_folder_index
 from clipcluster.data.shards.shard_index import (
     CAPTION_COLUMNS,
-    caption_column,
     read_shard_index,
     scan_shard,
     shard_index_path,
@@ -72,38 +72,28 @@ def _index_all(
     progress: Callable[[int, int], None] | None,
 ) -> list[ShardEntry]:
     done: dict[str, ShardEntry] = {}
-    digests: dict[str, str] = {}
+    todo: dict[Path, str | None] = {}  # and the hashes that are known
     for path in shards:
-        entry = known.get(path.name)
-        state = path.stat()
+        entry, state = known.get(path.name), path.stat()
         if entry is None or (state.st_size, state.st_mtime_ns) != (entry.bytes, entry.mtime_ns):
-            continue
-        digests[path.name] = entry.sha256
-        if _has_rows(target, entry, choices):
+            todo[path] = None
+        elif _has_rows(target, entry, choices):
             done[path.name] = entry
-    todo = [path for path in shards if path.name not in done]
-    for count, (path, made) in enumerate(
-        zip(todo, _run(todo, target, choices, digests, workers), strict=True), len(done) + 1
-    ):
-        done[path.name] = made
-        if progress is not None:
-            progress(count, len(shards))
+        else:
+            todo[path] = entry.sha256
+    with ExitStack() as stack:
+        run: Callable[..., Iterable[ShardEntry]] = map
+        if workers > 1 and len(todo) > 1:
+            from concurrent.futures import ProcessPoolExecutor  # here: 3 MB that no loader worker needs
+            from multiprocessing import get_context
+
+            pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"))
+            run = stack.enter_context(pool).map
+        for entry in run(index_shard, todo, repeat(target), repeat(choices), todo.values()):
+            done[entry.name] = entry
+            if progress is not None:
+                progress(len(done), len(shards))
     return [done[path.name] for path in shards]
-
-
-def _run(
-    todo: Sequence[Path], target: Path, choices: tuple[str, ...], digests: Mapping[str, str], workers: int
-) -> Iterator[ShardEntry]:
-    known = [digests.get(path.name) for path in todo]
-    if workers <= 1 or len(todo) < 2:
-        return map(index_shard, todo, repeat(target), repeat(choices), known)
-    from concurrent.futures import ProcessPoolExecutor  # here: 3 MB that no loader worker needs
-    from multiprocessing import get_context
-
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"))
-    results = pool.map(index_shard, todo, repeat(target), repeat(choices), known)
-    pool.shutdown(wait=False)
-    return results
 
 
 def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool:
@@ -124,16 +114,14 @@ def index_shard(path: Path, index: Path, choices: tuple[str, ...], digest: str |
     With `digest`, its known sha256, it is not hashed. UserError: it changed meanwhile, or is compressed.
     """
     before = path.stat()
-    rows, columns, broken = scan_shard(path, choices)
+    scanned = scan_shard(path, choices)
     digest = digest or file_sha256(path)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UserError(
             f"{path} changed while it was being indexed; wait until it is written, then index again"
         )
-    return write_entry(
-        path, index, rows.choices, digest, columns, rows.without_image, rows.duplicates, broken
-    )
+    return write_entry(path, index, choices, digest, *scanned)
 
 
 def write_entry(
@@ -152,12 +140,12 @@ def write_entry(
     (`captions` for `captions/CHOICE`). ValueError where one is missing or has another length.
     """
     named = {
-        caption_column(name, choices[0]) if name in CAPTION_COLUMNS else name: np.asarray(values)
+        f"{name}/{choices[0]}" if name in CAPTION_COLUMNS else name: np.asarray(values)
         for name, values in columns.items()
     }
     write_shard_index(shard_index_path(index, path.name), path.name, digest, choices, named)
     state = path.stat()
-    counts = {choice: named[caption_column("captions", choice)] for choice in choices}
+    counts = {choice: named[f"captions/{choice}"] for choice in choices}
     return ShardEntry(
         name=path.name,
         samples=len(named["offset"]),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from clipcluster.data.shards import folder_index, shard_index, texts
+from clipcluster.data.shards import folder_index, texts
 from clipcluster.data.storage.urls import RemoteFile, RemoteFolder
 
 _SCAN = 1 << 20  # samples looked at together
@@ -144,7 +144,7 @@ class Metadata:
             CaptionField(
                 choices[0],
                 probability,
-                self._of_samples([shard_index.caption_column("captions", choice) for choice in choices]),
+                self._of_samples([f"captions/{choice}" for choice in choices]),
             )
             for choices, probability in zip(zip(*by_folder, strict=True), self.probabilities, strict=True)
         )
@@ -182,7 +182,7 @@ class Metadata:
     def more_than_of(self, field: int) -> np.ndarray:
         """Samples of each shard with more than c captions of one field, (C, n_shards)."""
         choices = [self._choices_of(folder)[field] for folder in range(len(self.folders))]
-        tables = self._of_shards([shard_index.caption_column("more_than", choice) for choice in choices])
+        tables = self._of_shards([f"more_than/{choice}" for choice in choices])
         if len(tables) == 1:
             return tables[0]
         depth = max(map(len, tables))

@@ -5,17 +5,15 @@ bytes), `class` (int32, -1: none). For each choice of captions, named `NAME/CHOI
 `text_size` (int64, bytes), `text_kind` (uint8: NO_TEXT, JSON or TXT), `captions` (their number).
 """
 
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from clipcluster.data.shards import captions
-from clipcluster.data.shards.captions import JSON, NO_TEXT
 from clipcluster.data.shards.columns import BrokenColumns, Columns, Expected, read_columns, write_columns
 from clipcluster.data.shards.tar import BLOCK, NO_BYTES, BrokenTar, Member, compression, read_at, scan
 from clipcluster.errors import UserError
@@ -36,16 +34,11 @@ _LARGEST_TEXT = 64 << 20  # bytes of a member that is looked into for captions
 _ABOUT_THE_TAR = re.compile(r"(^|/)__[^/]*__($|/)")
 
 
-def caption_column(name: str, choice: str) -> str:
-    """What one of the columns of captions is called for a choice."""
-    return f"{name}/{choice}"
-
-
-def _column_types(choices: Sequence[str]) -> dict[str, Any]:
+def column_types(choices: Sequence[str]) -> dict[str, Any]:
     """The columns of a shard's index, and the dtype of each; of captions' numbers uint8 where they fit."""
     types: dict[str, Any] = dict(SAMPLE_COLUMNS)
     for choice in choices:
-        types |= {caption_column(name, choice): dtype for name, dtype in CAPTION_COLUMNS.items()}
+        types |= {f"{name}/{choice}": dtype for name, dtype in CAPTION_COLUMNS.items()}
     return types
 
 
@@ -83,78 +76,82 @@ def samples(fd: int, start: int = 0) -> Iterator[tuple[str, dict[str, Member]]]:
         raise broken
 
 
-class ShardIndexBuilder:
-    """Builds the index of one shard from its samples, given in tar order; `read` returns a member's bytes.
+class Scanned(NamedTuple):
+    """The index of one shard: its columns, each (samples,), and what is no sample of it.
 
-    The first sample of a key is used. `without_image` counts the samples without an image, `duplicates` those
-    of a key that was used before: samples, these and those are all there are.
+    `without_image` counts the samples without an image, `duplicates` those of a key that was used before:
+    samples, these and those are all there are. `broken` is why the tar ends early, or None.
     """
 
-    def __init__(self, choices: tuple[str, ...], read: Callable[[Member], bytes]) -> None:
-        self.choices = choices
-        self.without_image = 0
-        self.duplicates = 0
-        self._read = read
-        self._places = [(choice, captions.members_of(choice)) for choice in self.choices]
-        self._rows: list[tuple[int, ...]] = []
-        self._keys: set[str] = set()
+    columns: dict[str, np.ndarray]
+    without_image: int
+    duplicates: int
+    broken: str | None
 
-    def add(self, key: str, members: Mapping[str, Member]) -> None:
-        """Adds the next sample; small members are read."""
-        image = first = None
-        for extension, member in members.items():
-            if member.size != NO_BYTES:
-                first = first or member
-                if extension in IMAGE_EXTENSIONS:
-                    image = member
-                    break
-        if key in self._keys:
-            self.duplicates += 1
-        elif image is None or first is None:
-            self.without_image += 1
-        else:
-            self._keys.add(key)
-            self._rows.append(
-                (first.start, image.offset, image.size, self._class(members), *self._texts(members))
-            )
 
-    def finish(self) -> dict[str, np.ndarray]:
-        """The columns, each (samples,)."""
-        types = _column_types(self.choices)
-        values = zip(*self._rows, strict=True) if self._rows else repeat((), len(types))
-        return {
-            name: np.array(numbers, dtype)
-            for (name, dtype), numbers in zip(types.items(), values, strict=True)
-        }
+def scan_shard(path: Path, choices: Sequence[str]) -> Scanned:
+    """Indexes a tar: its headers, and its small members. UserError: it is compressed."""
+    rows: list[tuple[int, ...]] = []
+    keys: set[str] = set()
+    without_image, duplicates, broken = 0, 0, None
+    with open(path, "rb") as file:
+        fd = file.fileno()
+        try:
+            for key, members in samples(fd):
+                readable = [name for name, member in members.items() if member.size != NO_BYTES]
+                image = next((members[name] for name in readable if name in IMAGE_EXTENSIONS), None)
+                if key in keys:
+                    duplicates += 1
+                elif image is None:
+                    without_image += 1
+                else:
+                    keys.add(key)
+                    texts = _texts(fd, members, choices)
+                    start = members[readable[0]].start
+                    rows.append((start, image.offset, image.size, _class(fd, members), *texts))
+        except BrokenTar as error:
+            broken = str(error)
+        packed = compression(fd) if broken and not rows else None
+    if packed:
+        raise UserError(
+            f"{path} is compressed with {packed}, whatever its name says, and cannot be read by offset; "
+            "unpack it to a plain .tar first"
+        )
+    types = column_types(choices)
+    values = zip(*rows, strict=True) if rows else repeat((), len(types))
+    columns = {
+        name: np.array(numbers, dtype) for (name, dtype), numbers in zip(types.items(), values, strict=True)
+    }
+    return Scanned(columns, without_image, duplicates, broken)
 
-    def _texts(self, members: Mapping[str, Member]) -> list[int]:
-        """Offset, size, kind and number of the captions, for each choice in turn."""
-        found: list[int] = []
-        parsed: dict[str, Any] = {}
-        for choice, places in self._places:
-            row = (0, 0, NO_TEXT, 0)
-            for kind, extension in places:
-                member = members.get(extension)
-                if member is None or not NO_BYTES < member.size <= _LARGEST_TEXT:
-                    continue
-                if extension not in parsed:
-                    data = self._read(member)
-                    parsed[extension] = captions.record_of(data) if kind == JSON else data
-                take = captions.from_record if kind == JSON else captions.from_txt
-                count = len(take(parsed[extension], choice))
-                if count:
-                    row = (member.offset, member.size, kind, count)
-                    break
-            found += row
-        return found
 
-    def _class(self, members: Mapping[str, Member]) -> int:
-        """The decimal number in `cls`, or -1."""
-        member = members.get("cls")
-        if member is None or not NO_BYTES < member.size <= BLOCK:
-            return -1
-        text = self._read(member).strip()
-        return int(text) if text.isdigit() and len(text) < 10 else -1
+def _texts(fd: int, members: Mapping[str, Member], choices: Sequence[str]) -> list[int]:
+    """Offset, size, kind and number of the captions, for each choice in turn."""
+    found: list[int] = []
+    parsed: dict[str, Any] = {}
+    for choice in choices:
+        row = (0, 0, captions.NO_TEXT, 0)
+        for kind, extension in captions.members_of(choice):
+            member = members.get(extension)
+            if member is None or not NO_BYTES < member.size <= _LARGEST_TEXT:
+                continue
+            if extension not in parsed:
+                parsed[extension] = captions.parsed(kind, read_at(fd, member.offset, member.size))
+            count = len(captions.texts(kind, parsed[extension], choice))
+            if count:
+                row = (member.offset, member.size, kind, count)
+                break
+        found += row
+    return found
+
+
+def _class(fd: int, members: Mapping[str, Member]) -> int:
+    """The decimal number in `cls`, or -1."""
+    member = members.get("cls")
+    if member is None or not NO_BYTES < member.size <= BLOCK:
+        return -1
+    text = read_at(fd, member.offset, member.size).strip()
+    return int(text) if text.isdigit() and len(text) < 10 else -1
 
 
 def shard_index_path(folder: Path, shard: str) -> Path:
@@ -179,33 +176,8 @@ def _expected(meta: dict[str, Any]) -> Expected:
         raise ValueError(f"format {meta['format']!r}, not {FORMAT}")
     return {
         name: ((np.dtype(dtype).str, *(("|u1",) if name.startswith("captions/") else ())), (None,))
-        for name, dtype in _column_types(choices).items()
+        for name, dtype in column_types(choices).items()
     }
-
-
-def scan_shard(
-    path: Path, choices: tuple[str, ...]
-) -> tuple[ShardIndexBuilder, dict[str, np.ndarray], str | None]:
-    """The index of a tar, its columns, and why the tar is broken, or None. UserError: it is compressed."""
-    broken = None
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        rows = ShardIndexBuilder(choices, lambda member: read_at(fd, member.offset, member.size))
-        try:
-            for key, members in samples(fd):
-                rows.add(key, members)
-        except BrokenTar as error:
-            broken = str(error)
-        columns = rows.finish()
-        packed = compression(fd) if broken and not len(columns["offset"]) else None
-        if packed:
-            raise UserError(
-                f"{path} is compressed with {packed}, whatever its name says, and cannot be read by offset; "
-                "unpack it to a plain .tar first"
-            )
-        return rows, columns, broken
-    finally:
-        os.close(fd)
 
 
 def write_shard_index(
@@ -215,7 +187,7 @@ def write_shard_index(
 
     ValueError where a column is missing, unknown or of another length.
     """
-    types = _column_types(choices)
+    types = column_types(choices)
     if set(columns) != set(types) or len({len(values) for values in columns.values()}) > 1:
         raise ValueError(f"the columns of a shard are {', '.join(types)}, all of one length")
     ready = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}

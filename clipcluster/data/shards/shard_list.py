@@ -15,6 +15,7 @@ from clipcluster.errors import UserError
 ENTRIES_FILE = "index.json"
 
 _LARGEST = (1 << 63) - 1
+_NAME = re.compile(r"[^/\0]+")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -91,16 +92,12 @@ def read_list(target: Path) -> tuple[tuple[str, ...], dict[str, ShardEntry]]:
     """
     try:
         document = json.loads((target / ENTRIES_FILE).read_text(encoding="utf-8"))
-        if document["format"] == 1:
-            choices = [document["captions_choice"]]
-            entries = [
-                entry_of({**entry, "captions": {}, "without_caption": {}}) for entry in document["shards"]
-            ]
-        elif document["format"] == FORMAT:
-            choices = list(document["captions"])
-            entries = [entry_of(entry) for entry in document["shards"]]
-        else:
+        old = document["format"] == 1
+        if not old and document["format"] != FORMAT:
             return (), {}
+        choices = [document["captions_choice"]] if old else document["captions"]
+        counted: dict[str, Any] = {"captions": {}, "without_caption": {}} if old else {}
+        entries = [entry_of({**entry, **counted}) for entry in document["shards"]]
         return tuple(map(captions.check_choice, choices)), {entry.name: entry for entry in entries}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return (), {}
@@ -109,20 +106,15 @@ def read_list(target: Path) -> tuple[tuple[str, ...], dict[str, ShardEntry]]:
 def entry_of(document: Any) -> ShardEntry:
     """A shard's entry as it was written to JSON, by whomever. ValueError or TypeError if it is none."""
     entry = ShardEntry(**document)
-    numbers = (entry.samples, entry.bytes, entry.without_image, entry.duplicates)
-    by_choice = (entry.captions, entry.without_caption)
+    counts = [entry.samples, entry.bytes, entry.without_image, entry.duplicates]
+    counts += [*{**entry.captions}.values(), *{**entry.without_caption}.values()]
     if (
-        type(entry.name) is not str
-        or not entry.name
-        or set(entry.name) & {"/", "\0"}
-        or type(entry.sha256) is not str
+        not _NAME.fullmatch(entry.name)
         or not _SHA256.fullmatch(entry.sha256)
         or not isinstance(entry.broken, str | None)
+        or not all(type(count) is int and 0 <= count <= _LARGEST for count in counts)
         or type(entry.mtime_ns) is not int
-        or not all(type(count) is int and 0 <= count <= _LARGEST for count in numbers)
-        or not -_LARGEST <= entry.mtime_ns <= _LARGEST
-        or not all(isinstance(counts, dict) for counts in by_choice)
-        or not all(type(n) is int and 0 <= n <= _LARGEST for counts in by_choice for n in counts.values())
+        or abs(entry.mtime_ns) > _LARGEST
     ):
         raise ValueError(f"{document!r} describes no shard")
     return entry

@@ -10,15 +10,23 @@ from clipcluster.data.shards.captions import (
     TXT,
     check_choice,
     choice_for,
-    from_json,
-    from_txt,
     members_of,
+    parsed,
+    texts,
 )
 from clipcluster.errors import UserError
 
 
+def _from_json(data: bytes, choice: str) -> list[str]:
+    return texts(JSON, parsed(JSON, data), choice)
+
+
+def _from_txt(data: bytes, choice: str) -> list[str]:
+    return texts(TXT, parsed(TXT, data), choice)
+
+
 @pytest.mark.parametrize(
-    ("record", "choice", "texts"),
+    ("record", "choice", "found"),
     [
         ({"captions": ["a", "b"]}, "default", ["a", "b"]),
         ({"captions": ["a", " ", 3, "b"]}, "lines", ["a", "b"]),
@@ -35,24 +43,23 @@ from clipcluster.errors import UserError
         ({"caption": ["half a \ud83d", "é"]}, "json:caption", ["é"]),
     ],
 )
-def test_json(record: object, choice: str, texts: list[str]) -> None:
-    assert from_json(json.dumps(record).encode(), choice) == texts
+def test_json(record: object, choice: str, found: list[str]) -> None:
+    assert _from_json(json.dumps(record).encode(), choice) == found
 
 
 def test_broken_json_gives_none() -> None:
-    assert from_json(b'{"captions": ["a"', "default") == []
-    assert from_json(b"\xff\xfe\x00", "default") == []
-    assert from_json(b"[" * 100_000, "default") == []
-    assert from_json(b'{"captions": [' + b"9" * 10_000 + b"]}", "default") == []
+    assert _from_json(b'{"captions": ["a"', "default") == []
+    assert _from_json(b"\xff\xfe\x00", "default") == []
+    assert _from_json(b"[" * 100_000, "default") == []
+    assert _from_json(b'{"captions": [' + b"9" * 10_000 + b"]}", "default") == []
 
 
 def test_txt_is_one_caption_or_lines() -> None:
-    assert from_txt(b"one\ntwo\n", "default") == ["one\ntwo\n"]
-    assert from_txt(b"one\n\n two\n", "lines") == ["one", " two"]
-    assert from_txt(b"one\ntwo\n", "txt") == ["one\ntwo\n"]
-    assert from_txt(b"one", "json:caption") == []
-    assert from_txt(b" \n", "default") == []
-    assert from_txt(b"caf\xe9", "default") == []
+    assert _from_txt(b"one\ntwo\n", "default") == ["one\ntwo\n"]
+    assert _from_txt(b"one\n\n two\n", "lines") == ["one", " two"]
+    assert _from_txt(b"one\ntwo\n", "txt") == ["one\ntwo\n"]
+    assert _from_txt(b" \n", "default") == []
+    assert _from_txt(b"caf\xe9", "default") == []
 
 
 def test_retrieval_folders_split_lines(tmp_path: Path) -> None:

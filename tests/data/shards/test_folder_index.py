@@ -62,12 +62,11 @@ def test_runs_of_members_become_samples(tmp_path: Path) -> None:
         ("e.seg.png", b"a mask alone"),
     ]  # fmt: skip
     path = tar_of(tmp_path / "0.tar", members)
-    rows, columns, broken = scan_shard(path, ("default",))
-    assert broken is None
+    columns, *others = scan_shard(path, ("default",))
+    assert others == [2, 2, None]
     assert columns["captions/default"].tolist() == [1, 2, 0]
     assert columns["class"].tolist() == [3, -1, -1]
     assert columns["image_size"].tolist() == [5, 1, 1]
-    assert (rows.without_image, rows.duplicates) == (2, 2)
     summary = index_folder(tmp_path)
     assert (summary.samples, summary.used, summary.captions, summary.without_caption) == (3, 2, 3, 1)
     assert (summary.without_image, summary.duplicates) == (2, 2)
@@ -251,7 +250,7 @@ def test_many_captions_of_one_image_are_counted(tmp_path: Path) -> None:
 
 def test_columns_made_in_bulk_are_those_of_a_scan(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
     path = make_shards(tmp_path / "s", 5) / "00000.tar"
-    _, columns, _ = scan_shard(path, ("default",))
+    columns = scan_shard(path, ("default",)).columns
     written = shard_index_path(path.parent, path.name).read_bytes()
     bulk = {name: column.astype(np.int64) for name, column in columns.items()}
     entry = write_entry(path, path.parent, ("default",), file_sha256(path), bulk)

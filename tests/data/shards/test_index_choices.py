@@ -232,9 +232,9 @@ def test_every_run_of_members_is_counted_once(members: list[tuple[str, str, byte
             tar.addfile(info, io.BytesIO(data))
     with tempfile.NamedTemporaryFile(suffix=".tar") as place:
         Path(place.name).write_bytes(file.getvalue())
-        rows, columns, broken = scan_shard(Path(place.name), ("default", SYNTHETIC))
+        columns, without_image, duplicates, broken = scan_shard(Path(place.name), ("default", SYNTHETIC))
     assert broken is None
-    assert len(columns["offset"]) + rows.without_image + rows.duplicates == runs
+    assert len(columns["offset"]) + without_image + duplicates == runs
     assert len(columns["offset"]) <= 3
 
 
