@@ -11,8 +11,6 @@ import typer
 from clipcluster.runs.names import find_run, runs_folder
 from clipcluster.text import counted
 from jobs.cli.options import AsJson, Runs, group, print_document, say
-from tools.sandbox import preempt
-from tools.sandbox import sandbox as sandboxes
 
 sandbox = group("A throwaway SLURM cluster of several nodes on this machine, for tests and demonstrations.")
 SandboxFolder = Annotated[
@@ -45,7 +43,9 @@ def sandbox_start(
     folder: SandboxFolder = HERE,
 ) -> None:
     """Start it, and print the line that makes a shell use it."""
-    started = sandboxes.start(
+    from tools.sandbox.sandbox import start
+
+    started = start(
         folder,
         nodes=nodes,
         cpus=cpus,
@@ -63,14 +63,18 @@ def sandbox_stop(
     folder: SandboxFolder = HERE,
 ) -> None:
     """Stop it and remove its folder."""
-    ended = sandboxes.stop(folder, keep_logs=keep_logs)
+    from tools.sandbox.sandbox import stop
+
+    ended = stop(folder, keep_logs=keep_logs)
     say(f"{folder}: {counted(ended, 'process')} ended")
 
 
 @sandbox.command("status")
 def sandbox_status(folder: SandboxFolder = HERE, as_json: AsJson = False) -> None:
     """Show its nodes and jobs."""
-    found = sandboxes.status(folder)
+    from tools.sandbox.sandbox import status
+
+    found = status(folder)
     if as_json:
         document = {
             "folder": str(found.sandbox.folder),
@@ -100,6 +104,8 @@ def sandbox_preempt(
     runs: Runs = None,
 ) -> None:
     """Preempt a running job by one of higher priority, and let it start again."""
+    from tools.sandbox import preempt
+
     job = run if preempt.JOB_ID.fullmatch(run) else find_run(run, runs_folder(runs)).path
     done = preempt.preempt(folder, job, come_back=come_back, hold_seconds=hold)
     say(
@@ -114,19 +120,25 @@ NodeName = Annotated[str, typer.Argument(metavar="NODE", help="A node, such as n
 @sandbox.command("kill-node")
 def sandbox_kill_node(node: NodeName, folder: SandboxFolder = HERE) -> None:
     """Kill a node: slurmd, step daemons and tasks at once, as when a machine loses its power."""
-    ended = sandboxes.kill_node(folder, node)
+    from tools.sandbox.sandbox import kill_node
+
+    ended = kill_node(folder, node)
     say(f"{node}: {counted(ended, 'process')} killed; SLURM notices after about 25 s")
 
 
 @sandbox.command("lose-node")
 def sandbox_lose_node(node: NodeName, folder: SandboxFolder = HERE) -> None:
     """Kill a node's slurmd alone: to SLURM the node is gone, its ranks keep running."""
-    sandboxes.lose_node(folder, node)
+    from tools.sandbox.sandbox import lose_node
+
+    lose_node(folder, node)
     say(f"{node}: slurmd killed, its ranks keep running; SLURM notices after about 25 s")
 
 
 @sandbox.command("restore-node")
 def sandbox_restore_node(node: NodeName, folder: SandboxFolder = HERE) -> None:
     """Start a node's slurmd again, and wait until SLURM can use it."""
-    sandboxes.restore_node(folder, node)
+    from tools.sandbox.sandbox import restore_node
+
+    restore_node(folder, node)
     say(f"{node}: up")
