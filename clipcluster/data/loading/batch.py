@@ -1,12 +1,12 @@
 """What the loader hands over: one rank's part of a batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-_COLUMNS = ("images", "tokens", "mask", "classes")  # of a Batch: tensors with one row a sample
+_COLUMNS = ("images", "tokens", "mask", "classes")  # of a Batch: tensors with one row a sample, or None
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors, those of `extras` included, on a device; pixels stay uint8."""
-        extras = {
-            name: values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
-            for name, values in self.extras.items()
-        }
-        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
-        moved = {name: c.to(device, non_blocking=True) for name, c in columns.items() if c is not None}
-        return replace(self, extras=extras, **moved)
+
+        def moved(values: Any) -> Any:
+            return values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
+
+        return self._with(moved)
 
     def cut(self, start: int, stop: int) -> "Batch":
         """Samples `start` to `stop` of this batch: views of its tensors. `bad` stays with the uncut batch.
@@ -49,10 +47,14 @@ class Batch:
         """
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"no samples {start} to {stop} in a batch of {len(self)}")
-        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
-        present = {name: column[start:stop] for name, column in columns.items() if column is not None}
-        extras = {name: values[start:stop] for name, values in self.extras.items()}
-        return replace(self, keys=self.keys[start:stop], bad=[], extras=extras, **present)
+        rows = slice(start, stop)
+        return self._with(lambda v: None if v is None else v[rows], keys=self.keys[rows], bad=[])
+
+    def _with(self, change: Callable[[Any], Any], **others: Any) -> "Batch":
+        """This batch with each of its columns and extras changed."""
+        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _COLUMNS}
+        extras = {name: change(values) for name, values in self.extras.items()}
+        return replace(self, extras=extras, **columns, **others)
 
     def micro_batches(self, count: int) -> Iterator["Batch"]:
         """The batch as `count` consecutive micro-batches of equal size, as views.

@@ -1,5 +1,6 @@
 """Batches for one rank. The whole state is one integer: the number of the next batch."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,11 +11,10 @@ import torch
 from clipcluster.data.images.transforms import evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch, EvaluationBatch
 from clipcluster.data.loading.extras import concatenated, decoders_of
-from clipcluster.data.loading.messages import PartialBatch, WorkItem
 from clipcluster.data.loading.shared_buffer import SHAREABLE, SharedBuffer
-from clipcluster.data.loading.worker import EvaluationReader, TrainReader
+from clipcluster.data.loading.worker import EvaluationReader, PartialBatch, TrainReader, WorkItem
 from clipcluster.data.loading.worker_pool import PREFETCH, WorkerPool
-from clipcluster.data.sampling.sampler import Sampler
+from clipcluster.data.sampling.sampler import DRAW, Draws, Sampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ class Loader:
         size = sampler.batch_size
         self._slots = size * rank // world_size, size * (rank + 1) // world_size
         self._items_per_batch = max(1, workers)
-        self._skipped = [(begin, end) for begin, end in skipped]
+        self._skipped = skipped
         shown = [sampler.shown_classes(number) for number in range(len(sources))]
         transform = train_transform(data.image)
         self._image_shape = (3, transform.size, transform.size)
@@ -71,12 +71,9 @@ class Loader:
 
     def __next__(self) -> Batch:
         parts = self._pool.take(self._items_per_batch)
-        bad = []
-        for entry in (entry for part in parts for entry in part.bad):
-            sample = (entry["source"], entry["position"])
-            if sample not in self._reported:
-                self._reported.add(sample)
-                bad.append(entry)
+        bad = {(entry["source"], entry["position"]): entry for part in parts for entry in part.bad}
+        unreported = [entry for sample, entry in bad.items() if sample not in self._reported]
+        self._reported.update(bad)
         classes = torch.tensor([number for part in parts for number in part.classes], dtype=torch.int64)
         return Batch(
             index=parts[0].index,
@@ -85,7 +82,7 @@ class Loader:
             mask=_concatenated([part.mask for part in parts]),
             classes=classes if (classes >= 0).any() else None,
             keys=[key for part in parts for key in part.keys],
-            bad=bad,
+            bad=unreported,
             extras=self._joined_extras([part for part in parts if part.keys]),
         )
 
@@ -112,20 +109,15 @@ class Loader:
             self._buffers.popleft().close()
 
     def _items(self, start: int) -> Iterator[WorkItem]:
-        t = start
-        while True:
-            ahead = [end for begin, end in self._skipped if begin <= t < end]
-            if ahead:
-                t = max(ahead)
+        for t in itertools.count(start):
+            if any(begin <= t < end for begin, end in self._skipped):
                 continue
             draws = self._sampler.slots(t, *self._slots)
-            columns = (draws.source, draws.pass_index, draws.position, draws.caption)
             images = None
             if self._buffers is not None:
                 self._buffers.append(SharedBuffer((len(draws), *self._image_shape)))
                 images = self._buffers[-1].whole
-            yield from WorkItem(t, self._slots[0], *columns, images).cut(self._items_per_batch)
-            t += 1
+            yield from WorkItem(t, self._slots[0], draws, images).cut(self._items_per_batch)
 
 
 class EvaluationLoader:
@@ -170,9 +162,9 @@ class EvaluationLoader:
             begin = index * self._batch_size
             size = min(self._batch_size, self._samples - begin)
             first, end = size * self._rank // self._world_size, size * (self._rank + 1) // self._world_size
-            positions = np.arange(begin + first, begin + end)
-            zeros = np.zeros(len(positions), np.int64)
-            yield from WorkItem(index, first, zeros, zeros, positions, zeros).cut(self._items_per_batch)
+            draws = np.zeros(end - first, DRAW).view(Draws)
+            draws.position = np.arange(begin + first, begin + end)
+            yield from WorkItem(index, first, draws).cut(self._items_per_batch)
 
     def _joined(self, parts: list[PartialBatch]) -> EvaluationBatch:
         images = _concatenated([part.images for part in parts])

@@ -5,10 +5,10 @@ containers keep small, is not used. A worker opens it through the descriptor of 
 """
 
 import math
-import mmap
 import os
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 SHAREABLE = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
@@ -29,11 +29,8 @@ class BufferSlice:
 
     def open(self) -> torch.Tensor:
         """The memory itself, (end - begin, *shape[1:]) uint8. OSError where the buffer's owner has ended."""
-        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return _mapped(fd, self.shape)[self.begin : self.end]
-        finally:
-            os.close(fd)
+        images = torch.from_numpy(np.memmap(self.path, np.uint8, "r+", shape=self.shape))
+        return images[self.begin : self.end]
 
 
 class SharedBuffer:
@@ -43,11 +40,10 @@ class SharedBuffer:
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self._fd: int | None = None
-        self._fd = os.memfd_create("batch", os.MFD_CLOEXEC)
+        self._fd: int | None = os.memfd_create("batch", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, max(1, math.prod(shape)))
-        self.images = _mapped(self._fd, shape)
         self.whole = BufferSlice(f"/proc/{os.getpid()}/fd/{self._fd}", shape, 0, shape[0])
+        self.images = self.whole.open()
 
     def close(self) -> None:
         """No other process can open it from now on; may be called twice."""
@@ -56,10 +52,3 @@ class SharedBuffer:
             self._fd = None
 
     __del__ = close
-
-
-def _mapped(fd: int, shape: tuple[int, ...]) -> torch.Tensor:
-    size = math.prod(shape)
-    if size == 0:
-        return torch.empty(shape, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8).view(shape)

@@ -1,28 +1,77 @@
-"""What a loader worker does with a work item: read, decode, transform, tokenize."""
+"""What a loader worker is given, does with it (read, decode, transform, tokenize) and sends back."""
 
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import reduce_tensor
 
 from clipcluster.data.images.decode import BadImage, decode
 from clipcluster.data.images.transforms import EvaluationTransform, TrainTransform, draw_seed
 from clipcluster.data.loading.extras import BadExtra, Decoder, decode_extras, stacked
-from clipcluster.data.loading.messages import PartialBatch, WorkItem
+from clipcluster.data.loading.shared_buffer import BufferSlice
 from clipcluster.data.sampling.oversampling import ShownClasses
 from clipcluster.data.shards.dataset import Dataset, Sample
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.runtime.outcome import DataError, OutOfMemory
 
+_SMALL = 1 << 20  # bytes
 
-class Decoded(NamedTuple):
-    """A sample that could be decoded: `pixels` (3, H, W) uint8, `extras` the values of further members."""
 
-    sample: Sample
-    pixels: torch.Tensor
-    extras: dict[str, Any]
+@dataclass(frozen=True)
+class WorkItem:
+    """The `Draws` that one worker turns into samples: `first` is the slot of the first in the global batch.
+
+    `images` is where the pixels are written; None: they are sent back in the partial batch.
+    """
+
+    index: int
+    first: int
+    draws: np.recarray
+    images: BufferSlice | None = None
+
+    def cut(self, count: int) -> Iterator["WorkItem"]:
+        """`count` contiguous work items, whose sizes differ by one at most."""
+        for number in range(count):
+            begin, end = len(self.draws) * number // count, len(self.draws) * (number + 1) // count
+            images = None if self.images is None else self.images.cut(begin, end)
+            yield WorkItem(self.index, self.first + begin, self.draws[begin:end].view(np.recarray), images)
+
+
+@dataclass
+class PartialBatch:
+    """The samples of one work item, in the order of its draws.
+
+    `images` is None where they were written into a shared buffer. `positions` and `captions` are left empty
+    for training; `tokens`, `mask`, `keys` and `extras` for evaluation.
+    """
+
+    index: int
+    images: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    classes: list[int] = field(default_factory=list)
+    keys: list[tuple[int, str, str]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    extras: dict[str, torch.Tensor | list[Any]] = field(default_factory=dict)
+    positions: list[int] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
+
+
+def reduced(tensor: torch.Tensor) -> Any:
+    """How a worker pickles a tensor: a small one as bytes, because shared memory would cost more."""
+    if tensor.nbytes > _SMALL:
+        return reduce_tensor(tensor)
+    return _rebuilt, (tensor.reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+
+
+def _rebuilt(data: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(data))
+    return tensor
 
 
 class Reader:
@@ -32,14 +81,14 @@ class Reader:
         self,
         sources: Sequence[Dataset],
         tokenizer: Tokenizer | None,
+        decoders: Mapping[str, Decoder],
         *,
         text: bool,
-        decoders: Mapping[str, Decoder] | None = None,
     ) -> None:
         self.text = text
-        self.sources = list(sources)
+        self.sources = sources
         self.tokenizer = tokenizer
-        self.decoders = dict(decoders or {})
+        self.decoders = decoders
         self._bad: dict[tuple[int, int], dict[str, Any]] = {}
         self._at: tuple[int, int] | None = None
 
@@ -64,32 +113,27 @@ class Reader:
 
     def _announce(self, item: WorkItem) -> None:
         self._at = None
-        for number in np.unique(item.source):
-            positions = item.position[item.source == number].tolist()
+        for number in np.unique(item.draws.source):
+            positions = item.draws.position[item.draws.source == number].tolist()
             self.sources[number].announce(positions, members=bool(self.decoders))
 
-    def _decoded(self, source: int, position: int) -> Decoded | None:
-        """The sample at a position, or None if it is bad; then `_bad` says why."""
+    def _decoded(
+        self, source: int, position: int, bad: list[dict[str, Any]]
+    ) -> tuple[Sample, torch.Tensor, dict[str, Any]] | None:
+        """A sample, its pixels (3, H, W) uint8 and extras; None if it is bad, and then told in `bad`."""
         self._at = (source, position)
-        if (source, position) in self._bad:
-            return None
-        dataset = self.sources[source]
-        sample = dataset.read(position, text=self.text)
-        try:
-            pixels = decode(sample.image)
-            if not self.decoders:
-                return Decoded(sample, pixels, {})
-            members = dataset.read_members(position, self.decoders)
-            return Decoded(sample, pixels, decode_extras(self.decoders, members))
-        except (BadImage, BadExtra) as error:
-            self._bad[source, position] = {
-                "shard": sample.shard,
-                "key": sample.key,
-                "reason": str(error),
-                "source": source,
-                "position": position,
-            }
-            return None
+        if self._at not in self._bad:
+            dataset = self.sources[source]
+            sample = dataset.read(position, text=self.text)
+            try:
+                pixels = decode(sample.image)
+                members = dataset.read_members(position, self.decoders) if self.decoders else {}
+                return sample, pixels, decode_extras(self.decoders, members)
+            except (BadImage, BadExtra) as error:
+                found = {"shard": sample.shard, "key": sample.key, "reason": str(error)}
+                self._bad[self._at] = {**found, "source": source, "position": position}
+        bad.append(self._bad[self._at])
+        return None
 
     def _where(self, *, key: bool = True) -> str:
         """Shard and key of the sample at hand, as far as they can be told; the key has to be read."""
@@ -108,8 +152,8 @@ class Reader:
 class TrainReader(Reader):
     """Samples for training: augmented by the draw's own seed, a bad one replaced.
 
-    `shown`: for each source the classes that may replace a bad sample; none: all may. `decoders`: the
-    further members wanted, by extension.
+    `shown`: for each source the classes that may replace a bad sample. `decoders`: the further members
+    wanted, by extension.
     """
 
     def __init__(
@@ -118,23 +162,21 @@ class TrainReader(Reader):
         tokenizer: Tokenizer | None,
         transform: TrainTransform,
         seed: int,
-        shown: Sequence[ShownClasses] = (),
-        decoders: Mapping[str, Decoder] | None = None,
+        shown: Sequence[ShownClasses],
+        decoders: Mapping[str, Decoder],
     ) -> None:
-        super().__init__(sources, tokenizer, text=tokenizer is not None, decoders=decoders)
+        super().__init__(sources, tokenizer, decoders, text=tokenizer is not None)
         self.transform = transform
         self.seed = seed
-        self._shown = list(shown) or [ShownClasses()] * len(sources)
+        self._shown = shown
 
     def load(self, item: WorkItem) -> PartialBatch:
-        shape = (len(item), 3, self.transform.size, self.transform.size)
+        shape = (len(item.draws), 3, self.transform.size, self.transform.size)
         images = torch.empty(shape, dtype=torch.uint8) if item.images is None else item.images.open()
+        part = PartialBatch(item.index, images if item.images is None else None)
         texts: list[str] = []
         extras: list[dict[str, Any]] = []
-        part = PartialBatch(item.index, images if item.images is None else None, None, None, [], [], [])
-        columns = (item.source, item.pass_index, item.position, item.caption)
-        for at, draw in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-            source, pass_index, position, caption = draw
+        for at, (source, pass_index, position, caption) in enumerate(item.draws.tolist()):
             sample, pixels, values = self._good(source, position, part.bad)
             images[at] = self.transform(pixels, draw_seed(self.seed, source, pass_index, position, caption))
             texts.append(sample.captions[max(caption, 0) % len(sample.captions)] if sample.captions else "")
@@ -148,7 +190,9 @@ class TrainReader(Reader):
             part.extras[extension] = stacked(extension, [values[extension] for values in extras], names)
         return part
 
-    def _good(self, source: int, position: int, bad: list[dict[str, Any]]) -> Decoded:
+    def _good(
+        self, source: int, position: int, bad: list[dict[str, Any]]
+    ) -> tuple[Sample, torch.Tensor, dict[str, Any]]:
         """The sample at `position`, or the next good one of its shard, cyclically."""
         dataset = self.sources[source]
         shard, row = dataset.locate(position)
@@ -159,10 +203,9 @@ class TrainReader(Reader):
                 continue
             if step and dataset.classes[candidate] not in self._shown[source]:
                 continue
-            decoded = self._decoded(source, candidate)
+            decoded = self._decoded(source, candidate, bad)
             if decoded is not None:
                 return decoded
-            bad.append(self._bad[source, candidate])
         location = dataset.shard_location(shard)
         raise DataError(
             f"no sample of shard {location} can be decoded: {bad[-1]['reason']}",
@@ -174,21 +217,20 @@ class EvaluationReader(Reader):
     """Samples for evaluation: the centre square, all captions; a bad one is left out."""
 
     def __init__(self, dataset: Dataset, transform: EvaluationTransform) -> None:
-        super().__init__([dataset], None, text=True)
+        super().__init__([dataset], None, {}, text=True)
         self.transform = transform
 
     def load(self, item: WorkItem) -> PartialBatch:
         images: list[torch.Tensor] = []
-        part = PartialBatch(item.index, torch.empty(0), None, None, [], [], [])
-        for position in item.position.tolist():
-            decoded = self._decoded(0, position)
-            if decoded is None:
-                part.bad.append(self._bad[0, position])
-                continue
-            images.append(self.transform(decoded.pixels))
-            part.classes.append(decoded.sample.cls)
-            part.positions.append(position)
-            part.captions.append(decoded.sample.captions)
+        part = PartialBatch(item.index)
+        for position in item.draws.position.tolist():
+            decoded = self._decoded(0, position, part.bad)
+            if decoded is not None:
+                sample, pixels, _ = decoded
+                images.append(self.transform(pixels))
+                part.classes.append(sample.cls)
+                part.positions.append(position)
+                part.captions.append(sample.captions)
         size = self.transform.size
         part.images = torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
         return part

@@ -13,13 +13,13 @@ import threading
 import warnings
 from collections.abc import Iterator
 from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from clipcluster.data.loading.messages import PartialBatch, WorkItem
-from clipcluster.data.loading.worker import Reader
+from clipcluster.data.loading.worker import PartialBatch, Reader, WorkItem, reduced
 from clipcluster.runtime.stop import ignore_signals
 
 PREFETCH = 2  # batches a worker prepares ahead of the one in use
@@ -126,6 +126,7 @@ def _initialize(worker: int) -> None:
     importlib.import_module(_SINGLE_THREAD)  # again: others may have started the fork server
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    ForkingPickler.register(torch.Tensor, reduced)
     threading.Thread(target=_exit_with_rank, daemon=True).start()
 
 

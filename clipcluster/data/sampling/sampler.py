@@ -5,7 +5,6 @@ and the whole state of the data is the number of batches drawn.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -20,25 +19,13 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.recipe import Recipe
 
+Draws = np.recarray
+"""What n slots of a batch hold, in order of the slots: rows (n,) of `DRAW`."""
 
-@dataclass(frozen=True, eq=False)
-class Draws:
-    """What n slots of a batch hold, in order of the slots.
-
-    source: (n,) int32, number of the source in the recipe.
-    pass_index: (n,) int64, pass of the source, from 0; where samples are repeated, each copy counts as a
-        pass: pass x `Sampler.copies` + copy. No two draws agree in source, pass, position and caption.
-    position: (n,) int64, sample within the source, counted in the index's order.
-    caption: (n,) int32, number of the caption shown; -1 in a source without caption counts.
-    """
-
-    source: np.ndarray
-    pass_index: np.ndarray
-    position: np.ndarray
-    caption: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.position)
+DRAW = np.dtype([("source", "i4"), ("pass_index", "i8"), ("position", "i8"), ("caption", "i4")])
+"""One slot: number of the source in the recipe; pass of the source, from 0, where samples are repeated, each
+copy counts as a pass (pass x `Sampler.copies` + copy); sample within the source, counted in the index's
+order; number of the caption shown, -1 in a source without caption counts. No two draws are equal."""
 
 
 class Sampler:
@@ -121,12 +108,7 @@ class Sampler:
         """Slots start <= slot < stop of batch t: what `batch(t)` holds there, made without the others."""
         if t < 0 or not 0 <= start <= stop <= self.batch_size:
             raise ValueError(f"no slots {start} to {stop} in batch {t} of {self.batch_size}")
-        draws = Draws(
-            np.empty(stop - start, dtype=np.int32),
-            np.empty(stop - start, dtype=np.int64),
-            np.empty(stop - start, dtype=np.int64),
-            np.empty(stop - start, dtype=np.int32),
-        )
+        draws = np.recarray(stop - start, DRAW)
         periods, phases = np.divmod(t * self.batch_size + np.arange(self.batch_size), len(self._pattern))
         for number, group in enumerate(self._groups):
             slots = np.flatnonzero(self._pattern[phases] == number)

@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from contextlib import closing
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from clipcluster.check.findings import Findings
 from clipcluster.data.loading.batch import Batch
 from clipcluster.data.loading.extras import concatenated, decoders_of, stacked
 from clipcluster.data.loading.loader import Loader
-from clipcluster.data.loading.messages import PartialBatch
+from clipcluster.data.loading.worker import _SMALL, PartialBatch, reduced
 from clipcluster.data.sampling.sampler import Sampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
@@ -216,10 +217,15 @@ def test_a_partial_batch_keeps_every_dtype_on_its_way() -> None:
         "none": torch.empty(2, 0),
         "words": ["a", "b"],
     }
-    part = PartialBatch(1, None, torch.arange(4).view(2, 2).T, None, [], [], [], extras)
-    sent = PartialBatch.__new__(PartialBatch)
-    sent.__setstate__(part.__getstate__())
-    assert sent.tokens is not None
+    tokens = torch.arange(4).view(2, 2).T
+    part = PartialBatch(1, torch.zeros(_SMALL + 1), tokens, extras=extras)
+    message = io.BytesIO()
+    pickler = ForkingPickler(message)
+    pickler.dispatch_table[torch.Tensor] = reduced
+    pickler.dump(part)
+    assert message.tell() < 2000  # large tensors travel by shared memory
+    sent = ForkingPickler.loads(message.getvalue())
+    assert sent.images.shape == (_SMALL + 1,)
     assert sent.tokens.tolist() == [[0, 2], [1, 3]]
     for name in ("half", "flags", "none"):
         assert sent.extras[name].dtype == extras[name].dtype
