@@ -10,7 +10,6 @@ folder holds the code the tasks run, their logs and their claims.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.recipe.units import Nodes
 from clipcluster.runs import files
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome, leave
@@ -28,8 +28,7 @@ from jobs.endings import facts
 from jobs.endings.act import requeue
 from jobs.endings.log import say
 from jobs.endings.verdict import Facts, Said, decide
-from jobs.submit import launch, script, snapshot
-from jobs.submit import parameters as clusters
+from jobs.submit import launch, parameters, script, snapshot
 from tools.convert import work as making
 from tools.convert.convert import begun, prepare, sweep, told_to_people
 from tools.convert.plan import Plan, Settings, Shard
@@ -172,7 +171,7 @@ def submit(order: Order, cluster: Cluster, jobs: int) -> list[str]:
         folder = order.out / FOLDER
         shutil.rmtree(folder / _CLAIMS, ignore_errors=True)  # no job holds one: see above
         (folder / _CLAIMS).mkdir(parents=True)
-        code = snapshot.take(folder).path
+        code = snapshot.take(folder)
         members = min(jobs, len(plan.shards()))
         files.write_json(folder / _JOB, {"jobs": []})
         ids = launch.queue(
@@ -205,20 +204,14 @@ def refuse_running(out: Path) -> None:
 
 def _parameters(cluster: Cluster, order: Order, code: Path) -> dict[str, Any]:
     """submitit's parameters: one task a member, requeued when its node is taken away."""
-    lead = min(_LEAD_SECONDS, int(cluster.time.minutes * 20))
-    decide = script.python("-m", "jobs.convert", "ending")
-    return clusters.job(
+    cluster = cluster.model_copy(update={"nodes": Nodes(1, 1), "tasks_per_node": 1, "gpus_per_node": 0})
+    logs = order.out / FOLDER / "submitit"
+    return parameters.of_job(
         cluster,
         name=f"convert-{order.out.name}",
         comment=str(order.out),
-        setup=[
-            *script.begin(decide, logs=order.out / FOLDER / "submitit"),
-            *script.exports(clusters.environment(cluster)),
-            *cluster.setup,
-            *script.enter(shlex.quote(str(code))),
-            *script.ranks_begin(),
-        ],
-        signal=f"{_TIME_IS_UP.removeprefix('SIG')}@{lead}",
+        setup=script.setup(cluster, code, "-m jobs.convert ending", logs=logs),
+        lead=min(_LEAD_SECONDS, int(cluster.time.minutes * 20)),
     )
 
 

@@ -8,6 +8,8 @@ import traceback
 from clipcluster.runtime.outcome import Outcome, leave
 from clipcluster.runtime.stop import Stop
 
+TRAINEE = "clipcluster.run:train"
+
 
 class TrainJob:
     """One rank of a run: a folder and a dotted name, so that the pickle outlives a change of code.
@@ -17,7 +19,7 @@ class TrainJob:
         trainee: "package.module:function" that trains; tests of endings name one without torch.
     """
 
-    def __init__(self, run_dir: str, trainee: str = "clipcluster.run:train") -> None:
+    def __init__(self, run_dir: str, trainee: str = TRAINEE) -> None:
         self.run_dir = run_dir
         self.trainee = trainee
 

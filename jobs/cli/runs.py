@@ -36,7 +36,7 @@ def check(
     """Find everything that can be known before queueing."""
     from clipcluster.check import deep as deep_check
     from clipcluster.check import plain
-    from jobs.submit import devices, executor
+    from jobs.submit import executor
 
     checked = plain.check(recipe, overrides or [], site=site, runs=runs_folder())
     checked.raise_errors()
@@ -47,9 +47,9 @@ def check(
         checked.summary += found.summary
         checked.warnings += found.warnings
     cluster, where = checked.recipe.cluster, executor.likely()
-    for line in [*checked.summary, devices.describe(cluster, where)]:
+    for line in [*checked.summary, executor.devices(cluster, where)]:
         say(line)
-    if where == "local" and (missing := devices.missing(cluster)):
+    if where == "local" and (missing := executor.missing_devices(cluster)):
         checked.warnings.append(missing)
     for warning in checked.warnings:
         say(f"warning: {warning}")

@@ -16,8 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from clipcluster.runs import files
@@ -43,7 +42,7 @@ CLOSE_SECONDS = 60.0  # the same where a rank left in peace: the others may stil
 
 @dataclass(frozen=True)
 class Order:
-    """What submit asks for; seconds, and `gpus` of this machine for all ranks together."""
+    """What submit asks for in `local.json`; seconds, and `gpus` of this machine for all ranks together."""
 
     tasks: int
     gpus: int
@@ -52,13 +51,6 @@ class Order:
     lead: float
     grace: float
     environment: Mapping[str, str]
-
-    def write(self, folder: Path) -> None:
-        files.write_json(folder / ORDER, asdict(self))
-
-    @staticmethod
-    def read(folder: Path) -> Order:
-        return Order(**files.read_json(folder / ORDER))
 
 
 class Signals:
@@ -196,7 +188,7 @@ def live(run: Run) -> int:
     """Attempt after attempt until a verdict ends the run; returns its code."""
     signals = Signals()
     job_id = local_job_id()
-    order = Order.read(run.submitit)
+    order = Order(**files.read_json(run.submitit / ORDER))
     shutil.copy(run.submitit / PICKLE, run.submitit / f"{job_id}_submitted.pkl")
     while True:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 from pathlib import Path
 
 from clipcluster.errors import UserError
@@ -10,7 +10,7 @@ from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs import files
 
-HASHES = "hashes.json"
+HASHES = "hashes.json"  # SHA-256 of every fetched file
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.tiktoken")
 WEIGHTS = ("*.safetensors", "pytorch_model.bin")
 
@@ -35,13 +35,14 @@ def fetch(recipe: Recipe, folder: Path) -> list[str]:
     fetched = []
     for name, patterns in hub_names(recipe).items():
         target = folder / name.replace("/", "--")
-        if target.is_dir():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        _fetch(name, target, patterns)
-        fetched.append(name)
+        if not target.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            _fetch(name, target, patterns)
+            fetched.append(name)
     if fetched:
-        files.write_json(folder / HASHES, hashes(folder))
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != HASHES]
+        hashes = {str(path.relative_to(folder)): files.file_sha256(path) for path in paths}
+        files.write_json(folder / HASHES, hashes)
     return fetched
 
 
@@ -52,6 +53,7 @@ def _fetch(name: str, target: Path, patterns: tuple[str, ...]) -> None:
     aside = target.with_name(f".{target.name}.part")  # what is fetched in part is no asset; it is resumed
     try:
         snapshot_download(name, local_dir=aside, allow_patterns=list(patterns))
+        shutil.rmtree(aside / ".cache", ignore_errors=True)
         aside.rename(target)
     except (OSError, ValueError, HFValidationError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -59,13 +61,3 @@ def _fetch(name: str, target: Path, patterns: tuple[str, ...]) -> None:
             f"{name} is not a folder here, and it could not be fetched from the hub: {first}\n"
             "Give a folder with its files or a name that the hub knows, or submit where it can be reached."
         ) from None
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every fetched file, by its path in the folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder)
-        if path.is_file() and ".cache" not in inner.parts and path.name != HASHES:
-            found[str(inner)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found

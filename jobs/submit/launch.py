@@ -10,19 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.runs import files
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_id, local_job_runs
 from clipcluster.runtime.stop import holding_signals
 from jobs.endings import local
-from jobs.submit import parameters as clusters
-from jobs.submit import snapshot
-from jobs.submit.parameters import TRAINEE, Member
-from jobs.train import TrainJob
+from jobs.submit import parameters, script, snapshot
+from jobs.train import TRAINEE, TrainJob
 from tools.slurm import SILENT
 
 START_SECONDS = 30.0  # how long a submission waits for the claim of a local run
@@ -34,38 +34,34 @@ class NoAnswer(UserError):
 
 def on_slurm(
     cluster: Cluster,
-    members: Sequence[Member],
+    run: Run,
+    code: Path,
     *,
-    name: str,
-    logs: Path,
     grace: float,
     trainee: str = TRAINEE,
     used: Callable[[int], int] = lambda granted: granted,
-) -> list[str]:
-    """Submit one job, or an array with a member for each run; returns the job ids ("17", or "17_0", …).
+) -> str:
+    """Submit the job of a run that runs the code in `code`; returns its id.
 
-    `logs` is the folder of submitit's files. Raises UserError with SLURM's own words where sbatch refuses,
-    NoAnswer where it may have accepted.
+    Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
     """
-    for member in members:
-        _write_job(member, trainee)
-    parameters = clusters.parameters(cluster, members, name=name, logs=logs, grace=grace, used=used)
-    return queue([TrainJob(str(member.run_dir), trainee) for member in members], parameters, logs)
+    job = _write_job(run, trainee)
+    chosen = parameters.of_run(cluster, run, code, grace=grace, used=used)
+    return queue([job], chosen, run.submitit)[0]
 
 
-def _write_job(member: Member, trainee: str) -> Run:
+def _write_job(run: Run, trainee: str) -> TrainJob:
     """Write the run's pickled job, from which a local run starts its ranks.
 
     A batch job takes it where its submitter died before submitit gave the pickle its name.
     """
     from submitit.core.utils import DelayedSubmission
 
-    run = Run(member.run_dir)
+    job, pickle = TrainJob(str(run.path), trainee), run.submitit / local.PICKLE
     protect(run.submitit)
-    job = run.submitit / local.PICKLE
-    DelayedSubmission(TrainJob(str(member.run_dir), trainee)).dump(job)
-    job.chmod(0o600)
-    return run
+    DelayedSubmission(job).dump(pickle)
+    pickle.chmod(0o600)
+    return job
 
 
 def protect(folder: Path) -> None:
@@ -76,8 +72,8 @@ def protect(folder: Path) -> None:
         folder.chmod(mode & ~0o022)
 
 
-def queue(jobs: Sequence[Callable[[], None]], parameters: Mapping[str, Any], logs: Path) -> list[str]:
-    """Submit callables, several as one array, with submitit's parameters; returns the job ids.
+def queue(jobs: Sequence[Callable[[], None]], chosen: Mapping[str, Any], logs: Path) -> list[str]:
+    """Submit callables, several as one array, with the `chosen` parameters; returns the job ids.
 
     Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
     """
@@ -88,7 +84,7 @@ def queue(jobs: Sequence[Callable[[], None]], parameters: Mapping[str, Any], log
     with _outside_of_jobs():
         held = shlex.join(holding_signals(sys.executable))
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0, python=held)
-        executor.update_parameters(**parameters)
+        executor.update_parameters(**chosen)
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):  # submitit repeats there what a refusal says
@@ -114,26 +110,27 @@ def _refusal(failure: Exception) -> UserError:
     )
 
 
-def locally(cluster: Cluster, member: Member, *, grace: float, trainee: str = TRAINEE) -> str:
+def locally(cluster: Cluster, run: Run, code: Path, *, grace: float, trainee: str = TRAINEE) -> str:
     """Start the local supervisor; returns its job id ("local-HOST-PID-START").
 
     It lives on, in a session of its own, whatever becomes of this process.
     """
-    run = _write_job(member, trainee)
-    local.Order(
+    _write_job(run, trainee)
+    order = local.Order(
         tasks=cluster.ranks_per_node,
         gpus=cluster.gpus_per_node,
         cpus_per_task=cluster.cpus_per_task,
         time=cluster.time.seconds,
-        lead=clusters.lead_seconds(cluster.time.seconds, grace),
+        lead=parameters.lead_seconds(cluster.time.seconds, grace),
         grace=grace,
-        environment=clusters.environment(cluster),
-    ).write(run.submitit)
+        environment=script.environment(cluster),
+    )
+    files.write_json(run.submitit / local.ORDER, asdict(order))
     with _outside_of_jobs(), local_log(run).open("ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.endings", "local", str(member.run_dir)],
-            cwd=member.code,
-            env=snapshot.environment(member.code),
+            [sys.executable, "-m", "jobs.endings", "local", str(run.path)],
+            cwd=code,
+            env=snapshot.environment(code),
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clipcluster.runtime.environment import LOGS
+from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.environment import ATTEMPT, INTERFACE, LEAD, LOGS
+from jobs.endings.local import PICKLE
 
+TEARDOWN = ["clipcluster_end $?"]  # said after srun too, because a site's line may have replaced the trap
 # Bash alone: no interpreter, no code and no run folder may be there. It asks SLURM the questions of the
 # verdict's table that need no outcome. What it logs is how it knows that it requeued the job before.
 _END = r"""
@@ -62,69 +66,90 @@ clipcluster_without_verdict() {  # sets clipcluster_code
 """
 
 
-def begin(verdict: str, *, logs: Path) -> list[str]:
-    """The script's first lines: from here on however it ends, its end is decided.
+def setup(
+    cluster: Cluster,
+    code: Path,
+    verdict: str,
+    *,
+    logs: Path,
+    marks: Path | str = "",
+    before_ranks: Sequence[str] = (),
+) -> list[str]:
+    """What a batch script does before srun: from its first line on however it ends, its end is decided.
 
-    `verdict` is the command that decides (it is given srun's exit code and prints the script's); it is called
-    once `ranks_begin` was reached. A script that sets `clipcluster_code` leaves with that code, undecided.
-    `logs` holds submitit's files. The script may set `clipcluster_marks`, the folder in which a cancelled job
-    is marked where no verdict can do it, and may read `clipcluster_job`, the job as SLURM is told it.
+    `verdict` are the words of the Python command that decides (it is given srun's exit code and prints the
+    script's), called once srun was reached. A line of `before_ranks` may set `clipcluster_code`: the script
+    then leaves with that code, undecided. It may read `clipcluster_job`, the job as SLURM is told it.
+    `logs` holds submitit's files; in `marks` a cancelled job is marked where no verdict can do it.
     """
+    decide = f"{shlex.quote(sys.executable)} {verdict}"
     return [
         "trap 'clipcluster_end $?' EXIT",
         "trap : TERM  # outlive the ranks, so that their end is decided",
-        "clipcluster_code= clipcluster_began= clipcluster_marks=",
+        "clipcluster_code= clipcluster_began=",
+        f"clipcluster_marks={shlex.quote(str(marks))}",
         'clipcluster_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'clipcluster_job="${clipcluster_job:-$SLURM_JOB_ID}"  # as scontrol requeue must be told it',
         f"export {LOGS}={shlex.quote(str(logs))}",
-        *_END.replace("LOGS", LOGS).replace("VERDICT", verdict).strip().splitlines(),
+        *_END.replace("LOGS", LOGS).replace("VERDICT", decide).strip().splitlines(),
+        *(f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()),
+        *cluster.setup,
+        f"cd {shlex.quote(str(code))} || exit",
+        'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
+        *before_ranks,
+        "clipcluster_began=1",
     ]
 
 
-def ranks_begin() -> list[str]:
-    """The last line before srun."""
-    return ["clipcluster_began=1"]
-
-
-def end() -> list[str]:
-    """What follows srun; said here too, because a site's line may have replaced the trap."""
-    return ["clipcluster_end $?"]
-
-
-def exports(environment: Mapping[str, str]) -> list[str]:
-    """Lines that set the job's variables."""
-    return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-
-
-def enter(folder: str) -> list[str]:
-    """Lines that make a folder of code (a word of the shell, quoted) the job's own."""
-    return [f"cd {folder} || exit", 'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"']
-
-
-def python(*words: str) -> str:
-    """A command of the submitting environment's interpreter; `words` are the shell's."""
-    return " ".join([shlex.quote(sys.executable), *words])
-
-
-def claim(run: str, variable: str) -> list[str]:
-    """Lines that claim an attempt of the run (a word of the shell) and export its number as `variable`.
+def of_run(cluster: Cluster, run: Run, code: Path, *, lead: int, used: Callable[[int], int]) -> list[str]:
+    """What the batch script of a run does before srun: it claims an attempt, and says what the ranks need.
 
     Where the run is finished or cancelled the script leaves with 0; where another job owns it with 88.
+    `used`: of a range of nodes SLURM grants some, of which so many take part; the rest idle.
     """
+    folder, python = shlex.quote(str(run.path)), shlex.quote(sys.executable)
+    return setup(
+        cluster,
+        code,
+        f"-m jobs.endings verdict {folder}",
+        logs=run.submitit,
+        marks=run.marks,
+        before_ranks=[
+            f"export {LEAD}={lead}",
+            f'pickle="${LOGS}/${{clipcluster_job}}_submitted.pkl"',
+            # submitit names it after sbatch: a submitter that dies in between leaves it without its name
+            f'[ -e "$pickle" ] || cp "${LOGS}/{PICKLE}" "$pickle"',
+            f'{ATTEMPT}="$({python} -m jobs.endings claim {folder})" || {{',
+            "    rc=$?",
+            "    [ $rc -ne 88 ] || clipcluster_code=88  # another job owns the run",
+            "    exit $rc",
+            "}",
+            f'if [ -z "${ATTEMPT}" ]; then  # finished, or cancelled',
+            "    clipcluster_code=0",
+            "    exit",
+            "fi",
+            f"export {ATTEMPT}",
+            *_node_lines(cluster, used),
+        ],
+    )
+
+
+def _node_lines(cluster: Cluster, used: Callable[[int], int]) -> list[str]:
+    """For a range of nodes: tell srun how many of the granted ones take part (it reads these variables)."""
+    least, most = cluster.nodes.least, cluster.nodes.most
+    if least == most:
+        return []
+    table = " ".join(f"[{granted}]={used(granted)}" for granted in range(least, most + 1))
     return [
-        f'{variable}="$({python("-m", "jobs.endings", "claim", run)})" || {{',
-        "    rc=$?",
-        "    [ $rc -ne 88 ] || clipcluster_code=88  # another job owns the run",
-        "    exit $rc",
-        "}",
-        f'if [ -z "${variable}" ]; then  # finished, or cancelled',
-        "    clipcluster_code=0",
-        "    exit",
-        "fi",
-        f"export {variable}",
+        f"used=({table})",
+        'export SLURM_NNODES="${used[$SLURM_JOB_NUM_NODES]}"',
+        "export SLURM_JOB_NUM_NODES=$SLURM_NNODES",
+        f"export SLURM_NTASKS=$((SLURM_NNODES * {cluster.ranks_per_node}))",
+        "export SLURM_NPROCS=$SLURM_NTASKS",
     ]
 
 
-def table(name: str, values: Sequence[object]) -> str:
-    """An array of the shell."""
-    return f"{name}=({' '.join(shlex.quote(str(value)) for value in values)})"
+def environment(cluster: Cluster) -> dict[str, str]:
+    """The job's variables: nodes may be offline, so nothing is looked for on a hub."""
+    interface = {INTERFACE: cluster.interface} if cluster.interface else {}
+    return {"HF_HUB_OFFLINE": "1", **interface, **cluster.environment}

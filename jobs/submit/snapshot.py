@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import secrets
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from clipcluster.errors import UserError
@@ -29,17 +27,8 @@ CHECK = (
 )
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A code folder of a run; `new`: it was made now, because the code differs from every earlier one."""
-
-    path: Path
-    new: bool
-    first: bool
-
-
-def take(folder: Path) -> Snapshot:
-    """Copy the packages into `code-N` unless an earlier folder still holds the same; check that it can start.
+def take(folder: Path) -> Path:
+    """Copy the packages into `code-N` unless an earlier folder holds the same; check that it can start.
 
     Raises UserError where the copy cannot start (and removes it).
     """
@@ -47,8 +36,8 @@ def take(folder: Path) -> Snapshot:
     digest = _digest(sources)
     there = sorted((path for path in folder.glob("code-*") if _NAME.fullmatch(path.name)), key=_number)
     for path in reversed(there):
-        if _facts(path).get("digest") == digest == _digest({name: path / name for name in PACKAGES}):
-            return Snapshot(path, new=False, first=False)
+        if _digest({name: path / name for name in PACKAGES}) == digest:
+            return path
     number = _number(there[-1]) + 1 if there else 1
     target = folder / f"code-{number}"
     aside = folder / f".code-{number}.{secrets.token_hex(4)}.tmp"
@@ -58,7 +47,7 @@ def take(folder: Path) -> Snapshot:
         os.rename(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Snapshot(target, new=True, first=not there)
+    return target
 
 
 def _number(code: Path) -> int:
@@ -123,14 +112,6 @@ def _git(checkout: Path) -> tuple[dict[str, object], bytes]:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}, b""
     return {"commit": commit, "dirty": bool(diff or untracked), "untracked": untracked}, diff
-
-
-def _facts(code: Path) -> dict[str, object]:
-    try:
-        facts: dict[str, object] = json.loads((code / FACTS).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return facts
 
 
 def _check(code: Path) -> None:

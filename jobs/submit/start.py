@@ -18,9 +18,8 @@ from clipcluster.runs.folder import Run
 from clipcluster.text import counted
 from jobs import submissions
 from jobs.state import Queue
-from jobs.submit import devices, launch, snapshot
-from jobs.submit import parameters as clusters
-from jobs.submit.parameters import Member
+from jobs.submit import executor, launch, snapshot
+from jobs.submit.parameters import grace_seconds
 from tools.slurm import Slurm
 
 
@@ -41,7 +40,7 @@ class Start:
         None where nothing was to be launched. A new folder does not outlive a refusal. Raises UserError.
         """
         run, cluster = self.run, self.loaded.recipe.cluster
-        grace = clusters.grace_seconds(cluster, Slurm() if self.executor == "slurm" else None)
+        grace = grace_seconds(cluster, Slurm() if self.executor == "slurm" else None)
         made = not run.exists()
         if made:
             Run.create(run.path, recipe_keys(self.loaded), self._settings(None, grace), assets=fetched)
@@ -56,7 +55,7 @@ class Start:
         ranks = counted(cluster.ranks_per_node, "local rank")
         named = f"job {job}" if self.executor == "slurm" else ranks
         self.say(f"{run.name}: {counted(self.plan.total_steps, 'step')}, as {named}")
-        self.say(devices.describe(cluster, self.executor))
+        self.say(executor.devices(cluster, self.executor))
         if self.executor == "local" and not launch.await_claim(run, job):
             self.say(
                 f"{run.name}: its process has not claimed the run within {launch.START_SECONDS:g} s; "
@@ -68,24 +67,34 @@ class Start:
         """The folder of the code that the job will run; the settings name it."""
         try:
             code = snapshot.take(self.run.path)
-            if code.new and not code.first:
-                self.say(f"the code differs from the last submission's: {code.path.name}")
-            self.run.update_settings(self._settings(code.path.name, grace))
+            if self.run.settings().get("code") not in (None, code.name):
+                self.say(f"the code differs from the last submission's: {code.name}")
+            self.run.update_settings(self._settings(code.name, grace))
         except BaseException:
             if made:
                 shutil.rmtree(self.run.path, ignore_errors=True)
             raise
-        return code.path
+        return code
 
     def _launch(self, code: Path, grace: float, made: bool) -> str:
         """The job's id. The intent is recorded before, the job or the refusal after it.
 
         Only what SLURM refused leaves no folder behind: after any other failure the job may exist.
         """
-        run = self.run
+        run, recipe = self.run, self.loaded.recipe
         intent = submissions.intend(run, self.executor, code.name)
         try:
-            job = self._job(code, grace)
+            if self.executor == "local":
+                job = launch.locally(recipe.cluster, run, code, grace=grace, trainee=self.trainee)
+            else:
+                job = launch.on_slurm(
+                    recipe.cluster,
+                    run,
+                    code,
+                    grace=grace,
+                    trainee=self.trainee,
+                    used=lambda granted: usable_nodes(recipe, granted),
+                )
         except launch.NoAnswer as silence:
             found = Queue().jobs_of(run)
             if not found:
@@ -106,20 +115,6 @@ class Start:
             raise
         submissions.launched(run, intent, job)
         return job
-
-    def _job(self, code: Path, grace: float) -> str:
-        member, recipe = Member(self.run.path, code), self.loaded.recipe
-        if self.executor == "local":
-            return launch.locally(recipe.cluster, member, grace=grace, trainee=self.trainee)
-        return launch.on_slurm(
-            recipe.cluster,
-            [member],
-            name=self.run.name,
-            logs=self.run.submitit,
-            grace=grace,
-            trainee=self.trainee,
-            used=lambda granted: usable_nodes(recipe, granted),
-        )[0]
 
     def _settings(self, code: str | None, grace: float) -> dict[str, Any]:
         """What settings.yaml holds: the recipe's speed and record keys, paths, executor, code, and the steps

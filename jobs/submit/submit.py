@@ -8,29 +8,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipcluster.check import deep
-from clipcluster.check import plain as checks
+from clipcluster.check import deep, plain
 from clipcluster.data.storage.urls import redacted_within
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
-from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.folder import Run
-from clipcluster.runs.names import run_name, similar_runs
+from clipcluster.runs.names import as_typed, run_name, similar_runs
 from clipcluster.text import counted
-from jobs.submit import assets, devices, executor
-from jobs.submit import parameters as clusters
-from jobs.submit.existing import running_or_finished
-from jobs.submit.parameters import TRAINEE, Member
+from jobs import submissions
+from jobs.state import Queue, State, state_of
+from jobs.submit import assets, executor, parameters
 from jobs.submit.start import Start
+from jobs.train import TRAINEE
 from tools.slurm import Slurm
 
 LOCK = ".submit.lock"  # in the folder of runs
 LOCK_SECONDS = 30.0
+ENDING_SECONDS = 600.0  # how long a submission waits for a job that is still ending
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -67,9 +67,11 @@ def submit(wanted: Wanted) -> Submitted:
     assert loaded is not None
     assert plan is not None  # else there were errors
     run = Run(wanted.runs / run_name(loaded.recipe.name, result_keys(loaded)))
-    found = running_or_finished(run, wanted.say, wait=wanted.follow, dry_run=wanted.dry_run)
-    if found is not None:
-        return Submitted(run, found.job if not found.ended else None, chosen)
+    state = _settled(run, wanted)
+    if state.queued or state.name == "FINISHED":
+        return _as_it_is(run, state, chosen, wanted)
+    if state.name != "NEW":
+        wanted.say(f"{run.name} was {state}: it resumes from its last checkpoint")
     if not run.exists():
         _say_twins(loaded, wanted)
     if wanted.dry_run:
@@ -77,15 +79,52 @@ def submit(wanted: Wanted) -> Submitted:
         return Submitted(run, None, chosen)
     with _fetched(loaded.recipe, run, wanted) as fetched:
         if not wanted.quick:
-            _deep(loaded.recipe, plan, fetched, wanted)
+            found = deep.check(loaded.recipe, world_size=plan.world_size, assets=fetched)
+            found.raise_errors()
+            _warn(found.warnings, wanted)
         with _only_submission(wanted):
-            said: list[str] = []
-            found = running_or_finished(run, said.append, wait=wanted.follow, dry_run=False)
-            if found is not None:  # somebody submitted it during the checks
-                wanted.say("\n".join(said))
-                return Submitted(run, found.job if not found.ended else None, chosen)
+            state = _settled(run, wanted)
+            if state.queued or state.name == "FINISHED":  # somebody submitted it during the checks
+                return _as_it_is(run, state, chosen, wanted)
             job = Start(run, loaded, plan, chosen, wanted.trainee, wanted.say).start(fetched)
             return Submitted(run, job, chosen)
+
+
+def _settled(run: Run, wanted: Wanted) -> State:
+    """The state of the run, once no job of it is ending and none may still appear.
+
+    With --follow that is waited for. Raises UserError where it is not, and where nobody can know.
+    """
+    deadline = time.monotonic() + ENDING_SECONDS
+    waiting = False
+    while True:
+        state = state_of(run, Queue())
+        if state.name == "UNKNOWN":
+            raise UserError(
+                f"{run.name}: {state.detail}. Submit from a machine that reaches SLURM; or, knowing that the "
+                f"job has ended: clipcluster cancel {as_typed(run)}"
+            )
+        if not state.queued or state.name in ("RUNNING", "PENDING"):
+            return state
+        ending = f"job {state.job} is still ending ({state.name})"
+        what = ending if state.job else f"an earlier submission was interrupted ({state})"
+        if not wanted.follow or wanted.dry_run or time.monotonic() > deadline:
+            raise UserError(f"{run.name}: {what}. Submit again in a moment, or with --follow, which waits.")
+        if not waiting:
+            wanted.say(f"{run.name}: {what}; waiting for it")
+            waiting = True
+        time.sleep(1.0)
+
+
+def _as_it_is(run: Run, state: State, chosen: str, wanted: Wanted) -> Submitted:
+    """A run that needs no submission. A job whose submitter died is recorded, but by a dry run."""
+    if not state.queued:
+        wanted.say(f"{run.name} is finished; see: clipcluster status {as_typed(run)}")
+        return Submitted(run, None, chosen)
+    if state.job and not wanted.dry_run:
+        submissions.adopt(run, state.job)
+    wanted.say(f"{run.name} is {state}, as job {state.job}")
+    return Submitted(run, state.job, chosen)
 
 
 @contextlib.contextmanager
@@ -112,25 +151,27 @@ def _only_submission(wanted: Wanted) -> Iterator[None]:
         lock.release()
 
 
-def checked_for(wanted: Wanted, executor: str) -> checks.Checked:
+def checked_for(wanted: Wanted, chosen: str) -> plain.Checked:
     """The plain check, for one node where the run stays on this machine. Raises UserError."""
-
-    def plain(*more: str) -> checks.Checked:
-        return checks.check(wanted.recipe, [*wanted.overrides, *more], site=wanted.site, runs=wanted.runs)
-
-    checked = plain()
+    overrides = list(wanted.overrides)
+    checked = plain.check(wanted.recipe, overrides, site=wanted.site, runs=wanted.runs)
     nodes = checked.recipe.cluster.nodes
-    if executor == "local" and nodes.most > 1:
+    if chosen == "local" and nodes.most > 1:
         wanted.say(f"this machine is one node: cluster.nodes=1 instead of {nodes}")
-        checked = plain("cluster.nodes=1")
+        overrides.append("cluster.nodes=1")
+        checked = plain.check(wanted.recipe, overrides, site=wanted.site, runs=wanted.runs)
     checked.raise_errors()
-    if executor == "local" and (reason := devices.missing(checked.recipe.cluster)):
+    if chosen == "local" and (reason := executor.missing_devices(checked.recipe.cluster)):
         raise UserError(reason)
-    if executor == "local" and checked.recipe.cluster.setup:
+    if chosen == "local" and checked.recipe.cluster.setup:
         wanted.say("cluster.setup belongs to the cluster: its lines are left out on this machine")
-    for warning in checked.warnings:
-        wanted.say(f"warning: {warning}")
+    _warn(checked.warnings, wanted)
     return checked
+
+
+def _warn(warnings: Sequence[str], wanted: Wanted) -> None:
+    for warning in warnings:
+        wanted.say(f"warning: {warning}")
 
 
 def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
@@ -142,32 +183,29 @@ def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
             )
 
 
-def _say_plan(run: Run, checked: checks.Checked, executor: str, wanted: Wanted) -> None:
-    later = [] if wanted.quick else ["the towers and samples (clipcluster check --deep, and the submission)"]
-    unchecked = (
-        [f"not checked: {'; '.join([*checked.unchecked, *later])}"] if checked.unchecked or later else []
-    )
-    for line in [*checked.summary, *unchecked, devices.describe(checked.recipe.cluster, executor)]:
+def _say_plan(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted) -> None:
+    """What a dry run says."""
+    cluster, unchecked = checked.recipe.cluster, list(checked.unchecked)
+    if not wanted.quick:
+        unchecked.append("the towers and samples (clipcluster check --deep, and the submission)")
+    for line in checked.summary:
         wanted.say(line)
+    if unchecked:
+        wanted.say(f"not checked: {'; '.join(unchecked)}")
+    wanted.say(executor.devices(cluster, chosen))
     wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))
-    cluster = checked.recipe.cluster
-    if executor == "none":
+    if chosen == "none":
         wanted.say("would make the folder, and start nothing")
         return
-    if executor == "local":
+    if chosen == "local":
         ranks = counted(cluster.ranks_per_node, "rank")
         wanted.say(f"would start {ranks} on this machine, for {cluster.time} at most")
         return
-    chosen = clusters.parameters(
-        cluster,
-        [Member(run.path, run.path / "code-N")],
-        name=run.name,
-        logs=run.submitit,
-        grace=clusters.grace_seconds(cluster, Slurm()),
+    flags = parameters.of_run(
+        cluster, run, run.path / "code-N", grace=parameters.grace_seconds(cluster, Slurm())
     )
     wanted.say("would submit to SLURM:")
-    additional = chosen.pop("additional_parameters")
-    for key, value in {**chosen, **additional}.items():
+    for key, value in {**flags, **flags.pop("additional_parameters")}.items():
         if not isinstance(value, list):
             wanted.say(f"  {key.replace('_', '-')}: {value}")
 
@@ -180,10 +218,3 @@ def _fetched(recipe: Recipe, run: Run, wanted: Wanted) -> Iterator[Path]:
         for name in assets.fetch(recipe, folder):
             wanted.say(f"fetched {name}")
         yield folder
-
-
-def _deep(recipe: Recipe, plan: Plan, fetched: Path, wanted: Wanted) -> None:
-    findings = deep.check(recipe, world_size=plan.world_size, assets=fetched)
-    findings.raise_errors()
-    for warning in findings.warnings:
-        wanted.say(f"warning: {warning}")

@@ -13,7 +13,6 @@ from clipcluster.runtime.job_id import local_job_runs
 from jobs.endings import history
 from jobs.state import Queue, state_of
 from jobs.submit import launch, snapshot
-from jobs.submit.parameters import Member
 
 HERE = Path(__file__).resolve().parent
 
@@ -40,7 +39,7 @@ def no_slurm(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def code(tmp_path_factory):
     """One snapshot for all local runs."""
-    return snapshot.take(tmp_path_factory.mktemp("code")).path
+    return snapshot.take(tmp_path_factory.mktemp("code"))
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +69,7 @@ class Local:
     def start(self, run, orders="{}", *, tasks=2, time="10 min", grace=5.0):
         self.monkeypatch.setenv("TRAINEE", orders)
         cluster = Cluster(gpus_per_node=0, tasks_per_node=tasks, cpus_per_task=1, time=time)
-        self.jobs.append(
-            launch.locally(cluster, Member(run.path, self.code), grace=grace, trainee="trainee:train")
-        )
+        self.jobs.append(launch.locally(cluster, run, self.code, grace=grace, trainee="trainee:train"))
         assert launch.await_claim(run, self.jobs[-1])
         return self.jobs[-1]
 

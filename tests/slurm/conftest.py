@@ -19,7 +19,6 @@ from clipcluster.runs.merge import merged_metrics
 from jobs.endings import history
 from jobs.state import Queue, state_of
 from jobs.submit import launch, snapshot
-from jobs.submit.parameters import Member
 from tests.consumed import merged_samples
 from tools.sandbox import sandbox as sandboxes
 from tools.sandbox.config import ADMIN_FOLDERS, Sandbox
@@ -73,7 +72,7 @@ TRAINEES = Path(__file__).resolve().parents[1] / "jobs"
 @pytest.fixture(scope="session")
 def code(tmp_path_factory):
     """One snapshot for all runs: taking it is tested elsewhere."""
-    return snapshot.take(tmp_path_factory.mktemp("code")).path
+    return snapshot.take(tmp_path_factory.mktemp("code"))
 
 
 class Bench:
@@ -86,18 +85,13 @@ class Bench:
         monkeypatch.setenv("PYTHONPATH", str(TRAINEES))
         self.jobs = []
 
-    def submit(self, orders, *, nodes=1, tasks=2, members=1, code=None, environment=None, **cluster):
-        """Runs (and their job ids) of one job, or of an array with so many members."""
-        runs = [
-            Run.create(self.folder / f"run-{time.monotonic_ns()}-{n}", {"name": "run"}, {"none": 0})
-            for n in range(members)
-        ]
-        return runs, self.submit_again(
-            runs, orders, nodes=nodes, tasks=tasks, code=code, environment=environment, **cluster
-        )
+    def submit(self, orders, **more):
+        """A new run and its job's id."""
+        run = Run.create(self.folder / f"run-{time.monotonic_ns()}", {"name": "run"}, {"none": 0})
+        return run, self.submit_again(run, orders, **more)
 
     def submit_again(
-        self, runs, orders, *, nodes=1, tasks=2, code=None, environment=None, used=None, **cluster
+        self, run, orders, *, nodes=1, tasks=2, code=None, environment=None, used=None, **cluster
     ):
         settings = Cluster(
             nodes=nodes,
@@ -109,17 +103,9 @@ class Bench:
             **{"time": "10 min", **cluster},
         )
         used = {"used": used} if used else {}
-        jobs = launch.on_slurm(
-            settings,
-            [Member(run.path, code or self.code) for run in runs],
-            name="endings",
-            logs=runs[0].submitit if len(runs) == 1 else self.folder / "sweep" / "submitit",
-            grace=5,
-            trainee="trainee:train",
-            **used,
-        )
-        self.jobs += jobs
-        return jobs
+        job = launch.on_slurm(settings, run, code or self.code, grace=5, trainee="trainee:train", **used)
+        self.jobs.append(job)
+        return job
 
     def until(self, what, seconds=60):
         """Wait until `what()` is true, and return it."""
@@ -194,7 +180,7 @@ def bench_on(tmp_path, code, monkeypatch):
 def bench(sandbox, bench_on):
     bench = bench_on(sandbox)
     yield bench
-    bench.slurm.cancel({job.split("_")[0] for job in bench.jobs})
+    bench.slurm.cancel(bench.jobs)
     deadline = time.monotonic() + 30
     while bench.slurm.queue(job_ids=bench.jobs) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -18,9 +18,8 @@ pytestmark = pytest.mark.slurm
 # not notice), on one node or two, on sites that send USR2 at a preemption and on those that do not.
 
 
-def preempted(bench, nodes, members):
-    runs, jobs = bench.submit({"steps": 40}, nodes=nodes, members=members)
-    run, job = runs[-1], jobs[-1]
+def preempted(bench, nodes):
+    run, job = bench.submit({"steps": 40}, nodes=nodes)
     bench.at_step(run, 7)
     done = preempt(bench.sandbox.folder, job, come_back=False)
     assert done.requeued
@@ -35,12 +34,9 @@ def preempted(bench, nodes, members):
     assert newest_complete(run.checkpoints) == 40
 
 
-def crashed(bench, nodes, members):
+def crashed(bench, nodes):
     last = 2 * nodes - 1
-    runs, jobs = bench.submit(
-        {"steps": 15, "crash": {"step": 8, "rank": last, "attempts": [1]}}, nodes=nodes, members=members
-    )
-    run, job = runs[-1], jobs[-1]
+    run, job = bench.submit({"steps": 15, "crash": {"step": 8, "rank": last, "attempts": [1]}}, nodes=nodes)
     verdict = bench.verdict(run, 1)
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "crashed", True)
     assert verdict["checkpoint"] == 5
@@ -49,11 +45,10 @@ def crashed(bench, nodes, members):
     bench.finished(run, job, 2, 15, nodes)
 
 
-def failed(bench, nodes, members):
-    runs, jobs = bench.submit(
-        {"steps": 15, "raises": {"step": 3, "rank": 1, "error": "DataError"}}, nodes=nodes, members=members
+def failed(bench, nodes):
+    run, job = bench.submit(
+        {"steps": 15, "raises": {"step": 3, "rank": 1, "error": "DataError"}}, nodes=nodes
     )
-    run, job = runs[-1], jobs[-1]
     verdict = bench.verdict(run, 1)
     assert (verdict["event"], verdict["ending"], verdict["code"]) == ("fail", "failed", 90)
     assert "shard 00003.tar changed (rank 1 on" in verdict["reason"]
@@ -63,9 +58,8 @@ def failed(bench, nodes, members):
     assert bench.state(run).name == "FAILED"
 
 
-def stopped(bench, nodes, members):
-    runs, jobs = bench.submit({"steps": 30}, nodes=nodes, members=members)
-    run, job = runs[-1], jobs[-1]
+def stopped(bench, nodes):
+    run, job = bench.submit({"steps": 30}, nodes=nodes)
     bench.at_step(run, 6)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
     verdict = bench.verdict(run, 1)
@@ -74,9 +68,8 @@ def stopped(bench, nodes, members):
     bench.finished(run, job, 2, 30, nodes)
 
 
-def scancelled(bench, nodes, members):
-    runs, jobs = bench.submit({"steps": 300}, nodes=nodes, members=members)
-    run, job = runs[-1], jobs[-1]
+def scancelled(bench, nodes):
+    run, job = bench.submit({"steps": 300}, nodes=nodes)
     bench.at_step(run, 6)
     subprocess.run(["scancel", job], check=True)
     verdict = bench.verdict(run, 1)
@@ -87,9 +80,8 @@ def scancelled(bench, nodes, members):
     assert run.attempt(1).outcome()["outcome"] == "stopped"  # the ranks had time to save all the same
 
 
-def cancelled_while_saving(bench, nodes, members):
-    runs, jobs = bench.submit({"steps": 300, "save_seconds": 2}, nodes=nodes, members=members)
-    run, job = runs[-1], jobs[-1]
+def cancelled_while_saving(bench, nodes):
+    run, job = bench.submit({"steps": 300, "save_seconds": 2}, nodes=nodes)
     bench.at_step(run, 6)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
     time.sleep(1)
@@ -100,9 +92,8 @@ def cancelled_while_saving(bench, nodes, members):
     assert bench.state(run).name == "CANCELLED"
 
 
-def cancelled_while_pending(bench, nodes, members):
-    runs, jobs = bench.submit({"steps": 300}, nodes=nodes, members=members)
-    run, job = runs[-1], jobs[-1]
+def cancelled_while_pending(bench, nodes):
+    run, job = bench.submit({"steps": 300}, nodes=nodes)
     bench.at_step(run, 3)
     preempt(bench.sandbox.folder, job, come_back=False)
     assert bench.state(run).name == "PENDING"
@@ -113,9 +104,8 @@ def cancelled_while_pending(bench, nodes, members):
     assert len(run.attempts()) == 1
 
 
-def requeued_already(bench, nodes, members):
-    runs, jobs = bench.submit({"steps": 30}, nodes=nodes, members=members)
-    run, job = runs[-1], jobs[-1]
+def requeued_already(bench, nodes):
+    run, job = bench.submit({"steps": 30}, nodes=nodes)
     bench.at_step(run, 6)
     subprocess.run(["scontrol", "requeue", job], check=True)
     verdict = bench.verdict(run, 1)
@@ -124,9 +114,8 @@ def requeued_already(bench, nodes, members):
     bench.finished(run, job, 2, 30, nodes)
 
 
-def superseded(bench, nodes, members):
-    runs, jobs = bench.submit({"steps": 300}, nodes=nodes, members=members)
-    run, job = runs[-1], jobs[-1]
+def superseded(bench, nodes):
+    run, job = bench.submit({"steps": 300}, nodes=nodes)
     bench.at_step(run, 4)
     run.settings_file.touch()
     run.claim("local-elsewhere-1-1", host="elsewhere", still_running=lambda job: False)
@@ -140,12 +129,11 @@ def superseded(bench, nodes, members):
     assert changed <= {f"rank-{rank}.out" for rank in range(2 * nodes)}  # their logs, in which they say why
 
 
-def never_started(bench, nodes, members):
+def never_started(bench, nodes):
     broken = bench.folder / "broken"
     subprocess.run(["cp", "-r", bench.code, broken], check=True)
     (broken / "jobs" / "train.py").write_text("import no_such_module_anywhere\n")
-    runs, jobs = bench.submit({}, nodes=nodes, members=members, code=broken)
-    run, job = runs[-1], jobs[-1]
+    run, job = bench.submit({}, nodes=nodes, code=broken)
     first = bench.verdict(run, 1)
     assert (first["event"], first["ending"]) == ("requeue", "never started")
     bench.come_back(job)
@@ -173,29 +161,28 @@ SCENARIOS = [
 
 
 @pytest.mark.parametrize(
-    ("scenario", "nodes", "members"),
+    ("scenario", "nodes"),
     [
-        (preempted, 2, 1),
-        (crashed, 1, 2),
-        (failed, 2, 1),
-        (stopped, 1, 1),
-        (scancelled, 1, 1),
-        (cancelled_while_saving, 1, 1),
-        (cancelled_while_pending, 1, 2),
-        (requeued_already, 1, 1),
-        (superseded, 1, 1),
-        (never_started, 1, 1),
+        (preempted, 2),
+        (crashed, 1),
+        (failed, 2),
+        (stopped, 1),
+        (scancelled, 1),
+        (cancelled_while_saving, 1),
+        (cancelled_while_pending, 1),
+        (requeued_already, 1),
+        (superseded, 1),
+        (never_started, 1),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_ending(bench, scenario, nodes, members):
-    scenario(bench, nodes, members)
+def test_ending(bench, scenario, nodes):
+    scenario(bench, nodes)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("sandbox", [False, True], indirect=True, ids=["TERM", "USR2"])
-@pytest.mark.parametrize("members", [1, 2], ids=["single", "array"])
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_matrix(bench, scenario, nodes, members):
-    scenario(bench, nodes, members)
+def test_matrix(bench, scenario, nodes):
+    scenario(bench, nodes)

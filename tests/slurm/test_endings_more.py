@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 
 
 def test_a_node_blamed_twice_is_excluded(bench):
-    (run,), (job,) = bench.submit(
+    run, job = bench.submit(
         {"steps": 12, "save_every": 1, "crash": {"rank": 1, "at": [3, 6]}}, nodes=1, tasks=2
     )
     first = bench.verdict(run, 1)
@@ -36,7 +36,7 @@ def test_a_node_blamed_twice_is_excluded(bench):
 
 
 def test_a_crash_that_repeats_ends_the_run(bench):
-    (run,), (job,) = bench.submit({"crash": {"step": 2, "rank": 0}})
+    run, job = bench.submit({"crash": {"step": 2, "rank": 0}})
     for attempt in (1, 2):
         assert bench.verdict(run, attempt)["event"] == "requeue"
         bench.come_back(job)
@@ -48,7 +48,7 @@ def test_a_crash_that_repeats_ends_the_run(bench):
 
 
 def test_preempted_while_importing(bench):
-    (run,), (job,) = bench.submit({"steps": 10, "imports": 4}, nodes=2)
+    run, job = bench.submit({"steps": 10, "imports": 4}, nodes=2)
     folder = run.attempts_dir / "1"
     bench.until(lambda: len(list(folder.glob("events-rank-*.jsonl"))) == 4)
     preempt(bench.sandbox.folder, job, come_back=False)
@@ -58,7 +58,7 @@ def test_preempted_while_importing(bench):
 
 
 def test_of_a_range_of_nodes_the_useful_ones_take_part(bench):
-    (run,), (job,) = bench.submit({"steps": 3}, nodes="2-3", used=lambda granted: {2: 2, 3: 2}[granted])
+    run, job = bench.submit({"steps": 3}, nodes="2-3", used=lambda granted: {2: 2, 3: 2}[granted])
     assert bench.verdict(run, 1)["event"] == "finish"
     assert bench.gone(job) == "COMPLETED"
     bench.check_whole(run, 3, 4)
@@ -66,9 +66,9 @@ def test_of_a_range_of_nodes_the_useful_ones_take_part(bench):
 
 def test_submitting_while_the_old_job_still_ends(bench):
     """A second job leaves, naming the first, as long as that runs; once it was cancelled it goes on."""
-    (run,), (job,) = bench.submit({"steps": 400})
+    run, job = bench.submit({"steps": 400})
     bench.at_step(run, 3)
-    (other,) = bench.submit_again([run], {"steps": 12})
+    other = bench.submit_again(run, {"steps": 12})
     assert bench.gone(other) == "FAILED"
     assert bench.slurm.job(other).exit_code == 88
     assert f"owned by job {job}" in (run.submitit / f"{other}_0_log.err").read_text()
@@ -76,17 +76,17 @@ def test_submitting_while_the_old_job_still_ends(bench):
     assert bench.gone(job) == "CANCELLED"
     saved = newest_complete(run.checkpoints)
     assert saved < 400
-    (third,) = bench.submit_again([run], {"steps": saved + 3})
+    third = bench.submit_again(run, {"steps": saved + 3})
     bench.finished(run, third, 2, saved + 3, 1)
 
 
 def test_another_number_of_nodes_goes_on(bench):
-    (run,), (job,) = bench.submit({"steps": 400}, nodes=2)
+    run, job = bench.submit({"steps": 400}, nodes=2)
     bench.at_step(run, 3)
     cancel(run, Queue(bench.slurm))
     bench.gone(job)
     saved = newest_complete(run.checkpoints)
-    (other,) = bench.submit_again([run], {"steps": saved + 5}, nodes=1)
+    other = bench.submit_again(run, {"steps": saved + 5}, nodes=1)
     assert bench.verdict(run, 2)["event"] == "finish"
     assert bench.gone(other) == "COMPLETED"
 
@@ -94,7 +94,7 @@ def test_another_number_of_nodes_goes_on(bench):
 @pytest.mark.long
 def test_the_lead_time_before_the_limit(bench):
     # a limit of two minutes: the signal comes 40 s before it, and up to a minute early
-    (run,), (job,) = bench.submit({"steps": 2000}, time="2 min")
+    run, job = bench.submit({"steps": 2000}, time="2 min")
     verdict = bench.verdict(run, 1, seconds=150)
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "stopped", True)
     bench.come_back(job)
@@ -102,15 +102,10 @@ def test_the_lead_time_before_the_limit(bench):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("nodes", "members"), [(1, 1), (2, 2)], ids=["1-single", "2-array"])
-def test_out_of_time(bench, nodes, members):
-    runs, jobs = bench.submit(
-        {"steps": 5000, "deaf": {"attempts": [1], "until": "SIGTERM"}},
-        nodes=nodes,
-        members=members,
-        time="1 min",
-    )
-    run, job = runs[-1], jobs[-1]
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_out_of_time(bench, nodes):
+    orders = {"steps": 5000, "deaf": {"attempts": [1], "until": "SIGTERM"}}
+    run, job = bench.submit(orders, nodes=nodes, time="1 min")
     verdict = bench.verdict(run, 1, seconds=180)
     assert (verdict["event"], verdict["ending"], verdict["counts"]) == ("requeue", "out of time", True)
     bench.come_back(job)
@@ -119,7 +114,7 @@ def test_out_of_time(bench, nodes, members):
 
 @pytest.mark.long
 def test_ranks_that_outlive_the_limit_are_a_timeout(bench):
-    (run,), (job,) = bench.submit({"steps": 5000, "deaf": {}}, time="1 min")
+    run, job = bench.submit({"steps": 5000, "deaf": {}}, time="1 min")
     assert bench.gone(job, 180) == "TIMEOUT"
     assert history.last_verdict(run.attempt(1)) is None
     assert bench.state(run).name == "TIMEOUT"
@@ -129,7 +124,7 @@ def test_ranks_that_outlive_the_limit_are_a_timeout(bench):
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_node_dies(bench, nodes):
     """The node without the batch script where there are two, else the only one."""
-    (run,), (job,) = bench.submit({"steps": 600}, nodes=nodes)
+    run, job = bench.submit({"steps": 600}, nodes=nodes)
     bench.at_step(run, 12)
     state = bench.slurm.job(job)
     victim = next((node for node in state.nodes if node != state.batch_host), state.batch_host)
@@ -147,7 +142,7 @@ def test_a_node_dies(bench, nodes):
 
 @pytest.mark.long
 def test_a_node_is_lost_and_its_ranks_live_on(bench):
-    (run,), (job,) = bench.submit({"steps": 3000})
+    run, job = bench.submit({"steps": 3000})
     bench.at_step(run, 12)
     victim = bench.slurm.job(job).batch_host
     try:
@@ -183,7 +178,7 @@ def test_a_refused_requeue_is_tried_and_then_left_to_the_user(bench, tmp_path):
     line = wrapped(
         tmp_path / "bin", 'if [ "$1" = requeue ]; then echo "Requested operation is disabled" >&2; exit 1; fi'
     )
-    (run,), (job,) = bench.submit({"crash": {"step": 2, "rank": 0}}, setup=[line])
+    run, job = bench.submit({"crash": {"step": 2, "rank": 0}}, setup=[line])
     assert bench.gone(job, 90) == "FAILED"
     assert bench.slurm.job(job).exit_code == 85
     state = bench.state(run)
@@ -194,9 +189,9 @@ def test_a_refused_requeue_is_tried_and_then_left_to_the_user(bench, tmp_path):
 def test_a_silent_slurm_leaves_mark_and_outcome(bench, tmp_path):
     silent = 'if [ "$1" = show ]; then echo "Unable to contact slurm controller" >&2; exit 1; fi'
     line = wrapped(tmp_path / "bin", silent)
-    (run,), (job,) = bench.submit({"raises": {"step": 2, "rank": 1, "error": "DataError"}}, setup=[line])
+    run, job = bench.submit({"raises": {"step": 2, "rank": 1, "error": "DataError"}}, setup=[line])
     assert bench.verdict(run, 1)["event"] == "fail"
-    (other,), (second,) = bench.submit({"steps": 200}, setup=[line])
+    other, second = bench.submit({"steps": 200}, setup=[line])
     bench.at_step(other, 3)
     cancel(other, Queue(bench.slurm))
     assert bench.verdict(other, 1)["event"] == "cancel"
@@ -205,42 +200,35 @@ def test_a_silent_slurm_leaves_mark_and_outcome(bench, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("members", [1, 2], ids=["single", "array"])
-def test_preempted_without_grace(bench_on, members):
+def test_preempted_without_grace(bench_on):
     """GraceTime 0: SLURM has requeued the job already when the ranks hear of it."""
     folder = Path(tempfile.mkdtemp(prefix="clipcluster-test-", dir="/tmp"))
     try:
         bench = bench_on(sandboxes.start(folder / "sandbox", nodes=1, grace_seconds=0))
-        runs, jobs = bench.submit({"steps": 40}, members=members)
-        bench.at_step(runs[-1], 7)
-        assert preempt(folder / "sandbox", jobs[-1], come_back=False).requeued
-        verdict = history.last_verdict(runs[-1].attempt(1))
+        run, job = bench.submit({"steps": 40})
+        bench.at_step(run, 7)
+        assert preempt(folder / "sandbox", job, come_back=False).requeued
+        verdict = history.last_verdict(run.attempt(1))
         assert verdict is None or verdict["ending"] == "requeued already"
-        assert newest_complete(runs[-1].checkpoints) >= 5
-        for job in jobs:
-            bench.come_back(job)
-        for run, job in zip(runs, jobs, strict=True):
-            bench.finished(run, job, 2, 40, 1)
+        assert newest_complete(run.checkpoints) >= 5
+        bench.come_back(job)
+        bench.finished(run, job, 2, 40, 1)
     finally:
         sandboxes.stop(folder / "sandbox", patience=0)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("members", [pytest.param(1, marks=pytest.mark.long), 2], ids=["single", "array"])
-def test_a_node_without_the_code_is_left_once(bench, members):
+def test_a_node_without_the_code_is_left_once(bench):
     """As where a folder is not mounted: no claim and no verdict can run; the shell requeues, once."""
-    runs, jobs = bench.submit({"steps": 3}, code=bench.folder / "absent", members=members)
-    run, job = runs[-1], jobs[-1]
+    run, job = bench.submit({"steps": 3}, code=bench.folder / "absent")
     bench.until(lambda: bench.slurm.job(job).restarts == 1)
-    assert bench.slurm.job(jobs[0]).restarts <= 1
     shutil.copytree(bench.code, bench.folder / "absent")
-    for each in jobs:
-        bench.come_back(each)
+    bench.come_back(job)
     bench.finished(run, job, 1, 3, 1)
 
 
 def test_scancel_during_the_setup(bench):
-    (run,), (job,) = bench.submit({"steps": 3}, setup=["sleep 20"])
+    run, job = bench.submit({"steps": 3}, setup=["sleep 20"])
     bench.until(lambda: bench.slurm.job(job).state == "RUNNING")
     time.sleep(0.5)
     subprocess.run(["scancel", job], check=True)
@@ -257,7 +245,7 @@ def test_a_rank_preempted_before_its_handlers_stand(bench):
         "import os, time\nif 'SLURM_STEP_ID' in os.environ and 'SLURM_PROCID' in os.environ: time.sleep(4)\n"
     )
     (slow / "sitecustomize.py").write_text(late)
-    (run,), (job,) = bench.submit({"steps": 5}, setup=[f"export PYTHONPATH={slow}:$PYTHONPATH"])
+    run, job = bench.submit({"steps": 5}, setup=[f"export PYTHONPATH={slow}:$PYTHONPATH"])
     bench.until(lambda: (run.attempts_dir / "1").exists())
     time.sleep(1.5)
     assert not list((run.attempts_dir / "1").glob("events-rank-*"))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from clipcluster.recipe.sections.cluster import Cluster
-from jobs.submit.parameters import Member, grace_seconds, lead_seconds, parameters
+from clipcluster.runs.folder import Run
+from jobs.submit.parameters import grace_seconds, lead_seconds, of_run
 
 
 @pytest.fixture
@@ -14,15 +15,10 @@ def script(tmp_path):
     """The text of the batch script that submitit makes of a section."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    def script(cluster, members=1):
-        chosen = parameters(
-            cluster,
-            [Member(tmp_path / f"run {n}", tmp_path / f"run {n}" / "code-1") for n in range(members)],
-            name="toy",
-            logs=tmp_path / "logs",
-            grace=30,
-        )
-        return _make_sbatch_string(command="python -m nothing", folder=tmp_path / "logs", **chosen)
+    def script(cluster):
+        run = Run(tmp_path / "run 0")
+        chosen = of_run(cluster, run, run.path / "code-1", grace=30)
+        return _make_sbatch_string(command="python -m nothing", folder=run.submitit, **chosen)
 
     return script
 
@@ -78,19 +74,19 @@ def test_the_script_is_shielded_before_anything_else(script):
     assert teardown == ["clipcluster_end $?"]
 
 
-@pytest.mark.parametrize("members", [1, 3])
-def test_bash_understands_the_script(script, tmp_path, members):
-    text = script(Cluster(environment={"WORDS": "a 'b' \"c\" $d"}), members)
+def test_bash_understands_the_script(script, tmp_path):
+    text = script(Cluster(environment={"WORDS": "a 'b' \"c\" $d"}))
     file = tmp_path / "job.sh"
     file.write_text(text)
     done = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    # up to the claim it can be run here: which folder does a member of the array take?
+    # up to the claim it can be run here
     ending = next(n for n, line in enumerate(text.splitlines()) if line.startswith("cd "))
-    file.write_text("\n".join([*text.splitlines()[:ending], 'echo "$clipcluster_run|$WORDS"', "trap - EXIT"]))
-    environment = {"SLURM_ARRAY_TASK_ID": "2"} if members > 1 else {}
-    done = subprocess.run(["bash", file], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == f"{tmp_path}/run {2 if members > 1 else 0}|a 'b' \"c\" $d"
+    file.write_text(
+        "\n".join([*text.splitlines()[:ending], 'echo "$clipcluster_marks|$WORDS"', "trap - EXIT"])
+    )
+    done = subprocess.run(["bash", file], capture_output=True, text=True, env={})
+    assert done.stdout.strip() == f"{tmp_path}/run 0/marks|a 'b' \"c\" $d"
 
 
 def test_the_lead_time_covers_two_saves():

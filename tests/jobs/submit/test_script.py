@@ -11,7 +11,7 @@ import pytest
 
 from clipcluster.recipe.sections.cluster import Cluster
 from jobs.endings import history
-from jobs.submit.parameters import Member, parameters
+from jobs.submit.parameters import of_run
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNNING = """\
@@ -55,17 +55,11 @@ class Job:
             text = re.sub(rf"(?m)^(   (?:\S+ )?{key})=\S+", rf"\1={value}", text, count=1)
         (self.folder / "job").write_text(text)
 
-    def script(self, srun, *, members=1, **cluster):
+    def script(self, srun, **cluster):
         from submitit.slurm.slurm import _make_sbatch_string
 
         self.program("srun", f"#!/bin/sh\n{srun}\n")
-        chosen = parameters(
-            Cluster(gpus_per_node=0, **cluster),
-            [Member(self.run.path, self.code)] * members,
-            name="toy",
-            logs=self.run.submitit,
-            grace=30,
-        )
+        chosen = of_run(Cluster(gpus_per_node=0, **cluster), self.run, self.code, grace=30)
         return _make_sbatch_string(command="ranks", folder=self.run.submitit, **chosen)
 
     def start(self, srun="exit 0", *, restarts=0, environment=None, **cluster):
@@ -174,7 +168,7 @@ def test_a_member_of_an_array_requeues_itself_alone(job, monkeypatch):
     no_interpreter(job, monkeypatch)
     job.name = "40_1"
     member = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"}
-    assert job.start(members=2, environment=member) == 85
+    assert job.start(environment=member) == 85
     assert job.asked("requeue") == ["requeue 40_1"]
     assert job.asked("show") == ["show job 40_1"]
 
@@ -244,4 +238,4 @@ def test_a_verdict_that_fails_is_followed_by_one_requeue(job):
 
 def test_the_interpreter_may_lie_anywhere(job, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/LOGS/VERDICT/python")
-    assert '"$(/LOGS/VERDICT/python -m jobs.endings verdict "$clipcluster_run" "$1")"' in job.script("exit 0")
+    assert f'"$(/LOGS/VERDICT/python -m jobs.endings verdict {job.run.path} "$1")"' in job.script("exit 0")

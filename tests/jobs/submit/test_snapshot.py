@@ -12,18 +12,18 @@ from jobs.submit import snapshot
 
 def test_a_copy_of_what_is_imported(run):
     taken = snapshot.take(run.path)
-    assert (taken.path.name, taken.new, taken.first) == ("code-1", True, True)
+    assert taken.name == "code-1"
     for name in ("clipcluster/runs/folder.py", "jobs/train.py", "tools/slurm.py"):
-        assert (taken.path / name).read_bytes() == (snapshot._folder_of("jobs").parent / name).read_bytes()
-    facts = json.loads((taken.path / "snapshot.json").read_text())
+        assert (taken / name).read_bytes() == (snapshot._folder_of("jobs").parent / name).read_bytes()
+    facts = json.loads((taken / "snapshot.json").read_text())
     assert facts["python"] == sys.executable
     assert len(facts["commit"]) == 40
     assert isinstance(facts["dirty"], bool)
-    assert (taken.path / "git.diff").exists() or not facts["dirty"] or facts["untracked"]
+    assert (taken / "git.diff").exists() or not facts["dirty"] or facts["untracked"]
 
 
 def test_the_copy_runs_instead_of_the_checkout(run):
-    code = snapshot.take(run.path).path
+    code = snapshot.take(run.path)
     done = subprocess.run(
         [sys.executable, "-c", "import jobs.endings.act, clipcluster.runs.folder as f; print(f.__file__)"],
         cwd=code,
@@ -35,8 +35,7 @@ def test_the_copy_runs_instead_of_the_checkout(run):
 
 
 def test_the_same_code_is_copied_once(run):
-    first, second = snapshot.take(run.path), snapshot.take(run.path)
-    assert (second.path, second.new) == (first.path, False)
+    assert snapshot.take(run.path) == snapshot.take(run.path)
 
 
 def test_other_code_is_another_folder(run, tmp_path, monkeypatch):
@@ -46,8 +45,8 @@ def test_other_code_is_another_folder(run, tmp_path, monkeypatch):
     (copy / "jobs" / "train.py").open("a").write("# edited\n")
     monkeypatch.setattr(snapshot, "_folder_of", lambda package: copy / package)
     second = snapshot.take(run.path)
-    assert (second.path.name, second.new, second.first) == ("code-2", True, False)
-    facts = json.loads((second.path / "snapshot.json").read_text())
+    assert second.name == "code-2"
+    facts = json.loads((second / "snapshot.json").read_text())
     assert facts["commit"] is None  # no git checkout
 
 
@@ -67,17 +66,16 @@ def test_a_copy_that_cannot_start_is_refused(run, tmp_path, monkeypatch, edit):
 
 def test_runs_may_lie_behind_a_link(run, tmp_path):
     (tmp_path / "link").symlink_to(run.path.parent)
-    assert snapshot.take(tmp_path / "link" / run.name).path.name == "code-1"
+    assert snapshot.take(tmp_path / "link" / run.name).name == "code-1"
 
 
 def test_folders_that_a_person_made_are_left_alone(run):
     for name in ("code-old", "code-1-backup"):
         (run.path / name).mkdir()
-    assert snapshot.take(run.path).path.name == "code-1"
+    assert snapshot.take(run.path).name == "code-1"
 
 
 def test_a_copy_that_was_edited_is_not_used_again(run):
     first = snapshot.take(run.path)
-    (first.path / "jobs" / "train.py").open("a").write("# edited\n")
-    second = snapshot.take(run.path)
-    assert (second.path.name, second.new) == ("code-2", True)
+    (first / "jobs" / "train.py").open("a").write("# edited\n")
+    assert snapshot.take(run.path).name == "code-2"

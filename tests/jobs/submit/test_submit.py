@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -20,9 +19,8 @@ from clipcluster.runtime.accelerators import count_accelerators
 from jobs.cancel import cancel
 from jobs.state import Queue, state_of
 from jobs.submissions import job_ids, submissions
-from jobs.submit import devices, launch
+from jobs.submit import executor, launch
 from jobs.submit import submit as submission
-from jobs.submit.executor import likely
 from jobs.submit.submit import LOCK, Wanted, submit
 
 PLAN = ["data.batch_size=128", "train.duration=15 epochs", "optim.lr=1e-3", "cluster.tasks_per_node=2"]
@@ -181,15 +179,15 @@ def test_a_silent_cluster_is_no_reason_to_train_on_its_login_node(ask, tmp_path)
         script = tmp_path / "bin" / program
         script.write_text("#!/bin/sh\necho 'slurm_load_ctl_conf error: Connection refused' >&2; exit 1\n")
         script.chmod(0o755)
-    for executor in (None, "slurm"):
+    for asked in (None, "slurm"):
         with pytest.raises(UserError, match=r"SLURM does not answer .*Connection refused.*--executor local"):
-            ask(executor=executor)
+            ask(executor=asked)
     assert ask(executor="local", dry_run=True).executor == "local"
     script.write_text("#!/bin/sh\necho 'fatal: Could not establish a configuration source' >&2; exit 1\n")
     assert ask(executor=None, dry_run=True, quick=False).executor == "local"
     assert "(clipcluster check --deep, and the submission)" in " ".join(ask.said)
-    assert likely() == "local"
-    with pytest.raises(UserError, match="SLURM does not answer"):
+    assert executor.likely() == "local"
+    with pytest.raises(UserError, match="sbatch is here but no cluster"):
         ask(executor="slurm", dry_run=True)
 
 
@@ -211,8 +209,8 @@ def test_new_code_is_said(ask, local):
     run = ask(orders='{"steps": 400}').run
     cancel(run, Queue())
     local.end(run)
-    facts = run.path / "code-1" / "snapshot.json"
-    facts.write_text(json.dumps({**json.loads(facts.read_text()), "digest": "older"}))
+    with (run.path / "code-1" / "jobs" / "train.py").open("a") as stream:
+        stream.write("# older\n")
     ask(orders='{"steps": 2, "seconds": 0.01}')
     assert any("code-2" in line for line in ask.said)
     assert yaml.safe_load(run.settings_file.read_text())["code"] == "code-2"
@@ -332,12 +330,12 @@ def test_gpus_that_were_requested_and_are_not_here_are_refused(ask, tmp_path):
     with pytest.raises(UserError, match=r"gpus_per_node: 2 requested, and this machine has none"):
         ask("cluster.gpus_per_node=2", "cluster.tasks_per_node=2")
     assert not (tmp_path / "runs").exists()
-    assert devices.missing(Cluster()) == ""
-    assert devices.describe(Cluster(), "local") == "device: CPU, 1 rank (this machine has no GPU)"
+    assert executor.missing_devices(Cluster()) == ""
+    assert executor.devices(Cluster(), "local") == "device: CPU, 1 rank (this machine has no GPU)"
 
 
 def test_gpus_of_a_cluster_are_said():
     asked = Cluster(gpus_per_node=2)
-    assert devices.describe(asked, "slurm") == (
+    assert executor.devices(asked, "slurm") == (
         "device: 2 GPUs per node, requested from SLURM, for 2 ranks per node"
     )
