@@ -1,4 +1,8 @@
-"""The deep check: what needs torch, tried in a process of its own: the command itself never loads it."""
+"""The deep check: towers, weights, tokenizer, a sample of every source, a tiny training step.
+
+All of it needs torch, so it runs in a process of its own (``python -m clipcluster.check.deep``): the command
+itself never loads torch.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from clipcluster.check.findings import Findings
+from clipcluster.check.names import store_timm_names
+from clipcluster.check.plain import Findings, open_indexed
+from clipcluster.errors import UserError
+from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import TASKS
 
 DEEP_SECONDS = 900  # large towers take minutes to build on a busy login node
 
@@ -31,7 +43,7 @@ def check(recipe: Recipe, *, world_size: int = 1, assets: Path | None = None) ->
     search = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "clipcluster.check"],
+            [sys.executable, "-m", "clipcluster.check.deep"],
             input=json.dumps(question),
             capture_output=True,
             text=True,
@@ -44,3 +56,138 @@ def check(recipe: Recipe, *, world_size: int = 1, assets: Path | None = None) ->
         output = process.stderr.strip()
         return Findings(errors=[f"the deep check itself failed (code {process.returncode}):\n{output}"])
     return Findings(**json.loads(process.stdout))
+
+
+def main() -> None:
+    """Read the question on stdin, answer in JSON on what was stdout; libraries that print get stderr."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    question = json.load(sys.stdin)
+    assets = Path(question["assets"]) if question["assets"] else None
+    findings = examine(Recipe.model_validate(question["recipe"]), question["world_size"], assets)
+    with answer:
+        json.dump(vars(findings), answer)
+
+
+def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
+    """Build and read everything of a recipe once; loads torch."""
+    from clipcluster.data.tokenizer import load_tokenizer
+
+    findings = Findings()
+    attempt = partial(findings.attempt, foreign=True)
+    tokenizer = attempt("data.text.tokenizer", load_tokenizer, recipe.data.text, assets)
+    attempt("model.image", _check_image_tower, recipe, world_size, findings)
+    if tokenizer is not None:
+        attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
+    evaluate = recipe.evaluate
+    for kind, sources, text, members in (
+        ("data.train", recipe.data.train, True, TASKS[recipe.task].members),
+        ("evaluate.retrieval", [Source(shards=path) for path in evaluate.retrieval], True, {}),
+        ("evaluate.zero_shot", [Source(shards=path) for path in evaluate.zero_shot], False, {}),
+    ):
+        for number, source in enumerate(sources):
+            key = f"{kind}.{number}"
+            attempt(key, check_sample, key, source, text, members, tokenizer, findings)
+    if not findings.errors:  # else the step would fail for a reason that is known
+        attempt("a training step of two samples", _check_step, recipe, world_size, assets, findings)
+    return findings
+
+
+def _check_image_tower(recipe: Recipe, world_size: int, findings: Findings) -> None:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from clipcluster.model.towers import build_image_tower
+
+    try:
+        store_timm_names()
+    except OSError as error:
+        findings.warnings.append(f"timm's names cannot be stored for the plain check: {error}")
+    tower, coverage = build_image_tower(recipe.model.image, image_size=recipe.data.image.size)
+    name = recipe.model.image.timm
+    findings.summary.append(f"image tower: {name}, {_millions(tower.parameters())} parameters")
+    if coverage is not None:
+        findings.summary.append(str(coverage))
+    if not any(isinstance(module, _BatchNorm) for module in tower.modules()):
+        return
+    if world_size > 1:
+        findings.warnings.append(
+            f"model.image: {name} has batch norms, whose statistics are over each rank's part of the batch: "
+            f"with another number of ranks than {world_size} the weights differ"
+        )
+    if recipe.train.precision == "bf16":
+        findings.warnings.append(
+            f"model.image: {name} has batch norms, whose statistics suffer in bf16; train.precision fp16 or "
+            "fp32 is safer"
+        )
+
+
+def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
+    from clipcluster.model.towers import build_text_tower
+
+    text = recipe.model.text
+    tower, coverage = build_text_tower(text, tokenizer=tokenizer, assets=assets)
+    name = text.hf if isinstance(text, HfTextTower) else text.arch
+    findings.summary.append(
+        f"text tower: {name}, {_millions(tower.parameters())} parameters, pool {tower.pool}"
+    )
+    if coverage is not None:
+        findings.summary.append(str(coverage))
+
+
+def _millions(parameters: Iterable[Any]) -> str:
+    count = sum(parameter.numel() for parameter in parameters)
+    return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
+
+
+def check_sample(
+    key: str, source: Source, text: bool, members: Mapping[str, str], tokenizer: Any, findings: Findings
+) -> None:
+    """The shards match their index; the first sample that decodes is decoded, and its caption tokenized.
+
+    members: what the task needs of a sample besides, extension -> dotted name of the decoder.
+    """
+    from clipcluster.data.images.decode import BadImage, decode
+    from clipcluster.data.loading.extras import BadExtra, decode_extras, decoders_of
+
+    decoders = decoders_of(members)
+    shards = open_indexed(source, text)
+    shards.check_unchanged()
+    reasons = []
+    for position in range(min(8, shards.n_samples)):
+        sample = shards.read(position, text=text)
+        try:
+            image = decode(sample.image)
+            if decoders:
+                decode_extras(decoders, shards.read_members(position, decoders))
+        except (BadImage, BadExtra) as error:
+            reasons.append(f"{sample.shard} {sample.key}: {error}")
+            continue
+        if text and tokenizer is not None:
+            tokenizer(sample.captions or [""])
+        height, width = image.shape[-2:]
+        caption = f", {sample.captions[0].strip()[:60]!r}" if sample.captions else ""
+        findings.summary.append(f"{key}: {sample.shard} {sample.key}, {width} x {height} pixels{caption}")
+        if reasons:
+            findings.warnings.append(f"{key}: samples that cannot be decoded: {'; '.join(reasons)}")
+        return
+    raise UserError(f"none of the first {len(reasons)} samples can be decoded: {'; '.join(reasons)}")
+
+
+def _check_step(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:
+    """One forward and backward pass of the task: what fails for its shapes fails here."""
+    from clipcluster.build.training import try_task
+
+    unused = try_task(recipe, assets)
+    if not unused:
+        return
+    named = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+    if world_size > 1:
+        raise UserError(
+            f"parameters without a gradient: {named}. Nothing of the loss depends on them, and several ranks "
+            "cannot train such a model; choose a tower that uses all of its parameters, or train on one rank"
+        )
+    findings.warnings.append(f"parameters that the loss does not depend on are never trained: {named}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.tree import nearest
+from clipcluster.recipe.tree import did_you_mean, nearest
 from clipcluster.runs import files
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
@@ -26,9 +26,7 @@ def check_image_tower(name: str) -> str:
         return f"{name!r}: the first check with --deep stores timm's list of names"
     if name.split(".", 1)[0] in known:  # what follows a dot is a tag
         return ""
-    near = nearest(name, known)
-    hint = f"; did you mean {near}?" if near else ""
-    raise UserError(f"timm {metadata.version('timm')} has no model {name!r}{hint}")
+    raise UserError(f"timm {metadata.version('timm')} has no model {name!r}{did_you_mean(name, known)}")
 
 
 def store_timm_names() -> None:

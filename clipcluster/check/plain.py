@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipcluster.check import names
-from clipcluster.check.findings import Findings
 from clipcluster.errors import UserError
 from clipcluster.evals.headline import set_names
 from clipcluster.recipe.load import Loaded, load, result_keys
@@ -19,16 +18,50 @@ from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import METRICS, metric_names
-from clipcluster.recipe.tree import nearest
+from clipcluster.recipe.tree import did_you_mean
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
+from clipcluster.runtime.outcome import Failure
 from clipcluster.text import counted
 
 if TYPE_CHECKING:
     from clipcluster.data.shards.dataset import Dataset
 
+T = TypeVar("T")
+
 
 @dataclass
+class Findings:
+    """What a check found: `errors` stop a submission, `warnings` do not, `summary` is what will happen."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
+
+    def attempt(self, key: str, action: Callable[..., T], *args: Any, foreign: bool = False) -> T | None:
+        """The result of `action(*args)`, or None with the error's message among `errors`.
+
+        foreign: the action ends in other people's code, and whatever it raises is an error of the recipe.
+        """
+        try:
+            return action(*args)
+        except (UserError, Failure) as error:
+            text = "; ".join(filter(None, (str(error), getattr(error, "advice", ""))))
+            self.errors.append(text if not key or text.startswith(key) else f"{key}: {text}")
+        except Exception as error:
+            if not foreign:
+                raise
+            self.errors.append(f"{key}: {type(error).__name__}: {error}")
+        return None
+
+    def raise_errors(self) -> None:
+        """UserError with all the errors, if there is one."""
+        if self.errors:
+            head = "" if len(self.errors) == 1 else f"{len(self.errors)} errors\n  "
+            raise UserError(head + "\n  ".join(self.errors))
+
+
+@dataclass(kw_only=True)
 class Checked(Findings):
     """The plain check's findings and what it read.
 
@@ -37,14 +70,13 @@ class Checked(Findings):
         unchecked: keys that only the deep check or the hub can tell of, each with the reason.
     """
 
-    unchecked: list[str] = field(default_factory=list)
-    loaded: Loaded | None = None
+    loaded: Loaded
     plan: Plan | None = None
+    unchecked: list[str] = field(default_factory=list)
 
     @property
     def recipe(self) -> Recipe:
         """The recipe, its paths absolute."""
-        assert self.loaded is not None
         return self.loaded.recipe
 
 
@@ -65,18 +97,15 @@ def check(
     Raises:
         UserError: the recipe itself cannot be read. What is found later is in the result's `errors`.
     """
-    loaded = load(path, overrides, environ, site=site)
-    checked = Checked(loaded=loaded)
-    _check_files(loaded, checked)
-    checked.unchecked = _check_names(loaded, runs, checked)
-    samples = _check_sources(loaded, checked)
-    _check_evaluations(loaded, checked)
-    _check_best(loaded, checked)
+    checked = Checked(loaded=load(path, overrides, environ, site=site))
+    _check_files(checked)
+    _check_names(checked, runs or Path())
+    samples = _check_sources(checked)
+    _check_evaluations(checked)
+    _check_best(checked)
     if samples is not None:
-        checked.plan = _check_plans(loaded.recipe, samples, checked)
-    if checked.plan is not None:
-        checked.summary = _summary(loaded.recipe, checked.plan, samples or 0)
-    workers, cores = loaded.recipe.data.workers, loaded.recipe.cluster.cpus_per_task
+        _check_plans(checked, samples)
+    workers, cores = checked.recipe.data.workers, checked.recipe.cluster.cpus_per_task
     if workers > cores:
         checked.warnings.append(
             f"data.workers: {workers} loader processes share cluster.cpus_per_task {cores} with the rank; "
@@ -85,73 +114,60 @@ def check(
     return checked
 
 
-def _check_files(loaded: Loaded, findings: Findings) -> None:
+def _check_files(checked: Checked) -> None:
     """Weights, tokenizers and configurations given as paths exist."""
-    for key, path in loaded.paths.items():
-        if not key.startswith(("model.", "data.text.")) or os.path.exists(path):
-            continue
-        folder = Path(path).parent
-        near = (
-            nearest(Path(path).name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else None
-        )
-        hint = f"; did you mean {folder / near}?" if near else ""
-        findings.errors.append(f"{loaded.place(key)}: {path} does not exist{hint}")
+    for key, path in checked.loaded.paths.items():
+        if key.startswith(("model.", "data.text.")) and not os.path.exists(path):
+            near = did_you_mean(path, map(str, Path(path).parent.glob("*")))
+            checked.errors.append(f"{checked.loaded.place(key)}: {path} does not exist{near}")
 
 
-def _check_names(loaded: Loaded, runs: Path | None, findings: Findings) -> list[str]:
-    """The names of towers and tokenizer, as far as files here tell; returns what they do not tell."""
-    image, text = loaded.recipe.model.image, loaded.recipe.model.text
-    tokenizer = loaded.recipe.data.text.tokenizer
-    assets = Run((runs or Path()) / run_name(loaded.recipe.name, result_keys(loaded))).assets
-    checks: dict[str, Callable[[], str]] = {"model.image.timm": partial(names.check_image_tower, image.timm)}
+def _check_names(checked: Checked, runs: Path) -> None:
+    """The names of towers and tokenizer, as far as files here tell; notes what they do not tell."""
+    loaded, recipe = checked.loaded, checked.recipe
+    assets = Run(runs / run_name(recipe.name, result_keys(loaded))).assets
+    text, tokenizer = recipe.model.text, recipe.data.text.tokenizer
+    checks = {"model.image.timm": partial(names.check_image_tower, recipe.model.image.timm)}
     if isinstance(text, HfTextTower):
         checks["model.text.hf"] = partial(names.check_hub_name, text.hf, names.CONFIGURATION, assets)
     if tokenizer != "bytes":
         checks["data.text.tokenizer"] = partial(names.check_hub_name, tokenizer, names.TOKENIZER, assets)
-    unchecked = []
     for key, check_name in checks.items():
         if key not in loaded.paths or os.path.exists(loaded.paths[key]):  # else said already
-            reason = findings.attempt(loaded.place(key), check_name)
-            if reason:
-                unchecked.append(f"{key} {reason}")
-    return unchecked
+            reason = checked.attempt(loaded.place(key), check_name)
+            checked.unchecked += [f"{key} {reason}"] if reason else []
 
 
-def _check_sources(loaded: Loaded, findings: Findings) -> int | None:
+def _check_sources(checked: Checked) -> int | None:
     """Samples (with captions: all, pairs) of all sources, repeats included; None if none can be drawn."""
+    from clipcluster.data.sampling.sampler import sampler_of
+
     opened: list[Dataset] = []
-    for place, source in enumerate(loaded.recipe.data.train):
-        shards = findings.attempt(loaded.place(f"data.train.{place}.shards"), open_indexed, source, True)
-        if shards is not None:
-            opened.append(shards)
-    if len(opened) < len(loaded.recipe.data.train):
+    for number, source in enumerate(checked.recipe.data.train):
+        place = checked.loaded.place(f"data.train.{number}.shards")
+        shards = checked.attempt(place, open_indexed, source, True)
+        opened += [] if shards is None else [shards]
+    if len(opened) < len(checked.recipe.data.train):
         return None
-    findings.attempt("data.cache", _check_cache, loaded.recipe, opened, findings)
-    return findings.attempt("", _draws, loaded.recipe, opened)
+    checked.attempt("data.cache", _check_cache, checked, opened)
+    return checked.attempt("", lambda: sampler_of(checked.recipe, opened).samples)
 
 
-def _check_cache(recipe: Recipe, opened: Sequence[Dataset], findings: Findings) -> None:
+def _check_cache(checked: Checked, opened: Sequence[Dataset]) -> None:
     """The cache holds the largest remote shard; a warning where not all that are read at a time."""
-    size, order = recipe.data.cache.size.megabytes << 20, recipe.data.order
-    needed = 0
+    cache, order = checked.recipe.data.cache, checked.recipe.data.order
+    size, needed = cache.size.megabytes << 20, 0
     for shards in opened:
         shards.check_cache_size(size)
         sizes = shards.remote_sizes
         whole = shards.n_samples <= order.full_shuffle_below
         needed += int(sizes.sum() if whole else min(sizes.sum(), order.lanes * sizes.max(initial=0)))
     if needed > size:
-        findings.warnings.append(
-            f"data.cache.size {recipe.data.cache.size} is less than the {needed:,} bytes of remote shards "
-            "that are read at a time, so shards will be fetched repeatedly; set it higher, or lower "
-            "data.order.lanes (and full_shuffle_below: smaller sources are read everywhere at once)"
+        checked.warnings.append(
+            f"data.cache.size {cache.size} is less than the {needed:,} bytes of remote shards that are read "
+            "at a time, so shards will be fetched repeatedly; set it higher, or lower data.order.lanes (and "
+            "full_shuffle_below: smaller sources are read everywhere at once)"
         )
-
-
-def _draws(recipe: Recipe, opened: Sequence[Dataset]) -> int:
-    """Samples of all sources, repeats included, as the sampler counts them; what it refuses is found here."""
-    from clipcluster.data.sampling.sampler import sampler_of
-
-    return sampler_of(recipe, opened).samples
 
 
 def open_indexed(source: Source, text: bool) -> Dataset:
@@ -164,15 +180,15 @@ def open_indexed(source: Source, text: bool) -> Dataset:
         raise UserError(f"the index cannot be read: {error}") from None
 
 
-def _check_evaluations(loaded: Loaded, findings: Findings) -> None:
+def _check_evaluations(checked: Checked) -> None:
     """The evaluation sets open, and have class names and templates."""
-    evaluate = loaded.recipe.evaluate
+    evaluate, loaded = checked.recipe.evaluate, checked.loaded
     for kind, folders in (("retrieval", evaluate.retrieval), ("zero_shot", evaluate.zero_shot)):
-        for place, folder in enumerate(folders):
-            key = loaded.place(f"evaluate.{kind}.{place}")
-            shards = findings.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
+        for number, folder in enumerate(folders):
+            key = loaded.place(f"evaluate.{kind}.{number}")
+            shards = checked.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
-                findings.attempt(key, _check_classes, shards, key, findings)
+                checked.attempt(key, _check_classes, shards, key, checked)
 
 
 def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
@@ -186,36 +202,30 @@ def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
         findings.errors.append(f"{key}: every line of zeroshot_classification_templates.txt needs {{c}}")
 
 
-def _check_best(loaded: Loaded, findings: Findings) -> None:
+def _check_best(checked: Checked) -> None:
     """The metric that keeps checkpoints is one that the evaluations measure."""
-    recipe = loaded.recipe
-    best = recipe.checkpoint.keep.best
-    if best is None:
-        return
+    recipe, best = checked.recipe, checked.recipe.checkpoint.keep.best
     folders = {kind: getattr(recipe.evaluate, kind) for kind in METRICS}
     names = set_names(folder for own in folders.values() for folder in own)
-    known = metric_names(
-        recipe.task, {kind: [names[folder] for folder in own] for kind, own in folders.items()}
-    )
-    if best.metric not in known:
-        near = nearest(best.metric, known)
-        hint = (
-            f"did you mean {near}?" if near else f"measured: {', '.join(known) or 'nothing (see evaluate)'}"
-        )
-        place = loaded.place("checkpoint.keep.best.metric")
-        findings.errors.append(f"{place}: nothing measures {best.metric!r}; {hint}")
+    sets = {kind: [names[folder] for folder in own] for kind, own in folders.items()}
+    known = metric_names(recipe.task, sets)
+    if best is not None and best.metric not in known:
+        measured = f"; measured: {', '.join(known) or 'nothing (see evaluate)'}"
+        hint = did_you_mean(best.metric, known) or measured
+        place = checked.loaded.place("checkpoint.keep.best.metric")
+        checked.errors.append(f"{place}: nothing measures {best.metric!r}{hint}")
 
 
-def _check_plans(recipe: Recipe, samples: int, findings: Findings) -> Plan | None:
-    """The plan with the most nodes; the other counts of a range are tried too."""
-    nodes = recipe.cluster.nodes
-    found = None
+def _check_plans(checked: Checked, samples: int) -> None:
+    """The plan with the most nodes, and what the run will do; the other counts of a range are tried too."""
+    nodes, found = checked.recipe.cluster.nodes, None
     for granted in range(nodes.least, nodes.most + 1):
-        found = findings.attempt("", plan_for_nodes, recipe, samples, granted)
+        found = checked.attempt("", plan_for_nodes, checked.recipe, samples, granted)
         if found is None:
-            return None
-        findings.warnings += [text for text in found.warnings if text not in findings.warnings]
-    return found
+            return
+        checked.warnings += [text for text in found.warnings if text not in checked.warnings]
+    if found is not None:
+        checked.plan, checked.summary = found, _summary(checked.recipe, found, samples)
 
 
 def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:

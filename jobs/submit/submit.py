@@ -64,7 +64,6 @@ def submit(wanted: Wanted) -> Submitted:
     chosen = executor.choose(wanted.executor, wanted.say)
     checked = checked_for(wanted, chosen)
     loaded, plan = checked.loaded, checked.plan
-    assert loaded is not None
     assert plan is not None  # else there were errors
     run = Run(wanted.runs / run_name(loaded.recipe.name, result_keys(loaded)))
     state = _settled(run, wanted)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from clipcluster.check.__main__ import _check_sample as check_sample
-from clipcluster.check.findings import Findings
+from clipcluster.check.deep import check_sample
+from clipcluster.check.plain import Findings
 from clipcluster.data.loading.batch import Batch
 from clipcluster.data.loading.extras import concatenated, decoders_of, stacked
 from clipcluster.data.loading.loader import Loader
