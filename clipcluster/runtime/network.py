@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import ipaddress
 import os
 import socket
-import struct
+
+import psutil
 
 from clipcluster.errors import UserError
 from clipcluster.runtime.environment import INTERFACE
@@ -37,14 +36,14 @@ def site_interface(launch: Launch) -> str | None:
     """The network interface to use: the site's, else loopback on a single machine, else gloo's own choice."""
     named = os.environ.get(INTERFACE)
     if named:
-        known = [name for _, name in socket.if_nameindex()]
+        known = psutil.net_if_addrs()
         if named not in known:
             raise UserError(
                 f"cluster.interface: {socket.gethostname()} has no network interface {named!r}; "
                 f"it has {', '.join(known)}. Name one of them, or leave the key out."
             )
         return named
-    return _loopback_name() if launch.nodes == 1 or _nodes_are_one_machine() else None
+    return interface_of(_LOOPBACK) if launch.nodes == 1 or _nodes_are_one_machine() else None
 
 
 def _nodes_are_one_machine() -> bool:
@@ -55,36 +54,32 @@ def _nodes_are_one_machine() -> bool:
         return False
 
 
-def _loopback_name() -> str | None:
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), None)
-
-
 def address_of(interface: str | None) -> str:
     """The IPv4 address that rank 0 listens on."""
     if interface is None:
         return _host_address()
-    if interface in ("lo", "lo0"):
-        return _LOOPBACK
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = struct.pack("256s", interface.encode()[:15])
-        try:
-            answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR, netdevice(7)
-        except OSError as error:
-            raise UserError(
-                f"cluster.interface: {interface!r} on {socket.gethostname()} has no IPv4 address ({error}). "
-                "Name an interface that the nodes reach each other by."
-            ) from error
-    return socket.inet_ntoa(answer[20:24])
+    address = _addresses().get(interface)
+    if address is None:
+        raise UserError(
+            f"cluster.interface: {interface!r} on {socket.gethostname()} has no IPv4 address. "
+            "Name an interface that the nodes reach each other by."
+        )
+    return address
 
 
 def interface_of(address: str) -> str | None:
     """The network interface that has this IPv4 address, or None where none has."""
-    for _, name in socket.if_nameindex():
-        with contextlib.suppress(UserError):  # an interface without an IPv4 address
-            if address_of(name) == address:
-                return name
-    return None
+    return next((name for name, own in _addresses().items() if own == address), None)
+
+
+def _addresses() -> dict[str, str]:
+    """The first IPv4 address of each network interface that has one."""
+    return {
+        name: own.address
+        for name, addresses in psutil.net_if_addrs().items()
+        for own in reversed(addresses)
+        if own.family == socket.AF_INET
+    }
 
 
 def _host_address() -> str:
