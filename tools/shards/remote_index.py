@@ -20,6 +20,7 @@ from clipcluster.data.storage.urls import (
     RemoteFolder,
     State,
     Unreachable,
+    chosen,
     named,
     redacted,
     tars_of,
@@ -103,10 +104,11 @@ def _shards(written: str) -> tuple[RemoteFolder, list[str]]:
             f"{redacted(written)}: shards of {len(groups)} folders; an index covers one folder, so "
             "index each separately"
         )
-    folder, tars = groups[0].folder, groups[0].tars
+    folder, tars = groups[0]
     if tars is not None and not any(set("*?[") & set(name) for name in tars):
         return folder, sorted(set(tars))
-    return folder, sorted(groups[0].chosen(tars_of(folder)))
+    names = tars_of(folder)
+    return folder, sorted(names if tars is None else chosen(folder, tars, names))
 
 
 def _copy_words(folder: RemoteFolder, target: Path) -> None:

@@ -206,10 +206,9 @@ class TrainReader(Reader):
             decoded = self._decoded(source, candidate, bad)
             if decoded is not None:
                 return decoded
-        location = dataset.shard_location(shard)
         raise DataError(
-            f"no sample of shard {location} can be decoded: {bad[-1]['reason']}",
-            f"look at its samples: clipcluster shards verify {location.parent}",
+            f"no sample of shard {dataset.shard_location(shard)} can be decoded: {bad[-1]['reason']}",
+            f"look at its samples: clipcluster shards verify {dataset.folder_of(shard).folder}",
         )
 
 

@@ -261,7 +261,7 @@ class Dataset(Metadata):
         return opened
 
     def _is_remote(self, shard: int) -> bool:
-        return isinstance(self._folder_of(shard).folder, RemoteFolder)
+        return isinstance(self.folder_of(shard).folder, RemoteFolder)
 
     def _choices_at(self, shard: int) -> tuple[str, ...]:
         return self._choices_of(self._number_in_folder(shard)[0])
@@ -285,7 +285,7 @@ class Dataset(Metadata):
 
     def columns(self, shard: int) -> dict[str, np.ndarray]:
         """The index of a shard, which must match the index of its folder, else it raises DataError."""
-        indexed = self._folder_of(shard)
+        indexed = self.folder_of(shard)
         try:
             if indexed.remote_index is None:
                 path = shard_index.shard_index_path(indexed.index, self.shard_name(shard))
@@ -300,7 +300,7 @@ class Dataset(Metadata):
 
     def _fetched_columns(self, shard: int, file: RemoteFile, *, again: bool = False) -> dict[str, np.ndarray]:
         assert self.cache is not None
-        key = f"{self.sha256(shard)} {self._folder_of(shard).index}"
+        key = f"{self.sha256(shard)} {self.folder_of(shard).index}"
         fd = self.cache.shard_index(file.address, key, again=again)
         try:
             return self._matching(shard, Path(f"/dev/fd/{fd}"), file)
@@ -377,7 +377,7 @@ class Dataset(Metadata):
         return DataError(words, self._advice(shard))
 
     def _advice(self, shard: int) -> str:
-        indexed = self._folder_of(shard)
+        indexed = self.folder_of(shard)
         return (
             "restore the shard, or index the folder again and start a new run: "
             f"clipcluster shards index {indexed.folder}{indexed.index_option}"

@@ -233,7 +233,7 @@ class Metadata:
         taken = self._taken[folder]
         return folder, shard - first if taken is None else int(taken[shard - first])
 
-    def _folder_of(self, shard: int) -> IndexedFolder:
+    def folder_of(self, shard: int) -> IndexedFolder:
         return self.folders[self._number_in_folder(shard)[0]]
 
     def shard_name(self, shard: int) -> str:
@@ -251,7 +251,7 @@ class Metadata:
 
     def shard_location(self, shard: int) -> Path | RemoteFile:
         """The path of a shard, or the address of a remote one, redacted where it is shown."""
-        return self._folder_of(shard).folder / self.shard_name(shard)
+        return self.folder_of(shard).folder / self.shard_name(shard)
 
     def sha256(self, shard: int) -> str:
         """The hash of a shard's bytes when it was indexed, in hex."""

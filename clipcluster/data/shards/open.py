@@ -16,6 +16,7 @@ from clipcluster.data.storage.urls import (
     RemoteFolder,
     Selection,
     braces,
+    chosen,
     folder_at,
     is_remote,
     named,
@@ -43,11 +44,10 @@ def open_folder(
     asked = probabilities_of(captions_in)
     if is_remote(path):
         cache = cache or _default_cache()
-        folders = list(_remote_folders(str(path), None if index is None else str(index), asked, cache))
-        return Dataset(folders, tuple(asked.values()), cache)
-    folder = Path(path)
-    indexed = IndexedFolder(folder, Path(index or folder), _choices(folder, asked))
-    return Dataset([indexed], tuple(asked.values()))
+        folders = list(_folders_of(str(path), None if index is None else str(index), asked, cache))
+    else:
+        folders = [_folder_here(Path(path), index, asked)]
+    return Dataset(folders, tuple(asked.values()), cache)
 
 
 def open_source(source: Source, *, text: bool, cache: Cache | None = None) -> Dataset:
@@ -66,8 +66,13 @@ def open_source(source: Source, *, text: bool, cache: Cache | None = None) -> Da
     dataset = Dataset(folders, tuple(asked.values()) if asked else (None,), cache)
     if dataset.n_samples == 0:
         raise UserError(f"{shown}: the shards hold no sample with an image")
-    if text:
-        _require_captions(shown, dataset)
+    for number, field in enumerate(dataset.fields if text else ()):
+        if not dataset.more_than_of(number)[0].any():  # mistyped, or the data lack it
+            raise UserError(
+                f"{shown}: no sample has a caption by the choice {field.choice!r}; if they are in a field of "
+                "the JSON, set captions_in: json:FIELD and run: clipcluster shards index "
+                f"{dataset.folders[0].folder} --captions json:FIELD"
+            )
     if cache is not None:
         dataset.check_cache_size(cache.size)
     return dataset
@@ -80,20 +85,13 @@ def _default_cache() -> Cache:
     return Cache(default_folder())
 
 
-def _require_captions(shown: str, dataset: Dataset) -> None:
-    """Every choice finds a caption somewhere: one that finds none was mistyped, or the data lack it."""
-    for number, field in enumerate(dataset.fields):
-        if not dataset.more_than_of(number)[0].any():
-            raise UserError(
-                f"{shown}: no sample has a caption by the choice {field.choice!r}; if they are in a field of "
-                "the JSON, set captions_in: json:FIELD and run: clipcluster shards index "
-                f"{dataset.folders[0].folder} --captions json:FIELD"
-            )
-
-
 def _choices(folder: Path, asked: Asked | None) -> tuple[str, ...] | None:
     """The choices in force for a folder; None where no captions are needed."""
     return None if asked is None else tuple(captions.choice_for(folder, choice) for choice in asked)
+
+
+def _folder_here(folder: Path, index: str | Path | None, asked: Asked | None) -> IndexedFolder:
+    return IndexedFolder(folder, Path(index or folder), _choices(folder, asked))
 
 
 def _folders_of(
@@ -102,7 +100,10 @@ def _folders_of(
     """The folders that one entry of a recipe names, with the shards taken of each."""
     if is_remote(entry):
         assert cache is not None
-        yield from _remote_folders(entry, index, asked, cache)
+        for selection in named(entry):
+            local, remote = _index_of(selection, entry, index, cache)
+            folder = IndexedFolder(selection.folder, local, _choices(local, asked), None, remote)
+            yield folder if selection.tars is None else _taking(folder, selection.tars)
         return
     if index is not None and is_remote(index):
         raise UserError(
@@ -111,41 +112,18 @@ def _folders_of(
     paths = [Path(name) for pattern in braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
     if not entry.endswith(".tar"):
         for path in paths:
-            yield IndexedFolder(path, Path(index or path), _choices(path, asked))
+            yield _folder_here(path, index, asked)
         return
     for path in dict.fromkeys(path.parent for path in paths):
-        folder = IndexedFolder(path, Path(index or path), _choices(path, asked))
-        yield _taking(folder, [tar.name for tar in paths if tar.parent == path])
+        tars = [tar.name for tar in paths if tar.parent == path]
+        yield _taking(_folder_here(path, index, asked), tars)
 
 
 def _taking(folder: IndexedFolder, tars: Sequence[str]) -> IndexedFolder:
-    """A folder with these shards alone. UserError where one is not in its index."""
+    """A folder with these shards, names and globs, alone. UserError where one is not in its index."""
     numbers = {name: number for number, name in enumerate(Dataset([folder]).shard_names)}
-    missing = [name for name in tars if name not in numbers]
-    if missing and glob.has_magic(missing[0]):
-        raise UserError(
-            f"{folder.folder / missing[0]}: no shard of {folder.folder} has such a name; the first one is "
-            f"{min(numbers, default='none')}"
-        )
-    if missing:
-        raise UserError(
-            f"{folder.folder / missing[0]}: not in the index of its folder ({len(missing)} of {len(tars)} "
-            f"shards are not); make it with: clipcluster shards index {folder.folder}"
-        )
-    taken = tuple(sorted({numbers[name] for name in tars}))
+    taken = tuple(sorted(numbers[name] for name in chosen(folder.folder, tars, list(numbers))))
     return folder if len(taken) == len(numbers) else replace(folder, taken=taken)
-
-
-def _remote_folders(
-    entry: str, index: str | None, asked: Asked | None, cache: Cache
-) -> Iterator[IndexedFolder]:
-    """The same of a remote entry: its index is local, or fetched."""
-    for selection in named(entry):
-        local, remote = _index_of(selection, entry, index, cache)
-        folder = IndexedFolder(selection.folder, local, _choices(local, asked), None, remote)
-        if selection.tars is not None:
-            folder = _taking(folder, selection.chosen(Dataset([folder]).shard_names))
-        yield folder
 
 
 def _index_of(

@@ -7,9 +7,10 @@ Written like local sources, with `://` or `pipe:` in front: a folder, one tar, b
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -120,16 +121,11 @@ def _tars_in(command: str) -> list[str]:
     return [word for word in words if word.endswith(".tar")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RemoteFile:
-    """One file of a remote folder; `str` is for people, `address` for fetching."""
+    """One remote file; `address` is for fetching, `str` and `repr` are for people."""
 
-    parent: "RemoteFolder"
-    name: str
-
-    @property
-    def address(self) -> str:
-        return self.parent.address_of(self.name)
+    address: str
 
     def __str__(self) -> str:
         return redacted(self.address)
@@ -138,14 +134,13 @@ class RemoteFile:
         return f"{type(self).__name__}({str(self)!r})"
 
 
-@dataclass(frozen=True)
-class RemoteFolder:
+@dataclass(frozen=True, repr=False)
+class RemoteFolder(RemoteFile):
     """A folder behind an address, or (`pipe:`) the commands of a pattern, each named by the tar it prints.
 
     `address` has no slash at its end; `query` (`http://host/x?key`) goes with every file.
     """
 
-    address: str
     query: str = ""
 
     @property
@@ -163,13 +158,12 @@ class RemoteFolder:
         return None if "/" not in path else RemoteFolder(f"{kind}://{path.rpartition('/')[0]}", self.query)
 
     def __truediv__(self, name: str) -> RemoteFile:
-        return RemoteFile(self, name)
-
-    def __str__(self) -> str:
-        return redacted(self.address)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self)!r})"
+        if self.is_pipe:
+            return RemoteFile(self.commands[name])
+        if not is_web(self.address):
+            return RemoteFile(f"{self.address}/{name}")
+        query = f"?{self.query}" if self.query else ""
+        return RemoteFile(f"{self.address}/{quote(name, errors='surrogateescape')}{query}")
 
     @cached_property
     def commands(self) -> dict[str, str]:
@@ -188,15 +182,6 @@ class RemoteFolder:
             found[name] = command
         return found
 
-    def address_of(self, name: str) -> str:
-        if self.is_pipe:
-            return self.commands[name]
-        if not is_web(self.address):
-            return f"{self.address}/{name}"
-        return f"{self.address}/{quote(name, errors='surrogateescape')}" + (
-            f"?{self.query}" * bool(self.query)
-        )
-
 
 def folder_at(written: str) -> RemoteFolder:
     """The folder that an address names; with `pipe:`, the commands."""
@@ -206,30 +191,27 @@ def folder_at(written: str) -> RemoteFolder:
     return RemoteFolder(text.rstrip("/"), query)
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What one entry of a recipe takes of one folder: names and globs of tars; None: all of its index."""
 
     folder: RemoteFolder
     tars: tuple[str, ...] | None
 
-    def chosen(self, names: Sequence[str]) -> list[str]:
-        """The names taken, of those that exist. UserError where one is missing."""
-        if self.tars is None:
-            return list(names)
-        known = dict.fromkeys(names)
-        taken: list[str] = []
-        for tar in self.tars:
-            globbed = not is_web(self.folder.address) and _GLOB.search(tar)
-            found = fnmatch.filter(known, tar) if globbed and tar not in known else [tar]
-            missing = [name for name in found if name not in known] or ([] if found else [tar])
-            if missing:
-                raise UserError(
-                    f"{self.folder / missing[0]}: not in the index of its folder, which names {len(known)} "
-                    "shards; index all of them at once: clipcluster shards index ADDRESS --index FOLDER"
-                )
-            taken += found
-        return list(dict.fromkeys(taken))
+
+def chosen(folder: Path | RemoteFolder, tars: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Those of the folder's `names` that `tars`, names and globs, take. UserError where one takes none."""
+    known = dict.fromkeys(names)
+    taken: dict[str, None] = {}
+    for tar in tars:
+        found = [tar] if tar in known else fnmatch.filter(known, tar)
+        if not found:
+            where = folder if isinstance(folder, Path) else "ADDRESS --index FOLDER"
+            raise UserError(
+                f"{folder / tar}: not in the index of its folder, which names {len(known)} shards; index all "
+                f"of them at once: clipcluster shards index {where}"
+            )
+        taken |= dict.fromkeys(found)
+    return list(taken)
 
 
 def named(written: str) -> list[Selection]:
@@ -243,42 +225,33 @@ def named(written: str) -> list[Selection]:
         return [Selection(folder, tuple(folder.commands))]
     if not is_web(written):
         file_system(written)
-    whole = folder_at(written)
-    base, _, last = whole.address.rpartition("/")
-    if last.endswith(".tar") and base.count("{") == base.count("}"):  # a million names of one folder, quickly
-        names = tuple(braces(unquote(last) if is_web(written) else last))
-        within = (RemoteFolder(address, whole.query) for address in braces(base))
-        return [Selection(folder, names) for pattern in within for folder in _listed(pattern)]
-    tars: dict[RemoteFolder, list[str]] = {}
-    folders: dict[RemoteFolder, None] = {}
-    for entry in braces(written):
-        at = folder_at(entry)
-        if not at.address.endswith(".tar"):
-            folders.update(dict.fromkeys(_listed(at)))
-            continue
-        address, _, name = at.address.rpartition("/")
-        for folder in _listed(RemoteFolder(address, at.query)):
-            tars.setdefault(folder, []).append(unquote(name) if is_web(written) else name)
-    return [Selection(folder, None) for folder in folders] + [
-        Selection(folder, tuple(names)) for folder, names in tars.items()
+    at = folder_at(written)
+    taken: dict[str, list[str] | None] = {}
+    for entry in braces(at.address):
+        folder_address, _, name = entry.rpartition("/")
+        if not name.endswith(".tar"):
+            taken[entry.rstrip("/")] = None
+        elif (names := taken.setdefault(folder_address, [])) is not None:
+            names.append(unquote(name) if is_web(written) else name)
+    return [
+        Selection(folder, None if names is None else tuple(names))
+        for address, names in taken.items()
+        for folder in _listed(RemoteFolder(address, at.query))
     ]
 
 
-def _listed(folder: RemoteFolder) -> Iterator[RemoteFolder]:
+def _listed(folder: RemoteFolder) -> list[RemoteFolder]:
     """The folders of a pattern; itself where it is none."""
     if not _GLOB.search(folder.address):
-        yield folder
-        return
+        return [folder]
     if is_web(folder.address):
         raise UserError(
             f"{folder}: an http server cannot list its folders; write them out with braces ({{00..09}})"
         )
-    system, path = file_system(folder.address)
-    found = sorted(_answer(folder, partial(system.glob, path)))
+    found = _listing(folder, lambda system, path: system.glob(path))
     if not found:
         raise UserError(f"{folder}: nothing matches this pattern")
-    for entry in found:
-        yield RemoteFolder(str(system.unstrip_protocol(entry)).rstrip("/"))
+    return [RemoteFolder(address) for address in found]
 
 
 def tars_of(folder: RemoteFolder) -> list[str]:
@@ -290,24 +263,21 @@ def tars_of(folder: RemoteFolder) -> list[str]:
             f"{folder}: an http server cannot list its shards; name them with braces: "
             f"{folder}/{{00000..00009}}.tar"
         )
-    system, path = file_system(folder.address)
-    try:
-        entries = _answer(folder, partial(system.ls, path, detail=False))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no such folder") from None
-    names = sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in entries)
+    entries = _listing(folder, lambda system, path: system.ls(path, detail=False))
+    names = [address.rpartition("/")[2] for address in entries]
     tars = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
     if not tars:
         raise UserError(f"{folder}: no .tar shards in this folder")
     return tars
 
 
-def _answer(folder: RemoteFolder, question: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-    """A bucket's answer; its client has retried by itself, and raises errors of many kinds."""
+def _listing(folder: RemoteFolder, question: Callable[[Any, str], Iterable[Any]]) -> list[str]:
+    """The addresses a bucket answers with, sorted; its client has retried by itself, and raises anything."""
+    system, path = file_system(folder.address)
     try:
-        return question()
+        return sorted(str(system.unstrip_protocol(entry)).rstrip("/") for entry in question(system, path))
     except FileNotFoundError:
-        raise
+        raise UserError(f"{folder}: no such folder") from None
     except Exception as error:
         reason = redacted(f"it cannot be listed: {type(error).__name__}: {error}")
         raise Unreachable(5, reason, str(folder)) from None

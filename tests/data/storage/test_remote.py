@@ -273,9 +273,9 @@ def test_braces_and_globs_take_what_is_there(folder: str, numbers: list[int]) ->
     (some,) = remote.named("http://host/x/{" + ",".join(name[:3] for name in [*names, names[0]]) + "}.tar")
     assert len(every) == 1
     assert every[0].folder == some.folder == remote.RemoteFolder("http://host/x")
-    assert some.chosen(list(every[0].tars or ())) == names
-    everything = remote.Selection(remote.RemoteFolder("s3://b/x"), ("0*.tar",))
-    assert everything.chosen([*names, "other.tar"]) == names
+    assert remote.chosen(some.folder, some.tars or (), every[0].tars or ()) == names
+    bucket = remote.RemoteFolder("s3://b/x")
+    assert remote.chosen(bucket, ["0*.tar"], [*names, "other.tar"]) == names
     assert not remote.is_remote(folder)
 
 
