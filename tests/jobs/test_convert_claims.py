@@ -35,6 +35,7 @@ class Keys:
 
     name = ""
     files: dict[str, str] = {}  # noqa: RUF012
+    account = None
 
     def __init__(self, keys: list[str]) -> None:
         self._keys = keys

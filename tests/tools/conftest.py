@@ -34,15 +34,12 @@ def _of_inherited(act: Callable[[Any, int], Any], number: int) -> Any:
 
 
 @pytest.fixture(scope="session")
-def in_others() -> Callable[..., tuple[list[Any], list[Any]]]:
-    """in_others(act, split, numbers): act(split, number) in forked processes, inherited and pickled."""
+def in_others() -> Callable[..., list[Any]]:
+    """in_others(act, split, numbers): act(split, number) in forked processes."""
 
-    def run(
-        act: Callable[[Any, int], Any], split: Any, numbers: Iterable[int]
-    ) -> tuple[list[Any], list[Any]]:
+    def run(act: Callable[[Any, int], Any], split: Any, numbers: Iterable[int]) -> list[Any]:
         with get_context("fork").Pool(2, _inherited.append, (split,)) as pool:
-            inherited = pool.starmap(_of_inherited, [(act, number) for number in numbers])
-            return inherited, pool.starmap(act, [(split, number) for number in numbers])
+            return pool.starmap(_of_inherited, [(act, number) for number in numbers])
 
     return run
 

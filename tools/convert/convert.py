@@ -238,7 +238,7 @@ def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
         name = split["name"] or "."
         splits[name] = read_summary(folder)
         bad[name] = split["samples"] - splits[name].samples
-        account = getattr(plan.splits[number], "account", None) if made else None
+        account = plan.splits[number].account if made else None
         if account is not None:
             accounts[name] = account(making.read_bad_samples(folder), splits[name].captions)
     return Conversion(plan.out, made, splits, bad, notes, accounts)

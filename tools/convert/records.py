@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,27 +78,26 @@ class InputFile(NamedTuple):
         return cls(path, total, latest, digest.hexdigest())
 
 
-class Split(Protocol):
+@dataclass(frozen=True)
+class Split:
     """A folder of shards to be: `name` below the output folder (empty: the output folder itself).
 
-    `files` are written beside the shards, by name (`classnames.txt`, …). `read` is called in any order and
-    from any process, forked ones among them, so handles are opened on first use in each process; it raises
-    BadRecord for a sample that cannot be used and OSError where the disk fails.
+    `sizes()` are the bytes of each sample's image as far as they are known beforehand, (length,) int64.
+    `read(number)` is called in any order and from forked processes, so what these cannot share is opened on
+    first use in each; it raises BadRecord for a sample that cannot be used and OSError where the disk fails.
+    `files` are written beside the shards, by name (`classnames.txt`, …). `account(left_out, captions)` says
+    where what was read went, given the numbers of the bad samples and of the captions written.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    length: int
+    sizes: Callable[[], np.ndarray]
+    read: Callable[[int], Record | WholeRecord]
+    files: Mapping[str, str] = field(default_factory=dict)
+    account: Callable[[Sequence[int], int], list[tuple[str, int]]] | None = None
 
-    @property
-    def files(self) -> Mapping[str, str]: ...
-
-    def __len__(self) -> int: ...
-
-    def sizes(self) -> np.ndarray:
-        """Bytes of each sample's image as far as they are known beforehand, (n,) int64."""
-        ...
-
-    def read(self, number: int) -> Record | WholeRecord: ...
+    def __len__(self) -> int:
+        return self.length
 
 
 @dataclass(frozen=True)

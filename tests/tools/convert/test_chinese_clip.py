@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from clipcluster.errors import UserError
 from tools.convert.readers import chinese_clip as files
 from tools.convert.readers import lmdb as databases
-from tools.convert.readers.image_texts import NO_ID, join, repeated
 from tools.convert.records import BadRecord, InputFile, NoOptions, Record, Source, Split
 
 IDS = {"files": [7, 12, 1031, 3], "lmdb": [3, 7, 12, 1031]}
@@ -191,7 +189,7 @@ def test_entries_that_cannot_be_used(chinese_clip: Any, tmp_path: Path, picture:
     assert "not of (image_id, text_id, text)" in bad["pair-7"]
     assert "broken base64" in bad["12"]
     assert "train: num_images is 9, but 4 are there" in source.notes
-    assert "train: num_samples is None, but 11 are there" in source.notes
+    assert "train: num_samples is nothing, but 11 are there" in source.notes
     assert any(
         "1 pairs name images that are not there, the first: text 5, image 99" in n for n in source.notes
     )
@@ -252,20 +250,29 @@ def _key_and_bytes(split: Split, number: int) -> tuple[str, bytes]:
 def test_read_from_other_processes(chinese_clip: Any, tmp_path: Path, kind: str, in_others: Any) -> None:
     (split,) = _open(getattr(chinese_clip, kind)(tmp_path, "train"), kind=kind).splits
     here = [_key_and_bytes(split, number) for number in range(4)]
-    assert in_others(_key_and_bytes, split, range(4)) == (here, here)
+    assert in_others(_key_and_bytes, split, range(4)) == here
     assert [_key_and_bytes(split, number) for number in range(4)] == here
 
 
 _ids = st.lists(st.integers(0, 9), max_size=9)
 
 
-@given(images=_ids, pairs=_ids)
-def test_pairs_are_joined_by_id(images: list[int], pairs: list[int]) -> None:
-    ids = np.array(images, np.int64)
-    again = repeated(ids)
-    assert again == [at for at, number in enumerate(images) if number in images[:at]]
-    ids[again] = NO_ID
-    joined = join(ids, np.array(pairs, np.int64))
-    for at, number in enumerate(ids.tolist()):
-        assert joined.pairs(at) == [place for place, image in enumerate(pairs) if image == number]
-    assert joined.unknown.tolist() == [place for place, image in enumerate(pairs) if image not in images]
+@given(images=_ids.filter(len), texts=st.lists(_ids, max_size=5))
+def test_texts_are_joined_by_id(
+    tmp_path_factory: pytest.TempPathFactory, images: list[int], texts: list[list[int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("joined")
+    lines = [f"{number}\t{base64.b64encode(b'x').decode()}\n" for number in images]
+    (folder / "train_imgs.tsv").write_text("".join(lines))
+    documents = [{"text_id": at, "text": "words", "image_ids": ids} for at, ids in enumerate(texts)]
+    (folder / "train_texts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+    source = _open(folder)
+    found = _all(source.splits[0])
+    for at, (number, entry) in enumerate(zip(images, found, strict=True)):
+        assert isinstance(entry, Record) == (number not in images[:at])
+        if isinstance(entry, Record):
+            wanted = [text for text, ids in enumerate(texts) for image in ids if image == number]
+            assert entry.fields["text_ids"] == wanted
+    unknown = sum(image not in images for ids in texts for image in ids)
+    told = any(f"{unknown} pairs name images that are not there" in note for note in source.notes)
+    assert told == (unknown > 0)

@@ -221,4 +221,4 @@ def _key_and_bytes(split: Split, number: int) -> tuple[str, bytes]:
 def test_read_from_other_processes(coco: Any, tmp_path: Path, in_others: Any) -> None:
     split = _open(coco.zips(tmp_path / "coco")).splits[0]
     here = [_key_and_bytes(split, number) for number in range(len(split))]
-    assert in_others(_key_and_bytes, split, range(len(split))) == (here, here)
+    assert in_others(_key_and_bytes, split, range(len(split))) == here

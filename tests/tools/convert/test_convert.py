@@ -47,6 +47,7 @@ class Numbers:
 
     name = "train"
     files = {"notes.txt": "what this is\n"}  # noqa: RUF012
+    account = None
 
     def __init__(self, keys: Sequence[str | None], size: int = 700) -> None:
         self._keys, self._size = keys, size

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
 from tools.convert.convert import convert
-from tools.convert.readers.table import KIND, Options, TableSplit
+from tools.convert.readers.table import KIND, Options, grouped
 from tools.convert.readers.table_rows import Table
-from tools.convert.records import BadRecord, InputFile, Record, Source
+from tools.convert.records import BadRecord, InputFile, Record, Source, Split
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def test_what_the_csv_module_writes_is_read(
     assert [(row.cells, row.fault) for row in found] == [(list(row), "") for row in rows]
     data = path.read_bytes()
     for row in found:
-        assert table.form.cells(data[row.offset : row.offset + row.size]) == row.cells
+        assert table.cells(data[row.offset : row.offset + row.size]) == row.cells
         assert data[: row.offset].count(b"\n") == row.line - 1
 
 
@@ -315,17 +315,14 @@ def test_every_line_of_any_bytes_is_accounted_for(
 
 @given(names=st.lists(st.integers(0, 5), max_size=30))
 def test_groups_go_by_their_first_row(names: list[int]) -> None:
-    from tools.convert.readers.table import _grouped
-
-    digests = np.array([[name % 3, name] for name in names], np.uint64).reshape(-1, 2)
-    order, ends = _grouped(digests)
+    order, ends = grouped(np.array(names, np.int64))
     groups = [part.tolist() for part in np.split(order, ends)[:-1]]
     assert groups == [
         [at for at, other in enumerate(names) if other == name] for name in dict.fromkeys(names)
     ]
 
 
-def _key_and_bytes(split: TableSplit, number: int) -> tuple[str, bytes]:
+def _key_and_bytes(split: Split, number: int) -> tuple[str, bytes]:
     record = split.read(number)
     return record.key, record.image
 
@@ -334,5 +331,5 @@ def test_read_from_other_processes(tmp_path: Path, images: dict[str, bytes], in_
     table = _write(tmp_path / "x.csv", "filepath,title\n" + "".join(f"{path},x\n" for path in images))
     (split,) = _open(table).splits
     here = [_key_and_bytes(split, number) for number in range(5)]  # type: ignore[arg-type]
-    assert in_others(_key_and_bytes, split, range(5)) == (here, here)
+    assert in_others(_key_and_bytes, split, range(5)) == here
     assert [data for _, data in here] == list(images.values())

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.convert.readers.coco_files import WANTED, CocoFiles, ImageFolder, document
-from tools.convert.readers.zip_members import DamagedMember
-from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
+from tools.convert.readers.coco_files import WANTED, CocoFiles, DamagedMember, ImageFolder, document
+from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
 _KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
@@ -43,52 +42,40 @@ class _Listed(NamedTuple):
     fault: str = ""
 
 
-class CocoSplit:
-    """Images by id; among them, as samples that cannot be used, those that captions alone speak of."""
-
-    def __init__(self, name: str, images: Mapping[str, ImageFolder], listed: Sequence[_Listed]) -> None:
-        self.name = name
-        self.files: Mapping[str, str] = {}
-        self.images = images
-        self.listed = sorted(listed, key=lambda image: image.id)
-
-    def __len__(self) -> int:
-        return len(self.listed)
-
-    def sizes(self) -> np.ndarray:
-        return np.fromiter((self._size(image) for image in self.listed), np.int64, len(self))
-
-    def read(self, number: int) -> Record:
-        image = self.listed[number]
-        key = _key(image.id)
-        if image.fault:
-            raise BadRecord(key, image.fault)
-        try:
-            data = self.images[image.folder].read(image.file)
-        except (KeyError, FileNotFoundError):
-            raise BadRecord(key, f"{image.folder}/{image.file} is not there") from None
-        except DamagedMember as error:
-            raise BadRecord(key, f"{image.folder}/{image.file}: {error}") from None
-        return Record(key, data, image.captions, image.fields)
-
-    def _size(self, image: _Listed) -> int:
-        try:
-            return 0 if image.fault else self.images[image.folder].size(image.file)
-        except KeyError:
-            return 0
-
-
 def open_coco(inputs: Sequence[Path], options: Options) -> Source:
     """The splits whose images are there. UserError where there are none, or their annotations are missing."""
     found = CocoFiles(inputs)
     year = _year(found, options.year)
     if options.karpathy is None:
-        splits, texts, notes = _published(found, year)
+        listed, texts, notes = _published(found, year)
     else:
-        splits, texts, notes = _karpathy(found, year, options.karpathy), {options.karpathy}, []
-    used = {folder.state() for split in splits for folder in split.images.values()}
-    used |= {InputFile.of(path) for path in texts}
-    return Source(splits, sorted(used), [*notes, *_counts(splits)])
+        listed, texts, notes = _karpathy(found, year, options.karpathy), {options.karpathy}, []
+    folders = {image.folder: found.images[image.folder] for images in listed.values() for image in images}
+    used = {folder.state for folder in folders.values()} | {InputFile.of(path) for path in texts}
+    splits = [_split(name, folders, images) for name, images in listed.items()]
+    return Source(splits, sorted(used), [*notes, *_counts(folders, listed)])
+
+
+def _split(name: str, folders: Mapping[str, ImageFolder], images: Sequence[_Listed]) -> Split:
+    """Images by id; among them, as samples that cannot be used, those that captions alone speak of."""
+    images = sorted(images, key=lambda image: image.id)
+
+    def sizes() -> np.ndarray:
+        return np.array([0 if at.fault else folders[at.folder].sizes.get(at.file, 0) for at in images])
+
+    def read(number: int) -> Record:
+        image = images[number]
+        if image.fault:
+            raise BadRecord(_key(image.id), image.fault)
+        try:
+            data = folders[image.folder].read(image.file)
+        except (KeyError, FileNotFoundError):
+            raise BadRecord(_key(image.id), f"{image.folder}/{image.file} is not there") from None
+        except DamagedMember as error:
+            raise BadRecord(_key(image.id), f"{image.folder}/{image.file}: {error}") from None
+        return Record(_key(image.id), data, image.captions, image.fields)
+
+    return Split(name, len(images), sizes, read)
 
 
 def _year(found: CocoFiles, chosen: str | None) -> str:
@@ -100,27 +87,27 @@ def _year(found: CocoFiles, chosen: str | None) -> str:
     return chosen or there[0]
 
 
-def _published(found: CocoFiles, year: str) -> tuple[list[CocoSplit], set[Path], list[str]]:
+def _published(found: CocoFiles, year: str) -> tuple[dict[str, list[_Listed]], set[Path], list[str]]:
     """COCO's own splits, the files of annotations they were made from, and what was left out."""
-    splits, texts, notes = [], set(), []
+    splits, texts, notes = {}, set(), []
     for name, text, zipped in (
         ("train", f"captions_train{year}.json", f"annotations_trainval{year}.zip"),
         ("val", f"captions_val{year}.json", f"annotations_trainval{year}.zip"),
         ("test", f"image_info_test{year}.json", f"image_info_test{year}.zip"),
     ):
         folder = name + year
-        if folder in found.images and found.has_text(text):
-            listed = _listed(found.text(text), folder, found.text_path(text))
-            splits.append(CocoSplit(name, {folder: found.images[folder]}, listed))
-            texts.add(found.text_path(text))
+        if folder in found.images and text in found.texts:
+            path = found.texts[text].path
+            splits[name] = _listed(found.text(text), folder, path)
+            texts.add(path)
         elif folder in found.images and name != "test":
             raise UserError(
-                f"{found.images[folder].state().path}: the images of {folder} are there, {text} is not; give "
+                f"{found.images[folder].state.path}: the images of {folder} are there, {text} is not; give "
                 f"{zipped}, or the folder annotations that it holds, too"
             )
         elif folder in found.images:
             notes.append(f"test was left out: its images are there, {text} ({zipped}) is not")
-        elif found.has_text(text):
+        elif text in found.texts:
             notes.append(f"{name} was left out: {text} is there, the images of {folder} are not")
     if not splits:
         raise UserError(f"{'; '.join(notes)}: nothing to convert; convert coco takes {WANTED}")
@@ -152,7 +139,7 @@ def _listed(text: Mapping[str, Any], folder: str, path: Path) -> list[_Listed]:
     return [*listed.values(), *again, *unknown]
 
 
-def _karpathy(found: CocoFiles, year: str, path: Path) -> list[CocoSplit]:
+def _karpathy(found: CocoFiles, year: str, path: Path) -> dict[str, list[_Listed]]:
     """Karpathy's splits, on the images of 2014 or on the same images under 2017's names."""
     if not path.is_file():
         raise UserError(f"--karpathy {path}: no such file; dataset_coco.json is wanted")
@@ -161,7 +148,7 @@ def _karpathy(found: CocoFiles, year: str, path: Path) -> list[CocoSplit]:
     missing = [name for name in folders if name not in found.images]
     if missing:
         raise UserError(f"Karpathy's splits are cut from {' and '.join(folders)}; {missing[0]} is not there")
-    val = found.images[folders[1]].names()
+    val = found.images[folders[1]].sizes
     splits: dict[str, list[_Listed]] = {}
     try:
         for image in text["images"]:
@@ -179,18 +166,17 @@ def _karpathy(found: CocoFiles, year: str, path: Path) -> list[CocoSplit]:
             f"--karpathy {path} is not the dataset_coco.json that is wanted, but of "
             f"{text.get('dataset', 'something else')} ({error!r})"
         ) from None
-    images = {name: found.images[name] for name in folders}
-    return [CocoSplit(name, images, splits[name]) for name in ("train", "val", "test") if name in splits]
+    return {name: splits[name] for name in ("train", "val", "test") if name in splits}
 
 
-def _counts(splits: Sequence[CocoSplit]) -> Iterator[str]:
+def _counts(folders: Mapping[str, ImageFolder], splits: Mapping[str, Sequence[_Listed]]) -> Iterator[str]:
     """How much is listed, and how many files are listed nowhere, a sentence each."""
-    unlisted = {name: set(images.names()) for split in splits for name, images in split.images.items()}
-    for split in splits:
-        used = [image for image in split.listed if not image.fault]
+    unlisted = {name: set(images.sizes) for name, images in folders.items()}
+    for name, images in splits.items():
+        used = [image for image in images if not image.fault]
         counts = [len(image.captions) for image in used]
         yield (
-            f"{split.name}: {len(used):,} images listed, {counts.count(0):,} of them without a caption; "
+            f"{name}: {len(used):,} images listed, {counts.count(0):,} of them without a caption; "
             f"{sum(counts):,} captions"
         )
         for image in used:

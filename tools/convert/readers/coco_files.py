@@ -1,19 +1,23 @@
-"""Where COCO's files lie: in its zips, in the folders those extract to, or some here and some there."""
+"""Where COCO's files lie: in its zips, in the folders those extract to, or some here and some there.
+
+Members of a zip are read by name without extracting it: its list is read once, its members by offset.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import struct
 import zipfile
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
-from functools import cached_property
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipcluster.errors import UserError
-from tools.convert.readers.zip_members import DamagedMember, ZipMembers
+from tools.convert.readers.byte_ranges import ByteRanges
 from tools.convert.records import InputFile
 
 WANTED = (
@@ -23,58 +27,31 @@ WANTED = (
 _IMAGES = re.compile(r"(train|val|test)(2014|2017)")
 _TEXTS = re.compile(r"(captions_(train|val)|image_info_test)(2014|2017)\.json")
 _ZIP = re.compile(r"((train|val|test)|annotations_trainval|image_info_test)(2014|2017)\.zip")
+_LOCAL = struct.Struct("<4s22xHH")  # a member's own header: signature, …, lengths of name and extra field
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_ENCRYPTED = 1
 
 
-@dataclass(frozen=True)
-class _Extracted:
-    """Image files by name: of one that is not there `size` raises KeyError, `read` FileNotFoundError."""
-
-    where: Path
-
-    @cached_property
-    def _states(self) -> dict[str, tuple[int, int]]:
-        """Bytes and time of every file."""
-        with os.scandir(self.where) as entries:
-            states = {entry.name: entry.stat() for entry in entries if entry.is_file()}
-        return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
-
-    def state(self) -> InputFile:
-        return InputFile.of_many(
-            os.path.abspath(self.where), ((name, *self._states[name]) for name in sorted(self._states))
-        )
-
-    def names(self) -> Set[str]:
-        return self._states.keys()
-
-    def size(self, name: str) -> int:
-        return self._states[name][0]
-
-    def read(self, name: str) -> bytes:
-        return (self.where / name).read_bytes()
+class DamagedMember(Exception):
+    """A member that is not what the zip's list says of it."""
 
 
-@dataclass(frozen=True)
-class _Zipped:
-    """The same of a folder in a zip; `read` raises KeyError, or DamagedMember."""
+class ImageFolder(NamedTuple):
+    """Image files by name: the size of each, and `read`.
 
-    archive: ZipMembers
-    prefix: str  # with its slash
+    Of one that is not there it raises KeyError or FileNotFoundError; also DamagedMember.
+    """
 
-    def state(self) -> InputFile:
-        return InputFile.of(self.archive.path)
-
-    def names(self) -> Set[str]:
-        inside = (name.removeprefix(self.prefix) for name in self.archive if name.startswith(self.prefix))
-        return {name for name in inside if "/" not in name}
-
-    def size(self, name: str) -> int:
-        return self.archive.size(self.prefix + name)
-
-    def read(self, name: str) -> bytes:
-        return self.archive.read(self.prefix + name)
+    state: InputFile
+    sizes: Mapping[str, int]
+    read: Callable[[str], bytes]
 
 
-ImageFolder = _Extracted | _Zipped
+class Text(NamedTuple):
+    """A file of annotations: the file on disk that holds it, perhaps a zip, and what reads it."""
+
+    path: Path
+    read: Callable[[], bytes]
 
 
 class CocoFiles:
@@ -87,40 +64,32 @@ class CocoFiles:
     def __init__(self, inputs: Sequence[Path]) -> None:
         """UserError for an input that is not there or nothing of COCO's."""
         self.images: dict[str, ImageFolder] = {}
-        self._texts: dict[str, Path | tuple[ZipMembers, str]] = {}
+        self.texts: dict[str, Text] = {}
         for path in inputs:
             self._add(path)
         if not self.images:
             where = ", ".join(map(str, inputs)) or "no INPUT was given"
             raise UserError(f"{where}: no images of COCO there; convert coco takes {WANTED}")
 
-    def has_text(self, name: str) -> bool:
-        return name in self._texts
-
-    def text_path(self, name: str) -> Path:
-        """The file on disk, perhaps a zip, that holds a file of annotations."""
-        where = self._texts[name]
-        return where if isinstance(where, Path) else where[0].path
-
     def text(self, name: str) -> Mapping[str, Any]:
         """A file of annotations, parsed. UserError if it is none."""
-        where = self._texts[name]
+        path, read = self.texts[name]
         try:
-            data = where.read_bytes() if isinstance(where, Path) else where[0].read(where[1])
+            return document(read(), f"{path}: {name}")
         except DamagedMember as error:
             raise UserError(f"{name}: {error}; download the zip again") from None
-        return document(data, str(where) if isinstance(where, Path) else f"{where[0].path}: {where[1]}")
 
     def _add(self, path: Path) -> None:
         if path.is_dir():
             if _IMAGES.fullmatch(path.name):
-                self.images.setdefault(path.name, _Extracted(path))
+                if path.name not in self.images:
+                    self.images[path.name] = _extracted(path)
             else:
                 self._add_folder(path)
         elif not path.exists():
             raise UserError(f"{path} is not there; convert coco takes {WANTED}")
         elif _TEXTS.fullmatch(path.name):
-            self._texts.setdefault(path.name, path)
+            self.texts.setdefault(path.name, Text(path, path.read_bytes))
         elif path.suffix == ".zip" or zipfile.is_zipfile(path):
             self._add_zip(path)
         else:
@@ -138,14 +107,62 @@ class CocoFiles:
                 self._add(other)
 
     def _add_zip(self, path: Path) -> None:
-        archive = ZipMembers(path)
-        for name in archive:
+        members, file = _members(path), ByteRanges(path)
+        folders: dict[str, dict[str, zipfile.ZipInfo]] = {}
+        for name, info in members.items():
             folder, _, base = name.rpartition("/")
-            images = folder.rpartition("/")[2]
             if _TEXTS.fullmatch(base):
-                self._texts.setdefault(base, (archive, name))
-            elif _IMAGES.fullmatch(images) and images not in self.images:
-                self.images[images] = _Zipped(archive, folder + "/")
+                self.texts.setdefault(base, Text(path, partial(_read, file, members, name)))
+            elif _IMAGES.fullmatch(folder.rpartition("/")[2]):
+                folders.setdefault(folder, {})[base] = info
+        for folder, images in folders.items():
+            sizes = {name: info.file_size for name, info in images.items()}
+            opened = ImageFolder(InputFile.of(path), sizes, partial(_read, file, images))
+            self.images.setdefault(folder.rpartition("/")[2], opened)
+
+
+def _extracted(folder: Path) -> ImageFolder:
+    with os.scandir(folder) as entries:
+        states = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+    files = ((name, states[name].st_size, states[name].st_mtime_ns) for name in sorted(states))
+    sizes = {name: state.st_size for name, state in states.items()}
+    state = InputFile.of_many(os.path.abspath(folder), files)
+    return ImageFolder(state, sizes, lambda name: (folder / name).read_bytes())
+
+
+def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The list of a zip by name. UserError for a file that is no whole zip, or one that is encrypted."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{path} is not a complete zip ({error}), as after an interrupted download: download it again"
+        ) from None
+    for name, info in members.items():
+        if info.flag_bits & _ENCRYPTED or info.compress_type not in _METHODS:
+            raise UserError(
+                f"{path}: {name} is encrypted or packed by method {info.compress_type}; only stored and "
+                "deflated members can be read: extract it and give the folder"
+            )
+    return members
+
+
+def _read(file: ByteRanges, members: Mapping[str, zipfile.ZipInfo], name: str) -> bytes:
+    """A member's bytes. KeyError: no such member; DamagedMember; OSError where the disk fails."""
+    member = members[name]
+    signature, name_bytes, extra = _LOCAL.unpack(file.read(member.header_offset, _LOCAL.size))
+    if signature != b"PK\x03\x04":
+        raise DamagedMember(f"no member begins at byte {member.header_offset:,} of {file.path.name}")
+    data = file.read(member.header_offset + _LOCAL.size + name_bytes + extra, member.compress_size)
+    if member.compress_type == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompress(data, -zlib.MAX_WBITS)
+        except zlib.error as error:
+            raise DamagedMember(f"cannot be unpacked from {file.path.name}: {error}") from None
+    if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
+        raise DamagedMember(f"not what the checksum in {file.path.name} says")
+    return data
 
 
 def document(data: bytes, what: str) -> Mapping[str, Any]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from clipcluster.errors import UserError
 from tools.convert.readers.img2dataset import find_parts, input_of
-from tools.convert.readers.sample_choice import first_of_each, labels_of, uid_label
-from tools.convert.readers.sample_members import record_of, uid_of
-from tools.convert.readers.tar_samples import TarSamples
-from tools.convert.records import Kind, Record, Source, option
+from tools.convert.readers.sample_choice import first_of_each, uid_label
+from tools.convert.readers.tar_samples import TarSamples, record_of
+from tools.convert.readers.uids import NBYTES, uid_of
+from tools.convert.records import Kind, Record, Source, Split, option
 
+_UID = NBYTES + 1  # bytes of a uid's label
 _HASH = 8  # bytes of a sha256 that are compared
 _NOT_JOINED = ("json", "url.txt")  # what the image's own json says already
 
@@ -29,37 +29,6 @@ class Options:
         False,
         "Leave out images whose sha256 is not that of the image that was reinforced (changed on the web).",
     )
-
-
-class Joined:
-    """Reinforcements with their images as one split, in the order of the reinforcements."""
-
-    name = ""
-    files: Mapping[str, str] = {}
-
-    def __init__(self, images: TarSamples, reinforcements: TarSamples, pairs: np.ndarray) -> None:
-        self._images, self._reinforcements, self._pairs = images, reinforcements, pairs
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def sizes(self) -> np.ndarray:
-        """Image and reinforcement together: the embeddings are the larger part."""
-        image, reinforcement = self._pairs.T
-        stored = self._reinforcements.ends[reinforcement] - self._reinforcements.starts[reinforcement]
-        return self._images.image_bytes[image] + stored
-
-    def read(self, number: int) -> Record:
-        image, reinforcement = (int(value) for value in self._pairs[number])
-        name, stored = self._reinforcements.read(reinforcement)
-        uid = uid_of(name, None if "json" not in stored else lambda: stored["json"])
-        record = record_of(uid.hex() if uid else name, self._images.read(image)[1])
-        fields = dict(record.fields)
-        if "url.txt" in stored:
-            fields.setdefault("url", stored["url.txt"].decode("utf-8", "replace").strip())
-        fields["uid"] = record.key
-        members = {name: data for name, data in stored.items() if name not in _NOT_JOINED}
-        return record._replace(fields=fields, members={**record.members, **members})
 
 
 def open_joined(inputs: Sequence[Path], options: Options) -> Source:
@@ -85,77 +54,87 @@ def open_joined(inputs: Sequence[Path], options: Options) -> Source:
     pairs, notes = _join(images, reinforcements, options.same_hash)
     if len(pairs) == 0:
         raise UserError(f"{inputs[0]} and {inputs[1]} have no uid in common; {'; '.join(notes)}")
-    files = [input_of(path) for path in (*paths[0], *paths[1])]
-    notes = [*images.broken, *reinforcements.broken, *notes]
+    notes = [*images.notes, *reinforcements.notes, *notes]
     images.forget()
     reinforcements.forget()
-    return Source([Joined(images, reinforcements, pairs)], files, notes)
+
+    def sizes() -> np.ndarray:
+        """Image and reinforcement together: the embeddings are the larger part."""
+        image, reinforcement = pairs.T
+        stored = reinforcements.ends[reinforcement] - reinforcements.starts[reinforcement]
+        return np.asarray(images.image_bytes[image] + stored)
+
+    def read(number: int) -> Record:
+        image, reinforcement = pairs[number].tolist()
+        name, stored = reinforcements.read(reinforcement)
+        uid = uid_of(name, stored.get("json"))
+        record = record_of(uid.hex() if uid else name, images.read(image)[1])
+        fields = dict(record.fields)
+        if "url.txt" in stored:
+            fields.setdefault("url", stored["url.txt"].decode("utf-8", "replace").strip())
+        fields["uid"] = record.key
+        members = {name: data for name, data in stored.items() if name not in _NOT_JOINED}
+        return record._replace(fields=fields, members={**record.members, **members})
+
+    files = [input_of(path) for path in (*paths[0], *paths[1])]
+    return Source([Split("", len(pairs), sizes, read)], files, notes)
 
 
 def _join(images: TarSamples, reinforcements: TarSamples, same_hash: bool) -> tuple[np.ndarray, list[str]]:
-    """Numbers of image and reinforcement, (n, 2), and what is to be said.
+    """Numbers of image and reinforcement, (n, 2) in the order of these, and what is to be said.
 
     An image of the same shard number comes before one of another shard with the same uid.
     """
-    image_uids, with_uid = labels_of(images)
-    uid, known = labels_of(reinforcements)
+    image_uids, image_hashes = _uids_and_hashes(images)
+    uids, hashes = _uids_and_hashes(reinforcements)
     order = np.argsort(image_uids, kind="stable")
-    order = order[with_uid[order]]
-    ordered = image_uids[order]
-    left, right = (np.searchsorted(ordered, uid, side=side) for side in ("left", "right"))
-    usable = (left < right) & known
-    usable[np.flatnonzero(usable)] = first_of_each(uid[usable])
-    chosen = left.copy()
+    left, right = (np.searchsorted(image_uids[order], uids, side=side) for side in ("left", "right"))
+    missing = int(((left == right) & (uids != b"")).sum())
+    rows = np.flatnonzero((left < right) & (uids != b"") & first_of_each(uids))
+    chosen = left[rows]
     numbers, wanted = _shard_numbers(images), _shard_numbers(reinforcements)
-    for row in np.flatnonzero(usable & (right - left > 1)):
+    for at in np.flatnonzero(right[rows] - chosen > 1):
+        row = rows[at]
         same = np.flatnonzero(numbers[order[left[row] : right[row]]] == wanted[row])
-        chosen[row] += same[0] if len(same) else 0
-    rows = np.flatnonzero(usable)
-    pairs = np.stack([order[chosen[rows]], rows], axis=1) if len(rows) else np.zeros((0, 2), np.int64)
-    hashes = _hashes(images, pairs[:, 0]), _hashes(reinforcements, pairs[:, 1])
-    other = (hashes[0] != hashes[1]) & (hashes[0] != b"") & (hashes[1] != b"")
-    missing = int((known & (left == right)).sum())
-    repeated = len(uid) - missing - len(rows)
+        chosen[at] += same[0] if len(same) else 0
+    pairs = np.stack([order[chosen], rows], axis=1)
+    ours, theirs = image_hashes[pairs[:, 0]], hashes[rows]
+    other = (ours != theirs) & (ours != b"") & (theirs != b"")
+    done = "are left out" if same_hash else "are taken all the same; --same-hash leaves them out"
+    repeated = len(uids) - missing - len(rows)
     spare = len(images) - len(np.unique(pairs[:, 0]))
-    notes = _notes(len(pairs), missing, repeated, spare, int(other.sum()), same_hash)
+    counted = (
+        (missing, "reinforcements have no image, and are left out"),
+        (repeated, "reinforcements have no uid, or one that came before, and are left out"),
+        (spare, "images have no reinforcement of their own, and are left out"),
+        (other.sum(), f"images have another sha256 than the one that was reinforced, and {done}"),
+    )
+    notes = [f"{len(pairs):,} of {len(uids):,} reinforcements have their image"]
+    notes += [f"{count:,} {words}" for count, words in counted if count]
     return (pairs[~other] if same_hash else pairs), notes
 
 
-def _notes(joined: int, missing: int, repeated: int, spare: int, other: int, same_hash: bool) -> list[str]:
-    notes = [f"{joined:,} of {joined + missing + repeated:,} reinforcements have their image"]
-    if missing:
-        notes.append(f"{missing:,} reinforcements have no image, and are left out")
-    if repeated:
-        notes.append(f"{repeated:,} reinforcements have no uid, or one that came before, and are left out")
-    if spare:
-        notes.append(f"{spare:,} images have no reinforcement of their own, and are left out")
-    if other:
-        done = "are left out" if same_hash else "are taken all the same; --same-hash leaves them out"
-        notes.append(f"{other:,} images have another sha256 than the one that was reinforced, and {done}")
-    return notes
-
-
-def _label(key: str, read_json: Any) -> bytes:
-    """The label of the uid, and the beginning of the sha256 that the json gives (zeros: none)."""
-    data = read_json() if read_json is not None else b"{}"
+def _label(key: str, data: bytes | None) -> bytes:
+    """The label of the uid, and the beginning of the sha256 that the json gives; zeros: none."""
     try:
-        sha256 = bytes.fromhex(json.loads(data).get("sha256") or "")[:_HASH]
+        sha256 = bytes.fromhex(json.loads(data or b"").get("sha256") or "")[:_HASH]
     except (ValueError, AttributeError, TypeError, RecursionError):
         sha256 = b""
-    return uid_label(key, None if read_json is None else lambda: data) + sha256.ljust(_HASH, b"\0")
+    return uid_label(key, data).ljust(_UID, b"\0") + sha256
 
 
-def _hashes(samples: TarSamples, numbers: np.ndarray) -> np.ndarray:
-    if samples.labels is None:
-        raise ValueError("without labels")
-    return np.ascontiguousarray(samples.labels[numbers, -_HASH:]).view(f"S{_HASH}").ravel()
+def _uids_and_hashes(samples: TarSamples) -> tuple[np.ndarray, np.ndarray]:
+    """The two parts of the labels, (n,) each; an empty one: none."""
+    table = samples.labels.astype(f"S{_UID + _HASH}").view(np.uint8).reshape(-1, _UID + _HASH)
+    uids, hashes = (np.ascontiguousarray(part) for part in np.split(table, [_UID], axis=1))
+    return uids.view(f"S{_UID}").ravel(), hashes.view(f"S{_HASH}").ravel()
 
 
 def _shard_numbers(samples: TarSamples) -> np.ndarray:
     """The number in the name of each sample's shard, (n,); -1 if the name is no number."""
     stems = [path.name.removesuffix(".tar") for path in samples.paths]
     numbers = np.array([int(stem) if stem.isdecimal() and len(stem) < 18 else -1 for stem in stems], np.int64)
-    return numbers[samples.shards]
+    return np.asarray(numbers[samples.shards])
 
 
 KIND = Kind(

@@ -7,14 +7,16 @@ number is smallest, so that the split depends on no library's random numbers.
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from clipcluster.data.shards.texts import CLASS_NAMES
+from clipcluster.data.shards.texts import TEMPLATES as PROMPTS
 from clipcluster.errors import UserError
-from tools.convert.records import Kind, NoOptions, Record, Source
+from tools.convert.records import Kind, NoOptions, Record, Source, Split
 
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -36,30 +38,6 @@ def png(scan: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-class _Digits:
-    """A split, by the scans' numbers."""
-
-    def __init__(self, name: str, numbers: Sequence[int], targets: np.ndarray, scans: np.ndarray) -> None:
-        self.name = name
-        self.files = {
-            "classnames.txt": "\n".join(CLASSNAMES) + "\n",
-            "zeroshot_classification_templates.txt": "\n".join(TEMPLATES) + "\n",
-        }
-        self._numbers, self._targets, self._scans = numbers, targets, scans
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def sizes(self) -> np.ndarray:
-        return np.full(len(self), len(png(self._scans[0])), np.int64)
-
-    def read(self, number: int) -> Record:
-        scan = self._numbers[number]
-        digit = int(self._targets[scan])
-        texts = [template.format(c=CLASSNAMES[digit]) for template in TEMPLATES]
-        return Record(f"digit-{scan:04d}", png(self._scans[scan]), texts, {"id": scan}, digit)
-
-
 def _open(inputs: Sequence[Path], options: NoOptions) -> Source:
     """`train` (1,437 samples) and `test` (360)."""
     if inputs:
@@ -71,11 +49,18 @@ def _open(inputs: Sequence[Path], options: NoOptions) -> Source:
     for digit in range(10):
         numbers = np.flatnonzero(data.target == digit).tolist()
         held_out |= set(sorted(numbers, key=_rank)[:HELD_OUT])
-    parts = {
-        split: [number for number in range(len(data.target)) if (number in held_out) == (split == "test")]
-        for split in SPLITS
-    }
-    return Source([_Digits(split, parts[split], data.target, data.images) for split in SPLITS], [])
+    records: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    for number, (scan, digit) in enumerate(zip(data.images, data.target.tolist(), strict=True)):
+        texts = [template.format(c=CLASSNAMES[digit]) for template in TEMPLATES]
+        record = Record(f"digit-{number:04d}", png(scan), texts, {"id": number}, digit)
+        records["test" if number in held_out else "train"].append(record)
+    files = {CLASS_NAMES: "\n".join(CLASSNAMES) + "\n", PROMPTS: "\n".join(TEMPLATES) + "\n"}
+    return Source([_split(name, found, files) for name, found in records.items()], [])
+
+
+def _split(name: str, records: Sequence[Record], files: Mapping[str, str]) -> Split:
+    sizes = np.array([len(record.image) for record in records])
+    return Split(name, len(records), lambda: sizes, records.__getitem__, files)
 
 
 def _rank(number: int) -> bytes:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from clipcluster.data.shards.texts import CLASS_NAMES, TEMPLATES, class_names
 from clipcluster.errors import UserError
-from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
+from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
 SPLITS = frozenset(["train", "val", "valid", "validation", "test"])
 _OPEN_DIRECTORIES = 64  # at most, in each process
@@ -51,28 +52,14 @@ class _Directory:
     mtimes: list[int]  # ns
 
 
-class _Images:
-    """One split: the files of its directories, one after the other."""
+class _Files:
+    """The files of a split's directories, one directory after the other."""
 
-    def __init__(
-        self,
-        name: str,
-        directories: Sequence[_Directory],
-        classnames: Sequence[str],
-        templates: Sequence[str],
-    ) -> None:
-        self.name = name
-        self.files = {"classnames.txt": "".join(f"{line}\n" for line in classnames)}
-        if templates:
-            self.files["zeroshot_classification_templates.txt"] = "".join(f"{line}\n" for line in templates)
-        self._directories = directories
+    def __init__(self, directories: Sequence[_Directory], captions: Sequence[Sequence[str]]) -> None:
+        self._directories, self._captions = directories, captions
         self._ends = np.cumsum([len(part.names) for part in directories], dtype=np.int64).tolist()
-        self._captions = [[text.replace("{c}", name) for text in templates] for name in classnames]
         self._special = _special_keys(directories)
         self._handles: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self._ends else 0
 
     def sizes(self) -> np.ndarray:
         sizes = [size for part in self._directories for size in part.sizes]
@@ -126,8 +113,7 @@ def _special_keys(directories: Sequence[_Directory]) -> dict[tuple[int, int], st
     special: dict[tuple[int, int], str] = {}
     for part, directory in enumerate(directories):
         stems = [name.rpartition(".")[0] or name for name in directory.names]
-        plain = not any("." in stem for stem in stems)
-        if plain and len(set(stems)) == len(stems):
+        if len(set(stems)) == len(stems) and not any("." in stem for stem in stems):
             continue
         used: set[str] = set()
         for place, (name, stem) in enumerate(zip(directory.names, stems, strict=True)):
@@ -150,11 +136,7 @@ def _open(inputs: Sequence[Path], options: FolderOptions) -> Source:
         raise UserError(
             f"convert folder: {root} is not a folder; give a folder that holds a folder for each class"
         )
-    for template in options.template:
-        if "{c}" not in template or "\n" in template:
-            raise UserError(f"--template {template!r}: a template is one line with {{c}} for the class name")
-    notes: list[str] = []
-    splits = _splits(root, notes)
+    splits, notes = _splits(str(root))
     folders = sorted({name for classes in splits.values() for name in classes})
     if not folders:
         raise UserError(
@@ -163,29 +145,42 @@ def _open(inputs: Sequence[Path], options: FolderOptions) -> Source:
         )
     numbers = {name: number for number, name in enumerate(folders)}
     classnames = _classnames(options.classnames, folders)
+    captions = class_captions(classnames, options.template)
+    files = {CLASS_NAMES: classnames, **({TEMPLATES: options.template} if options.template else {})}
+    texts = {name: "".join(f"{line}\n" for line in lines) for name, lines in files.items()}
     parts, read = [], []
     for split, classes in splits.items():
         directories = []
-        for name, path in sorted(classes.items(), key=lambda item: numbers[item[0]]):
+        for name, path in sorted(classes.items()):
             found = _walk(path, f"{name}/", numbers[name])
             directories += found
             read.append(_state(path, found))
-        parts.append(_Images(split, directories, classnames, options.template))
+        images = _Files(directories, captions)
+        count = sum(len(part.names) for part in directories)
+        parts.append(Split(split, count, images.sizes, images.read, texts))
     if options.classnames is not None:
         read.append(InputFile.of(options.classnames))
     return Source(parts, read, notes)
 
 
-def _splits(root: Path, notes: list[str]) -> dict[str, dict[str, str]]:
-    """Split -> class folder -> its path; the split "" where the classes lie in `root` itself."""
-    below = _folders(str(root), notes)
+def class_captions(classnames: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
+    """The captions of every class. UserError: a template of several lines, or without {c} for the name."""
+    for template in templates:
+        if "{c}" not in template or "\n" in template:
+            raise UserError(f"--template {template!r}: a template is one line with {{c}} for the class name")
+    return [[text.replace("{c}", name) for text in templates] for name in classnames]
+
+
+def _splits(root: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Split -> class folder -> its path, and notes; the split "" where the classes lie in `root` itself."""
+    notes: list[str] = []
+    below = _folders(root, notes)
     if below and set(below) <= SPLITS:
-        splits = {name: _folders(below[name], notes) for name in sorted(below)}
+        of_splits: list[str] = []
+        splits = {name: _folders(below[name], of_splits) for name in sorted(below)}
         if all(splits.values()):
-            return splits
-        notes.clear()
-        below = _folders(str(root), notes)
-    return {"": below}
+            return splits, notes + of_splits
+    return {"": below}, notes
 
 
 def _folders(path: str, notes: list[str]) -> dict[str, str]:
@@ -246,8 +241,8 @@ def _classnames(path: Path | None, folders: Sequence[str]) -> list[str]:
     if path is None:
         return [os.fsencode(name).decode("utf-8", "replace") for name in folders]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = class_names(path.read_bytes(), f"--classnames {path}")
+    except OSError as error:
         raise UserError(
             f"--classnames {path}: cannot be read ({error}); give a file of UTF-8 lines"
         ) from None

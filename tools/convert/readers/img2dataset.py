@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +13,9 @@ import numpy as np
 
 from clipcluster.errors import UserError
 from tools.convert.readers.parquet import column_of
-from tools.convert.readers.sample_choice import ChosenSplit, all_or_once, by_uids, field_label, uid_label
+from tools.convert.readers.sample_choice import all_or_once, by_uids, field_label, uid_label
 from tools.convert.readers.tar_samples import TarSamples
-from tools.convert.records import InputFile, Kind, Source, option
+from tools.convert.records import InputFile, Kind, Record, Source, Split, option
 
 
 @dataclass(frozen=True)
@@ -46,18 +44,20 @@ def open_downloads(inputs: Sequence[Path], options: Options) -> Source:
         )
     label = uid_label if options.uids else partial(field_label, options.once) if options.once else None
     samples = TarSamples(paths, label=label)
-    notes = [*samples.broken, *failures(paths, samples)]
-    if samples.without_image:
-        notes.append(f"{samples.without_image:,} samples without an image are left out")
-    chosen, more = by_uids(samples, options.uids) if options.uids else all_or_once(samples, options.once)
+    chosen = by_uids(samples, options.uids) if options.uids else all_or_once(samples, options.once)
+    notes = [*samples.notes, *failures(paths, samples), *chosen.notes]
     if len(chosen.numbers) == 0:
         raise UserError(
-            f"{', '.join(map(str, inputs))}: no sample meets these conditions; " + "; ".join([*notes, *more])
+            f"{', '.join(map(str, inputs))}: no sample meets these conditions; {'; '.join(notes)}"
         )
     samples.forget()
     files = [input_of(path) for path in paths]
     files += [InputFile.of(options.uids)] if options.uids else []
-    return Source([ChosenSplit(samples, chosen, options.caption_field)], files, [*notes, *more])
+
+    def read(number: int) -> Record:
+        return chosen.read(number, options.caption_field)
+
+    return Source([Split("", len(chosen.numbers), chosen.sizes, read)], files, notes)
 
 
 def find_parts(folder: Path) -> list[Path]:
@@ -96,57 +96,44 @@ def input_of(path: Path) -> InputFile:
         return InputFile.of(path)
     with os.scandir(path) as entries:
         states = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
-    digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()
-    return InputFile(str(path), sum(s[1] for s in states), max((s[2] for s in states), default=0), digest)
+    return InputFile.of_many(str(path), states)
 
 
 def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:
     """What failed by the parquets beside the shards, and where they contradict these; a line each."""
-    tables = {path: path.with_name(f"{path.name.removesuffix('.tar')}.parquet") for path in paths}
-    there = {path: table for path, table in tables.items() if table.is_file()}
-    if not there:
+    tables = [path.with_name(f"{path.name.removesuffix('.tar')}.parquet") for path in paths]
+    missing = {table for table in tables if not table.is_file()}
+    if len(missing) == len(tables):
         return []
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        return ["what failed to download was not counted; that needs: pip install 'clipcluster[parquet]'"]
     notes = []
-    if len(there) < len(paths):
-        missing = next(table for path, table in tables.items() if path not in there)
+    if missing:
         notes.append(
-            f"{missing} does not exist ({len(paths) - len(there)} of {len(paths)} shards have none): "
+            f"{min(missing)} does not exist ({len(missing)} of {len(paths)} shards have none): "
             "the download may be unfinished"
         )
     counts: Counter[str] = Counter()
-    held = np.bincount(samples.shards, minlength=len(paths))
-    for number, path in enumerate(paths):
-        if path not in there:
+    held = np.bincount(samples.shards, minlength=len(paths)).tolist()
+    for path, table, samples_there in zip(paths, tables, held, strict=True):
+        if table in missing:
             continue
         try:
-            status = _status(there[path])
-        except ImportError:
-            advice = "pip install 'clipcluster[parquet]'"
-            return [*notes, f"what failed to download was not counted; that needs: {advice}"]
-        if status is None:
-            notes.append(f"{there[path]} is truncated or not a parquet file: the download may be unfinished")
+            told = "status" in parquet.read_schema(table).names
+            status = Counter(column_of(table, "status") if told else ())
+        except ValueError:  # pyarrow's ArrowInvalid is one
+            notes.append(f"{table} is truncated or not a parquet file: the download may be unfinished")
             continue
         counts += status
-        if status and status["success"] != held[number]:
-            notes.append(f"{path}: {held[number]:,} samples, but its parquet says {status['success']:,}")
+        if status and status["success"] != samples_there:
+            notes.append(f"{path}: {samples_there:,} samples, but its parquet says {status['success']:,}")
     failed = {name or "without status": count for name, count in counts.items() if name != "success"}
     if failed:
         reasons = ", ".join(f"{count:,} {name}" for name, count in sorted(failed.items()))
         notes.append(f"{sum(failed.values()):,} of {sum(counts.values()):,} downloads failed: {reasons}")
     return notes
-
-
-def _status(path: Path) -> Counter[str] | None:
-    """How often each status stands in a parquet; None if it cannot be read. ImportError without pyarrow."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        if "status" not in parquet.read_schema(path).names:
-            return Counter()
-        return Counter(column_of(path, "status"))
-    except pyarrow.ArrowInvalid:
-        return None
 
 
 KIND = Kind(

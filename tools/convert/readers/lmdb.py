@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.convert.readers.image_texts import NO_ID, JoinedSplit
-from tools.convert.records import InputFile, Kind, NoOptions, Source
+from tools.convert.readers.chinese_clip import NO_ID, Images, Texts, joined
+from tools.convert.records import InputFile, Kind, NoOptions, Source, Split
 
 _NUMBER = re.compile(rb"0|[1-9][0-9]{0,17}")
 _DATA = "data.mdb"
 _WANTED = "convert lmdb takes Chinese-CLIP's folder lmdb with SPLIT/imgs and SPLIT/pairs, or one such SPLIT"
+_COUNTERS = (b"num_images", b"num_samples")  # keys of what a database says it holds
 # A path may be open once in a process, and an environment may be used by the process alone that opened it.
-_environments: dict[str, tuple[int, Any]] = {}
+_environments: dict[str, Any] = {}
+os.register_at_fork(after_in_child=_environments.clear)
 
 
 class _Database:
@@ -35,7 +37,8 @@ class _Database:
     def __init__(self, folder: Path) -> None:
         """UserError: no database, or one that was cut: reading beyond its end would kill the process."""
         self.path = str(folder.resolve())
-        _close(self.path)
+        self.said = "nothing"
+        _environments.pop(self.path, None)
         try:
             environment = self._environment()
             wanted = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
@@ -46,11 +49,17 @@ class _Database:
             raise UserError(f"{folder / _DATA} was cut, it has {found:,} of {wanted:,} bytes: copy it again")
 
     def items(self) -> Iterator[tuple[bytes, memoryview]]:
-        """Every key and value in the order of the keys' bytes; a value may be looked at until the next."""
+        """Every key and value in the order of the keys' bytes; a value may be looked at until the next.
+
+        A counter is kept in `said` instead.
+        """
         try:
             with self._environment().begin(buffers=True) as view:
                 for key, value in view.cursor():
-                    yield bytes(key), value
+                    if bytes(key) in _COUNTERS:
+                        self.said = bytes(value).decode("utf-8", "replace")
+                    else:
+                        yield bytes(key), value
         except _lmdb().Error as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
 
@@ -66,19 +75,10 @@ class _Database:
         return value
 
     def _environment(self) -> Any:
-        owner, environment = _environments.get(self.path, (-1, None))
-        if owner != os.getpid():
-            _close(self.path)
-            environment = _lmdb().open(self.path, readonly=True, lock=False, create=False, readahead=False)
-            _environments[self.path] = (os.getpid(), environment)
-        return environment
-
-
-def _close(path: str) -> None:
-    """Closes what this process, or the one it was forked from, has open."""
-    _, environment = _environments.pop(path, (-1, None))
-    if environment is not None:
-        environment.close()
+        if self.path not in _environments:
+            options = {"readonly": True, "lock": False, "create": False, "readahead": False}
+            _environments[self.path] = _lmdb().open(self.path, **options)
+        return _environments[self.path]
 
 
 def _lmdb() -> Any:
@@ -90,67 +90,45 @@ def _lmdb() -> Any:
     return lmdb
 
 
-class _Images:
-    """The database `imgs`; ids in their order as numbers, then keys that are none."""
-
-    def __init__(self, database: _Database) -> None:
-        self.faults: dict[int, tuple[str, str]] = {}
-        self.said: int | None = None  # how many there should be
-        self._database = database
-        ids, sizes, others = array("q"), array("q"), []
-        for key, value in database.items():
-            if key == b"num_images":
-                self.said = _number(value)
-            elif _NUMBER.fullmatch(key):
-                ids.append(int(key))
-                sizes.append(len(value))
-            else:
-                others.append(key.decode("utf-8", "replace"))
-        order = np.argsort(np.array(ids, np.int64))
-        self.ids = np.append(np.array(ids, np.int64)[order], np.full(len(others), NO_ID))
-        self._sizes = np.append(np.array(sizes, np.int64)[order], np.zeros(len(others), np.int64))
-        for number, name in enumerate(others, len(ids)):
-            self.faults[number] = (name, f"a key of {database.path} that is not the id of an image")
-
-    def sizes(self) -> np.ndarray:
-        return self._sizes
-
-    def read(self, number: int) -> bytes:
-        return self._database.get(int(self.ids[number]))
+def _images(database: _Database) -> Images:
+    """The database `imgs`: ids in their order as numbers, then keys that are none."""
+    ids, sizes, others = array("q"), array("q"), []
+    for key, value in database.items():
+        if _NUMBER.fullmatch(key):
+            ids.append(int(key))
+            sizes.append(len(value))
+        else:
+            others.append(key.decode("utf-8", "replace"))
+    order = np.argsort(np.array(ids, np.int64))
+    numbers = np.append(np.array(ids, np.int64)[order], np.full(len(others), NO_ID))
+    lengths = np.append(np.array(sizes, np.int64)[order], np.zeros(len(others), np.int64))
+    reason = f"a key of {database.path} that is not the id of an image"
+    faults = {number: (name, reason) for number, name in enumerate(others, len(ids))}
+    return Images(numbers, lengths, faults, lambda number: database.get(numbers[number]))
 
 
-class _Texts:
-    """The database `pairs`, in the order of its keys as numbers."""
+def _texts(database: _Database) -> Texts:
+    """The database `pairs` in the order of its keys as numbers."""
+    broken: list[tuple[str, str]] = []
+    pairs = array("q")  # key, image_id, text_id of each
+    for key, value in database.items():
+        try:
+            if not _NUMBER.fullmatch(key):
+                raise ValueError("a key that is not a number")
+            image_id, text_id, _ = _pair(bytes(value))
+            pairs.extend((int(key), image_id, text_id))
+        except ValueError as error:
+            name = key.decode("utf-8", "replace")
+            broken.append((f"pair-{name}", f"{database.path}, key {name}: {error}"))
+    table = np.array(pairs, np.int64).reshape(-1, 3)
+    keys, image_ids, text_ids = table[np.argsort(table[:, 0])].T
 
-    def __init__(self, database: _Database) -> None:
-        self.broken: list[tuple[str, str]] = []
-        self.without_image = 0  # such texts are not put into a database
-        self.said: int | None = None
-        self._database = database
-        keys, images, texts = array("q"), array("q"), array("q")
-        for key, value in database.items():
-            if key == b"num_samples":
-                self.said = _number(value)
-                continue
-            try:
-                if not _NUMBER.fullmatch(key):
-                    raise ValueError("a key that is not a number")
-                image_id, text_id, _ = _pair(bytes(value))
-            except ValueError as error:
-                name = key.decode("utf-8", "replace")
-                self.broken.append((f"pair-{name}", f"{database.path}, key {name}: {error}"))
-                continue
-            keys.append(int(key))
-            images.append(image_id)
-            texts.append(text_id)
-        order = np.argsort(np.array(keys, np.int64))
-        self._keys = np.array(keys, np.int64)[order]
-        self.image_ids = np.array(images, np.int64)[order]
-        self.count = len(np.unique(np.array(texts, np.int64)))
-
-    def read(self, pair: int) -> tuple[Any, str]:
-        _, text_id, text = _pair(self._database.get(int(self._keys[pair])))
+    def read(pair: int) -> tuple[Any, str]:
+        _, text_id, text = _pair(database.get(keys[pair]))
         return text_id, text
+
+    # texts without an image are not put into a database
+    return Texts(image_ids, len(np.unique(text_ids)), 0, broken, read)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -176,10 +154,6 @@ def _pair(data: bytes) -> tuple[int, int, str]:
     return image_id, text_id, text
 
 
-def _number(value: memoryview) -> int | None:
-    return int(bytes(value)) if _NUMBER.fullmatch(bytes(value)) else None
-
-
 def open_lmdb(inputs: Sequence[Path], options: NoOptions) -> Source:
     """The splits that the folders hold, by name. UserError where they hold none."""
     folders: dict[str, Path] = {}
@@ -193,21 +167,20 @@ def open_lmdb(inputs: Sequence[Path], options: NoOptions) -> Source:
         raise UserError(
             f"{', '.join(map(str, inputs)) or 'no INPUT was given'}: no such databases; {_WANTED}"
         )
-    splits: list[JoinedSplit] = []
+    splits: list[Split] = []
     notes: list[str] = []
     used: list[InputFile] = []
     for name, folder in sorted(folders.items()):
-        images, texts = _Images(_Database(folder / "imgs")), _Texts(_Database(folder / "pairs"))
-        split = JoinedSplit(name, images, texts)
+        databases = _Database(folder / "imgs"), _Database(folder / "pairs")
+        images, texts = _images(databases[0]), _texts(databases[1])
+        split, found_in_it = joined(name, images, texts)
         splits.append(split)
-        notes += split.notes()
-        for said, found, counter in (
-            (images.said, len(images.ids) - len(images.faults), "num_images"),
-            (texts.said, len(texts.image_ids) + len(texts.broken), "num_samples"),
-        ):
-            if said != found:
-                notes.append(f"{name}: {counter} is {said}, but {found:,} are there")
-        used += [InputFile.of(folder / database / _DATA) for database in ("imgs", "pairs")]
+        notes += found_in_it
+        counts = len(images.ids) - len(images.faults), len(texts.image_ids) + len(texts.broken)
+        for counter, database, count in zip(_COUNTERS, databases, counts, strict=True):
+            if database.said != str(count):
+                notes.append(f"{name}: {counter.decode()} is {database.said}, but {count:,} are there")
+        used += [InputFile.of(folder / part / _DATA) for part in ("imgs", "pairs")]
     return Source(splits, used, notes)
 
 

@@ -7,17 +7,17 @@ import json
 import math
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.convert.readers.column_names import CAPTIONS, IMAGE_PATHS
-from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
+from tools.convert.readers.table import CAPTIONS, IMAGE_PATHS
+from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
 CACHED_GROUPS = 4  # row groups that a process keeps, if they are not too large together
 CACHED_BYTES = 256 << 20
@@ -51,7 +51,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Columns:
-    """What each column of the files is for. `image_kind` is bytes, struct (of bytes and path) or path."""
+    """What each column of the files is for. `image_kind` is bytes, struct (with bytes) or text (a path)."""
 
     image: str
     image_kind: str
@@ -69,38 +69,32 @@ class Columns:
 
 
 class Rows:
-    """The rows of some files as one split; row groups are read whole, and the last few are kept."""
+    """The rows of some files; row groups are read whole, and the last few are kept."""
 
-    def __init__(
-        self, name: str, paths: Sequence[Path], columns: Columns, root: Path | None, files: Mapping[str, str]
-    ) -> None:
-        self.name, self.files = name, files
-        self._paths, self._columns, self._root = list(paths), columns, root
-        counts, sizes = [], []
-        for number, path in enumerate(self._paths):
+    def __init__(self, paths: Sequence[Path], columns: Columns, root: Path | None) -> None:
+        self._paths, self._columns, self._root = paths, columns, root
+        groups = []  # file, number within it, rows, bytes of the images
+        largest = 1
+        for number, path in enumerate(paths):
             metadata = _parquet().ParquetFile(path).metadata
-            for group in range(metadata.num_row_groups):
-                counts.append((number, group, metadata.row_group(group).num_rows))
-                sizes.append(_column_bytes(metadata.row_group(group), columns.image))
-        self._groups = np.array(counts, np.int64).reshape(-1, 3)
-        self._group_bytes = np.array(sizes, np.int64)
+            for within in range(metadata.num_row_groups):
+                group = metadata.row_group(within)
+                groups.append((number, within, group.num_rows, _column_bytes(group, columns.image)))
+                largest = max(largest, group.total_byte_size)
+        self._groups = np.array(groups, np.int64).reshape(-1, 4)
         self._ends = np.cumsum(self._groups[:, 2])
         self._keys = None if columns.key is None else self._all_keys(columns.key)
-        self._files: dict[int, Any] = {}
-        self._tables: OrderedDict[int, dict[str, Any]] = OrderedDict()
-        self._process = os.getpid()
+        # processes cannot share a handle, so each opens its own
+        self._opened = lru_cache(1)(lambda file, process: _parquet().ParquetFile(paths[file]))
+        self._table = lru_cache(max(1, min(CACHED_GROUPS, CACHED_BYTES // largest)))(self._read_group)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_tables": OrderedDict()}
+        return int(self._groups[:, 2].sum())
 
     def sizes(self) -> np.ndarray:
         """Of images behind paths what their files have; of bytes the mean of their row group."""
-        rows = self._groups[:, 2]
-        if self._columns.image_kind != "path":
-            return np.repeat(self._group_bytes // np.maximum(rows, 1), rows)
+        if self._columns.image_kind != "text":
+            return np.repeat(self._groups[:, 3] // np.maximum(self._groups[:, 2], 1), self._groups[:, 2])
         sizes = []
         for number, path in enumerate(self._paths):
             for value in column_of(path, self._columns.image):
@@ -109,8 +103,7 @@ class Rows:
         return np.array(sizes, np.int64)
 
     def read(self, number: int) -> Record:
-        if not 0 <= number < len(self):
-            raise IndexError(f"there are {len(self)} rows; there is no row {number}")
+        """One row as a sample. BadRecord: no image; OSError where the disk fails."""
         group = int(np.searchsorted(self._ends, number, side="right"))
         at = number - int(self._ends[group] - self._groups[group, 2])
         row = {name: column[at].as_py() for name, column in self._table(group).items()}
@@ -138,13 +131,11 @@ class Rows:
             raise BadRecord(key, f"{path}: no such file") from None
 
     def _place(self, file: int, value: str) -> Path:
-        return Path(self._root or self._paths[file].parent) / value
+        return (self._root or self._paths[file].parent) / value
 
     def _all_keys(self, name: str) -> list[str]:
         """The key column, fit for members' names. UserError if two are the same."""
-        keys: list[str] = []
-        for path in self._paths:
-            keys += [_key(value) for value in column_of(path, name)]
+        keys = [_key(value) for path in self._paths for value in column_of(path, name)]
         seen: dict[str, int] = {}
         for number, key in enumerate(keys):
             if not key.rpartition("/")[2] or seen.setdefault(key, number) != number:
@@ -155,25 +146,12 @@ class Rows:
                 )
         return keys
 
-    def _table(self, group: int) -> dict[str, Any]:
-        """The columns of a row group; of handles and tables each process has its own."""
-        if self._process != os.getpid():
-            self._files, self._tables, self._process = {}, OrderedDict(), os.getpid()
-        table = self._tables.get(group)
-        if table is None:
-            file, within = (int(value) for value in self._groups[group, :2])
-            if file not in self._files:
-                self._files = {file: _parquet().ParquetFile(self._paths[file])}
-            read = self._files[file].read_row_group(within, columns=self._columns.read, use_threads=False)
-            table = self._tables[group] = {name: read.column(name) for name in read.column_names}
-            while len(self._tables) > 1 and (
-                len(self._tables) > CACHED_GROUPS
-                or sum(column.nbytes for kept in self._tables.values() for column in kept.values())
-                > CACHED_BYTES
-            ):
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(group)
-        return table
+    def _read_group(self, group: int) -> dict[str, Any]:
+        """The columns of a row group."""
+        file, within, _, _ = self._groups[group].tolist()
+        opened = self._opened(file, os.getpid())
+        read = opened.read_row_group(within, columns=self._columns.read, use_threads=False)
+        return {name: read.column(name) for name in read.column_names}
 
 
 def open_rows(inputs: Sequence[Path], options: Options) -> Source:
@@ -187,21 +165,24 @@ def open_rows(inputs: Sequence[Path], options: Options) -> Source:
     columns = _choose(schemas[paths[0]], options, paths[0])
     for path, schema in schemas.items():
         missing = [name for name in columns.read if name not in schema.names]
-        if missing or _image_kind(schema.field(columns.image)) != columns.image_kind:
+        if missing or _kind(schema.field(columns.image).type) != columns.image_kind:
             what = f"no column {missing[0]!r}" if missing else f"column {columns.image!r} has another type"
             raise UserError(
                 f"{path}: {what}, unlike {paths[0]}; convert files of different columns on their own"
             )
     names = _class_names(schemas[paths[0]], columns.cls)
     files = {"classnames.txt": "".join(f"{name}\n" for name in names)} if names else {}
-    splits = [Rows(name, part, columns, options.root, files) for name, part in _splits(paths).items()]
+    parts = {name: Rows(part, columns, options.root) for name, part in _splits(paths).items()}
+    splits = [
+        Split(name, len(rows), rows.sizes, rows.read, files) for name, rows in parts.items() if len(rows)
+    ]
     notes = [] if columns.captions else [f"no column of captions among {', '.join(schemas[paths[0]].names)}"]
     kept = set(columns.read)
     left = [name for name in schemas[paths[0]].names if name not in kept]
     notes += [f"columns that are not taken: {', '.join(left)}"] if left else []
-    if sum(len(split) for split in splits) == 0:
+    if not splits:
         raise UserError(f"{', '.join(map(str, inputs))}: the files hold no row")
-    return Source([split for split in splits if len(split)], [InputFile.of(path) for path in paths], notes)
+    return Source(splits, [InputFile.of(path) for path in paths], notes)
 
 
 def column_of(path: Path, name: str) -> list[Any]:
@@ -241,77 +222,51 @@ def _schema(path: Path) -> Any:
 
 def _choose(schema: Any, options: Options, path: Path) -> Columns:
     """The columns asked for, or found by type and name."""
-    for name in _asked(options):
-        if name not in schema.names:
-            raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(schema.names)}")
-    image = options.image_column or _image_column(schema, path)
-    kind = _image_kind(schema.field(image))
-    if kind is None:
+    kinds = {name: _kind(schema.field(name).type) for name in schema.names}
+    asked = (options.image_column, options.class_column, options.key_column)
+    for name in (*asked, *options.caption_column, *options.json_column):
+        if name not in (None, "-") and name not in kinds:
+            raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(kinds)}")
+    image = options.image_column or _image_column(kinds, path)
+    if kinds[image] not in ("bytes", "struct", "text"):
         raise UserError(f"{path}: column {image!r} holds {schema.field(image).type}, neither bytes nor paths")
-    by_name = [name for name in CAPTIONS if name in schema.names and name != image][:1]
-    captions = list(options.caption_column) or [name for name in by_name if _is_text(schema.field(name).type)]
-    cls = options.class_column or next(
-        (n for n in _CLASSES if n in schema.names and _is_integer(schema.field(n).type)), None
-    )
-    if cls and not _is_integer(schema.field(cls).type):
+    usual = [name for name in CAPTIONS if kinds.get(name) in ("text", "texts") and name != image]
+    captions = options.caption_column or tuple(usual[:1])
+    cls = options.class_column or next((name for name in _CLASSES if kinds.get(name) == "integer"), None)
+    if cls and kinds[cls] != "integer":
         raise UserError(f"{path}: column {cls!r} holds {schema.field(cls).type}; a class is an integer")
-    used = {image, cls, *captions}
-    others = [
-        name
-        for name in schema.names
-        if name not in {*used, "captions"} and _image_kind(schema.field(name)) in (None, "path")
-    ]
-    fields = [name for name in options.json_column if name != "-"] or ([] if options.json_column else others)
-    failure = tuple(name for name in _FAILURE if name in schema.names)
-    return Columns(image, kind, tuple(captions), cls, options.key_column or None, tuple(fields), failure)
+    used = {image, cls, *captions, "captions"}
+    others = [name for name, kind in kinds.items() if name not in used and kind not in ("bytes", "struct")]
+    fields = tuple(name for name in options.json_column or others if name != "-")
+    failure = tuple(name for name in _FAILURE if name in kinds)
+    return Columns(image, kinds[image], captions, cls, options.key_column or None, fields, failure)
 
 
-def _asked(options: Options) -> list[str]:
-    named = (options.image_column, options.class_column, options.key_column)
-    columns = [name for name in options.json_column if name != "-"]
-    return [*filter(None, named), *options.caption_column, *columns]
-
-
-def _image_column(schema: Any, path: Path) -> str:
-    binary = [name for name in schema.names if _image_kind(schema.field(name)) in ("bytes", "struct")]
-    if len(binary) == 1:
-        return binary[0]
-    named = [
-        name for name in IMAGE_PATHS if name in schema.names and _image_kind(schema.field(name)) == "path"
-    ]
-    if not binary and named:
-        return named[0]
+def _image_column(kinds: Mapping[str, str], path: Path) -> str:
+    binary = [name for name, kind in kinds.items() if kind in ("bytes", "struct")]
+    found = binary or [name for name in IMAGE_PATHS if kinds.get(name) == "text"][:1]
+    if len(found) == 1:
+        return found[0]
     what = (
         f"several columns of bytes ({', '.join(binary)})" if binary else "no column of image bytes or paths"
     )
-    raise UserError(f"{path}: {what}; name it with --image-column; its columns are {', '.join(schema.names)}")
+    raise UserError(f"{path}: {what}; name it with --image-column; its columns are {', '.join(kinds)}")
 
 
-def _image_kind(field: Any) -> str | None:
-    """How a column can hold images: bytes, struct, path; None: not at all."""
+def _kind(kind: Any) -> str:
+    """What a column of this type holds: bytes, struct (with bytes), text, texts (a list), integer, other."""
     from pyarrow import types
 
-    kind = field.type
     if types.is_binary(kind) or types.is_large_binary(kind):
         return "bytes"
     if types.is_struct(kind):
         inner = kind.get_field_index("bytes")
-        return "struct" if inner >= 0 and _image_kind(kind.field(inner)) == "bytes" else None
-    return "path" if types.is_string(kind) or types.is_large_string(kind) else None
-
-
-def _is_text(kind: Any) -> bool:
-    from pyarrow import types
-
+        return "struct" if inner >= 0 and _kind(kind.field(inner).type) == "bytes" else "other"
     if types.is_list(kind) or types.is_large_list(kind):
-        return _is_text(kind.value_type)
-    return bool(types.is_string(kind) or types.is_large_string(kind))
-
-
-def _is_integer(kind: Any) -> bool:
-    from pyarrow import types
-
-    return bool(types.is_integer(kind))
+        return "texts" if _kind(kind.value_type) in ("text", "texts") else "other"
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "text"
+    return "integer" if types.is_integer(kind) else "other"
 
 
 def _class_names(schema: Any, cls: str | None) -> list[str]:

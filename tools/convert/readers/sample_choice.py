@@ -4,164 +4,126 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tools.convert.readers import uids
-from tools.convert.readers.sample_members import record_of, uid_of
-from tools.convert.readers.tar_samples import TarSamples
+from tools.convert.readers.tar_samples import TarSamples, record_of
+from tools.convert.readers.uids import NBYTES, read_uids, uid_of
 from tools.convert.records import Record
 
 
 @dataclass
 class Chosen:
-    """Which samples are taken: their `numbers`, and how often each key came before (None: never)."""
+    """The samples taken, by number; `key(position, own, members)` is the key of one, whose own is `own`."""
 
+    samples: TarSamples
     numbers: np.ndarray
-    repeats: np.ndarray | None = None
-    by_uid: bool = False
-    dash: str = "-"
-
-    def key(self, position: int, key: str, members: Mapping[str, bytes]) -> str:
-        """The key of the sample at a position, whose own is `key`."""
-        if self.repeats is None:
-            return key
-        repeat = int(self.repeats[position])
-        uid = uid_of(key, partial(members.__getitem__, "json") if "json" in members else None)
-        if self.by_uid and uid is not None:
-            return f"{uid.hex()}-{repeat}"
-        return f"{key}{self.dash}{repeat}" if repeat else key
-
-
-class ChosenSplit:
-    """The samples taken of some shards, as one split; `caption_field` as `record_of` has it."""
-
-    def __init__(
-        self,
-        samples: TarSamples,
-        chosen: Chosen,
-        caption_field: str | None,
-        name: str = "",
-        files: Mapping[str, str] | None = None,
-    ) -> None:
-        self.name, self.files = name, files or {}
-        self._samples, self._chosen, self._caption_field = samples, chosen, caption_field
-
-    def __len__(self) -> int:
-        return len(self._chosen.numbers)
+    key: Callable[[int, str, Mapping[str, bytes]], str]
+    notes: Sequence[str]
 
     def sizes(self) -> np.ndarray:
-        return self._samples.image_bytes[self._chosen.numbers]
+        """Bytes of each image, (n,) int64."""
+        return np.asarray(self.samples.image_bytes[self.numbers])
 
-    def read(self, number: int) -> Record:
-        key, members = self._samples.read(int(self._chosen.numbers[number]))
-        return record_of(self._chosen.key(number, key, members), members, self._caption_field)
-
-
-def uid_label(key: str, read_json: Any) -> bytes:
-    """The uid, then whether there is one."""
-    return _label(uid_of(key, read_json))
+    def read(self, position: int, caption_field: str | None) -> Record:
+        """One sample, with captions as `record_of` finds them."""
+        key, members = self.samples.read(int(self.numbers[position]))
+        return record_of(self.key(position, key, members), members, caption_field)
 
 
-def field_label(field: str, key: str, read_json: Any) -> bytes:
-    """A hash of a field of the json, then whether there is one."""
+def uid_label(key: str, data: bytes | None) -> bytes:
+    """The uid and a byte that tells even one of zeros from none."""
+    uid = uid_of(key, data)
+    return b"" if uid is None else uid + b"\1"
+
+
+def field_label(field: str, key: str, data: bytes | None) -> bytes:
+    """A hash of a field of the json."""
     try:
-        value = json.loads(read_json())[field] if read_json is not None else None
+        value = json.loads(data or b"")[field]
     except (ValueError, LookupError, TypeError, RecursionError):
         value = None
     if value is None:
-        return _label(None)
-    text = json.dumps(value, sort_keys=True).encode()
-    return _label(hashlib.blake2b(text, digest_size=uids.NBYTES).digest())
+        return b""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=NBYTES).digest()
 
 
-def _label(value: bytes | None) -> bytes:
-    return bytes(uids.NBYTES + 1) if value is None else value + b"\1"
-
-
-def labels_of(samples: TarSamples) -> tuple[np.ndarray, np.ndarray]:
-    """What every label says, (n,) S16, and whether it says anything, (n,) bool."""
-    if samples.labels is None or len(samples) == 0:
-        return np.zeros(0, f"S{uids.NBYTES}"), np.zeros(0, bool)
-    values = np.ascontiguousarray(samples.labels[:, : uids.NBYTES]).view(f"S{uids.NBYTES}").ravel()
-    return values, samples.labels[:, uids.NBYTES] == 1
-
-
-def by_uids(samples: TarSamples, file: Path) -> tuple[Chosen, list[str]]:
+def by_uids(samples: TarSamples, file: Path) -> Chosen:
     """The samples of the file's uids, each as often as it stands there, in the order of the shards."""
-    wanted, times = np.unique(uids.read_uids(file), return_counts=True)
-    labels, known = labels_of(samples)
-    first = np.zeros(len(labels), bool)
-    first[known] = first_of_each(labels[known])
-    at = np.searchsorted(wanted, labels)
-    found = at < len(wanted)
-    found[found] = wanted[at[found]] == labels[found]
-    found &= known
-    numbers = np.flatnonzero(found & first)
+    wanted, times = np.unique(read_uids(file), return_counts=True)
+    known = samples.labels != b""
+    labels = samples.labels.astype(f"S{NBYTES}")
+    at = np.minimum(np.searchsorted(wanted, labels), len(wanted) - 1)
+    found = known & (wanted[at] == labels) if len(wanted) else np.zeros(len(labels), bool)
+    numbers = np.flatnonzero(found)
+    numbers = numbers[first_of_each(labels[numbers])]
     counts = times[at[numbers]]
-    ends = np.cumsum(counts)
-    repeats = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    repeats = _numbered(counts)
     notes = [
         f"{len(numbers):,} of the {len(wanted):,} uids of {file} are there, "
         f"{len(repeats):,} samples with repeats"
     ]
-    again = int((found & ~first).sum())
+    again, without = int(found.sum()) - len(numbers), int((~known).sum())
     if again:
         notes.append(f"{again:,} samples have a uid that came before, and are left out")
-    without = int((~known).sum())
     if without:
         notes.append(f"{without:,} samples without a uid are left out")
-    return Chosen(np.repeat(numbers, counts), repeats, by_uid=True), notes
+
+    def key(position: int, own: str, members: Mapping[str, bytes]) -> str:
+        uid = uid_of(own, members.get("json"))
+        assert uid is not None, "the sample was found by its uid"
+        return f"{uid.hex()}-{repeats[position]}"
+
+    return Chosen(samples, np.repeat(numbers, counts), key, notes)
 
 
-def all_or_once(samples: TarSamples, once: str | None) -> tuple[Chosen, list[str]]:
+def all_or_once(samples: TarSamples, once: str | None) -> Chosen:
     """All samples, or the first of those with one label; a key that comes again gets a number."""
     numbers, notes = np.arange(len(samples)), []
     if once:
-        labels, known = labels_of(samples)
-        taken = ~known
-        taken[known] = first_of_each(labels[known])
+        known = samples.labels != b""
+        taken = ~known | first_of_each(samples.labels)
         numbers = np.flatnonzero(taken)
         notes.append(f"{len(taken) - len(numbers):,} samples with a {once} that came before are left out")
         without = int((~known).sum())
         notes += [f"{without:,} samples without {once} are all taken"] if without else []
     keys = samples.keys[numbers]
     repeats = _repeats(keys)
-    if not repeats.any():
-        return Chosen(numbers), notes
-    again = repeats > 0
-    dash = _dash(keys, keys[again], repeats[again])
-    notes.append(
-        f"{int(again.sum()):,} samples have a key that came before, and are named KEY{dash}1 and so on"
-    )
-    return Chosen(numbers, repeats, dash=dash), notes
+    again = np.flatnonzero(repeats)
+    dash = _dash(keys, [(keys[at], repeats[at]) for at in again])
+    if len(again):
+        notes.append(
+            f"{len(again):,} samples have a key that came before, and are named KEY{dash}1 and so on"
+        )
 
+    def key(position: int, own: str, members: Mapping[str, bytes]) -> str:
+        return f"{own}{dash}{repeats[position]}" if repeats[position] else own
 
-def _dash(keys: np.ndarray, again: np.ndarray, repeats: np.ndarray) -> str:
-    """What parts a key that came before from its number, so that no such name is another sample's key."""
-    dash = "-"
-    while np.isin(
-        [b"%s%s%d" % (k, dash.encode(), j) for k, j in zip(again, repeats, strict=True)], keys
-    ).any():
-        dash += "-"
-    return dash
+    return Chosen(samples, numbers, key, notes)
 
 
 def _repeats(values: np.ndarray) -> np.ndarray:
     """How often each value came before, (n,) int64."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    begins = np.ones(len(values), bool)
-    begins[1:] = ordered[1:] != ordered[:-1]
-    starts = np.maximum.accumulate(np.where(begins, np.arange(len(values)), 0))
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     repeats = np.empty(len(values), np.int64)
-    repeats[order] = np.arange(len(values)) - starts
+    repeats[np.argsort(group, kind="stable")] = _numbered(counts)
     return repeats
+
+
+def _numbered(counts: np.ndarray) -> np.ndarray:
+    """0 to count - 1 for each of these counts, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _dash(keys: np.ndarray, again: Sequence[tuple[bytes, int]]) -> str:
+    """What parts a key that came before from its number, so that no such name is another sample's key."""
+    dash = "-"
+    while again and np.isin([b"%s%s%d" % (key, dash.encode(), number) for key, number in again], keys).any():
+        dash += "-"
+    return dash
 
 
 def first_of_each(values: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from clipcluster.data.images.format import KIND_NAMES, kind_of, size_of
 from clipcluster.data.shards import indexing, shard_index, shard_list
 from clipcluster.data.shards.captions import choice_for
 from clipcluster.data.shards.dataset import Dataset
-from clipcluster.data.shards.open import open_folder
+from clipcluster.data.shards.metadata import IndexedFolder
 from clipcluster.data.shards.tar import NO_BYTES, read_at, scan
 from clipcluster.data.shards.texts import BESIDE_SHARDS, CLASS_NAMES
 from clipcluster.errors import UserError
 from clipcluster.runtime.outcome import DataError
-from tools.convert.records import BadRecord, InputFile, Kind, Source, WholeRecord, option
+from tools.convert.records import BadRecord, InputFile, Kind, Source, Split, WholeRecord, option
 
 _HEADER = 128 << 10  # bytes of an image in which its size usually stands
 
@@ -50,76 +51,50 @@ class Options:
     prefix: bool = option(False, "Put the folder's name before each key, FOLDER/KEY.")
 
 
-class _Folder:
-    """One folder of shards: where its samples lie, and what the index knows of them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shards: Dataset = open_folder(path, None, choice_for(path, None))
-        self.shards.check_unchanged()
-        self.summary = shard_list.read_summary(path)
-
-    def keys(self, positions: np.ndarray) -> Iterator[str]:
-        """The keys of these samples (ascending), by their headers alone."""
-        for position in positions.tolist():
-            name = shard_index.sample_name(next(scan(*self.shards.begin(position))).name)
-            assert name is not None, "the index begins a sample with a member of one"
-            yield name[0]
+def _keys(dataset: Dataset, positions: np.ndarray) -> list[str]:
+    """The keys of these samples (ascending), by their headers alone."""
+    keys = []
+    for position in positions.tolist():
+        name = shard_index.sample_name(next(scan(*dataset.begin(position))).name)
+        assert name is not None, "the index begins a sample with a member of one"
+        keys.append(name[0])
+    return keys
 
 
-def _told(error: DataError) -> UserError:
-    """What is wrong with shards or their index, for people."""
-    return UserError(f"{error.reason}; {error.advice}" if error.advice else error.reason)
+def _split(dataset: Dataset, taken: np.ndarray, files: Mapping[str, str], options: Options) -> Split:
+    """The samples taken, as they lie in their tars."""
 
+    def sizes() -> np.ndarray:
+        every = [dataset.columns(shard)["image_size"] for shard in range(len(dataset))]
+        return np.asarray(np.concatenate(every)[taken])
 
-class Resharding:
-    """The samples taken of several folders, in their order: a `tools.convert.records.Split`."""
-
-    name = ""
-
-    def __init__(
-        self,
-        folders: Sequence[_Folder],
-        taken: Sequence[np.ndarray],
-        files: Mapping[str, str],
-        options: Options,
-    ) -> None:
-        self.files = files
-        self._folders = folders
-        self._taken = taken
-        self._ends = np.cumsum([len(positions) for positions in taken])
-        self._options = options
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def sizes(self) -> np.ndarray:
-        """Bytes of each image, (n,) int64."""
-        pieces = []
-        for folder, taken in zip(self._folders, self._taken, strict=True):
-            every = [folder.shards.columns(shard)["image_size"] for shard in range(len(folder.shards))]
-            pieces.append(np.concatenate(every)[taken])
-        return np.concatenate(pieces)
-
-    def read(self, number: int) -> WholeRecord:
-        """One sample as it lies in its tar. BadRecord: with `drop_bad`, an image that cannot be decoded."""
-        part = int(np.searchsorted(self._ends, number, side="right"))
-        position = int(self._taken[part][number - int(self._ends[part]) + len(self._taken[part])])
-        folder = self._folders[part]
-        try:
-            fd, start = folder.shards.begin(position)
-        except DataError as error:
-            raise _told(error) from None
+    def read(number: int) -> WholeRecord:
+        position = int(taken[number])
+        with _told():
+            fd, start = dataset.begin(position)
         key, found = next(shard_index.samples(fd, start))
         members = {
             member.name[len(key) + 1 :]: read_at(fd, member.offset, member.size)
             for member in found.values()
             if member.size != NO_BYTES
         }
-        key = f"{folder.path.resolve().name}/{key}" if self._options.prefix else key
-        if self._options.drop_bad:
+        if options.prefix:
+            folder = dataset.shard_path(dataset.locate(position)[0]).parent
+            key = f"{folder.resolve().name}/{key}"
+        if options.drop_bad:
             _require_decodable(key, members)
         return WholeRecord(key, members)
+
+    return Split("", len(taken), sizes, read, files)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with shards or their index becomes a UserError."""
+    try:
+        yield
+    except DataError as error:
+        raise UserError(f"{error.reason}; {error.advice}" if error.advice else error.reason) from None
 
 
 def _require_decodable(key: str, members: Mapping[str, bytes]) -> None:
@@ -134,27 +109,18 @@ def _require_decodable(key: str, members: Mapping[str, bytes]) -> None:
 
 def _open(inputs: Sequence[Path], options: Options) -> Source:
     _require_sense(options)
-    try:
-        return _chosen(inputs, options)
-    except DataError as error:
-        raise _told(error) from None
-
-
-def _chosen(inputs: Sequence[Path], options: Options) -> Source:
-    folders = [_Folder(path) for path in dict.fromkeys(inputs)]
-    files, notes = _files(folders)
-    for folder in folders:
-        notes += _left_behind(folder)
-    taken = _taken(folders, options)
-    if not any(map(len, taken)):
+    folders = list(dict.fromkeys(inputs))
+    with _told():
+        dataset = Dataset([IndexedFolder(path, path, (choice_for(path, None),)) for path in folders])
+        dataset.check_unchanged()
+        files, notes = _files(folders)
+        notes += [note for path in folders for note in _left_behind(path)]
+        taken = _taken(dataset, options)
+    if not len(taken):
         raise UserError("reshard: no sample meets these conditions; nothing to write")
-    tars = [
-        InputFile.of(folder.shards.shard_path(shard))
-        for folder in folders
-        for shard in range(len(folder.shards))
-    ]
-    lists = [InputFile.of(options.samples)] if options.samples else []
-    return Source([Resharding(folders, taken, files, options)], [*tars, *lists], notes)
+    read = [dataset.shard_path(shard) for shard in range(len(dataset))]
+    read += [options.samples] if options.samples else []
+    return Source([_split(dataset, taken, files, options)], [InputFile.of(path) for path in read], notes)
 
 
 def _kinds_named(options: Options) -> set[str]:
@@ -178,36 +144,37 @@ def _require_sense(options: Options) -> None:
         )
 
 
-def _left_behind(folder: _Folder) -> list[str]:
+def _left_behind(folder: Path) -> list[str]:
     """What is no sample for the index and so does not go over, in words."""
-    notes, found = [], folder.summary
+    notes, found = [], shard_list.read_summary(folder)
     if found.without_image or found.duplicates:
         notes.append(
-            f"{folder.path}: left behind: {found.without_image} without an image, {found.duplicates} whose "
+            f"{folder}: left behind: {found.without_image} without an image, {found.duplicates} whose "
             "key came before in their shard"
         )
     notes += [
-        f"{folder.path}: {one['shard']} is broken: {one['reason']}; the samples before that point are taken"
+        f"{folder}: {one['shard']} is broken: {one['reason']}; the samples before that point are taken"
         for one in found.broken
     ]
     return notes
 
 
-def _files(folders: Sequence[_Folder]) -> tuple[dict[str, str], list[str]]:
+def _files(folders: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
     """The files beside the shards that all folders agree on. UserError: class names that differ."""
     files: dict[str, str] = {}
     notes: list[str] = []
     for name in BESIDE_SHARDS:
-        texts = [_text_beside(folder.path, name) for folder in folders]
-        if None not in texts and len(set(texts)) == 1:
-            files[name] = texts[0] or ""
-        elif len({text for text in texts if text is not None}) > 1 and name == CLASS_NAMES:
+        texts = {_text_beside(folder, name) for folder in folders}
+        if len(texts - {None}) > 1 and name == CLASS_NAMES:
             raise UserError(
-                f"{' and '.join(str(folder.path) for folder in folders)} have other class names: the same "
-                "number would mean two things; reshard them one by one"
+                f"{' and '.join(map(str, folders))} have other class names: the same number would mean two "
+                "things; reshard them one by one"
             )
-        elif any(text is not None for text in texts):
+        text = texts.pop()
+        if texts:
             notes.append(f"{name} is not the same in all folders, and left out")
+        elif text is not None:
+            files[name] = text
     return files, notes
 
 
@@ -218,33 +185,25 @@ def _text_beside(folder: Path, name: str) -> str | None:
     return None
 
 
-def _taken(folders: Sequence[_Folder], options: Options) -> list[np.ndarray]:
-    """The positions taken of each folder, ascending int64."""
-    taken = [np.arange(folder.shards.n_samples) for folder in folders]
+def _taken(dataset: Dataset, options: Options) -> np.ndarray:
+    """The positions of the samples taken, ascending int64."""
+    taken = np.arange(dataset.n_samples)
     if options.has_caption:
-        taken = [at[f.shards.caption_counts(at) > 0] for f, at in zip(folders, taken, strict=True)]
+        taken = taken[dataset.caption_counts(taken) > 0]
     if options.classes:
-        taken = [
-            at[np.isin(np.asarray(f.shards.classes)[at], options.classes)]
-            for f, at in zip(folders, taken, strict=True)
-        ]
+        taken = taken[np.isin(dataset.classes[taken], options.classes)]
     if options.samples is not None:
-        taken = _with_keys(folders, taken, options.samples)
+        taken = _with_keys(dataset, taken, options.samples)
     for condition in _conditions(options):
-        taken = [
-            np.array([p for p in at.tolist() if condition(folder.shards, p)], np.int64)
-            for folder, at in zip(folders, taken, strict=True)
-        ]
+        taken = taken[np.array([condition(dataset, position) for position in taken.tolist()], bool)]
     if options.fraction is not None:
-        taken = _share(folders, taken, options.fraction, options.seed)
-    if options.first is not None:
-        left = options.first
-        for number, at in enumerate(taken):
-            taken[number], left = at[:left], max(0, left - len(at))
-    return taken
+        hashes = np.array([_hash(options.seed, key) for key in _keys(dataset, taken)], np.uint64)
+        lowest = np.argsort(hashes, kind="stable")[: round(options.fraction * len(hashes))]
+        taken = taken[np.sort(lowest)]
+    return taken[: options.first]
 
 
-def _with_keys(folders: Sequence[_Folder], taken: Sequence[np.ndarray], file: Path) -> list[np.ndarray]:
+def _with_keys(dataset: Dataset, taken: np.ndarray, file: Path) -> np.ndarray:
     """Those whose key is a line of the file. UserError: no such file, a key that is nowhere."""
     try:
         wanted = {line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
@@ -252,19 +211,14 @@ def _with_keys(folders: Sequence[_Folder], taken: Sequence[np.ndarray], file: Pa
         raise UserError(
             f"--samples {file}: cannot be read ({error}); give a text file with one key a line"
         ) from None
-    found: set[str] = set()
-    kept = []
-    for folder, at in zip(folders, taken, strict=True):
-        keys = list(folder.keys(at))
-        found |= wanted.intersection(keys)
-        kept.append(at[np.array([key in wanted for key in keys], bool)])
-    missing = sorted(wanted - found)
+    keys = _keys(dataset, taken)
+    missing = sorted(wanted.difference(keys))
     if missing:
         raise UserError(
             f"--samples {file}: {len(missing)} of its {len(wanted)} keys are in no shard ({missing[0]}, …); "
             "take them out of the file, or give the folders that hold them"
         )
-    return kept
+    return taken[np.array([key in wanted for key in keys], bool)]
 
 
 def _conditions(options: Options) -> list[Callable[[Dataset, int], bool]]:
@@ -296,22 +250,6 @@ def _conditions(options: Options) -> list[Callable[[Dataset, int], bool]]:
 
         conditions.append(is_new)
     return conditions
-
-
-def _share(
-    folders: Sequence[_Folder], taken: Sequence[np.ndarray], fraction: float, seed: int
-) -> list[np.ndarray]:
-    """A share of the samples by a hash of seed and key, whatever shard they lie in."""
-    hashes = [
-        np.array([_hash(seed, key) for key in folder.keys(at)], np.uint64)
-        for folder, at in zip(folders, taken, strict=True)
-    ]
-    every = np.concatenate(hashes)
-    count = round(fraction * len(every))
-    mask = np.zeros(len(every), bool)
-    mask[np.argsort(every, kind="stable")[:count]] = True
-    masks = np.split(mask, np.cumsum([len(at) for at in taken])[:-1])
-    return [at[chosen] for at, chosen in zip(taken, masks, strict=True)]
 
 
 def _hash(seed: int, key: str) -> int:

@@ -13,6 +13,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ import numpy as np
 
 from clipcluster.errors import UserError
 from tools.convert.readers.byte_ranges import ByteRanges
-from tools.convert.readers.column_names import CAPTIONS, IMAGE_PATHS, first_of
-from tools.convert.readers.table_rows import Row, Table
-from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
+from tools.convert.readers.table_rows import Table
+from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
+
+# The usual names of the columns that tables of images and captions have, most telling first.
+IMAGE_PATHS = ("image_path", "filepath", "file_path", "path", "image", "file_name", "filename")
+CAPTIONS = ("captions", "caption", "text", "txt", "TEXT", "title", "sentences")
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w-]*)=(.+)", re.DOTALL)
 _SEPARATORS = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
@@ -52,137 +56,107 @@ class Options:
     root: Path | None = option(None, "What paths are relative to; else the table's folder.", metavar="DIR")
 
 
-class _Images:
+class Images:
     """The images that tables name, in the order in which they are first named, and the rows of each.
 
-    Rows are kept as their places in the files. A row that cannot be used is an image of its own.
+    Rows are kept as their places in the files. A row that cannot be used is an image of its own, and a sample
+    that cannot be used.
     """
 
-    def __init__(self, tables: Sequence[Table], options: Options) -> None:
-        self.faults: dict[int, str] = {}
+    def __init__(self, name: str, tables: Sequence[Table], options: Options) -> None:
+        self.name = name
+        self._faults: dict[int, str] = {}  # by row
         self._tables = tables
         self._options = options
         self._roots = [os.path.abspath(options.root or table.path.parent) for table in tables]
         self._files = [ByteRanges(table.path) for table in tables]
-        self._table, self._line = array("i"), array("q")
-        self._offset, self._size = array("q"), array("q")
-        self._order, self._ends = _grouped(np.array(self._scan(), np.uint64).reshape(-1, 2))
+        self._rows, digests = self._scan()
+        self._order, self._ends = grouped(digests)
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    @property
-    def row_count(self) -> int:
-        return len(self._table)
-
-    def rows(self, number: int) -> list[int]:
-        """The numbers of an image's rows."""
-        start = self._ends[number - 1] if number else 0
-        return [int(row) for row in self._order[start : self._ends[number]]]
-
-    def cells(self, row: int) -> dict[str, str]:
-        """The cells of a row by column."""
-        table = self._table[row]
-        data = self._files[table].read(self._offset[row], self._size[row])
-        return dict(zip(self._tables[table].columns, self._tables[table].form.cells(data), strict=True))
-
-    def path(self, row: int, cells: Mapping[str, str]) -> str:
-        """Where the image of a row lies."""
-        return self._path(self._table[row], cells[self._options.image_column])
-
-    def where(self, row: int) -> str:
-        """A row's table and line."""
-        return f"{self._tables[self._table[row]].path.name}, line {self._line[row]}"
-
-    def _scan(self) -> array[int]:
-        """Finds all rows; two numbers a row, the same for the same image."""
-        digests = array("Q")
-        before, digest = "", b""
-        for table in range(len(self._tables)):
-            for row, path in self._rows_of(table):
-                if row.fault:
-                    self.faults[self.row_count] = row.fault
-                    path = f"\0{self.row_count}"  # one that no image has
-                if path != before:
-                    before, digest = path, hashlib.blake2b(os.fsencode(path), digest_size=16).digest()
-                digests.frombytes(digest)
-                self._table.append(table)
-                self._line.append(row.line)
-                self._offset.append(row.offset)
-                self._size.append(row.size)
-        return digests
-
-    def _rows_of(self, table: int) -> Iterator[tuple[Row, str]]:
-        """The rows of a table, and the image each names."""
-        image = self._tables[table].columns.index(self._options.image_column)
-        cell = path = ""
-
-        def names_an_image(cells: Sequence[str]) -> bool:
-            name = cells[image].strip('"')
-            return bool(name) and os.path.isfile(self._path(table, name))
-
-        for row in self._tables[table].rows(names_an_image):
-            if row.fault:
-                yield row, ""
-            elif not row.cells[image] or "\0" in row.cells[image]:
-                yield row._replace(fault="names no image"), ""
-            else:
-                if row.cells[image] != cell:
-                    cell = row.cells[image]
-                    path = self._path(table, cell)
-                yield row, path
-
-    def _path(self, table: int, cell: str) -> str:
-        return os.path.normpath(os.path.join(self._roots[table], cell))
-
-
-def _grouped(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows by group, groups by their first row, (n,); where each group ends, (groups,). `digests` (n, 2)."""
-    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
-    ordered = digests[order]
-    first = np.ones(len(order), bool)
-    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    starts = np.flatnonzero(first)
-    counts = np.diff(np.append(starts, len(order)))
-    firsts = np.repeat(order[starts], counts)  # rows within a group are in order already
-    by_first = np.argsort(firsts, kind="stable")
-    return order[by_first], np.cumsum(counts[np.argsort(order[starts], kind="stable")])
-
-
-class TableSplit:
-    """The images that one or more tables name; a row that cannot be used is a sample that cannot be used."""
-
-    def __init__(self, name: str, tables: Sequence[Table], options: Options) -> None:
-        self.name = name
-        self.files: Mapping[str, str] = {}
-        self.images = _Images(tables, options)
-        self._options = options
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def sizes(self) -> np.ndarray:
-        return np.fromiter((size for _, size, _ in self.states()), np.int64, len(self))
+    def split(self) -> Split:
+        """The images as samples."""
+        return Split(self.name, len(self), self._sizes, self._read, account=self._account)
 
     def states(self) -> Iterator[tuple[str, int, int]]:
         """Path, bytes and time of every image; 0 where there is none."""
         for number in range(len(self)):
-            path = self.path(number)
-            state = os.stat(path) if path is not None and os.path.isfile(path) else None
-            yield (path or "", state.st_size, state.st_mtime_ns) if state else (path or "", 0, 0)
+            path = self.path(number) or ""
+            state = os.stat(path) if os.path.isfile(path) else None
+            yield (path, state.st_size, state.st_mtime_ns) if state else (path, 0, 0)
 
     def path(self, number: int) -> str | None:
-        """Where the image of a sample lies; None for a row that cannot be used."""
-        row = self.images.rows(number)[0]
-        return None if row in self.images.faults else self.images.path(row, self.images.cells(row))
+        """Where an image lies; None for a row that cannot be used."""
+        row = self._rows_of(number)[0]
+        return None if row in self._faults else self._path(row, self._cells(row))
 
-    def read(self, number: int) -> Record:
-        rows, key = self.images.rows(number), f"{number:09d}"
-        where = self.images.where(rows[0])
-        if rows[0] in self.images.faults:
-            raise BadRecord(key, f"{where}: {self.images.faults[rows[0]]}")
-        cells = [self.images.cells(row) for row in rows]
-        path = self.images.path(rows[0], cells[0])
+    def notes(self) -> Iterator[str]:
+        """What cannot be used."""
+        if self._faults:
+            name = f"{self.name}: " if self.name else ""
+            row, fault = min(self._faults.items())
+            quotes = "; where quotes are letters, give --no-quotes" if "quote" in fault else ""
+            first = f"{self._where(row)}: {fault}"
+            yield f"{name}{len(self._faults):,} rows cannot be used; the first: {first}{quotes}"
+
+    def _scan(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows: table, line, offset and size, (n, 4); and 16 bytes (n,) that tell their images apart."""
+        rows, digests = array("q"), bytearray()
+        for number, table in enumerate(self._tables):
+            image = table.columns.index(self._options.image_column)
+            before, digest = "", b""
+            for row in table.rows(partial(self._names_an_image, number, image)):
+                cell = "" if row.fault else row.cells[image]
+                fault = row.fault or ("names no image" if not cell or "\0" in cell else "")
+                if fault:
+                    self._faults[len(rows) // 4] = fault
+                    cell = f"\0{len(rows)}"  # one that no image has
+                if cell != before:
+                    path = cell if fault else self._absolute(number, cell)
+                    before, digest = cell, hashlib.blake2b(os.fsencode(path), digest_size=16).digest()
+                digests += digest
+                rows.extend((number, row.line, row.offset, row.size))
+        return np.array(rows, np.int64).reshape(-1, 4), np.frombuffer(digests, "S16")
+
+    def _names_an_image(self, table: int, column: int, cells: Sequence[str]) -> bool:
+        name = cells[column].strip('"')
+        return bool(name) and os.path.isfile(self._absolute(table, name))
+
+    def _absolute(self, table: int, cell: str) -> str:
+        return os.path.normpath(os.path.join(self._roots[table], cell))
+
+    def _rows_of(self, number: int) -> list[int]:
+        """The numbers of an image's rows."""
+        start = self._ends[number - 1] if number else 0
+        rows: list[int] = self._order[start : self._ends[number]].tolist()
+        return rows
+
+    def _cells(self, row: int) -> dict[str, str]:
+        """The cells of a row by column."""
+        table, _, offset, size = self._rows[row].tolist()
+        data = self._files[table].read(offset, size)
+        return dict(zip(self._tables[table].columns, self._tables[table].cells(data), strict=True))
+
+    def _path(self, row: int, cells: Mapping[str, str]) -> str:
+        return self._absolute(int(self._rows[row, 0]), cells[self._options.image_column])
+
+    def _where(self, row: int) -> str:
+        """A row's table and line."""
+        table, line, _, _ = self._rows[row].tolist()
+        return f"{self._tables[table].path.name}, line {line}"
+
+    def _sizes(self) -> np.ndarray:
+        return np.fromiter((size for _, size, _ in self.states()), np.int64, len(self))
+
+    def _read(self, number: int) -> Record:
+        rows, key = self._rows_of(number), f"{number:09d}"
+        where = self._where(rows[0])
+        if rows[0] in self._faults:
+            raise BadRecord(key, f"{where}: {self._faults[rows[0]]}")
+        cells = [self._cells(row) for row in rows]
+        path = self._path(rows[0], cells[0])
         try:
             image = Path(path).read_bytes()
         except OSError as error:
@@ -192,33 +166,6 @@ class TableSplit:
         captions = [row[self._options.caption_column] for row in cells]
         cls = self._class(key, rows, cells)
         return Record(key, image, [text for text in captions if text.strip()], self._fields(cells), cls)
-
-    def notes(self) -> Iterator[str]:
-        """What cannot be used."""
-        faults = self.images.faults
-        if faults:
-            name = f"{self.name}: " if self.name else ""
-            row = min(faults)
-            first = f"{self.images.where(row)}: {faults[row]}"
-            quotes = "; where quotes are letters, give --no-quotes" if "quote" in faults[row] else ""
-            yield f"{name}{len(faults):,} rows cannot be used; the first: {first}{quotes}"
-
-    def account(self, left_out: Sequence[int], captions: int) -> list[tuple[str, int]]:
-        """Where the rows and the images went: each first line is the sum of the indented ones below it."""
-        faults = self.images.faults
-        lost = [number for number in left_out if self.images.rows(number)[0] not in faults]
-        rows_lost = sum(len(self.images.rows(number)) for number in lost)
-        rows, images = self.images.row_count, len(self) - len(faults)
-        return [
-            ("rows", rows),
-            ("  not usable", len(faults)),
-            ("  of images left out", rows_lost),
-            ("  with an empty caption", rows - len(faults) - rows_lost - captions),
-            ("  captions written", captions),
-            ("images", images),
-            ("  left out (no file, no image)", len(lost)),
-            ("  written", images - len(lost)),
-        ]
 
     def _fields(self, cells: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """The other columns: an image's one value, or where its rows differ the values of all rows."""
@@ -237,10 +184,34 @@ class TableSplit:
         values.pop("", None)
         for value, row in values.items():
             if not (value.isascii() and value.isdigit()):
-                raise BadRecord(key, f"{self.images.where(row)}: {column} {value!r} is not a class number")
+                raise BadRecord(key, f"{self._where(row)}: {column} {value!r} is not a class number")
         if len({int(value) for value in values}) > 1:
-            raise BadRecord(key, f"{self.images.where(rows[0])}: of several classes: {', '.join(values)}")
+            raise BadRecord(key, f"{self._where(rows[0])}: of several classes: {', '.join(values)}")
         return next(map(int, values), None)
+
+    def _account(self, left_out: Sequence[int], captions: int) -> list[tuple[str, int]]:
+        """Where the rows and the images went: each first line is the sum of the indented ones below it."""
+        lost = [rows for rows in map(self._rows_of, left_out) if rows[0] not in self._faults]
+        rows_lost, unusable = sum(map(len, lost)), len(self._faults)
+        rows, images = len(self._rows), len(self) - unusable
+        return [
+            ("rows", rows),
+            ("  not usable", unusable),
+            ("  of images left out", rows_lost),
+            ("  with an empty caption", rows - unusable - rows_lost - captions),
+            ("  captions written", captions),
+            ("images", images),
+            ("  left out (no file, no image)", len(lost)),
+            ("  written", images - len(lost)),
+        ]
+
+
+def grouped(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows by their name (n,), groups by their first row, (n,); where each group ends, (groups,)."""
+    _, first, group = np.unique(names, return_index=True, return_inverse=True)
+    firsts = first[group]
+    order = np.argsort(firsts, kind="stable")
+    return order, np.flatnonzero(np.diff(firsts[order], append=-1)) + 1
 
 
 def open_tables(inputs: Sequence[Path], options: Options) -> Source:
@@ -259,7 +230,7 @@ def open_tables(inputs: Sequence[Path], options: Options) -> Source:
     options = _with_usual_columns(every[0], options)
     for table in every:
         _check_columns(table, options)
-    splits = [TableSplit(name, of_split, options) for name, of_split in tables.items()]
+    splits = [Images(name, of_split, options) for name, of_split in tables.items()]
     for split in splits:
         _check_paths(split, options)
     files = [InputFile.of(table.path) for table in every]
@@ -268,7 +239,8 @@ def open_tables(inputs: Sequence[Path], options: Options) -> Source:
         for split in splits
         if len(split) <= _WATCHED
     ]
-    return Source(splits, files, [note for split in splits for note in split.notes()])
+    notes = [note for split in splits for note in split.notes()]
+    return Source([split.split() for split in splits], files, notes)
 
 
 def _named(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -287,31 +259,29 @@ def _named(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
 
 def _with_usual_columns(table: Table, options: Options) -> Options:
     """The options with a usual column of `table` in place of a default one that it does not have."""
-    columns, default = table.columns, Options()
-    image, caption = options.image_column, options.caption_column
-    if image == default.image_column and image not in columns:
-        image = first_of(IMAGE_PATHS, columns) or image
-    if caption == default.caption_column and caption not in columns:
-        caption = first_of(CAPTIONS, [name for name in columns if name != image]) or caption
+    default, image, caption = Options(), options.image_column, options.caption_column
+    if image == default.image_column:
+        image = next((name for name in (image, *IMAGE_PATHS) if name in table.columns), image)
+    if caption == default.caption_column:
+        others = [name for name in table.columns if name != image]
+        caption = next((name for name in (caption, *CAPTIONS) if name in others), caption)
     return replace(options, image_column=image, caption_column=caption)
 
 
 def _check_columns(table: Table, options: Options) -> None:
     """UserError that names all missing columns, with the option for each."""
-    chosen = (
-        ("--image-column", options.image_column),
-        ("--caption-column", options.caption_column),
-        ("--class-column", options.class_column),
-    )
-    missing = [
-        (option_name, column) for option_name, column in chosen if column and column not in table.columns
-    ]
+    chosen = {
+        "--image-column": options.image_column,
+        "--caption-column": options.caption_column,
+        "--class-column": options.class_column,
+    }
+    missing = {option: column for option, column in chosen.items() if column and column not in table.columns}
     if missing:
         raise UserError(
-            f"{table.path} has no column {' or '.join(repr(column) for _, column in missing)}, but: "
+            f"{table.path} has no column {' or '.join(map(repr, missing.values()))}, but: "
             f"{', '.join(map(repr, table.columns))}; name the columns with "
-            f"{' and '.join(f'{option_name} NAME' for option_name, _ in missing)}, or how cells are told "
-            "apart with --separator"
+            f"{' and '.join(f'{option} NAME' for option in missing)}, or how cells are told apart with "
+            "--separator"
         )
     if "captions" in table.columns and options.caption_column != "captions":
         raise UserError(
@@ -320,7 +290,7 @@ def _check_columns(table: Table, options: Options) -> None:
         )
 
 
-def _check_paths(split: TableSplit, options: Options) -> None:
+def _check_paths(split: Images, options: Options) -> None:
     """UserError if none of the first images is there: every path is relative to something else, then."""
     paths = list(islice(filter(None, map(split.path, range(len(split)))), _TRIED))
     if not paths or any(map(os.path.isfile, paths)):

@@ -1,4 +1,4 @@
-"""Samples of shards that others wrote, by number, in the order of their keys.
+"""Samples of shards that others wrote, by number, in the order of their keys; and what their members say.
 
 A table of a few bytes a sample is made by one header scan, so that millions can be read in any order and from
 any process. A shard is a tar, or a folder with one file a member (img2dataset's output of files).
@@ -6,21 +6,24 @@ any process. A shard is a tar, or a folder with one file a member (img2dataset's
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name, samples
 from clipcluster.data.shards.tar import NO_BYTES, BrokenTar, padded, read_at, scan
+from tools.convert.records import BadRecord, Record
 
 OPEN_SHARDS = 64  # handles kept open in each process
 
-Label = Callable[[str, "Callable[[], bytes] | None"], bytes]
+Label = Callable[[str, "bytes | None"], bytes]
 
 
 class Found(NamedTuple):
@@ -36,36 +39,31 @@ class Found(NamedTuple):
 class TarSamples:
     """The samples of several shards: shard by shard as given, by key within each.
 
-    Attributes, all (n,): `keys` bytes, `shards` int32, `image_bytes` int64; `labels` (n, width) uint8, what
-    `label(key, json)` said of each, of one width (None without `label`). `without_image` counts what was left
-    out for that (with `images` False nothing is), `broken` says which shards end too early, and where.
+    Attributes, all (n,): `keys` bytes, `shards` int32, `image_bytes` int64; `labels` bytes, what `label(key,
+    json)` said of each (empty: nothing, or no `label`). Samples without an image are left out (with `images`
+    False none is); `notes` say how many, and which shards end too early, and where.
     """
 
     def __init__(self, paths: Sequence[Path], *, label: Label | None = None, images: bool = True) -> None:
         self.paths = tuple(paths)
-        self.without_image = 0
-        self.broken: list[str] = []
+        self.notes: list[str] = []
+        self._without_image = 0
         self._open: OrderedDict[int, _Tar | _Folder] = OrderedDict()
         pieces = [self._table(number, label, images) for number in range(len(self.paths))]
-        self.keys: np.ndarray = _joined([piece[0] for piece in pieces], "S1")
-        self.shards: np.ndarray = np.repeat(
-            np.arange(len(pieces), dtype=np.int32), [len(piece[0]) for piece in pieces]
-        )
-        places: np.ndarray = _joined([piece[1] for piece in pieces], np.int64).reshape(-1, 3)
-        self.starts, self.ends, self.image_bytes = (places[:, column].copy() for column in range(3))
-        self.labels: np.ndarray | None = None
-        if label is not None:
-            self.labels = _joined([piece[2] for piece in pieces if len(piece[0])], np.uint8)
+        keys, places, labels = zip(*pieces, strict=True)
+        self.keys: np.ndarray = np.concatenate(keys)
+        self.labels: np.ndarray = np.concatenate(labels)
+        self.shards = np.repeat(np.arange(len(pieces), dtype=np.int32), list(map(len, keys)))
+        self.starts, self.ends, self.image_bytes = np.ascontiguousarray(np.concatenate(places).T)
+        if self._without_image:
+            self.notes.append(f"{self._without_image:,} samples without an image are left out")
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": OrderedDict()}
-
     def forget(self) -> None:
         """Gives up keys and labels, which only the choice of samples needs."""
-        self.keys, self.labels = np.zeros(0, "S1"), None
+        self.keys = self.labels = np.zeros(0, "S1")
 
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members (extension to bytes) of one sample. OSError where the disk fails."""
@@ -75,30 +73,24 @@ class TarSamples:
     def _table(
         self, number: int, label: Label | None, images: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys (n,), places (n, 3) and labels (n, width) of one shard, by key."""
-        keys: list[bytes] = []
-        places: list[tuple[int, int, int]] = []
-        labels: list[bytes] = []
-        shard = self._handle(number)
+        """Keys (n,), places (n, 3) and labels (n,) of one shard, by key."""
+        rows: list[tuple[bytes, tuple[int, int, int], bytes]] = []
         try:
-            for found in shard.samples():
+            for found in self._handle(number).samples():
                 if images and found.image_bytes < 0:
-                    self.without_image += 1
+                    self._without_image += 1
                     continue
-                keys.append(found.key.encode("utf-8", "surrogateescape"))
-                places.append((found.start, found.end, found.image_bytes))
-                if label is not None:
-                    labels.append(label(found.key, found.json))
+                said = label(found.key, found.json and found.json()) if label else b""
+                place = found.start, found.end, found.image_bytes
+                rows.append((found.key.encode("utf-8", "surrogateescape"), place, said))
         except BrokenTar as error:
-            self.broken.append(f"{self.paths[number]}: {error}; its samples up to there are taken")
-        order = np.argsort(np.array(keys, "S"), kind="stable") if keys else np.zeros(0, np.int64)
-        said = (
-            np.frombuffer(b"".join(labels), np.uint8).reshape(len(labels), -1) if labels else np.zeros((0, 0))
-        )
+            self.notes.append(f"{self.paths[number]}: {error}; its samples up to there are taken")
+        rows.sort(key=itemgetter(0))
+        places = np.array([place for _, place, _ in rows], np.int64).reshape(-1, 3)
         return (
-            np.array(keys, "S")[order] if keys else np.zeros(0, "S1"),
-            np.array(places, np.int64).reshape(-1, 3)[order],
-            said[order] if labels else said.astype(np.uint8),
+            np.array([key for key, _, _ in rows], "S"),
+            places,
+            np.array([said for _, _, said in rows], "S"),
         )
 
     def _handle(self, number: int) -> _Tar | _Folder:
@@ -178,5 +170,36 @@ def image_of(members: Iterable[str]) -> str | None:
     return next((extension for extension in members if extension in IMAGE_EXTENSIONS), None)
 
 
-def _joined(pieces: Sequence[np.ndarray], dtype: object) -> np.ndarray:
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype)  # type: ignore[call-overload]
+def record_of(key: str, members: dict[str, bytes], caption_field: str | None = None) -> Record:
+    """A sample of image, txt, json and cls; other members stay members. BadRecord if one cannot be read.
+
+    Captions are the json's `caption_field` if one is named; else its `captions` if that is a list, else txt,
+    else what the json says under `caption`.
+    """
+    rest = dict(members)
+    extension = image_of(members)
+    if extension is None:
+        raise BadRecord(key, "no image")
+    image = rest.pop(extension)
+    try:
+        fields = json.loads(rest.pop("json", b"{}"))
+    except (ValueError, RecursionError):
+        raise BadRecord(key, "its json cannot be read") from None
+    if not isinstance(fields, dict):
+        raise BadRecord(key, "its json is not an object")
+    texts = _captions(key, fields, rest.pop("txt", b""), caption_field)
+    fields.pop("captions", None)
+    cls = rest.pop("cls", b"").strip()
+    return Record(key, image, texts, fields, int(cls) if cls.isdigit() else None, rest)
+
+
+def _captions(key: str, fields: Mapping[str, Any], txt: bytes, field: str | None) -> list[str]:
+    value = fields.get(field or "captions")
+    if field is None and not isinstance(value, list):
+        try:
+            value = txt.decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadRecord(key, "its txt is not UTF-8") from None
+        value = value if value.strip() else fields.get("caption")
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str) and text.strip()]

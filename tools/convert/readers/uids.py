@@ -3,6 +3,7 @@
 Here a uid is 16 bytes, most significant first, as numpy's `S16`: these sort as the hex digits do.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,18 @@ def from_hex(text: object) -> bytes | None:
     if isinstance(text, str) and _HEX.fullmatch(text):
         return int(text, 16).to_bytes(NBYTES, "big")
     return None
+
+
+def uid_of(key: str, data: bytes | None) -> bytes | None:
+    """The uid of a sample: its json's, else the key (without the `-j` of a repeat) if it is one."""
+    try:
+        fields = json.loads(data or b"")
+    except (ValueError, RecursionError):
+        fields = None
+    if isinstance(fields, dict) and "uid" in fields:
+        return from_hex(fields["uid"])
+    name = key.rpartition("/")[2]
+    return from_hex(name[:32]) if len(name) == 32 or name[32:33] == "-" else None
 
 
 def read_uids(path: Path) -> np.ndarray:

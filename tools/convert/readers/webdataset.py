@@ -7,7 +7,7 @@ several splits at once, and can make captions of class names.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 from clipcluster.data.shards import captions
 from clipcluster.data.shards.texts import CLASS_NAMES, TEMPLATES, class_names, templates
 from clipcluster.errors import UserError
-from tools.convert.readers.sample_choice import Chosen, ChosenSplit, all_or_once
+from tools.convert.readers.folder import class_captions
+from tools.convert.readers.sample_choice import all_or_once
 from tools.convert.readers.tar_samples import TarSamples
-from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, option
+from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
 _INFO = ("_info.json", "info.json")  # timm's list of splits
 
@@ -44,44 +45,6 @@ class Options:
     )
 
 
-class Tars(ChosenSplit):
-    """The samples of some tars, as one split. `lines`: each line of txt is a caption."""
-
-    def __init__(
-        self,
-        name: str,
-        files: Mapping[str, str],
-        samples: TarSamples,
-        chosen: Chosen,
-        options: Options,
-        lines: bool,
-    ) -> None:
-        super().__init__(samples, chosen, options.caption_field, name, files)
-        self._options, self._lines = options, lines and options.caption_field is None
-        names = files.get(CLASS_NAMES, "").split("\n")[:-1]
-        self._captions = [[text.replace("{c}", name) for text in options.template] for name in names]
-
-    def read(self, number: int) -> Record:
-        record = super().read(number)
-        cls = record.cls if self._options.class_field is None else self._class(record)
-        texts = list(record.captions)
-        if self._lines:
-            texts = [line for text in texts for line in text.splitlines() if line.strip()]
-        if not texts and self._captions and cls is not None:
-            if cls >= len(self._captions):
-                raise BadRecord(
-                    record.key, f"class {cls}, and there are {len(self._captions)} names of classes"
-                )
-            texts = self._captions[cls]
-        return record._replace(captions=texts, cls=cls)
-
-    def _class(self, record: Record) -> int:
-        value = record.fields.get(self._options.class_field or "")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise BadRecord(record.key, f"no class in its json: {self._options.class_field} is {value!r}")
-        return value
-
-
 def open_tars(inputs: Sequence[Path], options: Options) -> Source:
     """Opens folders of tars. One with train, test and so on below it, or with timm's list of splits, becomes
     as many splits.
@@ -101,40 +64,54 @@ def open_tars(inputs: Sequence[Path], options: Options) -> Source:
     return Source(splits, files, notes)
 
 
-def _split(name: str, paths: Sequence[Path], options: Options, notes: list[str]) -> Tars:
-    samples = TarSamples(paths)
-    chosen, more = all_or_once(samples, None)
-    if len(samples) == 0:
-        raise UserError(f"{paths[0].parent}: no sample with an image in its tars")
-    samples.forget()
-    where = f"{name}: " if name else ""
-    notes += [where + note for note in (*samples.broken, *more)]
-    if samples.without_image:
-        notes.append(f"{where}{samples.without_image:,} samples without an image are left out")
+def _split(name: str, paths: Sequence[Path], options: Options, notes: list[str]) -> Split:
     folder = paths[0].parent
-    files = {
-        CLASS_NAMES: _beside(folder, CLASS_NAMES, options.classnames),
-        TEMPLATES: _beside(folder, TEMPLATES),
-    }
-    for template in options.template:
-        if "{c}" not in template or "\n" in template:
-            raise UserError(f"--template {template!r}: a template is one line with {{c}} for the class name")
-    if options.template and not files[CLASS_NAMES]:
+    samples = TarSamples(paths)
+    chosen = all_or_once(samples, None)
+    if len(samples) == 0:
+        raise UserError(f"{folder}: no sample with an image in its tars")
+    samples.forget()
+    notes += [f"{name}: {note}" if name else note for note in (*samples.notes, *chosen.notes)]
+    names = _beside(folder, CLASS_NAMES, class_names, options.classnames)
+    captions_of = class_captions(names, options.template)
+    if options.template and not names:
         raise UserError(f"--template: no {CLASS_NAMES} in {folder} or above it; give --classnames FILE")
-    lines = captions.choice_for(folder, None) == captions.LINES
-    return Tars(name, {file: text for file, text in files.items() if text}, samples, chosen, options, lines)
+    lines = options.caption_field is None and captions.choice_for(folder, None) == captions.LINES
+
+    def read(number: int) -> Record:
+        record = chosen.read(number, options.caption_field)
+        cls = record.cls if options.class_field is None else _class(record, options.class_field)
+        texts = list(record.captions)
+        if lines:  # each line of txt is a caption
+            texts = [line for text in texts for line in text.splitlines() if line.strip()]
+        if not texts and options.template and cls is not None:
+            if cls >= len(names):
+                raise BadRecord(record.key, f"class {cls}, and there are {len(names)} names of classes")
+            texts = captions_of[cls]
+        return record._replace(captions=texts, cls=cls)
+
+    found = {CLASS_NAMES: names, TEMPLATES: _beside(folder, TEMPLATES, templates)}
+    files = {file: "".join(f"{text}\n" for text in texts) for file, texts in found.items() if texts}
+    return Split(name, len(chosen.numbers), chosen.sizes, read, files)
 
 
-def _beside(folder: Path, name: str, given: Path | None = None) -> str:
-    """The lines of a file beside the tars or in the folder above, one name a line; empty if there is none."""
-    places = (given,) if given else (folder / name, folder.parent / name)
-    for path in places:
+def _class(record: Record, field: str) -> int:
+    value = record.fields.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise BadRecord(record.key, f"no class in its json: {field} is {value!r}")
+    return value
+
+
+def _beside(
+    folder: Path, name: str, parse: Callable[[bytes, object], list[str]], given: Path | None = None
+) -> list[str]:
+    """The lines of a file beside the tars or in the folder above; none if there is no such file."""
+    for path in (given,) if given else (folder / name, folder.parent / name):
         if path.is_file():
-            lines = class_names if name == CLASS_NAMES else templates
-            return "".join(f"{line}\n" for line in lines(path.read_bytes(), path))
+            return parse(path.read_bytes(), path)
     if given:
         raise UserError(f"{given}: no such file; give the names of the classes, one a line")
-    return ""
+    return []
 
 
 def _splits(given: Path) -> dict[str, list[Path]]:
