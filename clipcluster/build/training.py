@@ -27,7 +27,6 @@ from clipcluster.runtime.outcome import NonFiniteError
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop
 from clipcluster.runtime.world import World
 from clipcluster.train.backward import Cached, Independent, Whole
-from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_writer import versions
 from clipcluster.train.ema import Ema
@@ -36,8 +35,8 @@ from clipcluster.train.metrics import Metrics
 from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
-from clipcluster.train.rotation import Keep
-from clipcluster.train.saver import Saver
+from clipcluster.train.records import Records
+from clipcluster.train.saver import Keep, Saver
 from clipcluster.train.stages import Stages
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Guard, Step
@@ -62,6 +61,7 @@ def build_trainer(
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
     about = {"versions": versions(), "commit": _commit(run, attempt), "world_size": world.size}
     checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about=about, attempt=attempt.number)
+    records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
     return Trainer(
         world=world,
         attempt=attempt,
@@ -73,22 +73,17 @@ def build_trainer(
         parts=parts,
         constants=constants,
         checkpoints=checkpoints,
-        saver=_saver(run, recipe, plan_, world, attempt, checkpoints, constants),
+        saver=_saver(run, recipe, plan_, checkpoints, records, constants),
         evaluations=Evaluations(
-            build_suite(recipe, world=world, tokenizer=sources.tokenizer) or None,
+            build_suite(recipe, world=world, tokenizer=sources.tokenizer),
             model,
             every=plan_.evaluate_every,
             total_steps=plan_.total_steps,
-            run=run,
-            attempt=attempt,
-            world=world,
             precision=step.backward.precision,
             ema=step.ema,
         ),
-        metrics=Metrics(run, attempt, world, every=plan_.log_every, total_steps=plan_.total_steps),
-        bad_samples=BadSamples(
-            run, attempt, rank=world.rank, samples=sources.samples, limit=recipe.data.bad_samples.limit
-        ),
+        metrics=Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps),
+        records=records,
         record_samples=recipe.train.record_samples,
         grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_SECONDS,
     )
@@ -162,16 +157,15 @@ def _saver(
     run: Run,
     recipe: Recipe,
     plan_: Plan,
-    world: World,
-    attempt: Attempt,
-    folder: Any,
+    folder: CheckpointFolder,
+    records: Records,
     constants: Mapping[str, Any],
 ) -> Saver:
     every, keep = recipe.checkpoint.every, recipe.checkpoint.keep
     best = keep.best
     return Saver(
         folder,
-        world,
+        records,
         keep=Keep(
             last=keep.last,
             every=plan_.keep_every,
@@ -182,7 +176,6 @@ def _saver(
         every_steps=plan_.checkpoint_every,
         every_seconds=every.seconds if isinstance(every, Time) else None,
         last_seconds=seconds_of_a_save(run),
-        event=lambda kind, **fields: attempt.event(kind, writer="rank-0", **fields),
     )
 
 

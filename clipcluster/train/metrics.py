@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,6 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
-from clipcluster.train.board import Board
 from clipcluster.train.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class Metrics:
         every: steps between two lines; the first and the last step have one too.
     """
 
-    def __init__(self, run: Run, attempt: Attempt, world: World, *, every: int, total_steps: int) -> None:
-        self._run, self._attempt, self._world = run, attempt, world
+    def __init__(self, attempt: Attempt, world: World, *, every: int, total_steps: int) -> None:
+        self._run, self._attempt, self._world = Run(attempt.run), attempt, world
         self._every, self._total = every, total_steps
         self._last_line: dict[str, Any] = {}
         self._board: Board | None = None
@@ -44,7 +44,7 @@ class Metrics:
         """Begin at the step that the run has reached."""
         self.restart_clock(progress.samples)
         if self._world.is_main:
-            self._board = Board(self._run.tensorboard, attempt=self._attempt.number, step=progress.step)
+            self._board = Board(self._run, self._attempt, progress.step)
 
     def restart_clock(self, samples: int) -> None:
         """Measure rates from here on: what happened between (an evaluation, a roll-back) is not training."""
@@ -70,23 +70,13 @@ class Metrics:
         summed = self._world.all_reduce_sum(torch.cat((values, own)))
         *means, waited, all_bad = (summed / self._world.size).tolist()
         if self._world.is_main:
-            rates = self._rates(progress)
-            line = {"step": progress.step, "samples": progress.samples, "epoch": round(progress.epoch, 6)}
-            line |= dict(zip(names, means, strict=True)) | {"lr": lr, **rates, **extra}
-            line["data_wait_seconds"] = round(waited, 4)
-            self._put(line)
+            rate = (progress.samples - self._samples_before) / max(1e-9, time.monotonic() - self._since)
+            line = {**progress.counts(), **dict(zip(names, means, strict=True)), "lr": lr}
+            line |= {"samples_per_second": round(rate, 2), **extra, "data_wait_seconds": round(waited, 4)}
+            self._put("train", line, line)
+            logger.info("step %s/%s  %s", f"{progress.step:,}", f"{self._total:,}", _summary(line))
         self.restart_clock(progress.samples)
         return round(all_bad * self._world.size)
-
-    def _rates(self, progress: Progress) -> dict[str, float]:
-        seconds = max(1e-9, time.monotonic() - self._since)
-        return {"samples_per_second": round((progress.samples - self._samples_before) / seconds, 2)}
-
-    def _put(self, line: dict[str, Any]) -> None:
-        self._attempt.metrics(line)
-        self._last_line = line
-        self._scalars(line, "train", line["step"])
-        logger.info("step %s/%s  %s", f"{line['step']:,}", f"{self._total:,}", summary(line))
 
     def write_results(self, progress: Progress, results: dict[str, float]) -> None:
         """Add an evaluation's results to the line of its step (rank 0). Raises StaleAttempt.
@@ -98,22 +88,21 @@ class Metrics:
         line = self._last_line
         if line.get("step") != progress.step:
             before = (known for known in merged_metrics(self._run) if known["step"] == progress.step)
-            known = next(before, {"samples": progress.samples, "epoch": round(progress.epoch, 6)})
+            known = next(before, progress.counts())
             line = {key: value for key, value in known.items() if key not in ("attempt", "time")}
-        self._last_line = {"step": progress.step, **line, **results}
-        self._attempt.metrics(self._last_line)
-        self._scalars(results, "evaluation", progress.step)
+        self._put("evaluation", {**line, **results}, {"step": progress.step, **results})
         self.say(f"evaluation at step {progress.step:,}: {headline_text(results)}")
+
+    def _put(self, group: str, line: dict[str, Any], curves: Mapping[str, Any]) -> None:
+        self._attempt.metrics(line)
+        self._last_line = line
+        if self._board:
+            self._board.add(group, curves)
 
     def say(self, text: str) -> None:
         """A message beside the metrics, from rank 0."""
         if self._world.is_main:
             logger.info("%s", text)
-
-    def _scalars(self, line: dict[str, Any], group: str, step: int) -> None:
-        if self._board:
-            counts = ("step", "samples", "epoch")
-            self._board.add(group, {name: value for name, value in line.items() if name not in counts}, step)
 
     def close(self) -> None:
         """Flush TensorBoard's file."""
@@ -121,7 +110,47 @@ class Metrics:
             self._board.close()
 
 
-def summary(line: Mapping[str, Any]) -> str:
+class Board:
+    """TensorBoard's curves, one file an attempt; later points of an earlier attempt are hidden.
+
+    Where they cannot be written (a full disk), one warning says so and they stop; nothing depends on them.
+    """
+
+    def __init__(self, run: Run, attempt: Attempt, step: int) -> None:
+        """`step`: where they begin."""
+        self._writer: Any = None
+        with self._giving_up():
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = step + 1 if attempt.number > 1 else None
+            suffix = f".attempt-{attempt.number}"
+            self._writer = SummaryWriter(str(run.tensorboard), filename_suffix=suffix, purge_step=purge)
+
+    def add(self, group: str, line: Mapping[str, Any]) -> None:
+        """Points GROUP/NAME at the line's step; the caller has just checked that the attempt is not stale."""
+        with self._giving_up():
+            for name, value in line.items():
+                counted = name in ("step", "samples", "epoch")
+                if self._writer and not counted and isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"{group}/{name}", value, line["step"])
+
+    def close(self) -> None:
+        """Write what is left."""
+        with self._giving_up():
+            if self._writer:
+                self._writer.close()
+        self._writer = None
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # errors of TensorBoard's thread are raised here
+            self._writer = None
+            logger.warning("TensorBoard curves stop for the rest of this attempt: %s", error)
+
+
+def _summary(line: Mapping[str, Any]) -> str:
     """The few numbers of a line of metrics that a person follows."""
     parts = [f"epoch {line['epoch']:.2f}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}"]
     parts.append(f"{line['samples_per_second']:,.0f} samples/s")

@@ -1,12 +1,16 @@
-"""How far a run is: all that decides its next step."""
+"""How far a run is, which is all that decides its next step, and its batches from there on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
+    from clipcluster.data.loading.loader import Loader
 
 
 class Progress:
@@ -34,12 +38,14 @@ class Progress:
         self.samples += self.batch_size
         self.batches_drawn = batch.index + 1
 
+    def counts(self) -> dict[str, Any]:
+        """`step`, `samples` and `epoch`, as records have them."""
+        return {"step": self.step, "samples": self.samples, "epoch": round(self.epoch, 6)}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values, as state.json has them."""
         return {
-            "step": self.step,
-            "samples": self.samples,
-            "epoch": round(self.epoch, 6),
+            **self.counts(),
             "batches_drawn": self.batches_drawn,
             "evaluated_step": self.evaluated_step,
             "skipped": [list(pair) for pair in self.skipped],
@@ -50,3 +56,41 @@ class Progress:
         self.step, self.samples = state["step"], state["samples"]
         self.batches_drawn, self.evaluated_step = state["batches_drawn"], state["evaluated_step"]
         self.skipped = [(first, past) for first, past in state["skipped"]]
+
+
+class Feed:
+    """Batches from the next one of a progress on, without the ranges that it skips, onto the device.
+
+    Args:
+        open_batches: opens them.
+        waited: called with the seconds that each batch was waited for.
+    """
+
+    def __init__(
+        self,
+        open_batches: Callable[[Progress], Loader],
+        device: torch.device,
+        waited: Callable[[float], None],
+    ) -> None:
+        self._open_batches, self._device, self._waited = open_batches, device, waited
+        self._loader: Loader | None = None
+        self._batches: Iterator[Batch] = iter(())
+
+    def open(self, progress: Progress) -> None:
+        """Begin at the next batch of `progress`."""
+        self.close()
+        self._loader = self._open_batches(progress)
+        self._batches = iter(self._loader)
+
+    def next(self) -> Batch:
+        """The next batch, on the device."""
+        began = time.monotonic()
+        batch = next(self._batches).to(self._device)
+        self._waited(time.monotonic() - began)
+        return batch
+
+    def close(self) -> None:
+        """End the loader's workers. Harmless where nothing is open."""
+        if self._loader:
+            self._loader.close()
+        self._loader = None

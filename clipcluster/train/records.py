@@ -3,51 +3,99 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runtime.outcome import Failure
+from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import bad_samples
+from clipcluster.runtime.outcome import DataError, Failure
+from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
 
+LEAST_SAMPLES = 1000
+"""The limit is a fraction of at least so many samples, so that one bad image does not end a small run."""
 logger = logging.getLogger("clipcluster")
 
 
 class Records:
-    """The records of one rank. `failure` is what it found since the last boundary, None as a rule."""
+    """The records of one rank. `failure` is what it found since the last boundary, None as a rule.
 
-    def __init__(self, attempt: Attempt, world: World) -> None:
-        self._attempt, self._world = attempt, world
+    Args:
+        samples: of all sources.
+        limit: fraction of them that may be bad.
+    """
+
+    def __init__(self, attempt: Attempt, world: World, *, samples: int, limit: float) -> None:
+        self.attempt, self.world = attempt, world
         self.failure: Exception | None = None
+        self._samples, self._limit = max(LEAST_SAMPLES, samples), limit
+        self._known: set[tuple[str, str]] = set()
+        self._new = 0
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Keep a failure of what is done inside for the next boundary, where all ranks raise it together.
 
-        A record that cannot be written (a full disk) is logged and does not end the run; a checkpoint that
-        cannot be written does, by the saver's count.
+        What cannot be written (a full disk) is logged and does not end the run; a checkpoint that cannot be
+        written does, by the saver's count.
         """
         try:
             yield
         except (Failure, StaleAttempt) as error:
             self.failure = error
         except OSError as error:
-            logger.warning("a record of step %s was not written: %s", self._attempt.step, error)
+            logger.warning("not recorded at step %s: %s", self.attempt.step, error)
+
+    def wishes(self) -> Wish:
+        """ABORT once there is a failure."""
+        return Wish.ABORT if self.failure else Wish.NONE
 
     def event(self, kind: str, **fields: Any) -> None:
         """An event of rank 0; the other ranks write nothing."""
-        if self._world.is_main:
+        if self.world.is_main:
             self.own_event(kind, **fields)
 
     def own_event(self, kind: str, **fields: Any) -> None:
         """An event of this rank."""
         with self.keeping():
-            self._attempt.event(kind, writer=f"rank-{self._world.rank}", **fields)
+            self.attempt.event(kind, writer=f"rank-{self.world.rank}", **fields)
 
-    def samples(self, step: int, keys: list[tuple[int, str, str]]) -> None:
+    def samples(self, step: int, keys: Iterable[tuple[int, str, str]]) -> None:
         """The samples (slot, shard, key) that a step consumed."""
         with self.keeping():
             lines = [{"step": step, "slot": slot, "shard": shard, "key": key} for slot, shard, key in keys]
-            self._attempt.samples(self._world.rank, lines)
+            self.attempt.samples(self.world.rank, lines)
+
+    def bad_samples(self, bad: Iterable[Mapping[str, Any]]) -> None:
+        """Those of a batch that could not be decoded (`shard`, `key`, `reason`), each once an attempt."""
+        for sample in bad:
+            identity = (str(sample["shard"]), str(sample["key"]))
+            if identity not in self._known:
+                self._known.add(identity)
+                self._new += 1
+                line = {**sample, "shard": identity[0], "key": identity[1]}
+                with self.keeping():
+                    self.attempt.bad_sample(self.world.rank, **line)
+
+    def take_bad(self) -> int:
+        """How many bad samples this rank found since it was last asked."""
+        new, self._new = self._new, 0
+        return new
+
+    def judge_bad(self) -> None:
+        """Count the bad samples of all ranks and attempts: a failure, naming the shards, above the limit."""
+        found = bad_samples(Run(self.attempt.run))
+        if len(found) <= self._limit * self._samples:
+            return
+        shards = Counter(str(sample["shard"]) for sample in found).most_common(8)
+        named = ", ".join(f"{shard} ({count:,})" for shard, count in shards)
+        self.failure = DataError(
+            f"{len(found):,} samples cannot be decoded, more than data.bad_samples.limit allows "
+            f"({self._limit:g} of {self._samples:,}). By shard: {named}.",
+            "See bad_samples-*.jsonl in the run's attempts; repair or remove these shards "
+            "(clipcluster shards verify), or raise data.bad_samples.limit.",
+        )

@@ -1,26 +1,49 @@
-"""When checkpoints are written, by which thread, and what happens when that fails."""
+"""When checkpoints are written, by which thread, what happens when that fails, and which are kept."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from clipcluster.errors import StaleAttempt
 from clipcluster.runs.checkpoints import Parts, is_per_rank
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish
-from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_writer import Contents, Dropped, take_copy
 from clipcluster.train.progress import Progress
-from clipcluster.train.rotation import Keep
+from clipcluster.train.records import Records
 
 logger = logging.getLogger("clipcluster")
 ATTEMPTS = 2
 """Failed saves in a row that end the run."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The policy: the last N, every K steps, the best by a metric."""
+
+    last: int = 3  # the recipe takes at least 2: the newest may be the one that turns out broken
+    every: int | None = None
+    metric: str | None = None
+    count: int = 0
+
+    def chosen(
+        self, steps: Collection[int], values: Mapping[int, float], pinned: Collection[int] = ()
+    ) -> set[int]:
+        """The steps that are kept, out of `steps`; `values` are the metric's, for the steps that have one."""
+        ordered = sorted(steps)
+        stay = set(ordered[-self.last :]) | (set(pinned) & set(ordered))
+        if self.every:
+            stay |= {step for step in ordered if step and step % self.every == 0}
+        if self.metric and self.count:
+            sign = 1.0 if smaller_is_better(self.metric) else -1.0
+            ranked = sorted((s for s in ordered if s in values), key=lambda s: (sign * values[s], s))
+            stay |= set(ranked[: self.count])
+        return stay
 
 
 class _Write(threading.Thread):
@@ -76,34 +99,30 @@ class Saver:
         every_steps, every_seconds: when to save; one of them. Steps that `keep` keeps for good, and with a
             best metric those that were evaluated, are saved besides.
         last_seconds: how long a save of this run took last, where an earlier attempt saved.
-        event: called for every checkpoint that was written or failed.
     """
 
     def __init__(
         self,
         folder: CheckpointFolder,
-        world: World,
+        records: Records,
         *,
         keep: Keep,
         constants: Mapping[str, Any],
         every_steps: int | None = None,
         every_seconds: float | None = None,
         last_seconds: float = 0.0,
-        event: Callable[..., None] = lambda kind, **fields: None,
     ) -> None:
-        self._folder, self._world, self._keep = folder, world, keep
-        self._constants, self._event = constants, event
+        self._folder, self.records, self._keep, self._constants = folder, records, keep, constants
+        self._world = records.world
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._write: _Write | None = None
         self._clock = time.monotonic()
         self._asked_at = -1
         self._begun = 0
         self._failures = 0
-        self._failed = False
         self._evaluations: dict[int, Mapping[str, float]] = {}
         self.durable_step = -1
         self.last_seconds = last_seconds
-        self.failure: Exception | None = None
 
     def resumed_from(self, step: int) -> None:
         """The checkpoint of `step` exists: it need not be written again."""
@@ -111,12 +130,11 @@ class Saver:
         self._evaluations.clear()  # of steps that a roll-back undid
 
     def wishes(self, progress: Progress) -> Wish:
-        """SAVE when a save is due or must be repeated, ABORT (with `failure` set) when it failed for good."""
+        """SAVE when a save is due or must be repeated; what failed for good is a failure of the records."""
         if self._write and not self._write.is_alive():
             self.finish()
-        if self.failure:
-            return Wish.ABORT
-        due = self._world.is_main and (self._failed or self._due(progress))
+        repeated = bool(self._failures) and self._write is None
+        due = self._world.is_main and (repeated or self._due(progress))
         return Wish.SAVE if due else Wish.NONE
 
     def _due(self, progress: Progress) -> bool:
@@ -143,12 +161,11 @@ class Saver:
     def _wanted(self, step: int) -> bool:
         """On rank 0: whether a step is still to be written, once the write under way is done."""
         self.finish()
-        return self.failure is None and self.durable_step != step
+        return self.records.failure is None and self.durable_step != step
 
     def _start(self, progress: Progress, parts: Parts) -> None:
         self.finish()
-        self._asked_at, self._failed = progress.step, False
-        self._clock = time.monotonic()
+        self._asked_at, self._clock = progress.step, time.monotonic()
         self._begun += 1
         if self._world.is_main or any(map(is_per_rank, parts.values())):
             state = {**progress.state_dict(), **self._constants}
@@ -158,7 +175,7 @@ class Saver:
             self._write.start()
 
     def save_and_wait(self, progress: Progress, parts: Parts, seconds_left: float | None = None) -> None:
-        """Have this step durable on return, or `failure` set after the second try. Collective.
+        """Have this step durable on return, or a failure kept after the second try. Collective.
 
         A write under way is finished first, unless only this step's fits into `seconds_left`: then it is
         dropped. How long a save takes is known from the last one, and from the pace of the one under way.
@@ -193,51 +210,31 @@ class Saver:
             return
         write.join()
         error = write.error
-        if error is None or isinstance(error, Dropped):
-            if error is None and self._world.is_main:
-                self._in_place(write)
-        elif isinstance(error, OSError):
+        if isinstance(error, OSError):
             self._note_failure(write.step, error)
-        else:
-            self.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
-
-    def _in_place(self, write: _Write) -> None:
-        self._failures, self.durable_step, self.last_seconds = 0, write.step, write.seconds
-        try:
-            self._event("checkpoint", step=write.step, seconds=round(write.seconds, 3))
-        except StaleAttempt as stale:
-            self.failure = stale
-        except OSError as error:
-            logger.warning("the event of the checkpoint of step %d was not written: %s", write.step, error)
-        self._settle()
+        elif error is None and self._world.is_main:
+            self._failures, self.durable_step, self.last_seconds = 0, write.step, write.seconds
+            self.records.event("checkpoint", step=write.step, seconds=round(write.seconds, 3))
+            self._settle()
+        elif error is not None and not isinstance(error, Dropped):
+            self.records.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
 
     def _settle(self) -> None:
-        """Record what was measured of the newest checkpoint, then rotate."""
-        try:
+        """Record what was measured of the newest checkpoint, then rotate; both can wait for the next one."""
+        with self.records.keeping():
             if self.durable_step in self._evaluations:
                 self._folder.record_evaluation(self.durable_step, self._evaluations.pop(self.durable_step))
             self._rotate()
-        except StaleAttempt as stale:
-            self.failure = stale
-        except OSError as error:  # the checkpoint is in place; this can wait for the next one
-            logger.warning("after the checkpoint of step %d: %s", self.durable_step, error)
 
     def _note_failure(self, step: int, error: OSError) -> None:
         if not self._world.is_main:
             logger.error("this rank's files of step %d could not be written: %s", step, error)
             return  # rank 0 is told by the receipt, and counts
         self._failures += 1
-        self._failed = True
         logger.error("the save of step %d failed (%d of %d): %s", step, self._failures, ATTEMPTS, error)
-        try:
-            self._event("checkpoint_failed", step=step, reason=str(error))
-        except StaleAttempt as stale:
-            self.failure = stale
-            return
-        except OSError as second:  # events lie on the same full disk
-            logger.error("its event could not be written either: %s", second)
-        if self._failures >= ATTEMPTS:
-            self.failure = CheckpointError(
+        self.records.event("checkpoint_failed", step=step, reason=str(error))
+        if self._failures >= ATTEMPTS and not self.records.failure:
+            self.records.failure = CheckpointError(
                 f"{self._failures} saves in a row failed, the last at step {step}: {error}",
                 "Free space on the disk of the run folder, or repair it, and submit again: the run resumes "
                 "from its last checkpoint; no older one was removed.",
@@ -259,3 +256,8 @@ class Saver:
         pinned = [step for step in steps if self._folder.pinned(step)]
         for step in sorted(set(steps) - self._keep.chosen(steps, values, pinned)):
             self._folder.delete(step)
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Ranks, losses and errors are better small (`val/t2i_mean_rank`); everything else is better large."""
+    return metric.endswith(("rank", "loss", "error"))

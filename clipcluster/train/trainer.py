@@ -15,12 +15,10 @@ from clipcluster.runtime.outcome import LostPeers, Outcome
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 from clipcluster.train import rollback
-from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.evaluations import Evaluations, Interrupted
-from clipcluster.train.feed import Batches, Feed
 from clipcluster.train.metrics import Metrics
-from clipcluster.train.progress import Progress
+from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
 from clipcluster.train.resume import restore
 from clipcluster.train.saver import Saver
@@ -28,6 +26,7 @@ from clipcluster.train.step import Step, Streak
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
+    from clipcluster.data.loading.loader import Loader
     from clipcluster.model.task import Report
 
 
@@ -51,20 +50,19 @@ class Trainer:
     progress: Progress
     total_steps: int
     step: Step
-    open_batches: Callable[[Progress], Batches]
+    open_batches: Callable[[Progress], Loader]
     parts: Parts
     constants: dict[str, Any]
     checkpoints: CheckpointFolder
     saver: Saver
     evaluations: Evaluations
     metrics: Metrics
-    bad_samples: BadSamples
+    records: Records
     record_samples: bool = False
     grace_seconds: float = GRACE_SECONDS
     results: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.records = Records(self.attempt, self.world)
         self.feed = Feed(self.open_batches, self.world.device, self.metrics.waited)
 
     def run(self) -> Outcome:
@@ -95,18 +93,20 @@ class Trainer:
         while self._more():
             if self.evaluations.owed(self.progress):
                 self._evaluate()
-            elif self.step.needs_rehearsal:
-                self._rehearse()
             else:
                 batch = self.feed.next()
+                if self.step.needs_rehearsal:
+                    self.step.rehearse(batch)
+                    self.metrics.restart_clock(self.progress.samples)
                 report = self.step(batch, self.progress)
                 self._count(batch)
                 self.step.stages.enter(self.progress.step)  # before a checkpoint of this step is made
                 if self.metrics.due(self.progress):
                     self._log(report)
-            wishes = self.world.agree(self._wishes())
+            wishes = self.stop.wishes() | self.saver.wishes(self.progress)
+            wishes = self.world.agree(wishes | self.records.wishes())
             if wishes & Wish.ABORT:
-                self._abort()
+                self.world.raise_first(self.records.failure)
             if wishes & Wish.STOP and self._more():
                 return self._stopped()
             if wishes & Wish.SAVE:
@@ -116,10 +116,6 @@ class Trainer:
 
     def _more(self) -> bool:
         return self.progress.step < self.total_steps or self.evaluations.owed(self.progress)
-
-    def _wishes(self) -> Wish:
-        wishes = self.stop.wishes() | self.saver.wishes(self.progress)
-        return wishes | (Wish.ABORT if self.records.failure else Wish.NONE)
 
     def _resume(self) -> None:
         self.attempt.phase(self.world.rank, "checkpoint")
@@ -155,17 +151,11 @@ class Trainer:
         if self.progress.step < self.total_steps:
             self.feed.open(self.progress)
 
-    def _rehearse(self) -> None:
-        """A discarded pass over the next batch, so that restarts round as an uninterrupted run does."""
-        self.step.rehearse(self.feed.peek())
-        self.metrics.restart_clock(self.progress.samples)
-
     def _count(self, batch: Batch) -> None:
         """Count what the step consumed, and record its samples where the recipe asks for it."""
         self.progress.advance(batch)
         self.attempt.step = self.progress.step
-        with self.records.keeping():
-            self.bad_samples.note(batch.bad)
+        self.records.bad_samples(batch.bad)
         if self.record_samples:
             self.records.samples(self.progress.step, batch.keys)
 
@@ -177,9 +167,9 @@ class Trainer:
         with self.records.keeping():
             self.attempt.check()
         with self.records.keeping():
-            bad = self.metrics.write(self.progress, report, lr=lr, bad=self.bad_samples.take_new(), **skipped)
+            bad = self.metrics.write(self.progress, report, lr=lr, bad=self.records.take_bad(), **skipped)
             if bad and self.world.is_main:
-                self.bad_samples.judge()
+                self.records.judge_bad()
         if streak.length > self.step.guard.limit:
             self._roll_back(streak)
 
@@ -213,7 +203,8 @@ class Trainer:
             return  # still owed; the boundary that follows agrees on the stop again
         self.progress.evaluated_step, self.results = self.progress.step, results
         with self.records.keeping():
-            self.evaluations.write(self.progress, results)
+            if self.world.is_main:
+                self.evaluations.write(self.attempt, self.progress, results)
             self.metrics.write_results(self.progress, results)
         self.saver.record_evaluation(self.progress.step, results)
         self.metrics.restart_clock(self.progress.samples)
@@ -233,14 +224,8 @@ class Trainer:
 
     def _leave(self, outcome: Outcome, reason: str) -> Outcome:
         """Write the outcome once everything is durable, and leave together."""
-        failed = self.saver.failure or self.records.failure
-        if self.world.agree(Wish.ABORT if failed else Wish.NONE) & Wish.ABORT:
-            self._abort()
+        self.world.raise_first(self.records.failure)
         if self.world.is_main:
             self.attempt.end(outcome.name.lower(), outcome, reason)
         self.world.barrier()
         return outcome
-
-    def _abort(self) -> None:
-        """Raise, on all ranks, the first failure that any of them has."""
-        self.world.raise_first(self.saver.failure or self.records.failure)

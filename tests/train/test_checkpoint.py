@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from clipcluster.errors import StaleAttempt
+from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import newest_complete, read_manifest, steps_in
-from clipcluster.runs.files import read_json
+from clipcluster.runs.files import read_json, read_lines
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
@@ -36,8 +37,8 @@ from clipcluster.train.checkpoint import CheckpointFolder, reading
 from clipcluster.train.checkpoint_reader import Broken, load_parts, verify
 from clipcluster.train.checkpoint_writer import Contents, Dropped, take_copy
 from clipcluster.train.progress import Progress
-from clipcluster.train.rotation import Keep
-from clipcluster.train.saver import Saver, _Write, to_drop
+from clipcluster.train.records import Records
+from clipcluster.train.saver import Keep, Saver, _Write, to_drop
 from clipcluster.train.tensorfile import safetensors_bytes
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -70,6 +71,20 @@ def folder_at(path: Path, check: Callable[[], None] = lambda: None) -> Checkpoin
     folder = CheckpointFolder(path, check=check, about={"world_size": 1})
     folder.prepare()
     return folder
+
+
+def saver_of(folder: CheckpointFolder, keep: Keep | None = None, **when: Any) -> Saver:
+    """A saver whose attempt lies beside the checkpoints."""
+    attempt = Attempt(folder.folder.parent / "attempts" / "1")
+    attempt.path.mkdir(parents=True, exist_ok=True)
+    records = Records(attempt, ALONE, samples=1, limit=0.0)
+    return Saver(folder, records, keep=keep or Keep(), constants={}, **when)
+
+
+def told(saver: Saver) -> list[tuple[str, int]]:
+    """The events of the saves, each with its step."""
+    lines = read_lines(saver.records.attempt.path / "events-rank-0.jsonl")
+    return [(line["event"], line["step"]) for line in lines]
 
 
 @pytest.fixture
@@ -349,7 +364,7 @@ def test_what_kills_left_behind_is_removed(folder: CheckpointFolder) -> None:
 def save_for_ever(path: Path) -> None:
     """What a killed process was doing: saving and rotating, one step after the other."""
     folder = folder_at(path)
-    saver = Saver(folder, ALONE, keep=Keep(last=2), constants={}, every_steps=1)
+    saver = saver_of(folder, keep=Keep(last=2), every_steps=1)
     progress = Progress(steps_per_epoch=10, batch_size=1)
     progress.step = max(folder.steps(), default=0)
     while True:
@@ -419,15 +434,7 @@ class SlowFolder(CheckpointFolder):
 
 def test_training_goes_on_while_a_thread_writes(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    told: list[tuple[str, int]] = []
-    saver = Saver(
-        folder,
-        ALONE,
-        keep=Keep(),
-        constants={},
-        every_steps=2,
-        event=lambda kind, **fields: told.append((kind, fields["step"])),
-    )
+    saver = saver_of(folder, every_steps=2)
     part = Part(1.0)
     assert saver.wishes(at(0)) == Wish.NONE  # there is nothing to save before the first step
     assert saver.wishes(at(1)) == Wish.NONE
@@ -441,24 +448,24 @@ def test_training_goes_on_while_a_thread_writes(tmp_path: Path) -> None:
     saver.finish()
     load_parts(folder.path(2), verify(folder.path(2)), {"model": part})
     assert float(part.tensor[0]) == 1.0
-    assert told == [("checkpoint", 2)]
+    assert told(saver) == [("checkpoint", 2)]
 
 
 def test_a_stop_finishes_the_write_under_way_and_saves_the_current_step(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2)
+    saver = saver_of(folder, every_steps=2)
     saver.save(at(2), {"model": Part()})
     threading.Timer(0.1, folder.go.set).start()
     saver.save_and_wait(at(3), {"model": Part()}, seconds_left=30.0)
     assert folder.steps() == [2, 3]
-    assert saver.failure is None
+    assert saver.records.failure is None
 
 
 def test_a_stop_drops_the_older_one_where_both_cannot_fit(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
     folder.go.set()
     folder.seconds = 0.3
-    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2)
+    saver = saver_of(folder, every_steps=2)
     saver.save(at(2), {"model": Part()})
     saver.finish()
     assert saver.last_seconds >= 0.3
@@ -472,7 +479,7 @@ def test_a_stop_drops_the_older_one_where_both_cannot_fit(tmp_path: Path) -> Non
 
 def test_a_stop_at_the_step_under_way_writes_it_once(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2)
+    saver = saver_of(folder, every_steps=2)
     saver.last_seconds = 100.0
     saver.save(at(2), {"model": Part()})
     threading.Timer(0.1, folder.go.set).start()
@@ -482,7 +489,7 @@ def test_a_stop_at_the_step_under_way_writes_it_once(tmp_path: Path) -> None:
 
 def test_a_metric_that_was_not_finite_is_never_the_best(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(last=2, metric="t2i_r1", count=1), constants={}, every_steps=1)
+    saver = saver_of(folder, keep=Keep(last=2, metric="t2i_r1", count=1), every_steps=1)
     for step, value in enumerate((0.2, math.nan, 0.1, math.nan, math.nan), start=1):
         saver.record_evaluation(step, {"t2i_r1": value})
         saver.save_and_wait(at(step), {"model": Part()})
@@ -490,7 +497,7 @@ def test_a_metric_that_was_not_finite_is_never_the_best(tmp_path: Path) -> None:
 
 
 def test_saves_come_by_the_clock(tmp_path: Path) -> None:
-    saver = Saver(folder_at(tmp_path / "checkpoints"), ALONE, keep=Keep(), constants={}, every_seconds=0.2)
+    saver = saver_of(folder_at(tmp_path / "checkpoints"), every_seconds=0.2)
     assert saver.wishes(at(1)) == Wish.NONE
     time.sleep(0.25)
     assert saver.wishes(at(2)) == Wish.SAVE
@@ -501,7 +508,7 @@ def test_saves_come_by_the_clock(tmp_path: Path) -> None:
 
 def test_by_the_clock_a_slow_disk_neither_holds_up_training_nor_is_given_two_at_once(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_seconds=0.1)
+    saver = saver_of(folder, every_seconds=0.1)
     time.sleep(0.1)
     saver.save(at(1), {"model": Part()})
     time.sleep(0.15)
@@ -519,7 +526,7 @@ def test_by_the_clock_a_slow_disk_neither_holds_up_training_nor_is_given_two_at_
 @pytest.mark.parametrize("when", [{"every_steps": 7}, {"every_seconds": 1000.0}])
 def test_what_is_kept_for_good_is_saved_whatever_the_period(tmp_path: Path, when: dict[str, Any]) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(last=2, every=10), constants={}, **when)
+    saver = saver_of(folder, keep=Keep(last=2, every=10), **when)
     for step in range(1, 50):
         if saver.wishes(at(step)) & Wish.SAVE:
             saver.save(at(step), {"model": Part()})
@@ -529,7 +536,7 @@ def test_what_is_kept_for_good_is_saved_whatever_the_period(tmp_path: Path, when
 
 def test_a_stop_keeps_the_older_one_where_the_newer_cannot_fit_either(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2, last_seconds=50.0)
+    saver = saver_of(folder, every_steps=2, last_seconds=50.0)
     saver.save(at(4), {"model": Part()})
     threading.Timer(0.1, folder.go.set).start()
     saver.save_and_wait(at(5), {"model": Part()}, seconds_left=10.0)
@@ -538,7 +545,7 @@ def test_a_stop_keeps_the_older_one_where_the_newer_cannot_fit_either(tmp_path: 
 
 def test_the_first_save_of_an_attempt_goes_by_the_last_of_the_attempt_before(tmp_path: Path) -> None:
     folder = SlowFolder(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2, last_seconds=8.0)
+    saver = saver_of(folder, every_steps=2, last_seconds=8.0)
     saver.save(at(4), {"model": Part()})
     threading.Timer(0.3, folder.go.set).start()
     saver.save_and_wait(at(5), {"model": Part()}, seconds_left=10.0)
@@ -576,7 +583,7 @@ def test_a_first_save_under_way_at_a_stop_tells_by_its_pace_what_fits(
         yield last[200_000:]
 
     monkeypatch.setattr(checkpoint_writer, "safetensors_bytes", halting)
-    saver = Saver(folder_at(tmp_path / "checkpoints"), ALONE, keep=Keep(), constants={}, every_steps=2)
+    saver = saver_of(folder_at(tmp_path / "checkpoints"), every_steps=2)
     saver.save(at(2), {"model": Part(size=100_000)})
     assert half_done.wait(10)
     assert saver._write
@@ -588,7 +595,7 @@ def test_a_first_save_under_way_at_a_stop_tells_by_its_pace_what_fits(
 
 def test_measurements_that_a_roll_back_undid_are_not_recorded(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(), constants={}, every_steps=2)
+    saver = saver_of(folder, every_steps=2)
     saver.save(at(2), {"model": Part()})
     saver.finish()
     saver.record_evaluation(3, {"m": 1.0})
@@ -604,18 +611,16 @@ def test_a_stale_save_is_told_at_the_next_boundary(tmp_path: Path) -> None:
 
     path = tmp_path / "checkpoints"
     path.mkdir()
-    saver = Saver(
-        CheckpointFolder(path, check=stale, about={}), ALONE, keep=Keep(), constants={}, every_steps=1
-    )
+    saver = saver_of(CheckpointFolder(path, check=stale, about={}), every_steps=1)
     saver.save(at(1), {"model": Part()})
     saver.finish()
-    assert saver.wishes(at(2)) == Wish.ABORT
-    assert isinstance(saver.failure, StaleAttempt)
+    assert saver.records.wishes() == Wish.ABORT
+    assert isinstance(saver.records.failure, StaleAttempt)
 
 
 def test_rotation_deletes_after_the_new_one_is_there(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(last=2, every=3), constants={}, every_steps=1)
+    saver = saver_of(folder, keep=Keep(last=2, every=3), every_steps=1)
     for step in range(1, 8):
         saver.save(at(step), {"model": Part()})
         saver.finish()
@@ -625,7 +630,7 @@ def test_rotation_deletes_after_the_new_one_is_there(tmp_path: Path) -> None:
 
 def test_what_somebody_reads_is_not_deleted(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = Saver(folder, ALONE, keep=Keep(last=2), constants={}, every_steps=1)
+    saver = saver_of(folder, keep=Keep(last=2), every_steps=1)
 
     def save(step: int) -> None:
         saver.save(at(step), {"model": Part()})
@@ -781,16 +786,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_said_retried_and_touches_no_older_one(small_disk: Path) -> None:
-    told: list[tuple[str, int]] = []
-    folder = folder_at(small_disk / "checkpoints")
-    saver = Saver(
-        folder,
-        ALONE,
-        keep=Keep(last=2),
-        constants={},
-        every_steps=1,
-        event=lambda kind, **fields: told.append((kind, fields["step"])),
-    )
+    folder = folder_at(small_disk)
+    saver = saver_of(folder, keep=Keep(last=2), every_steps=1)
     part = Part(1.0, 150_000)
     for step in (1, 2, 3):
         saver.save(at(step), {"model": part})
@@ -808,11 +805,11 @@ def test_a_full_disk_is_said_retried_and_touches_no_older_one(small_disk: Path) 
     assert folder.steps() == [3, 5]
     (small_disk / "ballast").write_bytes(bytes(2_500_000))
     saver.save_and_wait(at(6), {"model": part}, seconds_left=30.0)  # both tries
-    assert saver.wishes(at(6)) == Wish.ABORT
-    assert isinstance(saver.failure, CheckpointError)
-    assert "No space left on device" in str(saver.failure)
+    assert saver.records.wishes() == Wish.ABORT
+    assert isinstance(saver.records.failure, CheckpointError)
+    assert "No space left on device" in str(saver.records.failure)
     assert folder.steps() == [3, 5]
-    assert [kind for kind, _ in told].count("checkpoint_failed") == 3
+    assert [kind for kind, _ in told(saver)].count("checkpoint_failed") == 3
     assert folder.newest() == folder.path(5)
 
 
@@ -821,14 +818,16 @@ def write_beyond_a_limit(path: Path) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     folder = folder_at(path)
-    saver = Saver(folder, ALONE, keep=Keep(last=2), constants={}, every_steps=1)
+    saver = saver_of(folder, keep=Keep(last=2), every_steps=1)
     saver.save(at(4), {"model": Part(1.0, 150_000)})
     saver.finish()
     once = saver.wishes(at(4)) == Wish.SAVE
     saver.save(at(5), {"model": Part(1.0, 150_000)})
     saver.finish()
-    said = isinstance(saver.failure, CheckpointError) and os.strerror(errno.EFBIG) in str(saver.failure)
-    return 0 if once and said and saver.wishes(at(5)) == Wish.ABORT else 1
+    said = isinstance(saver.records.failure, CheckpointError) and os.strerror(errno.EFBIG) in str(
+        saver.records.failure
+    )
+    return 0 if once and said and saver.records.wishes() == Wish.ABORT else 1
 
 
 def test_a_write_that_the_system_refuses_ends_the_run_after_two(folder: CheckpointFolder) -> None:

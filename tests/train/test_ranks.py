@@ -69,15 +69,15 @@ def test_stopped_and_resumed_equals_uninterrupted(
     script = {"evaluate_every": 6, "thaw_at": 6, "backward": backward, "own_part": True}
     start_ranks(whole, SIZE, script).finish(0)
     attempts = [
-        {**script, "stop_at": 0},  # in the discarded pass before the first step
+        {**script, "stop_at": 0},  # right after the discarded pass
         {**script, "stop_at": 2, "stop_rank": SIZE - 1},
-        {**script, "stop_at": 3},  # in the one after a resume
+        {**script, "stop_at": 3},  # and after the one that follows a resume
         {**script, "stop_in_evaluation": True},
         {**script, "stop_at": 9},
         script,
     ]
     start_ranks(stopped, SIZE, *attempts).finish(0)
-    assert [stopped.attempt(n).outcome()["step"] for n in range(1, 7)] == [0, 3, 3, 6, 10, 12]
+    assert [stopped.attempt(n).outcome()["step"] for n in range(1, 7)] == [1, 3, 4, 6, 10, 12]
     assert losses(stopped) == losses(whole)
     assert samples(stopped) == samples(whole)
     assert len(samples(whole)) == 12 * 16

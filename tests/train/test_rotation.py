@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcluster.train.rotation import Keep, smaller_is_better
+from clipcluster.train.saver import Keep, smaller_is_better
 
 steps = st.sets(st.integers(0, 500), max_size=30)
 
@@ -39,14 +38,5 @@ def test_of_ranks_the_smallest_is_best() -> None:
     assert not smaller_is_better("val/zero_shot_top1")
 
 
-def test_a_value_that_is_not_a_number_is_no_value() -> None:
-    assert Keep(last=2, metric="m", count=1).chosen([1, 2, 3, 4], {1: float("nan"), 2: 0.1}) == {2, 3, 4}
-
-
 def test_a_pinned_one_stays() -> None:
     assert Keep(last=2).chosen([1, 2, 3, 4], {}, pinned=[1, 99]) == {1, 3, 4}
-
-
-def test_fewer_than_two_are_refused() -> None:
-    with pytest.raises(ValueError, match="keep at least 2"):
-        Keep(last=1)

@@ -129,7 +129,7 @@ def test_a_stop_in_an_evaluation_leaves_it_owed(toy: ModuleType, run: Any) -> No
     assert list(run.evals.iterdir()) == []
     trainer = toy.go(run, evaluate_every=6)
     assert trainer.outcome is Outcome.FINISHED
-    assert trainer.evaluations._suite.steps == [6, 12]
+    assert trainer.evaluations.suite.steps == [6, 12]
 
 
 def test_an_evaluation_is_not_repeated_by_a_resume_and_keeps_the_losses(toy: ModuleType, run: Any) -> None:
@@ -138,7 +138,7 @@ def test_an_evaluation_is_not_repeated_by_a_resume_and_keeps_the_losses(toy: Mod
         if checkpoint.name != "step-00000004":
             checkpoint.rename(run.path / checkpoint.name)
     trainer = toy.go(run, evaluate_every=4)
-    assert trainer.evaluations._suite.steps == [8, 12]
+    assert trainer.evaluations.suite.steps == [8, 12]
     line = next(line for line in merged_metrics(run) if line["step"] == 4)
     assert line["toy/step"] == 4.0
     assert line["loss"] > 0
@@ -155,7 +155,7 @@ def test_an_owed_evaluation_keeps_the_loss_that_an_earlier_attempt_logged(toy: M
 
 def test_a_result_that_is_not_finite_is_null_and_named(toy: ModuleType, run: Any) -> None:
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(evaluate_every=6))
-    suite = trainer.evaluations._suite
+    suite = trainer.evaluations.suite
     measure = suite.run
     suite.run = lambda *given, **named: {**measure(*given, **named), "toy/size": math.nan}
     assert trainer.run() is Outcome.FINISHED
@@ -174,7 +174,7 @@ def test_averaged_weights_are_evaluated(toy: ModuleType, run: Any) -> None:
     assert results["metrics"]["toy/size"] == pytest.approx(float(averaged["first.weight"].abs().sum()))
     assert results["ema"] is True
     trained = load_file(run.checkpoints / "step-00000012" / "model.safetensors")
-    assert torch.equal(trainer.evaluations._model.first.weight, trained["first.weight"])
+    assert torch.equal(trainer.evaluations.model.first.weight, trained["first.weight"])
 
 
 def test_the_best_checkpoint_stays(toy: ModuleType, run: Any) -> None:

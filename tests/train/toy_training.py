@@ -23,7 +23,6 @@ from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 from clipcluster.runtime.world import World
 from clipcluster.train.backward import Backward, Cached, Independent, Whole
-from clipcluster.train.bad_samples import BadSamples
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
@@ -31,8 +30,8 @@ from clipcluster.train.metrics import Metrics
 from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
-from clipcluster.train.rotation import Keep
-from clipcluster.train.saver import Saver
+from clipcluster.train.records import Records
+from clipcluster.train.saver import Keep, Saver
 from clipcluster.train.stages import Stage, Stages
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Guard, Step
@@ -180,7 +179,7 @@ class ToySuite:
         for _ in range(3):
             wishes()
         self.steps.append(progress.step)
-        return {"toy/size": float(model.first.weight.abs().sum()), "toy/step": float(progress.step)}
+        return {"toy/size": float(model.first.weight.detach().abs().sum()), "toy/step": float(progress.step)}
 
 
 class SlowDisk(CheckpointFolder):
@@ -239,13 +238,13 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         run.checkpoints, check=attempt.check, about={"world_size": world.size}, attempt=attempt.number
     )
     checkpoints.seconds, checkpoints.blind = script.slow_disk, script.blind == world.rank
+    records = Records(attempt, world, samples=100, limit=0.002)
     saver = Saver(
         checkpoints,
-        world,
+        records,
         keep=Keep(last=script.keep_last, metric=script.keep_best, count=1 if script.keep_best else 0),
         constants=constants,
         every_steps=script.save_every,
-        event=lambda kind, **fields: attempt.event(kind, writer="rank-0", **fields),
     )
     slot = world.rank * (BATCH // world.size)
     statistics = RunningStatistics(task, world)
@@ -260,9 +259,6 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         model,
         every=script.evaluate_every,
         total_steps=script.steps,
-        run=run,
-        attempt=attempt,
-        world=world,
         precision=precision,
         ema=ema,
     )
@@ -279,8 +275,8 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         checkpoints=checkpoints,
         saver=saver,
         evaluations=evaluations,
-        metrics=Metrics(run, attempt, world, every=script.log_every, total_steps=script.steps),
-        bad_samples=BadSamples(run, attempt, rank=world.rank, samples=100, limit=0.002),
+        metrics=Metrics(attempt, world, every=script.log_every, total_steps=script.steps),
+        records=records,
         record_samples=script.record,
         grace_seconds=30.0,
     )
