@@ -1,6 +1,6 @@
 """A conversion as an array of jobs: each task claims shards until none is left, the last one finishes.
 
-    python -m jobs.convert ending CODE    CODE: srun's exit code; prints the batch script's and exits with it
+    python -m jobs.convert CODE    CODE: srun's exit code; prints the batch script's
 
 A shard's bytes do not depend on who writes it, so a task may be killed at any moment: its claims stay its own
 when SLURM requeues it, and are dropped when the conversion is submitted again. `convert-jobs` in the output
@@ -42,8 +42,11 @@ _LEAD_SECONDS = 60  # before the time limit: SLURM keeps limits by the minute
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is converted, as `tools.convert.convert.convert` takes it; paths are absolute."""
+class ConvertJob:
+    """One task of a conversion's array. Pickled by reference, and restarted as it is after a requeue.
+
+    What is converted is said as to `tools.convert.convert.convert`; paths are absolute.
+    """
 
     kind: str
     out: Path
@@ -51,20 +54,13 @@ class Order:
     options: Any
     settings: Settings
 
-
-class ConvertJob:
-    """One task of a conversion's array. Pickled by reference, and restarted as it is after a requeue."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-
     def __call__(self) -> None:
         """Work and leave the process with a code; submitit never sees a return."""
         stop = Stop()
         stop.install(interactive=False)
         code = int(Outcome.ERROR)
         try:
-            code = serve(self.order, stop)
+            code = serve(self, stop)
         except UserError as error:
             code = 2
             print(f"error: {error}", file=sys.stderr)
@@ -73,19 +69,22 @@ class ConvertJob:
         finally:
             leave(code)
 
+    def plan(self) -> Plan:
+        """The conversion, planned. UserError as `tools.convert.convert.prepare`."""
+        return prepare(self.kind, self.out, self.inputs, self.options, self.settings)
+
 
 class _Stopped(BaseException):
     """The task was asked to stop: what is begun is discarded."""
 
 
-def serve(order: Order, stop: Stop) -> int:
+def serve(job: ConvertJob, stop: Stop) -> int:
     """Write shards until none is left to claim, then finish if all are there; the task's exit code."""
-    prepared = prepare(order.kind, order.out, order.inputs, order.options, order.settings)
-    if prepared.finished:
+    plan = job.plan()
+    if plan.finished:
         print("the conversion is finished already")
         return 0
-    plan = prepared.plan
-    claims = Claims(order.out / FOLDER / _CLAIMS, slurm_job_id(os.environ))
+    claims = Claims(plan.out / FOLDER / _CLAIMS, slurm_job_id(os.environ))
 
     def heed(samples: int = 0) -> None:
         if stop.wishes() & Wish.STOP:
@@ -105,24 +104,21 @@ def serve(order: Order, stop: Stop) -> int:
 
 def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
     """Work, and finish where this task was the last; a shard that repeats a key is written again."""
+    before = None
     while True:
         # keys found to be repeated, all when every shard was there: more of them begin another rewrite
         rewrite = sum(map(len, making.read_left_out(plan).values()))
+        if (claims.taken, rewrite) == before:
+            print("the other shards are being written by other tasks: nothing left to do")
+            return
+        before = claims.taken, rewrite
 
         def claim(shard: Shard, rewrite: int = rewrite) -> bool:
             heed(0)
             return claims.take(shard, rewrite)
 
         making.work(plan, claim, heed)
-        left_out = making.read_left_out(plan)
-        missing = [s for s in plan.shards() if making.finished(plan, s, left_out) is None]
-        if missing and making.is_finished(plan.out):
-            print("another task finished the conversion")
-            return
-        if missing and not any(claims.mine(shard, rewrite) for shard in missing):
-            print(f"{len(missing)} shards are being written by other tasks: nothing left to do")
-            return
-        if not missing and making.finish(plan):
+        if making.finish(plan):
             sweep(plan)  # what tasks that were killed left aside
             print(f"{plan.out}: made")
             return
@@ -141,42 +137,30 @@ class Claims:
 
     def take(self, shard: Shard, rewrite: int) -> bool:
         """Claim a shard; also True for one this task claimed before it was requeued."""
-        taken = files.link_once(self._file(shard, rewrite), self._owner) or self.mine(shard, rewrite)
+        file = self._folder / f"{rewrite}-{shard.split}-{shard.number}"
+        taken = files.link_once(file, self._owner) or bool(files.read_json(file) == self._owner)
         self.taken += taken
         return taken
 
-    def mine(self, shard: Shard, rewrite: int) -> bool:
-        """Whether this task has claimed it."""
-        try:
-            return bool(files.read_json(self._file(shard, rewrite)) == self._owner)
-        except FileNotFoundError:
-            return False
 
-    def _file(self, shard: Shard, rewrite: int) -> Path:
-        return self._folder / f"{rewrite}-{shard.split}-{shard.number}"
-
-
-def submit(order: Order, cluster: Cluster, jobs: int) -> list[str]:
+def submit(job: ConvertJob, cluster: Cluster, jobs: int) -> list[str]:
     """Plan the conversion, then queue an array of at most `jobs` tasks; none where it is finished.
 
     Returns the job ids. UserError as `prepare`; a job of this conversion still in the queue; SLURM's refusal.
     """
-    refuse_running(order.out)
-    prepared = prepare(order.kind, order.out, order.inputs, order.options, order.settings)
-    plan = prepared.plan
-    if prepared.finished:
+    refuse_running(job.out)
+    plan = job.plan()
+    if plan.finished:
         return []
     with begun(plan):
-        refuse_running(order.out)  # once more: planning may take minutes, and here nobody else submits
-        folder = order.out / FOLDER
+        refuse_running(job.out)  # once more: planning may take minutes, and here nobody else submits
+        folder = job.out / FOLDER
         shutil.rmtree(folder / _CLAIMS, ignore_errors=True)  # no job holds one: see above
         (folder / _CLAIMS).mkdir(parents=True)
         code = snapshot.take(folder)
-        members = min(jobs, len(plan.shards()))
+        members = min(jobs, len(plan.shards))
         files.write_json(folder / _JOB, {"jobs": []})
-        ids = launch.queue(
-            [ConvertJob(order)] * members, _parameters(cluster, order, code), folder / "submitit"
-        )
+        ids = launch.queue([job] * members, _parameters(cluster, job.out, code), folder / "submitit")
         files.write_json(folder / _JOB, {"jobs": ids})
     return ids
 
@@ -202,15 +186,14 @@ def refuse_running(out: Path) -> None:
         )
 
 
-def _parameters(cluster: Cluster, order: Order, code: Path) -> dict[str, Any]:
+def _parameters(cluster: Cluster, out: Path, code: Path) -> dict[str, Any]:
     """submitit's parameters: one task a member, requeued when its node is taken away."""
     cluster = cluster.model_copy(update={"nodes": Nodes(1, 1), "tasks_per_node": 1, "gpus_per_node": 0})
-    logs = order.out / FOLDER / "submitit"
     return parameters.of_job(
         cluster,
-        name=f"convert-{order.out.name}",
-        comment=str(order.out),
-        setup=script.setup(cluster, code, "-m jobs.convert ending", logs=logs),
+        name=f"convert-{out.name}",
+        comment=str(out),
+        setup=script.setup(cluster, code, "-m jobs.convert", logs=out / FOLDER / "submitit"),
         lead=min(_LEAD_SECONDS, int(cluster.time.minutes * 20)),
     )
 
@@ -242,15 +225,5 @@ def ending(code: int, slurm: Slurm) -> int:
     return code
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The batch script's side."""
-    if len(arguments) != 2 or arguments[0] != "ending" or not arguments[1].isdigit():
-        print(__doc__, file=sys.stderr)
-        return 2
-    code = ending(int(arguments[1]), Slurm())
-    print(code)
-    return code
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print(ending(int(sys.argv[1]), Slurm()))

@@ -256,7 +256,7 @@ def _queue(
     from jobs.submit.executor import require_slurm
 
     require_slurm()
-    order = array.Order(name, out.absolute(), [path.absolute() for path in inputs], options, settings)
+    order = array.ConvertJob(name, out.absolute(), [path.absolute() for path in inputs], options, settings)
     ids = array.submit(order, load_cluster(["gpus_per_node=0", *cluster], site=site), jobs)
     if as_json:
         print_document({"out": str(out), "jobs": ids})

@@ -17,7 +17,7 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.files import write_json
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import Stop
-from jobs.convert import FOLDER, Claims, Order, ending, refuse_running, serve, submit
+from jobs.convert import FOLDER, Claims, ConvertJob, ending, refuse_running, serve, submit
 from jobs.convert import _parameters as parameters_of
 from tools.convert import convert as conversion
 from tools.convert import work as making
@@ -73,19 +73,22 @@ def test_a_task_killed_while_it_claims_leaves_the_shard_to_others(
     assert Claims(tmp_path, "7_1").take(shard(0), 0)
 
 
+@pytest.mark.parametrize("written", [0, 3])
 def test_a_repeated_key_in_a_shard_of_a_task_that_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     keys = ["a", "b", "c", "d", "a", "e"]
     kind = Kind("keys", lambda inputs, options: Source([Keys(keys)], []), options=NoOptions)
     monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
     out, settings = tmp_path / "out", Settings(samples_per_shard=2)
-    order = Order("keys", out, [], NoOptions(), settings)
-    plan = prepare("keys", out, [], NoOptions(), settings).plan
+    order = ConvertJob("keys", out, [], NoOptions(), settings)
+    plan = prepare("keys", out, [], NoOptions(), settings)
     with begun(plan):
         claims = out / FOLDER / "claims"
         claims.mkdir(parents=True)
-    Claims(claims, "7_0").take(plan.shards()[0], 0)
+        making.work(plan, lambda shard: shard.number < written)  # by tasks that have left
+    for shard in plan.shards[: max(1, written)]:
+        Claims(claims, "7_0").take(shard, 0)
     for task in ("7_1", "7_0"):
         monkeypatch.setenv("SLURM_JOB_ID", task)
         assert serve(order, Stop()) == 0
@@ -121,12 +124,12 @@ def test_a_shard_that_does_not_fit_the_time_is_not_begun_for_ever(
     monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
     monkeypatch.setenv("SLURM_JOB_ID", "7_0")
     out, settings = tmp_path / "out", Settings(samples_per_shard=3)
-    with begun(prepare("keys", out, [], NoOptions(), settings).plan):
+    with begun(prepare("keys", out, [], NoOptions(), settings)):
         (out / FOLDER / "claims").mkdir(parents=True)
     stop, before = Stop(), signal.getsignal(signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, stop._note)
     try:
-        assert serve(Order("keys", out, [], NoOptions(), settings), stop) == code
+        assert serve(ConvertJob("keys", out, [], NoOptions(), settings), stop) == code
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert ("cluster.time" in capsys.readouterr().out) == (code == Outcome.ERROR)
@@ -140,7 +143,7 @@ def test_a_task_that_comes_second_writes_nothing_again(
     monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
     monkeypatch.setenv("SLURM_JOB_ID", "7_0")
     out, settings, work = tmp_path / "out", Settings(samples_per_shard=1), making.work
-    with begun(prepare("keys", out, [], NoOptions(), settings).plan):
+    with begun(prepare("keys", out, [], NoOptions(), settings)):
         (out / FOLDER / "claims").mkdir(parents=True)
     written: list[int] = []
 
@@ -150,7 +153,7 @@ def test_a_task_that_comes_second_writes_nothing_again(
         written.extend(path.stat().st_mtime_ns for path in sorted(out.glob("*.tar")))
 
     monkeypatch.setattr(making, "work", work_while_another_finishes)
-    assert serve(Order("keys", out, [], NoOptions(), settings), Stop()) == 0
+    assert serve(ConvertJob("keys", out, [], NoOptions(), settings), Stop()) == 0
     assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))] == written
     assert not (out / making.STATE).exists()
 
@@ -205,8 +208,7 @@ def batch_script(
     """The batch script of a task that leaves with `code`, run by bash."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    order = Order("keys", tmp_path, [], NoOptions(), Settings())
-    chosen = parameters_of(Cluster(gpus_per_node=0), order, Path(__file__).resolve().parents[2])
+    chosen = parameters_of(Cluster(gpus_per_node=0), tmp_path, Path(__file__).resolve().parents[2])
     script = _make_sbatch_string(command="task", folder=tmp_path, **chosen)
     for name, text in {
         "srun": f"#!/bin/sh\nexit {code}\n",
@@ -238,9 +240,9 @@ def test_a_node_without_the_interpreter_is_left(tmp_path: Path, monkeypatch: pyt
 FAILS = """
 import sys
 from pathlib import Path
-from jobs.convert import ConvertJob, Order
+from jobs.convert import ConvertJob
 
-ConvertJob(Order("no such kind", Path(sys.argv[1]), [], None, None))()
+ConvertJob("no such kind", Path(sys.argv[1]), [], None, None)()
 """
 
 
@@ -274,8 +276,8 @@ def test_of_two_submissions_at_once_one_is_refused(tmp_path: Path, monkeypatch: 
     kind = Kind("keys", lambda inputs, options: Source([Keys(["a", "b"])], []), options=NoOptions)
     monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
     out = tmp_path / "out"
-    order = Order("keys", out, [], NoOptions(), Settings(samples_per_shard=1))
-    with begun(prepare("keys", out, [], NoOptions(), order.settings).plan):
+    order = ConvertJob("keys", out, [], NoOptions(), Settings(samples_per_shard=1))
+    with begun(prepare("keys", out, [], NoOptions(), order.settings)):
         (out / FOLDER / "claims").mkdir(parents=True)
     write_json(out / FOLDER / "job.json", {"jobs": ["17_0"]})
     queue_shows(tmp_path, out, monkeypatch, after=1)  # not yet when this submission began

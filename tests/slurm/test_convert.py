@@ -80,7 +80,7 @@ def test_tasks_are_killed_and_preempted_and_the_bytes_are_the_same(images, clust
     alone = tmp_path / "alone"
     convert("folder", alone, [images], options, SETTINGS)
     out = tmp_path / "out"
-    order = array.Order("folder", out, [images], options, SETTINGS)
+    order = array.ConvertJob("folder", out, [images], options, SETTINGS)
     jobs = array.submit(order, load_cluster(["gpus_per_node=0", "cpus_per_task=2", "partition=low"]), 4)
     assert len(jobs) == 4
     with pytest.raises(array.UserError, match="wait for it"):

@@ -6,18 +6,17 @@ import contextlib
 import errno
 import fcntl
 import importlib
-import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clipcluster.data.shards.shard_list import IndexSummary, read_summary
 from clipcluster.errors import UserError
-from clipcluster.runs.files import write_bytes
+from clipcluster.runs.files import read_lines, write_json
 from tools.convert import plan as planning
 from tools.convert import pool as processes
 from tools.convert import work as making
@@ -54,8 +53,8 @@ class Conversion:
     made: bool
     splits: dict[str, IndexSummary]
     bad: dict[str, int]
-    notes: Sequence[str] = ()
-    accounts: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    notes: Sequence[str]
+    accounts: dict[str, list[tuple[str, int]]]
 
 
 def kind_named(name: str) -> Kind:
@@ -67,19 +66,13 @@ def kind_named(name: str) -> Kind:
     return kind
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A conversion that is planned, with nothing written yet; `finished`: it was there already."""
-
-    plan: Plan
-    notes: Sequence[str]
-    finished: bool
-
-
 def prepare(
     kind: str, out: Path, inputs: Sequence[Path], options: Any = None, settings: Settings | None = None
-) -> Prepared:
-    """Opens the inputs and cuts them into shards. UserError as `convert`, but for what writing meets."""
+) -> Plan:
+    """Opens the inputs and cuts them into shards; writes nothing.
+
+    UserError as `convert`, but for what writing meets.
+    """
     chosen = kind_named(kind)
     _refuse_places(out, inputs, chosen)
     was = planning.read_description(out)
@@ -89,10 +82,6 @@ def prepare(
     settings = settings or Settings()
     if settings.samples_per_shard is None and settings.bytes_per_shard is None:
         settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
-    if settings.resize_mode not in planning.RESIZE_MODES:
-        raise UserError(
-            f"--resize-mode {settings.resize_mode!r}: there are {', '.join(planning.RESIZE_MODES)}"
-        )
     for option in ("resize_mode", "quality"):
         if settings.resize is None and getattr(settings, option) != getattr(Settings(), option):
             raise UserError(
@@ -100,16 +89,16 @@ def prepare(
                 "without that no image is re-encoded"
             )
     options = chosen.options() if options is None else options
-    if was is not None and was.get("finished") and not all(path.exists() for path in inputs):
+    finished = bool(was and was.get("finished"))
+    if was is not None and finished and not all(path.exists() for path in inputs):
         # its input may go once it is converted; all else must still be the same
-        now = planning.describe(kind, inputs, options, settings)
-        planning.refuse_differences(out, was, {**was, **now})
-        return Prepared(Plan(out, [], settings, [], was), [], finished=True)
-    source = chosen.open(inputs, options)
-    plan = planning.plan(out, kind, inputs, options, settings, source)
+        plan = Plan(out, {**was, **planning.describe(kind, inputs, options, settings)}, settings, finished)
+    else:
+        source = chosen.open(inputs, options)
+        plan = replace(planning.plan(out, kind, inputs, options, settings, source), finished=finished)
     if was is not None:
         planning.refuse_differences(out, was, plan.description)
-    return Prepared(plan, source.notes, finished=bool(was and was.get("finished")))
+    return plan
 
 
 @contextlib.contextmanager
@@ -123,8 +112,7 @@ def begun(plan: Plan) -> Iterator[None]:
         with _alone(plan.out):
             sweep(plan)
             (plan.out / making.STATE).mkdir(exist_ok=True)
-            text = json.dumps({**plan.description, "finished": False}, indent=1) + "\n"
-            write_bytes(plan.out / planning.DESCRIPTION, text.encode())
+            write_json(plan.out / planning.DESCRIPTION, {**plan.description, "finished": False})
             yield
 
 
@@ -144,16 +132,15 @@ def convert(
     total)` is told the samples. UserError: an unknown kind, inputs that are not what they should be, an
     output folder that holds something else or another conversion, a full disk.
     """
-    prepared = prepare(kind, out, inputs, options, settings)
-    plan = prepared.plan
-    if prepared.finished:
-        return result(plan, made=False, notes=prepared.notes)
+    plan = prepare(kind, out, inputs, options, settings)
+    if plan.finished:
+        return _result(plan)
     with begun(plan):
         try:
             while True:
                 processes.run(plan, workers, progress)
                 if making.finish(plan):
-                    return result(plan, made=True, notes=prepared.notes)
+                    return _result(plan)
         finally:
             sweep(plan)
 
@@ -181,8 +168,7 @@ def _refuse_places(out: Path, inputs: Sequence[Path], kind: Kind) -> None:
 
 def sweep(plan: Plan) -> None:
     """Removes what a killed conversion left aside."""
-    folders = {plan.out, plan.out / making.STATE, *map(plan.folder, range(len(plan.splits)))}
-    for folder in folders:
+    for folder in {plan.out, plan.out / making.STATE, *map(plan.folder, range(len(plan.splits)))}:
         for path in folder.glob(".*.part"):
             path.unlink(missing_ok=True)
 
@@ -226,19 +212,18 @@ def told_to_people(plan: Plan) -> Iterator[None]:
         ) from None
 
 
-def result(plan: Plan, *, made: bool, notes: Sequence[str]) -> Conversion:
+def _result(plan: Plan) -> Conversion:
     """The splits of a finished conversion; UserError if a shard is not what the index says."""
-    splits, bad, accounts = {}, {}, {}
+    done = Conversion(plan.out, not plan.finished, {}, {}, plan.notes, {})
     for number, split in enumerate(plan.description["splits"]):
-        folder = plan.out / split["name"]
-        if not made:
+        folder, name = plan.out / split["name"], split["name"] or "."
+        summary = done.splits[name] = read_summary(folder)
+        done.bad[name] = split["samples"] - summary.samples
+        if plan.finished:
             from clipcluster.data.shards.open import open_folder  # needs much that a conversion does not
 
             open_folder(folder).check_unchanged()
-        name = split["name"] or "."
-        splits[name] = read_summary(folder)
-        bad[name] = split["samples"] - splits[name].samples
-        account = plan.splits[number].account if made else None
-        if account is not None:
-            accounts[name] = account(making.read_bad_samples(folder), splits[name].captions)
-    return Conversion(plan.out, made, splits, bad, notes, accounts)
+        elif account := plan.splits[number].account:
+            bad = [line["number"] for line in read_lines(folder / making.BAD_SAMPLES)]
+            done.accounts[name] = account(bad, summary.captions)
+    return done

@@ -19,6 +19,7 @@ import numpy as np
 from clipcluster.data.sampling import permutation
 from clipcluster.data.shards.tar import BLOCK
 from clipcluster.errors import UserError
+from clipcluster.runs.files import BrokenFile, read_object
 from tools.convert.records import Source, Split
 
 DESCRIPTION = "conversion.json"
@@ -57,33 +58,30 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion into `out`, cut into shards; `ends` (n_shards,) int64 for every split."""
+    """A conversion into `out`, cut into shards, split by split.
+
+    `orders`: the numbers of each split's samples in the order they are written, (n,) int64. `finished`: the
+    conversion was there already; if its input is gone, nothing else is known but the description. `notes` are
+    said once, to the user.
+    """
 
     out: Path
-    splits: Sequence[Split]
-    settings: Settings
-    ends: Sequence[np.ndarray]
     description: Mapping[str, Any]
+    settings: Settings
+    finished: bool = False
+    splits: Sequence[Split] = ()
+    orders: Sequence[np.ndarray] = ()
+    shards: Sequence[Shard] = ()
+    notes: Sequence[str] = ()
 
     def folder(self, split: int) -> Path:
         """Where a split's shards lie."""
         return self.out / self.splits[split].name
 
-    def shards(self) -> list[Shard]:
-        """All shards, split by split."""
-        return [
-            Shard(split, number, start, stop, f"{number:0{max(5, len(str(len(ends) - 1)))}d}.tar")
-            for split, ends in enumerate(self.ends)
-            for number, (start, stop) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
-        ]
-
-    def order(self, split: int) -> np.ndarray:
-        """The numbers of a split's samples in the order they are written, (n,) int64."""
-        size = len(self.splits[split])
-        if self.settings.shuffle is None:
-            return np.arange(size)
-        name = self.splits[split].name
-        return permutation.permutation(permutation.key("convert", self.settings.shuffle, name), size)
+    def numbers(self, shard: Shard) -> list[int]:
+        """The numbers of a shard's samples, in the order they are written."""
+        numbers: list[int] = self.orders[shard.split][shard.start : shard.stop].tolist()
+        return numbers
 
 
 def plan(
@@ -95,24 +93,29 @@ def plan(
         raise UserError(
             f"convert {kind}: {', '.join(empty) or 'the input'} holds no sample; nothing to convert"
         )
-    unfinished = Plan(out, source.splits, settings, [], {})
-    ends = [_cut(split, unfinished.order(number), settings) for number, split in enumerate(source.splits)]
+    orders, shards, splits = [], list[Shard](), []
+    for number, split in enumerate(source.splits):
+        orders.append(_order(split, settings.shuffle))
+        ends = _cut(split, orders[-1], settings)
+        width = max(5, len(str(len(ends) - 1)))
+        shards += [
+            Shard(number, place, start, stop, f"{place:0{width}d}.tar")
+            for place, (start, stop) in enumerate(zip([0, *ends], ends, strict=False))
+        ]
+        files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in split.files.items()}
+        splits.append({"name": split.name, "samples": len(split), "shards": len(ends), "files": files})
     description = {
         **describe(kind, inputs, options, settings),
-        "splits": [
-            {
-                "name": split.name,
-                "samples": len(split),
-                "shards": len(cuts),
-                "files": {
-                    name: hashlib.sha256(text.encode()).hexdigest() for name, text in split.files.items()
-                },
-            }
-            for split, cuts in zip(source.splits, ends, strict=True)
-        ],
+        "splits": splits,
         "files_read": [list(file) for file in source.inputs],
     }
-    return Plan(out, source.splits, settings, ends, description)
+    return Plan(out, description, settings, False, source.splits, orders, shards, source.notes)
+
+
+def _order(split: Split, seed: int | None) -> np.ndarray:
+    if seed is None:
+        return np.arange(len(split))
+    return permutation.permutation(permutation.key("convert", seed, split.name), len(split))
 
 
 def describe(kind: str, inputs: Sequence[Path], options: Any, settings: Settings) -> dict[str, Any]:
@@ -127,11 +130,11 @@ def describe(kind: str, inputs: Sequence[Path], options: Any, settings: Settings
     return dict(json.loads(json.dumps(description, default=str)))  # as it will be read again
 
 
-def _cut(split: Split, order: np.ndarray, settings: Settings) -> np.ndarray:
-    """Where each shard ends, (n_shards,) int64."""
+def _cut(split: Split, order: np.ndarray, settings: Settings) -> list[int]:
+    """Where each shard ends."""
     size, most = len(order), settings.samples_per_shard or len(order)
     if settings.bytes_per_shard is None:
-        return np.append(np.arange(most, size, most), size)
+        return [*range(most, size, most), size]
     sizes = np.asarray(split.sizes(), np.int64)[order]
     if not sizes.any():
         raise UserError(
@@ -146,24 +149,29 @@ def _cut(split: Split, order: np.ndarray, settings: Settings) -> np.ndarray:
         start = min(max(fits, start + 1), start + most, size)
         before = int(totals[start - 1])
         ends.append(start)
-    return np.array(ends, np.int64)
+    return ends
 
 
 def read_description(out: Path) -> dict[str, Any] | None:
     """What an earlier call left in `out`; None if there is nothing. UserError: a damaged one."""
-    path = out / DESCRIPTION
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove {out} and convert again") from None
-    return document if isinstance(document, dict) else {}
+        return read_object(out / DESCRIPTION)
+    except BrokenFile as error:
+        raise UserError(f"{error} Or remove {out}, and convert again") from None
 
 
 def refuse_differences(out: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """UserError that names what differs between an earlier conversion into `out` and this one."""
-    found = list(_differences(was, now))
+    before, after = _facts(was), _facts(now)
+    found = [
+        f"{name} was {before.get(name)}, is {after.get(name)}"
+        for name in {**after, **before}
+        if before.get(name) != after.get(name)
+    ]
+    changed = {*map(tuple, was.get("files_read") or ())} ^ {*map(tuple, now["files_read"])}
+    found += [f"{path} was changed, added or removed" for path in sorted({path for path, *_ in changed})]
+    if not found and was.get("splits") != now["splits"]:
+        found = [f"the splits were {was.get('splits')}, are {now['splits']}"]
     if found:
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         raise UserError(
@@ -172,37 +180,10 @@ def refuse_differences(out: Path, was: Mapping[str, Any], now: Mapping[str, Any]
         )
 
 
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    found = [
-        f"{name} was {was.get(name)!r}, is {now[name]!r}"
-        for name in ("format", "kind", "input")
-        if was.get(name) != now[name]
-    ]
-    for group in ("options", "settings"):
-        before, after = was.get(group) or {}, now[group]
-        for name in sorted({*before, *after}):
-            if before.get(name) != after.get(name):
-                option = "--" + name.replace("_", "-")
-                found.append(f"{option} was {before.get(name)!r}, is {after.get(name)!r}")
-    if found:
-        return found
-    files_were = {file[0]: file for file in was.get("files_read") or []}
-    files_are = {file[0]: file for file in now["files_read"]}
-    for path in sorted({*files_were, *files_are}):
-        if files_were.get(path) != files_are.get(path):
-            found.append(_file_difference(path, files_were.get(path), files_are.get(path)))
-    if not found and was.get("splits") != now["splits"]:
-        found.append(f"the splits were {_splits(was.get('splits') or [])}, are {_splits(now['splits'])}")
-    return found
-
-
-def _file_difference(path: str, was: Sequence[Any] | None, now: Sequence[Any] | None) -> str:
-    if was is None or now is None:
-        return f"{path} " + ("is new" if was is None else "is gone")
-    if was[1] != now[1]:
-        return f"{path} had {was[1]:,} bytes, has {now[1]:,}"
-    return f"{path} was changed since"
-
-
-def _splits(splits: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{split.get('name') or '.'} ({split.get('samples')} samples)" for split in splits)
+def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What two conversions are compared by, under the names that a message has for it."""
+    options = {**(description.get("options") or {}), **(description.get("settings") or {})}
+    return {
+        **{name: description.get(name) for name in ("format", "kind", "input")},
+        **{"--" + name.replace("_", "-"): value for name, value in options.items()},
+    }

@@ -1,7 +1,7 @@
 """The worker processes of a conversion on one machine.
 
 Workers are forked from the command before it writes anything itself, so that they start at once and share
-what was listed. Each takes the next unfinished shard from a shared counter until none is left.
+what was listed. Each takes the next shard that none has taken until none is left.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
@@ -33,7 +33,7 @@ def run(plan: Plan, workers: int, progress: Progress | None = None) -> None:
     UserError, naming the signal, if a worker is killed.
     """
     left_out = making.read_left_out(plan)
-    shards = [shard for shard in plan.shards() if making.finished(plan, shard, left_out) is None]
+    shards = [shard for shard in plan.shards if making.finished(plan, shard, left_out) is None]
     total = sum(len(split) for split in plan.splits)
     done = total - sum(shard.stop - shard.start for shard in shards)
 
@@ -47,7 +47,7 @@ def run(plan: Plan, workers: int, progress: Progress | None = None) -> None:
     if min(workers, len(shards)) < 2:
         making.work(plan, lambda shard: True, report)
     else:
-        _run_pool(_Job(plan, shards), min(workers, len(shards)), report)
+        _run_pool(_Job(plan), min(workers, len(shards)), report)
 
 
 class _Stopped(Exception):
@@ -55,33 +55,22 @@ class _Stopped(Exception):
 
 
 class _Job:
-    """What the workers inherit: the plan, the number of the next shard, and a count of samples done."""
+    """What the workers inherit: the plan, which shards are taken, and a count of samples done."""
 
-    def __init__(self, plan: Plan, shards: Sequence[Shard]) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.samples = _FORK.Value("q", 0)
         self.stopped = _FORK.Value("b", 0, lock=False)  # a killed worker may hold a lock for ever
-        self._numbers = {shard: number for number, shard in enumerate(shards)}
-        self._next = _FORK.Value("q", 0)
-        self._mine = -1
+        self._numbers = {shard: number for number, shard in enumerate(plan.shards)}
+        self._taken = _FORK.Array("b", len(plan.shards))
 
     def claim(self, shard: Shard) -> bool:
-        """Whether the shard is this worker's; asked in the order of the shards."""
-        number = self._numbers.get(shard)
-        if number is None:
-            return False
-        if self._mine < 0:
-            self._mine = self._draw()
-        if number != self._mine:
-            return False
-        self._mine = -1
-        return True
-
-    def _draw(self) -> int:
-        with self._next.get_lock():
-            number = int(self._next.value)
-            self._next.value = number + 1
-        return number
+        """Whether the shard is this worker's."""
+        number = self._numbers[shard]
+        with self._taken.get_lock():
+            taken = self._taken[number]
+            self._taken[number] = 1
+        return not taken
 
     def report(self, samples: int) -> None:
         """Count samples. Raises _Stopped."""
@@ -150,4 +139,3 @@ def _exit_with_command() -> None:
 def _work() -> None:
     assert _job is not None
     making.work(_job.plan, _job.claim, _job.report)
-    _job.report(0)

@@ -12,10 +12,6 @@ from clipcluster.data.images.format import size_of
 _LARGEST = 1 << 28  # pixels; more is taken for a decompression bomb
 
 
-class CannotResize(Exception):
-    """The image cannot be decoded; the message says why."""
-
-
 def resized(
     data: bytes, extension: str, side: int, *, mode: str = "keep_ratio", quality: int = 95
 ) -> tuple[bytes, str]:
@@ -23,27 +19,22 @@ def resized(
 
     Only what is larger is made smaller; the rest stays as it is, byte for byte. A smaller image is upright
     (EXIF applied), bicubic with antialias, and without metadata: PNG stays PNG and WebP stays WebP (quality
-    `quality`), all else becomes JPEG of that quality with alpha put on white. CannotResize: it cannot be
-    decoded.
+    `quality`), all else becomes JPEG of that quality with alpha put on white. ValueError: it cannot be
+    decoded; the message says why.
     """
     known = size_of(data)
-    if known is not None:
-        if known[0] * known[1] > _LARGEST:
-            raise CannotResize(f"{known[0]} x {known[1]} pixels: too large to decode")
-        if _target(known, side, mode) == known:
-            return data, extension
+    if known is not None and _target(known, side, mode) == known:
+        return data, extension
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images: the limit stands above
+            warnings.simplefilter("ignore")  # of large images: the limit follows
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > _LARGEST:
-                raise CannotResize(f"{image.width} x {image.height} pixels: too large to decode")
+                raise ValueError(f"{image.width} x {image.height} pixels: too large")
             upright = ImageOps.exif_transpose(image)
             return _encoded(upright, _target(upright.size, side, mode), extension, quality)
-    except CannotResize:
-        raise
     except Exception as error:  # plug-ins raise SyntaxError, OSError, struct.error and more
-        raise CannotResize(f"cannot be decoded: {error}") from None
+        raise ValueError(f"cannot be decoded: {error}") from None
 
 
 def _target(size: tuple[int, int], side: int, mode: str) -> tuple[int, int]:

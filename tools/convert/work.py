@@ -7,11 +7,12 @@ on wherever an earlier one was killed; `finish` writes the lists and removes the
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +22,17 @@ import numpy as np
 from clipcluster.data.images.format import extension_of, kind_of, no_image
 from clipcluster.data.shards import captions, folder_index, shard_index, shard_list
 from clipcluster.data.shards.columns import BrokenColumns
-from clipcluster.runs.files import write_bytes
+from clipcluster.runs.files import read_object, write_bytes, write_json
 from tools.convert.plan import DESCRIPTION, Plan, Settings, Shard, read_description
 from tools.convert.records import BadRecord, Record, WholeRecord
-from tools.convert.shard_writer import Behind, ShardFile, check_key, json_member
+from tools.convert.shard_writer import ShardFile, json_member
 
 STATE = ".conversion"
 BAD_SAMPLES = "bad_samples.jsonl"
 _DUPLICATES = "duplicates.json"
+_BEHIND = 4  # shards that are built and not yet complete
+_NO_CAPTIONS = (0, 0, captions.NO_TEXT, 0)
+_CAPTIONS_IN = captions.members_of(captions.DEFAULT)
 _REPORT_SECONDS = 0.25  # whoever is told may have been asked to stop, and some samples take long
 # What a sample's row of the index says, in the order it is collected.
 _COLUMNS = (
@@ -49,7 +53,7 @@ class Done(NamedTuple):
     """What is kept of a finished shard: `bad` holds (number, key, reason) of samples left out."""
 
     entry: shard_list.ShardEntry
-    bad: list[tuple[int, str, str]]
+    bad: Sequence[tuple[int, str, str]]
 
 
 def work(
@@ -58,134 +62,97 @@ def work(
     """Writes unfinished shards, those for which `claim` says yes, one by one until none is left.
 
     Any number of processes may work on one plan: shards and their bytes do not depend on who writes them.
-    `report` is told how many samples were gone through since the last time, several times a second, by this
-    thread or by the one that ends shards; what it raises ends the work. What is interrupted leaves no
-    shard under a final name. OSError: a disk failed, or is full.
+    `report` is told how many samples were gone through since the last time, several times a second; what it
+    raises ends the work. What is interrupted leaves no shard under a final name. OSError: a disk failed, or
+    is full.
     """
     (plan.out / STATE).mkdir(parents=True, exist_ok=True)
-    behind = Behind()
     left_out = read_left_out(plan)
-    split, order = -1, np.zeros(0, np.int64)
-    try:
-        for shard in plan.shards():
+    ends: deque[Future[None]] = deque()  # of shards that a thread completes while the next one is built
+    with ThreadPoolExecutor(1, "shard-writer") as thread:
+        for shard in plan.shards:
             if finished(plan, shard, left_out) is None and claim(shard):
-                if shard.split != split:
-                    split, order = shard.split, plan.order(shard.split)
-                numbers = order[shard.start : shard.stop].tolist()
-                _write(plan, shard, numbers, left_out, behind, report)
-        behind.wait()
-    finally:
-        behind.close()
+                ends.append(_write(plan, shard, left_out, thread, report))
+            while ends and (ends[0].done() or len(ends) > _BEHIND):
+                ends.popleft().result()
+        for end in ends:
+            end.result()
 
 
 def _write(
-    plan: Plan,
-    shard: Shard,
-    numbers: Sequence[int],
-    left_out: LeftOut,
-    behind: Behind,
-    report: Callable[[int], None],
-) -> None:
+    plan: Plan, shard: Shard, left_out: LeftOut, thread: Executor, report: Callable[[int], None]
+) -> Future[None]:
+    """Builds a shard; the thread completes it."""
     folder = plan.folder(shard.split)
     folder.mkdir(parents=True, exist_ok=True)
-    tar = ShardFile(folder / shard.name, behind)
-    split, contents = plan.splits[shard.split], _Contents(tar, plan)
-    skip = {int(number): key for number, key in left_out.get(_state(plan, shard).name, {}).items()}
+    tar = ShardFile(folder / shard.name)
+    split, contents = plan.splits[shard.split], _Contents(tar, plan.settings)
+    skip = left_out.get(_state(plan, shard).name, {})
     reported, due = 0, time.monotonic() + _REPORT_SECONDS
     try:
-        for count, number in enumerate(numbers, 1):
+        for count, number in enumerate(plan.numbers(shard), 1):
             try:
-                if number in skip:
-                    raise BadRecord(skip[number], "duplicate key")
+                if skip and str(number) in skip:
+                    raise BadRecord(skip[str(number)], "duplicate key")
                 contents.add(split.read(number))
             except BadRecord as bad:
                 contents.bad.append((number, bad.key, bad.reason))
             if time.monotonic() > due:
                 report(count - reported)
                 reported, due = count, time.monotonic() + _REPORT_SECONDS
-
-        def complete(entry: shard_list.ShardEntry) -> None:
-            _keep(plan, shard, Done(entry, contents.bad), contents.keys)
-            report(len(numbers) - reported)
-
-        tar.close(contents.columns, complete)
     except BaseException:
-        with contextlib.suppress(BaseException):  # the error on its way is the first one
-            behind.wait()
         tar.discard()
         raise
+    end = thread.submit(_complete, plan, shard, tar, contents)
+    report(shard.stop - shard.start - reported)
+    return end
+
+
+def _complete(plan: Plan, shard: Shard, tar: ShardFile, contents: _Contents) -> None:
+    """Gives a shard its name, then writes down that it is finished."""
+    done = {"entry": asdict(tar.finish(contents.columns())), "bad": contents.bad}
+    keys = "\0".join(contents.keys).encode("utf-8", "surrogateescape")
+    state = _state(plan, shard)
+    write_bytes(state.with_suffix(".keys"), keys, durable=False)
+    write_bytes(state.with_suffix(".json"), json.dumps(done).encode(), durable=False)
 
 
 class _Contents:
     """The samples of one shard: their members, rows, keys, and those that are bad."""
 
-    def __init__(self, tar: ShardFile, plan: Plan) -> None:
+    def __init__(self, tar: ShardFile, settings: Settings) -> None:
         self.bad: list[tuple[int, str, str]] = []
         self.keys: dict[str, None] = {}
         self._tar = tar
         self._rows: list[int] = []
-        self._settings = plan.settings
+        self._settings = settings
 
     def add(self, record: Record | WholeRecord) -> None:
         """Adds a sample. BadRecord: no image, a key that was there already or cannot be one."""
+        key, known = record.key, None
         if isinstance(record, WholeRecord):
-            self._add_whole(record)
-            return
-        key, image, texts, fields, cls, others = record
-        extension = "jpg" if image[:3] == b"\xff\xd8\xff" else _extension(key, image)
-        if self._settings.resize is not None:
-            image, extension = _resized(key, image, extension, self._settings)
-        if "." in key or "_" in key or "\0" in key or not key or key[-1] == "/":
-            _check(key, extension)
+            extension, image = _image_among(record)
+            members, cls = record.members, None
+        else:
+            extension, image = _image_of(record, self._settings)
+            members, cls = _members(record, extension, image), record.cls
+            if "json" not in record.members:
+                known = len([text for text in record.captions if text.strip()])
         if key in self.keys:
             raise BadRecord(key, "duplicate key")
-        path = key.encode("utf-8", "surrogateescape") + b"."
-        start, put = self._tar.at, self._tar.put
-        if not texts and not fields and not others:
-            at = put(path + extension.encode(), image)
+        path, start, put = key.encode("utf-8", "surrogateescape") + b".", self._tar.at, self._tar.put
+        if members:
+            at = {
+                name.lower(): (put(path + name.encode("utf-8", "surrogateescape"), data), data)
+                for name, data in members.items()
+            }
+            row = at[extension][0], len(image), *_captions(at, known), _class(at)
+        else:
+            row = put(path + extension.encode(), image), len(image), *_NO_CAPTIONS, -1 if cls is None else cls
             if cls is not None:
                 put(path + b"cls", b"%d" % cls)
-            self._rows.extend((start, at, len(image), 0, 0, captions.NO_TEXT, 0, -1 if cls is None else cls))
-        else:
-            self._add_with_text(record, path, extension, image)
+        self._rows.extend((start, *row))
         self.keys[key] = None
-
-    def _add_with_text(self, record: Record, path: bytes, extension: str, image: bytes) -> None:
-        members = _members(record, extension, image)
-        found = _captions(record.members, members, record.captions)
-        self._put(path, members, extension, found, -1 if record.cls is None else record.cls)
-
-    def _add_whole(self, record: WholeRecord) -> None:
-        key, written = record
-        members = {name.lower(): data for name, data in written.items()}
-        for name in members:
-            _check(key, name)
-        if key in self.keys:
-            raise BadRecord(key, "duplicate key")
-        extension = next((name for name in members if name in shard_index.IMAGE_EXTENSIONS), None)
-        if extension is None:
-            raise BadRecord(key, "no member is an image")
-        number = members.get("cls", b"").strip()
-        cls = int(number) if number.isdigit() and len(number) < 10 else -1
-        path = key.encode("utf-8", "surrogateescape") + b"."
-        self._put(path, written, extension, _captions(members, members), cls)
-        self.keys[key] = None
-
-    def _put(
-        self,
-        path: bytes,
-        members: Mapping[str, bytes],
-        extension: str,
-        found: tuple[int, str | None, int],
-        cls: int,
-    ) -> None:
-        """Writes a sample and its row; `found`: kind and name of the member with captions, their number."""
-        start, at = self._tar.at, {}
-        for name, data in members.items():
-            offset = self._tar.put(path + name.encode("utf-8", "surrogateescape"), data)
-            at[name.lower()] = offset, len(data)
-        kind, text, count = found
-        self._rows.extend((start, *at[extension], *(at[text] if text else (0, 0)), kind, count, cls))
 
     def columns(self) -> dict[str, np.ndarray]:
         """The columns of the index."""
@@ -193,36 +160,54 @@ class _Contents:
         return {name: rows[:, column] for column, name in enumerate(_COLUMNS)}
 
 
-def _extension(key: str, image: bytes) -> str:
-    """The extension of an image by its content. BadRecord: it is none, or of a kind nothing here decodes."""
+def _class(at: Mapping[str, tuple[int, bytes]]) -> int:
+    """The decimal number in `cls`, or -1."""
+    number = at["cls"][1].strip() if "cls" in at else b""
+    return int(number) if number.isdigit() and len(number) < 10 else -1
+
+
+def _image_among(record: WholeRecord) -> tuple[str, bytes]:
+    """Extension and bytes of the image among the members. BadRecord: none, or a key that cannot be one."""
+    members = {name.lower(): data for name, data in record.members.items()}
+    for name in members:
+        _check(record.key, name)
+    for name, data in members.items():
+        if name in shard_index.IMAGE_EXTENSIONS:
+            return name, data
+    raise BadRecord(record.key, "no member is an image")
+
+
+def _image_of(record: Record, settings: Settings) -> tuple[str, bytes]:
+    """Extension, by its content, and bytes of the image. BadRecord: no image, or a key that cannot be one."""
+    key, image = record.key, record.image
     extension = extension_of(image)
     if extension is None:
         raise BadRecord(key, no_image(image))
     if extension not in shard_index.IMAGE_EXTENSIONS:
         raise BadRecord(key, f"{kind_of(image)} images cannot be decoded here")
-    return extension
+    if settings.resize is not None:
+        from tools.convert.resize import resized
 
-
-def _resized(key: str, image: bytes, extension: str, settings: Settings) -> tuple[bytes, str]:
-    from tools.convert.resize import CannotResize, resized
-
-    side = settings.resize
-    assert side is not None
-    try:
-        return resized(image, extension, side, mode=settings.resize_mode, quality=settings.quality)
-    except CannotResize as error:
-        raise BadRecord(key, str(error)) from None
-
-
-def _check(key: str, extension: str) -> None:
-    try:
-        check_key(key, extension)
-    except ValueError:
-        raise BadRecord(key, "no usable key: a dot in its last part, __…__, or nothing at all") from None
+        try:
+            image, extension = resized(
+                image, extension, settings.resize, mode=settings.resize_mode, quality=settings.quality
+            )
+        except ValueError as error:
+            raise BadRecord(key, str(error)) from None
+    if "." in key or "_" in key or "\0" in key or not key or key[-1] == "/":
+        _check(key, extension)
+    return extension, image
 
 
 def _members(record: Record, extension: str, image: bytes) -> dict[str, bytes]:
-    """A sample's members by extension, in the order they are written; the reader's own come last."""
+    """A sample's members by extension, in the order they are written; the reader's own come last.
+
+    None where the image and the class are all there is: such samples are quick to write.
+    """
+    if not record.captions and not record.fields and not record.members:
+        return {}
+    for name in record.members:
+        _check(record.key, name)
     members = {extension: image}
     try:
         if (record.captions or record.fields) and "json" not in record.members:
@@ -235,54 +220,43 @@ def _members(record: Record, extension: str, image: bytes) -> dict[str, bytes]:
         raise BadRecord(record.key, f"its fields cannot be written as JSON: {error}") from None
     if record.cls is not None:
         members["cls"] = b"%d" % record.cls
-    for name in record.members:
-        _check(record.key, name)
     return {**members, **record.members}
 
 
-def _captions(
-    foreign: Mapping[str, bytes], members: Mapping[str, bytes], texts: Sequence[str] = ()
-) -> tuple[int, str | None, int]:
-    """Kind and name of the member the captions come from, and their number, as a scan would find them.
+def _check(key: str, extension: str) -> None:
+    """BadRecord for a key that readers of the tar could not tell from the extension again."""
+    if "\0" in key or shard_index.sample_name(f"{key}.{extension}") != (key, extension):
+        raise BadRecord(key, "no usable key: a dot in its last part, __…__, or nothing at all")
 
-    Members of `foreign` are read; the others were made of `texts`.
+
+def _captions(at: Mapping[str, tuple[int, bytes]], known: int | None) -> tuple[int, int, int, int]:
+    """Offset and size of the member the captions come from, its kind and their number, as a scan finds them.
+
+    `at`: offset and bytes of the members; `known`: the captions in the json where it need not be read.
     """
-    if "json" in members:
-        if "json" in foreign:
-            content = captions.parsed(captions.JSON, members["json"])
-            count = len(captions.texts(captions.JSON, content, captions.DEFAULT))
-        else:
-            count = sum(1 for text in texts if text.strip())
-        if count:
-            return captions.JSON, "json", count
-    if "txt" in members:
-        content = captions.parsed(captions.TXT, members["txt"])
-        count = len(captions.texts(captions.TXT, content, captions.DEFAULT))
-        if count:
-            return captions.TXT, "txt", count
-    return captions.NO_TEXT, None, 0
+    for kind, name in _CAPTIONS_IN:
+        if name in at:
+            offset, data = at[name]
+            if kind == captions.JSON and known is not None:
+                count = known
+            else:
+                count = len(captions.texts(kind, captions.parsed(kind, data), captions.DEFAULT))
+            if count:
+                return offset, len(data), kind, count
+    return _NO_CAPTIONS
 
 
 def _state(plan: Plan, shard: Shard) -> Path:
     return plan.out / STATE / f"{shard.split}-{shard.number:05d}"
 
 
-def _keep(plan: Plan, shard: Shard, done: Done, keys: Mapping[str, None]) -> None:
-    """Writes down that a shard is finished; the last thing done for it."""
-    state = _state(plan, shard)
-    write_bytes(state.with_suffix(".keys"), "\0".join(keys).encode("utf-8", "surrogateescape"), durable=False)
-    document = {"entry": asdict(done.entry), "bad": done.bad}
-    write_bytes(state.with_suffix(".json"), json.dumps(document, ensure_ascii=True).encode(), durable=False)
-
-
 def finished(plan: Plan, shard: Shard, left_out: LeftOut) -> Done | None:
     """What is kept of a shard, if it lies there as it was written and leaves out what it has to."""
     state = _state(plan, shard)
+    path = plan.folder(shard.split) / shard.name
     try:
         document = json.loads(state.with_suffix(".json").read_bytes())
-        bad = [(number, key, reason) for number, key, reason in document["bad"]]
-        done = Done(shard_list.entry_of(document["entry"]), bad)
-        path = plan.folder(shard.split) / shard.name
+        done = Done(shard_list.entry_of(document["entry"]), document["bad"])
         found = path.stat()
         rows = shard_index.read_shard_index(shard_index.shard_index_path(path.parent, path.name))
     except (OSError, ValueError, KeyError, TypeError, BrokenColumns):
@@ -300,11 +274,10 @@ def finish(plan: Plan) -> bool:
     without it; `work` and `finish` again. Several processes may call it, one after the other or at once.
     """
     left_out = read_left_out(plan)
-    shards = plan.shards()
-    found = [finished(plan, shard, left_out) for shard in shards]
-    done = {shard: kept for shard, kept in zip(shards, found, strict=True) if kept is not None}
+    found = {shard: finished(plan, shard, left_out) for shard in plan.shards}
+    done = {shard: kept for shard, kept in found.items() if kept is not None}
     try:
-        if len(done) < len(shards):
+        if len(done) < len(found):
             return is_finished(plan.out)  # by another process, which has removed what was kept
         if _leave_out_duplicates(plan, done, left_out):
             return False
@@ -314,8 +287,7 @@ def finish(plan: Plan) -> bool:
         if is_finished(plan.out):
             return True
         raise
-    document = {**plan.description, "finished": True}
-    write_bytes(plan.out / DESCRIPTION, (json.dumps(document, indent=1) + "\n").encode())
+    write_json(plan.out / DESCRIPTION, {**plan.description, "finished": True})
     shutil.rmtree(plan.out / STATE, ignore_errors=True)
     return True
 
@@ -330,64 +302,46 @@ def _write_lists(plan: Plan, split: int, done: Mapping[Shard, Done]) -> None:
     for name, text in plan.splits[split].files.items():
         write_bytes(folder / name, text.encode())
     bad = [
-        json.dumps({"shard": shard.name, "key": key, "reason": reason, "number": number})
+        json.dumps({"shard": shard.name, "key": key, "reason": reason, "number": number}) + "\n"
         for shard, kept in done.items()
         for number, key, reason in kept.bad
     ]
     if bad:
-        write_bytes(folder / BAD_SAMPLES, ("\n".join(bad) + "\n").encode())
+        write_bytes(folder / BAD_SAMPLES, "".join(bad).encode())
     folder_index.write_folder_index(folder, (captions.DEFAULT,), [kept.entry for kept in done.values()])
 
 
-def read_bad_samples(folder: Path) -> list[int]:
-    """The numbers of the samples that were left out of a split."""
-    try:
-        lines = (folder / BAD_SAMPLES).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [int(json.loads(line)["number"]) for line in lines]
-
-
-def read_left_out(plan: Plan) -> dict[str, dict[str, str]]:
+def read_left_out(plan: Plan) -> LeftOut:
     """Samples found to repeat the key of another shard: by shard's state, sample number to key."""
-    try:
-        document = json.loads((plan.out / STATE / _DUPLICATES).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
+    return read_object(plan.out / STATE / _DUPLICATES) or {}
 
 
 def _leave_out_duplicates(plan: Plan, done: Mapping[Shard, Done], left_out: LeftOut) -> bool:
     """Finds keys that two shards of a split share, and has the later shard written again without them."""
-    more: dict[str, dict[str, str]] = {}
+    every = {name: dict(samples) for name, samples in left_out.items()}
     for split in range(len(plan.splits)):
-        shards = [shard for shard in done if shard.split == split]
-        for shard, place, key in _repeated(plan, shards):
+        for shard, place, key in _repeated(plan, [shard for shard in done if shard.split == split]):
             bad = {number for number, _, _ in done[shard].bad}
-            numbers = plan.order(split)[shard.start : shard.stop].tolist()
-            good = [number for number in numbers if number not in bad]
-            more.setdefault(_state(plan, shard).name, {})[str(good[place])] = key
-    if not more:
+            good = [number for number in plan.numbers(shard) if number not in bad]
+            every.setdefault(_state(plan, shard).name, {})[str(good[place])] = key
+    if every == left_out:
         return False
-    every = {name: {**left_out.get(name, {}), **more.get(name, {})} for name in {*left_out, *more}}
-    write_bytes(plan.out / STATE / _DUPLICATES, json.dumps(every).encode())
+    write_json(plan.out / STATE / _DUPLICATES, every)
     return True
 
 
 def _repeated(plan: Plan, shards: Sequence[Shard]) -> Iterator[tuple[Shard, int, str]]:
     """Shard, place in it and key of every sample whose key a shard before has; hashes first, then keys."""
     hashes = [np.fromiter(map(hash, _keys(plan, shard)), np.int64) for shard in shards]
-    ends = np.cumsum([len(part) for part in hashes])
-    every = np.concatenate(hashes)
-    order = np.argsort(every, kind="stable")
-    same = np.flatnonzero(every[order[1:]] == every[order[:-1]])
-    first: dict[str, int] = {}
-    for position in sorted({*order[same].tolist(), *order[same + 1].tolist()}):
-        number = int(np.searchsorted(ends, position, side="right"))
-        place = position - int(ends[number]) + len(hashes[number])
-        key = _keys(plan, shards[number])[place]
-        if first.setdefault(key, position) != position:
-            yield shards[number], place, key
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    repeated, seen = values[counts > 1], set[str]()
+    for shard, own in zip(shards, hashes, strict=True):
+        places = np.flatnonzero(np.isin(own, repeated)).tolist() if len(repeated) else []
+        keys = _keys(plan, shard) if places else []
+        for place in places:
+            if keys[place] in seen:
+                yield shard, place, keys[place]
+            seen.add(keys[place])
 
 
 def _keys(plan: Plan, shard: Shard) -> list[str]:

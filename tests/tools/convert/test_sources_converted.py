@@ -78,5 +78,5 @@ def test_a_changed_input_is_refused_by_name(
     monkeypatch.chdir(tmp_path)
     assert not convert("csv", out, [Path("x.csv")]).made  # the same, otherwise named
     (tmp_path / "1.png").write_bytes(picture(9, "PNG"))
-    with pytest.raises(UserError, match=r"images of the table (had|was changed)"):
+    with pytest.raises(UserError, match="images of the table was changed"):
         convert("csv", out, [tmp_path / "x.csv"])
