@@ -55,7 +55,7 @@ def weighted_pairs(recipe: Recipe, model: DualEncoder, ranks: Ranks) -> Task:
 '''
 ENTRY = """    "weighted_pairs": TaskSpec(
         builder="clipcluster.build.task:weighted_pairs",
-        model="clipcluster.build.model:dual_encoder",
+        model="clipcluster.model.clip:build_clip",
         loss_over="sample",
         captions=True,
         members={"weight.txt": "clipcluster.data.loading.decoders:number"},

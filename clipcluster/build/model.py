@@ -13,15 +13,13 @@ from safetensors.torch import load_file
 
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
-from clipcluster.model.clip import Clip, build_clip
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.checkpoints import weights_file
 from clipcluster.runs.files import file_sha256
 from clipcluster.runs.folder import Run
-from clipcluster.train.checkpoint import CheckpointFolder, reading
-from clipcluster.train.checkpoint_reader import Broken, verify
+from clipcluster.train.checkpoint import Broken, CheckpointFolder, reading, verify
 
 logger = logging.getLogger("clipcluster")
 
@@ -35,17 +33,6 @@ def build_model(
     """
     torch.manual_seed(recipe.seed)
     return resolve_name(TASKS[recipe.task].model)(recipe, tokenizer, assets, starting_weights)
-
-
-def dual_encoder(recipe: Recipe, tokenizer: Tokenizer, assets: Path | None, starting_weights: bool) -> Clip:
-    """An image tower and a text tower into one space."""
-    return build_clip(
-        recipe.model,
-        image_size=recipe.data.image.size,
-        tokenizer=tokenizer,
-        assets=assets,
-        starting_weights=starting_weights,
-    )
 
 
 def describe_start(model: Any, plan_: Plan) -> dict[str, str]:

@@ -36,7 +36,7 @@ from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
 from clipcluster.train.records import Records
-from clipcluster.train.saver import Keep, Saver
+from clipcluster.train.saver import Saver
 from clipcluster.train.stages import Stages
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Guard, Step
@@ -161,17 +161,12 @@ def _saver(
     records: Records,
     constants: Mapping[str, Any],
 ) -> Saver:
-    every, keep = recipe.checkpoint.every, recipe.checkpoint.keep
-    best = keep.best
+    every = recipe.checkpoint.every
     return Saver(
         folder,
         records,
-        keep=Keep(
-            last=keep.last,
-            every=plan_.keep_every,
-            metric=best.metric if best else None,
-            count=best.count if best else 0,
-        ),
+        keep=recipe.checkpoint.keep,
+        keep_every=plan_.keep_every,
         constants=constants,
         every_steps=plan_.checkpoint_every,
         every_seconds=every.seconds if isinstance(every, Time) else None,

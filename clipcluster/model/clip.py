@@ -15,8 +15,8 @@ from clipcluster.model.towers import ImageTower, TextTower, build_image_tower, b
 from clipcluster.model.weights import Coverage
 
 if TYPE_CHECKING:
-    from clipcluster.model.towers import TextTokens
-    from clipcluster.recipe.sections.model import Model
+    from clipcluster.data.tokenizer import Tokenizer
+    from clipcluster.recipe.sections.recipe import Recipe
 
 
 class Clip(nn.Module):
@@ -61,12 +61,7 @@ class Clip(nn.Module):
 
 
 def build_clip(
-    config: Model,
-    *,
-    image_size: int,
-    tokenizer: TextTokens,
-    assets: Path | None = None,
-    starting_weights: bool = True,
+    recipe: Recipe, tokenizer: Tokenizer, assets: Path | None = None, starting_weights: bool = True
 ) -> Clip:
     """The model of a recipe's `model` section, in float32 on the CPU.
 
@@ -76,20 +71,16 @@ def build_clip(
 
     Raises UserError for an unknown tower, a setting it does not take, or weights that do not match.
     """
-    image, image_coverage = build_image_tower(
-        config.image, image_size=image_size, starting_weights=starting_weights
+    config = recipe.model
+    image, of_image = build_image_tower(
+        config.image, image_size=recipe.data.image.size, starting_weights=starting_weights
     )
-    text, text_coverage = build_text_tower(
+    text, of_text = build_text_tower(
         config.text, tokenizer=tokenizer, assets=assets, starting_weights=starting_weights
     )
-    clip = Clip(
-        image,
-        text,
-        embed_dim=config.embed_dim,
-        scale=config.logit_scale.init,
-        max_scale=config.logit_scale.max,
-    )
-    clip.starting_weights = tuple(c for c in (image_coverage, text_coverage) if c is not None)
+    scale = config.logit_scale
+    clip = Clip(image, text, embed_dim=config.embed_dim, scale=scale.init, max_scale=scale.max)
+    clip.starting_weights = tuple(coverage for coverage in (of_image, of_text) if coverage)
     return clip
 
 

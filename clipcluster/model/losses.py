@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-
-class Ranks(Protocol):
-    """What a loss needs to know about the ranks: how many, and which one this is."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
+if TYPE_CHECKING:
+    from clipcluster.runtime.world import World
 
 
 class _Gather(torch.autograd.Function):
     """Concatenate every rank's rows; backward sums the ranks' gradients and keeps the own rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, ranks: World) -> Tensor:
         ctx.ranks, ctx.count = ranks, len(rows)
         rows = rows.contiguous()
         parts = [torch.empty_like(rows) for _ in range(ranks.size)]
@@ -40,7 +33,7 @@ class _Gather(torch.autograd.Function):
         return gradient[start : start + ctx.count], None
 
 
-def gather(rows: Tensor, ranks: Ranks) -> Tensor:
+def gather(rows: Tensor, ranks: World) -> Tensor:
     """The rows of all ranks in the order of ranks, (B, E) -> (size x B, E), with gradients to every rank.
 
     Every rank must bring equally many rows.
@@ -49,7 +42,7 @@ def gather(rows: Tensor, ranks: Ranks) -> Tensor:
 
 
 def contrastive(
-    image_features: Tensor, text_features: Tensor, scale: Tensor, ranks: Ranks
+    image_features: Tensor, text_features: Tensor, scale: Tensor, ranks: World
 ) -> tuple[Tensor, Tensor]:
     """The symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3) over the batch of all ranks.
 

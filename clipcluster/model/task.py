@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from clipcluster.data.loading.batch import normalise
-from clipcluster.model.losses import Ranks, contrastive
+from clipcluster.model.losses import contrastive
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
     from clipcluster.model.protocols import DualEncoder
+    from clipcluster.runtime.world import World
 
 Features = Mapping[str, Tensor]
 """What a task makes of a batch, by name: tensors with one row a sample.
@@ -74,7 +75,7 @@ class ContrastiveTask(Task):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: DualEncoder, mean: Sequence[float], std: Sequence[float], ranks: Ranks) -> None:
+    def __init__(self, model: DualEncoder, mean: Sequence[float], std: Sequence[float], ranks: World) -> None:
         super().__init__()
         self.model = model
         self.ranks = ranks

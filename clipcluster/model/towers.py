@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from clipcluster.data.tokenizer import asset_folder
+from clipcluster.data.tokenizer import Tokenizer, asset_folder
 from clipcluster.errors import UserError
 from clipcluster.model.weights import FOLDER_FILES, Coverage, load_weights, shard_names
 from clipcluster.recipe.sections import model as sections
@@ -28,22 +29,6 @@ POOL_OF_ARCH = {arch: pool for pool, archs in _POOLS.items() for arch in archs.s
 # These count positions from the padding token's id + 1.
 _POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm"}
 _OWN_IMAGE_ARGS = ("pretrained", "num_classes", "img_size", "checkpoint_path", "features_only")
-
-
-class TextTokens(Protocol):
-    """What a text tower needs to know about the tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def pad_id(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
-    @property
-    def context_length(self) -> int: ...
 
 
 class ImageTower(nn.Module):
@@ -132,7 +117,7 @@ def _timm_trunk(name: str, args: Mapping[str, Any], image_size: int) -> Any:
 def build_text_tower(
     config: sections.TextTower,
     *,
-    tokenizer: TextTokens,
+    tokenizer: Tokenizer,
     assets: Path | None = None,
     starting_weights: bool = True,
 ) -> tuple[TextTower, Coverage | None]:
@@ -164,7 +149,7 @@ def build_text_tower(
     return TextTower(transformer, int(settings.hidden_size), pool), coverage
 
 
-def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: TextTokens) -> Any:
+def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) -> Any:
     """A configuration from a model type and sizes; vocabulary and positions are the tokenizer's."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -229,7 +214,7 @@ def _pretrained(name: str, folder: Path | None) -> Path:
     raise UserError(f"model.text.weights: {name} has none of {', '.join(FOLDER_FILES)}.")
 
 
-def _check_fits(settings: Any, tokenizer: TextTokens) -> None:
+def _check_fits(settings: Any, tokenizer: Tokenizer) -> None:
     if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "vocab_size"):
         raise UserError(
             f"model.text: {settings.model_type} is not a single text network (encoder-decoders and dual "
@@ -281,16 +266,16 @@ def _transformer(settings: Any) -> nn.Module:
     return network
 
 
-class _quiet_transformers:
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
     """Warnings about special tokens of a class's default vocabulary concern no tower built here."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("transformers")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *exception: object) -> None:
-        self.logger.setLevel(self.level)
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _unknown(what: str, given: str, known: list[str]) -> str:

@@ -37,7 +37,7 @@ class TaskSpec:
 TASKS: Mapping[str, TaskSpec] = {
     "contrastive": TaskSpec(
         builder="clipcluster.build.task:contrastive",
-        model="clipcluster.build.model:dual_encoder",
+        model="clipcluster.model.clip:build_clip",
         loss_over="batch",
         captions=True,
         evaluations=("retrieval", "zero_shot"),

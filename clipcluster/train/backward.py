@@ -130,13 +130,9 @@ class Cached(Backward):
         parts: list[Features] = []
         for micro_batch in self._micro_batches(batch, step):
             with torch.no_grad(), self.precision.autocast():
-                parts.append(self.task(_encode, micro_batch))
+                parts.append(self.task(lambda task, part: task.encode(part), micro_batch))
             self.statistics.take()
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _encode(task: Task, batch: Batch) -> Features:
-    return task.encode(batch)
 
 
 def _differentiate(

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: which there are, the newest that verifies, broken ones set aside.
+"""The checkpoints of a run on disk: the newest that verifies, broken ones set aside, reading one.
 
 `clipcluster.runs.checkpoints` has the layout. A folder is written under another name, every file fsynced,
 renamed into place, and the parent fsynced: a checkpoint exists completely or not at all.
@@ -14,18 +14,37 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from clipcluster.runs.checkpoints import EVALUATION, name_of, steps_in
-from clipcluster.runs.files import fsync_folder, read_json, write_json
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from clipcluster.runs.checkpoints import (
+    EVALUATION,
+    MANIFEST,
+    STATE,
+    Parts,
+    is_per_rank,
+    name_of,
+    read_manifest,
+    steps_in,
+    tensors_file,
+)
+from clipcluster.runs.files import file_sha256, fsync_folder, read_json, write_json
 from clipcluster.runtime.outcome import CheckpointError
-from clipcluster.train.checkpoint_reader import Broken, verify
 from clipcluster.train.checkpoint_writer import Contents, Tell, write_complete, write_own_files
 
 WRITING, DELETING, BROKEN, PINNED = ".writing-", ".deleting-", "broken-", "pinned-"
 PIN_SECONDS = 3600.0
 """A pin older than this was left by a reader that died."""
+FORMATS = (1, 2)
+"""Those that can be read. In 1 the logit scale has no dimension, and no part differs by rank."""
 logger = logging.getLogger("clipcluster")
+
+
+class Broken(Exception):
+    """This checkpoint does not verify; the message says why."""
 
 
 class CheckpointFolder:
@@ -155,7 +174,11 @@ class CheckpointFolder:
 
     def pinned(self, step: int) -> bool:
         """Whether a process is reading this checkpoint."""
-        return any(time.time() - _changed(pin) < PIN_SECONDS for pin in self.path(step).glob(f"{PINNED}*"))
+        for pin in self.path(step).glob(f"{PINNED}*"):
+            with suppress(FileNotFoundError):
+                if time.time() - pin.stat().st_mtime < PIN_SECONDS:
+                    return True
+        return False
 
     def delete(self, step: int) -> None:
         """Remove a checkpoint: renamed first, so that an incomplete one never has its name."""
@@ -180,8 +203,100 @@ def reading(folder: Path) -> Iterator[None]:
             pin.unlink(missing_ok=True)
 
 
-def _changed(path: Path) -> float:
+def load_parts(
+    folder: Path, state: Mapping[str, Any], parts: Parts, *, rank: int = 0, ranks: int = 1
+) -> None:
+    """Give every part its state from a verified checkpoint; a part that differs by rank gets its own rank's.
+
+    Raises CheckpointError where a part and its state do not fit, and where parts that differ by rank were
+    written by another number of ranks.
+    """
+    if set(parts) != set(state["parts"]):
+        raise CheckpointError(
+            f"{folder} holds {', '.join(state['parts'])}; this run has {', '.join(sorted(parts))}.",
+            "Resume with the recipe and the code that wrote the checkpoint, or start another run.",
+        )
+    own = sorted(name for name, part in parts.items() if is_per_rank(part))
+    per_rank, written_by = state.get("per_rank", []), state.get("ranks", 1)
+    if own != per_rank or (own and written_by != ranks):
+        raise CheckpointError(
+            f"{folder} was written by {written_by} ranks, with parts of each rank's own: "
+            f"{', '.join(per_rank) or 'none'}; this run has {ranks} ranks and {', '.join(own) or 'none'}.",
+            f"Resume on {written_by} ranks, with the recipe and the code that wrote the checkpoint.",
+        )
+    for name, part in parts.items():
+        file = folder / tensors_file(name, rank if name in own else None)
+        try:
+            values = dict(state.get(name, {}))
+            if file.exists():
+                values.update(load_file(file))
+            part.load_state_dict(values)
+        except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: the state of {name} does not fit: {error}",
+                "Resume with the recipe and the code that wrote the checkpoint, or start another run.",
+            ) from error
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every byte of a checkpoint and return its state.json. Raises Broken with the reason.
+
+    A file system that refuses to read (not: a file that is absent) raises its own OSError: such a checkpoint
+    may be intact. CheckpointError for a newer format.
+    """
     try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+        listed = read_manifest(folder)
+        if STATE not in listed:
+            raise Broken(f"{MANIFEST} does not list {STATE}")
+        for name, (size, sha256) in listed.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise Broken(f"{name} has {found:,} bytes, the manifest says {size:,}")
+            if file_sha256(folder / name) != sha256:
+                raise Broken(f"the content of {name} does not match the manifest (SHA-256 differs)")
+        return _read_state(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Broken(f"{Path(error.filename).name} is missing") from error
+    except ValueError as error:
+        raise Broken(str(error)) from error
+
+
+_Count = Annotated[int, Field(ge=-1)]
+
+
+class _Source(BaseModel, strict=True):
+    name: str
+    fingerprint: str
+
+
+class _State(BaseModel, strict=True):
+    """What a resume needs of state.json, besides the parts' own values."""
+
+    step: _Count
+    samples: _Count
+    batches_drawn: _Count
+    evaluated_step: _Count
+    skipped: list[Annotated[list[_Count], Field(min_length=2, max_length=2)]]
+    parts: list[str]
+    per_rank: list[str] = []
+    ranks: _Count = 1
+    index: list[_Source] = []
+    starting_weights: dict[str, str] = {}
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Raises ValueError where it is not the state of a run, and CheckpointError for a newer format."""
+    state = read_json(folder / STATE)
+    version = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{STATE} has no format")
+    if version not in FORMATS:
+        raise CheckpointError(
+            f"{folder} has format {version}; this version reads {' and '.join(map(str, FORMATS))}.",
+            "Resume with the version that wrote it.",
+        )
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        raise ValueError(f"{STATE} is not the state of a run: {error}") from error
+    return dict(state)

@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import platform
+import struct
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +25,24 @@ from torch import Tensor
 
 from clipcluster.runs.checkpoints import MANIFEST, STATE, Parts, file_entry, is_per_rank, tensors_file
 from clipcluster.runs.files import fsync_folder, read_json, write_json
-from clipcluster.train.tensorfile import safetensors_bytes
 
 FORMAT = 2
 PEER_SECONDS = 600.0
 """How long rank 0 waits for the files of the other ranks once its own are written."""
-_LOOK_SECONDS = 0.05
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CHUNK = 4 << 20
 
 Files = dict[str, dict[str, Any]]
 """As the manifest lists them: name -> `bytes` and `sha256`."""
@@ -127,7 +140,7 @@ def _await_receipt(aside: Path, rank: int, step: int, tell: Tell) -> Files:
         if time.monotonic() > deadline:
             reason = f"rank {rank} did not write its files of step {step} within {PEER_SECONDS:g} s"
             raise OSError(errno.ETIMEDOUT, reason)
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(0.05)
     receipt = read_json(path)
     if "error" in receipt:
         raise OSError(errno.EIO, f"rank {rank} could not write its files: {receipt['error']}")
@@ -155,6 +168,35 @@ def _write_file(path: Path, chunks: Iterable[bytes | memoryview], tell: Tell) ->
             tell(len(chunk))
         os.fsync(stream.fileno())
     return file_entry(size, digest.hexdigest())
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
+    """The bytes of a safetensors file in chunks of at most 4 MiB; the tensors are on the CPU.
+
+    Streamed: the library's writer needs a second copy of all tensors in memory.
+    Format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}` padded
+    with spaces to a multiple of 8, the tensors' bytes without gaps. Raises KeyError for another dtype.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Widest types first keeps every tensor aligned to its own size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for _, tensor in ordered:
+        if tensor.numel():
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(data), CHUNK):
+                yield data[start : start + CHUNK]
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -73,18 +73,15 @@ class Optimizer:
         """
         kept = {name: self._adamw.state[parameter] for name, (parameter, _) in self._named.items()}
         self._named = trained_parameters(self._model)
-        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-        for name, (parameter, decay) in self._named.items():
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, (parameter, decays) in self._named.items():
             scale = lr_scale(name)
-            groups.setdefault((decay, 1.0 if scale is None else scale), []).append(parameter)
+            group = (self._weight_decay if decays else 0.0, 1.0 if scale is None else scale)
+            groups.setdefault(group, []).append(parameter)
         self._adamw = self._make(
             [
-                {
-                    "params": parameters,
-                    "lr_scale": scale,
-                    "weight_decay": self._weight_decay if decay else 0.0,
-                }
-                for (decay, scale), parameters in sorted(groups.items(), key=lambda item: not item[0][0])
+                {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+                for (decay, scale), parameters in groups.items()
             ]
         )
         for name, (parameter, _) in self._named.items():

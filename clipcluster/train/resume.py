@@ -1,19 +1,28 @@
-"""Finding the checkpoint to resume from, and refusing one that belongs to other data or weights."""
+"""Where a run continues: the newest checkpoint that fits it, or the one before a row of non-finite steps.
+
+It goes back so once in a run. `attempts/N/roll_back.json` is durable before the run continues: a resume skips
+the same batches, takes no checkpoint that was saved within the row, and does not go back a second time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs.checkpoints import STATE, Parts
-from clipcluster.runs.files import read_json
-from clipcluster.runtime.outcome import DataError, RecipeFailure
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import STATE, Parts, name_of
+from clipcluster.runs.files import read_json, write_json
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteError, RecipeFailure
 from clipcluster.runtime.world import World
-from clipcluster.train.checkpoint import CheckpointFolder
-from clipcluster.train.checkpoint_reader import load_parts
+from clipcluster.train.checkpoint import CheckpointFolder, load_parts
 from clipcluster.train.progress import Progress
-from clipcluster.train.rollback import Range, before
+from clipcluster.train.step import Streak
+
+ROLL_BACK = "roll_back.json"
+Range = tuple[int, int]
+"""Batches [first, past the last)."""
 
 
 def restore(
@@ -34,12 +43,16 @@ def restore(
     RecipeFailure for other starting weights.
     """
 
+    def usable(state: Mapping[str, Any]) -> bool:
+        known = {tuple(pair) for pair in state["skipped"]}
+        return all(pair in known or state["batches_drawn"] <= pair[0] for pair in skipped)
+
     def look() -> dict[str, Any] | None:
-        newest = folder.newest(before(skipped))
+        newest = folder.newest(usable)
         if newest is None:
             return None
         state = read_json(newest / STATE)
-        check_same(state, constants, newest)
+        _check_same(state, constants, newest)
         return {"name": newest.name, "state": state, "evaluated": bool(folder.evaluation(state["step"]))}
 
     # One look for all ranks: two could differ where a file comes late over the network.
@@ -55,14 +68,14 @@ def restore(
     return found
 
 
-def check_same(state: Mapping[str, Any], constants: Mapping[str, Any], folder: Path) -> None:
+def _check_same(state: Mapping[str, Any], constants: Mapping[str, Any], folder: Path) -> None:
     """Raises DataError or RecipeFailure where a checkpoint was made from other shards or starting weights.
 
     `index` is a list of sources, each with `name` and `fingerprint`, and `shards` (name -> hash) where they
     are few; `starting_weights` maps a tower to the SHA-256 of its file.
     """
     before, now = state.get("index", []), constants.get("index", [])
-    if _fingerprints(before) != _fingerprints(now):
+    if [source["fingerprint"] for source in before] != [source["fingerprint"] for source in now]:
         raise DataError(
             f"The shards do not match those that {folder.name} was trained on: {_difference(before, now)}.",
             "Restore the shards (clipcluster shards verify names what changed), or submit the changed data "
@@ -77,24 +90,93 @@ def check_same(state: Mapping[str, Any], constants: Mapping[str, Any], folder: P
         )
 
 
-def _fingerprints(index: list[Mapping[str, Any]]) -> list[Any]:
-    return [source["fingerprint"] for source in index]
-
-
 def _difference(before: list[Mapping[str, Any]], now: list[Mapping[str, Any]]) -> str:
     """What differs, as precisely as the checkpoint can tell."""
     if len(before) != len(now):
         return f"there were {len(before)} sources, now there are {len(now)}"
-    for old, new in zip(before, now, strict=True):
-        if old["fingerprint"] == new["fingerprint"]:
-            continue
-        shards, others = old.get("shards") or {}, new.get("shards") or {}
-        for name in sorted({*shards, *others}):
-            if name not in others:
-                return f"shard {name} of {new['name']} is missing"
-            if name not in shards:
-                return f"shard {name} of {new['name']} is new"
-            if shards[name] != others[name]:
-                return f"shard {name} of {new['name']} has changed"
-        return f"source {new['name']} has changed"
-    return "their order differs"
+    pairs = zip(before, now, strict=True)
+    old, new = next((old, new) for old, new in pairs if old["fingerprint"] != new["fingerprint"])
+    then, here = old.get("shards") or {}, new.get("shards") or {}
+    for name in sorted({*then, *here}):
+        if then.get(name) != here.get(name):
+            what = "is missing" if name not in here else "is new" if name not in then else "has changed"
+            return f"shard {name} of {new['name']} {what}"
+    return f"source {new['name']} has changed"
+
+
+def impossible(streak: Streak, why: str) -> NonFiniteError:
+    """The failure that ends a run where it cannot go back."""
+    return NonFiniteError(
+        f"{streak}, {why}.",
+        "Lower optim.lr, lengthen optim.warmup, set optim.clip_norm, or use train.precision bf16 or fp32.",
+    )
+
+
+def record(
+    attempt: Attempt, folder: CheckpointFolder, progress: Progress, checkpoint: str, reason: str
+) -> None:
+    """Record durably the batches that `progress` skips from now on, then set later checkpoints aside.
+
+    Raises StaleAttempt, and CheckpointError where either cannot be done.
+    """
+    attempt.check()
+    content = {"attempt": attempt.number, "skipped": progress.skipped, "checkpoint": checkpoint}
+    try:
+        write_json(attempt.path / ROLL_BACK, {**content, "reason": reason})
+        set_aside_later(folder, progress)
+    except OSError as error:
+        raise CheckpointError(
+            f"The roll-back to {checkpoint} cannot be recorded in {attempt.path / ROLL_BACK}: {error}",
+            "Free space on the disk of the run folder, or repair it, and submit again.",
+        ) from error
+
+
+def recorded(world: World, run: Run) -> list[Range]:
+    """The batches that the roll-backs of all attempts skip, as rank 0 reads them. Collective.
+
+    Raises CheckpointError for a damaged record.
+    """
+    found = world.while_main(
+        lambda: [pair for attempt in run.attempts() for pair in _skipped_by(attempt.path / ROLL_BACK)]
+    )
+    return [(first, past) for first, past in found]
+
+
+def _skipped_by(path: Path) -> list[Range]:
+    try:
+        return [(int(first), int(past)) for first, past in read_json(path)["skipped"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}",
+            'It names the batches that the run skips, as {"skipped": [[first, past the last]]}. '
+            f"Write it again from the event roll_back in {path.parent / 'events-rank-0.jsonl'}.",
+        ) from error
+
+
+def set_aside_later(folder: CheckpointFolder, progress: Progress) -> None:
+    """Move the checkpoints after the step of `progress` away: they were saved within a row that it skips.
+
+    Raises StaleAttempt and OSError.
+    """
+    for step in folder.steps():
+        if step > progress.step:
+            row = _named(progress.skipped)
+            folder.set_aside(step, f"the run went back to step {progress.step} and skips {row}")
+
+
+def refuse_to_start_anew(folder: CheckpointFolder, skipped: Sequence[Range]) -> None:
+    """Raise CheckpointError where checkpoints exist, all of them saved within `skipped`."""
+    steps = folder.steps()
+    if steps:
+        raise CheckpointError(
+            f"The checkpoints in {folder.folder} ({', '.join(map(name_of, steps))}) were all saved within "
+            f"{_named(skipped)}, which the run skips because their loss or gradient was not finite.",
+            "Restore an older checkpoint, or, to begin from the first step without these batches, move the "
+            f"folder {folder.folder} away.",
+        )
+
+
+def _named(ranges: Iterable[Range]) -> str:
+    return " and ".join(f"batches {first} to {past - 1}" for first, past in ranges)

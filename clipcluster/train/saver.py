@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.checkpoints import Parts, is_per_rank
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish
@@ -22,28 +22,31 @@ ATTEMPTS = 2
 """Failed saves in a row that end the run."""
 
 
-@dataclass(frozen=True)
-class Keep:
-    """The policy: the last N, every K steps, the best by a metric."""
+def kept(
+    keep: Keep,
+    every: int | None,
+    steps: Iterable[int],
+    values: Mapping[int, float],
+    pinned: Iterable[int],
+) -> set[int]:
+    """The steps out of `steps` that stay: the last, one in `every` steps, the best, and those `pinned`.
 
-    last: int = 3  # the recipe takes at least 2: the newest may be the one that turns out broken
-    every: int | None = None
-    metric: str | None = None
-    count: int = 0
+    `values` are those of the metric of `keep.best`, for the steps that have one.
+    """
+    ordered = sorted(steps)
+    stay = {*ordered[-keep.last :], *pinned}
+    if every:
+        stay |= {step for step in ordered if step and step % every == 0}
+    if keep.best:
+        sign = 1.0 if smaller_is_better(keep.best.metric) else -1.0
+        ranked = sorted(values, key=lambda step: (sign * values[step], step))
+        stay |= set(ranked[: keep.best.count])
+    return stay
 
-    def chosen(
-        self, steps: Collection[int], values: Mapping[int, float], pinned: Collection[int] = ()
-    ) -> set[int]:
-        """The steps that are kept, out of `steps`; `values` are the metric's, for the steps that have one."""
-        ordered = sorted(steps)
-        stay = set(ordered[-self.last :]) | (set(pinned) & set(ordered))
-        if self.every:
-            stay |= {step for step in ordered if step and step % self.every == 0}
-        if self.metric and self.count:
-            sign = 1.0 if smaller_is_better(self.metric) else -1.0
-            ranked = sorted((s for s in ordered if s in values), key=lambda s: (sign * values[s], s))
-            stay |= set(ranked[: self.count])
-        return stay
+
+def smaller_is_better(metric: str) -> bool:
+    """Ranks, losses and errors are better small (`val/t2i_mean_rank`); everything else is better large."""
+    return metric.endswith(("rank", "loss", "error"))
 
 
 class _Write(threading.Thread):
@@ -94,7 +97,7 @@ class Saver:
     A rank other than 0 writes only where a part differs by rank; every rank calls the methods alike.
 
     Args:
-        keep: the rotation policy.
+        keep: the rotation policy; keep_every: its `every`, in steps.
         constants: what state.json says besides the progress: index, starting weights, plan.
         every_steps, every_seconds: when to save; one of them. Steps that `keep` keeps for good, and with a
             best metric those that were evaluated, are saved besides.
@@ -107,13 +110,14 @@ class Saver:
         records: Records,
         *,
         keep: Keep,
+        keep_every: int | None = None,
         constants: Mapping[str, Any],
         every_steps: int | None = None,
         every_seconds: float | None = None,
         last_seconds: float = 0.0,
     ) -> None:
-        self._folder, self.records, self._keep, self._constants = folder, records, keep, constants
-        self._world = records.world
+        self._folder, self.records, self._world = folder, records, records.world
+        self._keep, self._keep_every, self._constants = keep, keep_every, constants
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._write: _Write | None = None
         self._clock = time.monotonic()
@@ -140,9 +144,9 @@ class Saver:
     def _due(self, progress: Progress) -> bool:
         if progress.step in (0, self._asked_at, self.durable_step):
             return False
-        if progress.step == progress.evaluated_step and self._keep.metric:
+        if progress.step == progress.evaluated_step and self._keep.best:
             return True
-        if self._keep.every and progress.step % self._keep.every == 0:
+        if self._keep_every and progress.step % self._keep_every == 0:
             return True  # else there would be none to keep
         if self._every_steps:
             return progress.step % self._every_steps == 0
@@ -250,14 +254,9 @@ class Saver:
 
     def _rotate(self) -> None:
         steps = self._folder.steps()
-        metric = self._keep.metric
-        found = {step: self._folder.evaluation(step).get(metric) for step in steps} if metric else {}
+        best = self._keep.best
+        found = {step: self._folder.evaluation(step).get(best.metric) for step in steps} if best else {}
         values = {step: value for step, value in found.items() if value is not None}  # null: not finite
         pinned = [step for step in steps if self._folder.pinned(step)]
-        for step in sorted(set(steps) - self._keep.chosen(steps, values, pinned)):
+        for step in sorted(set(steps) - kept(self._keep, self._keep_every, steps, values, pinned)):
             self._folder.delete(step)
-
-
-def smaller_is_better(metric: str) -> bool:
-    """Ranks, losses and errors are better small (`val/t2i_mean_rank`); everything else is better large."""
-    return metric.endswith(("rank", "loss", "error"))

@@ -61,12 +61,10 @@ class RunningStatistics:
             return []
         moves = torch.zeros_like(torch.cat([value.flatten() for value in before]))
         for values in passes:
-            moves += torch.cat([_move(old, new).flatten() for old, new in zip(before, values, strict=True)])
+            pairs = zip(before, values, strict=True)
+            # A constant infinity does not move: its difference would be NaN.
+            own = [torch.where(new == old, 0, new - old).flatten() for old, new in pairs]
+            moves += torch.cat(own)
         moves = self._world.all_reduce_sum(moves) / (len(passes) * self._world.size)
         parts = moves.split([value.numel() for value in before])
         return [old + move.view_as(old) for old, move in zip(before, parts, strict=True)]
-
-
-def _move(old: Tensor, new: Tensor) -> Tensor:
-    """From an old value to a new one; none for a constant infinity, whose difference would be NaN."""
-    return torch.where(new == old, 0, new - old)

@@ -29,6 +29,10 @@ class Streak:
     total: int
     """All counted non-finite steps of this process so far."""
 
+    def __str__(self) -> str:
+        batches = f"batches {self.first_batch} to {self.last_batch}"
+        return f"{self.length} steps in a row had a loss or gradient that is not finite ({batches})"
+
 
 class Guard:
     """Tests the reduced gradient norm of every step, and counts, without waiting for the device."""

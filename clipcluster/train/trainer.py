@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clipcluster.runs.attempts import Attempt
@@ -14,13 +14,12 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import LostPeers, Outcome
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
-from clipcluster.train import rollback
+from clipcluster.train import resume
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.evaluations import Evaluations, Interrupted
 from clipcluster.train.metrics import Metrics
 from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
-from clipcluster.train.resume import restore
 from clipcluster.train.saver import Saver
 from clipcluster.train.step import Step, Streak
 
@@ -63,6 +62,15 @@ class Trainer:
     results: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._restore = partial(
+            resume.restore,
+            self.world,
+            self.checkpoints,
+            self.progress,
+            self.parts,
+            self.constants,
+            self.step.stages.enter,
+        )
         self.feed = Feed(self.open_batches, self.world.device, self.metrics.waited)
 
     def run(self) -> Outcome:
@@ -121,30 +129,18 @@ class Trainer:
         self.attempt.phase(self.world.rank, "checkpoint")
         if self.world.is_main:
             self.checkpoints.prepare()
-        skipped = rollback.recorded(self.world, Run(self.attempt.run))
+        skipped = resume.recorded(self.world, Run(self.attempt.run))
         found = self._restore(skipped)
         self.attempt.step = self.progress.step
         if found is None:
-            self.world.while_main(lambda: rollback.refuse_to_start_anew(self.checkpoints, skipped))
+            self.world.while_main(lambda: resume.refuse_to_start_anew(self.checkpoints, skipped))
         else:
-            self.world.while_main(lambda: rollback.set_aside_later(self.checkpoints, self.progress))
+            self.world.while_main(lambda: resume.set_aside_later(self.checkpoints, self.progress))
             self.saver.resumed_from(self.progress.step)
             self.records.event("resume", checkpoint=found.name)
             self.metrics.say(f"resuming from {found.name}")
         self.metrics.open(self.progress)
         self._open_batches()
-
-    def _restore(self, skipped: Sequence[tuple[int, int]]) -> Path | None:
-        """The newest checkpoint outside the skipped batches, in the stage of its step."""
-        return restore(
-            self.world,
-            self.checkpoints,
-            self.progress,
-            self.parts,
-            self.constants,
-            self.step.stages.enter,
-            skipped,
-        )
 
     def _open_batches(self) -> None:
         """Open the loader where steps are left; after the last one only an evaluation may be owed."""
@@ -176,19 +172,19 @@ class Trainer:
     def _roll_back(self, streak: Streak) -> None:
         """Continue from the last checkpoint before a row of non-finite steps, without the row; only once."""
         if self.progress.skipped:
-            self.records.failure = rollback.impossible(streak, "although the run went back once already")
+            self.records.failure = resume.impossible(streak, "although the run went back once already")
             return
         self.world.while_main(self.saver.finish)
         row = (streak.first_batch, streak.last_batch + 1)
         found = self._restore([row])
         if found is None:
-            self.records.failure = rollback.impossible(streak, "and no checkpoint is older")
+            self.records.failure = resume.impossible(streak, "and no checkpoint is older")
             return
         self.attempt.step = self.progress.step
-        reason = rollback.describe(streak)
+        reason = str(streak)
         with self.records.keeping():
             if self.world.is_main:
-                rollback.record(self.attempt, self.checkpoints, self.progress, found.name, reason)
+                resume.record(self.attempt, self.checkpoints, self.progress, found.name, reason)
         self.saver.resumed_from(self.progress.step)
         self.records.event("roll_back", reason=reason, checkpoint=found.name)
         self.metrics.say(f"{reason}: back to {found.name}, without these batches")

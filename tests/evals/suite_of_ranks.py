@@ -60,7 +60,7 @@ def measure(out: Path, shards: Path, rank: int, size: int) -> None:
     settings = recipe(shards, batch_size=32)
     tokenizer = load_tokenizer(settings.data.text)
     torch.manual_seed(0)
-    model = build_clip(settings.model, image_size=32, tokenizer=tokenizer).train()
+    model = build_clip(settings, tokenizer).train()
     suite = build_suite(settings, world=world, tokenizer=tokenizer)
     calls = 0
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_model import SIZE, Ranks, Tokens, image_section, model_section, text_section, tiny_batch, tiny_clip
+from tiny_model import SIZE, Ranks, Tokens, image_section, text_section, tiny_batch, tiny_clip, tiny_recipe
 from torch.nn import functional
 
 from clipcluster.model.clip import build_clip
@@ -48,8 +48,8 @@ def test_the_same_seed_gives_the_same_model() -> None:
 
 
 def test_a_checkpoint_needs_no_starting_weights() -> None:
-    section = model_section(image=image_section(weights="/no/such/file.pth"))
-    clip = build_clip(section, image_size=SIZE, tokenizer=Tokens(), starting_weights=False)
+    recipe = tiny_recipe(image=image_section(weights="/no/such/file.pth"))
+    clip = build_clip(recipe, Tokens(), starting_weights=False)
     assert clip.load_state_dict(tiny_clip().state_dict()).missing_keys == []
 
 

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from clipcluster.model.clip import Clip, build_clip
 from clipcluster.recipe.sections import model as sections
+from clipcluster.recipe.sections.data import Image
 
 SIZE = 32
 WORDS = {
@@ -52,9 +53,14 @@ def model_section(**changes: object) -> sections.Model:
     return sections.Model(**(section | changes))
 
 
+def tiny_recipe(**changes: object) -> SimpleNamespace:
+    """What of a recipe the model is made of."""
+    return SimpleNamespace(model=model_section(**changes), data=SimpleNamespace(image=Image(size=SIZE)))
+
+
 def tiny_clip(seed: int = 0, **changes: object) -> Clip:
     torch.manual_seed(seed)
-    return build_clip(model_section(**changes), image_size=SIZE, tokenizer=Tokens())
+    return build_clip(tiny_recipe(**changes), Tokens())
 
 
 def tiny_batch(count: int, seed: int = 0) -> SimpleNamespace:

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from clipcluster.errors import StaleAttempt
+from clipcluster.recipe.sections.checkpoint import Best, Keep
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import newest_complete, read_manifest, steps_in
 from clipcluster.runs.files import read_json, read_lines
@@ -33,13 +34,11 @@ from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
 from clipcluster.train import checkpoint_writer
-from clipcluster.train.checkpoint import CheckpointFolder, reading
-from clipcluster.train.checkpoint_reader import Broken, load_parts, verify
-from clipcluster.train.checkpoint_writer import Contents, Dropped, take_copy
+from clipcluster.train.checkpoint import Broken, CheckpointFolder, load_parts, reading, verify
+from clipcluster.train.checkpoint_writer import Contents, Dropped, safetensors_bytes, take_copy
 from clipcluster.train.progress import Progress
 from clipcluster.train.records import Records
-from clipcluster.train.saver import Keep, Saver, _Write, to_drop
-from clipcluster.train.tensorfile import safetensors_bytes
+from clipcluster.train.saver import Saver, _Write, to_drop
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -489,7 +488,7 @@ def test_a_stop_at_the_step_under_way_writes_it_once(tmp_path: Path) -> None:
 
 def test_a_metric_that_was_not_finite_is_never_the_best(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = saver_of(folder, keep=Keep(last=2, metric="t2i_r1", count=1), every_steps=1)
+    saver = saver_of(folder, keep=Keep(last=2, best=Best(metric="t2i_r1")), every_steps=1)
     for step, value in enumerate((0.2, math.nan, 0.1, math.nan, math.nan), start=1):
         saver.record_evaluation(step, {"t2i_r1": value})
         saver.save_and_wait(at(step), {"model": Part()})
@@ -526,7 +525,7 @@ def test_by_the_clock_a_slow_disk_neither_holds_up_training_nor_is_given_two_at_
 @pytest.mark.parametrize("when", [{"every_steps": 7}, {"every_seconds": 1000.0}])
 def test_what_is_kept_for_good_is_saved_whatever_the_period(tmp_path: Path, when: dict[str, Any]) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = saver_of(folder, keep=Keep(last=2, every=10), **when)
+    saver = saver_of(folder, keep=Keep(last=2), keep_every=10, **when)
     for step in range(1, 50):
         if saver.wishes(at(step)) & Wish.SAVE:
             saver.save(at(step), {"model": Part()})
@@ -620,7 +619,7 @@ def test_a_stale_save_is_told_at_the_next_boundary(tmp_path: Path) -> None:
 
 def test_rotation_deletes_after_the_new_one_is_there(tmp_path: Path) -> None:
     folder = folder_at(tmp_path / "checkpoints")
-    saver = saver_of(folder, keep=Keep(last=2, every=3), every_steps=1)
+    saver = saver_of(folder, keep=Keep(last=2), keep_every=3, every_steps=1)
     for step in range(1, 8):
         saver.save(at(step), {"model": Part()})
         saver.finish()

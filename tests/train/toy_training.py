@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
 from clipcluster.model.task import Features, Report, Task
+from clipcluster.recipe.sections.checkpoint import Best, Keep
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
@@ -31,7 +32,7 @@ from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
 from clipcluster.train.records import Records
-from clipcluster.train.saver import Keep, Saver
+from clipcluster.train.saver import Saver
 from clipcluster.train.stages import Stage, Stages
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Guard, Step
@@ -242,7 +243,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     saver = Saver(
         checkpoints,
         records,
-        keep=Keep(last=script.keep_last, metric=script.keep_best, count=1 if script.keep_best else 0),
+        keep=Keep(last=script.keep_last, best=Best(metric=script.keep_best) if script.keep_best else None),
         constants=constants,
         every_steps=script.save_every,
     )
