@@ -9,7 +9,8 @@ from functools import cache
 from typing import Any
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.sections.fields import extra_of, walk
+from clipcluster.recipe.sections.base import extra_of, walk
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tree import Entry, Loc, Variable, dotted, read_scalar
 
 _REFERENCE = re.compile(r"\$?\$\{([^}]*)\}?")
@@ -19,7 +20,7 @@ _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 @cache
 def _special(kind: str) -> dict[Loc, str]:
     """Dotted paths (list positions as ``*``) of the keys whose `kind` (path, shell) is set."""
-    return {path: extra_of(field)[kind] for path, field in walk() if kind in extra_of(field)}
+    return {path: extra_of(field)[kind] for path, field in walk(Recipe) if kind in extra_of(field)}
 
 
 def _kind(loc: Loc, kind: str) -> str | None:

@@ -17,9 +17,15 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.environment import values
 from clipcluster.recipe.files import existing, find_site, with_parents
 from clipcluster.recipe.problems import validated
-from clipcluster.recipe.sections.base import Section, section
+from clipcluster.recipe.sections.base import (
+    Section,
+    extra_of,
+    is_list_of_sections,
+    section,
+    sections_of,
+    walk,
+)
 from clipcluster.recipe.sections.cluster import Cluster
-from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, sections_of, walk
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tree import (
     COMMAND_LINE,
@@ -114,7 +120,7 @@ def _with_overrides(tree: Entry, overrides: Sequence[str], section: Sequence[str
 class _ClusterOnly(Section):
     """The recipe of a job that trains nothing."""
 
-    cluster: Cluster = section("Where the run takes place.", Cluster)
+    cluster: Cluster = section("Where the run takes place.", {})
 
 
 def load_cluster(
@@ -141,7 +147,7 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
         value = getattr(section, name)
         inner = sections_of(field)
         if not inner:
-            at_default = not field.is_required() and value == field.get_default(call_default_factory=True)
+            at_default = field.get_default(call_default_factory=True) in (value, values[name])
             if keep(extra_of(field)["mark"]) and (full or not at_default):
                 chosen[name] = values[name]
         elif is_list_of_sections(field):

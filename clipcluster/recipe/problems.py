@@ -14,8 +14,14 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.sections.base import Section
-from clipcluster.recipe.sections.fields import is_list_of_sections, kinds_of, parts_of, sections_of, walk
+from clipcluster.recipe.sections.base import (
+    Section,
+    is_list_of_sections,
+    kinds_of,
+    parts_of,
+    sections_of,
+    walk,
+)
 from clipcluster.recipe.tree import (
     Entry,
     Loc,
@@ -196,19 +202,16 @@ def _in_yaml(value: Any) -> str:
 def _given(loc: Loc, value: Any, tree: Entry) -> str:
     """The value as it was written, and what it came to if it names a variable of the environment."""
     written = _written(loc, value, tree)
-    return f"{_got(value)} (from {written})" if isinstance(written, Variable) else _got(written)
+    came_to, source = (value, f" (from {written})") if isinstance(written, Variable) else (written, "")
+    text = repr(list(came_to) if isinstance(came_to, tuple) else came_to)
+    text = {"None": "nothing", "True": "true", "False": "false"}.get(text, text)
+    return (text if len(text) <= 80 else text[:77] + "…") + source
 
 
 def _written(loc: Loc, value: Any, tree: Entry) -> Any:
     """A scalar as it was written, before variables were read and paths made absolute; else `value`."""
     entry = find(tree, loc)
     return value if entry is None or isinstance(entry.value, (dict, list)) else entry.value
-
-
-def _got(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    text = {"None": "nothing", "True": "true", "False": "false"}.get(text, text)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def _two_kinds(key: Key, value: Mapping[str, Any], tree: Entry) -> str:

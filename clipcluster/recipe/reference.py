@@ -12,11 +12,15 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from clipcluster.recipe.sections.base import Section
-from clipcluster.recipe.sections.fields import extra_of, is_list_of_sections, kinds_of, sections_of, walk
+from clipcluster.recipe.sections.base import (
+    Section,
+    extra_of,
+    is_list_of_sections,
+    kinds_of,
+    sections_of,
+)
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sections.values import DEVIATIONS, MEANS
-from clipcluster.recipe.units import Duration, Memory, Nodes, Time
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = "recipe.md"
@@ -46,29 +50,14 @@ def schema() -> dict[str, Any]:
 
 
 def _made() -> dict[str, Any]:
-    """Pydantic's JSON Schema, with defaults as a recipe writes them (``15 min``, not seconds)."""
-    made = Recipe.model_json_schema(mode="validation")
-    models = {Recipe} | {inner for _, field in walk() for inner in sections_of(field)}
-    for model in models:
-        properties = (made if model is Recipe else made["$defs"][model.__name__])["properties"]
-        for name, field in model.model_fields.items():
-            if isinstance(field.default, (Duration, Memory, Nodes, Time)):
-                properties[name]["default"] = str(field.default)
-            for choice in properties[name].get("anyOf", ()):
-                if choice.get("type") in ("integer", "number"):
-                    choice.update(_limits(field))
+    """Pydantic's JSON Schema, with the bounds of optional numbers, which it has in its own words only."""
+    made = Recipe.model_json_schema()
+    bounds = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    for entry in (made, *made["$defs"].values()):
+        for value in entry["properties"].values():
+            for choice in value.get("anyOf", ()):
+                choice.update({bounds[name]: choice[name] for name in bounds if name in choice})
     return made
-
-
-def _limits(field: FieldInfo) -> dict[str, Any]:
-    """The bounds of an optional number, which pydantic leaves out of its schema."""
-    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-    return {
-        names[bound]: getattr(entry, bound)
-        for entry in field.metadata
-        for bound in names
-        if hasattr(entry, bound)
-    }
 
 
 def _for_editors(value: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +116,7 @@ def _table(model: type[Section], properties: dict[str, Any]) -> str:
         cells = (
             f"`{name}`",
             _type(properties[name]),
-            "*required*" if field.is_required() else _default(properties[name].get("default"), model, name),
+            "*required*" if field.is_required() else _default(field),
             extra_of(field)["mark"],
             field.description or "",
         )
@@ -168,26 +157,19 @@ def _bounds(value: dict[str, Any]) -> str:
     return f" ({', '.join(bounds)})" if bounds else ""
 
 
-def _default(value: Any, model: type[Section], name: str) -> str:
+def _default(field: FieldInfo) -> str:
     """A default as a recipe writes it."""
-    if value is None:
-        default = model.model_fields[name].get_default(call_default_factory=True)
-        if default is None:
-            return ""
-        value = list(default) if isinstance(default, tuple) else default
-    for names in (MEANS, DEVIATIONS):
-        for word, numbers in names.items():
-            if value == list(numbers):
-                return f"`{word}`"
-    if isinstance(value, float):
-        return f"`{value:.6g}`"
-    if isinstance(value, list):
-        return (
-            f"`[{', '.join(f'{entry:.6g}' if isinstance(entry, float) else str(entry) for entry in value)}]`"
-        )
+    default = field.get_default(call_default_factory=True)
+    named = {numbers: word for table in (MEANS, DEVIATIONS) for word, numbers in table.items()}
+    if isinstance(default, tuple):
+        default = named.get(default, f"[{', '.join(map(_shown, default))}]")
+    return "" if default is None else f"`{_shown(default)}`"
+
+
+def _shown(value: Any) -> str:
     if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    return f"`{value}`"
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def write(folder: Path = DOCS) -> list[Path]:

@@ -25,23 +25,6 @@ from typing_extensions import Self
 
 _NUMBER = r"[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?"
 _QUANTITY = re.compile(rf"\s*(?P<count>{_NUMBER})\s*(?P<unit>[A-Za-z]+|%)?\s*")
-_LENGTH_UNITS = {
-    f"{unit}{plural}": f"{unit}s" for unit in ("step", "sample", "epoch") for plural in ("", "s")
-}
-_DURATION_UNITS = {**_LENGTH_UNITS, "%": "%"}
-_TIME_UNITS = (
-    dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1)
-    | dict.fromkeys(("min", "mins", "minute", "minutes"), 60)
-    | dict.fromkeys(("h", "hour", "hours"), 3600)
-    | dict.fromkeys(("d", "day", "days"), 86400)
-)
-_MEMORY_UNITS = {"m": 1, "mb": 1, "mib": 1, "g": 1024, "gb": 1024, "gib": 1024} | dict.fromkeys(
-    ("t", "tb", "tib"), 1024 * 1024
-)
-_LENGTH_HELP = "the length of a run is 'N steps', 'N samples' or 'N epochs'"
-_DURATION_HELP = "a duration is 'N steps', 'N samples', 'N epochs' or 'N%' of the run"
-_TIME_HELP = "a time is 'N s', 'N min', 'N h' or 'N d'"
-_MEMORY_HELP = "memory is 'N MB', 'N GB' or 'N TB'"
 
 T = TypeVar("T")
 
@@ -71,10 +54,6 @@ def _text_like(unit: str) -> dict[str, Any]:
     return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*{unit}\s*$"}
 
 
-def _round_half_up(value: Fraction) -> int:
-    return math.floor(value + Fraction(1, 2))
-
-
 class _Text:
     """What the units share: they are read from text and written as text; `SCHEMA` is that of the text."""
 
@@ -83,16 +62,13 @@ class _Text:
     @classmethod
     def parse(cls, value: object) -> Self:
         """Read a recipe's value; ValueError says what is allowed."""
-        return value if isinstance(value, cls) else cls._read(value)
-
-    @classmethod
-    def _read(cls, value: object) -> Self:
         raise NotImplementedError
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            cls.parse, serialization=core_schema.to_string_ser_schema(when_used="always")
+            lambda value: value if isinstance(value, cls) else cls.parse(value),
+            serialization=core_schema.to_string_ser_schema(when_used="always"),
         )
 
     @classmethod
@@ -109,12 +85,17 @@ class Duration(_Text):
     count: Fraction
     unit: str  # steps | samples | epochs | %
 
+    UNITS: ClassVar[dict[str, str]] = {
+        **{f"{unit}{plural}": f"{unit}s" for unit in ("step", "sample", "epoch") for plural in ("", "s")},
+        "%": "%",
+    }
+    HELP = "a duration is 'N steps', 'N samples', 'N epochs' or 'N%' of the run"
     SCHEMA = _text_like(r"(steps?|samples?|epochs?|%)")
 
     @classmethod
-    def _read(cls, value: object) -> Duration:
+    def parse(cls, value: object) -> Self:
         """``"2200 steps"``, ``"1e6 samples"``, ``"0.5 epochs"``, ``"5%"``."""
-        count, unit = _quantity(value, _DURATION_UNITS, _DURATION_HELP, "steps")
+        count, unit = _quantity(value, cls.UNITS, cls.HELP, "steps")
         if unit in ("steps", "samples") and count.denominator != 1:
             raise ValueError(f"should be a whole number of {unit}; only epochs and % may be a decimal")
         if unit == "%" and count > 100:
@@ -123,32 +104,24 @@ class Duration(_Text):
 
     def steps(self, steps_per_epoch: int, batch_size: int, total_steps: int) -> int:
         """In optimizer steps of a run of `total_steps`, rounded to the nearest (a half goes up)."""
-        if self.unit == "steps":
-            return int(self.count)
-        if self.unit == "samples":
-            return _round_half_up(self.count / batch_size)
-        return _round_half_up(
-            self.count * (steps_per_epoch if self.unit == "epochs" else Fraction(total_steps, 100))
-        )
+        steps_of_one = {
+            "steps": Fraction(1),
+            "samples": Fraction(1, batch_size),
+            "epochs": Fraction(steps_per_epoch),
+            "%": Fraction(total_steps, 100),
+        }
+        return math.floor(self.count * steps_of_one[self.unit] + Fraction(1, 2))
 
     def __str__(self) -> str:
         return f"{_decimal(self.count)}{'' if self.unit == '%' else ' '}{self.unit}"
 
 
-def parse_length(value: object) -> Duration:
-    """Read the duration of a whole run, of which a percentage would say nothing; ValueError for others."""
-    if isinstance(value, Duration) and value.unit != "%":
-        return value
-    count, unit = _quantity(value, _LENGTH_UNITS, _LENGTH_HELP, "steps")
-    return Duration.parse(f"{_decimal(count)} {unit}")
+class Length(Duration):
+    """The duration of a whole run, of which a percentage would say nothing."""
 
-
-Length = Annotated[
-    Duration,
-    PlainValidator(parse_length),
-    PlainSerializer(str, return_type=str),
-    WithJsonSchema(_text_like(r"(steps?|samples?|epochs?)")),
-]
+    UNITS: ClassVar[dict[str, str]] = {name: unit for name, unit in Duration.UNITS.items() if unit != "%"}
+    HELP = "the length of a run is 'N steps', 'N samples' or 'N epochs'"
+    SCHEMA = _text_like(r"(steps?|samples?|epochs?)")
 
 
 @dataclass(frozen=True)
@@ -157,12 +130,19 @@ class Time(_Text):
 
     seconds: float
 
-    SCHEMA = _text_like(rf"({'|'.join(_TIME_UNITS)})")
+    UNITS = (
+        dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1)
+        | dict.fromkeys(("min", "mins", "minute", "minutes"), 60)
+        | dict.fromkeys(("h", "hour", "hours"), 3600)
+        | dict.fromkeys(("d", "day", "days"), 86400)
+    )
+    HELP = "a time is 'N s', 'N min', 'N h' or 'N d'"
+    SCHEMA = _text_like(rf"({'|'.join(UNITS)})")
 
     @classmethod
-    def _read(cls, value: object) -> Time:
+    def parse(cls, value: object) -> Self:
         """``"90 s"``, ``"15 min"``, ``"4 h"``, ``"2 d"``."""
-        count, unit = _quantity(value, _TIME_UNITS, _TIME_HELP, "min h")
+        count, unit = _quantity(value, cls.UNITS, cls.HELP, "min h")
         if count <= 0:
             raise ValueError("a time should be longer than zero")
         return cls(float(count * unit))
@@ -184,10 +164,10 @@ def parse_period(value: object) -> Duration | Time:
     if isinstance(value, (Duration, Time)):
         return value
     kinds: dict[str, type[Duration] | type[Time]] = {
-        **dict.fromkeys(_DURATION_UNITS, Duration),
-        **dict.fromkeys(_TIME_UNITS, Time),
+        **dict.fromkeys(Duration.UNITS, Duration),
+        **dict.fromkeys(Time.UNITS, Time),
     }
-    return _quantity(value, kinds, f"{_DURATION_HELP}, {_TIME_HELP}", "steps min")[1].parse(value)
+    return _quantity(value, kinds, f"{Duration.HELP}, {Time.HELP}", "steps min")[1].parse(value)
 
 
 Period = Annotated[
@@ -207,9 +187,11 @@ class Memory(_Text):
     SCHEMA = _text_like(r"[MGTmgt](i?[Bb])?")
 
     @classmethod
-    def _read(cls, value: object) -> Memory:
+    def parse(cls, value: object) -> Self:
         """``"200 GB"``, ``"500 MB"``, ``"1.5 TB"``."""
-        count, unit = _quantity(value, _MEMORY_UNITS, _MEMORY_HELP, "GB")
+        sizes = {"m": 1, "g": 1024, "t": 1024 * 1024}
+        units = {f"{letter}{rest}": size for letter, size in sizes.items() for rest in ("", "b", "ib")}
+        count, unit = _quantity(value, units, "memory is 'N MB', 'N GB' or 'N TB'", "GB")
         megabytes = math.ceil(count * unit)
         if megabytes < 1:
             raise ValueError("memory should be more than zero")
@@ -234,7 +216,7 @@ class Nodes(_Text):
     }
 
     @classmethod
-    def _read(cls, value: object) -> Nodes:
+    def parse(cls, value: object) -> Self:
         """``2`` or ``"2-4"``."""
         match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6}))?\s*", str(value))
         if match is None:

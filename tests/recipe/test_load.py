@@ -27,7 +27,7 @@ from clipcluster.recipe.load import (
     settings_keys,
 )
 from clipcluster.recipe.problems import EXPECTED
-from clipcluster.recipe.sections.fields import walk
+from clipcluster.recipe.sections.base import walk
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 
@@ -584,7 +584,7 @@ JUNK = [
 ]
 
 
-@pytest.mark.parametrize("path", [path for path, _ in walk()], ids=".".join)
+@pytest.mark.parametrize("path", [path for path, _ in walk(Recipe)], ids=".".join)
 def test_no_message_is_pydantics_own(recipe_file: Path, path: tuple[str, ...]) -> None:
     """Whatever stands at a key, the type of the error is one that has words here."""
     right = yaml.safe_load(recipe_file.read_text())

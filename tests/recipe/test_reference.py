@@ -6,7 +6,8 @@ import yaml
 
 from clipcluster.recipe.files import RECIPES
 from clipcluster.recipe.reference import DOCS, PAGE, SCHEMA, page, schema, write
-from clipcluster.recipe.sections.fields import sections_of, walk
+from clipcluster.recipe.sections.base import sections_of, walk
+from clipcluster.recipe.sections.recipe import Recipe
 
 
 def test_the_committed_files_are_up_to_date() -> None:
@@ -22,7 +23,7 @@ def test_writing_again_changes_nothing(tmp_path: Path) -> None:
 
 def test_every_key_is_on_the_page() -> None:
     text = page()
-    for path, field in walk():
+    for path, field in walk(Recipe):
         if not sections_of(field):
             assert f"| `{path[-1]}` |" in text
         else:

@@ -4,16 +4,15 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from clipcluster.recipe.sections.base import Mark
+from clipcluster.recipe.sections.base import Mark, extra_of, sections_of, walk
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.data import Image, Source
-from clipcluster.recipe.sections.fields import extra_of, sections_of, walk
 from clipcluster.recipe.sections.model import TextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sections.values import MEANS
 
-KEYS = [pytest.param(field, id=".".join(path)) for path, field in walk() if not sections_of(field)]
-SECTIONS = [pytest.param(field, id=".".join(path)) for path, field in walk() if sections_of(field)]
+KEYS = [pytest.param(field, id=".".join(path)) for path, field in walk(Recipe) if not sections_of(field)]
+SECTIONS = [pytest.param(field, id=".".join(path)) for path, field in walk(Recipe) if sections_of(field)]
 
 
 def recipe_of(**changes: Any) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def test_every_section_is_described(field: FieldInfo) -> None:
 
 
 def test_the_walk_sees_nested_keys() -> None:
-    paths = {".".join(path) for path, _ in walk()}
+    paths = {".".join(path) for path, _ in walk(Recipe)}
     assert {"data.train.*.shards", "train.ema.decay", "checkpoint.keep.best.metric", "cluster.nodes"} <= paths
     assert len(KEYS) > 60
 
@@ -71,7 +70,7 @@ def test_the_walk_sees_nested_keys() -> None:
     ],
 )
 def test_what_a_key_decides(path: str, mark: str) -> None:
-    marks = {".".join(keys): extra_of(field).get("mark") for keys, field in walk()}
+    marks = {".".join(keys): extra_of(field).get("mark") for keys, field in walk(Recipe)}
     assert marks[path] == mark
 
 

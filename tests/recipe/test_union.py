@@ -7,9 +7,7 @@ from pydantic import ValidationError
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.problems import validated
-from clipcluster.recipe.sections.base import Section, key, section
-from clipcluster.recipe.sections.fields import kinds_of, sections_of, walk
-from clipcluster.recipe.sections.union import Kinds
+from clipcluster.recipe.sections.base import Kinds, Section, key, kinds_of, section, sections_of, walk
 from clipcluster.recipe.tree import Origin, tree_of
 
 
@@ -51,7 +49,7 @@ def test_the_key_tells_the_kind() -> None:
 
 def test_every_field_knows_its_kinds() -> None:
     for field in Drawing.model_fields.values():
-        assert sections_of(field) == (Round, Square)
+        assert sections_of(field) == [Round, Square]
         assert kinds_of(field) == {"radius": Round, "side": Square}
     paths = {".".join(path) for path, _ in walk(Drawing)}
     assert {"one.radius", "one.corners", "more.*.side", "more.*.colour", "last.side"} <= paths

@@ -50,7 +50,7 @@ def test_a_number_without_a_unit_is_asked_back(
 
 
 def test_the_length_of_a_run_is_no_share_of_itself() -> None:
-    assert TypeAdapter(Length).validate_python("2 epochs") == Duration.parse("2 epochs")
+    assert TypeAdapter(Length).validate_python("2 epochs") == Length.parse("2 epochs")
     with pytest.raises(ValidationError, match="the length of a run is 'N steps'"):
         TypeAdapter(Length).validate_python("5%")
 

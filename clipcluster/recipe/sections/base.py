@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: its class, and `key`, which documents and marks a key.
+"""What every section of a recipe is made of: its class, `key`, which documents and marks a key, and `Kinds`.
 
 Every key carries one of three marks:
 
@@ -12,19 +12,28 @@ and which are left to the shell. Sections are frozen and refuse unknown keys. No
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticUndefined, core_schema
 
 Mark = Literal["result", "speed", "record"]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
 def key(
     mark: Mark,
     description: str,
-    default: Any = ...,
+    default: Any = PydanticUndefined,
     *,
-    path: str | None = None,
+    path: Literal["path", "name"] | None = None,
     shell: bool = False,
     **limits: Any,
 ) -> Any:
@@ -38,28 +47,112 @@ def key(
         shell: the text is left to the shell, ``${NAME}`` included.
         limits: pydantic's (``ge``, ``le``, ``min_length``, …).
     """
-    extra: dict[str, Any] = {"mark": mark}
-    if path:
-        extra["path"] = path
-    if shell:
-        extra["shell"] = True
-    if isinstance(default, (list, dict)):
-        limits["default_factory"] = default.copy
-    elif default is not ...:
-        limits["default"] = default
-    return Field(description=description, json_schema_extra=extra, **limits)
+    noted = {"mark": mark, "path": path, "shell": shell}
+    extra = {name: value for name, value in noted.items() if value}
+    return section(description, default, json_schema_extra=extra, **limits)
 
 
-def section(description: str, default: Any = ...) -> Any:
-    """A section of a recipe: a class gives its defaults, None leaves it out, nothing makes it required."""
-    if isinstance(default, type):
-        return Field(description=description, default_factory=default)
-    return (
-        Field(description=description) if default is ... else Field(default=default, description=description)
-    )
+def section(description: str, default: Any = PydanticUndefined, **more: Any) -> Any:
+    """A section of a recipe: {} gives it its defaults, None leaves it out, nothing requires it."""
+    if isinstance(default, dict):
+        return Field(default_factory=default.copy, description=description, **more)
+    return Field(default, description=description, **more)
 
 
-class Section(BaseModel):
-    """What all sections share: frozen, and unknown keys are refused."""
+class Kinds:
+    """Annotates a union of sections with the key by which each is recognised::
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+        TextTower = Annotated[HfTextTower | ArchTextTower, Kinds(hf=HfTextTower, arch=ArchTextTower)]
+
+    A recipe's section is of the kind whose key it has; null counts as absent. Keys of another kind are
+    allowed only at their defaults, as run folders of earlier versions have them. Errors name the kind after
+    the field (``("model", "text", "hf", "weights")``), or have a type of their own: `kind_type`,
+    `kind_missing`, `kind_ambiguous`.
+    """
+
+    def __init__(self, **sections: type[Section]) -> None:
+        self.sections = sections
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {name: handler.generate_schema(section) for name, section in self.sections.items()}
+        return core_schema.no_info_before_validator_function(
+            self._recognised, core_schema.tagged_union_schema(choices, discriminator=self._kind)
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        # anyOf, not oneOf: a recipe that extends another may write only keys that several kinds have.
+        return {"anyOf": handler(schema)["oneOf"]}
+
+    def given(self, value: Mapping[str, Any]) -> list[str]:
+        """The keys in `value` that tell a kind."""
+        return [name for name in self.sections if value.get(name) is not None]
+
+    def _kind(self, value: Any) -> str:
+        if isinstance(value, Mapping):
+            return self.given(value)[0]
+        return next(name for name, section in self.sections.items() if isinstance(value, section))
+
+    def _recognised(self, value: Any) -> Any:
+        """A mapping with the keys of one kind, or a section as it is."""
+        if isinstance(value, tuple(self.sections.values())):
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("kind_type", "should be a section")
+        given = self.given(value)
+        if len(given) != 1:
+            kind = "kind_ambiguous" if given else "kind_missing"
+            raise PydanticCustomError(kind, "should have one of {names}", {"names": ", ".join(self.sections)})
+        return {name: entry for name, entry in value.items() if not self._idle(name, entry, given[0])}
+
+    def _idle(self, name: str, value: Any, kind: str) -> bool:
+        """Whether this is a key of another kind, at its default."""
+        if name in self.sections[kind].model_fields:
+            return False
+        others = [other.model_fields[name] for other in self.sections.values() if name in other.model_fields]
+        return any(value in (None, field.get_default(call_default_factory=True)) for field in others)
+
+
+def parts_of(field: FieldInfo | None) -> list[Any]:
+    """A field's annotation, then what it is made of, from the outside in; [] for an unknown key."""
+    found: list[Any] = [field.annotation] if field else []
+    for annotation in found:
+        found.extend(getattr(annotation, "__args__", ()))
+    return found
+
+
+def sections_of(field: FieldInfo | None) -> list[type[Section]]:
+    """The section behind a field (optional and listed ones too), every kind of a union, [] for a key."""
+    parts = (part for part in parts_of(field) if isinstance(part, type) and issubclass(part, Section))
+    return list(dict.fromkeys(parts))
+
+
+def kinds_of(field: FieldInfo | None) -> dict[str, type[Section]]:
+    """The kinds of a union of sections by the key that tells them; {} for any other field."""
+    marks = list(field.metadata) if field else []
+    for part in parts_of(field):
+        marks.extend(getattr(part, "__metadata__", ()))
+    return next((mark.sections for mark in marks if isinstance(mark, Kinds)), {})
+
+
+def is_list_of_sections(field: FieldInfo) -> bool:
+    """Whether a field holds several sections (data.train)."""
+    return bool(sections_of(field)) and getattr(field.annotation, "__origin__", None) is tuple
+
+
+def extra_of(field: FieldInfo) -> dict[str, Any]:
+    """What `key` noted beside a field: its mark, and whether it is a path or left to the shell."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def walk(model: type[Section], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every field of a section and of those below it, with its path; list positions are written ``*``.
+
+    A key that several kinds of a union have comes once for each.
+    """
+    for name, field in model.model_fields.items():
+        path = (*prefix, name)
+        yield path, field
+        for inner in sections_of(field):
+            yield from walk(inner, (*path, "*") if is_list_of_sections(field) else path)

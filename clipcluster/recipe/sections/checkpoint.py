@@ -6,7 +6,7 @@ from pydantic import field_validator
 
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.values import Int
-from clipcluster.recipe.units import Duration, Period, Time
+from clipcluster.recipe.units import Duration, Period
 
 
 class Best(Section):
@@ -36,5 +36,5 @@ class Keep(Section):
 class Checkpoint(Section):
     """When to save, and what to keep."""
 
-    every: Period = key("record", "How often to save: a duration or a time.", Time.parse("15 min"))
-    keep: Keep = section("Which checkpoints are kept.", Keep)
+    every: Period = key("record", "How often to save: a duration or a time.", "15 min")
+    keep: Keep = section("Which checkpoints are kept.", {})

@@ -14,16 +14,14 @@ from clipcluster.recipe.units import Memory, Nodes, Time
 class Cluster(Section):
     """Where the run takes place. A site profile may set all of it; recipe and command line override it."""
 
-    nodes: Nodes = key("record", "Nodes: a count (2) or a range (2-4).", Nodes(1, 1))
+    nodes: Nodes = key("record", "Nodes: a count (2) or a range (2-4).", "1")
     gpus_per_node: Int = key("record", "GPUs of each node; 0 trains on the CPU.", 1, ge=0)
     tasks_per_node: Int | None = key(
         "record", "Ranks of each node. Default: one per GPU, or 1 without GPUs.", None, ge=1
     )
     cpus_per_task: Int = key("record", "CPU cores of each rank.", 4, ge=1)
     mem: Memory | None = key("record", "Memory of each node. Default: the partition's own.", None)
-    time: Time = key(
-        "record", "Time limit of one attempt; a longer run is requeued and resumes.", Time.parse("4 h")
-    )
+    time: Time = key("record", "Time limit of one attempt; a longer run is requeued and resumes.", "4 h")
     grace: Time | None = key(
         "record",
         "Time between the signal and the kill at a preemption. Default: as SLURM is configured, else 30 s.",

@@ -201,7 +201,7 @@ class Cache(Section):
     size: Memory = key(
         "speed",
         "Upper bound; the least recently used shards are removed first. A full disk lowers it.",
-        Memory.parse("100 GB"),
+        "100 GB",
     )
 
     @field_validator("folder")
@@ -233,11 +233,11 @@ class Data(Section):
         "result", "Samples of an epoch. Default: the sum of the sources, repeats included.", None, ge=1
     )
     workers: Int = key("speed", "Loader processes of each rank; 0: the rank itself loads.", 4, ge=0)
-    image: Image = section("How an image becomes the input of its tower.", Image)
-    text: Text = section("How a caption becomes the input of its tower.", Text)
-    order: Order = section("The order of samples.", Order)
-    cache: Cache = section("The cache of remote shards on a node.", Cache)
-    bad_samples: BadSamples = section("Samples that cannot be decoded.", BadSamples)
+    image: Image = section("How an image becomes the input of its tower.", {})
+    text: Text = section("How a caption becomes the input of its tower.", {})
+    order: Order = section("The order of samples.", {})
+    cache: Cache = section("The cache of remote shards on a node.", {})
+    bad_samples: BadSamples = section("Samples that cannot be decoded.", {})
 
     @field_validator("train")
     @classmethod

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from clipcluster.recipe.sections.base import Section, key, section
-from clipcluster.recipe.sections.union import Kinds
+from clipcluster.recipe.sections.base import Kinds, Section, key, section
 from clipcluster.recipe.sections.values import Float, Int
 
 
@@ -84,4 +83,4 @@ class Model(Section):
     image: ImageTower = section("The image tower.")
     text: TextTower = section("The text tower.")
     embed_dim: Int = key("result", "Dimension of the embedding that images and captions share.", 512, ge=1)
-    logit_scale: LogitScale = section("The learned scale of the similarities.", LogitScale)
+    logit_scale: LogitScale = section("The learned scale of the similarities.", {})

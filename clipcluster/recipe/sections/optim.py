@@ -33,7 +33,7 @@ class Optim(Section):
     warmup: Duration = key(
         "result",
         "Length of the linear rise of the learning rate from nearly zero.",
-        Duration.parse("0 steps"),
+        "0 steps",
     )
 
     @field_validator("betas")

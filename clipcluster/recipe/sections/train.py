@@ -48,5 +48,5 @@ class Train(Section):
     )
     ema: Ema | None = section("A moving average of the weights, evaluated and saved beside them.", None)
     record_samples: bool = key("record", "Record every consumed sample: step, slot, shard and key.", False)
-    log_every: Duration = key("record", "How often a line of metrics is written.", Duration.parse("10 steps"))
-    non_finite: NonFinite = section("Losses and gradients that are not finite.", NonFinite)
+    log_every: Duration = key("record", "How often a line of metrics is written.", "10 steps")
+    non_finite: NonFinite = section("Losses and gradients that are not finite.", {})
