@@ -130,13 +130,7 @@ class Slurm:
 
     def job(self, job_id: str) -> JobState | None:
         """What SLURM knows of one job or array member; None when it knows nothing of it (any more)."""
-        try:
-            text = self._ask("scontrol", "show", "job", job_id)
-        except SlurmRefused as refusal:
-            if "invalid job id" in str(refusal).lower():
-                return None
-            raise
-        found = parse_jobs(text)
+        found = parse_jobs(self._ask_of_jobs("scontrol", "show", "job", job_id))
         exact = [state for state in found if state.job_id == job_id]
         return next(iter(exact or found), None)
 
@@ -150,19 +144,14 @@ class Slurm:
             if not ids:
                 return []
             wanted.append(f"--jobs={','.join(ids)}")
-        try:
-            return parse_queue(self._ask(*wanted))
-        except SlurmRefused as refusal:
-            if "invalid job id" in str(refusal).lower():
-                return []
-            raise
+        return parse_queue(self._ask_of_jobs(*wanted))
 
     def partitions(self) -> list[Partition]:
         """All partitions that this user may see."""
         return parse_partitions(self._ask("scontrol", "show", "partition"))
 
     def nodes(self) -> list[Node]:
-        """All nodes, by name."""
+        """All nodes, as sinfo sorts them: n2 before n10."""
         return parse_nodes(self._ask("sinfo", "--Node", "--noheader", f"--format={NODE_FORMAT}"))
 
     def config(self) -> dict[str, str]:
@@ -171,7 +160,7 @@ class Slurm:
 
     def kill_wait(self) -> int:
         """Seconds between SIGTERM and SIGKILL when a job's time is over or it is cancelled."""
-        return seconds_of(self.config()["KillWait"])
+        return int(self.config()["KillWait"].split()[0])  # "30 sec"
 
     def requeue(self, job_id: str) -> None:
         """Ask for the job to run again; raises SlurmRefused, e.g. when it was submitted without --requeue."""
@@ -194,6 +183,15 @@ class Slurm:
     def submit(self, *arguments: str) -> str:
         """sbatch with these arguments; returns the job's id."""
         return self._ask("sbatch", "--parsable", *arguments).strip().split(";")[0]
+
+    def _ask_of_jobs(self, *command: str) -> str:
+        """`_ask`; nothing where SLURM knows no such job (any more)."""
+        try:
+            return self._ask(*command)
+        except SlurmRefused as refusal:
+            if "invalid job id" in str(refusal).lower():
+                return ""
+            raise
 
     def _ask(self, *command: str) -> str:
         conf = self._environment.get("SLURM_CONF")
@@ -240,20 +238,10 @@ def parse_queue(text: str) -> list[QueuedJob]:
         if len(parts) == 10:
             job_id, state, partition, user, elapsed, limit, start, nodes, reason, rest = parts
             name, _, comment = rest.partition("\x1f")
+            comment = "" if comment == "(null)" else comment
+            begin, named = parse_time(start), expand_nodes(nodes)
             jobs.append(
-                QueuedJob(
-                    job_id=job_id,
-                    state=state,
-                    partition=partition,
-                    user=user,
-                    elapsed=elapsed,
-                    time_limit=limit,
-                    start_time=parse_time(start),
-                    nodes=expand_nodes(nodes),
-                    reason=reason,
-                    name=name,
-                    comment="" if comment == "(null)" else comment,
-                )
+                QueuedJob(job_id, state, partition, user, elapsed, limit, begin, named, reason, name, comment)
             )
     return jobs
 
@@ -289,7 +277,7 @@ def parse_nodes(text: str) -> list[Node]:
             memory_mb=int(memory),
             reason="" if reason == "none" else reason,
         )
-    return sorted(nodes.values(), key=lambda node: _natural(node.name))
+    return list(nodes.values())
 
 
 def parse_config(text: str) -> dict[str, str]:
@@ -304,12 +292,6 @@ def parse_time(text: str) -> datetime | None:
         return datetime.fromisoformat(text)
     except ValueError:
         return None
-
-
-def seconds_of(setting: str) -> int:
-    """The number in a setting such as "30 sec"."""
-    matched = re.match(r"\d+", setting)
-    return int(matched.group()) if matched else 0
 
 
 def expand_nodes(text: str) -> tuple[str, ...]:
@@ -334,38 +316,21 @@ def _expand(part: str) -> Iterator[str]:
                 yield f"{head}{number:0{len(first)}d}{ending}"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
-def _records(text: str, first_key: str) -> Iterator[dict[str, str]]:
-    """The `key=value` fields of each record; a value that may hold blanks takes the rest of its line."""
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        if line.startswith(f"{first_key}="):
-            if fields:
-                yield fields
-            fields = {}
-        for key, value in _fields(line.strip()):
-            fields.setdefault(key, value)
-    if fields.get(first_key) is not None:
-        yield fields
-
-
-TO_THE_END = re.compile(
-    r"(?:^|(?<= ))(JobName|Command|WorkDir|Comment|AdminComment|SystemComment|StdErr|StdIn|StdOut)=(.*)$"
+# A value that may hold blanks takes the rest of its line.
+FIELD = re.compile(
+    r"(?:^|(?<=\s))(?:(JobName|Command|WorkDir|Comment|AdminComment|SystemComment|StdErr|StdIn|StdOut)=(.*)"
+    r"|([^\s=]+)=(\S*))",
+    re.MULTILINE,
 )
 
 
-def _fields(line: str) -> Iterator[tuple[str, str]]:
-    whole = TO_THE_END.search(line)
-    if whole is not None:
-        line = line[: whole.start()]
-        yield whole.group(1), whole.group(2)
-    for word in line.split():
-        key, equals, value = word.partition("=")
-        if equals:
-            yield key, value
+def _records(text: str, first_key: str) -> Iterator[dict[str, str]]:
+    """The `key=value` fields of each record; of a key that comes again the first."""
+    for record in re.split(rf"^(?={first_key}=)", text, flags=re.MULTILINE)[1:]:
+        fields: dict[str, str] = {}
+        for long_key, line, key, word in FIELD.findall(record):
+            fields.setdefault(long_key or key, line or word)
+        yield fields
 
 
 def _job(fields: Mapping[str, str]) -> JobState:

@@ -81,17 +81,16 @@ def release(folder: Path, job: str | Path, *, seconds: float = 10) -> None:
     job_id = job_of(job)
     deadline = time.monotonic() + seconds
     asked = False
-    while True:
+    while time.monotonic() < deadline:
         state = slurm.job(job_id)
         if state is None or state.ended:
             raise UserError(
                 f"job {job_id} will not run again: {state.state if state else 'unknown to SLURM'}"
             )
-        if state.state == "RUNNING" or time.monotonic() > deadline:
+        waits = state.state == "PENDING"
+        if state.state == "RUNNING" or (waits and asked and state.reason != "BeginTime"):
             return
-        if state.state == "PENDING":
-            if asked and state.reason != "BeginTime":
-                return
+        if waits:
             if not asked:
                 time.sleep(SETTLE_SECONDS)
             with suppress(SlurmRefused):  # it started between the two calls
