@@ -90,21 +90,15 @@ class Cache:
         Raises what `download` raises (OtherContent, FileNotFoundError, OSError), and DataError if it is
         larger than the whole cache.
         """
-        name = f"{sha256}.tar"
-        return self._open(name, size, partial(download, address, size=size, sha256=sha256), again=again)
+        return self._open(address, f"{sha256}.tar", again, size, sha256)
 
     def shard_index(self, address: str, key: str, *, again: bool = False) -> int:
         """An open handle on a shard's index; `key` identifies the content that it belongs to."""
-        name = f"{hashlib.sha256(f'{address} {key}'.encode()).hexdigest()}.idx"
-        return self._open(name, None, partial(download, address), again=again)
+        return self._open(address, f"{hashlib.sha256(f'{address} {key}'.encode()).hexdigest()}.idx", again)
 
     def unnamed(self, address: str) -> tuple[int, Got]:
         """A handle on a file whose hash is not known yet, and what was fetched; it is kept as a shard."""
-        root = self.root
-        with self._fetched(root, "unnamed", address, partial(download, address)) as (part, fd, got):
-            self._keep(root, part, root / f"{got.sha256}.tar")
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        return fd, got
+        return self._fetched(address, "unnamed", lambda got: self.root / f"{got.sha256}.tar")
 
     def index(self, folder: RemoteFolder, table: str, words: str) -> Path | None:
         """A local folder with the list `table` of a remote folder, as it is there now, and the text `words`.
@@ -116,112 +110,111 @@ class Cache:
             state = state_of(source)
         except FileNotFoundError:
             return None
-        root = self.root
-        known = f"{source} {state.size} {state.stamp}" if state.stamp else ""
-        with self._lock(root, source):
-            place = root / _LISTS / hashlib.sha256(known.encode()).hexdigest()[:32]
-            if not known or not self._is_kept(root, place / table):
-                place = self._fetch_list(root, folder, table, words, place if known else None)
-        return place
+        name = hashlib.sha256(f"{source} {state.size} {state.stamp}".encode()).hexdigest()
 
-    def _is_kept(self, root: Path, table: Path) -> bool:
-        """Whether a list is here; it counts as used now. Under the lock: an eviction may be under way."""
-        with self._lock(root, "space"), contextlib.suppress(FileNotFoundError):
-            os.utime(table)
-            return True
-        return False
-
-    def _fetch_list(
-        self, root: Path, folder: RemoteFolder, table: str, words: str, place: Path | None
-    ) -> Path:
-        """Fetches a list and the text beside it; without a `place`, into one named by its content."""
-        source = (folder / table).address
-        with self._fetched(root, "list", source, partial(download, source)) as (part, fd, got):
-            place = place or root / _LISTS / got.sha256[:32]
+        def placed(got: Got) -> Path:
+            nonlocal name
+            name = name if state.stamp else got.sha256
+            place = self.root / _LISTS / name[:32]
             place.mkdir(exist_ok=True)
             text = read_beside(folder, words)
             if text is not None:
                 (place / words).write_bytes(text)
-            self._keep(root, part, place / table)
-        os.close(fd)
-        return place
+            return place / table
 
-    def _open(self, name: str, size: int | None, fetch: Callable[..., Got], *, again: bool = False) -> int:
-        root = self.root
-        path = root / name
+        with self._lock(source):
+            known = self.root / _LISTS / name[:32]
+            with self._lock("space"), contextlib.suppress(FileNotFoundError):  # an eviction may be under way
+                if state.stamp:
+                    os.utime(known / table)  # it counts as used now
+                    return known
+            fd, _ = self._fetched(source, "list", placed)
+        os.close(fd)
+        return self.root / _LISTS / name[:32]
+
+    def _open(
+        self, address: str, name: str, again: bool, size: int | None = None, sha256: str | None = None
+    ) -> int:
+        path = self.root / name
         fd = None if again else _opened(path, size)
         if fd is not None:
             return fd
-        with self._lock(root, name):
+        with self._lock(name):
             fd = None if again else _opened(path, size)
-            if fd is None:
-                with self._fetched(root, name, name, fetch) as (part, fd, _):
-                    self._keep(root, part, path)
-                fcntl.flock(fd, fcntl.LOCK_SH)
-            return fd
+            return self._fetched(address, name, lambda _: path, size, sha256)[0] if fd is None else fd
 
-    @contextlib.contextmanager
     def _fetched(
-        self, root: Path, name: str, what: str, fetch: Callable[..., Got]
-    ) -> Iterator[tuple[Path, int, Got]]:
-        """A file aside with what `fetch` brings, synced, and its handle; both are removed after an error.
+        self,
+        address: str,
+        name: str,
+        placed: Callable[[Got], Path],
+        size: int | None = None,
+        sha256: str | None = None,
+    ) -> tuple[int, Got]:
+        """A handle on a fetched file, which is renamed to the path that `placed` gives it once it is whole.
 
-        It is locked while it is written: one without a lock was left by a killed process.
+        It is locked while it is written aside: one without a lock was left by a killed process.
         """
-        part = root / f"{name}.{os.getpid()}-{next(_numbers)}.part"
-        with self._lock(root, "space"):
+        part = self.root / f"{name}.{os.getpid()}-{next(_numbers)}.part"
+        with self._lock("space"):
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
         try:
-            got = fetch(fd, reserve=partial(self._reserve, root, fd, part, what))
+            reserve = partial(self._reserve, fd, part, address)
+            got = download(address, fd, reserve=reserve, size=size, sha256=sha256)
             os.fsync(fd)
-            yield part, fd, got
+            path = placed(got)
+            with self._lock("space"):  # a listing at that moment may miss both names
+                os.replace(part, path)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            return fd, got
         except BaseException:
             part.unlink(missing_ok=True)
             os.close(fd)
             raise
 
-    def _keep(self, root: Path, part: Path, path: Path) -> None:
-        """Gives a finished file its name; under the lock, as a listing at that moment may miss both names."""
-        with self._lock(root, "space"):
-            path.parent.mkdir(exist_ok=True)
-            os.replace(part, path)
-
     @contextlib.contextmanager
-    def _lock(self, root: Path, name: str) -> Iterator[None]:
+    def _lock(self, name: str) -> Iterator[None]:
         """Held by one process, or thread, at a time; names share 4,096 lock files."""
         file = name if name == "space" else hashlib.sha256(name.encode()).hexdigest()[:3]
+        root = self.root
         fd = os.open(root / _LOCKS / file, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            _acquire(fd, root)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                raise UserError(
+                    f"{root}: this file system supports no locks, which processes that share the cache need; "
+                    "set data.cache.folder to a folder on a local disk"
+                ) from None
             yield
         finally:
             os.close(fd)
 
-    def _reserve(self, root: Path, fd: int, part: Path, what: str, size: int) -> None:
+    def _reserve(self, fd: int, part: Path, address: str, size: int) -> None:
         """Gives `part` its length once there is room for it, evicting what was used longest ago.
 
         It never gets shorter: what is written stays.
         """
         if size > self.size:
             raise DataError(
-                f"{redacted(what)} has {size:,} bytes and the cache holds {self.size:,}",
+                f"{redacted(address)} has {size:,} bytes and the cache holds {self.size:,}",
                 "set data.cache.size to several times the largest shard",
             )
-        deadline = time.monotonic() + WAIT_S
+        root, deadline = self.root, time.monotonic() + WAIT_S
         while True:
-            with self._lock(root, "space"):
+            with self._lock("space"):
                 others = [entry for entry in _entries(root) if entry.path != part]
-                missing = self._missing(root, others, size)
-                if missing > 0:
-                    missing = _evict(others, missing)
+                missing = _evict(others, self._missing(root, others, size))
                 if missing <= 0:
                     os.ftruncate(fd, max(size, os.fstat(fd).st_size))
                     return
             if not any(entry.path.suffix == ".part" for entry in others) or time.monotonic() > deadline:
                 raise OSError(
                     errno.ENOSPC,
-                    f"no space for {size:,} bytes of {redacted(what)}: {missing:,} more are needed than "
+                    f"no space for {size:,} bytes of {redacted(address)}: {missing:,} more are needed than "
                     f"can be freed (the cache holds at most {self.size:,})",
                     str(root),
                 )
@@ -243,18 +236,6 @@ def hold(path: Path) -> int:
     return fd
 
 
-def _acquire(fd: int, root: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        raise UserError(
-            f"{root}: this file system supports no locks, which processes that share the cache need; set "
-            "data.cache.folder to a folder on a local disk"
-        ) from None
-
-
 def _opened(path: Path, size: int | None) -> int | None:
     """A handle on a whole file, marked as in use and as used now; None if it is not there."""
     try:
@@ -271,20 +252,16 @@ def _opened(path: Path, size: int | None) -> int | None:
 
 def _entries(root: Path) -> list[_Entry]:
     """Every file that counts; what killed processes and old indexes left is removed on the way."""
-    found = []
+    found = list(_lists(root))
     for entry in os.scandir(root):
-        if not entry.is_file(follow_symlinks=False):
-            continue
-        try:
-            state = entry.stat()
-        except FileNotFoundError:
-            continue
-        path = Path(entry.path)
-        if path.suffix == ".part" and _if_free(path, unlink=True):
-            continue
-        unwritten = max(0, state.st_size - 512 * state.st_blocks) if path.suffix == ".part" else 0
-        found.append(_Entry(path, state.st_size, state.st_mtime, unwritten))
-    return found + list(_lists(root))
+        with contextlib.suppress(FileNotFoundError):
+            path, state = Path(entry.path), entry.stat(follow_symlinks=False)
+            part = path.suffix == ".part"
+            if entry.is_dir() or (part and _if_free(path, unlink=True)):
+                continue
+            unwritten = max(0, state.st_size - 512 * state.st_blocks) if part else 0
+            found.append(_Entry(path, state.st_size, state.st_mtime, unwritten))
+    return found
 
 
 def _lists(root: Path) -> Iterator[_Entry]:
@@ -323,11 +300,9 @@ def _evict(entries: list[_Entry], missing: int) -> int:
 
     What somebody has open goes only after all else: its bytes stay on the disk until it is closed.
     """
-    removable = sorted(
-        (entry for entry in entries if entry.path.suffix in (".tar", ".idx")), key=lambda entry: entry.used
-    )
+    removable = [entry for entry in entries if entry.path.suffix in (".tar", ".idx")]
     kept = []
-    for entry in removable:
+    for entry in sorted(removable, key=lambda entry: entry.used):
         if missing <= 0:
             return missing
         if _if_free(entry.path, unlink=True):

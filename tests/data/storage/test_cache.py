@@ -49,7 +49,7 @@ def expected(folder: Path) -> str:
 
 def held(cache: Cache) -> int:
     """Bytes in the cache's folder now; under its lock, because a listing may show a renamed file twice."""
-    with cache._lock(cache.root, "space"):
+    with cache._lock("space"):
         paths = list(Path(cache.folder).rglob("*"))
         return sum(path.stat().st_size for path in paths if path.is_file())
 
