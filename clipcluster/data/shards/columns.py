@@ -16,10 +16,7 @@ import numpy as np
 
 MAGIC = b"CLCOLUMN"
 _ALIGNMENT = 64
-# the dtypes that a file may hold, and their bytes: no objects, whatever its header says
-_BYTES = {"|u1": 1, "<i4": 4, "<i8": 8}
-
-Expected = Mapping[str, tuple[tuple[str, ...], tuple[int | None, ...]]]  # dtypes and shape (None: any length)
+_DTYPES = ("|u1", "<i4", "<i8")  # that a file may hold: no objects, whatever its header says
 
 
 class BrokenColumns(Exception):
@@ -73,71 +70,54 @@ def write_columns(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, np.n
         raise
 
 
-def read_columns(path: Path, expected: Callable[[dict[str, Any]], Expected] | None = None) -> Columns:
+def read_columns(
+    path: Path, check: Callable[[dict[str, Any], dict[str, np.ndarray]], None] | None = None
+) -> Columns:
     """Maps a file of columns, which may be anybody's: only plain integers within the file's bytes are mapped.
 
-    `expected`, given the file's `meta`, says which columns there have to be, beside any others; it raises
-    ValueError where the meta itself is none. Raises OSError if the file cannot be read, BrokenColumns if it
-    is cut or foreign, or if an expected column is missing or of another dtype or shape.
+    `check(meta, arrays)` raises ValueError, KeyError or TypeError where they are not what they should be (see
+    `require`). Raises OSError if the file cannot be read, BrokenColumns if it is cut, foreign, or refused.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
         start = file.read(16)
         length = int.from_bytes(start[8:], "little")
-        if start[:8] != MAGIC or 16 + length > size:
+        if start[:8] != MAGIC or 16 + length > os.fstat(file.fileno()).st_size:
             raise BrokenColumns(f"{path} is not a clipcluster index")
-        try:
-            header = json.loads(file.read(length))
-            meta, layout = header["meta"], header["columns"]
-            if not isinstance(meta, dict):
-                raise TypeError("meta is an object")
-            found = {name: _found(column, size) for name, column in layout.items()}
-            _require(found, {} if expected is None else expected(meta))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BrokenColumns(f"{path} is damaged ({error})") from None
-        base = _aligned(16 + length)
-        needed = base + max((column.end for column in found.values()), default=0)
-        if needed > size:
-            raise BrokenColumns(f"{path} is cut: {size} bytes of at least {needed}")
         # one mapping for all columns: each holds a file handle of its own
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    arrays = {
-        name: np.ndarray(column.shape, column.dtype, memory, base + column.offset)
-        for name, column in found.items()
-    }
+    try:
+        header = json.loads(memory[16 : 16 + length])
+        meta, base = header["meta"], _aligned(16 + length)
+        if not isinstance(meta, dict):
+            raise TypeError("meta is an object")
+        arrays = {name: _mapped(memory, base, column) for name, column in header["columns"].items()}
+        if check is not None:
+            check(meta, arrays)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BrokenColumns(f"{path} is damaged ({error})") from None
     return Columns(meta, arrays)
 
 
-class _Column(NamedTuple):
-    """One column as a header describes it; `end` is the byte behind it, from where the columns begin."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    end: int
-
-
-def _found(column: dict[str, Any], size: int) -> _Column:
-    """The description of a column in a file of `size` bytes. ValueError, KeyError, TypeError: it is none."""
+def _mapped(memory: mmap.mmap, base: int, column: dict[str, Any]) -> np.ndarray:
+    """The column that a header describes, counted from byte `base` on."""
     dtype, shape, offset = column["dtype"], tuple(column["shape"]), column["offset"]
-    if not isinstance(dtype, str) or dtype not in _BYTES:
+    if dtype not in _DTYPES:
         raise ValueError(f"{dtype!r} is no dtype of a column")
-    if not 1 <= len(shape) <= 2 or not all(type(length) is int and 0 <= length <= size for length in shape):
+    if not 1 <= len(shape) <= 2 or not all(type(n) is int and 0 <= n <= len(memory) for n in shape):
         raise ValueError(f"{shape} is no shape of a column")
     if type(offset) is not int or offset < 0 or offset % _ALIGNMENT:
         raise ValueError(f"a column begins at {offset!r}")
-    return _Column(dtype, shape, offset, offset + _BYTES[dtype] * math.prod(shape))
+    needed = base + offset + np.dtype(dtype).itemsize * math.prod(shape)
+    if needed > len(memory):
+        raise ValueError(f"it is cut: {len(memory)} bytes of at least {needed}")
+    return np.ndarray(shape, dtype, memory, base + offset)
 
 
-def _require(found: Mapping[str, _Column], expected: Expected) -> None:
+def require(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], *dtypes: type) -> None:
     """KeyError where a column is missing, ValueError where it is of another dtype or shape."""
-    for name, (dtypes, shape) in expected.items():
-        column = found[name]
-        fits = len(shape) == len(column.shape) and all(
-            length in (None, there) for length, there in zip(shape, column.shape, strict=True)
-        )
-        if column.dtype not in dtypes or not fits:
-            raise ValueError(f"column {name} is {column.dtype} {column.shape}")
+    column = arrays[name]
+    if column.dtype not in dtypes or column.shape != shape:
+        raise ValueError(f"column {name} is {column.dtype} {column.shape}")
 
 
 def _aligned(size: int) -> int:

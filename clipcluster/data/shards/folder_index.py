@@ -29,9 +29,9 @@ import numpy as np
 from clipcluster.data.shards.columns import (
     BrokenColumns,
     Columns,
-    Expected,
     Stream,
     read_columns,
+    require,
     write_columns,
 )
 from clipcluster.data.shards.find import find_shards
@@ -84,7 +84,8 @@ def _of_samples(
         arrays = _rows_of(target, entry)
         classes = classes or bool((arrays["class"] >= 0).any())
         for choice in choices:
-            more[choice].append(_more_than(arrays[f"captions/{choice}"]))
+            exact = np.bincount(arrays[f"captions/{choice}"], minlength=2)
+            more[choice].append(exact[:0:-1].cumsum()[::-1])  # with more than 0, 1, … captions
     samples = sum(entry.samples for entry in entries)
 
     def stream(name: str, dtype: type) -> Stream:
@@ -115,12 +116,6 @@ def _rows_of(target: Path, entry: ShardEntry) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _more_than(counts: np.ndarray) -> np.ndarray:
-    """Samples with more than c captions, for c = 0, 1, …: (largest count,) int64, one row at least."""
-    exact = np.bincount(counts, minlength=2)
-    return exact[:0:-1].cumsum()[::-1]
-
-
 def fingerprint(shards: Sequence[tuple[str, bytes]]) -> str:
     """One hash over names and content hashes, in order: no folders, no times."""
     digest = hashlib.sha256()
@@ -143,7 +138,7 @@ def read_folder_index(
     """
     command = f"clipcluster shards index {folder}{index_option}"
     try:
-        table = _read_columns(target / COLUMNS_FILE)
+        table = read_columns(target / COLUMNS_FILE, _check)
     except (FileNotFoundError, NotADirectoryError):
         if isinstance(folder, Path):
             find_shards(folder)
@@ -170,67 +165,44 @@ def read_folder_index(
     return table
 
 
-def _read_columns(path: Path) -> Columns:
-    """index.bin, whose columns fit each other; of another format its `meta` alone. BrokenColumns, OSError."""
-    table = read_columns(path, _expected)
-    if table.meta["format"] == FORMAT:
-        problem = _problem(table)
-        if problem:
-            raise BrokenColumns(f"{path} is damaged ({problem})")
-    return table
+def _check(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """ValueError where totals and columns do not fit each other; those by sample are not looked at.
 
-
-def _expected(meta: dict[str, Any]) -> Expected:
+    Of another format nothing is.
+    """
     if meta["format"] != FORMAT:
-        return {}
-    totals = [meta["samples"], *meta["captions"].values()]
-    if not isinstance(meta["fingerprint"], str) or not all(type(n) is int and n >= 0 for n in totals):
+        return
+    samples, choices, shards = meta["samples"], meta["captions"], len(arrays["samples"])
+    if not isinstance(meta["fingerprint"], str) or not choices:
+        raise ValueError("it has no fingerprint, or counts no captions")
+    if not all(type(total) is int and total >= 0 for total in (samples, *choices.values())):
         raise ValueError("its totals are no numbers")
-    if not meta["captions"]:
-        raise ValueError("it counts no captions")
-    per_shard = ("samples", "sample_ends", "bytes", "mtime_ns", "name_ends")
-    expected: dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]] = {
-        **dict.fromkeys(per_shard, (("<i8",), (None,))),
-        "sha256": (("|u1",), (None, 32)),
-        "names": (("|u1",), (None,)),
-    }
-    for choice in meta["captions"]:
-        expected[f"captions/{choice}"] = (("|u1", "<i4"), (meta["samples"],))
-        expected[f"more_than/{choice}"] = (("<i4",), (None, None))
-    return expected
-
-
-def _problem(table: Columns) -> str | None:
-    """Why the columns by shard do not fit each other; None: they do. Those by sample are not looked at."""
-    arrays, samples = table.arrays, table.meta["samples"]
-    depths = [arrays[f"more_than/{choice}"] for choice in table.meta["captions"]]
-    shards = len(arrays["samples"])
-    by_shard = [arrays[name] for name in ("sample_ends", "bytes", "mtime_ns", "name_ends", "sha256")]
-    if {len(column) for column in by_shard} != {shards} or {depth.shape[1] for depth in depths} != {shards}:
-        return "its columns differ in length"
-    if min(map(len, depths)) == 0:
-        return "more_than is empty"
-    classes = arrays.get("classes")
-    if classes is not None and (classes.dtype != np.int32 or classes.shape != (samples,)):
-        return "column classes is of another type or length"
+    for name in ("samples", "sample_ends", "bytes", "mtime_ns", "name_ends"):
+        require(arrays, name, (shards,), np.int64)
+    require(arrays, "sha256", (shards, 32), np.uint8)
+    require(arrays, "names", (len(arrays["names"]),), np.uint8)
+    if "classes" in arrays:
+        require(arrays, "classes", (samples,), np.int32)
+    for choice in choices:
+        require(arrays, f"captions/{choice}", (samples,), np.uint8, np.int32)
+        depth = len(arrays[f"more_than/{choice}"])
+        require(arrays, f"more_than/{choice}", (max(1, depth), shards), np.int32)
     sample_end = name_end = 0
     for low in range(0, shards, _CHUNK):
         part = slice(low, low + _CHUNK)
         counts, ends, names = arrays["samples"][part], arrays["sample_ends"][part], arrays["name_ends"][part]
         if counts.min() < 0 or counts.max() > samples or (sample_end + np.cumsum(counts) != ends).any():
-            return "sample_ends is no sum of samples"
+            raise ValueError("sample_ends is no sum of samples")
         if names[0] <= name_end or (np.diff(names) <= 0).any() or arrays["bytes"][part].min() < 0:
-            return "a name or a size is missing"
-        for depth in depths:
-            if depth[-1, part].min() < 0 or (depth[1:, part] > depth[:-1, part]).any():
-                return "more_than grows"
-            if (depth[0, part] > counts).any():
-                return "more captions are counted than there are samples"
+            raise ValueError("a name or a size is missing")
+        for choice in choices:
+            more = np.concatenate([counts[None], arrays[f"more_than/{choice}"][:, part]])
+            if more.min() < 0 or (np.diff(more, axis=0) > 0).any():
+                raise ValueError("more captions are counted than before, or than there are samples")
         sample_end, name_end = int(ends[-1]), int(names[-1])
     text = arrays["names"]
     if sample_end != samples or name_end != len(text):
-        return "its sums are not those of its columns"
+        raise ValueError("its sums are not those of its columns")
     parts = (text[low : low + _SCAN].tobytes() for low in range(0, len(text), _SCAN))
     if any(b"/" in part or b"\0" in part for part in parts):
-        return "a shard's name is a path"
-    return None
+        raise ValueError("a shard's name is a path")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.data.shards import captions
-from clipcluster.data.shards.columns import BrokenColumns, Columns, Expected, read_columns, write_columns
+from clipcluster.data.shards.columns import Columns, read_columns, require, write_columns
 from clipcluster.data.shards.tar import BLOCK, NO_BYTES, BrokenTar, Member, compression, read_at, scan
 from clipcluster.errors import UserError
 
@@ -164,20 +164,16 @@ def read_shard_index(path: Path) -> Columns:
 
     OSError if the file cannot be read; BrokenColumns if it is damaged, or of another format.
     """
-    index = read_columns(path, _expected)
-    if len({len(index.arrays[name]) for name in _expected(index.meta)}) > 1:
-        raise BrokenColumns(f"{path} is damaged (its columns differ in length)")
-    return index
+    return read_columns(path, _check)
 
 
-def _expected(meta: dict[str, Any]) -> Expected:
+def _check(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     choices = meta["choices"]
     if meta["format"] != FORMAT or not isinstance(meta["sha256"], str) or not isinstance(choices, list):
         raise ValueError(f"format {meta['format']!r}, not {FORMAT}")
-    return {
-        name: ((np.dtype(dtype).str, *(("|u1",) if name.startswith("captions/") else ())), (None,))
-        for name, dtype in column_types(choices).items()
-    }
+    for name, dtype in column_types(choices).items():
+        smaller = (np.uint8,) if name.startswith("captions/") else ()
+        require(arrays, name, (len(arrays["offset"]),), dtype, *smaller)
 
 
 def write_shard_index(
