@@ -27,7 +27,7 @@ from clipcluster.runtime.stop import Stop, Wish
 from jobs.endings import facts
 from jobs.endings.act import requeue
 from jobs.endings.log import say
-from jobs.endings.verdict import Facts, Said, decide
+from jobs.endings.verdict import Facts, decide
 from jobs.submit import launch, parameters, script, snapshot
 from tools.convert import work as making
 from tools.convert.convert import begun, prepare, sweep, told_to_people
@@ -212,7 +212,7 @@ def ending(code: int, slurm: Slurm) -> int:
     verdict = decide(
         Facts(
             code,
-            said=Said("stopped", code) if code == Outcome.STOPPED else None,
+            said={"outcome": "stopped", "reason": ""} if code == Outcome.STOPPED else None,
             job=job,
             restart_count=restarts,
             started=True,

@@ -17,33 +17,28 @@ from clipcluster.runtime.environment import ATTEMPT
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import local
-from jobs.endings.act import conclude
-from jobs.endings.claim import claim
+from jobs.endings.act import claim, conclude
 from jobs.endings.log import say
 from tools.slurm import Slurm
 
 UNCLAIMED = 1  # the run's folder fails: the batch script leaves this node
 
 
-def _claim_command(run: Run) -> int:
-    try:
-        attempt = claim(run, slurm_job_id(os.environ), Slurm())
-    except AlreadyOwned as error:
-        say(str(error))
-        return int(Outcome.STALE)
-    except (OSError, UserError) as error:
-        say(f"{run.name} could not be claimed: {error}")
-        return UNCLAIMED
-    if attempt is not None:
-        print(attempt.number)
-    return 0
-
-
 def main(arguments: Sequence[str]) -> int:
     """See the top of this file."""
     command, run = arguments[0], Run(arguments[1])
     if command == "claim":
-        return _claim_command(run)
+        try:
+            claimed = claim(run, slurm_job_id(os.environ), Slurm())
+        except AlreadyOwned as error:
+            say(str(error))
+            return int(Outcome.STALE)
+        except (OSError, UserError) as error:
+            say(f"{run.name} could not be claimed: {error}")
+            return UNCLAIMED
+        if claimed is not None:
+            print(claimed.number)
+        return 0
     if command == "verdict":
         attempt = run.attempt(int(os.environ[ATTEMPT]))
         code = conclude(run, attempt, int(arguments[2]), Slurm(), os.environ)

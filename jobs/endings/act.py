@@ -1,13 +1,14 @@
-"""The end of an attempt: the verdict is recorded and acted on. Standard library only.
+"""An attempt is claimed, before any rank starts; at its end the verdict is recorded and acted on.
 
-A scancel gives all of it little time.
+Standard library only: a scancel gives all of it little time.
 """
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clipcluster.errors import StaleAttempt
@@ -17,12 +18,32 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import facts, history
-from jobs.endings.log import say
+from jobs.endings.log import marker, say
 from jobs.endings.verdict import Facts, Verdict, blamed, decide
 from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
 
 REFUSED_SECONDS = 30.0  # how long a requeue that SLURM refuses is tried again
 EXCLUDE_SECONDS = 3.0
+
+
+def claim(run: Run, job_id: str, slurm: Slurm) -> Attempt | None:
+    """The attempt for this job; None where the run is finished, or cancelled for this job.
+
+    Raises AlreadyOwned, naming the job that owns the run and still runs.
+    """
+    if run.finished():
+        say(f"{run.name} is finished already: nothing to do")
+        return None
+    if job_id in run.cancelled_jobs():
+        say(f"{run.name} was cancelled: job {job_id} does nothing")
+        return None
+    attempt = run.claim(
+        job_id,
+        host=socket.gethostname(),
+        still_running=lambda other: history.job_runs(run, other, slurm),
+    )
+    say(f"{marker(attempt)} (job {job_id} on {socket.gethostname()})")
+    return attempt
 
 
 def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mapping[str, str]) -> int:
@@ -42,7 +63,7 @@ def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mappi
     if refusal is not None:
         attempt.event("requeue_refused", writer=history.WRITER, reason=refusal)
     elif node and job:
-        _exclude(slurm, job, job_id, history.blamed_twice(run, attempt, node))
+        _exclude(slurm, job, job_id, blamed_twice(run, attempt, node))
     return verdict.code
 
 
@@ -66,7 +87,7 @@ def record(
         "checkpoint": newest_complete(run.checkpoints),
     }
     if seen.raised:
-        fields["raised"] = [asdict(each) for each in seen.raised]
+        fields["raised"] = seen.raised
     if blamed:
         fields["blamed"] = blamed
     try:
@@ -82,16 +103,16 @@ def record(
 
 def requeue(slurm: Slurm, job_id: str) -> str | None:
     """Have the job run again, asking for up to `REFUSED_SECONDS`; None, or why SLURM did not do it."""
-    deadline = time.monotonic() + REFUSED_SECONDS
-    while True:
-        try:
-            slurm.requeue(job_id)
-            return None
-        except (SlurmUnavailable, SlurmRefused) as refusal:
-            if time.monotonic() >= deadline:
-                say(f"SLURM did not requeue job {job_id}: {refusal}")
-                return str(refusal)
-        time.sleep(1.0)
+    refusal = _refusal(lambda: slurm.requeue(job_id), REFUSED_SECONDS, 1.0)
+    if refusal is not None:
+        say(f"SLURM did not requeue job {job_id}: {refusal}")
+    return refusal
+
+
+def blamed_twice(run: Run, attempt: Attempt, node: str) -> list[str]:
+    """The nodes to exclude when `node` is blamed for this attempt's crash: those blamed twice by now."""
+    times = Counter([node, *(each.get("blamed") for each in history.earlier(run, attempt))])
+    return sorted(name for name, count in times.items() if name and count >= 2)
 
 
 def _exclude(slurm: Slurm, job: JobState, job_id: str, nodes: Sequence[str]) -> None:
@@ -99,18 +120,28 @@ def _exclude(slurm: Slurm, job: JobState, job_id: str, nodes: Sequence[str]) -> 
     excluded = sorted({*job.excluded, *nodes})
     if not nodes or excluded == sorted(job.excluded):
         return
-    deadline = time.monotonic() + EXCLUDE_SECONDS
+
+    def exclude() -> None:
+        there = {name for part in slurm.partitions() if part.name == job.partition for name in part.nodes}
+        if len(there - set(excluded)) < len(job.nodes):
+            say(f"{', '.join(nodes)} blamed twice, but not excluded: too few nodes would be left")
+            return
+        slurm.exclude(job_id, excluded)
+        say(f"{', '.join(nodes)} blamed twice: excluded")
+
+    refusal = _refusal(exclude, EXCLUDE_SECONDS, 0.2)
+    if refusal is not None:
+        say(f"SLURM did not exclude {', '.join(nodes)}: {refusal}")
+
+
+def _refusal(ask: Callable[[], None], seconds: float, pause: float) -> str | None:
+    """Ask SLURM again and again for so long; None once it did as it was asked, else why it did not."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
-            there = {name for part in slurm.partitions() if part.name == job.partition for name in part.nodes}
-            if len(there - set(excluded)) < len(job.nodes):
-                say(f"{', '.join(nodes)} blamed twice, but not excluded: too few nodes would be left")
-                return
-            slurm.exclude(job_id, excluded)
-            say(f"{', '.join(nodes)} blamed twice: excluded")
-            return
+            ask()
+            return None
         except (SlurmUnavailable, SlurmRefused) as refusal:
             if time.monotonic() >= deadline:
-                say(f"SLURM did not exclude {', '.join(nodes)}: {refusal}")
-                return
-        time.sleep(0.2)
+                return str(refusal)
+        time.sleep(pause)

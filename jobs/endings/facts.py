@@ -16,10 +16,11 @@ from clipcluster.runtime.environment import LEAD, LOGS
 from clipcluster.runtime.job_id import slurm_job_id
 from jobs.endings import history
 from jobs.endings.log import marker, say, tail
-from jobs.endings.verdict import Facts, Job, Raised, Said, error_lines
+from jobs.endings.verdict import Facts, Job, error_lines
 from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
 
 EARLY_SECONDS = 90  # SLURM may send that signal up to a minute early, and looks every half minute
+NEUTRAL = frozenset({"preempted", "requeued already"})  # never count against a run, and break no row
 RAISED = 8  # of how many ranks the exception is kept: their messages may differ
 
 
@@ -42,35 +43,39 @@ def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) ->
     others = [path for path in sorted(logs.glob(f"{job_id}_*_log.err")) if path != first]
     events = [event for path in attempt.path.glob("events-rank-*.jsonl") for event in files.read_lines(path)]
     checkpoint = newest_complete(run.checkpoints)
+    earlier = [each for each in history.earlier(run, attempt) if each["ending"] not in NEUTRAL]
+    before = earlier[0] if earlier else {}
     return Facts(
         code=code,
         superseded=attempt.is_stale(),
-        said=_said(attempt),
+        said=attempt.outcome(),
         cancelled=job_id in run.cancelled_jobs(),
         started=any(event.get("event") == "start" for event in events),
         raised=_raised(events),
-        raised_before=history.raised_before(run, attempt, checkpoint),
-        fruitless=history.fruitless(run, attempt, checkpoint),
-        broken_before=history.broken_before(run, attempt),
+        raised_before=before.get("raised", []) if before.get("checkpoint") == checkpoint else [],
+        fruitless=_fruitless(earlier, checkpoint),
+        broken_before=before.get("ending") == "never started",
         errors=error_lines(tail([first], after=marker(attempt), lines=1000)),
         tail=tail([*others[:1], first], after=marker(attempt)),
     )
 
 
-def _said(attempt: Attempt) -> Said | None:
-    """What the ranks said of their ending, if they came to it."""
-    outcome = attempt.outcome()
-    if outcome is None:
-        return None
-    speaker = f" (rank {outcome['rank']} on {outcome['host']})" if outcome["outcome"] == "failed" else ""
-    return Said(outcome["outcome"], outcome["code"], f"{outcome['reason']}{speaker}", outcome["advice"])
-
-
-def _raised(events: Sequence[Mapping[str, Any]]) -> list[Raised]:
+def _raised(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The first exceptions with which ranks ended; those that merely lost their peers raised none."""
     failed = [event for event in events if event.get("event") == "fail" and event.get("outcome") == "error"]
     failed.sort(key=lambda event: float(event.get("time", 0)))
-    return [Raised(event.get("step"), event.get("signature", "")) for event in failed[:RAISED]]
+    return [{"step": event.get("step"), "signature": event.get("signature", "")} for event in failed[:RAISED]]
+
+
+def _fruitless(earlier: Sequence[Mapping[str, Any]], checkpoint: int | None) -> int:
+    """How many verdicts in a row count, with no newer checkpoint than `checkpoint` since."""
+    count = 0
+    for verdict in earlier:
+        then = verdict.get("checkpoint")
+        if not verdict.get("counts") or (checkpoint is not None and (then is None or checkpoint > then)):
+            break
+        count += 1
+    return count
 
 
 def ask(slurm: Slurm, job_id: str) -> JobState | None:

@@ -27,10 +27,9 @@ from clipcluster.runtime.job_id import local_job_id
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import holding_signals
 from jobs.endings import act
-from jobs.endings.claim import claim
 from jobs.endings.facts import gather
 from jobs.endings.log import marker, say
-from jobs.endings.verdict import Facts, Job, decide
+from jobs.endings.verdict import Job, decide
 from tools.slurm import Slurm
 
 ORDER = "local.json"
@@ -174,16 +173,6 @@ def visible_gpus(gpus: int) -> str:
     return ",".join(devices[:gpus])
 
 
-def see(run: Run, attempt: Attempt, ranks: Ranks, signals: Signals, job_id: str) -> Facts:
-    """The facts of an attempt whose ranks have all left."""
-    return replace(
-        gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit),
-        told=signals.told,
-        job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
-        time_nearly_over=ranks.asked,
-    )
-
-
 def live(run: Run) -> int:
     """Attempt after attempt until a verdict ends the run; returns its code."""
     signals = Signals()
@@ -192,24 +181,25 @@ def live(run: Run) -> int:
     shutil.copy(run.submitit / PICKLE, run.submitit / f"{job_id}_submitted.pkl")
     while True:
         try:
-            attempt = claim(run, job_id, Slurm())
+            attempt = act.claim(run, job_id, Slurm())
         except AlreadyOwned as error:
             say(str(error))
             return int(Outcome.STALE)
         if attempt is None:
             return int(Outcome.FINISHED)
-        _open_log(run, attempt, job_id)
+        # what the batch script's own lines do on SLURM: the attempt begins here in the first rank's log
+        with (run.submitit / f"{job_id}_0_log.err").open("a") as stream:
+            stream.write(f"clipcluster: {marker(attempt)}\n")
         ranks = Ranks(run, attempt, job_id, order)
         ranks.watch(signals)
-        seen = see(run, attempt, ranks, signals, job_id)
+        seen = replace(
+            gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit),
+            told=signals.told,
+            job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
+            time_nearly_over=ranks.asked,
+        )
         verdict = decide(seen)
         if not act.record(run, attempt, seen, verdict, job_id):
             return int(Outcome.STALE)
         if verdict.action != "requeue":
             return verdict.code
-
-
-def _open_log(run: Run, attempt: Attempt, job_id: str) -> None:
-    """Mark where the attempt begins in the first rank's log, as the batch script's own lines do on SLURM."""
-    with (run.submitit / f"{job_id}_0_log.err").open("a") as stream:
-        stream.write(f"clipcluster: {marker(attempt)}\n")

@@ -7,9 +7,9 @@ side sees what SLURM thinks of the job. The first line of the table in `decide` 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from clipcluster.runtime.outcome import ADVICE, Outcome
 from tools.slurm import expand_nodes
@@ -43,38 +43,22 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the ranks said in `outcome.json`."""
-
-    outcome: str  # finished | stopped | failed
-    code: int
-    reason: str = ""
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class Raised:
-    """An unexpected exception that ended a rank: its signature, and the step it stood at, if any."""
-
-    step: int | None
-    signature: str  # type and message, without what differs from one attempt to the next
-
-
-@dataclass(frozen=True)
 class Facts:
     """Everything the verdict rests on, gathered once."""
 
     code: int  # of srun, or the largest of the local ranks'
     superseded: bool = False  # a later attempt owns the run
-    said: Said | None = None
+    said: Mapping[str, Any] | None = None  # outcome.json
     cancelled: bool = False  # marks/cancelled names this job
     told: str = ""  # of a local run alone: the signal that was sent to it
     job: Job | None = None  # None: the scheduler gave no answer
     restart_count: int = 0  # restarts when this attempt began
     time_nearly_over: bool = False  # within the lead time before the limit
     started: bool = False  # some rank wrote `start`
-    raised: Sequence[Raised] = ()  # by ranks of this attempt
-    raised_before: Sequence[Raised] = ()  # just before, with no newer checkpoint since
+    # what ranks raised unexpectedly: `step` (None before the first), and as `signature` type and message,
+    # without what differs from one attempt to the next
+    raised: Sequence[Mapping[str, Any]] = ()
+    raised_before: Sequence[Mapping[str, Any]] = ()  # just before, with no newer checkpoint since
     fruitless: int = 0  # endings in a row just before this one that count, with no newer checkpoint since
     broken_before: bool = False  # the ending just before was "never started"
     errors: Sequence[str] = ()  # lines of srun about tasks and nodes
@@ -98,7 +82,7 @@ def decide(facts: Facts) -> Verdict:
     """The first line that fits; see the table in the documentation."""
     if facts.superseded:
         return Verdict("leave", "superseded", Outcome.STALE)
-    if facts.said and facts.said.outcome == "finished":
+    if facts.said and facts.said["outcome"] == "finished":
         return Verdict("finish", "finished", Outcome.FINISHED)
     if facts.cancelled:
         return Verdict("cancel", "cancelled", Outcome.CANCELLED, "cancelled with clipcluster cancel")
@@ -127,17 +111,18 @@ def _by_scheduler(facts: Facts) -> Verdict | None:
 
 def _by_ranks(facts: Facts) -> Verdict:
     said = facts.said
-    if said and said.outcome == "stopped":
-        verdict = Verdict("requeue", "stopped", Outcome.STOPPED, said.reason or "asked to stop")
+    if said and said["outcome"] == "stopped":
+        verdict = Verdict("requeue", "stopped", Outcome.STOPPED, said["reason"] or "asked to stop")
         if facts.time_nearly_over:
             return _unless_fruitless(facts, replace(verdict, counts=True))
         return verdict
     if said:
-        return Verdict("fail", "failed", said.code, said.reason, said.advice or ADVICE.get(said.code, ""))
+        reason = f"{said['reason']} (rank {said['rank']} on {said['host']})"
+        return Verdict("fail", "failed", said["code"], reason, said["advice"] or ADVICE.get(said["code"], ""))
     again = next((each for each in facts.raised if each in facts.raised_before), None)
     if again is not None:
-        where = "before the first step" if again.step is None else f"at step {again.step}"
-        reason = f"{again.signature} ({where}, twice in a row)"
+        where = "before the first step" if again["step"] is None else f"at step {again['step']}"
+        reason = f"{again['signature']} ({where}, twice in a row)"
         return Verdict("fail", "failed", Outcome.ERROR, reason, ADVICE[Outcome.ERROR])
     if facts.started:
         reason = "; ".join(facts.errors[:3]) or (

@@ -6,9 +6,9 @@ import pytest
 
 from clipcluster.runs.checkpoints import newest_complete
 from jobs.endings import history
-from jobs.endings.claim import claim
+from jobs.endings.act import blamed_twice, claim
+from jobs.endings.facts import gather
 from jobs.endings.log import tail
-from jobs.endings.verdict import Raised
 from tools.slurm import Slurm
 
 
@@ -42,56 +42,65 @@ def test_only_whole_checkpoints_count(run):
     assert newest_complete(run.checkpoints) == 5
 
 
+def seen(run, attempt):
+    return gather(run, attempt, 1, job_id=attempt.job, logs=run.submitit)
+
+
 def test_a_row_without_a_newer_checkpoint(run):
     attempt_with(run, "crashed")
     attempt_with(run, "preempted", counts=False)
     attempt_with(run, "out of time")
     last = attempt_with(run)
-    assert history.fruitless(run, last, None) == 2
-    assert history.fruitless(run, last, 5) == 0
+    assert seen(run, last).fruitless == 2
+    make_checkpoint(run, 5)
+    assert seen(run, last).fruitless == 0
 
 
 def test_a_newer_checkpoint_begins_a_new_row(run):
     attempt_with(run, "crashed", checkpoint=5)
     attempt_with(run, "crashed", checkpoint=10)
     last = attempt_with(run)
-    assert history.fruitless(run, last, 10) == 1
-    assert history.fruitless(run, last, 11) == 0
+    make_checkpoint(run, 10)
+    assert seen(run, last).fruitless == 1
+    make_checkpoint(run, 11)
+    assert seen(run, last).fruitless == 0
 
 
 @pytest.mark.parametrize("between", [{"job": "18"}, {"counts": False}])
 def test_another_job_or_an_agreed_stop_begins_a_new_row(run, between):
     attempt_with(run, "crashed")
     attempt_with(run, "stopped", **between)
-    assert history.fruitless(run, attempt_with(run), None) <= 1
-    assert history.fruitless(run, attempt_with(run, job="99"), None) == 0
+    assert seen(run, attempt_with(run)).fruitless <= 1
+    assert seen(run, attempt_with(run, job="99")).fruitless == 0
 
 
 def test_a_broken_environment_just_before(run):
     attempt_with(run, "never started")
     attempt_with(run, "preempted", counts=False)
-    assert history.broken_before(run, attempt_with(run))
+    assert seen(run, attempt_with(run)).broken_before
     attempt_with(run, "crashed")
-    assert not history.broken_before(run, attempt_with(run))
+    assert not seen(run, attempt_with(run)).broken_before
 
 
 def test_what_was_raised_just_before(run):
     shape = {"step": 7, "signature": "RuntimeError: shapes"}
+    make_checkpoint(run, 5)
     attempt_with(run, "crashed", checkpoint=5, raised=[shape])
     attempt_with(run, "preempted", checkpoint=5, counts=False)
     last = attempt_with(run)
-    assert history.raised_before(run, last, 5) == [Raised(7, "RuntimeError: shapes")]
-    assert history.raised_before(run, last, 6) == []
-    assert history.raised_before(run, attempt_with(run, job="18"), 5) == []
+    assert seen(run, last).raised_before == [shape]
+    assert seen(run, attempt_with(run, job="18")).raised_before == []
     attempt_with(run, "crashed", checkpoint=5)
-    assert history.raised_before(run, attempt_with(run), 5) == []
+    assert seen(run, attempt_with(run)).raised_before == []
+    make_checkpoint(run, 6)
+    assert seen(run, last).raised_before == []
 
 
 def test_a_node_blamed_twice(run):
     attempt_with(run, "crashed", blamed="n2")
     last = attempt_with(run)
-    assert history.blamed_twice(run, last, "n3") == []
-    assert history.blamed_twice(run, last, "n2") == ["n2"]
+    assert blamed_twice(run, last, "n3") == []
+    assert blamed_twice(run, last, "n2") == ["n2"]
 
 
 def test_an_unknown_job_counts_as_running_until_it_ended(run, no_slurm):
