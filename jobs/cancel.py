@@ -10,7 +10,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from jobs.state import Queue, state_of
-from jobs.submissions import adopt, job_ids, refused, unanswered
+from jobs.submissions import adopt, job_ids, record, unanswered
 from tools.slurm import SlurmRefused, SlurmUnavailable
 
 
@@ -33,7 +33,7 @@ def cancel(run: Run, queue: Queue) -> str:
         return f"{run.name}: cancelled {', '.join(ended)}"
     intent = unanswered(run)
     if intent is not None:
-        refused(run, intent, "cancelled")
+        record(run, intent, refused="cancelled")
     if state.name == "UNKNOWN":
         raise UserError(
             f"{run.name}: {state.detail}. The run is marked as cancelled, so that no attempt follows; "

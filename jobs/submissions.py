@@ -38,30 +38,21 @@ def intend(run: Run, executor: str, code: str) -> Intent:
     """Record, durably, that a job is about to be launched."""
     run.submitit.mkdir(exist_ok=True)
     intent = Intent(secrets.token_hex(4), executor, code, socket.gethostname(), round(time.time(), 3))
-    _append(run, vars(intent))
+    record(run, intent)
     files.fsync_folder(run.submitit)
     return intent
 
 
-def launched(run: Run, intent: Intent, job: str) -> None:
-    """Record the job that a launch made."""
-    _append(run, {**vars(intent), "job": job})
-
-
-def refused(run: Run, intent: Intent, reason: str) -> None:
-    """Record that a launch made no job."""
-    _append(run, {**vars(intent), "refused": reason})
+def record(run: Run, intent: Intent, **answer: str) -> None:
+    """Record the `job` that a launch made, or why it was `refused` and made none."""
+    files.append_lines(run.submitit / FILE, [{**vars(intent), **answer}], durable=True)
 
 
 def adopt(run: Run, job: str) -> None:
     """Record the job of a launch whose process died before it did; no line is needed for any other job."""
     intent = unanswered(run)
     if intent is not None and job not in job_ids(run):
-        launched(run, intent, job)
-
-
-def _append(run: Run, line: dict[str, Any]) -> None:
-    files.append_lines(run.submitit / FILE, [line], durable=True)
+        record(run, intent, job=job)
 
 
 def submissions(run: Run) -> list[dict[str, Any]]:

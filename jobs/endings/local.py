@@ -83,9 +83,6 @@ class Ranks:
         self.out_of_time = False
         self.processes = [_start(run, attempt, job_id, order, rank) for rank in range(order.tasks)]
 
-    def running(self) -> bool:
-        return any(process.poll() is None for process in self.processes)
-
     def listening(self) -> bool:
         """Whether every rank has started: before its handlers are installed, a USR1 would kill it."""
         return len(list(self.attempt.path.glob("events-rank-*.jsonl"))) >= self.order.tasks
@@ -107,24 +104,20 @@ class Ranks:
 
     def watch(self, signals: Signals) -> None:
         """Wait until all ranks have left, sending and killing as time and signals ask."""
-        while self.running():
+        while any(process.poll() is None for process in self.processes):
             now = time.monotonic()
             while signals.passed and self.listening():
                 self.send(signals.passed.pop(0))
-            if signals.told:
+            left = self.began + self.order.time - now
+            if left <= self.order.lead and not self.asked and self.listening():
+                self.asked = True
+                self.send(signal.SIGUSR1)
+            self.out_of_time = self.out_of_time or left <= 0
+            if signals.told or self.out_of_time:
                 self.term()
-            self._keep_time(now - self.began)
             if self._overdue(now):
                 self.send(signal.SIGKILL)
             time.sleep(POLL_SECONDS)
-
-    def _keep_time(self, elapsed: float) -> None:
-        if elapsed >= self.order.time - self.order.lead and not self.asked and self.listening():
-            self.asked = True
-            self.send(signal.SIGUSR1)
-        if elapsed >= self.order.time and not self.out_of_time:
-            self.out_of_time = True
-            self.term()
 
     def _overdue(self, now: float) -> bool:
         """Whether the ranks that are left have had all the time they are given."""

@@ -15,19 +15,6 @@ from clipcluster.runtime.outcome import ADVICE, Outcome
 from tools.slurm import expand_nodes
 
 Action = Literal["leave", "finish", "cancel", "stop", "note", "requeue", "fail"]
-Ending = Literal[
-    "superseded",
-    "finished",
-    "cancelled",
-    "told to stop",
-    "requeued already",
-    "out of time",
-    "preempted",
-    "stopped",
-    "failed",
-    "crashed",
-    "never started",
-]
 FRUITLESS = 3  # endings in a row without a newer checkpoint that end a run
 REPEATED = 1  # exit code of a run that such a row ended
 
@@ -70,7 +57,7 @@ class Verdict:
     """What follows. `code` is the batch script's exit code; `counts`: a row of these ends the run."""
 
     action: Action
-    ending: Ending
+    ending: str  # which line of the table, such as "out of time"
     code: int
     reason: str = ""
     advice: str = ""
@@ -136,7 +123,7 @@ def _by_ranks(facts: Facts) -> Verdict:
     return _unless_fruitless(facts, _requeue("never started", reason))
 
 
-def _requeue(ending: Ending, reason: str) -> Verdict:
+def _requeue(ending: str, reason: str) -> Verdict:
     return Verdict("requeue", ending, Outcome.STOPPED, reason, counts=True)
 
 

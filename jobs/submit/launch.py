@@ -172,8 +172,4 @@ def _outside_of_jobs() -> Iterator[None]:
     }
     with submitit.helpers.clean_env():
         os.environ.update(kept)
-        try:
-            yield
-        finally:
-            for name in kept:
-                os.environ.pop(name, None)
+        yield

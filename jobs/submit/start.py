@@ -104,16 +104,16 @@ class Start:
                 ) from None
             job = found[-1]
         except UserError as refusal:
-            submissions.refused(run, intent, str(refusal))
+            submissions.record(run, intent, refused=str(refusal))
             if made:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         except BaseException:
             for job in Queue().jobs_of(run)[-1:] if self.executor == "slurm" else []:
-                submissions.launched(run, intent, job)
+                submissions.record(run, intent, job=job)
                 self.say(f"{run.name} is queued, as job {job}; to end it: clipcluster cancel {run.name}")
             raise
-        submissions.launched(run, intent, job)
+        submissions.record(run, intent, job=job)
         return job
 
     def _settings(self, code: str | None, grace: float) -> dict[str, Any]:

@@ -253,8 +253,8 @@ def test_a_launch_that_left_no_job_can_be_cancelled(run, monkeypatch):
 
 
 def test_a_launch_with_an_answer(run):
-    submissions.refused(run, submissions.intend(run, "slurm", "code-1"), "no such partition")
+    submissions.record(run, submissions.intend(run, "slurm", "code-1"), refused="no such partition")
     assert state_of(run, Answers()).name == "NEW"
-    submissions.launched(run, submissions.intend(run, "slurm", "code-1"), "17")
+    submissions.record(run, submissions.intend(run, "slurm", "code-1"), job="17")
     assert submissions.job_ids(run) == ["17"]
     assert state_of(run, Answers({"17": ("PENDING", "Priority")})).name == "PENDING"
