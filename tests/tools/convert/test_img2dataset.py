@@ -25,7 +25,7 @@ from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from tools.convert.readers.img2dataset import KIND, Options, open_downloads
-from tools.convert.readers.uids import read_uids
+from tools.convert.readers.sample_choice import read_uids
 from tools.convert.records import BadRecord, Source, Split
 
 
@@ -131,14 +131,11 @@ def _write_uids(path: Path, uids: list[str], how: str) -> Path:
     if how == "npy":
         np.save(path, array)
         return path.with_name(path.name + ".npy")
-    if how == "hex array":
-        np.save(path, np.array(uids))
-        return path.with_name(path.name + ".npy")
     path.write_bytes(array.tobytes() if how == "raw" else "".join(f"{uid}\n" for uid in uids).encode())
     return path
 
 
-@pytest.mark.parametrize("how", ["npy", "raw", "text", "hex array"])
+@pytest.mark.parametrize("how", ["npy", "raw", "text"])
 def test_a_subset_by_uid_repeats_what_repeats(downloads: Any, folder: Path, tmp_path: Path, how: str) -> None:
     wanted = [9, 2, 14, 9, 9, 700, 3, 2]  # 700 is nowhere, 3 was not downloaded; not sorted
     file = _write_uids(tmp_path / "uids", list(map(downloads.uid, wanted)), how)

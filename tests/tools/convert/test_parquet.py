@@ -157,7 +157,7 @@ def test_images_behind_paths(tmp_path: Path) -> None:
     assert [split.read(number).image for number in (0, 1, 2, 5)] == [_picture(n) for n in (0, 1, 2, 2)]
     assert split.read(1).captions == ["words 1"]
     assert split.sizes().tolist() == [*[len(_picture(n)) for n in range(3)], 0, 0, len(_picture(2))]
-    with pytest.raises(BadRecord, match=r"images/3.png: no such file"):
+    with pytest.raises(BadRecord, match=r"images/3.png: No such file"):
         split.read(3)
     with pytest.raises(BadRecord, match="no image in its row"):
         split.read(4)

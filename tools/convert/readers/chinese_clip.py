@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.convert.readers.byte_ranges import ByteRanges
+from tools.convert.readers.open_file import OpenFile
 from tools.convert.records import BadRecord, InputFile, Kind, NoOptions, Record, Source, Split
 
 NO_ID = np.iinfo(np.int64).min  # stands in the place of an id that could not be read
@@ -123,7 +123,7 @@ def _images(path: Path) -> Images:
     for number in np.flatnonzero(~first & (numbers != NO_ID)).tolist():
         faults[number] = (str(ids[number]), f"{path.name}: the id also appears on an earlier line")
         numbers[number] = NO_ID
-    file = ByteRanges(path)
+    file = OpenFile(path)
     return Images(numbers, np.array(sizes, np.int64), faults, lambda at: file.read(offsets[at], sizes[at]))
 
 
@@ -144,7 +144,7 @@ def _texts(path: Path) -> Texts:
         offsets.append(offset)
         sizes.append(len(data))
         without_image += not images
-    file = ByteRanges(path)
+    file = OpenFile(path)
 
     def read(pair: int) -> tuple[Any, str]:
         text_id, text, _ = _parsed(file.read(offsets[texts[pair]], sizes[texts[pair]]))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcluster.errors import UserError
-from tools.convert.readers.byte_ranges import ByteRanges
+from tools.convert.readers.open_file import OpenFile
 from tools.convert.records import InputFile
 
 WANTED = (
@@ -107,7 +107,7 @@ class CocoFiles:
                 self._add(other)
 
     def _add_zip(self, path: Path) -> None:
-        members, file = _members(path), ByteRanges(path)
+        members, file = _members(path), OpenFile(path)
         folders: dict[str, dict[str, zipfile.ZipInfo]] = {}
         for name, info in members.items():
             folder, _, base = name.rpartition("/")
@@ -148,7 +148,7 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
     return members
 
 
-def _read(file: ByteRanges, members: Mapping[str, zipfile.ZipInfo], name: str) -> bytes:
+def _read(file: OpenFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> bytes:
     """A member's bytes. KeyError: no such member; DamagedMember; OSError where the disk fails."""
     member = members[name]
     signature, name_bytes, extra = _LOCAL.unpack(file.read(member.header_offset, _LOCAL.size))

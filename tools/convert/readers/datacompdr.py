@@ -11,9 +11,8 @@ import numpy as np
 
 from clipcluster.errors import UserError
 from tools.convert.readers.img2dataset import find_parts, input_of
-from tools.convert.readers.sample_choice import first_of_each, uid_label
+from tools.convert.readers.sample_choice import NBYTES, first_of_each, uid_label, uid_of
 from tools.convert.readers.tar_samples import TarSamples, record_of
-from tools.convert.readers.uids import NBYTES, uid_of
 from tools.convert.records import Kind, Record, Source, Split, option
 
 _UID = NBYTES + 1  # bytes of a uid's label

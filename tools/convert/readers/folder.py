@@ -13,12 +13,14 @@ import stat
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from clipcluster.data.shards.texts import CLASS_NAMES, TEMPLATES, class_names
 from clipcluster.errors import UserError
+from tools.convert.readers.open_file import OpenFile
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
 SPLITS = frozenset(["train", "val", "valid", "validation", "test"])
@@ -59,7 +61,10 @@ class _Files:
         self._directories, self._captions = directories, captions
         self._ends = np.cumsum([len(part.names) for part in directories], dtype=np.int64).tolist()
         self._special = _special_keys(directories)
-        self._handles: dict[int, int] = {}
+        # the files of a directory that is open are found without walking down to it
+        self._opened = lru_cache(_OPEN_DIRECTORIES)(
+            lambda part: OpenFile(directories[part].path, os.O_DIRECTORY)
+        )
 
     def sizes(self) -> np.ndarray:
         sizes = [size for part in self._directories for size in part.sizes]
@@ -77,19 +82,8 @@ class _Files:
         size = directory.sizes[place]
         if size == _NO_FILE:
             raise BadRecord(key, "no file: a broken link, or not a regular file")
-        folder = self._handles.get(part)
-        data = _read(name, size, self._handle(part) if folder is None else folder)
+        data = _read(name, size, self._opened(part).fd)
         return Record(key, data, self._captions[directory.cls], {}, directory.cls)
-
-    def _handle(self, part: int) -> int:
-        """A directory, opened: its files are then found without walking down to it."""
-        if len(self._handles) >= _OPEN_DIRECTORIES:
-            for fd in self._handles.values():
-                os.close(fd)
-            self._handles.clear()
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        fd = self._handles[part] = os.open(self._directories[part].path, flags)
-        return fd
 
 
 def _read(name: str, size: int, folder: int) -> bytes:

@@ -15,7 +15,7 @@ from clipcluster.errors import UserError
 from tools.convert.readers.parquet import column_of
 from tools.convert.readers.sample_choice import all_or_once, by_uids, field_label, uid_label
 from tools.convert.readers.tar_samples import TarSamples
-from tools.convert.records import InputFile, Kind, Record, Source, Split, option
+from tools.convert.records import InputFile, Kind, Source, Split, option
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ def open_downloads(inputs: Sequence[Path], options: Options) -> Source:
     samples.forget()
     files = [input_of(path) for path in paths]
     files += [InputFile.of(options.uids)] if options.uids else []
-
-    def read(number: int) -> Record:
-        return chosen.read(number, options.caption_field)
-
+    read = partial(chosen.read, caption_field=options.caption_field)
     return Source([Split("", len(chosen.numbers), chosen.sizes, read)], files, notes)
 
 
@@ -74,11 +71,6 @@ def find_parts(folder: Path) -> list[Path]:
     folders = [path for path in found if path.is_dir() and f"{path.name}_stats.json" in beside]
     if folders:
         return folders
-    if any(path.suffix == ".parquet" for path in found):
-        raise UserError(
-            f"{folder}: parquet files without tars beside them; if the images are in them: "
-            f"clipcluster shards convert parquet {folder}"
-        )
     below = [path for path in found if path.is_dir() and next(path.glob("*.tar"), None) is not None]
     if len(below) == 1:
         return find_parts(below[0])
@@ -86,7 +78,8 @@ def find_parts(folder: Path) -> list[Path]:
         names = ", ".join(path.name for path in below[:5])
         raise UserError(f"{folder}: the tars lie in its folders {names}; name the folders to convert")
     raise UserError(
-        f"{folder}: neither NAME.tar nor folders NAME with NAME_stats.json, as img2dataset makes them"
+        f"{folder}: neither NAME.tar nor folders NAME with NAME_stats.json, as img2dataset makes them; for "
+        f"parquet files that hold the images there is: clipcluster shards convert parquet {folder}"
     )
 
 

@@ -55,11 +55,11 @@ class _Database:
         """
         try:
             with self._environment().begin(buffers=True) as view:
-                for key, value in view.cursor():
-                    if bytes(key) in _COUNTERS:
+                for key, value in ((bytes(key), value) for key, value in view.cursor()):
+                    if key in _COUNTERS:
                         self.said = bytes(value).decode("utf-8", "replace")
                     else:
-                        yield bytes(key), value
+                        yield key, value
         except _lmdb().Error as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
 

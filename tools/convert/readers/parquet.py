@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.convert.readers.table import CAPTIONS, IMAGE_PATHS
+from tools.convert.readers.table import CAPTIONS, IMAGE_PATHS, image_file
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
 CACHED_GROUPS = 4  # row groups that a process keeps, if they are not too large together
@@ -122,13 +122,7 @@ class Rows:
         if not value:
             failure = ", ".join(str(row[name]) for name in self._columns.failure if row[name])
             raise BadRecord(key, "no image in its row" + (f": {failure}" if failure else ""))
-        if isinstance(value, bytes):
-            return value
-        path = self._place(file, value)
-        try:
-            return path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise BadRecord(key, f"{path}: no such file") from None
+        return value if isinstance(value, bytes) else image_file(self._place(file, value), key)
 
     def _place(self, file: int, value: str) -> Path:
         return (self._root or self._paths[file].parent) / value

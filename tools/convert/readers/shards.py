@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from clipcluster.data.shards.tar import NO_BYTES, read_at, scan
 from clipcluster.data.shards.texts import BESIDE_SHARDS, CLASS_NAMES
 from clipcluster.errors import UserError
 from clipcluster.runtime.outcome import DataError
+from tools.convert.readers.sample_choice import first_of_each
 from tools.convert.records import BadRecord, InputFile, Kind, Source, Split, WholeRecord, option
 
 _HEADER = 128 << 10  # bytes of an image in which its size usually stands
@@ -194,8 +195,13 @@ def _taken(dataset: Dataset, options: Options) -> np.ndarray:
         taken = taken[np.isin(dataset.classes[taken], options.classes)]
     if options.samples is not None:
         taken = _with_keys(dataset, taken, options.samples)
-    for condition in _conditions(options):
-        taken = taken[np.array([condition(dataset, position) for position in taken.tolist()], bool)]
+    conditions = (_kinds_named(options), options.min_side, options.max_aspect)
+    if any(conditions):
+        fits = (_fits(image, *conditions) for image in _images(dataset, taken))
+        taken = taken[np.fromiter(fits, bool, len(taken))]
+    if options.dedupe:
+        digests = [hashlib.sha256(image).digest()[:16] for image in _images(dataset, taken)]
+        taken = taken[first_of_each(np.array(digests, "S16"))]
     if options.fraction is not None:
         hashes = np.array([_hash(options.seed, key) for key in _keys(dataset, taken)], np.uint64)
         lowest = np.argsort(hashes, kind="stable")[: round(options.fraction * len(hashes))]
@@ -221,35 +227,18 @@ def _with_keys(dataset: Dataset, taken: np.ndarray, file: Path) -> np.ndarray:
     return taken[np.array([key in wanted for key in keys], bool)]
 
 
-def _conditions(options: Options) -> list[Callable[[Dataset, int], bool]]:
-    """What the images' bytes have to answer."""
-    conditions: list[Callable[[Dataset, int], bool]] = []
-    if options.kinds or options.min_side is not None or options.max_aspect is not None:
-        names = _kinds_named(options)
+def _images(dataset: Dataset, positions: np.ndarray) -> Iterator[bytes]:
+    return (dataset.read(position, text=False).image for position in positions.tolist())
 
-        def fits(shards: Dataset, position: int) -> bool:
-            image = shards.read(position, text=False).image
-            if names and (kind_of(image) or "none").lower() not in names:
-                return False
-            if options.min_side is None and options.max_aspect is None:
-                return True
-            sides = sorted(size_of(image[:_HEADER]) or size_of(image) or (0, 0))
-            if not sides[0] or sides[0] < (options.min_side or 0):
-                return False
-            return options.max_aspect is None or sides[1] <= options.max_aspect * sides[0]
 
-        conditions.append(fits)
-    if options.dedupe:
-        seen: set[bytes] = set()
-
-        def is_new(shards: Dataset, position: int) -> bool:
-            digest = hashlib.sha256(shards.read(position, text=False).image).digest()[:16]
-            new = digest not in seen
-            seen.add(digest)
-            return new
-
-        conditions.append(is_new)
-    return conditions
+def _fits(image: bytes, names: Collection[str], min_side: int | None, max_aspect: float | None) -> bool:
+    """Whether an image is of one of these kinds, if any are named, and of such a size."""
+    if names and (kind_of(image) or "none").lower() not in names:
+        return False
+    if min_side is None and max_aspect is None:
+        return True
+    shorter, longer = sorted(size_of(image[:_HEADER]) or size_of(image) or (0, 0))
+    return shorter >= (min_side or 1) and (max_aspect is None or longer <= max_aspect * shorter)
 
 
 def _hash(seed: int, key: str) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.convert.readers.byte_ranges import ByteRanges
+from tools.convert.readers.open_file import OpenFile
 from tools.convert.readers.table_rows import Table
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
@@ -69,7 +69,7 @@ class Images:
         self._tables = tables
         self._options = options
         self._roots = [os.path.abspath(options.root or table.path.parent) for table in tables]
-        self._files = [ByteRanges(table.path) for table in tables]
+        self._files = [OpenFile(table.path) for table in tables]
         self._rows, digests = self._scan()
         self._order, self._ends = grouped(digests)
 
@@ -157,12 +157,7 @@ class Images:
             raise BadRecord(key, f"{where}: {self._faults[rows[0]]}")
         cells = [self._cells(row) for row in rows]
         path = self._path(rows[0], cells[0])
-        try:
-            image = Path(path).read_bytes()
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                raise
-            raise BadRecord(key, f"{where}: {path}: {error.strerror}") from None
+        image = image_file(path, key, f"{where}: ")
         captions = [row[self._options.caption_column] for row in cells]
         cls = self._class(key, rows, cells)
         return Record(key, image, [text for text in captions if text.strip()], self._fields(cells), cls)
@@ -204,6 +199,16 @@ class Images:
             ("  left out (no file, no image)", len(lost)),
             ("  written", images - len(lost)),
         ]
+
+
+def image_file(path: str | Path, key: str, where: str = "") -> bytes:
+    """The bytes of the image of a row. BadRecord: there is no such file; OSError where the disk fails."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        raise BadRecord(key, f"{where}{path}: {error.strerror}") from None
 
 
 def grouped(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name, samples
-from clipcluster.data.shards.tar import NO_BYTES, BrokenTar, padded, read_at, scan
+from clipcluster.data.shards.tar import NO_BYTES, BrokenTar, padded, scan
+from tools.convert.readers.open_file import OpenFile
 from tools.convert.records import BadRecord, Record
 
-OPEN_SHARDS = 64  # handles kept open in each process
+_OPEN_SHARDS = 64  # at most, in each process
 
 Label = Callable[[str, "bytes | None"], bytes]
 
@@ -48,7 +49,7 @@ class TarSamples:
         self.paths = tuple(paths)
         self.notes: list[str] = []
         self._without_image = 0
-        self._open: OrderedDict[int, _Tar | _Folder] = OrderedDict()
+        self._shard = lru_cache(_OPEN_SHARDS)(self._open)
         pieces = [self._table(number, label, images) for number in range(len(self.paths))]
         keys, places, labels = zip(*pieces, strict=True)
         self.keys: np.ndarray = np.concatenate(keys)
@@ -67,7 +68,7 @@ class TarSamples:
 
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members (extension to bytes) of one sample. OSError where the disk fails."""
-        shard = self._handle(int(self.shards[number]))
+        shard = self._shard(int(self.shards[number]))
         return shard.read(int(self.starts[number]), int(self.ends[number]))
 
     def _table(
@@ -76,7 +77,7 @@ class TarSamples:
         """Keys (n,), places (n, 3) and labels (n,) of one shard, by key."""
         rows: list[tuple[bytes, tuple[int, int, int], bytes]] = []
         try:
-            for found in self._handle(number).samples():
+            for found in self._shard(number).samples():
                 if images and found.image_bytes < 0:
                     self._without_image += 1
                     continue
@@ -93,43 +94,32 @@ class TarSamples:
             np.array([said for _, _, said in rows], "S"),
         )
 
-    def _handle(self, number: int) -> _Tar | _Folder:
-        """The open shard. Reads carry their own position, so that forked processes may share a handle."""
-        shard = self._open.get(number)
-        if shard is None:
-            path = self.paths[number]
-            shard = _Folder(path) if path.is_dir() else _Tar(path)
-            self._open[number] = shard
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(number)
-        return shard
+    def _open(self, number: int) -> _Tar | _Folder:
+        path = self.paths[number]
+        return _Folder(path) if path.is_dir() else _Tar(OpenFile(path))
 
 
+@dataclass
 class _Tar:
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
-
-    def close(self) -> None:
-        os.close(self._fd)
+    file: OpenFile
 
     def samples(self) -> Iterator[Found]:
-        for key, named in samples(self._fd):
+        for key, named in samples(self.file.fd):
             members = {extension: member for extension, member in named.items() if member.size != NO_BYTES}
             if members:
                 first, last = next(iter(members.values())), next(reversed(members.values()))
                 end, json = last.offset + padded(last.size), members.get("json")
-                read_json = json and partial(read_at, self._fd, json.offset, json.size)
+                read_json = json and partial(self.file.read, json.offset, json.size)
                 image = image_of(members)
                 yield Found(key, first.start, end, -1 if image is None else members[image].size, read_json)
 
     def read(self, start: int, end: int) -> tuple[str, dict[str, bytes]]:
         key, members = "", {}
-        for member in scan(self._fd, start):
+        for member in scan(self.file.fd, start):
             name = sample_name(member.name)
             if name is not None:
                 key = name[0]
-                members[name[1]] = read_at(self._fd, member.offset, member.size)
+                members[name[1]] = self.file.read(member.offset, member.size)
             if member.offset + padded(member.size) >= end:
                 break
         return key, members
@@ -146,9 +136,6 @@ class _Folder:
             if name is not None:
                 self._samples.setdefault(name[0], {})[name[1]] = file
         self._keys = sorted(self._samples)
-
-    def close(self) -> None:
-        pass
 
     def samples(self) -> Iterator[Found]:
         for number, key in enumerate(self._keys):

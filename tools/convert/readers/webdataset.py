@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,9 @@ def _splits(given: Path) -> dict[str, list[Path]]:
             f"{given}: no such folder; give a folder of tars, or of train, test and so on with tars"
         )
     tars = _tars(given)
-    listed = next((_listed(given / name) for name in _INFO if (given / name).is_file()), None)
-    if tars and listed:
-        return listed
     if tars:
-        return {"": tars}
+        infos = [given / name for name in _INFO if (given / name).is_file()]
+        return (_listed(infos[0]) if infos else {}) or {"": tars}
     below = {path.name: _tars(path) for path in sorted(given.iterdir()) if path.is_dir()}
     splits = {name: paths for name, paths in below.items() if paths and not name.startswith(".")}
     if not splits:
@@ -139,22 +138,23 @@ def _tars(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
-def _listed(info: Path) -> dict[str, list[Path]] | None:
-    """The splits that timm's list names; None if it names none. UserError: a tar is not there."""
+def _listed(info: Path) -> dict[str, list[Path]]:
+    """The splits that timm's list names, as far as they are there. UserError: some tars of one are not."""
     try:
         document: Any = json.loads(info.read_bytes())
-        names = {str(name): list(split["filenames"]) for name, split in document["splits"].items()}
+        listed = {
+            str(name): [info.parent / file for file in split["filenames"]]
+            for name, split in document["splits"].items()
+        }
     except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-    splits = {name: [info.parent / file for file in files] for name, files in names.items() if files}
-    there = {name: paths for name, paths in splits.items() if any(path.is_file() for path in paths)}
-    for paths in there.values():
-        for path in paths:
-            if not path.is_file():
-                raise UserError(
-                    f"{path} is not there, and {info} lists it; download it, or give the tars one by one"
-                )
-    return there or None
+        return {}
+    there = {name: paths for name, paths in listed.items() if any(path.is_file() for path in paths)}
+    for path in chain.from_iterable(there.values()):
+        if not path.is_file():
+            raise UserError(
+                f"{path} is not there, and {info} lists it; download it, or give the tars one by one"
+            )
+    return there
 
 
 KIND = Kind(
