@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,21 +15,13 @@ from clipcluster.model.protocols import DualEncoder
 from clipcluster.runtime.world import World
 
 if TYPE_CHECKING:
-    from clipcluster.data.loading.batch import EvaluationBatch
+    from clipcluster.data.loading.loader import EvaluationLoader
 
 logger = logging.getLogger("clipcluster")
 _BAD = ("key", "shard", "reason")
 
 Tick = Callable[[], None]
 """Called between batches on all ranks equally often: there they agree, and raise when they are to stop."""
-
-
-class Batches(Protocol):
-    """Batches, and the workers behind them."""
-
-    def __iter__(self) -> Iterator[EvaluationBatch]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,7 @@ class EvaluationSet:
     name: str
     folder: str
     samples: int
-    batches: Callable[[], Batches]
+    batches: Callable[[], EvaluationLoader]
     classnames: Sequence[str] | None = None
     templates: Sequence[str] | None = None
 
@@ -86,7 +78,12 @@ def encode_images(model: DualEncoder, images: EvaluationSet, context: Context, t
                 logger.warning("%s: skipping %s in %s: %s", images.name, *map(sample.get, _BAD))
             if len(batch):
                 pixels = normalise(batch.images.to(world.device, non_blocking=True), mean, std)
-                _remember(known, batch, model.encode_image(pixels))
+                rows = batch.positions.to(world.device)
+                known.features[rows] = model.encode_image(pixels).to(known.features.dtype)
+                known.present[rows] = 1
+                positions = batch.positions.tolist()
+                known.captions.update(zip(positions, batch.captions, strict=True))
+                known.classes.update(zip(positions, batch.classes.tolist(), strict=True))
             tick()
     finally:
         batches.close()
@@ -94,15 +91,6 @@ def encode_images(model: DualEncoder, images: EvaluationSet, context: Context, t
     world.all_reduce_sum(known.features)
     known.present = world.all_reduce_sum(known.present) > 0
     return known
-
-
-def _remember(known: ImageFeatures, batch: EvaluationBatch, encoded: Tensor) -> None:
-    rows = batch.positions.to(encoded.device)
-    known.features[rows] = encoded.to(known.features.dtype)
-    known.present[rows] = 1
-    positions = batch.positions.tolist()
-    known.captions.update(zip(positions, batch.captions, strict=True))
-    known.classes.update(zip(positions, batch.classes.tolist(), strict=True))
 
 
 def encode_texts(model: DualEncoder, texts: Sequence[str], context: Context, tick: Tick) -> Tensor:

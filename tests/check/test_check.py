@@ -144,15 +144,21 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.train.0.repeat_classes={ood: 2}"], "'ood'; did you mean 'odd'?"),
+        (["data.train.0.repeat_classes={ood: 2}"], "'ood' is not the name of one class; did you mean 'odd'?"),
         (["data.train.0.repeat_classes={2: 2}"], "there is no class 2; the classes are 0 to 1"),
         (["data.train.0.repeat=0.37"], "The nearest possible repeats are 0.37037037"),
-        (["data.train.0.repeat=0"], "data.train.0 train: no sample with a caption and a repeat above zero"),
+        (
+            ["data.train.0.repeat=0"],
+            "data.train.0 train: no sample to draw, with a caption where one is needed and a repeat",
+        ),
         (["data.train.0.shards=data/trian"], "data.train.0.shards"),
         (["data.train.0.shards=data/trian"], "no such folder"),
         (["data.batch_size=5"], "does not divide by 2 ranks; set it to 4 or 6"),
         (["data.batch_size=10"], "the training data hold 9 samples, less than one batch of 10"),
-        (["data.batch_size=10", "data.epoch_samples=20"], "the training data hold 9 samples; a batch holds"),
+        (
+            ["data.batch_size=10", "data.epoch_samples=20"],
+            "a pass through the training data, repeats counted, is 9 samples",
+        ),
         (
             ["data.train=[{shards: data/train, weight: 0.333331}, {shards: data/test, weight: 1}]"],
             "The nearest possible weights are",

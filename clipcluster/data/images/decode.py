@@ -17,7 +17,6 @@ from clipcluster.data.images import truncation as jpeg
 from clipcluster.data.images.format import kind_of, no_image, pillow_name, size_of
 
 LARGEST = 89_478_485  # pixels; as Pillow: 256 MiB of RGB
-_SIZE_BY_HEADER = {"JPEG", "PNG", "GIF", "WebP", "BMP"}  # told by us, before a decoder sees the bytes
 _ANIMATION, _EXIF = 0x02, 0x08  # flags of a WebP's header
 _GREY = 128  # what a JPEG decoder fills with where the bits end early
 
@@ -43,7 +42,7 @@ def decode(data: bytes) -> torch.Tensor:
     if kind is None:
         raise BadImage(no_image(data))
     try:
-        if kind in _SIZE_BY_HEADER:
+        if kind in ("JPEG", "WebP"):  # the others' is told by Pillow
             _refuse_too_large(size_of(data), kind)
         if kind == "JPEG":
             return _jpeg(data)

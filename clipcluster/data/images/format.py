@@ -108,16 +108,6 @@ def _jpeg(data: bytes) -> tuple[int, int] | None:
     return width, height
 
 
-def _png(data: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from(">II", data, 16)
-    return width, height
-
-
-def _gif(data: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from("<HH", data, 6)
-    return width, height
-
-
 def _webp(data: bytes) -> tuple[int, int] | None:
     chunk = data[12:16]
     if chunk == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
@@ -131,15 +121,10 @@ def _webp(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _bmp(data: bytes) -> tuple[int, int]:
-    if struct.unpack_from("<I", data, 14)[0] == 12:
-        width, height = struct.unpack_from("<HH", data, 18)
-    else:
-        width, height = struct.unpack_from("<ii", data, 18)
-    return width, abs(height)  # a negative height: rows from top to bottom
-
-
-_SIZES = {"JPEG": _jpeg, "PNG": _png, "GIF": _gif, "WebP": _webp, "BMP": _bmp}
+_SIZES = {
+    "JPEG": _jpeg,
+    "WebP": _webp,
+}  # what the loader asks of every image is read here; Pillow knows the rest
 
 
 def _size_by_pillow(data: bytes, kind: str | None) -> tuple[int, int] | None:

@@ -14,15 +14,8 @@ LARGEST_PERIOD = 65_536
 def integer_weights(weights: Sequence[float]) -> list[int]:
     """The smallest integers in exactly the proportions of `weights`, read as the decimals they are written.
 
-    Raises UserError for a weight that is not a positive number, and where the integers' sum would exceed
-    65,536; the message then names the nearest possible weights.
+    Raises UserError where the integers' sum would exceed 65,536, naming the nearest possible weights.
     """
-    for number, weight in enumerate(weights):
-        if not (math.isfinite(weight) and weight > 0):
-            raise UserError(
-                f"data.train.{number}.weight is {weight:g}; a weight is a positive number, the source's part"
-                " of the draws. Give a positive one, or leave the source out."
-            )
     # repr, because 0.1 stands for one tenth and not for the binary fraction nearest to it
     exact = [Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(fraction.denominator for fraction in exact))

@@ -39,10 +39,6 @@ class Repeats:
     classes: np.ndarray | None = None
     recipe_key: str = ""
 
-    def __post_init__(self) -> None:
-        if self.by_class and self.classes is None:
-            raise ValueError(f"{self.recipe_key}: repeats by class need the classes of the samples")
-
 
 @dataclass(frozen=True)
 class ShownClasses:
@@ -78,12 +74,10 @@ class Copies:
         words = subkeys(key("portions"), np.arange(_OFFSETS if self.by_class else 0))
         self._offsets = (words % np.uint64(max(self.most, 1))).astype(np.uint8)
 
-    def kinds(self, start: int, stop: int) -> np.ndarray:
-        """Which of `values` each of the samples start … stop - 1 has, (n,) uint8."""
-        if not self.by_class:
-            return np.zeros(stop - start, dtype=np.uint8)
+    def kinds(self, positions: slice | np.ndarray) -> np.ndarray:
+        """Which of `values` the samples at positions within the source have, (n,) uint8."""
         assert self._classes is not None, "repeats by class come with the classes"
-        return self._kinds[np.clip(self._classes[start:stop], -1, self._end) + 1]
+        return self._kinds[np.clip(self._classes[positions], -1, self._end) + 1]
 
     def offsets(self, numbers: np.ndarray) -> np.ndarray:
         """Where the copies of a shard's samples `numbers` (n,) begin to be dealt to its portions, uint8."""
@@ -95,11 +89,6 @@ class Copies:
         values = self.values.astype(np.int64)[:, None]
         # of `most` consecutive numbers exactly `values` fulfil this, evenly spread
         return np.asarray(turned * values % max(self.most, 1) < values)
-
-    def in_portion(self, portion: int, start: int, stop: int) -> np.ndarray:
-        """Which of the samples start … stop - 1, all of one shard, lie in a portion of it, (n,) bool."""
-        offsets = self.offsets(np.arange(stop - start))
-        return np.asarray(self.held(portion)[self.kinds(start, stop), offsets])
 
     def portions(self, copies: np.ndarray, kinds: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """The portion of copy number `copies` (n,) of samples with these kinds and offsets, (n,) int64."""
@@ -130,13 +119,9 @@ def whole_copies(repeats: Sequence[Repeats | None]) -> tuple[int, list[Copies]]:
     most = max(values) * factor
     if most > MOST_COPIES:
         raise UserError(
-            f"{keys}: a pass would hold some samples {int(most):,} times"
-            + (
-                f" (a repeat of {float(max(values)):g}, times {factor} to make all whole)"
-                if factor > 1
-                else ""
-            )
-            + f"; at most {MOST_COPIES}. Give smaller repeats, coarser fractions, or weights of sources."
+            f"{keys}: a pass would hold some samples {int(most):,} times (a repeat of {float(max(values)):g},"
+            f" times {factor} to make all whole); at most {MOST_COPIES}. Give smaller repeats, coarser"
+            " fractions, or weights of sources."
         )
     return factor, [
         Copies(
@@ -193,29 +178,21 @@ def _class_number(word: str, classnames: Sequence[str] | None, highest: int, key
         if int(word) > last:
             raise UserError(f"{key_}: there is no class {word}; the classes are 0 to {last}")
         return int(word)
+    found = [number for number, known in enumerate(classnames or ()) if known.strip() == word.strip()]
+    if len(found) == 1:
+        return found[0]
+    near = nearest(word, classnames or ())
     if classnames is None:
-        raise UserError(
-            f"{key_}: {word!r} is the name of a class, and there is no classnames.txt beside the shards or in"
-            " the folder above. Give the class's number, or add the file (a name a line, in order of the"
-            " numbers)."
-        )
-    found = [number for number, known in enumerate(classnames) if known.strip() == word.strip()]
-    if len(found) > 1:
-        which = ", ".join(map(str, found))
-        raise UserError(
-            f"{key_}: {word!r} is the name of the classes {which}; give the number of the one meant"
-        )
-    if not found:
-        near = nearest(word, classnames)
-        hint = f"did you mean {near!r}?" if near else f"it has {len(classnames):,} names, or give the number"
-        raise UserError(f"{key_}: no class in classnames.txt is called {word!r}; {hint}")
-    return found[0]
+        remedy = "there is no classnames.txt beside the shards or in the folder above: give its number"
+    elif found:
+        remedy = f"the classes {', '.join(map(str, found))} are called so: give the number of one"
+    else:
+        remedy = f"did you mean {near!r}?" if near else "give its number"
+    raise UserError(f"{key_}: {word!r} is not the name of one class; {remedy}")
 
 
 def _exact(value: float) -> Fraction:
     """The fraction that a decimal stands for: itself, or one with a small denominator that it rounds."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"a repeat is {value}; it is zero or more")
     # repr, because 0.1 stands for one tenth and not for the binary fraction nearest to it
     written = Fraction(repr(float(value)))
     simple = written.limit_denominator(LARGEST_DENOMINATOR)

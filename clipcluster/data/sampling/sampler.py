@@ -13,7 +13,7 @@ import numpy as np
 from clipcluster.data.sampling.caption_rounds import CaptionRounds, SamplerSource
 from clipcluster.data.sampling.mixing import integer_weights, lay_out
 from clipcluster.data.sampling.oversampling import ShownClasses, repeats_of
-from clipcluster.data.sampling.shuffle import Coordinates, GroupSampler
+from clipcluster.data.sampling.shuffle import GroupSampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
@@ -55,12 +55,7 @@ class Sampler:
         full_shuffle_below: int = 1_000_000,
         epoch_samples: int | None = None,
     ) -> None:
-        if captions not in ("all", "random", "first"):
-            raise ValueError(f"captions is {captions!r}; allowed: 'all', 'random', 'first'")
-        if min(batch_size, lanes, window) < 1 or not sources:
-            raise ValueError("batch_size, lanes and window are at least 1, and there is at least one source")
         self.batch_size = batch_size
-        self._captions = captions
         groups = _group(sources)
         self._group_of = {source: number for number, group in enumerate(groups) for source in group}
         self._first_source = [group[0] for group in groups]
@@ -71,25 +66,24 @@ class Sampler:
         ]
         for group, rounds_ in zip(groups, rounds, strict=True):
             _require_draws(group, sources, rounds_)
-            _require_one_field(group, sources, captions)
         self.samples = int(sum(Fraction(int(rounds_.sizes.sum()), rounds_.factor) for rounds_ in rounds))
         self.steps_per_epoch = _steps_per_epoch(self.samples, epoch_samples, batch_size)
         self._pattern, self._ordinals = lay_out(self.weights)
         self._groups = []
         for number, rounds_ in enumerate(rounds):
             size = int(rounds_.sizes.sum())
-            repeated = any(sources[source].repeats is not None for source in groups[number])
-            group_sampler = GroupSampler(
+            sampler = GroupSampler(
                 rounds_,
                 seed=seed,
                 number=number,
                 per_batch=max(1, batch_size * self.weights[number] // len(self._pattern)),
-                pass_draws=size if len(groups) > 1 else _whole_batches(size, batch_size, repeated),
+                pass_draws=size if len(groups) > 1 else _whole_batches(size, batch_size),
                 lanes=lanes,
                 window=window,
                 full_shuffle=size <= full_shuffle_below,
+                captions=captions,
             )
-            self._groups.append(group_sampler)
+            self._groups.append(sampler)
 
     def group_of(self, source: int) -> GroupSampler:
         """The sampler of the group in which a source lies."""
@@ -108,7 +102,7 @@ class Sampler:
         """Slots start <= slot < stop of batch t: what `batch(t)` holds there, made without the others."""
         if t < 0 or not 0 <= start <= stop <= self.batch_size:
             raise ValueError(f"no slots {start} to {stop} in batch {t} of {self.batch_size}")
-        draws = np.recarray(stop - start, DRAW)
+        draws = np.empty(stop - start, DRAW)
         periods, phases = np.divmod(t * self.batch_size + np.arange(self.batch_size), len(self._pattern))
         for number, group in enumerate(self._groups):
             slots = np.flatnonzero(self._pattern[phases] == number)
@@ -116,75 +110,40 @@ class Sampler:
             # sorted over the whole batch, then cut: a rank keeps its lanes, whoever asks
             first, last = np.searchsorted(slots, (start, stop)).tolist()
             if first < last:
-                self._fill(draws, slots[first:last] - start, number, group.coordinates(numbers)[first:last])
-        return draws
-
-    def _fill(self, draws: Draws, slots: np.ndarray, number: int, at: Coordinates) -> None:
-        group = self._groups[number]
-        samples = group.samples(at)
-        sources, positions = group.rounds.locate(samples.position)
-        counts = group.rounds.captions_at(sources, positions)
-        probabilities = group.rounds.probabilities_at(sources)
-        draws.source[slots] = sources + self._first_source[number]
-        draws.pass_index[slots] = samples.pass_index
-        draws.position[slots] = positions
-        draws.caption[slots] = group.captions(at, samples, counts, probabilities, self._captions)
+                mine = slots[first:last] - start
+                passes, positions, captions = group.draws(numbers, slice(first, last))
+                sources, within = group.rounds.locate(positions)
+                draws["source"][mine] = sources + self._first_source[number]
+                draws["pass_index"][mine] = passes
+                draws["position"][mine] = within
+                draws["caption"][mine] = captions
+        return draws.view(Draws)
 
 
 def _group(sources: Sequence[SamplerSource]) -> list[list[int]]:
     """The sources that are drawn as one: all of them without weights, each alone with weights."""
-    weighted = [number for number, source in enumerate(sources) if source.weight is not None]
-    if not weighted:
-        return [list(range(len(sources)))]
-    if len(weighted) < len(sources):
-        missing = ", ".join(f"data.train.{i}" for i in range(len(sources)) if i not in weighted)
-        raise UserError(
-            f"some sources have a weight, {missing} has none. Give every source a weight (its part of the"
-            " draws), or none of them (then they are drawn as one)."
-        )
-    return [[number] for number in range(len(sources))]
+    numbers = list(range(len(sources)))
+    return [numbers] if sources[0].weight is None else [[number] for number in numbers]
 
 
 def _require_draws(group: list[int], sources: Sequence[SamplerSource], rounds_: CaptionRounds) -> None:
-    if rounds_.sizes.sum() > 0:
-        return
-    names = ", ".join(f"data.train.{i} {sources[i].name}".strip() for i in group)
-    mine = [sources[i] for i in group]
-    captionless = any(len(own.counts) for source in mine for own in source.fields)
-    reason = "no sample with a caption" if captionless else "no samples"
-    if any(source.repeats is not None for source in mine):
-        reason += " and a repeat above zero"
-    raise UserError(
-        f"{names}: {reason}. Look at the shards with `clipcluster shards stats`, and at captions_in"
-        + (", repeat and repeat_classes." if reason.endswith("zero") else ".")
-    )
-
-
-def _require_one_field(group: list[int], sources: Sequence[SamplerSource], captions: str) -> None:
-    several = [i for i in group if len(sources[i].fields) > 1]
-    if captions == "all" and several:
-        names = ", ".join(f"data.train.{i} {sources[i].name}".strip() for i in several)
+    if rounds_.sizes.sum() == 0:
+        names = ", ".join(f"data.train.{i} {sources[i].name}".strip() for i in group)
         raise UserError(
-            f"data.text.captions is all, and {names} has its captions in several fields, each with a"
-            " probability: all shows every caption once a pass and leaves nothing to chance. Give"
-            " data.text.captions: random (or first), or name one field in captions_in."
+            f"{names}: no sample to draw, with a caption where one is needed and a repeat above zero. Look at"
+            " the shards with `clipcluster shards stats`, and at captions_in, repeat and repeat_classes."
         )
 
 
-def _whole_batches(size: int, batch_size: int, repeated: bool) -> int:
+def _whole_batches(size: int, batch_size: int) -> int:
     """Draws of one pass where no batch crosses it."""
-    if size >= batch_size:
-        return size - size % batch_size
-    if repeated:
+    if size < batch_size:
         raise UserError(
             f"data.batch_size is {batch_size:,} and a pass through the training data, repeats counted, is"
             f" {size:,} samples; no batch crosses a pass. Give a data.batch_size of at most {size:,}, or"
             " larger repeats."
         )
-    raise UserError(
-        f"data.batch_size is {batch_size:,} and the training data hold {size:,} samples; a batch holds"
-        f" every sample once at most. Give a data.batch_size of at most {size:,}."
-    )
+    return size - size % batch_size
 
 
 def _steps_per_epoch(samples: int, epoch_samples: int | None, batch_size: int) -> int:

@@ -11,43 +11,15 @@ A pass is its caption rounds one after the other. A round is laid out in one of 
 Everything is computed from (seed, group, pass, round) when it is reached; what is kept can be computed again.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
 
 import numpy as np
 
 from clipcluster.data.sampling.caption_rounds import CaptionRounds
-from clipcluster.data.sampling.lru_cache import LruCache
 from clipcluster.data.sampling.permutation import key, permutation, permutations, subkeys
 
 _BLOCK = 16  # portions of shards whose ends are found together, where there are many
 _MANY = 1 << 16
-
-
-@dataclass(frozen=True, eq=False)
-class Coordinates:
-    """Where draws lie, arrays (n,) int64: pass, round, lane, offset within the lane."""
-
-    pass_index: np.ndarray
-    round_index: np.ndarray
-    lane: np.ndarray
-    offset: np.ndarray
-
-    def __getitem__(self, rows: slice | np.ndarray) -> "Coordinates":
-        return Coordinates(self.pass_index[rows], self.round_index[rows], self.lane[rows], self.offset[rows])
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """The samples at coordinates, arrays (n,) int64.
-
-    position: counted over all sources.
-    pass_index: pass x copies + copy: every copy of a sample goes through the source in a pass of its own.
-    """
-
-    position: np.ndarray
-    pass_index: np.ndarray
 
 
 class GroupSampler:
@@ -55,7 +27,7 @@ class GroupSampler:
 
     pass_draws: draws of one pass, the sum of the round sizes or less. lanes: an upper bound of the lanes;
     `.lanes` is what is used. window: draws of a lane that are shuffled together. full_shuffle: permute each
-    round whole, without lanes.
+    round whole, without lanes. captions: "all", "random" or "first", as of `Sampler`.
     """
 
     def __init__(
@@ -69,125 +41,122 @@ class GroupSampler:
         lanes: int,
         window: int,
         full_shuffle: bool,
+        captions: str,
     ) -> None:
         self.rounds = rounds
         self.pass_draws = pass_draws
         self.lanes = 1 if full_shuffle else count_lanes(per_batch, lanes)
         self._name = (seed, number)
         self._window = window
-        self._full_shuffle = full_shuffle
+        self._captions = captions
+        self._find = self._fully_shuffled if full_shuffle else self._in_lanes
         self._ends = np.cumsum(rounds.sizes)
         # a batch may touch two passes or rounds, seldom more
-        self._layouts = LruCache(2)
-        self._windows = LruCache(4)
+        self._whole = lru_cache(maxsize=2)(self._shuffle_whole)
+        self._portions = lru_cache(maxsize=2)(self._order_portions)
+        self._windows = lru_cache(maxsize=4)(self._shuffle_window)
 
-    def coordinates(self, numbers: np.ndarray) -> Coordinates:
-        """Where the draws `numbers` (n,) int64 of this group lie, sorted by (pass, round, lane, offset)."""
+    def draws(self, numbers: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pass, position (counted over all sources) and caption of `rows` of the draws `numbers` (n,).
+
+        Those are taken in order of (pass, round, lane, offset). Where samples have several copies, the
+        pass is pass x copies + copy: every copy goes through the source in a pass of its own.
+        """
+        at = self.coordinates(numbers)[:, rows]
+        positions, copies = np.empty((2, at.shape[1]), dtype=np.int64)
+        changes = np.flatnonzero(np.diff(at[:2]).any(axis=0)) + 1
+        for span in np.split(np.arange(at.shape[1]), changes):
+            pass_index, round_index = at[:2, span[0]].tolist()
+            positions[span], copies[span] = self._find(pass_index, round_index, *at[2:, span])
+        passes = at[0] * self.rounds.copies + copies
+        return passes, positions, self._captions_of(at[0], at[1], passes, positions)
+
+    def coordinates(self, numbers: np.ndarray) -> np.ndarray:
+        """Pass, round, lane and offset within the lane of the draws `numbers`, (4, n) int64, sorted."""
         pass_index, time = numbers // self.pass_draws, numbers % self.pass_draws
         round_index = np.zeros_like(time)
         if len(self._ends) > 1:
-            time = (time + self._first_draws(pass_index)) % self._ends[-1]
+            # a pass begins anywhere in its rounds: else the cut always hit the last one
+            firsts = self._keys(pass_index, "first draw") % np.uint64(self._ends[-1])
+            time = (time + firsts.astype(np.int64)) % self._ends[-1]
             round_index = np.searchsorted(self._ends, time, side="right")
             time -= self._ends[round_index] - self.rounds.sizes[round_index]
         offset, lane = np.divmod(time, self.lanes)
         order = np.lexsort((offset, lane, round_index, pass_index))
-        return Coordinates(pass_index, round_index, lane, offset)[order]
+        return np.stack([pass_index, round_index, lane, offset])[:, order]
 
-    def samples(self, at: Coordinates) -> Samples:
-        """The samples (n,) at coordinates."""
-        positions, copies = np.empty((2, len(at.offset)), dtype=np.int64)
-        for pass_index, round_index, rows in _equal_spans(at.pass_index, at.round_index):
-            find = self._fully_shuffled if self._full_shuffle else self._in_lanes
-            positions[rows], copies[rows] = find(pass_index, round_index, at[rows])
-        return Samples(positions, at.pass_index * self.rounds.copies + copies)
-
-    def captions(
-        self,
-        at: Coordinates,
-        samples: Samples,
-        counts: np.ndarray,
-        probabilities: np.ndarray | None,
-        choice: str,
+    def _captions_of(
+        self, pass_index: np.ndarray, round_index: np.ndarray, passes: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
-        """Which of its captions (n,) int32 each sample shows; -1 where `counts` is -1, not known.
+        """Which of its captions (n,) int64 each sample shows; -1 where they are not known.
 
-        counts: (n, fields), captions of each sample field by field; captions are numbered through all fields.
-        probabilities: (n, fields), of each field, if there are several. choice "first": the first of the
-        field drawn; "random": one of it by (seed, source, pass, copy, sample); "all": the round's in a
-        permutation of the sample's captions by (seed, source, pass, sample).
+        Numbered through all fields. "first": the first of the field drawn; "random": one of it by (seed,
+        source, pass, copy, sample); "all": the round's in a permutation of the sample's captions by (seed,
+        source, pass, sample).
         """
+        counts = self.rounds.captions_at(positions)
+        captions = np.zeros(len(counts), dtype=np.int64)
         known = counts[:, 0] >= 0
-        captions = np.full(len(known), -1, dtype=np.int32)
-        if choice == "all":
-            for pass_index, _, rows in _equal_spans(at.pass_index):
-                of_samples = subkeys(key(*self._name, pass_index, "captions"), samples.position[rows])
-                for count in np.unique(counts[rows, 0][known[rows]]).tolist():
-                    having = np.flatnonzero(counts[rows, 0] == count)
-                    order = permutations(of_samples[having], count)
-                    captions[rows][having] = order[np.arange(len(having)), at.round_index[rows][having]]
-            return captions
-        before = np.zeros(len(known), dtype=np.int64)
-        if probabilities is not None:
-            drawn = _draw_fields(self._words(samples, "fields"), counts, probabilities)[:, None]
-            before = np.take_along_axis(np.cumsum(counts, axis=1) - counts, drawn, axis=1)[:, 0]
+        if self._captions == "all":
+            words = subkeys(self._keys(pass_index, "captions"), positions)
+            for count in np.unique(counts[known, 0]).tolist():
+                having = np.flatnonzero(counts[:, 0] == count)
+                order = permutations(words[having], count)
+                captions[having] = order[np.arange(len(having)), round_index[having]]
+        elif counts.shape[1] > 1:
+            words = subkeys(self._keys(passes, "fields"), positions)
+            drawn = _draw_fields(words, counts, self.rounds.probabilities_at(positions))[:, None]
+            captions = np.take_along_axis(np.cumsum(counts, axis=1) - counts, drawn, axis=1)[:, 0]
             counts = np.take_along_axis(counts, drawn, axis=1)
-        if choice == "random":
-            words = self._words(samples, "captions")
-            before += (words % np.maximum(counts[:, 0], 1).astype(np.uint64)).astype(np.int64)
-        captions[known] = before[known]
-        return captions
+        if self._captions == "random":
+            words = subkeys(self._keys(passes, "captions"), positions)
+            captions += (words % np.maximum(counts[:, 0], 1).astype(np.uint64)).astype(np.int64)
+        return np.where(known, captions, -1)
 
-    def _words(self, samples: Samples, what: str) -> np.ndarray:
-        """A random word (n,) uint64 for each sample by (seed, source, pass, copy, sample)."""
-        passes, rows = np.unique(samples.pass_index, return_inverse=True)
-        parents = [key(*self._name, pass_index, what) for pass_index in passes.tolist()]
-        return subkeys(np.array(parents, np.uint64)[rows], samples.position)
-
-    def _first_draws(self, pass_index: np.ndarray) -> np.ndarray:
-        """How far into its rounds each draw's pass begins (n,); else the cut always hit the last round."""
-        firsts = np.empty_like(pass_index)
-        for number, _, rows in _equal_spans(pass_index):
-            firsts[rows] = key(*self._name, number, "first draw") % int(self._ends[-1])
-        return firsts
+    def _keys(self, passes: np.ndarray, what: str) -> np.ndarray:
+        """The key (n,) uint64 of something by (seed, source, pass)."""
+        distinct, rows = np.unique(passes, return_inverse=True)
+        return np.array([key(*self._name, number, what) for number in distinct.tolist()], np.uint64)[rows]
 
     def _fully_shuffled(
-        self, pass_index: int, round_index: int, at: Coordinates
-    ) -> tuple[np.ndarray, np.ndarray | int]:
-        def make() -> tuple[np.ndarray, np.ndarray | None]:
-            positions, copies = self.rounds.all_samples(round_index)
-            order = permutation(key(*self._name, pass_index, round_index, "whole"), len(positions))
-            return positions[order], None if copies is None else copies[order]
+        self, pass_index: int, round_index: int, lane: np.ndarray, offset: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        positions, copies = self._whole(pass_index, round_index)
+        return positions[offset], copies[offset]
 
-        positions, copies = self._layouts.get((pass_index, round_index), make)
-        return positions[at.offset], 0 if copies is None else copies[at.offset]
+    def _shuffle_whole(self, pass_index: int, round_index: int) -> tuple[np.ndarray, np.ndarray]:
+        positions, copies = self.rounds.all_samples(round_index)
+        order = permutation(key(*self._name, pass_index, round_index, "whole"), len(positions))
+        return positions[order], copies[order]
 
-    def _in_lanes(self, pass_index: int, round_index: int, at: Coordinates) -> tuple[np.ndarray, np.ndarray]:
-        def make() -> _PortionOrder:
-            name = *self._name, pass_index, round_index
-            return _PortionOrder(self.rounds, round_index, key(*name, "shards"), key(*name, "portions"))
-
-        portions = self._layouts.get((pass_index, round_index), make)
+    def _in_lanes(
+        self, pass_index: int, round_index: int, lane: np.ndarray, offset: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         size = int(self.rounds.sizes[round_index])
         length, longer = divmod(size, self.lanes)
-        starts = at.lane * length + np.minimum(at.lane, longer)
-        rotation = key(*self._name, pass_index, round_index, "rotation") % size
-        along = (starts + self._window_shuffled(pass_index, round_index, at, size) + rotation) % size
-        return self.rounds.samples(round_index, *portions.locate(along))
-
-    def _window_shuffled(self, pass_index: int, round_index: int, at: Coordinates, size: int) -> np.ndarray:
-        """Offsets within their lanes after the shuffle in windows, (n,)."""
-        windows, within = np.divmod(at.offset, self._window)
-        shuffled = windows * self._window
+        along = lane * length + np.minimum(lane, longer)
+        windows, within = np.divmod(offset, self._window)
         for window in np.unique(windows).tolist():
-            rows = np.flatnonzero(windows == window)
+            rows = windows == window
+            shuffled = self._windows(pass_index, round_index, window)
+            along[rows] += window * self._window + shuffled[lane[rows], within[rows]]
+        along = (along + key(*self._name, pass_index, round_index, "rotation") % size) % size
+        return self.rounds.samples(round_index, *self._portions(pass_index, round_index).locate(along))
 
-            def make(window: int = window) -> _Window:
-                parent = key(*self._name, pass_index, round_index, window, "window")
-                return _Window(parent, size, self.lanes, self._window, window)
+    def _order_portions(self, pass_index: int, round_index: int) -> "_PortionOrder":
+        name = *self._name, pass_index, round_index
+        return _PortionOrder(self.rounds, round_index, key(*name, "shards"), key(*name, "portions"))
 
-            orders = self._windows.get((pass_index, round_index, window), make)
-            shuffled[rows] += orders.shuffled(at.lane[rows], within[rows])
-        return shuffled
+    def _shuffle_window(self, pass_index: int, round_index: int, window: int) -> np.ndarray:
+        """The shuffle of the offsets in a window of all lanes, (lanes, draws of the window) int32."""
+        length, longer = divmod(int(self.rounds.sizes[round_index]), self.lanes)
+        lengths = length + (np.arange(self.lanes) < longer) - window * self._window
+        lengths = np.clip(lengths, 0, self._window)
+        keys = subkeys(key(*self._name, pass_index, round_index, window, "window"), np.arange(self.lanes))
+        orders = np.empty((self.lanes, lengths.max()), dtype=np.int32)
+        for draws in np.unique(lengths).tolist():
+            orders[lengths == draws, :draws] = permutations(keys[lengths == draws], draws)
+        return orders
 
 
 class _PortionOrder:
@@ -228,27 +197,6 @@ class _PortionOrder:
         return found, numbers
 
 
-class _Window:
-    """Window number `window` of all lanes of a round: each lane's shuffle is made when first asked for."""
-
-    def __init__(self, parent: int, size: int, lanes: int, length: int, window: int) -> None:
-        self._parent = parent
-        lane_lengths = size // lanes + (np.arange(lanes) < size % lanes)
-        self._lengths = np.clip(lane_lengths - window * length, 0, length)
-        self._made = np.zeros(lanes, dtype=bool)
-        self._orders = np.empty((lanes, int(self._lengths.max())), dtype=np.int32)
-
-    def shuffled(self, lanes: np.ndarray, within: np.ndarray) -> np.ndarray:
-        """Offset in the window (n,) that the draw `within` (n,) of its lane `lanes` (n,) shows."""
-        if not self._made[lanes].all():
-            missing = np.unique(lanes[~self._made[lanes]])
-            for length in np.unique(self._lengths[missing]).tolist():
-                alike = missing[self._lengths[missing] == length]
-                self._orders[alike, :length] = permutations(subkeys(self._parent, alike), length)
-            self._made[missing] = True
-        return self._orders[lanes, within]
-
-
 def _draw_fields(words: np.ndarray, counts: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """A caption field (n,) for each sample: by `probabilities` (n, fields) among those that have captions.
 
@@ -270,15 +218,3 @@ def count_lanes(per_batch: int, most: int) -> int:
     possible = min(most, per_batch)
     largest = next(number for number in range(possible, 0, -1) if per_batch % number == 0)
     return largest if 2 * largest > possible else possible
-
-
-def _equal_spans(first: np.ndarray, second: np.ndarray | None = None) -> Iterator[tuple[int, int, slice]]:
-    """Each span of draws with one value in both arrays (sorted by them): the two values and the slice."""
-    if not len(first):
-        return
-    changes = np.diff(first) != 0
-    if second is not None:
-        changes |= np.diff(second) != 0
-    bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(first)]
-    for start, stop in pairwise(bounds):
-        yield int(first[start]), 0 if second is None else int(second[start]), slice(start, stop)

@@ -275,7 +275,7 @@ class Concatenated:
     def __init__(self, pieces: Sequence[np.ndarray]) -> None:
         self._pieces = pieces
         self._ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        self.dtype = np.result_type(*pieces)
+        self.dtype = np.result_type(*(piece.dtype for piece in pieces))
 
     def __len__(self) -> int:
         return int(self._ends[-1])

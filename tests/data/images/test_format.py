@@ -101,7 +101,7 @@ def test_any_bytes_have_an_answer(data: bytes) -> None:
 def test_torch_and_pillow_stay_unloaded() -> None:
     code = (
         "import sys; from clipcluster.data.images.format import size_of\n"
-        "size_of(b'\\x89PNG\\r\\n\\x1a\\n' + bytes(40))\n"
+        "size_of(b'\\xff\\xd8\\xff\\xc0\\0\\x11\\x08' + bytes(40))\n"
         "sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

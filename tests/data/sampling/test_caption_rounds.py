@@ -47,7 +47,7 @@ def test_rounds_hold_the_samples_with_more_captions_than_their_number(given_shap
         assert counts_of(rounds, round_index) == [len(shard) for shard in by_shard]
         everything, copies = rounds.all_samples(round_index)
         assert everything.tolist() == [place for shard in by_shard for place in shard]
-        assert copies is None
+        assert not copies.any()
         shards = np.array([n for n, shard in enumerate(by_shard) for _ in shard], dtype=int)
         indices = np.array([j for shard in by_shard for j in range(len(shard))], dtype=int)
         mixed = np.random.default_rng(0).permutation(len(shards))
@@ -73,7 +73,7 @@ def test_a_position_belongs_to_one_source(given_shapes):
     sources, within = rounds.locate(np.arange(sum(sizes)))
     assert sources.tolist() == [n for n, size in enumerate(sizes) for _ in range(size)]
     assert within.tolist() == [place for size in sizes for place in range(size)]
-    known = rounds.captions_at(sources, within)
+    known = rounds.captions_at(np.arange(sum(sizes)))
     for number, shape in enumerate(given_shapes):
         expected = -1 if captions_of(shape) is None else captions_of(shape)
         assert np.all(known[sources == number, 0] == expected)
@@ -86,13 +86,4 @@ def test_what_is_kept_of_partly_captioned_shards_is_bounded(monkeypatch):
     shards = np.arange(20)
     for _ in range(2):
         assert rounds.samples(0, shards, np.full(20, 2))[0].tolist() == (shards * 10 + 5).tolist()
-    assert sum(map(len, rounds._held._values.values())) <= 50
-
-
-def test_columns_that_disagree_are_refused():
-    nine = sampler_source(np.array([10]), np.ones(9, dtype=np.uint8), more_than=np.array([[9]]))
-    with pytest.raises(ValueError, match="9 caption counts for 10 samples"):
-        CaptionRounds([nine], every_caption=False)
-    shape = sampler_source(np.array([10]), np.ones(10, dtype=np.uint8), more_than=np.array([[5, 5]]))
-    with pytest.raises(ValueError, match="more_than"):
-        CaptionRounds([shape], every_caption=False)
+    assert rounds._held.cache_info().currsize == 5  # numbers of 10 samples each

@@ -26,12 +26,6 @@ def test_weights_become_the_smallest_integers(given_weights, expected):
     assert integer_weights(given_weights) == expected
 
 
-@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
-def test_a_weight_is_a_positive_number(weight):
-    with pytest.raises(UserError, match=r"data\.train\.1\.weight"):
-        integer_weights([1, weight])
-
-
 @pytest.mark.parametrize(
     ("given_weights", "nearest"),
     [([0.333333, 0.666667], "1 : 2"), ([1e-6, 1], "1 : 65535"), ([65_536, 1], "65535 : 1")],

@@ -37,16 +37,16 @@ def test_nothing_said_is_nothing_repeated():
         (
             {"brid": 2.0},
             {},
-            r"repeat_classes: no class in classnames\.txt is called 'brid'; did you mean 'bird'",
+            r"repeat_classes: 'brid' is not the name of one class; did you mean 'bird'",
         ),
-        ({"submarine": 2.0}, {}, "called 'submarine'; it has 5 names, or give the number"),
-        ({"crane": 2.0}, {}, "'crane' is the name of the classes 3, 4; give the number of the one meant"),
+        ({"submarine": 2.0}, {}, "'submarine' is not the name of one class; give its number"),
+        ({"crane": 2.0}, {}, "'crane' is not the name of one class; the classes 3, 4 are called so"),
         ({"5": 2.0}, {}, "there is no class 5; the classes are 0 to 4"),
         ({"3": 2.0}, {"classnames": None}, "there is no class 3; the classes are 0 to 2"),
         (
             {"cat": 2.0},
             {"classnames": None},
-            r"'cat' is the name of a class, and there is no classnames\.txt",
+            r"'cat' is not the name of one class; there is no classnames\.txt",
         ),
         ({"0": 2.0, "cat": 3.0}, {}, "'0' and 'cat' are the same class; write it once"),
         (
@@ -73,10 +73,10 @@ def test_every_copy_lies_in_another_portion(every, by_class):
     if not copies.by_class:
         assert set(times) <= {copies.most}
         return
+    kinds, offsets = copies.kinds(slice(None)), copies.offsets(np.arange(len(classes)))
     for portion in range(copies.most):
-        held += copies.in_portion(portion, 0, len(classes))
+        held += copies.held(portion)[kinds, offsets]
     assert held.tolist() == times
-    kinds, offsets = copies.kinds(0, len(classes)), copies.offsets(np.arange(len(classes)))
     for row, count in enumerate(times):
         portions = copies.portions(np.arange(count), np.full(count, kinds[row]), np.full(count, offsets[row]))
         assert sorted(portions.tolist()) == [

@@ -217,7 +217,7 @@ def test_two_captions_of_an_image_meet_only_in_a_batch_that_touches_two_rounds(f
     line, met = sampler._groups[0], 0
     for t in range(3 * sampler.steps_per_epoch):
         batch = sampler.batch(t)
-        turns = line.coordinates(np.arange(t * 128, (t + 1) * 128)).round_index
+        turns = line.coordinates(np.arange(t * 128, (t + 1) * 128))[1]
         for round_index in np.unique(turns):
             images = batch.position[turns == round_index]
             assert len(np.unique(images)) == len(images)
@@ -352,21 +352,15 @@ def test_mistakes_in_the_recipe_are_named():
         Sampler([ten], batch_size=4, seed=0, epoch_samples=3)
     with pytest.raises(UserError, match=r"data\.batch_size of at most 10"):
         Sampler([ten], batch_size=11, seed=0, epoch_samples=100)
-    with pytest.raises(UserError, match=r"data\.train\.0, data\.train\.2 has none"):
-        Sampler([ten, sampler_source(np.array([10]), None, 2.0), ten], batch_size=4, seed=0)
     bare = sampler_source(np.array([3]), np.zeros(3, dtype=np.uint8), 1.0, name="flickr")
-    with pytest.raises(UserError, match=r"data\.train\.1 flickr: no sample with a caption"):
+    with pytest.raises(UserError, match=r"data\.train\.1 flickr: no sample to draw, with a caption"):
         Sampler([sampler_source(np.array([10]), None, 1.0), bare], batch_size=4, seed=0, captions="all")
-    with pytest.raises(UserError, match="no samples"):
+    with pytest.raises(UserError, match="no sample to draw"):
         Sampler([sampler_source(np.array([0, 0]))], batch_size=4, seed=0)
 
 
 def test_what_no_recipe_can_ask_for_is_a_programming_error():
     ten = sampler_source(np.array([10]))
-    with pytest.raises(ValueError, match="allowed: 'all', 'random', 'first'"):
-        Sampler([ten], batch_size=2, seed=0, captions="last")
-    with pytest.raises(ValueError, match="at least 1"):
-        Sampler([ten], batch_size=2, seed=0, lanes=0)
     for t, start, stop in ((-1, 0, 2), (0, 0, 3), (0, 2, 1)):
         with pytest.raises(ValueError, match="no slots"):
             Sampler([ten], batch_size=2, seed=0).slots(t, start, stop)

@@ -97,8 +97,6 @@ def test_every_copy_of_a_sample_lies_in_a_portion_of_its_own(shapes, scan):
         mixed = np.random.default_rng(0).permutation(len(rows))
         positions, copies = rounds.samples(round_index, rows[mixed], numbers[mixed])
         whole, whole_copies = rounds.all_samples(round_index)
-        if whole_copies is None:
-            whole_copies = np.zeros_like(whole)
         pairs = sorted(zip(positions.tolist(), copies.tolist(), strict=True))
         assert pairs == sorted(zip(whole.tolist(), whole_copies.tolist(), strict=True))
         assert len(set(pairs)) == len(pairs)
@@ -284,9 +282,9 @@ def test_mistakes_are_named():
         UserError, match=r"some samples 320 times \(a repeat of 5, times 64 to make all whole\)"
     ):
         sampler(Repeats(5, {0: 1 / 64}, classes))
-    with pytest.raises(UserError, match=r"300 times; at most 255"):
+    with pytest.raises(UserError, match=r"300 times .*; at most 255"):
         sampler(Repeats(300))
-    with pytest.raises(UserError, match=r"flickr: no samples and a repeat above zero.*repeat_classes"):
+    with pytest.raises(UserError, match=r"flickr: no sample to draw.* repeat above zero.*repeat_classes"):
         sampler(Repeats(0))
     with pytest.raises(UserError, match=r"a pass through the training data, repeats counted, is 160 samples"):
         Sampler(
@@ -306,14 +304,3 @@ def test_the_nearest_repeats_that_are_named_will_do():
         told = sampler_source(np.array([80]), repeats=Repeats(float(every), {0: float(nearest)}, classes))
         assert Sampler([told], batch_size=1, seed=0).steps_per_epoch >= 1
         assert float(nearest) == pytest.approx(value, rel=0.02 if value > 0.1 else 20)
-
-
-def test_what_no_recipe_can_ask_for_is_a_programming_error():
-    with pytest.raises(ValueError, match="need the classes"):
-        Repeats(1, {0: 2})
-    with pytest.raises(ValueError, match="79 classes for 80 samples"):
-        Sampler(
-            [sampler_source(np.array([80]), repeats=Repeats(1, {0: 2}, np.zeros(79)))], batch_size=1, seed=0
-        )
-    with pytest.raises(ValueError, match="zero or more"):
-        Sampler([sampler_source(np.array([80]), repeats=Repeats(-1))], batch_size=1, seed=0)
