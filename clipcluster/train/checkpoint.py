@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,39 +78,33 @@ class CheckpointFolder:
         """The folder of a step."""
         return self.folder / name_of(step)
 
-    def newest(self, usable: Callable[[Mapping[str, Any]], bool] = lambda state: True) -> Path | None:
-        """The newest checkpoint that verifies and whose state.json is `usable`, or None where there is none.
+    def newest(self, unusable: Callable[[Mapping[str, Any]], str] = lambda state: "") -> Path | None:
+        """The newest checkpoint that verifies and can be used, or None where there is none.
 
-        Broken ones newer than it are set aside with the reason. Where all are broken they stay where they are
-        and CheckpointError says what to do: a run never starts from scratch over checkpoints.
+        `unusable` says of a state.json why not, if so. Those newer than it are set aside with the reason.
+        Where none is found they stay where they are and CheckpointError says what to do: a run never starts
+        from scratch over checkpoints.
         """
-        broken: dict[int, str] = {}
-        any_complete = False
+        reasons: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                state = verify(self.path(step))
+                reason = unusable(verify(self.path(step)))
             except Broken as error:
-                broken[step] = str(error)
-                logger.warning("%s does not verify: %s", self.path(step), error)
-                continue
-            any_complete = True
-            if usable(state):
-                for other, reason in broken.items():
-                    self.set_aside(other, reason)
+                reason = f"it does not verify: {error}"
+            if not reason:
+                for newer, why in reasons.items():
+                    self.set_aside(newer, why)
                 return self.path(step)
-        earlier = [path.name for path in self.folder.iterdir() if path.name.startswith(BROKEN)]
-        if not any_complete and (broken or earlier):
-            self._refuse(broken, earlier)
+            reasons[step] = reason
+        told = [f"{name_of(step)}: {reason}" for step, reason in reasons.items()]
+        told += [f"{path.name}: set aside before" for path in sorted(self.folder.glob(f"{BROKEN}*"))]
+        if told:
+            raise CheckpointError(
+                f"No checkpoint in {self.folder} can be used ({'; '.join(told)}).",
+                "Restore an intact copy of one of them, or, to begin from the first step, move the folder "
+                f"{self.folder} away.",
+            )
         return None
-
-    def _refuse(self, broken: Mapping[int, str], earlier: Iterable[str]) -> None:
-        reasons = [f"{name_of(step)}: {reason}" for step, reason in broken.items()]
-        reasons += [f"{name}: set aside before" for name in sorted(earlier)]
-        raise CheckpointError(
-            f"No checkpoint in {self.folder} verifies ({'; '.join(reasons)}).",
-            "Restore an intact copy of one of them, or, to begin from the first step, move the folder "
-            f"{self.folder} away.",
-        )
 
     def set_aside(self, step: int, reason: str) -> Path:
         """Rename a checkpoint to `broken-…`, with the reason beside it, and return the new path."""

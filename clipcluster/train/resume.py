@@ -6,12 +6,12 @@ the same batches, takes no checkpoint that was saved within the row, and does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runs.checkpoints import STATE, Parts, name_of
+from clipcluster.runs.checkpoints import STATE, Parts
 from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteError, RecipeFailure
@@ -21,51 +21,58 @@ from clipcluster.train.progress import Progress
 from clipcluster.train.step import Streak
 
 ROLL_BACK = "roll_back.json"
-Range = tuple[int, int]
-"""Batches [first, past the last)."""
 
 
 def restore(
     world: World,
+    run: Run,
     folder: CheckpointFolder,
     progress: Progress,
     parts: Parts,
     constants: Mapping[str, Any],
     enter: Callable[[int], object],
-    skipped: Sequence[Range] = (),
 ) -> Path | None:
     """Load the newest checkpoint into `progress` and `parts` on every rank; None where there is none.
 
     `enter(step)` comes before the loading and puts the stage of that step in force (0 without a checkpoint).
-    Rank 0 looks, verifies and tells the others; all load what it found. A checkpoint that was saved within
-    the batches `skipped` is passed over; the progress skips them from then on, with a checkpoint or without.
-    Raises, on all ranks together, CheckpointError where none verifies, DataError for another index,
-    RecipeFailure for other starting weights.
+    Rank 0 looks, verifies and tells the others; all load what it found. The progress skips the batches that
+    the run's roll-backs recorded, and checkpoints that were saved within them are set aside.
+    Raises, on all ranks together, CheckpointError where none can be used or a record is damaged, DataError
+    for another index, RecipeFailure for other starting weights.
     """
 
-    def usable(state: Mapping[str, Any]) -> bool:
-        known = {tuple(pair) for pair in state["skipped"]}
-        return all(pair in known or state["batches_drawn"] <= pair[0] for pair in skipped)
-
-    def look() -> dict[str, Any] | None:
-        newest = folder.newest(usable)
+    def look() -> dict[str, Any]:
+        skipped = [row for attempt in run.attempts() for row in _skipped_by(attempt.path / ROLL_BACK)]
+        newest = folder.newest(lambda state: _saved_within(skipped, state))
         if newest is None:
-            return None
+            return {"skipped": skipped, "name": None, "state": {"step": 0}}
         state = read_json(newest / STATE)
         _check_same(state, constants, newest)
-        return {"name": newest.name, "state": state, "evaluated": bool(folder.evaluation(state["step"]))}
+        evaluated = bool(folder.evaluation(state["step"]))
+        return {"skipped": skipped, "name": newest.name, "state": state, "evaluated": evaluated}
 
     # One look for all ranks: two could differ where a file comes late over the network.
-    newest = world.while_main(look)
-    found = folder.folder / newest["name"] if newest else None
-    enter(newest["state"]["step"] if newest else 0)
+    seen = world.while_main(look)
+    found = folder.folder / seen["name"] if seen["name"] else None
+    enter(seen["state"]["step"])
     if found:
-        load_parts(found, newest["state"], parts, rank=world.rank, ranks=world.size)
-        progress.load_state_dict(newest["state"])
-        if newest["evaluated"]:
+        load_parts(found, seen["state"], parts, rank=world.rank, ranks=world.size)
+        progress.load_state_dict(seen["state"])
+        if seen["evaluated"]:
             progress.evaluated_step = progress.step
-    progress.skipped = sorted({*progress.skipped, *skipped})
+    progress.skipped = sorted({*progress.skipped, *((first, past) for first, past in seen["skipped"])})
     return found
+
+
+def _saved_within(skipped: Iterable[tuple[int, int]], state: Mapping[str, Any]) -> str:
+    """Which of these batches a checkpoint was trained on; empty where on none, or where it skips them."""
+    for first, past in skipped:
+        if state["batches_drawn"] > first and [first, past] not in state["skipped"]:
+            return (
+                f"saved within batches {first} to {past - 1}, which the run skips: their loss or gradient "
+                "was not finite"
+            )
+    return ""
 
 
 def _check_same(state: Mapping[str, Any], constants: Mapping[str, Any], folder: Path) -> None:
@@ -104,45 +111,32 @@ def _difference(before: list[Mapping[str, Any]], now: list[Mapping[str, Any]]) -
     return f"source {new['name']} has changed"
 
 
-def impossible(streak: Streak, why: str) -> NonFiniteError:
-    """The failure that ends a run where it cannot go back."""
-    return NonFiniteError(
-        f"{streak}, {why}.",
-        "Lower optim.lr, lengthen optim.warmup, set optim.clip_norm, or use train.precision bf16 or fp32.",
-    )
+def record_roll_back(attempt: Attempt, folder: CheckpointFolder, progress: Progress, streak: Streak) -> None:
+    """Record durably that the run goes back before a row of non-finite steps and skips its batches.
 
-
-def record(
-    attempt: Attempt, folder: CheckpointFolder, progress: Progress, checkpoint: str, reason: str
-) -> None:
-    """Record durably the batches that `progress` skips from now on, then set later checkpoints aside.
-
-    Raises StaleAttempt, and CheckpointError where either cannot be done.
+    Raises NonFiniteError where it went back before or no checkpoint is older than the row, StaleAttempt, and
+    CheckpointError where the record cannot be written.
     """
+    older = any(step <= streak.first_batch for step in folder.steps())
+    if progress.skipped or not older:
+        why = "although the run went back once already" if progress.skipped else "and no checkpoint is older"
+        raise NonFiniteError(
+            f"{streak}, {why}.",
+            "Lower optim.lr, lengthen optim.warmup, set optim.clip_norm, or train in bf16 or fp32.",
+        )
     attempt.check()
-    content = {"attempt": attempt.number, "skipped": progress.skipped, "checkpoint": checkpoint}
+    skipped = [[streak.first_batch, streak.last_batch + 1]]
     try:
-        write_json(attempt.path / ROLL_BACK, {**content, "reason": reason})
-        set_aside_later(folder, progress)
+        content = {"attempt": attempt.number, "skipped": skipped, "reason": str(streak)}
+        write_json(attempt.path / ROLL_BACK, content)
     except OSError as error:
         raise CheckpointError(
-            f"The roll-back to {checkpoint} cannot be recorded in {attempt.path / ROLL_BACK}: {error}",
+            f"The roll-back cannot be recorded in {attempt.path / ROLL_BACK}: {error}",
             "Free space on the disk of the run folder, or repair it, and submit again.",
         ) from error
 
 
-def recorded(world: World, run: Run) -> list[Range]:
-    """The batches that the roll-backs of all attempts skip, as rank 0 reads them. Collective.
-
-    Raises CheckpointError for a damaged record.
-    """
-    found = world.while_main(
-        lambda: [pair for attempt in run.attempts() for pair in _skipped_by(attempt.path / ROLL_BACK)]
-    )
-    return [(first, past) for first, past in found]
-
-
-def _skipped_by(path: Path) -> list[Range]:
+def _skipped_by(path: Path) -> list[tuple[int, int]]:
     try:
         return [(int(first), int(past)) for first, past in read_json(path)["skipped"]]
     except FileNotFoundError:
@@ -153,30 +147,3 @@ def _skipped_by(path: Path) -> list[Range]:
             'It names the batches that the run skips, as {"skipped": [[first, past the last]]}. '
             f"Write it again from the event roll_back in {path.parent / 'events-rank-0.jsonl'}.",
         ) from error
-
-
-def set_aside_later(folder: CheckpointFolder, progress: Progress) -> None:
-    """Move the checkpoints after the step of `progress` away: they were saved within a row that it skips.
-
-    Raises StaleAttempt and OSError.
-    """
-    for step in folder.steps():
-        if step > progress.step:
-            row = _named(progress.skipped)
-            folder.set_aside(step, f"the run went back to step {progress.step} and skips {row}")
-
-
-def refuse_to_start_anew(folder: CheckpointFolder, skipped: Sequence[Range]) -> None:
-    """Raise CheckpointError where checkpoints exist, all of them saved within `skipped`."""
-    steps = folder.steps()
-    if steps:
-        raise CheckpointError(
-            f"The checkpoints in {folder.folder} ({', '.join(map(name_of, steps))}) were all saved within "
-            f"{_named(skipped)}, which the run skips because their loss or gradient was not finite.",
-            "Restore an older checkpoint, or, to begin from the first step without these batches, move the "
-            f"folder {folder.folder} away.",
-        )
-
-
-def _named(ranges: Iterable[Range]) -> str:
-    return " and ".join(f"batches {first} to {past - 1}" for first, past in ranges)

@@ -6,20 +6,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import Parts
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.outcome import LostPeers, Outcome
+from clipcluster.runtime.outcome import Failure, LostPeers, Outcome
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
-from clipcluster.train import resume
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.evaluations import Evaluations, Interrupted
 from clipcluster.train.metrics import Metrics
 from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
+from clipcluster.train.resume import record_roll_back, restore
 from clipcluster.train.saver import Saver
 from clipcluster.train.step import Step, Streak
 
@@ -62,15 +63,6 @@ class Trainer:
     results: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._restore = partial(
-            resume.restore,
-            self.world,
-            self.checkpoints,
-            self.progress,
-            self.parts,
-            self.constants,
-            self.step.stages.enter,
-        )
         self.feed = Feed(self.open_batches, self.world.device, self.metrics.waited)
 
     def run(self) -> Outcome:
@@ -94,7 +86,14 @@ class Trainer:
             self.metrics.close()
 
     def _run(self) -> Outcome:
-        self._resume()
+        self.attempt.phase(self.world.rank, "checkpoint")
+        if self.world.is_main:
+            self.checkpoints.prepare()
+        found = self._resume()
+        if found:
+            self.records.event("resume", checkpoint=found.name)
+            self.metrics.say(f"resuming from {found.name}")
+        self.metrics.open(self.progress)
         self.attempt.phase(self.world.rank, "first batch")
         if self.world.agree(self.stop.wishes()) & Wish.STOP:
             return self._stopped()
@@ -125,27 +124,23 @@ class Trainer:
     def _more(self) -> bool:
         return self.progress.step < self.total_steps or self.evaluations.owed(self.progress)
 
-    def _resume(self) -> None:
-        self.attempt.phase(self.world.rank, "checkpoint")
-        if self.world.is_main:
-            self.checkpoints.prepare()
-        skipped = resume.recorded(self.world, Run(self.attempt.run))
-        found = self._restore(skipped)
+    def _resume(self) -> Path | None:
+        """Continue from the newest checkpoint, on all ranks; None where there is none."""
+        found = restore(
+            self.world,
+            Run(self.attempt.run),
+            self.checkpoints,
+            self.progress,
+            self.parts,
+            self.constants,
+            self.step.stages.enter,
+        )
         self.attempt.step = self.progress.step
-        if found is None:
-            self.world.while_main(lambda: resume.refuse_to_start_anew(self.checkpoints, skipped))
-        else:
-            self.world.while_main(lambda: resume.set_aside_later(self.checkpoints, self.progress))
+        if found:
             self.saver.resumed_from(self.progress.step)
-            self.records.event("resume", checkpoint=found.name)
-            self.metrics.say(f"resuming from {found.name}")
-        self.metrics.open(self.progress)
-        self._open_batches()
-
-    def _open_batches(self) -> None:
-        """Open the loader where steps are left; after the last one only an evaluation may be owed."""
-        if self.progress.step < self.total_steps:
+        if self.progress.step < self.total_steps:  # after the last one only an evaluation may be owed
             self.feed.open(self.progress)
+        return found
 
     def _count(self, batch: Batch) -> None:
         """Count what the step consumed, and record its samples where the recipe asks for it."""
@@ -171,25 +166,18 @@ class Trainer:
 
     def _roll_back(self, streak: Streak) -> None:
         """Continue from the last checkpoint before a row of non-finite steps, without the row; only once."""
-        if self.progress.skipped:
-            self.records.failure = resume.impossible(streak, "although the run went back once already")
-            return
         self.world.while_main(self.saver.finish)
-        row = (streak.first_batch, streak.last_batch + 1)
-        found = self._restore([row])
-        if found is None:
-            self.records.failure = resume.impossible(streak, "and no checkpoint is older")
+        try:
+            record = partial(record_roll_back, self.attempt, self.checkpoints, self.progress, streak)
+            self.world.while_main(record)
+        except Failure as error:
+            self.records.failure = error
             return
-        self.attempt.step = self.progress.step
-        reason = str(streak)
-        with self.records.keeping():
-            if self.world.is_main:
-                resume.record(self.attempt, self.checkpoints, self.progress, found.name, reason)
-        self.saver.resumed_from(self.progress.step)
-        self.records.event("roll_back", reason=reason, checkpoint=found.name)
-        self.metrics.say(f"{reason}: back to {found.name}, without these batches")
+        found = self._resume()
+        assert found
+        self.records.event("roll_back", reason=str(streak), checkpoint=found.name)
+        self.metrics.say(f"{streak}: back to {found.name}, without these batches")
         self.step.guard.reset()
-        self._open_batches()
         self.metrics.restart_clock(self.progress.samples)
 
     def _evaluate(self) -> None:

@@ -275,7 +275,7 @@ def test_all_broken_is_refused_and_touches_nothing(folder: CheckpointFolder) -> 
     for step in (1, 2, 3):
         lose_manifest(folder.path(step))
     with pytest.raises(
-        CheckpointError, match=r"step-00000003: manifest.json is missing.*step-00000001"
+        CheckpointError, match=r"step-00000003: it does not verify: manifest.json is missing.*step-00000001"
     ) as raised:
         folder.newest()
     assert "move the folder" in raised.value.advice
@@ -293,10 +293,13 @@ def test_none_at_all_is_a_fresh_start(tmp_path: Path) -> None:
     assert folder_at(tmp_path / "checkpoints").newest() is None
 
 
-def test_an_unusable_newest_is_passed_over_and_stays(folder: CheckpointFolder) -> None:
-    assert folder.newest(lambda state: state["batches_drawn"] <= 1) == folder.path(1)
-    assert folder.newest(lambda state: False) is None
+def test_an_unusable_newest_is_set_aside_once_an_older_one_is_found(folder: CheckpointFolder) -> None:
+    with pytest.raises(CheckpointError, match=r"can be used .*step-00000003: too late"):
+        folder.newest(lambda state: "too late")
     assert folder.steps() == [1, 2, 3]
+    assert folder.newest(lambda state: "too late" if state["batches_drawn"] > 1 else "") == folder.path(1)
+    assert folder.steps() == [1]
+    assert read_json(folder.folder / "broken-step-00000003-1" / "why.json")["reason"] == "too late"
 
 
 def test_another_format_is_refused_not_set_aside(folder: CheckpointFolder) -> None:

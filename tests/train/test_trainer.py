@@ -331,7 +331,7 @@ def test_a_roll_back_that_cannot_be_recorded_ends_the_run(toy: ModuleType, run: 
         return fetch()
 
     trainer.feed.next = fetch_and_obstruct
-    with pytest.raises(CheckpointError, match=r"roll-back to step-00000003 cannot be recorded"):
+    with pytest.raises(CheckpointError, match="roll-back cannot be recorded"):
         trainer.run()
 
 
@@ -350,7 +350,7 @@ def test_checkpoints_of_a_row_of_non_finite_steps_are_set_aside(toy: ModuleType,
     toy.go(run, poison=[4, 5, 6, 7, 8, 9], save_every=3, limit=2, log_every=9, steps=18)
     aside = sorted(path.name for path in run.checkpoints.iterdir() if path.name.startswith("broken-"))
     assert aside == ["broken-step-00000006-1"]
-    assert "went back to step 3" in read_json(run.checkpoints / aside[0] / "why.json")["reason"]
+    assert "saved within batches 4 to 8" in read_json(run.checkpoints / aside[0] / "why.json")["reason"]
 
 
 def test_a_second_row_of_non_finite_steps_ends_the_run(toy: ModuleType, run: Any) -> None:
@@ -482,7 +482,7 @@ def test_a_run_never_starts_from_scratch_over_checkpoints(toy: ModuleType, run: 
     toy.go(run)
     for manifest in run.checkpoints.glob("*/manifest.json"):
         manifest.unlink()
-    with pytest.raises(CheckpointError, match=r"No checkpoint .* verifies .*manifest.json is missing"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint .* can be used .*manifest.json is missing"):
         toy.go(run)
     assert len(list(run.checkpoints.glob("step-*"))) == 3
 
