@@ -50,17 +50,15 @@ def columns(lines: Lines, wanted: Sequence[str] = ()) -> list[str]:
 
     Raises UserError for a key that no line has.
     """
-    keys = list(dict.fromkeys(key for line in lines for key in line))
+    keys = dict.fromkeys(key for line in lines for key in line)
+    between = [key for key in keys if key not in (*BEFORE_ALL, *AFTER_ALL)]
+    there = [key for key in (*BEFORE_ALL, *between, *AFTER_ALL) if key in keys]
     for name in wanted:
         if name not in keys:
-            near = nearest(name, keys)
+            near = nearest(name, there)
             hint = f"did you mean {near}? " if near else ""
-            raise UserError(f"--columns {name}: no such column; {hint}there are: {', '.join(columns(lines))}")
-    if wanted:
-        return list(wanted)
-    first = [key for key in BEFORE_ALL if key in keys]
-    last = [key for key in AFTER_ALL if key in keys]
-    return [*first, *(key for key in keys if key not in (*first, *last)), *last]
+            raise UserError(f"--columns {name}: no such column; {hint}there are: {', '.join(there)}")
+    return list(wanted) or there
 
 
 def write(lines: Lines, names: Sequence[str], out: IO[str], *, kind: str) -> None:

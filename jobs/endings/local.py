@@ -97,11 +97,6 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    def term(self) -> None:
-        if self.termed is None:
-            self.termed = time.monotonic()
-            self.send(signal.SIGTERM)
-
     def watch(self, signals: Signals) -> None:
         """Wait until all ranks have left, sending and killing as time and signals ask."""
         while any(process.poll() is None for process in self.processes):
@@ -113,8 +108,9 @@ class Ranks:
                 self.asked = True
                 self.send(signal.SIGUSR1)
             self.out_of_time = self.out_of_time or left <= 0
-            if signals.told or self.out_of_time:
-                self.term()
+            if (signals.told or self.out_of_time) and self.termed is None:
+                self.termed = now
+                self.send(signal.SIGTERM)
             if self._overdue(now):
                 self.send(signal.SIGKILL)
             time.sleep(POLL_SECONDS)

@@ -56,7 +56,6 @@ class Submitted:
 
     run: Run
     job: str | None
-    executor: str
 
 
 def submit(wanted: Wanted) -> Submitted:
@@ -68,14 +67,14 @@ def submit(wanted: Wanted) -> Submitted:
     run = Run(wanted.runs / run_name(loaded.recipe.name, result_keys(loaded)))
     state = _settled(run, wanted)
     if state.queued or state.name == "FINISHED":
-        return _as_it_is(run, state, chosen, wanted)
+        return _as_it_is(run, state, wanted)
     if state.name != "NEW":
         wanted.say(f"{run.name} was {state}: it resumes from its last checkpoint")
     if not run.exists():
         _say_twins(loaded, wanted)
     if wanted.dry_run:
         _say_plan(run, checked, chosen, wanted)
-        return Submitted(run, None, chosen)
+        return Submitted(run, None)
     with _fetched(loaded.recipe, run, wanted) as fetched:
         if not wanted.quick:
             found = deep.check(loaded.recipe, world_size=plan.world_size, assets=fetched)
@@ -84,9 +83,9 @@ def submit(wanted: Wanted) -> Submitted:
         with _only_submission(wanted):
             state = _settled(run, wanted)
             if state.queued or state.name == "FINISHED":  # somebody submitted it during the checks
-                return _as_it_is(run, state, chosen, wanted)
+                return _as_it_is(run, state, wanted)
             job = Start(run, loaded, plan, chosen, wanted.trainee, wanted.say).start(fetched)
-            return Submitted(run, job, chosen)
+            return Submitted(run, job)
 
 
 def _settled(run: Run, wanted: Wanted) -> State:
@@ -115,15 +114,15 @@ def _settled(run: Run, wanted: Wanted) -> State:
         time.sleep(1.0)
 
 
-def _as_it_is(run: Run, state: State, chosen: str, wanted: Wanted) -> Submitted:
+def _as_it_is(run: Run, state: State, wanted: Wanted) -> Submitted:
     """A run that needs no submission. A job whose submitter died is recorded, but by a dry run."""
     if not state.queued:
         wanted.say(f"{run.name} is finished; see: clipcluster status {as_typed(run)}")
-        return Submitted(run, None, chosen)
+        return Submitted(run, None)
     if state.job and not wanted.dry_run:
         submissions.adopt(run, state.job)
     wanted.say(f"{run.name} is {state}, as job {state.job}")
-    return Submitted(run, state.job, chosen)
+    return Submitted(run, state.job)
 
 
 @contextlib.contextmanager
@@ -204,7 +203,8 @@ def _say_plan(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted) -> 
         cluster, run, run.path / "code-N", grace=parameters.grace_seconds(cluster, Slurm())
     )
     wanted.say("would submit to SLURM:")
-    for key, value in {**flags, **flags.pop("additional_parameters")}.items():
+    additional = flags.pop("additional_parameters")
+    for key, value in {**flags, **additional}.items():
         if not isinstance(value, list):
             wanted.say(f"  {key.replace('_', '-')}: {value}")
 

@@ -62,7 +62,7 @@ def ask(bench, tmp_path, monkeypatch):
 
 def test_twice_after_a_cancel_and_to_the_end(ask, bench):
     first = ask({"steps": 400, "save_seconds": 2})
-    assert first.executor == "slurm"
+    assert first.run.settings()["executor"] == "slurm"
     assert first.run.settings()["cluster"]["grace"] == "5 s"  # KillWait, less than GraceTime
     again = ask({"steps": 400})
     assert again.job == first.job

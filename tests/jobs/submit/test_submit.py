@@ -182,13 +182,26 @@ def test_a_silent_cluster_is_no_reason_to_train_on_its_login_node(ask, tmp_path)
     for asked in (None, "slurm"):
         with pytest.raises(UserError, match=r"SLURM does not answer .*Connection refused.*--executor local"):
             ask(executor=asked)
-    assert ask(executor="local", dry_run=True).executor == "local"
+    ask(executor="local", dry_run=True)
+    assert ask.said[-1] == "would start 2 ranks on this machine, for 15 min at most"
     script.write_text("#!/bin/sh\necho 'fatal: Could not establish a configuration source' >&2; exit 1\n")
-    assert ask(executor=None, dry_run=True, quick=False).executor == "local"
+    ask(executor=None, dry_run=True, quick=False)
+    assert ask.said[0] == "sbatch is here but no cluster: the run goes to this machine (--executor local)"
     assert "(clipcluster check --deep, and the submission)" in " ".join(ask.said)
     assert executor.likely() == "local"
     with pytest.raises(UserError, match="sbatch is here but no cluster"):
         ask(executor="slurm", dry_run=True)
+
+
+def test_a_dry_run_says_the_flags_of_the_job(ask, tmp_path):
+    for program in ("sbatch", "scontrol"):
+        script = tmp_path / "bin" / program
+        script.write_text("#!/bin/sh\n")
+        script.chmod(0o755)
+    ask("cluster.nodes=2", "cluster.mem=4 GB", "data.batch_size=128", dry_run=True)
+    flags = ask.said[ask.said.index("would submit to SLURM:") + 1 :]
+    assert {"  nodes: 2", "  mem: 4096M", "  requeue: True", "  ntasks-per-node: 2"} <= set(flags)
+    assert not any("setup" in line or "{" in line for line in flags)
 
 
 def test_a_broken_snapshot_never_starts(ask, tmp_path, monkeypatch):
