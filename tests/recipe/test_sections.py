@@ -183,7 +183,7 @@ def test_text_towers_that_are_refused(changes: dict[str, Any], message: str) -> 
 
 def test_numbers_may_be_written_as_text() -> None:
     assert Source(shards="a", weight="7e-1").weight == 0.7  # type: ignore[arg-type]
-    assert Image(size="2e2").size == 200  # type: ignore[arg-type]
+    assert Image(size=2e2).size == 200  # type: ignore[arg-type]
     assert Image(size="1_000").size == 1000  # type: ignore[arg-type]
 
 

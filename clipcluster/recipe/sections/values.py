@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticKnownError
 
 MEANS = {
     "openai": (0.48145466, 0.4578275, 0.40821073),
@@ -17,23 +18,10 @@ DEVIATIONS = {
 }
 
 
-def _whole(value: object) -> object:
-    """A whole number also where it was written as a decimal or in quotes (``1e6``, ``"1_000"``)."""
+def _no_bool(error: Literal["int_type", "float_type"], value: object) -> object:
+    """Anything but true and false, which Python counts as numbers."""
     if isinstance(value, bool):
-        raise ValueError("should be a whole number")
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError("should be a whole number") from None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-def _real(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("should be a number")
+        raise PydanticKnownError(error)
     return value
 
 
@@ -44,8 +32,8 @@ def _list_of(count: int, value: object) -> object:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_whole)]
-Float = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
+Int = Annotated[int, BeforeValidator(partial(_no_bool, "int_type"))]
+Float = Annotated[float, BeforeValidator(partial(_no_bool, "float_type")), Field(allow_inf_nan=False)]
 Pair = Annotated[tuple[Float, Float], BeforeValidator(partial(_list_of, 2))]
 
 
@@ -70,15 +58,11 @@ Deviation = Annotated[tuple[Float, Float, Float], BeforeValidator(partial(_repla
 
 
 def _one_or_more(value: object) -> object:
-    if isinstance(value, str) and value:
-        return value
-    if (
-        isinstance(value, (list, tuple))
-        and value
-        and all(isinstance(entry, str) and entry for entry in value)
-    ):
-        return tuple(value)
-    raise ValueError("should be a path or a list of paths")
+    paths = [value] if isinstance(value, str) else value
+    listed = isinstance(paths, (list, tuple)) and paths
+    if not listed or not all(isinstance(path, str) and path for path in listed):
+        raise ValueError("should be a path or a list of paths")
+    return value if isinstance(value, str) else tuple(listed)
 
 
 Paths = Annotated[
