@@ -34,13 +34,14 @@ def check(
     site: Site = None,
 ) -> None:
     """Find everything that can be known before queueing."""
-    from clipcluster.check import deep as deep_check
     from clipcluster.check import plain
     from jobs.submit import executor
 
     checked = plain.check(recipe, overrides or [], site=site, runs=runs_folder())
     checked.raise_errors()
     if deep:
+        from clipcluster.check import deep as deep_check
+
         ranks = checked.plan.world_size if checked.plan else 1
         found = deep_check.check(checked.recipe, world_size=ranks)
         found.raise_errors()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipcluster.check import deep, plain
+from clipcluster.check import plain
 from clipcluster.data.storage.urls import redacted_within
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
@@ -77,6 +77,8 @@ def submit(wanted: Wanted) -> Submitted:
         return Submitted(run, None)
     with _fetched(loaded.recipe, run, wanted) as fetched:
         if not wanted.quick:
+            from clipcluster.check import deep
+
             found = deep.check(loaded.recipe, world_size=plan.world_size, assets=fetched)
             found.raise_errors()
             _warn(found.warnings, wanted)

@@ -64,7 +64,7 @@ class Copies:
         self.by_class = bool(by_class)
         shown = frozenset(number for number, copies in by_class.items() if (copies > 0) != (every > 0))
         self.shown = ShownClasses(every > 0, shown)
-        self.values = np.unique(np.array([every, *by_class.values()], dtype=np.uint8))
+        self.values = np.array(sorted({every, *by_class.values()}), dtype=np.uint8)
         self._classes = classes
         self._end = max(by_class, default=-1) + 1
         # a class c has the row c + 1; the first row is of no class, the last of all classes above
