@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,38 +52,32 @@ class _Directory:
     names: list[str]
     sizes: list[int]  # bytes
     mtimes: list[int]  # ns
+    special: dict[int, str]  # keys that are not the name without its extension
 
 
-class _Files:
-    """The files of a split's directories, one directory after the other."""
+def _split(
+    name: str, directories: Sequence[_Directory], captions: Sequence[Sequence[str]], texts: Mapping[str, str]
+) -> Split:
+    """The files of these directories, one directory after the other."""
+    ends = np.cumsum([len(part.names) for part in directories], dtype=np.int64).tolist()
+    # the files of a directory that is open are found without walking down to it
+    opened = lru_cache(_OPEN_DIRECTORIES)(lambda part: OpenFile(directories[part].path, os.O_DIRECTORY))
 
-    def __init__(self, directories: Sequence[_Directory], captions: Sequence[Sequence[str]]) -> None:
-        self._directories, self._captions = directories, captions
-        self._ends = np.cumsum([len(part.names) for part in directories], dtype=np.int64).tolist()
-        self._special = _special_keys(directories)
-        # the files of a directory that is open are found without walking down to it
-        self._opened = lru_cache(_OPEN_DIRECTORIES)(
-            lambda part: OpenFile(directories[part].path, os.O_DIRECTORY)
-        )
+    def sizes() -> np.ndarray:
+        return np.maximum(np.concatenate([np.array(part.sizes, np.int64) for part in directories]), 0)
 
-    def sizes(self) -> np.ndarray:
-        sizes = [size for part in self._directories for size in part.sizes]
-        return np.maximum(np.array(sizes, np.int64), 0)
-
-    def read(self, number: int) -> Record:
-        part = bisect_right(self._ends, number)
-        directory = self._directories[part]
-        place = number - self._ends[part] + len(directory.names)
-        name = directory.names[place]
-        stem = name.rpartition(".")[0] or name
-        key = directory.key + stem
-        if self._special:
-            key = self._special.get((part, place), key)
-        size = directory.sizes[place]
+    def read(number: int) -> Record:
+        part = bisect_right(ends, number)
+        directory = directories[part]
+        place = number - ends[part] + len(directory.names)
+        name, size = directory.names[place], directory.sizes[place]
+        key = directory.key + directory.special.get(place, name.rpartition(".")[0] or name)
         if size == _NO_FILE:
             raise BadRecord(key, "no file: a broken link, or not a regular file")
-        data = _read(name, size, self._opened(part).fd)
-        return Record(key, data, self._captions[directory.cls], {}, directory.cls)
+        data = _read(name, size, opened(part).fd)
+        return Record(key, data, captions[directory.cls], {}, directory.cls)
+
+    return Split(name, ends[-1], sizes, read, texts)
 
 
 def _read(name: str, size: int, folder: int) -> bytes:
@@ -98,27 +92,27 @@ def _read(name: str, size: int, folder: int) -> bytes:
         os.close(fd)
 
 
-def _special_keys(directories: Sequence[_Directory]) -> dict[tuple[int, int], str]:
-    """Keys other than the name without its extension: where that has dots, or where two files would share it.
+def _special_keys(names: Sequence[str]) -> dict[int, str]:
+    """Keys other than the name without its extension, by place in a directory: where that has dots, or where
+    two files would share it.
 
     Dots become underscores; of files that share a key all but the first take their extension into it, and
     where that is not enough underscores are appended.
     """
-    special: dict[tuple[int, int], str] = {}
-    for part, directory in enumerate(directories):
-        stems = [name.rpartition(".")[0] or name for name in directory.names]
-        if len(set(stems)) == len(stems) and not any("." in stem for stem in stems):
-            continue
-        used: set[str] = set()
-        for place, (name, stem) in enumerate(zip(directory.names, stems, strict=True)):
-            key = stem.replace(".", "_")
-            if key in used:
-                key = name.replace(".", "_")
-            while key in used:
-                key += "_"
-            used.add(key)
-            if key != stem:
-                special[part, place] = directory.key + key
+    stems = [name.rpartition(".")[0] or name for name in names]
+    if len(set(stems)) == len(stems) and not any("." in stem for stem in stems):
+        return {}
+    special: dict[int, str] = {}
+    used: set[str] = set()
+    for place, (name, stem) in enumerate(zip(names, stems, strict=True)):
+        key = stem.replace(".", "_")
+        if key in used:
+            key = name.replace(".", "_")
+        while key in used:
+            key += "_"
+        used.add(key)
+        if key != stem:
+            special[place] = key
     return special
 
 
@@ -149,9 +143,7 @@ def _open(inputs: Sequence[Path], options: FolderOptions) -> Source:
             found = _walk(path, f"{name}/", numbers[name])
             directories += found
             read.append(_state(path, found))
-        images = _Files(directories, captions)
-        count = sum(len(part.names) for part in directories)
-        parts.append(Split(split, count, images.sizes, images.read, texts))
+        parts.append(_split(split, directories, captions, texts))
     if options.classnames is not None:
         read.append(InputFile.of(options.classnames))
     return Source(parts, read, notes)
@@ -190,30 +182,27 @@ def _walk(path: str, key: str, cls: int, above: frozenset[tuple[int, int]] = fro
     """The files below a class folder, directory by directory. A link back to a folder above is left out."""
     files: list[tuple[str, int, int]] = []  # name, bytes, mtime in ns
     below: list[str] = []
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        here = os.fstat(fd)
-        above |= {(here.st_dev, here.st_ino)}
-        for entry in os.scandir(fd):  # one stat tells all there is to know; relative to fd it is quick
-            name = entry.name
-            if name[0] == ".":
-                continue
-            try:
-                state = entry.stat()
-            except FileNotFoundError:
-                files.append((name, _NO_FILE, 0))
-                continue
-            if stat.S_ISREG(state.st_mode):
-                files.append((name, state.st_size, state.st_mtime_ns))
-            elif not stat.S_ISDIR(state.st_mode):
-                files.append((name, _NO_FILE, state.st_mtime_ns))
-            elif (state.st_dev, state.st_ino) not in above:
-                below.append(name)
-    finally:
-        os.close(fd)
+    folder = OpenFile(path, os.O_DIRECTORY)
+    here = os.fstat(folder.fd)
+    above |= {(here.st_dev, here.st_ino)}
+    for entry in os.scandir(folder.fd):  # one stat tells all there is to know; relative to fd it is quick
+        name = entry.name
+        if name[0] == ".":
+            continue
+        try:
+            state = entry.stat()
+        except FileNotFoundError:
+            files.append((name, _NO_FILE, 0))
+            continue
+        if stat.S_ISREG(state.st_mode):
+            files.append((name, state.st_size, state.st_mtime_ns))
+        elif not stat.S_ISDIR(state.st_mode):
+            files.append((name, _NO_FILE, state.st_mtime_ns))
+        elif (state.st_dev, state.st_ino) not in above:
+            below.append(name)
     files.sort()
     names, sizes, mtimes = ([file[column] for file in files] for column in range(3))
-    directories = [_Directory(path, key, cls, names, sizes, mtimes)]  # type: ignore[arg-type]
+    directories = [_Directory(path, key, cls, names, sizes, mtimes, _special_keys(names))]  # type: ignore[arg-type]
     for name in sorted(below):
         directories += _walk(f"{path}/{name}", f"{key}{name}/", cls, above)
     return directories

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -89,7 +91,8 @@ def input_of(path: Path) -> InputFile:
         return InputFile.of(path)
     with os.scandir(path) as entries:
         states = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
-    return InputFile.of_many(str(path), states)
+    digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    return InputFile(str(path), sum(s[1] for s in states), max((s[2] for s in states), default=0), digest)
 
 
 def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:

@@ -13,7 +13,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ CAPTIONS = ("captions", "caption", "text", "txt", "TEXT", "title", "sentences")
 _NAMED = re.compile(r"([A-Za-z0-9][\w-]*)=(.+)", re.DOTALL)
 _SEPARATORS = {"tab": "\t", r"\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 _NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+_OPEN_TABLES = 64  # at most, in each process
 _WATCHED = 1_000_000  # images of a split whose times are asked for, to notice a changed one
 _TRIED = 100  # images, to see whether the paths lead anywhere
 
@@ -69,7 +70,7 @@ class Images:
         self._tables = tables
         self._options = options
         self._roots = [os.path.abspath(options.root or table.path.parent) for table in tables]
-        self._files = [OpenFile(table.path) for table in tables]
+        self._opened = lru_cache(_OPEN_TABLES)(lambda table: OpenFile(tables[table].path))
         self._rows, digests = self._scan()
         self._order, self._ends = grouped(digests)
 
@@ -136,7 +137,7 @@ class Images:
     def _cells(self, row: int) -> dict[str, str]:
         """The cells of a row by column."""
         table, _, offset, size = self._rows[row].tolist()
-        data = self._files[table].read(offset, size)
+        data = self._opened(table).read(offset, size)
         return dict(zip(self._tables[table].columns, self._tables[table].cells(data), strict=True))
 
     def _path(self, row: int, cells: Mapping[str, str]) -> str:
