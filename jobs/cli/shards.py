@@ -8,25 +8,15 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from clipcluster.data.storage.urls import is_remote, redacted
-from clipcluster.errors import UserError
 from clipcluster.text import counted
-from jobs.cli.convert import conversion_command, convert, summary_line
-from jobs.cli.options import SETTINGS, AsJson, group, print_document, say
-from jobs.cli.progress import progress_bar
+from jobs.cli.convert import conversion_command, convert, local_path, summary_line
+from jobs.cli.options import AsJson, group, print_document, progress_bar, say
 
 _SHOWN = 20  # faults that are printed one by one
 
 
-def _local(folder: str) -> Path:
-    """A folder of this machine. UserError: an address, or a command."""
-    if is_remote(folder):
-        raise UserError(f"{redacted(folder)}: only folders of this machine; copy the shards first")
-    return Path(folder)
-
-
 Folders = Annotated[
-    list[Path], typer.Argument(metavar="DIR...", parser=_local, help="Folders of shards of this machine.")
+    list[Path], typer.Argument(metavar="DIR...", parser=local_path, help="Folders of shards of this machine.")
 ]
 Elsewhere = Annotated[
     Path | None, typer.Option("--index", metavar="FOLDER", help="Where the index of the one DIR is.")
@@ -43,7 +33,7 @@ _RESHARD = """Write samples of shards into others: a subset, a filter, several f
 Conditions are applied in the order of this list. A sample is copied byte for byte, with all its members; the
 same command continues where it stopped.
 """
-_RESHARD_OPTIONS = ("out", "samples_per_shard", "bytes_per_shard", "shuffle", "workers", "as_json")
+_NOT_OF_RESHARD = ("resize", "resize_mode", "quality", "executor", "jobs", "site", "cluster")
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -55,7 +45,13 @@ class _Verbs(typer.core.TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of one verb, or None."""
-        return _reshard() if cmd_name == "reshard" else super().get_command(ctx, cmd_name)
+        if cmd_name != "reshard":
+            return super().get_command(ctx, cmd_name)
+        from tools.convert.readers.shards import KIND, index_as_before
+
+        command = conversion_command("shards", KIND, _RESHARD, _NOT_OF_RESHARD, index_as_before)
+        command.name = cmd_name
+        return command
 
 
 shards = group("Shards of samples, and their indexes.", cls=_Verbs)
@@ -189,16 +185,6 @@ def stats(
             say(f"drawn: {picture}")
     if as_json:
         _print([one.as_dict() for one in figures])
-
-
-def _reshard() -> Any:
-    from tools.convert.readers.shards import KIND, index_as_before
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
-    app.command(name="reshard", help=_RESHARD)(
-        conversion_command("shards", KIND, _RESHARD_OPTIONS, after=index_as_before)
-    )
-    return typer.main.get_command(app)
 
 
 def _print(documents: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import importlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +36,6 @@ KINDS = {
     "shards": "shards",
     "webdataset": "webdataset",
 }
-_ADDRESS = re.compile(r"[a-z][a-z0-9+]*:/")
 _LOCK_PATIENCE = 10.0  # seconds: the workers of a killed conversion leave within them
 
 
@@ -146,15 +144,7 @@ def convert(
 
 
 def _refuse_places(out: Path, inputs: Sequence[Path], kind: Kind) -> None:
-    """UserError: an address, an output that is a file or would be input at the next call."""
-    for path in (out, *inputs):
-        if _ADDRESS.match(str(path)):
-            word = "--out" if path is out else "INPUT"
-            address = str(path).replace(":/", "://", 1)  # pathlib takes one of two strokes away
-            raise UserError(
-                f"{word} {address}: a URL; convert reads and writes files of this machine, so copy the data "
-                + ("there afterwards" if path is out else "here first")
-            )
+    """UserError: an output that is a file or would be input at the next call."""
     there = next((place for place in (out, *out.parents) if place.exists()), None)
     if there is not None and not there.is_dir():
         raise UserError(f"--out {out}: {there} is a file; give a folder to make")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,10 +20,20 @@ from clipcluster.data.sampling import permutation
 from clipcluster.data.shards.tar import BLOCK
 from clipcluster.errors import UserError
 from clipcluster.runs.files import BrokenFile, read_object
-from tools.convert.records import Source, Split
+from tools.convert.records import Source, Split, option
 
 DESCRIPTION = "conversion.json"
 _FORMAT = 1  # another number where the same input would give other bytes
+
+
+def _bytes(text: str) -> int:
+    """Bytes of `1 GB`, `500 MB`; the units are those of the recipe."""
+    from clipcluster.recipe.units import Memory
+
+    try:
+        return int(Memory.parse(text).megabytes) << 20
+    except ValueError as error:
+        raise UserError(f"--bytes-per-shard {text!r}: {str(error).replace('memory', 'a size')}") from None
 
 
 @dataclass(frozen=True)
@@ -31,19 +41,21 @@ class Settings:
     """The options of every kind of conversion.
 
     A shard ends with `samples_per_shard` samples, or before `bytes_per_shard` bytes, whichever comes first.
-    `shuffle` is the seed of a fixed permutation, None: the input's order. `resize` is a side in pixels, None:
-    images are never re-encoded; `resize_mode` says which (RESIZE_MODES); `quality` is that of JPEG and WebP.
+    `shuffle` is the seed of a fixed permutation.
     """
 
-    samples_per_shard: int | None = None
-    bytes_per_shard: int | None = None
-    shuffle: int | None = None
-    resize: int | None = None
-    resize_mode: str = "keep_ratio"
-    quality: int = 95
-
-
-RESIZE_MODES = ("keep_ratio", "keep_ratio_smallest", "square")
+    samples_per_shard: int | None = option(None, "Default: 10,000 (digits: 256).", metavar="N", min=1)
+    bytes_per_shard: int | None = option(
+        None, "Such as '1 GB', counted by image sizes.", metavar="SIZE", parser=_bytes
+    )
+    shuffle: int | None = option(None, "Write in a shuffled order. Default: the input's.", metavar="SEED")
+    resize: int | None = option(
+        None, "Shrink larger images (pixels). Default: never re-encode.", metavar="SIDE", min=1
+    )
+    resize_mode: Literal["keep_ratio", "keep_ratio_smallest", "square"] = option(
+        "keep_ratio", "SIDE is the largest side: keep_ratio, the smallest: keep_ratio_smallest, both: square."
+    )
+    quality: int = option(95, "Of resized JPEG and WebP.", metavar="Q", min=1, max=100)
 
 
 class Shard(NamedTuple):

@@ -133,6 +133,6 @@ class Kind:
     takes_all_below: bool = False
 
 
-def option(default: Any, help: str, *, metavar: str | None = None, flag: str | None = None) -> Any:
-    """A field of a kind's options. `flag`: its name on the command line, default --NAME."""
-    return field(default=default, metadata={"help": help, "metavar": metavar, "flag": flag})
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field of a kind's options. `more` is typer's, but for `flag`: the option's name if not --NAME."""
+    return field(default=default, metadata={"help": help, **more})

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.shard_writer import ShardWriter
+from tools.convert.convert import KINDS
 
 ROOT = Path(__file__).resolve().parents[3]
 JPEG = b"\xff\xd8\xff\xe0"  # enough for its kind
@@ -101,7 +102,16 @@ def test_the_table(folder: Path) -> None:
     [
         (["stats", "nowhere"], "no such folder"),
         (["stats", "FOLDER/00000.tar"], "is a file; give a folder"),
-        (["verify", "s3://bucket/shards"], "s3://bucket/shards: only folders of this machine"),
+        (["verify", "s3://bucket/shards"], "s3://bucket/shards: only files and folders of this machine"),
+        (["convert", "folder", "http://host/x", "--out", "x"], "http://host/x: only files and folders"),
+        (["convert", "folder", "FOLDER", "--out", "s3://b/x"], "s3://b/x: only files and folders"),
+        (["convert", "folder", "FOLDER", "--out", "x", "--resize-mode", "round"], "keep_ratio_smallest"),
+        (
+            ["convert", "folder", "FOLDER", "--out", "x", "--bytes-per-shard", "some"],
+            "--bytes-per-shard 'some'",
+        ),
+        (["convert", "folder", "FOLDER", "--out", "x", "--executor", "moon"], "slurm"),
+        (["convert", "folder", "FOLDER", "--out", "x", "--jobs", "2"], "--jobs goes with --executor slurm"),
         (["stats", "FOLDER", "--picture", "x.doc"], "ends in .png"),
         (["stats", "FOLDER", "FOLDER", "--index", "x"], "2 were given"),
         (["stats", "FOLDER", "--captions", "jsn:x"], "no such choice"),
@@ -114,6 +124,14 @@ def test_wrong_input(folder: Path, words: list[str], part: str) -> None:
     assert done.stderr.startswith("error: ")
     assert part in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_help_names_every_kind() -> None:
+    for words in ((), ("--help",)):
+        done = clipcluster("convert", *words)
+        assert all(f" {kind} " in done.stdout + done.stderr for kind in KINDS)
+    assert "--min-side" in clipcluster("reshard", "--help").stdout
+    assert "--resize" not in clipcluster("reshard", "--help").stdout
 
 
 def test_a_conversion_without_a_good_sample_ends_with_the_reason(tmp_path: Path) -> None:

@@ -27,8 +27,6 @@ def classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("in", "file", {}, "--out file: file is a file"),
         ("in", "file/below", {}, "file is a file"),
         ("in", "in/shards", {}, "lies in in"),
-        ("in", "s3://bucket/x", {}, "--out s3://bucket/x: a URL"),
-        ("http://host/x", "out", {}, "INPUT http://host/x: a URL"),
         ("in", "out", {"resize_mode": "square"}, "--resize-mode square: it goes with --resize"),
         ("in", "out", {"quality": 50}, "--quality 50: it goes with --resize"),
     ],
