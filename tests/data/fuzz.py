@@ -267,7 +267,7 @@ def look(folder: Path) -> dict[str, Any]:
     """What the project finds in a folder, and what is wrong with how it counts."""
     from clipcluster.data.shards.indexing import index_folder, index_shard
     from clipcluster.data.shards.open import open_folder
-    from clipcluster.data.shards.shard_list import read_entries
+    from clipcluster.data.shards.shard_list import read_list
     from clipcluster.errors import UserError
     from tools.shards.salvage import salvage
     from tools.shards.stats import stats
@@ -295,7 +295,7 @@ def look(folder: Path) -> dict[str, Any]:
     if sum(len(shards.read(p).captions) for p in range(shards.n_samples)) != shards.n_pairs:
         wrong.append("captions are miscounted")
     shards.close()
-    entries = read_entries(folder)
+    _, entries = read_list(folder)
     return {
         "wrong": wrong, "keys": keys, "repaired": _repaired(folder, salvage, index_shard),
         "shards": {n: (e.samples, e.without_image, e.duplicates, e.broken) for n, e in entries.items()},

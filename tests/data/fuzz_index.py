@@ -102,7 +102,7 @@ def look(folder: Path) -> dict[str, Any]:
     """How reading a folder ends, and what its samples are after it was indexed again."""
     from clipcluster.data.shards.indexing import index_folder
     from clipcluster.data.shards.open import open_folder
-    from clipcluster.data.shards.shard_list import read_entries, read_summary
+    from clipcluster.data.shards.shard_list import read_list, read_summary
     from clipcluster.errors import UserError
     from clipcluster.runtime.outcome import DataError
     from tools.shards.stats import stats
@@ -124,7 +124,7 @@ def look(folder: Path) -> dict[str, Any]:
     for action in (
         read,
         lambda: read_summary(folder),
-        lambda: read_entries(folder),
+        lambda: read_list(folder),
         lambda: verify(folder, images=False, workers=0),
         lambda: stats(folder, images=False, workers=0),
         lambda: index_folder(folder, workers=1),

@@ -67,7 +67,7 @@ def _index(
     try:
         target.mkdir(parents=True, exist_ok=True)
         _copy_words(folder, target)
-        known = shard_list.read_entries(target) | _done_before(target)
+        known = shard_list.read_list(target)[1] | _done_before(target)
         have = next((entry.captions for entry in known.values()), {})
         choices = tuple(dict.fromkeys([*have, *map(choices_of.check_choice, asked)]))
         choices = choices or (choices_of.choice_for(target, None),)

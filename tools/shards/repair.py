@@ -113,7 +113,7 @@ def _parts_left(place: Path) -> Iterator[Deed]:
 
 def _shards(folder: Path, index: Path, choices: list[str], report: Report) -> Iterator[Deed]:
     """Deals with each broken shard; a deed that is done for a tar asks for a new list."""
-    entries = shard_list.read_entries(index) if report.broken else {}
+    entries = shard_list.read_list(index)[1] if report.broken else {}
     for entry in report.broken:
         path, fault = folder / entry["shard"], entry["fault"]
         if fault == GONE:

@@ -15,16 +15,15 @@ def find_shards(folder: Path) -> list[Path]:
     if not folder.is_dir():
         wrong = "is a file" if folder.is_file() else "no such folder"
         raise UserError(f"{folder}: {wrong}; give a folder that holds .tar shards")
-    names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    tars = [folder / name for name in names if name.endswith(".tar")]
+    tars = _named(folder, ".tar")
     if tars:
-        return tars
+        return [folder / name for name in tars]
     packed = compressed_tars(folder)
     if packed:
         raise UserError(
             f"{folder}: {packed[0]} is compressed and cannot be read by offset; unpack it to .tar first"
         )
-    below = [path.name for path in _subfolders(folder) if _holds_shards(path)]
+    below = [path.name for path in _subfolders(folder) if _named(path, ".tar")]
     if below:
         raise UserError(f"{folder}: the shards are in its folders {', '.join(below[:5])}; give one of them")
     raise UserError(
@@ -39,11 +38,11 @@ def folders_of_shards(folder: Path) -> list[Path]:
     its own splits may be meant. UserError as `find_shards` for a folder that means none, and where its
     subfolders are several and no splits.
     """
-    if not folder.is_dir() or _holds_shards(folder):
+    if not folder.is_dir() or _named(folder, ".tar"):
         return [folder]
     below = _subfolders(folder)
-    splits = sorted((path for path in below if path.name in SPLITS), key=lambda path: SPLITS.index(path.name))
-    splits = [path for path in splits if _holds_shards(path)]
+    places = [folder / split for split in SPLITS]
+    splits = [place for place in places if place in below and _named(place, ".tar")]
     if splits:
         return splits
     if len(below) == 1:
@@ -56,11 +55,12 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _holds_shards(folder: Path) -> bool:
-    return any(entry.name.endswith(".tar") and entry.name[0] != "." for entry in os.scandir(folder))
-
-
 def compressed_tars(folder: Path) -> list[str]:
     """Names of compressed tars, by name; they cannot be read by offset."""
-    names = (entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    return sorted(name for name in names if name.endswith(_COMPRESSED))
+    return _named(folder, *_COMPRESSED)
+
+
+def _named(folder: Path, *endings: str) -> list[str]:
+    """The visible names in a folder with one of these endings, sorted."""
+    names = (entry.name for entry in os.scandir(folder))
+    return sorted(name for name in names if name.endswith(endings) and not name.startswith("."))

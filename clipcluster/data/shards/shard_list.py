@@ -75,14 +75,9 @@ def read_summary(folder: Path, index: Path | None = None) -> IndexSummary:
     """What an index on disk holds, from its list. UserError if there is none that can be read."""
     target = index or folder
     choices, entries = read_list(target)
-    if not choices or any(set(entry.captions) != set(choices) for entry in entries.values()):
+    if not choices or any(not entry.captions for entry in entries.values()):
         raise UserError(f"{target}: no index there; make it with: clipcluster shards index {folder}")
     return summarize(folder, target, choices, list(entries.values()))
-
-
-def read_entries(target: Path) -> dict[str, ShardEntry]:
-    """The shards of the list at `target`, by name; none if it cannot be read."""
-    return read_list(target)[1]
 
 
 def read_list(target: Path) -> tuple[tuple[str, ...], dict[str, ShardEntry]]:
@@ -98,6 +93,8 @@ def read_list(target: Path) -> tuple[tuple[str, ...], dict[str, ShardEntry]]:
         choices = [document["captions_choice"]] if old else document["captions"]
         counted: dict[str, Any] = {"captions": {}, "without_caption": {}} if old else {}
         entries = [entry_of({**entry, **counted}) for entry in document["shards"]]
+        if any(set(entry.captions) != (set() if old else set(choices)) for entry in entries):
+            return (), {}
         return tuple(map(captions.check_choice, choices)), {entry.name: entry for entry in entries}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return (), {}

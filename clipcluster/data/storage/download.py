@@ -28,6 +28,7 @@ from clipcluster.data.storage.urls import (
     Forbidden,
     OtherContent,
     Refused,
+    RemoteFile,
     RemoteFolder,
     State,
     Unreachable,
@@ -46,7 +47,12 @@ PROGRESS = 16 << 20  # bytes gained by a try that reset the count of tries
 
 _CHUNK = 1 << 20
 _RANGE = 16 << 20  # bytes asked of fsspec at once
-_FINAL = frozenset(range(400, 500)) - {408, 425, 429}
+# what is not worth another try, though a server may answer so
+_FINAL: dict[int, tuple[type[OSError], int]] = {
+    **dict.fromkeys(set(range(400, 500)) - {408, 416, 425, 429}, (Refused, errno.EIO)),
+    **dict.fromkeys((404, 410), (FileNotFoundError, errno.ENOENT)),
+    **dict.fromkeys((401, 403), (Forbidden, errno.EACCES)),
+}
 _OURS = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])  # this machine's, not the network's
 _STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
 
@@ -85,25 +91,21 @@ def state_of(address: str) -> State:
     return _patiently(address, lambda: _ask(address), QUESTIONS)
 
 
-def read_small(address: str) -> bytes | None:
-    """The bytes of a small file; None if it does not exist or is forbidden (a bucket answers both alike)."""
-
-    def read() -> bytes:
-        with _opened(address, 0, None) as transfer:
-            return b"".join(transfer.pieces)
-
-    try:
-        return _patiently(address, read, QUESTIONS)
-    except (FileNotFoundError, Forbidden):
-        return None
-
-
 def read_beside(folder: RemoteFolder, name: str) -> bytes | None:
-    """A small file in a folder or in the one above, as `read_small`."""
-    if folder.is_pipe:
-        return None
-    data = read_small((folder / name).address)
-    return data if data is not None or folder.parent is None else read_small((folder.parent / name).address)
+    """A small file in a folder or in the one above; None if it is in neither.
+
+    One that is forbidden is none: a bucket that may not be listed answers so of what does not exist.
+    """
+    for place in (folder, folder.parent):
+        if place is not None and not place.is_pipe:
+            with contextlib.suppress(FileNotFoundError, Forbidden):
+                return bytes(_patiently((place / name).address, partial(_read, place / name), QUESTIONS))
+    return None
+
+
+def _read(file: RemoteFile) -> bytes:
+    with _opened(file.address, 0, None) as transfer:
+        return b"".join(transfer.pieces)
 
 
 def download(
@@ -137,24 +139,24 @@ class _Download:
     _tag: str | None = None
     _wrong: str | None = None
     _done: int = 0  # bytes that are written, from the file's beginning
-    _announced: int | None = None  # the size by the server, now or when the transfer began
+    _reserved: int = 0
+    _whole: int | None = None  # the size by the index, or by the server, now or when the transfer began
 
     def attempt(self) -> Got:
         self.gained = 0
         with _opened(self.address, self._done, self._tag) as transfer:
             if transfer.start != self._done:
-                self._done, self._announced = 0, None
+                self._done, self._whole = 0, None
             self._tag = transfer.tag
-            if transfer.state.size is not None:
-                self._announced = transfer.state.size
-            if self.size is not None and self._announced not in (None, self.size):
-                raise OtherContent(f"it has {self._announced:,} bytes, the index has {self.size:,}")
-            whole = self._announced if self.size is None else self.size
-            self._reserve(whole or 0)
+            told = transfer.state.size
+            if self.size is not None and told not in (None, self.size):
+                raise OtherContent(f"it has {told:,} bytes, the index has {self.size:,}")
+            self._whole = self.size or told or self._whole
+            self._reserve(self._whole or 0)
             for piece in transfer.pieces:
                 self._write(piece)
-        if whole is not None and self._done != whole:
-            raise OSError(f"the transfer ended after {self._done:,} of {whole:,} bytes")
+        if self._whole is not None and self._done != self._whole:
+            raise OSError(f"the transfer ended after {self._done:,} of {self._whole:,} bytes")
         return self._checked(transfer.state.stamp)
 
     def _reserve(self, size: int) -> None:
@@ -284,19 +286,9 @@ def _request(address: str, method: str, headers: dict[str, str] | None = None) -
             yield answer
     except urllib.error.HTTPError as error:
         error.close()
-        raise _refusal(error, address) from None
-
-
-def _refusal(error: urllib.error.HTTPError, address: str) -> OSError:
-    """What a status means: missing, forbidden, final, or worth another try."""
-    text = f"the server answers {error.code} {error.reason}"
-    if error.code in (404, 410):
-        return FileNotFoundError(2, text, redacted(address))
-    if error.code in (401, 403):
-        return Forbidden(13, text, redacted(address))
-    if error.code in _FINAL and error.code != 416:
-        return Refused(5, text, redacted(address))
-    return OSError(5, text)
+        kind, number = _FINAL.get(error.code, (OSError, errno.EIO))
+        words = f"the server answers {error.code} {error.reason}"
+        raise kind(number, words, redacted(address)) from None
 
 
 def _state(answer: Any) -> State:

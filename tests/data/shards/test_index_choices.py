@@ -18,7 +18,7 @@ from clipcluster.data.shards.folder_index import COLUMNS_FILE, write_folder_inde
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.data.shards.shard_index import scan_shard, shard_index_path
-from clipcluster.data.shards.shard_list import ENTRIES_FILE, read_entries, read_summary
+from clipcluster.data.shards.shard_list import ENTRIES_FILE, read_list, read_summary
 from clipcluster.data.shards.tar import END, header, padded
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
@@ -208,7 +208,7 @@ def test_the_table_holds_what_processes_share(folder: Path) -> None:
 
 def test_an_index_that_another_process_wrote_is_noticed(folder: Path) -> None:
     summary = index_folder(folder)
-    entries = list(read_entries(folder).values())
+    entries = list(read_list(folder)[1].values())
     shard_index_path(folder, "0003.tar").write_bytes(shard_index_path(folder, "0000.tar").read_bytes())
     with pytest.raises(UserError, match=r"0003\.tar\.idx does not match its shard"):
         write_folder_index(folder, tuple(summary.choices), entries)
