@@ -6,17 +6,15 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from clipcluster.errors import UserError
-from jobs.cli.bench import bench
 from jobs.cli.options import group, say
 from jobs.cli.runs import VERBS
-from jobs.cli.sandbox import sandbox
-from jobs.cli.shards import shards
 from jobs.cli.words import given, pointer, verb_first
 
 # Some versions of typer bring a click of their own, so the class is found, not imported.
@@ -25,14 +23,11 @@ UsageProblem: type[Exception] = next(
 )
 
 
-app = group("Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe.")
-
-
 def _print_version(wanted: bool) -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
     if not wanted:
         return
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         say(f"clipcluster {version('clipcluster')}")
     except PackageNotFoundError:
@@ -40,7 +35,6 @@ def _print_version(wanted: bool) -> None:
     raise typer.Exit
 
 
-@app.callback()
 def _top(
     version: Annotated[
         bool,
@@ -50,11 +44,23 @@ def _top(
     """Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe."""
 
 
-for verb in VERBS:
-    app.command()(verb)
-app.add_typer(shards, name="shards")
-app.add_typer(sandbox, name="sandbox")
-app.add_typer(bench, name="bench")
+def command_for(words: Sequence[str]) -> Any:
+    """The command, as click has it: whole, but where `words` begin with a verb of runs without the groups.
+
+    Describing the groups' options takes as long as checking a recipe.
+    """
+    app = group("Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe.")
+    app.callback()(_top)
+    for verb in VERBS:
+        app.command()(verb)
+    if not words or words[0] not in {verb.__name__ for verb in VERBS}:
+        from jobs.cli.bench import bench
+        from jobs.cli.sandbox import sandbox
+        from jobs.cli.shards import shards
+
+        for name, verbs in {"shards": shards, "sandbox": sandbox, "bench": bench}.items():
+            app.add_typer(verbs, name=name)
+    return typer.main.get_command(app)
 
 
 _RIGHTS = "change its permissions or choose another path"
@@ -76,7 +82,7 @@ _REFUSALS = {
 
 def main() -> NoReturn:
     """Run the command; a user's error is one message on stderr and code 2."""
-    command = typer.main.get_command(app)
+    command = command_for(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     words = verb_first(sys.argv[1:], command)

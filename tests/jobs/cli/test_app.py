@@ -48,10 +48,10 @@ def finished(run):
 
 TORCH_FREE = """
 import sys, time
-from jobs.cli.app import app
+from jobs.cli.app import main
 sys.argv = ["clipcluster", *{words!r}]
 try:
-    app(standalone_mode=False)
+    main()
 finally:
     loaded = [name for name in ("torch", "timm", "transformers", "torchvision") if name in sys.modules]
     print("LOADED", loaded)
