@@ -152,15 +152,18 @@ def test_images_behind_paths(tmp_path: Path) -> None:
     rows = [{"image_path": f"images/{number}.png", "title": f"words {number}"} for number in range(4)]
     rows.append({"image_path": None, "title": "none"})
     rows.append({"image_path": str(tmp_path / "images" / "2.png"), "title": "absolute"})
+    rows.append({"image_path": "x" * 300, "title": "longer than a file's name may be"})
     file = _write(tmp_path / "a" / "list.parquet", rows)
     (split,) = _open(file, root=tmp_path).splits
     assert [split.read(number).image for number in (0, 1, 2, 5)] == [_picture(n) for n in (0, 1, 2, 2)]
     assert split.read(1).captions == ["words 1"]
-    assert split.sizes().tolist() == [*[len(_picture(n)) for n in range(3)], 0, 0, len(_picture(2))]
+    assert split.sizes().tolist() == [*[len(_picture(n)) for n in range(3)], 0, 0, len(_picture(2)), 0]
     with pytest.raises(BadRecord, match=r"images/3.png: No such file"):
         split.read(3)
     with pytest.raises(BadRecord, match="no image in its row"):
         split.read(4)
+    with pytest.raises(BadRecord, match="File name too long"):
+        split.read(6)
     beside = _write(tmp_path / "list.parquet", rows)
     assert _open(beside).splits[0].read(0).image == _picture(0)
 

@@ -75,7 +75,7 @@ class CocoFiles:
         """A file of annotations, parsed. UserError if it is none."""
         path, read = self.texts[name]
         try:
-            return document(read(), f"{path}: {name}")
+            return document(read(), str(path) if path.name == name else f"{path}: {name}")
         except DamagedMember as error:
             raise UserError(f"{name}: {error}; download the zip again") from None
 

@@ -16,7 +16,7 @@ import numpy as np
 from clipcluster.errors import UserError
 from tools.convert.readers.parquet import column_of
 from tools.convert.readers.sample_choice import all_or_once, by_uids, field_label, uid_label
-from tools.convert.readers.tar_samples import TarSamples
+from tools.convert.readers.tar_samples import TarSamples, tars_of
 from tools.convert.records import InputFile, Kind, Source, Split, option
 
 
@@ -65,15 +65,13 @@ def find_parts(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder of img2dataset's NAME.tar and NAME.parquet")
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    tars = [path for path in found if path.name.endswith(".tar")]
-    if tars:
+    if tars := tars_of(folder):
         return tars
-    beside = {path.name for path in found}
-    folders = [path for path in found if path.is_dir() and f"{path.name}_stats.json" in beside]
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = [path for path in found if path.with_name(f"{path.name}_stats.json").exists()]
     if folders:
         return folders
-    below = [path for path in found if path.is_dir() and next(path.glob("*.tar"), None) is not None]
+    below = [path for path in found if tars_of(path)]
     if len(below) == 1:
         return find_parts(below[0])
     if below:

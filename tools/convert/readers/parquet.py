@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
-from tools.convert.readers.table import CAPTIONS, IMAGE_PATHS, image_file
+from tools.convert.readers.table import CAPTIONS, IMAGE_PATHS, file_state, image_file
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
 CACHED_GROUPS = 4  # row groups that a process keeps, if they are not too large together
@@ -95,11 +95,11 @@ class Rows:
         """Of images behind paths what their files have; of bytes the mean of their row group."""
         if self._columns.image_kind != "text":
             return np.repeat(self._groups[:, 3] // np.maximum(self._groups[:, 2], 1), self._groups[:, 2])
-        sizes = []
-        for number, path in enumerate(self._paths):
-            for value in column_of(path, self._columns.image):
-                place = self._place(number, value) if value else None
-                sizes.append(place.stat().st_size if place is not None and place.is_file() else 0)
+        sizes = [
+            file_state(self._place(number, value))[0] if value else 0
+            for number, path in enumerate(self._paths)
+            for value in column_of(path, self._columns.image)
+        ]
         return np.array(sizes, np.int64)
 
     def read(self, number: int) -> Record:

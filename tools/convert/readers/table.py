@@ -85,8 +85,7 @@ class Images:
         """Path, bytes and time of every image; 0 where there is none."""
         for number in range(len(self)):
             path = self.path(number) or ""
-            state = os.stat(path) if os.path.isfile(path) else None
-            yield (path, state.st_size, state.st_mtime_ns) if state else (path, 0, 0)
+            yield path, *file_state(path)
 
     def path(self, number: int) -> str | None:
         """Where an image lies; None for a row that cannot be used."""
@@ -200,6 +199,12 @@ class Images:
             ("  left out (no file, no image)", len(lost)),
             ("  written", images - len(lost)),
         ]
+
+
+def file_state(path: str | Path) -> tuple[int, int]:
+    """Bytes and time (ns) of a file; zeros where there is none."""
+    state = os.stat(path) if os.path.isfile(path) else None
+    return (state.st_size, state.st_mtime_ns) if state else (0, 0)
 
 
 def image_file(path: str | Path, key: str, where: str = "") -> bytes:

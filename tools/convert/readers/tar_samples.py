@@ -152,6 +152,11 @@ class _Folder:
         }
 
 
+def tars_of(folder: Path) -> list[Path]:
+    """The tars in a folder, in the order of their names."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
 def image_of(members: Iterable[str]) -> str | None:
     """Which of a sample's extensions is its image's; None if none is."""
     return next((extension for extension in members if extension in IMAGE_EXTENSIONS), None)

@@ -18,7 +18,7 @@ from clipcluster.data.shards.texts import CLASS_NAMES, TEMPLATES, class_names, t
 from clipcluster.errors import UserError
 from tools.convert.readers.folder import class_captions
 from tools.convert.readers.sample_choice import all_or_once
-from tools.convert.readers.tar_samples import TarSamples
+from tools.convert.readers.tar_samples import TarSamples, tars_of
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
 
 _INFO = ("_info.json", "info.json")  # timm's list of splits
@@ -123,19 +123,15 @@ def _splits(given: Path) -> dict[str, list[Path]]:
         raise UserError(
             f"{given}: no such folder; give a folder of tars, or of train, test and so on with tars"
         )
-    tars = _tars(given)
+    tars = tars_of(given)
     if tars:
         infos = [given / name for name in _INFO if (given / name).is_file()]
         return (_listed(infos[0]) if infos else {}) or {"": tars}
-    below = {path.name: _tars(path) for path in sorted(given.iterdir()) if path.is_dir()}
+    below = {path.name: tars_of(path) for path in sorted(given.iterdir()) if path.is_dir()}
     splits = {name: paths for name, paths in below.items() if paths and not name.startswith(".")}
     if not splits:
         raise UserError(f"{given}: no .tar in this folder, nor in the folders below it")
     return splits
-
-
-def _tars(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def _listed(info: Path) -> dict[str, list[Path]]:
