@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from clipcluster.model.protocols import DualEncoder
 from clipcluster.runtime.world import World
 
 if TYPE_CHECKING:
-    from clipcluster.data.loading.loader import EvaluationLoader
+    from clipcluster.data.loading.batch import EvaluationBatch
 
 logger = logging.getLogger("clipcluster")
 _BAD = ("key", "shard", "reason")
@@ -35,7 +35,7 @@ class EvaluationSet:
     name: str
     folder: str
     samples: int
-    batches: Callable[[], EvaluationLoader]
+    batches: Callable[[], Generator[EvaluationBatch, None, None]]
     classnames: Sequence[str] | None = None
     templates: Sequence[str] | None = None
 

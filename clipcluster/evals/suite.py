@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clipcluster.data.loading.loader import EvaluationLoader
+from clipcluster.data.loading.loader import evaluation_batches
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.storage.cache import Cache
 from clipcluster.data.storage.urls import redacted
@@ -82,11 +82,10 @@ def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer) -> Suite:
 def _open(folder: str, name: str, recipe: Recipe, world: World) -> EvaluationSet:
     shards = open_folder(folder, cache=Cache.of(recipe.data.cache))
     batches = partial(
-        EvaluationLoader,
+        evaluation_batches,
         shards,
         recipe.data,
-        rank=world.rank,
-        world_size=world.size,
+        world=world,
         batch_size=recipe.evaluate.batch_size,
         workers=recipe.data.workers,
     )

@@ -46,7 +46,9 @@ def decode(data: bytes) -> torch.Tensor:
             _refuse_too_large(size_of(data), kind)
         if kind == "JPEG":
             return _jpeg(data)
-        return _rgb(_eight_bits(_webp(data) if _is_plain_webp(data, kind) else _pillow(data, kind)))
+        if _is_plain_webp(data, kind):
+            return _rgb(decode_webp(_writable(data), ImageReadMode.UNCHANGED))
+        return _rgb(_pillow(data, kind))
     except BadImage:
         raise
     except Exception as error:  # decoders raise RuntimeError, OSError, SyntaxError, struct.error and more
@@ -86,10 +88,6 @@ def _is_plain_webp(data: bytes, kind: str) -> bool:
     return kind == "WebP" and not (data[12:16] == b"VP8X" and data[20] & (_ANIMATION | _EXIF))
 
 
-def _webp(data: bytes) -> torch.Tensor:
-    return decode_webp(_writable(data), ImageReadMode.UNCHANGED)
-
-
 def _writable(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch wants memory it may write to
 
@@ -110,23 +108,15 @@ def _pillow(data: bytes, kind: str) -> torch.Tensor:
 
 
 def _array(image: Image.Image) -> torch.Tensor:
-    """(1, H, W) uint16, or (3 or 4, H, W) uint8."""
-    if image.mode.startswith("I;16"):
-        return torch.from_numpy(np.asarray(image).astype(np.uint16))[None]
-    if image.mode == "I" and image.format == "PNG":  # 16 bits, in older Pillows
-        return torch.from_numpy(np.asarray(image).clip(0, 65535).astype(np.uint16))[None]
+    """(1, 3 or 4, H, W) uint8; of 16 bits 65,535 becomes 255, rounded."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # in older Pillows
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return torch.from_numpy(((grey * 255 + 32767) // 65535).astype(np.uint8))[None]
     if image.mode in ("I", "F"):
         raise BadImage(f"pixels of kind {image.mode} have no range")
     alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     array = np.array(image.convert("RGBA" if alpha else "RGB"))
     return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def _eight_bits(pixels: torch.Tensor) -> torch.Tensor:
-    """uint16 to uint8, rounded: 65,535 becomes 255."""
-    if pixels.dtype != torch.uint16:
-        return pixels
-    return ((pixels.to(torch.int64) * 255 + 32767) // 65535).to(torch.uint8)
 
 
 def _rgb(pixels: torch.Tensor) -> torch.Tensor:

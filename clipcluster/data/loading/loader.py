@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from clipcluster.data.loading.worker_pool import PREFETCH, WorkerPool
 from clipcluster.data.sampling.sampler import DRAW, Draws, Sampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.tokenizer import Tokenizer
+from clipcluster.runtime.world import World
 
 
 class Loader:
@@ -58,8 +59,8 @@ class Loader:
         shown = [sampler.shown_classes(number) for number in range(len(sources))]
         transform = train_transform(data.image)
         self._image_shape = (3, transform.size, transform.size)
-        # of the batches that workers are preparing
-        self._buffers: deque[SharedBuffer] | None = deque() if workers and SHAREABLE else None
+        self._shared = bool(workers) and SHAREABLE
+        self._buffers: deque[SharedBuffer] = deque()  # of the batches that workers are preparing
         decoders = decoders_of(extras or {})
         self._extras = tuple(decoders)
         reader = TrainReader(sources, tokenizer, transform, seed, shown, decoders)
@@ -77,7 +78,7 @@ class Loader:
         classes = torch.tensor([number for part in parts for number in part.classes], dtype=torch.int64)
         return Batch(
             index=parts[0].index,
-            images=self._images(parts),
+            images=self._taken_buffer() if self._shared else _concatenated([part.images for part in parts]),
             tokens=_concatenated([part.tokens for part in parts]),
             mask=_concatenated([part.mask for part in parts]),
             classes=classes if (classes >= 0).any() else None,
@@ -86,13 +87,10 @@ class Loader:
             extras=self._joined_extras([part for part in parts if part.keys]),
         )
 
-    def _images(self, parts: Sequence[PartialBatch]) -> torch.Tensor:
-        if self._buffers is None:
-            images = _concatenated([part.images for part in parts])
-            assert images is not None, "without a shared buffer the images are in the partial batches"
-            return images
+    def _taken_buffer(self) -> torch.Tensor:
+        """The images of the next batch, into which every worker has written its slice."""
         buffer = self._buffers.popleft()
-        buffer.close()  # every worker has written its slice
+        buffer.close()
         return buffer.images
 
     def _joined_extras(self, parts: Sequence[PartialBatch]) -> dict[str, torch.Tensor | list[Any]]:
@@ -114,72 +112,49 @@ class Loader:
                 continue
             draws = self._sampler.slots(t, *self._slots)
             images = None
-            if self._buffers is not None:
+            if self._shared:
                 self._buffers.append(SharedBuffer((len(draws), *self._image_shape)))
                 images = self._buffers[-1].whole
             yield from WorkItem(t, self._slots[0], draws, images).cut(self._items_per_batch)
 
 
-class EvaluationLoader:
+def evaluation_batches(
+    dataset: Dataset, data: Any, *, world: World, batch_size: int = 64, workers: int = 0
+) -> Generator[EvaluationBatch, None, None]:
     """Every sample of a dataset once over all ranks, in order: ceil(n_samples / batch_size) batches.
 
     `batch_size` is global; every rank gets the same number of batches, the last of which may hold no sample
     for it. Each batch tells the samples' positions and has all their captions. Raises what Loader raises; a
-    sample that cannot be decoded is left out and reported.
+    sample that cannot be decoded is left out and reported. `close` ends the workers.
     """
+    begins, items_per_batch = range(0, dataset.n_samples, batch_size), max(1, workers)
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        data: Any,
-        rank: int = 0,
-        world_size: int = 1,
-        batch_size: int = 64,
-        workers: int = 0,
-    ) -> None:
-        self._samples, self._batch_size = dataset.n_samples, batch_size
-        self._rank, self._world_size = rank, world_size
-        self._items_per_batch = max(1, workers)
-        reader = EvaluationReader(dataset, evaluation_transform(data.image))
-        self._pool = WorkerPool(reader, self._items(), workers)
-
-    def __len__(self) -> int:
-        return -(-self._samples // self._batch_size)
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        try:
-            for _ in range(len(self)):
-                yield self._joined(self._pool.take(self._items_per_batch))
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Ends the workers; may be called twice."""
-        self._pool.close()
-
-    def _items(self) -> Iterator[WorkItem]:
-        for index in range(len(self)):
-            begin = index * self._batch_size
-            size = min(self._batch_size, self._samples - begin)
-            first, end = size * self._rank // self._world_size, size * (self._rank + 1) // self._world_size
+    def items() -> Iterator[WorkItem]:
+        for index, begin in enumerate(begins):
+            size = min(batch_size, dataset.n_samples - begin)
+            first, end = size * world.rank // world.size, size * (world.rank + 1) // world.size
             draws = np.zeros(end - first, DRAW).view(Draws)
             draws.position = np.arange(begin + first, begin + end)
-            yield from WorkItem(index, first, draws).cut(self._items_per_batch)
+            yield from WorkItem(index, first, draws).cut(items_per_batch)
 
-    def _joined(self, parts: list[PartialBatch]) -> EvaluationBatch:
-        images = _concatenated([part.images for part in parts])
-        assert images is not None, "evaluation uses no shared buffer"
-        return EvaluationBatch(
-            positions=torch.tensor([p for part in parts for p in part.positions], dtype=torch.int64),
-            images=images,
-            classes=torch.tensor([number for part in parts for number in part.classes], dtype=torch.int64),
-            captions=[texts for part in parts for texts in part.captions],
-            bad=[entry for part in parts for entry in part.bad],
-        )
+    pool = WorkerPool(EvaluationReader(dataset, evaluation_transform(data.image)), items(), workers)
+    try:
+        for _ in begins:
+            parts = pool.take(items_per_batch)
+            yield EvaluationBatch(
+                positions=torch.tensor([p for part in parts for p in part.positions], dtype=torch.int64),
+                images=_concatenated([part.images for part in parts]),
+                classes=torch.tensor([c for part in parts for c in part.classes], dtype=torch.int64),
+                captions=[texts for part in parts for texts in part.captions],
+                bad=[entry for part in parts for entry in part.bad],
+            )
+    finally:
+        pool.close()
 
 
-def _concatenated(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def _concatenated(tensors: Sequence[torch.Tensor | None]) -> Any:
+    """The tensors as one; None where there are none."""
     present = [tensor for tensor in tensors if tensor is not None]
-    if not present:
-        return None
-    return present[0] if len(present) == 1 else torch.cat(present)
+    if len(present) > 1:
+        return torch.cat(present)
+    return present[0] if present else None

@@ -55,17 +55,18 @@ class WorkerPool:
         context = multiprocessing.get_context("forkserver") if workers else None
         if context is not None:
             context.set_forkserver_preload([*_PRELOAD, *getattr(reader.tokenizer, "modules", ())])
-        with _no_worker_warning():
-            self._loader: DataLoader[Any] = DataLoader(
-                reader,  # type: ignore[arg-type]
-                batch_sampler=items,  # type: ignore[arg-type]
-                collate_fn=_unchanged,
-                num_workers=workers,
-                multiprocessing_context=context,
-                worker_init_fn=_initialize if workers else None,
-                prefetch_factor=prefetch if workers else None,
-                generator=torch.Generator(),  # its seeds must not come from the process-wide generator
-            )
+        # the recipe decides their number
+        warnings.filterwarnings("ignore", r".*worker processes in total", UserWarning)
+        self._loader: DataLoader[Any] = DataLoader(
+            reader,  # type: ignore[arg-type]
+            batch_sampler=items,  # type: ignore[arg-type]
+            collate_fn=_unchanged,
+            num_workers=workers,
+            multiprocessing_context=context,
+            worker_init_fn=_initialize if workers else None,
+            prefetch_factor=prefetch if workers else None,
+            generator=torch.Generator(),  # its seeds must not come from the process-wide generator
+        )
         self._results: Any = None
         self._closed = False
 
@@ -80,7 +81,7 @@ class WorkerPool:
             if self._results is None:
                 if self._loader.num_workers:
                     _start_servers()
-                with _signals_blocked(), _no_worker_warning():
+                with _signals_blocked():
                     self._results = iter(self._loader)
             results = [next(self._results) for _ in range(count)]
         except StopIteration:
@@ -144,14 +145,6 @@ def _start_servers() -> None:
         resource_tracker.ensure_running()  # unblocks INT and TERM when it starts: hence a block of its own
     with _signals_blocked():
         forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def _no_worker_warning() -> Iterator[None]:
-    """Without torch's warning about the number of workers: the recipe decides it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*worker processes in total", category=UserWarning)
-        yield
 
 
 @contextlib.contextmanager

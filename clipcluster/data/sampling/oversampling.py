@@ -140,7 +140,7 @@ def repeats_of(
     classes: np.ndarray | None,
     classnames: Sequence[str] | None,
     recipe_key: str,
-    name: str = "",
+    name: str,
 ) -> Repeats | None:
     """A source's repeats as its recipe section says; None where every sample is drawn once.
 
@@ -150,12 +150,13 @@ def repeats_of(
     if not by_class:
         return None if every == 1 else Repeats(every, recipe_key=recipe_key)
     key_ = f"{recipe_key}.repeat_classes"
-    highest = -1 if classes is None else highest_class(classes)
-    if classes is None or highest < 0:
+    starts = range(0, 0 if classes is None else len(classes), _SCAN)
+    blocks = (classes[start : start + _SCAN] for start in starts if classes is not None)
+    highest = max((int(block.max()) for block in blocks), default=-1)
+    if highest < 0:
         raise UserError(
-            f"{key_}: the samples of {name or recipe_key} have no classes. Classes come from KEY.cls in the"
-            " shards (clipcluster shards index DIR counts them);"
-            f" {recipe_key}.repeat is for a whole source."
+            f"{key_}: the samples of {name} have no classes. Classes come from KEY.cls in the shards"
+            f" (clipcluster shards index DIR counts them); {recipe_key}.repeat is for a whole source."
         )
     numbers: dict[int, str] = {}
     for word in by_class:
@@ -164,12 +165,6 @@ def repeats_of(
             raise UserError(f"{key_}: {numbers[number]!r} and {word!r} are the same class; write it once")
         numbers[number] = word
     return Repeats(every, {number: by_class[word] for number, word in numbers.items()}, classes, recipe_key)
-
-
-def highest_class(classes: np.ndarray) -> int:
-    """The largest class number, -1 without any; read block by block: a mapped column is not copied."""
-    starts = range(0, len(classes), _SCAN)
-    return max((int(classes[start : start + _SCAN].max()) for start in starts), default=-1)
 
 
 def _class_number(word: str, classnames: Sequence[str] | None, highest: int, key_: str) -> int:

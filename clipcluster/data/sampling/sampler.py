@@ -56,16 +56,13 @@ class Sampler:
         epoch_samples: int | None = None,
     ) -> None:
         self.batch_size = batch_size
-        groups = _group(sources)
-        self._group_of = {source: number for number, group in enumerate(groups) for source in group}
-        self._first_source = [group[0] for group in groups]
         weights = [source.weight for source in sources if source.weight is not None]
-        self.weights = [1] if len(groups) == 1 else integer_weights(weights)
-        rounds = [
-            CaptionRounds([sources[i] for i in group], every_caption=captions == "all") for group in groups
-        ]
-        for group, rounds_ in zip(groups, rounds, strict=True):
-            _require_draws(group, sources, rounds_)
+        # drawn as one without weights, else each alone: a group's number is that of its first source
+        groups = [[source] for source in sources] if weights else [sources]
+        self.weights = integer_weights(weights) if weights else [1]
+        rounds = [CaptionRounds(group, every_caption=captions == "all") for group in groups]
+        for number, group in enumerate(groups):
+            _require_draws(number, group, rounds[number])
         self.samples = int(sum(Fraction(int(rounds_.sizes.sum()), rounds_.factor) for rounds_ in rounds))
         self.steps_per_epoch = _steps_per_epoch(self.samples, epoch_samples, batch_size)
         self._pattern, self._ordinals = lay_out(self.weights)
@@ -87,12 +84,12 @@ class Sampler:
 
     def group_of(self, source: int) -> GroupSampler:
         """The sampler of the group in which a source lies."""
-        return self._groups[self._group_of[source]]
+        return self._groups[min(source, len(self._groups) - 1)]
 
     def shown_classes(self, source: int) -> ShownClasses:
         """The classes of which samples of a source are drawn; all, unless its repeats leave some out."""
-        first = self._first_source[self._group_of[source]]
-        return self.group_of(source).rounds.shown[source - first]
+        shown = self.group_of(source).rounds.shown
+        return shown[min(source, len(shown) - 1)]
 
     def batch(self, t: int) -> Draws:
         """All slots of batch t."""
@@ -113,22 +110,16 @@ class Sampler:
                 mine = slots[first:last] - start
                 passes, positions, captions = group.draws(numbers, slice(first, last))
                 sources, within = group.rounds.locate(positions)
-                draws["source"][mine] = sources + self._first_source[number]
+                draws["source"][mine] = sources + number
                 draws["pass_index"][mine] = passes
                 draws["position"][mine] = within
                 draws["caption"][mine] = captions
         return draws.view(Draws)
 
 
-def _group(sources: Sequence[SamplerSource]) -> list[list[int]]:
-    """The sources that are drawn as one: all of them without weights, each alone with weights."""
-    numbers = list(range(len(sources)))
-    return [numbers] if sources[0].weight is None else [[number] for number in numbers]
-
-
-def _require_draws(group: list[int], sources: Sequence[SamplerSource], rounds_: CaptionRounds) -> None:
+def _require_draws(first: int, group: Sequence[SamplerSource], rounds_: CaptionRounds) -> None:
     if rounds_.sizes.sum() == 0:
-        names = ", ".join(f"data.train.{i} {sources[i].name}".strip() for i in group)
+        names = ", ".join(f"data.train.{i} {own.name}".strip() for i, own in enumerate(group, first))
         raise UserError(
             f"{names}: no sample to draw, with a caption where one is needed and a repeat above zero. Look at"
             " the shards with `clipcluster shards stats`, and at captions_in, repeat and repeat_classes."

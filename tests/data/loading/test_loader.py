@@ -14,7 +14,7 @@ import torch
 from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import draw_seed, evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch
-from clipcluster.data.loading.loader import EvaluationLoader, Loader
+from clipcluster.data.loading.loader import Loader, evaluation_batches
 from clipcluster.data.sampling.sampler import Sampler
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
@@ -22,6 +22,7 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.recipe.sections.data import Data
 from clipcluster.runtime.outcome import DataError
+from clipcluster.runtime.world import World
 from tests.data.sources import sampler_source
 from tests.shard_writer import ShardWriter
 
@@ -248,9 +249,8 @@ def test_an_unexpected_error_names_shard_and_key(shards: Dataset, section: Data,
 
 def _evaluated(shards: Dataset, section: Data, world_size: int, workers: int) -> Iterator[tuple]:
     for rank in range(world_size):
-        batches = EvaluationLoader(shards, section, rank, world_size, 16, workers)
-        assert len(batches) == 4
-        seen = list(batches)
+        world = World(rank, world_size, rank, torch.device("cpu"))
+        seen = list(evaluation_batches(shards, section, world=world, batch_size=16, workers=workers))
         assert len(seen) == 4
         for batch in seen:
             yield from zip(
@@ -275,7 +275,8 @@ def test_evaluation_leaves_bad_samples_out_and_says_so(
     tmp_path: Path, make_shards: Callable[..., Path], section: Data
 ) -> None:
     shards = open_folder(make_shards(tmp_path / "s", 10, bad={2, 3}))
-    batches = list(EvaluationLoader(shards, section, batch_size=2))
+    world = World(0, 1, 0, torch.device("cpu"))
+    batches = list(evaluation_batches(shards, section, world=world, batch_size=2))
     assert [batch.positions.tolist() for batch in batches] == [[0, 1], [], [4, 5], [6, 7], [8, 9]]
     assert [entry["key"] for entry in batches[1].bad] == ["s00002", "s00003"]
     assert batches[1].images.shape == (0, 3, 8, 8)

@@ -109,17 +109,22 @@ def test_a_dead_worker_is_not_taken_for_a_lost_rank() -> None:
 def test_workers_end_with_a_rank_that_is_killed(shards: Dataset, tmp_path: Path) -> None:
     code = f"""
         import time
-        from clipcluster.data.loading.loader import EvaluationLoader
+        from multiprocessing import active_children
+
+        import torch
+
+        from clipcluster.data.loading.loader import evaluation_batches
         from clipcluster.data.shards.open import open_folder
         from clipcluster.recipe.sections.data import Data
+        from clipcluster.runtime.world import World
 
         if __name__ == "__main__":
             section = Data(train=[{{"shards": "x"}}], batch_size=8, image={{"size": 8}})
             shards = open_folder({str(shards.folders[0].folder)!r})
-            loader = EvaluationLoader(shards, section, batch_size=4, workers=2)
-            batches = iter(loader)
+            world = World(0, 1, 0, torch.device("cpu"))
+            batches = evaluation_batches(shards, section, world=world, batch_size=4, workers=2)
             next(batches)
-            print(*[worker.pid for worker in loader._pool._results._workers], flush=True)
+            print(*[worker.pid for worker in active_children()], flush=True)
             time.sleep(60)
     """
     script = tmp_path / "rank.py"
