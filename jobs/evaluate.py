@@ -45,8 +45,7 @@ def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
 def latest(run: Run) -> dict[str, Any] | None:
     """The document of the run's last evaluation, or None."""
     found = sorted(run.evals.glob("step-*.json"))
-    document: dict[str, Any] | None = files.read_json(found[-1]) if found else None
-    return document
+    return files.read_object(found[-1]) if found else None
 
 
 def shown(document: Mapping[str, Any]) -> Group:

@@ -106,36 +106,27 @@ class Watched:
 
 def state_of(run: Run, queue: Queue) -> State:
     """What the run is doing now."""
-    newest = run.newest()
-    job = _live(run, queue)
+    newest, intent = run.newest(), unanswered(run)
+    job = _live(run, queue, intent)
     if job is not None:
         return _while_queued(run, queue, job, newest if newest and newest.job == job else None)
-    intent = unanswered(run)
-    if intent is not None and (submitting := _submitting(queue, intent)):
-        return submitting
+    if intent is not None and not intent.settled:
+        return State("SUBMITTING", f"on {intent.host}; its job is not known yet", queued=True)
+    if intent is not None and intent.executor == "slurm" and queue.silent:
+        return State("UNKNOWN", "a job of SLURM, which cannot be asked here, may have been submitted")
     if newest is not None and job_ids(run)[-1:] != [newest.job] and not run.finished():
         newest = None  # a later job came to its end without a claim
     ended = _by_verdict(newest) or _by_outcome(newest) if newest else None
     return ended or _gone(run, queue, newest)
 
 
-def _live(run: Run, queue: Queue) -> str | None:
+def _live(run: Run, queue: Queue, intent: Intent | None) -> str | None:
     """The run's job that SLURM shows, or the local process that lives; the newest first."""
     for job in reversed(job_ids(run)):
         if local_job_runs(job) if job.startswith("local-") else queue.job(job):
             return job
-    intent = unanswered(run)
     if intent is not None and intent.executor == "slurm":
         return next(reversed(queue.jobs_of(run)), None)
-    return None
-
-
-def _submitting(queue: Queue, intent: Intent) -> State | None:
-    """The state of a run whose last launch has no answer; None once it is certain that it made no job."""
-    if not intent.settled:
-        return State("SUBMITTING", f"on {intent.host}; its job is not known yet", queued=True)
-    if intent.executor == "slurm" and queue.silent:
-        return State("UNKNOWN", "a job of SLURM, which cannot be asked here, may have been submitted")
     return None
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome
@@ -84,7 +83,7 @@ def record(
         "reason": verdict.reason,
         "advice": verdict.advice,
         "counts": verdict.counts,
-        "checkpoint": newest_complete(run.checkpoints),
+        "checkpoint": seen.checkpoint,
     }
     if seen.raised:
         fields["raised"] = seen.raised

@@ -50,6 +50,7 @@ def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) ->
         superseded=attempt.is_stale(),
         said=attempt.outcome(),
         cancelled=job_id in run.cancelled_jobs(),
+        checkpoint=checkpoint,
         started=any(event.get("event") == "start" for event in events),
         raised=_raised(events),
         raised_before=before.get("raised", []) if before.get("checkpoint") == checkpoint else [],

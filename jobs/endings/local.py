@@ -58,16 +58,14 @@ class Signals:
     def __init__(self) -> None:
         self.told = ""
         self.passed: list[int] = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._tell)
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self._pass)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._note)
 
-    def _tell(self, number: int, frame: FrameType | None) -> None:
-        self.told = signal.Signals(number).name
-
-    def _pass(self, number: int, frame: FrameType | None) -> None:
-        self.passed.append(number)
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.told = signal.Signals(number).name
+        else:
+            self.passed.append(number)
 
 
 class Ranks:

@@ -46,6 +46,7 @@ class Facts:
     # without what differs from one attempt to the next
     raised: Sequence[Mapping[str, Any]] = ()
     raised_before: Sequence[Mapping[str, Any]] = ()  # just before, with no newer checkpoint since
+    checkpoint: int | None = None  # the step of the newest complete one
     fruitless: int = 0  # endings in a row just before this one that count, with no newer checkpoint since
     broken_before: bool = False  # the ending just before was "never started"
     errors: Sequence[str] = ()  # lines of srun about tasks and nodes

@@ -25,6 +25,7 @@ from jobs.submit import parameters, script, snapshot
 from jobs.train import TRAINEE, TrainJob
 from tools.slurm import SILENT
 
+LOCAL_LOG = "local.log"  # what the process of a local run prints
 START_SECONDS = 30.0  # how long a submission waits for the claim of a local run
 
 
@@ -126,7 +127,7 @@ def locally(cluster: Cluster, run: Run, code: Path, *, grace: float, trainee: st
         environment=script.environment(cluster),
     )
     files.write_json(run.submitit / local.ORDER, asdict(order))
-    with _outside_of_jobs(), local_log(run).open("ab") as stream:
+    with _outside_of_jobs(), (run.submitit / LOCAL_LOG).open("ab") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.endings", "local", str(run.path)],
             cwd=code,
@@ -139,11 +140,6 @@ def locally(cluster: Cluster, run: Run, code: Path, *, grace: float, trainee: st
     return local_job_id(process.pid)
 
 
-def local_log(run: Run) -> Path:
-    """What the process of a local run prints."""
-    return run.submitit / "local.log"
-
-
 def await_claim(run: Run, job: str) -> bool:
     """Whether a local run's process claims the run within START_SECONDS. Raises UserError where it ends."""
     deadline = time.monotonic() + START_SECONDS
@@ -153,7 +149,7 @@ def await_claim(run: Run, job: str) -> bool:
         if newest is not None and newest.job == job:
             return True
         if not lives:
-            log = local_log(run)
+            log = run.submitit / LOCAL_LOG
             said = "\n".join(log.read_text(errors="replace").splitlines()[-3:])
             raise UserError(f"the run could not be started on this machine:\n{said}\nSee {log}")
         time.sleep(0.05)

@@ -1,12 +1,14 @@
 """What `clipcluster submit` does: check, find or make the run, fetch, launch. Submitting twice makes one run.
 
 Submitting a recipe again finds its run: a running one is named, a finished one says so, any other resumes.
+The launch is recorded before and after it happens, and no folder is removed that a job may be using.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +18,15 @@ from pathlib import Path
 from clipcluster.check import plain
 from clipcluster.data.storage.urls import redacted_within
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
+from clipcluster.recipe.load import Loaded, recipe_keys, result_keys, settings_keys
+from clipcluster.recipe.plan import usable_nodes
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import as_typed, run_name, similar_runs
 from clipcluster.text import counted
 from jobs import submissions
 from jobs.state import Queue, State, state_of
-from jobs.submit import assets, executor, parameters
-from jobs.submit.start import Start
+from jobs.submit import assets, executor, launch, parameters, snapshot
 from jobs.train import TRAINEE
 from tools.slurm import Slurm
 
@@ -75,7 +77,10 @@ def submit(wanted: Wanted) -> Submitted:
     if wanted.dry_run:
         _say_plan(run, checked, chosen, wanted)
         return Submitted(run, None)
-    with _fetched(loaded.recipe, run, wanted) as fetched:
+    with tempfile.TemporaryDirectory(prefix="clipcluster-assets-") as aside:
+        fetched = run.assets if run.exists() else Path(aside)  # copied into the new run
+        for name in assets.fetch(loaded.recipe, fetched):
+            wanted.say(f"fetched {name}")
         if not wanted.quick:
             from clipcluster.check import deep
 
@@ -86,8 +91,7 @@ def submit(wanted: Wanted) -> Submitted:
             state = _settled(run, wanted)
             if state.queued or state.name == "FINISHED":  # somebody submitted it during the checks
                 return _as_it_is(run, state, wanted)
-            job = Start(run, loaded, plan, chosen, wanted.trainee, wanted.say).start(fetched)
-            return Submitted(run, job)
+            return Submitted(run, _start(run, checked, chosen, wanted, fetched))
 
 
 def _settled(run: Run, wanted: Wanted) -> State:
@@ -211,11 +215,91 @@ def _say_plan(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted) -> 
             wanted.say(f"  {key.replace('_', '-')}: {value}")
 
 
-@contextlib.contextmanager
-def _fetched(recipe: Recipe, run: Run, wanted: Wanted) -> Iterator[Path]:
-    """The folder of the run's assets: its own, or for a new run one aside that is copied into it."""
-    with tempfile.TemporaryDirectory(prefix="clipcluster-assets-") as aside:
-        folder = run.assets if run.exists() else Path(aside)
-        for name in assets.fetch(recipe, folder):
-            wanted.say(f"fetched {name}")
-        yield folder
+def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetched: Path) -> str | None:
+    """Make or update the folder, with the assets in `fetched`, and launch; returns the job's id.
+
+    None where nothing was to be launched. A new folder does not outlive a refusal. Raises UserError.
+    """
+    plan, cluster, say = checked.plan, checked.recipe.cluster, wanted.say
+    assert plan is not None
+    grace = parameters.grace_seconds(cluster, Slurm() if chosen == "slurm" else None)
+    keys = settings_keys(checked.loaded)
+    settings = {
+        **keys,
+        # what the ranks have for a save, found here because only here SLURM is asked
+        "cluster": {**keys["cluster"], "grace": f"{grace:g} s"},
+        # for `status`; the attempts plan for themselves, with the nodes that they are given
+        "plan": {"total_steps": plan.total_steps},
+        "executor": chosen,
+        "code": None,
+    }
+    made = not run.exists()
+    if made:
+        Run.create(run.path, recipe_keys(checked.loaded), settings, assets=fetched)
+    if chosen == "none":
+        run.update_settings(settings)
+        say(f"{run.name}: made, and nothing started. Train it with one of:")
+        say(f"  clipcluster train {run.path}")
+        say(f"  torchrun --nproc-per-node={plan.world_size} -m jobs.cli train {run.path}")
+        return None
+    try:
+        code = snapshot.take(run.path)
+        if run.settings().get("code") not in (None, code.name):
+            say(f"the code differs from the last submission's: {code.name}")
+        run.update_settings({**settings, "code": code.name})
+    except BaseException:
+        if made:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    job = _launch(run, checked.recipe, code, chosen, wanted, grace=grace, made=made)
+    named = f"job {job}" if chosen == "slurm" else counted(cluster.ranks_per_node, "local rank")
+    say(f"{run.name}: {counted(plan.total_steps, 'step')}, as {named}")
+    say(executor.devices(cluster, chosen))
+    if chosen == "local" and not launch.await_claim(run, job):
+        say(
+            f"{run.name}: its process has not claimed the run within {launch.START_SECONDS:g} s; "
+            f"see {run.submitit / launch.LOCAL_LOG}"
+        )
+    return job
+
+
+def _launch(
+    run: Run, recipe: Recipe, code: Path, chosen: str, wanted: Wanted, *, grace: float, made: bool
+) -> str:
+    """The job's id. The intent is recorded before, the job or the refusal after it.
+
+    Only what SLURM refused leaves no folder behind: after any other failure the job may exist.
+    """
+    intent = submissions.intend(run, chosen, code.name)
+    try:
+        if chosen == "local":
+            job = launch.locally(recipe.cluster, run, code, grace=grace, trainee=wanted.trainee)
+        else:
+            job = launch.on_slurm(
+                recipe.cluster,
+                run,
+                code,
+                grace=grace,
+                trainee=wanted.trainee,
+                used=lambda granted: usable_nodes(recipe, granted),
+            )
+    except launch.NoAnswer as silence:
+        found = Queue().jobs_of(run)
+        if not found:
+            raise UserError(
+                f"{run.name}: {silence}. Whether the job was accepted is not known: submit the run again "
+                "in a minute, which finds the job or queues a new one."
+            ) from None
+        job = found[-1]
+    except UserError as refusal:
+        submissions.record(run, intent, refused=str(refusal))
+        if made:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    except BaseException:
+        for job in Queue().jobs_of(run)[-1:] if chosen == "slurm" else []:
+            submissions.record(run, intent, job=job)
+            wanted.say(f"{run.name} is queued, as job {job}; to end it: clipcluster cancel {run.name}")
+        raise
+    submissions.record(run, intent, job=job)
+    return job
