@@ -16,10 +16,10 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
-from clipcluster.runs.checkpoints import weights_file
+from clipcluster.runs.checkpoints import name_of, steps_in, weights_file
 from clipcluster.runs.files import file_sha256
 from clipcluster.runs.folder import Run
-from clipcluster.train.checkpoint import Broken, CheckpointFolder, reading, verify
+from clipcluster.train.checkpoint import Broken, reading, verify
 
 logger = logging.getLogger("clipcluster")
 
@@ -63,8 +63,7 @@ def hash_of(path: Path) -> str:
 
 def load_weights(run: Run, model: Any, checkpoint: Path | None) -> tuple[Path, int, bool]:
     """Load a checkpoint's weights, by default the newest that verifies; folder, step, whether averaged."""
-    folder = CheckpointFolder(run.checkpoints, check=lambda: None, about={})
-    newest_first = [folder.path(step) for step in reversed(folder.steps())]
+    newest_first = [run.checkpoints / name_of(step) for step in reversed(steps_in(run.checkpoints))]
     reasons = []
     for path in [checkpoint] if checkpoint else newest_first:
         try:

@@ -13,6 +13,7 @@ import torch
 from clipcluster.build.data import Sources, open_batches, open_sources
 from clipcluster.build.model import build_model, describe_start
 from clipcluster.build.task import build_task
+from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.task import Task
 from clipcluster.recipe.plan import Plan, plan
@@ -34,7 +35,7 @@ from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
 from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
-from clipcluster.train.progress import Progress
+from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
 from clipcluster.train.saver import Saver
 from clipcluster.train.stages import Stages
@@ -60,8 +61,13 @@ def build_trainer(
         parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
     about = {"versions": versions(), "commit": _commit(run, attempt), "world_size": world.size}
-    checkpoints = CheckpointFolder(run.checkpoints, check=attempt.check, about=about, attempt=attempt.number)
+    checkpoints = CheckpointFolder(attempt, about)
     records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
+    metrics = Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps)
+
+    def opened(at: Progress) -> Loader:
+        return open_batches(recipe, sources, world, at.batches_drawn, at.skipped)
+
     return Trainer(
         world=world,
         attempt=attempt,
@@ -69,7 +75,7 @@ def build_trainer(
         progress=Progress(steps_per_epoch=plan_.steps_per_epoch, batch_size=plan_.batch_size),
         total_steps=plan_.total_steps,
         step=step,
-        open_batches=lambda at: open_batches(recipe, sources, world, at.batches_drawn, at.skipped),
+        feed=Feed(opened, world.device, metrics.waited),
         parts=parts,
         constants=constants,
         checkpoints=checkpoints,
@@ -82,7 +88,7 @@ def build_trainer(
             precision=step.backward.precision,
             ema=step.ema,
         ),
-        metrics=Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps),
+        metrics=metrics,
         records=records,
         record_samples=recipe.train.record_samples,
         grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_SECONDS,

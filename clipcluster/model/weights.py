@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ _WRAPPERS = {
     *("module", "_orig_mod", "model", "base_model", "backbone", "trunk", "encoder", "visual", "image"),
     *("text", "text_model", "transformer", "bert", "roberta", "distilbert", "electra"),
 }
-_STATE_DICT_KEYS = ("state_dict", "model", "module")
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -117,24 +117,24 @@ def read_state_dict(source: Path) -> dict[str, Tensor]:
     Raises UserError where nothing readable is there.
     """
     if source.is_dir():
-        source = _file_in(source)
+        found = [source / name for name in FOLDER_FILES if (source / name).is_file()]
+        if not found:
+            expected = ", ".join(FOLDER_FILES)
+            raise UserError(f"The folder {source} holds no weights: expected one of {expected}.")
+        source = found[0]
     if not source.is_file():
         raise UserError(
             f"No weights at {source}: name a .safetensors, .pth or .bin file, or a model's folder."
         )
-    shards = shard_names(source)
+    shards = [read_state_dict(source.parent / shard) for shard in shard_names(source)]
     if shards:
-        return {
-            key: value for shard in shards for key, value in read_state_dict(source.parent / shard).items()
-        }
+        return dict(ChainMap(*shards))
     try:
         content = _read(source)
     except Exception as error:  # every reader has its own exceptions for a broken file
         raise UserError(f"The weights {source} cannot be read ({error}): is the file complete?") from error
-    for key in _STATE_DICT_KEYS:
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    inner = (content.get(key) for key in ("state_dict", "model", "module"))
+    content = next((value for value in inner if isinstance(value, dict)), content)
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"The file {source} holds no tensors; its keys are {some(tuple(content))}.")
@@ -160,13 +160,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} where a dictionary of tensors was expected")
     return content
-
-
-def _file_in(folder: Path) -> Path:
-    for name in FOLDER_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"The folder {folder} holds no weights: expected one of {', '.join(FOLDER_FILES)}.")
 
 
 def _best_prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import (
     EVALUATION,
     MANIFEST,
@@ -32,6 +33,7 @@ from clipcluster.runs.checkpoints import (
     tensors_file,
 )
 from clipcluster.runs.files import file_sha256, fsync_folder, read_json, write_json
+from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.train.checkpoint_writer import Contents, Tell, write_complete, write_own_files
 
@@ -48,26 +50,20 @@ class Broken(Exception):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Every rename and deletion first calls `check`, which raises when stale.
+    """The checkpoints of one run, as an attempt sees them; before every change it asks whether it is stale.
 
-    Args:
-        folder: `checkpoints` of the run; made if absent.
-        check: the attempt's question whether it still owns the run.
-        about: goes into every manifest: versions, commit, world size.
-        attempt: the number of the attempt; no two write into the same folder.
+    about: goes into every manifest: versions, commit, world size.
     """
 
-    def __init__(
-        self, folder: Path, *, check: Callable[[], None], about: Mapping[str, Any], attempt: int = 0
-    ) -> None:
-        self.folder, self._check, self._about, self._attempt = folder, check, about, attempt
+    def __init__(self, attempt: Attempt, about: Mapping[str, Any]) -> None:
+        self.folder, self.attempt, self._about = Run(attempt.run).checkpoints, attempt, about
 
     def prepare(self) -> None:
         """Make the folder and remove what killed processes left behind. Only the run's owner may call it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.iterdir():
             if leftover.name.startswith((WRITING, DELETING)):
-                self._check()
+                self.attempt.check()
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def steps(self) -> list[int]:
@@ -111,7 +107,7 @@ class CheckpointFolder:
         source, number = self.path(step), 1
         while (target := self.folder / f"{BROKEN}{source.name}-{number}").exists():
             number += 1
-        self._check()
+        self.attempt.check()
         os.rename(source, target)
         fsync_folder(self.folder)
         write_json(target / "why.json", {"reason": reason, "time": time.time()})
@@ -125,18 +121,18 @@ class CheckpointFolder:
         behind), what `tell` raises, StaleAttempt.
         """
         final = self.path(contents.step)
-        aside = self.folder / f"{WRITING}{final.name}-{self._attempt}-{contents.number}"
+        aside = self.folder / f"{WRITING}{final.name}-{self.attempt.number}-{contents.number}"
         if contents.rank:
-            self._check()
+            self.attempt.check()
             aside.mkdir(exist_ok=True)
             write_own_files(aside, contents, tell)
             return final
         try:
             if not self._keeps(final):
-                self._check()
+                self.attempt.check()
                 aside.mkdir(exist_ok=True)
                 write_complete(aside, contents, self._about, tell)
-                self._check()
+                self.attempt.check()
                 os.rename(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -156,7 +152,7 @@ class CheckpointFolder:
     def record_evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Put the results of an evaluation beside the checkpoint they belong to, where there is one."""
         if self.path(step).exists():
-            self._check()
+            self.attempt.check()
             write_json(self.path(step) / EVALUATION, {"step": step, "metrics": dict(results)})
 
     def evaluation(self, step: int) -> dict[str, float]:
@@ -178,7 +174,7 @@ class CheckpointFolder:
         """Remove a checkpoint: renamed first, so that an incomplete one never has its name."""
         source = self.path(step)
         aside = self.folder / f"{DELETING}{source.name}-{secrets.token_hex(4)}"
-        self._check()
+        self.attempt.check()
         os.rename(source, aside)
         fsync_folder(self.folder)
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,17 +1,13 @@
-"""When a run is evaluated, with which weights, and where the results go."""
+"""When a run is evaluated, and with which weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from clipcluster.evals.suite import Suite
-from clipcluster.runs.attempts import Attempt
-from clipcluster.runs.checkpoints import name_of
-from clipcluster.runs.files import write_json
-from clipcluster.runs.folder import Run
 from clipcluster.train.ema import Ema
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
@@ -47,16 +43,3 @@ class Evaluations:
         averaged = self.ema.applied() if self.ema else nullcontext()
         with averaged, self.precision.autocast():
             return self.suite.run(self.model, progress, wishes=wishes)
-
-    def write(self, attempt: Attempt, progress: Progress, results: Mapping[str, float]) -> None:
-        """Write `evals/step-….json`; rank 0 alone. Raises StaleAttempt."""
-        attempt.check()
-        folder = Run(attempt.run).evals
-        folder.mkdir(exist_ok=True)
-        document = {
-            **progress.counts(),
-            "attempt": attempt.number,
-            "ema": self.ema is not None,
-            "metrics": dict(results),
-        }
-        write_json(folder / f"{name_of(progress.step)}.json", document)

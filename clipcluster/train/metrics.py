@@ -12,6 +12,8 @@ import torch
 
 from clipcluster.evals.headline import headline_text
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import name_of
+from clipcluster.runs.files import write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
@@ -78,13 +80,17 @@ class Metrics:
         self.restart_clock(progress.samples)
         return round(all_bad * self._world.size)
 
-    def write_results(self, progress: Progress, results: dict[str, float]) -> None:
-        """Add an evaluation's results to the line of its step (rank 0). Raises StaleAttempt.
+    def write_results(self, progress: Progress, results: dict[str, float], *, averaged: bool) -> None:
+        """Write `evals/step-….json`, and the results into the line of their step. Raises StaleAttempt.
 
         The later line of a step wins, so it repeats what training wrote there, perhaps in an earlier attempt.
         """
         if not self._world.is_main:
             return
+        self._attempt.check()
+        self._run.evals.mkdir(exist_ok=True)
+        about = {**progress.counts(), "attempt": self._attempt.number, "ema": averaged}
+        write_json(self._run.evals / f"{name_of(progress.step)}.json", {**about, "metrics": results})
         line = self._last_line
         if line.get("step") != progress.step:
             before = (known for known in merged_metrics(self._run) if known["step"] == progress.step)

@@ -85,7 +85,11 @@ class Optimizer:
             ]
         )
         for name, (parameter, _) in self._named.items():
-            self._adamw.state[parameter] = kept.get(name) or fresh_state(parameter)
+            self._adamw.state[parameter] = kept.get(name) or {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     def gradients(self) -> list[Tensor]:
         """The gradients there are; a parameter that took no part in the loss has None, not zero."""
@@ -138,12 +142,3 @@ class Optimizer:
             raise RuntimeError(f"the optimizer's state has {'; '.join(found)}")
         for key, value in fitting.items():
             own[key].copy_(value)
-
-
-def fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """AdamW's state before the first update."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import STATE, Parts
 from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
@@ -25,7 +24,6 @@ ROLL_BACK = "roll_back.json"
 
 def restore(
     world: World,
-    run: Run,
     folder: CheckpointFolder,
     progress: Progress,
     parts: Parts,
@@ -42,7 +40,8 @@ def restore(
     """
 
     def look() -> dict[str, Any]:
-        skipped = [row for attempt in run.attempts() for row in _skipped_by(attempt.path / ROLL_BACK)]
+        attempts = Run(folder.attempt.run).attempts()
+        skipped = [row for attempt in attempts for row in _skipped_by(attempt.path / ROLL_BACK)]
         newest = folder.newest(lambda state: _saved_within(skipped, state))
         if newest is None:
             return {"skipped": skipped, "name": None, "state": {"step": 0}}
@@ -111,7 +110,7 @@ def _difference(before: list[Mapping[str, Any]], now: list[Mapping[str, Any]]) -
     return f"source {new['name']} has changed"
 
 
-def record_roll_back(attempt: Attempt, folder: CheckpointFolder, progress: Progress, streak: Streak) -> None:
+def record_roll_back(folder: CheckpointFolder, progress: Progress, streak: Streak) -> None:
     """Record durably that the run goes back before a row of non-finite steps and skips its batches.
 
     Raises NonFiniteError where it went back before or no checkpoint is older than the row, StaleAttempt, and
@@ -124,6 +123,7 @@ def record_roll_back(attempt: Attempt, folder: CheckpointFolder, progress: Progr
             f"{streak}, {why}.",
             "Lower optim.lr, lengthen optim.warmup, set optim.clip_norm, or train in bf16 or fp32.",
         )
+    attempt = folder.attempt
     attempt.check()
     skipped = [[streak.first_batch, streak.last_batch + 1]]
     try:

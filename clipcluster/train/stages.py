@@ -46,14 +46,14 @@ class Stages:
         self._current: Stage | None = None
         self._trainable = [pair for pair in model.named_parameters() if pair[1].requires_grad]
 
-    def enter(self, step: int) -> bool:
-        """Put the stage of `step` in force; whether it changed. Called before a checkpoint of it is loaded.
+    def enter(self, step: int) -> None:
+        """Put the stage of `step` in force. Called before a checkpoint of it is loaded.
 
         A change wraps the task again, so that a rehearsal has to follow.
         """
         stage = [stage for stage in self._stages if stage.start <= step][-1]
         if stage is self._current:
-            return False
+            return
         for name, parameter in self._trainable:
             parameter.requires_grad_(stage.lr_scale(name) is not None)
             if not parameter.requires_grad:
@@ -61,4 +61,3 @@ class Stages:
         self._optimizer.regroup(stage.lr_scale)
         self._task.wrap()
         self._current = stage
-        return True

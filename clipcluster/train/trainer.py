@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import Parts
-from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import Failure, LostPeers, Outcome
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
@@ -26,7 +24,6 @@ from clipcluster.train.step import Step, Streak
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
-    from clipcluster.data.loading.loader import Loader
     from clipcluster.model.task import Report
 
 
@@ -37,7 +34,6 @@ class Trainer:
     Ranks act together: whatever one of them wishes is reduced at every step boundary before anyone acts.
 
     Args:
-        open_batches: batches from the next one of a progress on, without the ranges it skips.
         parts: what a checkpoint holds, by name.
         constants: what state.json holds besides; a resume with another index or starting weights is refused.
         grace_seconds: time between the request to stop and the kill.
@@ -50,7 +46,7 @@ class Trainer:
     progress: Progress
     total_steps: int
     step: Step
-    open_batches: Callable[[Progress], Loader]
+    feed: Feed
     parts: Parts
     constants: dict[str, Any]
     checkpoints: CheckpointFolder
@@ -61,9 +57,6 @@ class Trainer:
     record_samples: bool = False
     grace_seconds: float = GRACE_SECONDS
     results: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.feed = Feed(self.open_batches, self.world.device, self.metrics.waited)
 
     def run(self) -> Outcome:
         """Train. Returns FINISHED or STOPPED, `outcome.json` written and everything durable.
@@ -128,7 +121,6 @@ class Trainer:
         """Continue from the newest checkpoint, on all ranks; None where there is none."""
         found = restore(
             self.world,
-            Run(self.attempt.run),
             self.checkpoints,
             self.progress,
             self.parts,
@@ -168,7 +160,7 @@ class Trainer:
         """Continue from the last checkpoint before a row of non-finite steps, without the row; only once."""
         self.world.while_main(self.saver.finish)
         try:
-            record = partial(record_roll_back, self.attempt, self.checkpoints, self.progress, streak)
+            record = partial(record_roll_back, self.checkpoints, self.progress, streak)
             self.world.while_main(record)
         except Failure as error:
             self.records.failure = error
@@ -187,9 +179,7 @@ class Trainer:
             return  # still owed; the boundary that follows agrees on the stop again
         self.progress.evaluated_step, self.results = self.progress.step, results
         with self.records.keeping():
-            if self.world.is_main:
-                self.evaluations.write(self.attempt, self.progress, results)
-            self.metrics.write_results(self.progress, results)
+            self.metrics.write_results(self.progress, results, averaged=self.step.ema is not None)
         self.saver.record_evaluation(self.progress.step, results)
         self.metrics.restart_clock(self.progress.samples)
 

@@ -66,17 +66,21 @@ def contents(step: int, size: int = 1000) -> Contents:
     return take_copy(step, at(step).state_dict(), {"model": Part(float(step), size)})
 
 
-def folder_at(path: Path, check: Callable[[], None] = lambda: None) -> CheckpointFolder:
-    folder = CheckpointFolder(path, check=check, about={"world_size": 1})
+def attempt_beside(path: Path, number: int = 1) -> Attempt:
+    """An attempt of the run whose checkpoints are at `path`."""
+    attempt = Attempt(path.parent / "attempts" / str(number))
+    attempt.path.mkdir(parents=True, exist_ok=True)
+    return attempt
+
+
+def folder_at(path: Path) -> CheckpointFolder:
+    folder = CheckpointFolder(attempt_beside(path), about={"world_size": 1})
     folder.prepare()
     return folder
 
 
 def saver_of(folder: CheckpointFolder, keep: Keep | None = None, **when: Any) -> Saver:
-    """A saver whose attempt lies beside the checkpoints."""
-    attempt = Attempt(folder.folder.parent / "attempts" / "1")
-    attempt.path.mkdir(parents=True, exist_ok=True)
-    records = Records(attempt, ALONE, samples=1, limit=0.0)
+    records = Records(folder.attempt, ALONE, samples=1, limit=0.0)
     return Saver(folder, records, keep=keep or Keep(), constants={}, **when)
 
 
@@ -331,15 +335,12 @@ def test_a_whole_one_that_is_there_stays(folder: CheckpointFolder) -> None:
 
 
 def test_a_stale_writer_renames_and_deletes_nothing(folder: CheckpointFolder) -> None:
-    def stale() -> None:
-        raise StaleAttempt("a later attempt owns the run")
-
-    late = CheckpointFolder(folder.folder, check=stale, about={})
+    attempt_beside(folder.folder, 2)
     for act in (
-        lambda: late.write(contents(4)),
-        lambda: late.delete(1),
-        lambda: late.set_aside(1, "no"),
-        lambda: late.record_evaluation(1, {"m": 1.0}),
+        lambda: folder.write(contents(4)),
+        lambda: folder.delete(1),
+        lambda: folder.set_aside(1, "no"),
+        lambda: folder.record_evaluation(1, {"m": 1.0}),
     ):
         with pytest.raises(StaleAttempt):
             act()
@@ -389,7 +390,7 @@ def kill_while_saving(path: Path, tries: int) -> int:
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         there = max((int(p.name[5:]) for p in path.glob("step-*")), default=0)
-        folder = CheckpointFolder(path, check=lambda: None, about={})
+        folder = CheckpointFolder(attempt_beside(path), about={})
         found = folder.newest() if path.exists() else None
         if there:
             # Whatever has a checkpoint's name is whole: nothing was set aside, nothing lost.
@@ -422,7 +423,7 @@ class SlowFolder(CheckpointFolder):
     """A disk that takes its time: every write waits for `go`, or until it is dropped."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, check=lambda: None, about={})
+        super().__init__(attempt_beside(path), about={})
         self.prepare()
         self.go = threading.Event()
         self.seconds = 0.0
@@ -608,12 +609,8 @@ def test_measurements_that_a_roll_back_undid_are_not_recorded(tmp_path: Path) ->
 
 
 def test_a_stale_save_is_told_at_the_next_boundary(tmp_path: Path) -> None:
-    def stale() -> None:
-        raise StaleAttempt("a later attempt owns the run")
-
-    path = tmp_path / "checkpoints"
-    path.mkdir()
-    saver = saver_of(CheckpointFolder(path, check=stale, about={}), every_steps=1)
+    saver = saver_of(folder_at(tmp_path / "checkpoints"), every_steps=1)
+    attempt_beside(tmp_path / "checkpoints", 2)
     saver.save(at(1), {"model": Part()})
     saver.finish()
     assert saver.records.wishes() == Wish.ABORT
@@ -717,7 +714,7 @@ def test_every_rank_brings_its_part_and_rank_0_lists_them_all(folder: Checkpoint
 
 def test_a_rank_that_cannot_write_fails_the_save_of_all(folder: CheckpointFolder) -> None:
     failing = brought_by(1, ranks=2)
-    (folder.folder / ".writing-step-00000004-0-1" / "own-rank-00001.safetensors").mkdir(parents=True)
+    (folder.folder / ".writing-step-00000004-1-1" / "own-rank-00001.safetensors").mkdir(parents=True)
     errors = write_together(folder, [brought_by(0, ranks=2), failing])
     assert "rank 1 could not write its files" in str(errors[0])
     assert isinstance(errors[0], OSError)
@@ -777,7 +774,7 @@ def test_a_checkpoint_of_the_first_format_is_read(folder: CheckpointFolder) -> N
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB."""
-    path = tmp_path / "disk"
+    path = tmp_path / "checkpoints"
     path.mkdir()
     mount = shutil.which("mount")
     command = [mount or "mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]

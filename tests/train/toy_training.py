@@ -30,7 +30,7 @@ from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
 from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
-from clipcluster.train.progress import Progress
+from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
 from clipcluster.train.saver import Saver
 from clipcluster.train.stages import Stage, Stages
@@ -235,9 +235,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         "starting_weights": {"image": script.weights},
         "plan": {"total_steps": script.steps},
     }
-    checkpoints = SlowDisk(
-        run.checkpoints, check=attempt.check, about={"world_size": world.size}, attempt=attempt.number
-    )
+    checkpoints = SlowDisk(attempt, about={"world_size": world.size})
     checkpoints.seconds, checkpoints.blind = script.slow_disk, script.blind == world.rank
     records = Records(attempt, world, samples=100, limit=0.002)
     saver = Saver(
@@ -263,6 +261,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         precision=precision,
         ema=ema,
     )
+    metrics = Metrics(attempt, world, every=script.log_every, total_steps=script.steps)
     return Trainer(
         world=world,
         attempt=attempt,
@@ -270,13 +269,13 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         progress=progress,
         total_steps=script.steps,
         step=step,
-        open_batches=lambda at: ToyBatches(script, world, stop, at),
+        feed=Feed(lambda at: ToyBatches(script, world, stop, at), world.device, metrics.waited),
         parts=parts,
         constants=constants,
         checkpoints=checkpoints,
         saver=saver,
         evaluations=evaluations,
-        metrics=Metrics(attempt, world, every=script.log_every, total_steps=script.steps),
+        metrics=metrics,
         records=records,
         record_samples=script.record,
         grace_seconds=30.0,
