@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +77,7 @@ def index(
         ),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Scan what looks unchanged too.")] = False,
-    workers: Annotated[int, typer.Option("--workers", metavar="N", help="Processes.")] = 1,
+    workers: Workers = 1,
     as_json: AsJson = False,
 ) -> None:
     """Make the index that training reads samples by."""
@@ -87,8 +88,6 @@ def index(
             folders, index=elsewhere, captions=captions, again=again, workers=workers, progress=progress
         )
     if as_json:
-        from dataclasses import asdict
-
         print_document([asdict(summary) for summary in summaries])
         return
     for summary in summaries:
@@ -184,7 +183,7 @@ def stats(
         if not as_json:
             say(f"drawn: {picture}")
     if as_json:
-        _print([one.as_dict() for one in figures])
+        _print([asdict(one) for one in figures])
 
 
 def _print(documents: list[dict[str, Any]]) -> None:

@@ -27,6 +27,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -287,7 +288,7 @@ def look(folder: Path) -> dict[str, Any]:
                 )
         if [bad for bad in report.broken if bad["fault"] != "cut"] or counts.notes:
             wrong.append(f"{report.broken} {counts.notes}")
-        json.dumps(counts.as_dict()), json.dumps(report.as_dict())
+        json.dumps(asdict(counts)), json.dumps(report.as_dict())
         if (counts.captions, counts.kinds, counts.bad) != (report.captions, report.kinds, report.bad):
             wrong.append("stats and verify differ")
     shards = open_folder(folder)

@@ -25,10 +25,8 @@ def index_folders(
     A folder whose splits hold the shards stands for all of them. `captions` are choices (default, lines, txt,
     json:FIELD, MEMBER.json:FIELD) to stand beside those that an index has; none: what it has, and for a new
     one lines where `dataset_type.txt` says retrieval, else default. `again` scans what looks unchanged too.
-    UserError as `index_folder`, and for no worker.
+    UserError as `index_folder`.
     """
-    if workers < 1:
-        raise UserError(f"--workers {workers}: give the number of processes that index, 1 or more")
     folders = every_folder(folders)
     require_one(folders, index)
     for folder in folders:

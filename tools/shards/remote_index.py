@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from clipcluster.data.shards import captions as choices_of
@@ -46,35 +46,24 @@ def index_remote(
     small texts beside the shards are copied. UserError: shards of several folders, none, one that is gone or
     cannot be fetched, a folder that cannot be listed, a place that cannot be written to.
     """
-    try:
-        return _index(written, target, captions, again, workers, progress)
-    except (Unreachable, Refused) as error:
-        raise UserError(
-            f"{error.filename}: {error.strerror}; the same command continues with the remaining shards"
-        ) from None
-
-
-def _index(
-    written: str,
-    target: Path,
-    captions: str | Sequence[str] | None,
-    again: bool,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> shard_list.IndexSummary:
-    folder, names = _shards(written)
     asked = [captions] if isinstance(captions, str) else list(captions or ())
     try:
+        folder, names = _shards(written)
         target.mkdir(parents=True, exist_ok=True)
-        _copy_words(folder, target)
+        for beside in BESIDE_SHARDS:  # what captions and classes are, of the folder or of the one above
+            text = read_beside(folder, beside)
+            if text is not None:
+                (target / beside).write_bytes(text)
         known = shard_list.read_list(target)[1] | _done_before(target)
         have = next((entry.captions for entry in known.values()), {})
         choices = tuple(dict.fromkeys([*have, *map(choices_of.check_choice, asked)]))
         choices = choices or (choices_of.choice_for(target, None),)
-        job = _Job(Cache(default_folder()), folder, target, choices, {} if again else known)
+        index = partial(
+            _index_shard, Cache(default_folder()), folder, target, choices, {} if again else known
+        )
         entries = []
         with ThreadPoolExecutor(workers) as pool:
-            for count, entry in enumerate(pool.map(job.entry, names), 1):
+            for count, entry in enumerate(pool.map(index, names), 1):
                 entries.append(entry)
                 if progress is not None:
                     progress(count, len(names))
@@ -82,6 +71,10 @@ def _index(
         (target / _DONE).unlink(missing_ok=True)
     except PermissionError as error:
         raise UserError(f"{target}: {error}; choose a writable folder with --index") from None
+    except (Unreachable, Refused) as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}; the same command continues with the remaining shards"
+        ) from None
     return shard_list.summarize(str(folder), target, choices, entries)
 
 
@@ -111,63 +104,44 @@ def _shards(written: str) -> tuple[RemoteFolder, list[str]]:
     return folder, sorted(names if tars is None else chosen(folder, tars, names))
 
 
-def _copy_words(folder: RemoteFolder, target: Path) -> None:
-    """Brings the texts that say what captions and classes are, of the folder or of the one above."""
-    for name in BESIDE_SHARDS:
-        data = read_beside(folder, name)
-        if data is not None:
-            (target / name).write_bytes(data)
-
-
-@dataclass(frozen=True)
-class _Job:
-    cache: Cache
-    folder: RemoteFolder
-    target: Path
-    choices: tuple[str, ...]
-    known: dict[str, shard_list.ShardEntry]
-
-    def entry(self, name: str) -> shard_list.ShardEntry:
-        """Indexes one shard, unless its rows are there already."""
-        try:
-            entry = self._unchanged(name)
-            if entry is not None and set(entry.captions) == set(self.choices):
-                return entry
-            fd, digest, stamp = self._fetched(name, entry)
-        except FileNotFoundError:
-            raise UserError(f"{self.folder / name}: no such shard") from None
-        with _as_file(fd, name) as path:
-            made = indexing.index_shard(path, self.target, self.choices, digest)
-        made = replace(made, mtime_ns=stamp)
-        with open(self.target / _DONE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(made)) + "\n")  # one write: the lines of several threads stay whole
-        return made
-
-    def _unchanged(self, name: str) -> shard_list.ShardEntry | None:
-        entry = self.known.get(name)
-        if entry is None or not shard_index.shard_index_path(self.target, name).is_file():
-            return None
-        state = state_of((self.folder / name).address)
-        same = state.stamp != 0 and state == State(entry.bytes, entry.mtime_ns)
-        return entry if same else None
-
-    def _fetched(self, name: str, entry: shard_list.ShardEntry | None) -> tuple[int, str, int]:
-        """A handle on the bytes, their sha256, and the server's stamp."""
-        address = (self.folder / name).address
-        if entry is not None:
-            with contextlib.suppress(OtherContent):
-                return self.cache.shard(address, entry.bytes, entry.sha256), entry.sha256, entry.mtime_ns
-        fd, got = self.cache.unnamed(address)
-        return fd, got.sha256, got.stamp
-
-
-@contextlib.contextmanager
-def _as_file(fd: int, name: str) -> Iterator[Path]:
-    """A path that ends in `name` and leads to an open file, which is closed at the end."""
+def _index_shard(
+    cache: Cache,
+    folder: RemoteFolder,
+    target: Path,
+    choices: tuple[str, ...],
+    known: Mapping[str, shard_list.ShardEntry],
+    name: str,
+) -> shard_list.ShardEntry:
+    """Indexes one shard, unless its rows are there already."""
+    address, entry = (folder / name).address, known.get(name)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / name
-            path.symlink_to(f"/dev/fd/{fd}")
-            yield path
-    finally:
-        os.close(fd)
+        if entry is not None and not _is_unchanged(entry, target, address):
+            entry = None
+        if entry is not None and set(entry.captions) == set(choices):
+            return entry
+        fd, digest, stamp = _fetched(cache, address, entry)
+    except FileNotFoundError:
+        raise UserError(f"{folder / name}: no such shard") from None
+    with open(fd, "rb"), tempfile.TemporaryDirectory() as place:
+        path = Path(place) / name
+        path.symlink_to(f"/dev/fd/{fd}")
+        made = replace(indexing.index_shard(path, target, choices, digest), mtime_ns=stamp)
+    with open(target / _DONE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(made)) + "\n")  # one write: the lines of several threads stay whole
+    return made
+
+
+def _is_unchanged(entry: shard_list.ShardEntry, target: Path, address: str) -> bool:
+    if not shard_index.shard_index_path(target, entry.name).is_file():
+        return False
+    state = state_of(address)
+    return state.stamp != 0 and state == State(entry.bytes, entry.mtime_ns)
+
+
+def _fetched(cache: Cache, address: str, entry: shard_list.ShardEntry | None) -> tuple[int, str, int]:
+    """A handle on the bytes, their sha256, and the server's stamp."""
+    if entry is not None:
+        with contextlib.suppress(OtherContent):
+            return cache.shard(address, entry.bytes, entry.sha256), entry.sha256, entry.mtime_ns
+    fd, got = cache.unnamed(address)
+    return fd, got.sha256, got.stamp

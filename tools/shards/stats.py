@@ -3,7 +3,8 @@
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ _BINS = 40
 
 @dataclass(frozen=True)
 class Stats:
-    """The figures of one folder; `as_dict` is what `--json` prints. used + bad = samples.
+    """The figures of one folder, as `--json` prints them. used + bad = samples.
 
     `bad` are samples whose image cannot be used, `broken` shards that could not be read to their end (what
     lies before counts). `images` and `captions_characters` hold quantiles and a histogram each; image sizes
@@ -62,11 +63,7 @@ class Stats:
     duplicates: dict[str, Any]
     bad: list[dict[str, Any]]
     broken: list[dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
+    notes: list[str]
 
 
 def stats(
@@ -85,11 +82,40 @@ def stats(
     """
     choice = captions.choice_for(folder, captions_choice or _chosen(folder, index))
     note = _misfit(folder, index, choice)
-    if note is None:
-        return _stats(folder, index or folder, choice, [], images, workers, progress)
-    with tempfile.TemporaryDirectory(prefix="clipcluster-index-") as place:
-        indexing.index_folder(folder, Path(place), choice, workers=workers)
-        return _stats(folder, Path(place), choice, [note], images, workers, progress)
+    with ExitStack() as stack:
+        if note is not None:
+            index = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clipcluster-index-")))
+            indexing.index_folder(folder, index, choice, workers=workers)
+        shards = stack.enter_context(closing(open_folder(folder, index, choice)))
+        task = partial(survey, decoded=images, details=True)
+        alone = 0 if workers == 1 and not images else workers
+        found = over_shards(task, shards, workers=alone, progress=progress)
+        whole = shard_list.read_summary(folder, index)
+        counts = shards.caption_counts()
+    bad = [entry for one in found for entry in one.bad]
+    classes = _joined(found, "classes")
+    return Stats(
+        folder=str(folder),
+        captions_choice=choice,
+        decoded=images,
+        shards=len(shards),
+        samples=shards.n_samples,
+        bytes=whole.bytes,
+        used=shards.n_samples - len(bad),
+        captions=shards.n_pairs,
+        without_caption=int((counts == 0).sum()),
+        without_image=whole.without_image,
+        repeated_keys=whole.duplicates,
+        kinds=dict(sum((one.kinds for one in found), Counter()).most_common()),
+        images=_image_figures(found),
+        caption_characters=_figures(_joined(found, "lengths")),
+        captions_per_sample=_tally(counts),
+        classes=_tally(classes[classes >= 0]),
+        duplicates=_duplicates(found),
+        bad=bad,
+        broken=[{"shard": b["shard"], "key": None, "reason": b["reason"]} for b in whole.broken],
+        notes=[] if note is None else [note],
+    )
 
 
 def _chosen(folder: Path, index: Path | None) -> str | None:
@@ -115,48 +141,6 @@ def _misfit(folder: Path, index: Path | None, choice: str) -> str | None:
     if unknown:
         return f"the index lacks {len(unknown)} shards ({min(unknown)}, …); the figures include them"
     return None
-
-
-def _stats(
-    folder: Path,
-    index: Path,
-    choice: str,
-    notes: list[str],
-    images: bool,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> Stats:
-    shards = open_folder(folder, index, choice)
-    task = partial(survey, decoded=images, details=True)
-    alone = 0 if workers == 1 and not images else workers
-    found = over_shards(task, shards, workers=alone, progress=progress)
-    shards.close()
-    whole = shard_list.read_summary(folder, index)
-    bad = [entry for one in found for entry in one.bad]
-    counts = shards.caption_counts()
-    classes, numbers = np.unique(_joined(found, "classes"), return_counts=True)
-    return Stats(
-        folder=str(folder),
-        captions_choice=choice,
-        decoded=images,
-        shards=len(shards),
-        samples=shards.n_samples,
-        bytes=whole.bytes,
-        used=shards.n_samples - len(bad),
-        captions=shards.n_pairs,
-        without_caption=int((counts == 0).sum()),
-        without_image=whole.without_image,
-        repeated_keys=whole.duplicates,
-        kinds=dict(sum((one.kinds for one in found), Counter()).most_common()),
-        images=_image_figures(found),
-        caption_characters=_figures(_joined(found, "lengths")),
-        captions_per_sample=_tally(counts),
-        classes={str(name): int(number) for name, number in zip(classes, numbers, strict=True) if name >= 0},
-        duplicates=_duplicates(found),
-        bad=bad,
-        broken=[{"shard": b["shard"], "key": None, "reason": b["reason"]} for b in whole.broken],
-        notes=notes,
-    )
 
 
 def _joined(found: Sequence[Survey], name: str) -> np.ndarray:
@@ -211,8 +195,6 @@ def _duplicates(found: Sequence[Survey]) -> dict[str, Any]:
 
 
 def _groups(values: np.ndarray, places: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    if not len(values):
-        return {"groups": 0, "extra": 0, "examples": []}
     _, first, inverse, counts = np.unique(values, return_index=True, return_inverse=True, return_counts=True)
     several = np.flatnonzero(counts > 1)
     several = several[np.argsort(first[several], kind="stable")]

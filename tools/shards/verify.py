@@ -111,35 +111,32 @@ def _look(
     choices: tuple[str, ...],
     images: bool,
 ) -> _Look:
-    fault, reason, readable = _shard_fault(shards, shard, index, choices)
+    fault, reason = _shard_fault(shards, shard, index, choices)
+    readable = fault in (None, CUT)
     samples = survey(shards, shard, lost, at, decoded=images, details=False) if readable else None
     return _Look(fault, reason, samples)
 
 
 def _shard_fault(
     shards: Dataset, number: int, index: Path, choices: tuple[str, ...]
-) -> tuple[str | None, str, bool]:
-    """What is wrong with a shard (None: nothing), the reason, and whether its samples can be read."""
+) -> tuple[str | None, str]:
+    """What is wrong with a shard (None: nothing), and the reason."""
     path = shards.shard_path(number)
     if not path.is_file():
-        return GONE, "gone", False
+        return GONE, "gone"
     try:
         meta, rows = shard_index.read_shard_index(shard_index.shard_index_path(index, path.name))
     except (OSError, BrokenColumns) as error:
-        return ROWS, f"its shard index cannot be read: {error}", False
-    digest = file_sha256(path)
-    if digest != shards.sha256(number):
-        return (
-            CHANGED,
-            f"changed since it was indexed: sha256 is {digest}, was {shards.sha256(number)}",
-            False,
-        )
-    columns, _, _, broken = shard_index.scan_shard(path, choices)
+        return ROWS, f"its shard index cannot be read: {error}"
+    digest, indexed = file_sha256(path), shards.sha256(number)
+    if digest != indexed:
+        return CHANGED, f"changed since it was indexed: sha256 is {digest}, was {indexed}"
+    scanned = shard_index.scan_shard(path, choices)
     if digest != meta["sha256"] or any(
-        name not in rows or not np.array_equal(rows[name], column) for name, column in columns.items()
+        name not in rows or not np.array_equal(rows[name], column) for name, column in scanned.columns.items()
     ):
-        return ROWS, "its shard index does not match the tar", False
-    return (CUT, broken, True) if broken else (None, "", True)
+        return ROWS, "its shard index does not match the tar"
+    return (CUT, scanned.broken) if scanned.broken else (None, "")
 
 
 def _count(shards: Dataset, number: int, samples: Survey, report: Report) -> None:

@@ -1,5 +1,6 @@
 """`shards index`: several folders, or one with its index elsewhere."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.shards.shard_list import read_summary
 from clipcluster.errors import UserError
+from jobs.cli.app import main
 from tests.shard_writer import ShardWriter
 from tools.shards.index import index_folders
 
@@ -55,9 +57,12 @@ def test_an_empty_file_is_a_shard_of_the_list(tmp_path: Path) -> None:
     assert read_summary(tmp_path).shards == 1
 
 
-def test_no_worker_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--workers 0: give the number of processes"):
-        index_folders([_folder(tmp_path / "a", 1)], workers=0)
+def test_no_worker_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["clipcluster", "shards", "index", ".", "--workers", "0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "'--workers'" in capsys.readouterr().err
 
 
 def test_choices_stand_side_by_side(tmp_path: Path) -> None:

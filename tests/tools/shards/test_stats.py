@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_the_figures_are_those_of_what_was_put_in(folder: Path) -> None:
         "examples": [[{"shard": "00000.tar", "key": "k0"}, {"shard": "00001.tar", "key": "k5"}]],
     }
     assert found.duplicates["keys"]["extra"] == 1
-    json.dumps(found.as_dict())
+    json.dumps(asdict(found))
 
 
 def test_without_decoding_only_what_is_no_image_is_bad(folder: Path) -> None:
