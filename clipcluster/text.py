@@ -1,4 +1,21 @@
-"""Numbers in sentences."""
+"""Numbers and words in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most similar to `word`; None where none is similar."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message: ``; did you mean WORD?``, or nothing where no known word is similar."""
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def counted(number: int, noun: str) -> str:

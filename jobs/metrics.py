@@ -12,11 +12,11 @@ from typing import IO, Any
 from rich.table import Table
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.tree import nearest
 from clipcluster.runs.files import NON_FINITE, finite
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runs.names import as_typed
+from clipcluster.text import nearest
 
 BEFORE_ALL = ("step", "samples", "epoch", "loss")
 AFTER_ALL = (NON_FINITE, "time", "attempt")

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.tree import did_you_mean, nearest
 from clipcluster.runs import files
+from clipcluster.text import did_you_mean, nearest
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 CONFIGURATION = ("config.json",)

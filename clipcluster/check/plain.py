@@ -18,11 +18,10 @@ from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import METRICS, metric_names
-from clipcluster.recipe.tree import did_you_mean
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
 from clipcluster.runtime.outcome import Failure
-from clipcluster.text import counted
+from clipcluster.text import counted, did_you_mean
 
 if TYPE_CHECKING:
     from clipcluster.data.shards.dataset import Dataset

@@ -7,12 +7,13 @@ of KEY.json; dots lead into it) or `MEMBER.json:FIELD` (the same of KEY.MEMBER.j
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
+
+from clipcluster.text import nearest
 
 DEFAULT, LINES, TXT = "default", "lines", "txt"
 CHOICES = "default, lines, txt, json:FIELD or MEMBER.json:FIELD"
@@ -34,11 +35,10 @@ def checked(choice: str) -> str:
     """The choice itself. ValueError, with the nearest, where there is none such."""
     if choice in (DEFAULT, LINES, TXT) or field_of(choice) is not None:
         return choice
-    near = difflib.get_close_matches(choice, (DEFAULT, LINES, TXT), 1)
-    word = choice.removesuffix(":")
-    if not near and re.fullmatch(r"\w+", word):
-        near = ["json:FIELD" if word == "json" else f"json:{word}"]
-    raise ValueError(f"should be {CHOICES}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    near, word = nearest(choice, (DEFAULT, LINES, TXT)), choice.removesuffix(":")
+    if near is None and word.isidentifier():
+        near = "json:FIELD" if word == "json" else f"json:{word}"
+    raise ValueError(f"should be {CHOICES}" + (f"; did you mean {near!r}?" if near else ""))
 
 
 def checked_probabilities(probabilities: Mapping[str, Any]) -> None:

@@ -18,16 +18,12 @@ _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 
 
 @cache
-def _special(kind: str) -> dict[Loc, str]:
-    """Dotted paths (list positions as ``*``) of the keys whose `kind` (path, shell) is set."""
-    return {path: extra_of(field)[kind] for path, field in walk(Recipe) if kind in extra_of(field)}
-
-
-def _kind(loc: Loc, kind: str) -> str | None:
-    """What `key` noted of the key at `loc`, or of the list that contains it: its `path` or `shell`."""
-    pattern = tuple("*" if isinstance(part, int) else part for part in loc)
-    special = _special(kind)
-    return special.get(pattern) or (special.get(pattern[:-1]) if pattern and pattern[-1] == "*" else None)
+def _extras() -> dict[Loc, dict[str, Any]]:
+    """What `key` noted of every key, by its path (list positions as ``*``), and of every entry of a list."""
+    extras: dict[Loc, dict[str, Any]] = {}
+    for path, field in walk(Recipe):
+        extras[path] = extras[(*path, "*")] = extra_of(field)
+    return extras
 
 
 def expand(text: str, environ: Mapping[str, str]) -> str:
@@ -87,8 +83,10 @@ def values(
         return [
             values(entry, environ, problems, paths, (*loc, place)) for place, entry in enumerate(tree.value)
         ]
-    key, kind = dotted(loc), _kind(loc, "path")
-    if isinstance(tree.value, Variable) and (_kind(loc, "shell") or (kind and paths is None)):
+    key = dotted(loc)
+    noted = _extras().get(tuple("*" if isinstance(part, int) else part for part in loc), {})
+    kind = noted.get("path")
+    if isinstance(tree.value, Variable) and ("shell" in noted or (kind and paths is None)):
         return tree.value.text
     try:
         value = expanded(tree, environ, key)

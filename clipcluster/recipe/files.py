@@ -13,7 +13,8 @@ from pathlib import Path
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.environment import expanded
-from clipcluster.recipe.tree import Entry, did_you_mean, merge, nearest, parse_file, shown
+from clipcluster.recipe.tree import Entry, merge, parse_file, shown
+from clipcluster.text import did_you_mean, nearest
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 _EXAMPLE = "example"  # a site profile that shows the keys; used only by name

@@ -30,7 +30,6 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tree import (
     COMMAND_LINE,
     Entry,
-    Loc,
     Origin,
     assign,
     find,
@@ -88,9 +87,8 @@ def load(
     tree = with_parents(file, environ)
     profile = find_site(site, environ)
     tree = _with_overrides(merge(profile, tree) if profile else tree, overrides)
-    problems: dict[Loc, str] = {}
     paths: dict[str, str] = {}
-    recipe = validated(values(tree, environ, problems, paths), tree, problems, shown(file), Recipe)
+    recipe = validated(tree, environ, shown(file), Recipe, paths)
     return Loaded(recipe, Recipe.model_validate(values(tree, environ, {})), paths, tree)
 
 
@@ -102,9 +100,7 @@ def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str
     """
     name = "the run's recipe"
     tree = _with_overrides(tree_of(recipe.model_dump(mode="json"), Origin(name)), overrides)
-    problems: dict[Loc, str] = {}
-    resolved = values(tree, os.environ if environ is None else environ, problems, {})
-    return validated(resolved, tree, problems, name, Recipe)
+    return validated(tree, os.environ if environ is None else environ, name, Recipe, {})
 
 
 def _with_overrides(tree: Entry, overrides: Sequence[str], section: Sequence[str] = ()) -> Entry:
@@ -134,9 +130,7 @@ def load_cluster(
     environ = os.environ if environ is None else environ
     profile = find_site(site, environ) or Entry({}, Origin(COMMAND_LINE))
     tree = _with_overrides(profile, overrides, ["cluster"])
-    problems: dict[Loc, str] = {}
-    resolved = values(tree, environ, problems)
-    return validated(resolved, tree, problems, "the cluster section", _ClusterOnly).cluster
+    return validated(tree, environ, "the cluster section", _ClusterOnly).cluster
 
 
 def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dict[str, Any]:
@@ -198,4 +192,4 @@ def from_run(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
     for name, path in settings.get("paths", {}).items():
         if find(tree, loc_of(name)[:-1]) is not None:  # a later version may have another section there
             tree = assign(tree, name.split("."), Entry(path, origin))
-    return validated(values(tree, {}, {}), tree, {}, "the run's recipe.yaml and settings.yaml", Recipe)
+    return validated(tree, {}, "the run's recipe.yaml and settings.yaml", Recipe)

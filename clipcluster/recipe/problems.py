@@ -6,7 +6,7 @@ Messages are built from the type and context of pydantic's errors, not from its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from clipcluster.errors import UserError
+from clipcluster.recipe.environment import values
 from clipcluster.recipe.sections.base import (
     Section,
     is_list_of_sections,
@@ -22,17 +23,8 @@ from clipcluster.recipe.sections.base import (
     sections_of,
     walk,
 )
-from clipcluster.recipe.tree import (
-    Entry,
-    Loc,
-    Origin,
-    Variable,
-    did_you_mean,
-    dotted,
-    find,
-    nearest,
-    origin_of,
-)
+from clipcluster.recipe.tree import Entry, Loc, Origin, Variable, dotted, find, origin_of
+from clipcluster.text import did_you_mean, nearest
 
 S = TypeVar("S", bound=Section)
 # What should be there, by the type of pydantic's error; `{…}` is filled from its context.
@@ -60,27 +52,31 @@ EXPECTED = {
 }
 
 
-def validated(value: Any, tree: Entry, problems: dict[Loc, str], file: str, model: type[S]) -> S:
-    """The recipe, or one UserError with everything that is wrong, in the order of the lines.
+def validated(
+    tree: Entry,
+    environ: Mapping[str, str],
+    file: str,
+    model: type[S],
+    paths: dict[str, str] | None = None,
+) -> S:
+    """The recipe of a tree, or one UserError with everything that is wrong, in the order of the lines.
 
     Args:
-        value: the recipe as mappings, lists and values.
-        tree: the same with the place that wrote each entry.
-        problems: what was found wrong before, by the key's location.
+        tree, environ, paths: as of `values`.
         file: the name of the recipe in the message.
         model: the section class of the whole.
     """
-    recipe = None
+    problems: dict[Loc, str] = {}
+    value = values(tree, environ, problems, paths)
     try:
         recipe = model.model_validate(value)
+        if not problems:
+            return recipe
     except ValidationError as error:
         for entry in error.errors(include_url=False):
             key = Key.of(entry["loc"], model)
             if not any(key.loc[: len(failed)] == failed for failed in problems):
-                message = _message(key, entry, tree, model)
-                problems[key.loc] = message
-    if recipe is not None and not problems:
-        return recipe
+                problems[key.loc] = _message(key, entry, tree, model)
     lines = [problems[loc] for loc in sorted(problems, key=lambda loc: _line_order(origin_of(tree, loc)))]
     if len(lines) == 1:
         raise UserError(lines[0])
@@ -89,7 +85,7 @@ def validated(value: Any, tree: Entry, problems: dict[Loc, str], file: str, mode
 
 def _line_order(origin: Origin) -> tuple[str, int]:
     file, _, line = origin.place.rpartition(":")
-    return (file, int(line)) if line.isdigit() else ("~", 0)
+    return (file, int(line)) if line.isdecimal() else ("~", 0)
 
 
 @dataclass(frozen=True)
@@ -100,36 +96,30 @@ class Key:
         loc: the path as a recipe writes it, without the kind that pydantic names after a union of sections.
         field: the field; for an entry of a list, the list's; None for an unknown key.
         around: the section that has the key.
-        others: the other kinds of `around`, by the key that tells each.
+        kinds: all kinds of `around`, by the key that tells each; {} where it is not one of several.
     """
 
     loc: Loc
     field: FieldInfo | None
     around: type[Section]
-    others: Mapping[str, type[Section]]
+    kinds: Mapping[str, type[Section]]
 
     @classmethod
     def of(cls, given: Loc, root: type[Section]) -> Key:
         """The key at pydantic's location `given` in a recipe of the class `root`."""
-        loc: list[str | int] = []
         key = cls((), None, root, {})
-        inner: type[Section] | None = root
-        others: Mapping[str, type[Section]] = {}
+        inside: type[Section] | None = root
         kinds: Mapping[str, type[Section]] = {}
+        told: Mapping[str, type[Section]] = {}
         for part in given:
-            if kinds and part in kinds:
-                inner = kinds[str(part)]
-                others = {name: kind for name, kind in kinds.items() if name != part}
-                kinds = {}
-                continue
-            loc.append(part)
-            if isinstance(part, int) or inner is None:
-                key = cls(tuple(loc), key.field if isinstance(part, int) else None, key.around, key.others)
-                continue
-            field = inner.model_fields.get(part)
-            key = cls(tuple(loc), field, inner, others)
-            kinds, others = kinds_of(field), {}
-            inner = next(iter(sections_of(field)), None)
+            if part in kinds:  # pydantic's name of the kind
+                inside, told, kinds = kinds[str(part)], kinds, {}
+            elif isinstance(part, int) or inside is None:
+                key = replace(key, loc=(*key.loc, part), field=key.field if isinstance(part, int) else None)
+            else:
+                field = inside.model_fields.get(part)
+                key = cls((*key.loc, part), field, inside, told)
+                inside, told, kinds = next(iter(sections_of(field)), None), {}, kinds_of(field)
         return key
 
     @property
@@ -240,14 +230,13 @@ def _unknown(key: Key, root: type[Section]) -> str:
     """What to say of an unknown key: its kind, the nearest right one, here or elsewhere, else all here."""
     word, around = str(key.loc[-1]), dotted(key.loc[:-1])
     known = list(key.around.model_fields)
-    for name, kind in key.others.items():
+    for name, kind in key.kinds.items():
         if word in kind.model_fields:
             return f"belongs to {around} with the key {name}; here it has the keys {', '.join(known)}"
     prefix = f"{around}." if around else ""
+    everywhere = {path[-1]: ".".join(path).replace("*", "0") for path, _ in reversed(list(walk(root)))}
     near = nearest(word, known)
-    if near:
-        return f"unknown key; did you mean {prefix}{near}?"
-    everywhere = {str(path[-1]): ".".join(path) for path, _ in reversed(list(walk(root)))}
-    if word in everywhere:
-        return f"unknown key; did you mean {everywhere[word].replace('*', '0')}?"
+    meant = f"{prefix}{near}" if near else everywhere.get(word)
+    if meant:
+        return f"unknown key; did you mean {meant}?"
     return f"unknown key; {around or 'a recipe'} has the keys {', '.join(known)}"

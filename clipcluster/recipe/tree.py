@@ -6,9 +6,8 @@ Scalars follow YAML 1.2's core rules, not PyYAML's: ``7e-4`` is a number, ``1:30
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,17 +81,6 @@ def tree_of(value: Any, origin: Origin) -> Entry:
     if isinstance(value, (list, tuple)):
         return Entry([tree_of(entry, origin) for entry in value], origin)
     return Entry(value, origin)
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most similar to `word`; None where none is similar."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message: ``; did you mean WORD?``, or nothing where no known word is similar."""
-    near = nearest(word, known)
-    return f"; did you mean {near}?" if near else ""
 
 
 def shown(path: Path) -> str:

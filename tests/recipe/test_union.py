@@ -33,7 +33,7 @@ class Drawing(Section):
 def errors_of(value: dict[str, Any]) -> list[str]:
     tree = tree_of(value, Origin("a.yaml:1"))
     with pytest.raises(UserError) as caught:
-        validated(value, tree, {}, "a.yaml", Drawing)
+        validated(tree, {}, "a.yaml", Drawing)
     return [line.strip().removeprefix("a.yaml:1: ") for line in str(caught.value).splitlines()]
 
 

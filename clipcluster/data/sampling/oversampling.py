@@ -15,7 +15,7 @@ import numpy as np
 
 from clipcluster.data.sampling.permutation import key, subkeys
 from clipcluster.errors import UserError
-from clipcluster.recipe.tree import nearest
+from clipcluster.text import nearest
 
 LARGEST_DENOMINATOR = 64
 MOST_COPIES = 255

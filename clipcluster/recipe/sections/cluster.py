@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from clipcluster.recipe.sections.base import Section, key
 from clipcluster.recipe.sections.values import Int
 from clipcluster.recipe.units import Memory, Nodes, Time
+
+NumberAsText = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 class Cluster(Section):
@@ -37,17 +40,7 @@ class Cluster(Section):
     setup: tuple[str, ...] = key(
         "record", "Shell commands that the job runs first (modules, an environment).", (), shell=True
     )
-    environment: dict[str, str] = key("record", "Environment variables of the job.", {})
-
-    @field_validator("environment", mode="before")
-    @classmethod
-    def _as_text(cls, value: object) -> object:
-        if isinstance(value, dict):
-            return {
-                name: str(entry) if isinstance(entry, (int, float)) and not isinstance(entry, bool) else entry
-                for name, entry in value.items()
-            }
-        return value
+    environment: dict[str, NumberAsText] = key("record", "Environment variables of the job.", {})
 
     @field_validator("environment")
     @classmethod

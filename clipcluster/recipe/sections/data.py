@@ -39,15 +39,7 @@ CaptionsIn = Annotated[
 ]
 
 
-def _by_class(value: object) -> object:
-    """Class numbers may be written as numbers."""
-    if not isinstance(value, dict):
-        return value
-    return {str(name) if isinstance(name, int) else name: repeat for name, repeat in value.items()}
-
-
 Repeat = Annotated[Float, Field(ge=0)]
-RepeatByClass = Annotated[dict[str, Repeat], BeforeValidator(_by_class)]
 
 
 class Source(Section):
@@ -72,7 +64,7 @@ class Source(Section):
         1.0,
         ge=0,
     )
-    repeat_classes: RepeatByClass = key(
+    repeat_classes: dict[str, Repeat] = key(
         "result",
         "The same for single classes, instead of `repeat`: {3: 4, cat: 2, dog: 0.5}, by number or by name "
         "in classnames.txt; 0 omits a class.",

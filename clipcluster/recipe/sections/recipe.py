@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, WithJsonSchema
+from pydantic import WithJsonSchema
 
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.checkpoint import Checkpoint
@@ -16,17 +16,10 @@ from clipcluster.recipe.sections.optim import Optim
 from clipcluster.recipe.sections.train import Train
 from clipcluster.recipe.sections.values import Int
 from clipcluster.recipe.tasks import TASKS
-from clipcluster.recipe.tree import did_you_mean
 
-
-def _in_table(name: str) -> str:
-    if name not in TASKS:
-        raise ValueError(f"should be {' or '.join(TASKS)}{did_you_mean(name, TASKS)}")
-    return name
-
-
-TaskName = Annotated[
-    str, AfterValidator(_in_table), WithJsonSchema({"type": "string", "enum": sorted(TASKS)})
+TaskName = Annotated[  # type: ignore[valid-type]
+    Literal[tuple(TASKS)],
+    WithJsonSchema({"type": "string", "enum": sorted(TASKS)}),
 ]
 
 
@@ -39,7 +32,7 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=100,
     )
-    task: TaskName = key("result", "What the model is trained for.", "contrastive")
+    task: TaskName = key("result", "What the model is trained for.", "contrastive")  # type: ignore[valid-type]
     seed: Int = key("result", "Seed of all random numbers.", 0, ge=0, lt=2**63)
     data: Data = section("The training data.")
     model: Model = section("The towers and the embedding they share.")
