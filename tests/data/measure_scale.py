@@ -201,10 +201,10 @@ def sparse_shards(folder: Path, shards: int, per_shard: int) -> int:
         "offset": 0 * ones,
         "image_offset": len(head) * ones,
         "image_size": len(image) * ones,
-        "text_offset": (len(real) - len(text)) * ones,
-        "text_size": len(text) * ones,
-        "text_kind": 2 * ones,
-        "captions": ones,
+        "text_offset/default": (len(real) - len(text)) * ones,
+        "text_size/default": len(text) * ones,
+        "text_kind/default": 2 * ones,
+        "captions/default": ones,
         "class": -ones,
     }
     entries = []

@@ -39,10 +39,10 @@ _COLUMNS = (
     "offset",
     "image_offset",
     "image_size",
-    "text_offset",
-    "text_size",
-    "text_kind",
-    "captions",
+    "text_offset/default",
+    "text_size/default",
+    "text_kind/default",
+    "captions/default",
     "class",
 )
 

@@ -20,7 +20,7 @@ _DTYPES = ("|u1", "<i4", "<i8")  # that a file may hold: no objects, whatever it
 
 
 class BrokenColumns(Exception):
-    """The file is not a whole file of columns."""
+    """The file is not a whole file of columns; the message says why, and not which."""
 
 
 class Stream(NamedTuple):
@@ -82,7 +82,7 @@ def read_columns(
         start = file.read(16)
         length = int.from_bytes(start[8:], "little")
         if start[:8] != MAGIC or 16 + length > os.fstat(file.fileno()).st_size:
-            raise BrokenColumns(f"{path} is not a clipcluster index")
+            raise BrokenColumns("it is not a clipcluster index")
         # one mapping for all columns: each holds a file handle of its own
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
@@ -94,7 +94,7 @@ def read_columns(
         if check is not None:
             check(meta, arrays)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BrokenColumns(f"{path} is damaged ({error})") from None
+        raise BrokenColumns(str(error)) from None
     return Columns(meta, arrays)
 
 

@@ -309,10 +309,7 @@ class Dataset(Metadata):
 
     def _matching(self, shard: int, path: Path, shown: Path | RemoteFile) -> dict[str, np.ndarray]:
         """The columns of a shard's index, if they match the index of its folder, else DataError."""
-        try:
-            meta, arrays = shard_index.read_shard_index(path)
-        except BrokenColumns as error:
-            raise BrokenColumns(str(error).replace(str(path), str(shown))) from None
+        meta, arrays = shard_index.read_shard_index(path)
         if (
             meta["sha256"] != self.sha256(shard)
             or len(arrays["offset"]) != self.sample_counts[shard]

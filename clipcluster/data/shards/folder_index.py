@@ -145,7 +145,7 @@ def read_folder_index(
         where = f" in {target}" if index_option else ""
         raise UserError(f"{folder}: these shards have no index{where}; make it with: {command}") from None
     except BrokenColumns as error:
-        raise UserError(f"{error}; rebuild it with: {command}") from None
+        raise UserError(f"{target / COLUMNS_FILE} is damaged ({error}); rebuild it with: {command}") from None
     if table.meta.get("format") != FORMAT:
         raise UserError(
             f"{target / COLUMNS_FILE} has another format ({table.meta.get('format')}); "

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from clipcluster.data.shards import captions
-from clipcluster.data.shards.columns import BrokenColumns
+from clipcluster.data.shards.columns import BrokenColumns, write_columns
 from clipcluster.data.shards.find import find_shards
 from clipcluster.data.shards.folder_index import write_folder_index
 from clipcluster.data.shards.shard_index import (
-    CAPTION_COLUMNS,
+    FORMAT,
+    column_types,
     read_shard_index,
     scan_shard,
     shard_index_path,
-    write_shard_index,
 )
 from clipcluster.data.shards.shard_list import IndexSummary, ShardEntry, read_list, summarize
 from clipcluster.errors import UserError
@@ -136,19 +136,22 @@ def write_entry(
 ) -> ShardEntry:
     """Writes the index of the shard at `path`, whose sha256 is `digest`; returns its entry for the folder's.
 
-    columns: those of `shard_index`, each (samples,); of a single choice their names may go without it
-    (`captions` for `captions/CHOICE`). ValueError where one is missing or has another length.
+    columns: those of `shard_index`, each (samples,). ValueError where one is missing or has another length.
     """
-    named = {
-        f"{name}/{choices[0]}" if name in CAPTION_COLUMNS else name: np.asarray(values)
-        for name, values in columns.items()
-    }
-    write_shard_index(shard_index_path(index, path.name), path.name, digest, choices, named)
+    types = column_types(choices)
+    if set(columns) != set(types) or len({len(values) for values in columns.values()}) > 1:
+        raise ValueError(f"the columns of a shard are {', '.join(types)}, all of one length")
+    ready = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
+    for name, values in ready.items():
+        if name.startswith("captions/") and values.max(initial=0) < 256:
+            ready[name] = values.astype(np.uint8)
+    meta = {"format": FORMAT, "shard": path.name, "sha256": digest, "choices": list(choices)}
+    write_columns(shard_index_path(index, path.name), meta, ready)
     state = path.stat()
-    counts = {choice: named[f"captions/{choice}"] for choice in choices}
+    counts = {choice: ready[f"captions/{choice}"] for choice in choices}
     return ShardEntry(
         name=path.name,
-        samples=len(named["offset"]),
+        samples=len(ready["offset"]),
         captions={choice: int(of.sum(dtype=np.int64)) for choice, of in counts.items()},
         bytes=state.st_size,
         sha256=digest,

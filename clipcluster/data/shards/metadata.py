@@ -5,7 +5,7 @@ No shard is opened here: everything comes from the mapped indexes of the folders
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -203,28 +203,26 @@ class Metadata:
 
         None if there is no such file; UserError as `texts.class_names`.
         """
-        found = self._beside(texts.CLASS_NAMES)
-        return None if found is None else texts.class_names(*found)
+        return self._beside(texts.CLASS_NAMES, texts.class_names)
 
     @property
     def templates(self) -> list[str] | None:
         """The lines of `zeroshot_classification_templates.txt`, each with `{c}`; None if there is none."""
-        found = self._beside(texts.TEMPLATES)
-        return None if found is None else texts.templates(*found)
+        return self._beside(texts.TEMPLATES, texts.templates)
 
-    def _beside(self, name: str) -> tuple[bytes, object] | None:
-        """A text beside the shards, or in the folder above, and its path; None if there is none."""
-        folder, index = self.folders[0].folder, self.folders[0].index
-        places = [index] if isinstance(folder, RemoteFolder) else [folder, folder.parent]
+    def _beside(self, name: str, lines: Callable[[bytes, object], list[str]]) -> list[str] | None:
+        """The lines of a text beside the shards, or in the folder above; None if there is none."""
+        folder = self.folders[0].folder
+        places = [folder, folder.parent] if isinstance(folder, Path) else [self.folders[0].index]
         for path in (place / name for place in places):
             if path.is_file():
-                return path.read_bytes(), path
-        if not isinstance(folder, RemoteFolder):
+                return lines(path.read_bytes(), path)
+        if isinstance(folder, Path):
             return None
         from clipcluster.data.storage.download import read_beside
 
         data = read_beside(folder, name)
-        return None if data is None else (data, folder / name)
+        return None if data is None else lines(data, folder / name)
 
     def _number_in_folder(self, shard: int) -> tuple[int, int]:
         """The number of its folder, and its own within that folder's index."""

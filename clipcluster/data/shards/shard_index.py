@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.data.shards import captions
-from clipcluster.data.shards.columns import Columns, read_columns, require, write_columns
+from clipcluster.data.shards.columns import Columns, read_columns, require
 from clipcluster.data.shards.tar import BLOCK, NO_BYTES, BrokenTar, Member, compression, read_at, scan
 from clipcluster.errors import UserError
 
@@ -22,13 +22,6 @@ FORMAT = 2
 IMAGE_EXTENSIONS = frozenset(
     ["jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "img"]
 )
-SAMPLE_COLUMNS = {"offset": np.int64, "image_offset": np.int64, "image_size": np.int64, "class": np.int32}
-CAPTION_COLUMNS = {
-    "text_offset": np.int64,
-    "text_size": np.int64,
-    "text_kind": np.uint8,
-    "captions": np.int32,
-}
 
 _LARGEST_TEXT = 64 << 20  # bytes of a member that is looked into for captions
 _ABOUT_THE_TAR = re.compile(r"(^|/)__[^/]*__($|/)")
@@ -36,10 +29,14 @@ _ABOUT_THE_TAR = re.compile(r"(^|/)__[^/]*__($|/)")
 
 def column_types(choices: Sequence[str]) -> dict[str, Any]:
     """The columns of a shard's index, and the dtype of each; of captions' numbers uint8 where they fit."""
-    types: dict[str, Any] = dict(SAMPLE_COLUMNS)
-    for choice in choices:
-        types |= {f"{name}/{choice}": dtype for name, dtype in CAPTION_COLUMNS.items()}
-    return types
+    types = {"offset": np.int64, "image_offset": np.int64, "image_size": np.int64, "class": np.int32}
+    of_captions = {
+        "text_offset": np.int64,
+        "text_size": np.int64,
+        "text_kind": np.uint8,
+        "captions": np.int32,
+    }
+    return types | {f"{name}/{choice}": own for choice in choices for name, own in of_captions.items()}
 
 
 def sample_name(member: str) -> tuple[str, str] | None:
@@ -174,21 +171,3 @@ def _check(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     for name, dtype in column_types(choices).items():
         smaller = (np.uint8,) if name.startswith("captions/") else ()
         require(arrays, name, (len(arrays["offset"]),), dtype, *smaller)
-
-
-def write_shard_index(
-    path: Path, shard: str, digest: str, choices: Sequence[str], columns: Mapping[str, np.ndarray]
-) -> None:
-    """Writes the index of the shard called `shard`, whose sha256 is `digest`, to the file `path`.
-
-    ValueError where a column is missing, unknown or of another length.
-    """
-    types = column_types(choices)
-    if set(columns) != set(types) or len({len(values) for values in columns.values()}) > 1:
-        raise ValueError(f"the columns of a shard are {', '.join(types)}, all of one length")
-    ready = {name: np.asarray(columns[name], dtype) for name, dtype in types.items()}
-    for name, values in ready.items():
-        if name.startswith("captions/") and values.max(initial=0) < 256:
-            ready[name] = values.astype(np.uint8)
-    meta = {"format": FORMAT, "shard": shard, "sha256": digest, "choices": list(choices)}
-    write_columns(path, meta, ready)

@@ -207,7 +207,11 @@ class Cache:
         while True:
             with self._lock("space"):
                 others = [entry for entry in _entries(root) if entry.path != part]
-                missing = _evict(others, self._missing(root, others, size))
+                disk = os.statvfs(root)  # a hundredth of it is left
+                free = disk.f_bavail * disk.f_frsize - disk.f_blocks * disk.f_frsize // 100
+                beyond_the_disk = size + sum(entry.unwritten for entry in others) - free
+                beyond_the_bound = size + sum(entry.size for entry in others) - self.size
+                missing = _evict(others, max(beyond_the_bound, beyond_the_disk))
                 if missing <= 0:
                     os.ftruncate(fd, max(size, os.fstat(fd).st_size))
                     return
@@ -219,14 +223,6 @@ class Cache:
                     str(root),
                 )
             time.sleep(0.1)  # for the other downloads: what they bring can be evicted
-
-    def _missing(self, root: Path, others: list[_Entry], size: int) -> int:
-        """Bytes to free before `size` more fit into the cache, and onto the disk with a hundredth left."""
-        disk = os.statvfs(root)
-        free = disk.f_bavail * disk.f_frsize - disk.f_blocks * disk.f_frsize // 100
-        beyond_the_bound = sum(entry.size for entry in others) + size - self.size
-        beyond_the_disk = size + sum(entry.unwritten for entry in others) - free
-        return max(beyond_the_bound, beyond_the_disk)
 
 
 def hold(path: Path) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import logging
 import os
+import re
 import select
 import subprocess
 import tempfile
@@ -54,6 +55,8 @@ _FINAL: dict[int, tuple[type[OSError], int]] = {
     **dict.fromkeys((401, 403), (Forbidden, errno.EACCES)),
 }
 _OURS = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])  # this machine's, not the network's
+_KINDS = "datasets/|spaces/"  # of repositories on the hub, beside models
+_HUB = re.compile(rf"hf://({_KINDS}|(?!{_KINDS}))([^/]+)/([^/@]+)(?:@([^/]*))?/(.+)", re.DOTALL)
 _STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "updated", "mtime")
 
 logger = logging.getLogger("clipcluster")
@@ -88,7 +91,7 @@ def state_of(address: str) -> State:
     """
     if address.startswith(PIPE):
         return State(None, 0)
-    return _patiently(address, lambda: _ask(address), QUESTIONS)
+    return _patiently(address, partial(_ask if _web(address) else _told, address), QUESTIONS)
 
 
 def read_beside(folder: RemoteFolder, name: str) -> bytes | None:
@@ -232,8 +235,6 @@ def _opened(address: str, start: int, tag: str | None) -> contextlib.AbstractCon
 
 
 def _ask(address: str) -> State:
-    if not _web(address):
-        return _told(address)
     try:
         with _request(address, "HEAD") as answer:
             return _state(answer)
@@ -252,21 +253,17 @@ def _web(address: str) -> str | None:
     if not address.startswith("hf://"):
         return None
     # The hub's own addresses: its client would refuse in a job, whose HF_HUB_OFFLINE is for names, not data.
-    kinds = {"datasets": "datasets/", "spaces": "spaces/"}
-    parts = address[len("hf://") :].split("/")
-    prefix = kinds.get(parts[0], "")
-    parts = parts[1:] if prefix else parts
-    repository, _, revision = parts[1].partition("@") if len(parts) > 2 else ("", "", "")
-    if not repository:
+    match = _HUB.fullmatch(address)
+    if match is None:
         raise UserError(f"{redacted(address)}: write hf://datasets/OWNER/NAME/FILE (or …/NAME@REVISION/FILE)")
+    kind, owner, name, revision, file = match.groups()
     root = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return f"{root}/{prefix}{parts[0]}/{repository}/resolve/{revision or 'main'}/{'/'.join(parts[2:])}"
+    return f"{root}/{kind}{owner}/{name}/resolve/{revision or 'main'}/{file}"
 
 
 @contextlib.contextmanager
 def _request(address: str, method: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
-    url = _web(address) or address
-    parts = urlsplit(url)
+    parts = urlsplit(_web(address) or address)
     user, at, host = parts.netloc.rpartition("@")
     target = urlunsplit(parts._replace(netloc=host, fragment=""))
     headers = {"User-Agent": "clipcluster", "Accept-Encoding": "identity", **(headers or {})}

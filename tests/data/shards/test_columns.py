@@ -65,7 +65,7 @@ def test_a_crafted_column_is_refused(tmp_path: Path, column: Any) -> None:
     """A header names no objects, no bytes beyond the file's, and nothing but plain numbers."""
     good = crafted(tmp_path / "good", {"meta": {}, "columns": {"a": COLUMN}})
     assert read_columns(good).arrays["a"].tolist() == [0, 0, 0, 0]
-    with pytest.raises(BrokenColumns, match=r"bad is damaged|bad is cut"):
+    with pytest.raises(BrokenColumns):
         read_columns(crafted(tmp_path / "bad", {"meta": {}, "columns": {"a": column}}))
 
 
@@ -76,5 +76,5 @@ def test_a_crafted_column_is_refused(tmp_path: Path, column: Any) -> None:
     ids=lambda header: str(header)[:40],
 )  # fmt: skip
 def test_a_crafted_header_is_refused(tmp_path: Path, header: Any) -> None:
-    with pytest.raises(BrokenColumns, match="bad is damaged"):
+    with pytest.raises(BrokenColumns):
         read_columns(crafted(tmp_path / "bad", header))
