@@ -72,8 +72,9 @@ def joined(name: str, images: Images, texts: Texts) -> tuple[Split, list[str]]:
             raise BadRecord(*images.faults[number])
         image_id = int(images.ids[number])
         image = _decoded(str(image_id), images.read(number))
-        start, end = np.searchsorted(image_ids, [image_id, image_id + 1])
-        found = [(text_id, text) for text_id, text in map(texts.read, by_image[start:end]) if text.strip()]
+        start, end = image_ids.searchsorted([image_id, image_id + 1])
+        pairs = map(texts.read, by_image[start:end].tolist())
+        found = [(text_id, text) for text_id, text in pairs if text.strip()]
         fields = {"id": image_id, "text_ids": [text_id for text_id, _ in found]}
         return Record(str(image_id), image, [text for _, text in found], fields)
 

@@ -104,7 +104,7 @@ def _images(database: _Database) -> Images:
     lengths = np.append(np.array(sizes, np.int64)[order], np.zeros(len(others), np.int64))
     reason = f"a key of {database.path} that is not the id of an image"
     faults = {number: (name, reason) for number, name in enumerate(others, len(ids))}
-    return Images(numbers, lengths, faults, lambda number: database.get(numbers[number]))
+    return Images(numbers, lengths, faults, lambda number: database.get(int(numbers[number])))
 
 
 def _texts(database: _Database) -> Texts:
@@ -124,7 +124,7 @@ def _texts(database: _Database) -> Texts:
     keys, image_ids, text_ids = table[np.argsort(table[:, 0])].T
 
     def read(pair: int) -> tuple[Any, str]:
-        _, text_id, text = _pair(database.get(keys[pair]))
+        _, text_id, text = _pair(database.get(int(keys[pair])))
         return text_id, text
 
     # texts without an image are not put into a database
