@@ -15,7 +15,7 @@ import typer
 from clipcluster.errors import UserError
 from jobs.cli.options import group, say
 from jobs.cli.runs import VERBS
-from jobs.cli.words import given, pointer, verb_first
+from jobs.cli.words import pointer, verb_first
 
 # Some versions of typer bring a click of their own, so the class is found, not imported.
 UsageProblem: type[Exception] = next(
@@ -117,8 +117,10 @@ def _usage(problem: Any, words: list[str], command: Any) -> int:
         return 2
     message = problem.format_message() if hasattr(problem, "format_message") else str(problem)
     message = message.replace(": Value error, ", ": ").replace(": Input should be ", ": should be ")
-    if "unable to parse string" in message:
-        message = f"{message.partition(', unable to parse')[0]}; got {given(words, problem.param.opts)!r}"
+    if hasattr(problem.__cause__, "errors"):  # pydantic's
+        message = (
+            f"{message.partition(', unable to parse')[0]}; got {problem.__cause__.errors()[0]['input']!r}"
+        )
     unknown = type(problem).__name__ in ("NoSuchOption", "NoSuchCommand") or "No such command" in message
     instead = pointer(words, command, getattr(problem, "option_name", None)) if unknown else ""
     if instead:

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clipcluster.runs.files import finite
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -37,6 +40,13 @@ def group(text: str, **more: Any) -> typer.Typer:
 def say(text: str) -> None:
     """One answer on stdout."""
     typer.echo(text)
+
+
+def console() -> Console:
+    """What prints tables on stdout, as wide as the terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def print_document(value: Any) -> None:

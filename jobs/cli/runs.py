@@ -12,7 +12,7 @@ import typer
 
 from clipcluster.errors import UserError
 from clipcluster.runs.names import all_runs, as_typed, find_run, runs_folder
-from jobs.cli.options import AsJson, Runs, print_document, say
+from jobs.cli.options import AsJson, Runs, console, print_document, say
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -98,12 +98,10 @@ def submit(
     )
     if dry_run:
         return
-    from rich.console import Console
-
-    from jobs import follow as following
-
     if follow:
-        raise typer.Exit(following.follow(submitted.run, Console()))
+        from jobs import follow as following
+
+        raise typer.Exit(following.follow(submitted.run, console()))
     if submitted.job is not None:
         say(f"run folder: {submitted.run.path}")
         say(f"  clipcluster logs -f {as_typed(submitted.run)}")
@@ -129,11 +127,8 @@ def status(
     if as_json:
         print_document(look())
         return
-    from rich.console import Console
-
     from jobs.cli.tables import status_table
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
     found = look()
     if not found and not watch:
         say(f"no runs in {folder}; make one with: clipcluster submit RECIPE")
@@ -143,13 +138,13 @@ def status(
 
         with (
             suppress(KeyboardInterrupt),
-            Live(status_table(found), console=console, auto_refresh=False) as live,
+            Live(status_table(found), console=console(), auto_refresh=False) as live,
         ):
             while True:
                 time.sleep(5.0)
                 live.update(status_table(look()), refresh=True)
         return
-    console.print(status_table(found))
+    console().print(status_table(found))
     for one in found:
         if one["advice"]:
             say(f"{one['name']}: {one['advice']}")
@@ -225,11 +220,9 @@ def metrics(
         for name, curve in printing.curves(lines, wanted).items():
             say("\n".join(printing.terminal_plot(name, curve)))
     else:
-        from rich.console import Console
-
         shown = lines if every is not None else printing.thinned(lines)
         chosen = printing.columns(lines, wanted or printing.usual(lines))
-        Console(width=None if sys.stdout.isatty() else 200).print(printing.table(shown, chosen))
+        console().print(printing.table(shown, chosen))
         if len(shown) < len(lines):
             say(f"{len(shown)} of {len(lines):,} lines; choose with --every N and --columns, all: --csv")
 
@@ -263,11 +256,9 @@ def evaluate(
     if as_json:
         print_document(document)
         return
-    from rich.console import Console
-
     from jobs.evaluate import shown
 
-    Console().print(shown(document))
+    console().print(shown(document))
 
 
 def train(

@@ -11,7 +11,7 @@ import typer.core
 
 from clipcluster.text import counted
 from jobs.cli.convert import conversion_command, convert, local_path, summary_line
-from jobs.cli.options import AsJson, group, print_document, progress_bar, say
+from jobs.cli.options import AsJson, console, group, print_document, progress_bar, say
 
 _SHOWN = 20  # faults that are printed one by one
 
@@ -151,7 +151,7 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Say what is in shards: samples, images, captions, duplicates, what cannot be read."""
-    from jobs.cli.stats_table import table
+    from jobs.cli.tables import stats_table
     from tools.shards.index import every_folder, require_one
     from tools.shards.stats import stats as read
 
@@ -175,7 +175,7 @@ def stats(
                 )
             )
         if not as_json:
-            table(figures[-1])
+            console().print(stats_table(figures[-1]))
     if picture is not None:
         from tools.shards.stats_plot import draw
 

@@ -1,12 +1,29 @@
-"""Tables for people."""
+"""Tables for people: the state of runs, and what is in shards."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.console import Group
+from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
+
+from clipcluster.text import counted
+
+if TYPE_CHECKING:
+    from tools.shards.stats import Stats
+
+_SHOWN = 10  # bad samples and groups of duplicates that are shown one by one
+_COLUMNS = ("min", "p5", "median", "p95", "max", "mean")
+
+
+def _figure(value: float | None, form: str = ",") -> str:
+    """A number in this format; empty where there is none."""
+    return "" if value is None else format(value, form)
 
 
 def status_table(reports: Sequence[Mapping[str, Any]]) -> Table:
@@ -19,42 +36,32 @@ def status_table(reports: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("last event", overflow="fold", min_width=6)
     for report in reports:
+        job, total = report["job"] or "", report["total_steps"]
+        step = 0 if total and report["step"] is None else report["step"]
         table.add_row(
             report["name"],
-            state_text(report),
-            "local" if (report["job"] or "").startswith("local-") else report["job"] or "",
-            _number(report["attempt"]),
-            _steps(report),
-            "" if report["loss"] is None else f"{report['loss']:.4f}",
-            "" if report["samples_per_second"] is None else f"{report['samples_per_second']:,.0f}",
-            _number(report["checkpoint"]),
+            _state(report),
+            "local" if job.startswith("local-") else job,
+            _figure(report["attempt"]),
+            _figure(step) + (f"/{total:,}" if total else ""),
+            _figure(report["loss"], ".4f"),
+            _figure(report["samples_per_second"], ",.0f"),
+            _figure(report["checkpoint"]),
             _event(report),
         )
     return table
 
 
-def state_text(report: Mapping[str, Any]) -> str:
+def _state(report: Mapping[str, Any]) -> str:
     """The state and, in few words, why."""
     detail = " ".join(report["detail"].split())
     short = detail if len(detail) <= 100 else detail[:99] + "…"
     return f"{report['state']} ({short})" if detail else str(report["state"])
 
 
-def _number(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _steps(report: Mapping[str, Any]) -> str:
-    if report["step"] is None and report["total_steps"] is None:
-        return ""
-    return f"{report['step'] or 0:,}" + (f"/{report['total_steps']:,}" if report["total_steps"] else "")
-
-
 def _event(report: Mapping[str, Any]) -> str:
-    if report["last_event"] is None:
-        return ""
-    ago = "" if report["last_event_time"] is None else f" {age(time.time() - report['last_event_time'])} ago"
-    return f"{report['last_event'].replace('_', ' ')}{ago}"
+    event, happened = (report["last_event"] or "").replace("_", " "), report["last_event_time"]
+    return f"{event} {age(time.time() - happened)} ago" if event and happened is not None else event
 
 
 def age(seconds: float) -> str:
@@ -63,3 +70,78 @@ def age(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size:.0f} {name}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def stats_table(stats: Stats) -> Group:
+    """The figures of `clipcluster shards stats`."""
+    return Group(_counts(stats), _distributions(stats), *_lines(stats))
+
+
+def _counts(stats: Stats) -> Table:
+    rows = Table(title=escape(stats.folder), title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    rows.add_column(style="bold")
+    rows.add_column()
+    decoded = "decoded" if stats.decoded else "not decoded"
+    rows.add_row("shards", f"{stats.shards:,}, {decimal(stats.bytes)}")
+    rows.add_row("samples", f"{stats.samples:,}: {stats.used:,} used, {len(stats.bad):,} bad ({decoded})")
+    rows.add_row(
+        "captions",
+        f"{stats.captions:,} (choice {stats.captions_choice}), "
+        f"{counted(stats.without_caption, 'sample')} without one",
+    )
+    rows.add_row("kinds", _counted(stats.kinds) or "none")
+    rows.add_row("captions a sample", _counted(stats.captions_per_sample, most=8))
+    if stats.classes:
+        least, most = min(stats.classes.values()), max(stats.classes.values())
+        rows.add_row("classes", f"{len(stats.classes):,}, each of {least:,} to {most:,} samples")
+    for name, what in (("content", "same image"), ("keys", "same key")):
+        found = stats.duplicates[name]
+        copies = counted(found["extra"], "copy")
+        rows.add_row(what, f"{counted(found['groups'], 'group')}, {copies} beyond the first")
+    if stats.without_image or stats.repeated_keys:
+        rows.add_row(
+            "no samples",
+            f"{stats.without_image:,} without image, {stats.repeated_keys:,} with a repeated key",
+        )
+    return rows
+
+
+def _distributions(stats: Stats) -> Table:
+    rows = Table(box=box.SIMPLE_HEAD)
+    rows.add_column("", no_wrap=True)
+    for name in _COLUMNS:
+        rows.add_column(name, justify="right", no_wrap=True)
+    for what, figures in (
+        ("width", stats.images["width"]),
+        ("height", stats.images["height"]),
+        ("pixels", stats.images["pixels"]),
+        ("image bytes", stats.images["bytes"]),
+        ("characters", stats.caption_characters),
+    ):
+        if figures["count"]:
+            rows.add_row(
+                what,
+                *(
+                    _figure(figures[name], ",.1f" if isinstance(figures[name], float) else ",")
+                    for name in _COLUMNS
+                ),
+            )
+    return rows
+
+
+def _lines(stats: Stats) -> list[str]:
+    """What is bad, broken or double, one line each."""
+    lines = [f"[bold]broken[/] {escape(one['shard'])}: {escape(one['reason'])}" for one in stats.broken]
+    for one in stats.bad[:_SHOWN]:
+        lines.append(f"[bold]bad[/] {escape(one['shard'])} {escape(one['key'])}: {escape(one['reason'])}")
+    if len(stats.bad) > _SHOWN:
+        lines.append(f"… and {len(stats.bad) - _SHOWN:,} more; --json names all")
+    for group in stats.duplicates["content"]["examples"][:_SHOWN]:
+        names = ", ".join(f"{one['shard']} {one['key']}" for one in group[:4])
+        lines.append(f"[bold]same image[/] {escape(names)}{', …' if len(group) > 4 else ''}")
+    return [*lines, *(f"[bold]note[/] {escape(note)}" for note in stats.notes)]
+
+
+def _counted(counts: Mapping[str, int], most: int = 20) -> str:
+    shown = ", ".join(f"{name}: {count:,}" for name, count in list(counts.items())[:most])
+    return shown + (f", … ({len(counts)} values)" if len(counts) > most else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # Words of other programs -> the command here.
@@ -44,51 +44,15 @@ OPTIONS = {
 STATUS_OPTIONS = dict.fromkeys(("--follow", "-f"), "--watch")
 
 
-def verb_first(words: Sequence[str], commands: Any) -> list[str]:
-    """The words with the options that stand before a verb moved behind it; `commands` is click's group."""
-    leading: list[str] = []
-    rest = list(words)
-    while rest and rest[0].startswith("-") and rest[0] not in _names(commands.params):
-        option = rest.pop(0)
-        leading.append(option)
-        takes_value = option in _names(_parameters(commands), with_value=True)
-        foreign = option in OPTIONS and rest and _verb(commands, rest[0]) is None
-        if "=" not in option and rest and (takes_value or foreign):
-            leading.append(rest.pop(0))
-    inner = _verb(commands, rest[0]) if rest else None
-    if inner is None:
+def verb_first(words: Sequence[str], command: Any) -> list[str]:
+    """The words with the options that stand before a verb moved behind it; `command` is click's."""
+    verbs = command.list_commands(None) if hasattr(command, "list_commands") else ()
+    own = {"-h", "--help"}.union(*(parameter.opts for parameter in command.params))
+    place = next((number for number, word in enumerate(words) if word in verbs), None)
+    if place is None or (place > 0 and (not words[0].startswith("-") or words[0] in own)):
         return list(words)
-    after = [*leading, *rest[1:]]
-    return [rest[0], *(verb_first(after, inner) if hasattr(inner, "list_commands") else after)]
-
-
-def _verb(commands: Any, name: str) -> Any:
-    """The command or group of this name, or None."""
-    known = hasattr(commands, "list_commands") and name in commands.list_commands(None)
-    return commands.get_command(None, name) if known else None
-
-
-def _parameters(command: Any) -> Iterator[Any]:
-    yield from command.params
-    for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
-        yield from _parameters(_verb(command, name))
-
-
-def _names(parameters: Any, *, with_value: bool = False) -> set[str]:
-    chosen = (one for one in parameters if not (with_value and getattr(one, "is_flag", True)))
-    names = {name for one in chosen for name in one.opts if name.startswith("-")}
-    return names if with_value else names | {"-h", "--help"}
-
-
-def given(words: Sequence[str], names: Sequence[str]) -> str:
-    """The value that stands behind an option, or behind `=` in the same word; empty where there is none."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word in names:
-            return following
-        name, equals, value = word.partition("=")
-        if equals and name in names:
-            return value
-    return ""
+    inner = command.get_command(None, words[place])
+    return [words[place], *verb_first([*words[:place], *words[place + 1 :]], inner)]
 
 
 def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
@@ -109,5 +73,5 @@ def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
 
 def _command_pointer(words: Sequence[str], commands: Any) -> str:
     first = next((word for word in words if not word.startswith("-")), "")
-    unknown = _verb(commands, first) is None
-    return f"clipcluster {COMMANDS[first]}" if unknown and first in COMMANDS else ""
+    known = first in commands.list_commands(None)
+    return f"clipcluster {COMMANDS[first]}" if first in COMMANDS and not known else ""
