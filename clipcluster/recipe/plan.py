@@ -6,7 +6,8 @@ why they cannot, with values that work.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect
+from dataclasses import dataclass, replace
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.recipe import Recipe
@@ -42,12 +43,13 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
 
     Args:
         recipe: the validated recipe.
-        source_samples: samples (with captions: all, pairs) of all sources, repeats included.
+        source_samples: samples (with captions: all, pairs) of all sources, repeats included, as the sampler
+            counts them: at least one batch.
         world_size: ranks in all.
 
     Raises:
-        UserError: the batch does not divide, accumulation would be needed, the run or an epoch has no step,
-            or the warm-up takes the whole run; with the arithmetic and values that work.
+        UserError: the batch does not divide, accumulation would be needed, the run has no step, or the
+            warm-up takes the whole run; with the arithmetic and values that work.
     """
     batch = recipe.data.batch_size
     per_rank = samples_per_rank(batch, world_size)
@@ -56,13 +58,6 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         raise UserError(_needs_accumulation(recipe, world_size, per_rank, accumulation))
     epoch_samples = recipe.data.epoch_samples or source_samples
     steps_per_epoch = epoch_samples // batch
-    if steps_per_epoch == 0:
-        given = "data.epoch_samples is" if recipe.data.epoch_samples else "the samples of the sources are"
-        raise UserError(
-            f"an epoch has no step: {given} {epoch_samples:,}, data.batch_size is {batch:,}; "
-            f"set data.batch_size to at most {epoch_samples:,}, or data.epoch_samples to at least {batch:,}"
-        )
-
     total = recipe.train.duration.steps(steps_per_epoch, batch, 0)
     if total == 0:
         raise UserError(
@@ -114,18 +109,13 @@ def samples_per_rank(batch: int, world_size: int) -> int:
     if batch % world_size == 0:
         return batch // world_size
     lower, upper = batch - batch % world_size, batch + world_size - batch % world_size
-    batches = [str(value) for value in (lower, upper) if value > 0]
+    batches = " or ".join(str(value) for value in (lower, upper) if value > 0)
+    divisors = [ranks for ranks in range(1, batch + 1) if batch % ranks == 0]
+    near = divisors[max(0, bisect(divisors, world_size) - 1) :][:2]  # the largest below, the smallest above
     raise UserError(
-        f"data.batch_size {batch} does not divide by {world_size} ranks; set it to {' or '.join(batches)}, "
-        f"or use {' or '.join(map(str, _near_divisors(batch, world_size)))} ranks"
+        f"data.batch_size {batch} does not divide by {world_size} ranks; set it to {batches}, "
+        f"or use {' or '.join(map(str, near))} ranks"
     )
-
-
-def _near_divisors(batch: int, world_size: int) -> list[int]:
-    """The largest rank count below `world_size` that divides the batch, and the smallest above."""
-    below = next(ranks for ranks in range(min(world_size, batch), 0, -1) if batch % ranks == 0)
-    above = next((ranks for ranks in range(world_size + 1, batch + 1) if batch % ranks == 0), None)
-    return [below] if above is None else [below, above]
 
 
 def micro_batches(per_rank: int, bound: int | None) -> int:
@@ -156,8 +146,7 @@ def usable_nodes(recipe: Recipe, granted: int) -> int:
     for nodes in range(granted, min(least, granted) - 1, -1):
         if recipe.data.batch_size % (nodes * tasks) == 0:
             return nodes
-    samples_per_rank(recipe.data.batch_size, granted * tasks)
-    raise AssertionError("unreachable: samples_per_rank() raised")
+    return samples_per_rank(recipe.data.batch_size, granted * tasks)  # raises
 
 
 def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int | None = None) -> Plan:
@@ -174,4 +163,4 @@ def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int | None = No
         f"of {granted} nodes {nodes} are used and {granted - nodes} idle: data.batch_size "
         f"{recipe.data.batch_size} does not divide by {granted * recipe.cluster.ranks_per_node} ranks"
     )
-    return Plan(**{**vars(found), "warnings": (*found.warnings, idle)})
+    return replace(found, warnings=(*found.warnings, idle))

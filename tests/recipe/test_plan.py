@@ -56,7 +56,8 @@ def test_percentages_are_of_the_runs_steps() -> None:
 @given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 10**7), st.integers(1, 40))
 def test_a_plan_adds_up(batch: int, ranks: int, samples: int, epochs: int) -> None:
     recipe = recipe_of(batch, f"{epochs} epochs")
-    if batch % ranks or samples < batch:
+    samples = max(samples, batch)
+    if batch % ranks:
         with pytest.raises(UserError):
             plan(recipe, samples, ranks)
         return
@@ -137,12 +138,6 @@ def test_the_ranks_named_against_accumulation_would_do(batch: int, ranks: int, b
 @pytest.mark.parametrize(
     ("override", "samples", "message"),
     [
-        (
-            "seed=0",
-            11,
-            "the samples of the sources are 11, data.batch_size is 12; set data.batch_size to at most 11",
-        ),
-        ("data.epoch_samples=5", 100, "data.epoch_samples is 5, data.batch_size is 12"),
         ("train.duration=0 steps", 100, "train.duration 0 steps rounds to zero steps"),
         ("train.duration=0.01 epochs", 100, "an epoch has 8 steps of 12 samples"),
         ("optim.warmup=16 steps", 100, "takes the whole run of 16 steps"),

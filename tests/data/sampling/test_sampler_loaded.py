@@ -101,7 +101,9 @@ def test_a_pass_of_real_shards_shows_classes_as_often_as_the_recipe_says(
 ) -> None:
     folder = make_shards(tmp_path / "a", 64, per_shard=9)  # class: number mod 4
     (folder / "classnames.txt").write_text("cat\ndog\nbird\nfish\n")
-    recipe = recipe_of({"shards": str(folder), "repeat": 2, "repeat_classes": {"dog": 0.5, 3: 0, "bird": 3}})
+    recipe = recipe_of(
+        {"shards": str(folder), "repeat": 2, "repeat_classes": {"dog": 0.5, "3": 0, "bird": 3}}
+    )
     _, sampler = opened(recipe)
     assert (sampler.group_of(0).rounds.copies, sampler.samples) == (6, 16 * 2 + 8 + 16 * 3)
     assert sampler.steps_per_epoch == 11
@@ -120,7 +122,7 @@ def test_a_pass_of_real_shards_shows_classes_as_often_as_the_recipe_says(
 def test_classes_are_asked_of_the_shards(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
     folder = make_shards(tmp_path / "a", 20)
     with pytest.raises(UserError, match=r"data\.train\.0\.repeat_classes: there is no class 4"):
-        opened(recipe_of({"shards": str(folder), "repeat_classes": {4: 2}}))
+        opened(recipe_of({"shards": str(folder), "repeat_classes": {"4": 2}}))
     with pytest.raises(UserError, match=r"'cat' is not the name of one class; there is no classnames\.txt"):
         opened(recipe_of({"shards": str(folder), "repeat_classes": {"cat": 2}}))
 
