@@ -27,13 +27,7 @@ class Clip(nn.Module):
     """
 
     def __init__(
-        self,
-        image: ImageTower,
-        text: TextTower,
-        *,
-        embed_dim: int,
-        scale: float = 1 / 0.07,
-        max_scale: float = 100.0,
+        self, image: ImageTower, text: TextTower, *, embed_dim: int, scale: float, max_scale: float
     ) -> None:
         super().__init__()
         self.image = image
@@ -72,15 +66,15 @@ def build_clip(
     Raises UserError for an unknown tower, a setting it does not take, or weights that do not match.
     """
     config = recipe.model
-    image, of_image = build_image_tower(
-        config.image, image_size=recipe.data.image.size, starting_weights=starting_weights
-    )
-    text, of_text = build_text_tower(
-        config.text, tokenizer=tokenizer, assets=assets, starting_weights=starting_weights
-    )
+    of_image, of_text = config.image, config.text
+    if not starting_weights:
+        of_image = of_image.model_copy(update={"weights": None})
+        of_text = of_text.model_copy(update={"weights": None})
+    image, image_coverage = build_image_tower(of_image, image_size=recipe.data.image.size)
+    text, text_coverage = build_text_tower(of_text, tokenizer=tokenizer, assets=assets)
     scale = config.logit_scale
     clip = Clip(image, text, embed_dim=config.embed_dim, scale=scale.init, max_scale=scale.max)
-    clip.starting_weights = tuple(coverage for coverage in (of_image, of_text) if coverage)
+    clip.starting_weights = tuple(coverage for coverage in (image_coverage, text_coverage) if coverage)
     return clip
 
 

@@ -30,15 +30,12 @@ class DualEncoder(Model, Protocol):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
-        ...
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(B, L) int64 and (B, L) bool, true on real tokens -> (B, E) of length one, float32 or wider."""
-        ...
 
     def clamp_logit_scale(self) -> None:
         """Keep the factor at or below its bound."""
-        ...
 
 
 class Classifier(Model, Protocol):
@@ -46,4 +43,3 @@ class Classifier(Model, Protocol):
 
     def classify(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalised pixels -> logits (B, classes), float32 or wider."""
-        ...

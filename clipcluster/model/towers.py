@@ -71,9 +71,7 @@ class TextTower(nn.Module):
         return states[torch.arange(len(states), device=states.device), last]
 
 
-def build_image_tower(
-    config: sections.ImageTower, *, image_size: int, starting_weights: bool = True
-) -> tuple[ImageTower, Coverage | None]:
+def build_image_tower(config: sections.ImageTower, *, image_size: int) -> tuple[ImageTower, Coverage | None]:
     """The tower of `model.image`: `timm` (name), `args` (mapping), `weights` (file, folder or None).
 
     Raises UserError for a name that timm does not know (with the nearest), for arguments the tower does not
@@ -92,34 +90,25 @@ def build_image_tower(
             )
     trunk = _timm_trunk(name, args, image_size)
     width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
-    coverage = None
-    if starting_weights and config.weights:
-        coverage = load_weights(trunk, Path(config.weights), name="image")
+    coverage = load_weights(trunk, Path(config.weights), name="image") if config.weights else None
     return ImageTower(trunk, int(width)), coverage
 
 
 def _timm_trunk(name: str, args: Mapping[str, Any], image_size: int) -> Any:
     """With `img_size` where the tower has positions to lay out, without it where it takes any size."""
-    try:
+    with _refusing(
+        f"model.image: timm cannot build {name} for images of {image_size} pixels with {dict(args)}"
+    ):
         try:
             return timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, **args)
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
             return timm.create_model(name, pretrained=False, num_classes=0, **args)
-    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"model.image: timm cannot build {name} for images of {image_size} pixels "
-            f"with {dict(args)}: {error}"
-        ) from error
 
 
 def build_text_tower(
-    config: sections.TextTower,
-    *,
-    tokenizer: Tokenizer,
-    assets: Path | None = None,
-    starting_weights: bool = True,
+    config: sections.TextTower, *, tokenizer: Tokenizer, assets: Path | None = None
 ) -> tuple[TextTower, Coverage | None]:
     """The tower of `model.text`: by `hf`, or by `arch` and `config`; with its weights and pooling.
 
@@ -141,7 +130,7 @@ def build_text_tower(
             "set it to last, first or mean."
         )
     coverage = None
-    if starting_weights and config.weights:
+    if config.weights:
         source = Path(config.weights)
         if isinstance(config, sections.HfTextTower) and config.weights == "pretrained":
             source = _pretrained(config.hf, folder)
@@ -159,10 +148,8 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) ->
             _unknown("model.text.arch: transformers has no model type", arch, list(CONFIG_MAPPING))
         )
     kind = CONFIG_MAPPING[arch]
-    try:
+    with _refusing(f"model.text.arch: {arch} cannot be built from sizes alone"):  # as pairs of models
         known = set(kind().to_dict()) | set(kind.attribute_map)
-    except Exception as error:  # pairs of models have no sizes of their own
-        raise UserError(f"model.text.arch: {arch} cannot be built from sizes alone: {error}") from error
     for key in given:
         if key not in known:
             raise UserError(_unknown(f"model.text.config: {arch} has no setting", key, sorted(known)))
@@ -172,11 +159,8 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) ->
     if positions in known and not {positions, "max_position_embeddings"} & set(given):
         before = int(chosen["pad_token_id"]) + 1 if arch in _POSITIONS_AFTER_PADDING else 0
         chosen[positions] = tokenizer.context_length + before
-    with _quiet_transformers():
-        try:
-            return AutoConfig.for_model(arch, **chosen)
-        except Exception as error:  # each configuration class validates in its own way
-            raise UserError(f"model.text.config: {arch} does not take {given}: {error}") from error
+    with _quiet_transformers(), _refusing(f"model.text.config: {arch} does not take {given}"):
+        return AutoConfig.for_model(arch, **chosen)
 
 
 def _config_from_hf(name: str, assets: Path | None) -> tuple[Any, Path | None]:
@@ -185,13 +169,9 @@ def _config_from_hf(name: str, assets: Path | None) -> tuple[Any, Path | None]:
 
     folders = [Path(name)] if assets is None else [asset_folder(assets, name), Path(name)]
     folder = next((f for f in folders if (f / "config.json").is_file()), None)
-    try:
+    reachable = "a folder with a config.json nor a name on the hub that can be reached from here"
+    with _refusing(f"model.text.hf: {name} is neither {reachable}"):
         return AutoConfig.from_pretrained(str(folder or name)), folder
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.text.hf: {name} is neither a folder with a config.json nor a name on the hub that can be "
-            f"reached from here: {error}"
-        ) from error
 
 
 def _pretrained(name: str, folder: Path | None) -> Path:
@@ -200,17 +180,13 @@ def _pretrained(name: str, folder: Path | None) -> Path:
 
     if folder is not None and (folder == Path(name) or any((folder / f).is_file() for f in FOLDER_FILES)):
         return folder
-    try:
+    with _refusing(f"model.text.weights: the weights of {name} cannot be reached on the hub from here"):
         for file in FOLDER_FILES:
             found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
             if found is not None:
                 for shard in shard_names(Path(found)):
                     cached_file(name, shard)
                 return Path(found)
-    except OSError as error:
-        raise UserError(
-            f"model.text.weights: the weights of {name} cannot be reached on the hub from here: {error}"
-        ) from error
     raise UserError(f"model.text.weights: {name} has none of {', '.join(FOLDER_FILES)}.")
 
 
@@ -252,15 +228,11 @@ def _transformer(settings: Any) -> nn.Module:
     no_pooler = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
     # Attention by PyTorch where the network has it: the attention mask is honoured in both.
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
-    with _quiet_transformers():
-        try:
-            network = AutoModel.from_config(
-                settings, dtype=torch.float32, attn_implementation=attention, **no_pooler
-            )
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"model.text: transformers cannot build {settings.model_type} of these sizes: {error}"
-            ) from error
+    what = f"model.text: transformers cannot build {settings.model_type} of these sizes"
+    with _quiet_transformers(), _refusing(what):
+        network = AutoModel.from_config(
+            settings, dtype=torch.float32, attn_implementation=attention, **no_pooler
+        )
     if not isinstance(network.get_input_embeddings(), nn.Embedding):
         raise UserError(f"model.text: {settings.model_type} does not take tokens as input.")
     return network
@@ -276,6 +248,17 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever a library raises about a name or a setting, as UserError: each of its classes has its own."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def _unknown(what: str, given: str, known: list[str]) -> str:

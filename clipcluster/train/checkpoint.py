@@ -102,8 +102,8 @@ class CheckpointFolder:
             )
         return None
 
-    def set_aside(self, step: int, reason: str) -> Path:
-        """Rename a checkpoint to `broken-…`, with the reason beside it, and return the new path."""
+    def set_aside(self, step: int, reason: str) -> None:
+        """Rename a checkpoint to `broken-…`, with the reason beside it."""
         source, number = self.path(step), 1
         while (target := self.folder / f"{BROKEN}{source.name}-{number}").exists():
             number += 1
@@ -112,7 +112,6 @@ class CheckpointFolder:
         fsync_folder(self.folder)
         write_json(target / "why.json", {"reason": reason, "time": time.time()})
         logger.warning("%s set aside as %s: %s", source.name, target.name, reason)
-        return target
 
     def write(self, contents: Contents, tell: Tell = lambda size: None) -> Path:
         """Write a checkpoint durably and return its folder; one that exists already and verifies stays.

@@ -194,10 +194,7 @@ class Saver:
             passed, whole = write.expected_seconds()
             if to_drop(passed, max(whole, self.last_seconds), seconds_left):
                 logger.warning(
-                    "the save of step %d is given up: the %.0f s left are enough for step %d alone",
-                    write.step,
-                    seconds_left,
-                    step,
+                    "%.0f s are left: step %d is saved, not step %d", seconds_left, step, write.step
                 )
                 write.drop.set()
         self.finish()
