@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from clipcluster.data.shards import captions, indexing, shard_index, shard_list
+from clipcluster.data.shards import indexing, shard_index, shard_list
+from clipcluster.data.shards.find import find_shards
 from clipcluster.data.shards.tar import BrokenTar, scan
 from clipcluster.errors import UserError
 from clipcluster.runs.files import file_sha256
 from tools.shards.salvage import salvage
-from tools.shards.verify import CHANGED, CUT, GONE, ROWS, UNKNOWN, Report, verify
+from tools.shards.verify import CHANGED, CUT, GONE, ROWS, verify
 
 _ABANDONED = 600.0  # seconds without a write after which a half-written file is nobody's
 
@@ -40,7 +41,7 @@ def repair_folder(
 
     UserError: no folder, no shards, or a place that cannot be written.
     """
-    indexing.find_shards(folder)
+    find_shards(folder)
     try:
         return list(_repair(folder, index or folder, workers, progress))
     except PermissionError as error:
@@ -55,46 +56,34 @@ def _repair(
 ) -> Iterator[Deed]:
     for place in dict.fromkeys((folder, index)):
         yield from _parts_left(place)
-    choices = _choices(folder, index)
     try:
         report = verify(folder, index, images=False, workers=workers, progress=progress)
     except UserError as error:  # no index, or a damaged one
-        for path in indexing.find_shards(folder):
-            yield from _salvaged(path)
-        words = f"the index was made ({str(error).partition(';')[0]})"
-        yield _listed(folder, index, choices, workers, words)
+        yield from filter(None, map(_salvaged, find_shards(folder)))
+        yield _listed(folder, index, workers, f"the index was made ({str(error).partition(';')[0]})")
         return
-    todo = list(_shards(folder, index, choices, report))
-    yield from todo
-    if not any(deed.done and deed.file.endswith(".tar") for deed in todo):
+    faults = {entry["shard"]: entry["fault"] for entry in report.broken}
+    choices, listed = shard_list.read_list(index)
+    todo = [_shard(folder / name, fault, index, choices, listed.get(name)) for name, fault in faults.items()]
+    yield from filter(None, todo)
+    if not any(deed is not None and deed.done and deed.file.endswith(".tar") for deed in todo):
         return
-    gone = [entry["shard"] for entry in report.broken if entry["fault"] == GONE]
+    gone = [name for name, fault in faults.items() if fault == GONE]
     if gone:
-        yield Deed(
-            shard_list.ENTRIES_FILE,
-            False,
-            f"the list was left as it is while {gone[0]} is gone: it says what is missing",
-        )
-        return
-    words = "the list was rewritten: a run that used the old one will not resume"
-    yield _listed(folder, index, choices, workers, words)
+        what = f"the list was left as it is while {gone[0]} is gone: it says what is missing"
+        yield Deed(shard_list.ENTRIES_FILE, False, what)
+    else:
+        words = "the list was rewritten: a run that used the old one will not resume"
+        yield _listed(folder, index, workers, words)
 
 
-def _listed(folder: Path, index: Path, choices: list[str], workers: int, words: str) -> Deed:
+def _listed(folder: Path, index: Path, workers: int, words: str) -> Deed:
     """Writes the list anew; what keeps it from that, such as a compressed shard, does not undo the rest."""
     try:
-        indexing.index_folder(folder, index, choices, workers=workers)
+        indexing.index_folder(folder, index, workers=workers)
     except UserError as error:
         return Deed(shard_list.ENTRIES_FILE, False, f"the list was left as it is: {error}; then repair again")
     return Deed(shard_list.ENTRIES_FILE, True, words)
-
-
-def _choices(folder: Path, index: Path) -> list[str]:
-    """The choices of captions that the index has, or is to have."""
-    try:
-        return list(shard_list.read_summary(folder, index).choices)
-    except UserError:
-        return [captions.choice_for(folder, None)]
 
 
 def _parts_left(place: Path) -> Iterator[Deed]:
@@ -111,73 +100,47 @@ def _parts_left(place: Path) -> Iterator[Deed]:
         yield Deed(path.name, True, "half-written and abandoned: removed")
 
 
-def _shards(folder: Path, index: Path, choices: list[str], report: Report) -> Iterator[Deed]:
-    """Deals with each broken shard; a deed that is done for a tar asks for a new list."""
-    entries = shard_list.read_list(index)[1] if report.broken else {}
-    for entry in report.broken:
-        path, fault = folder / entry["shard"], entry["fault"]
-        if fault == GONE:
-            yield Deed(
-                path.name,
-                False,
-                f"gone: restore it, or continue without it: clipcluster shards index {folder}",
-            )
-        elif fault == ROWS:
-            yield from _rows(path, index, choices, entries.get(path.name))
-        elif fault == CHANGED and _looks_unchanged(path, entries.get(path.name)):
-            yield _rotten(path)
-        elif fault in (CHANGED, UNKNOWN, CUT):
-            salvaged = list(_salvaged(path))
-            yield from salvaged
-            if not salvaged and fault != CUT:
-                yield Deed(path.name, True, "new or rewritten: indexed")
+def _shard(
+    path: Path, fault: str, index: Path, choices: tuple[str, ...], listed: shard_list.ShardEntry | None
+) -> Deed | None:
+    """Deals with a broken shard; a deed that is done for a tar asks for a new list. None: nothing to do."""
+    if fault == GONE:
+        advice = f"restore it, or continue without it: clipcluster shards index {path.parent}"
+        return Deed(path.name, False, f"gone: {advice}")
+    if fault == ROWS and (listed is None or file_sha256(path) == listed.sha256):
+        indexing.index_shard(path, index, choices)
+        rows = shard_index.shard_index_path(index, path.name)
+        return Deed(rows.name, True, "its shard index was rebuilt from the tar")
+    state = path.stat()  # what was rewritten by somebody has another time
+    if (
+        fault in (CHANGED, ROWS)
+        and listed is not None
+        and (state.st_size, state.st_mtime_ns) == (listed.bytes, listed.mtime_ns)
+    ):
+        return Deed(
+            path.name,
+            False,
+            "its bytes changed while size and time did not, as on a failing disk: restore it from its "
+            f"source, or accept it as it is: clipcluster shards index --again {path.parent}",
+        )
+    new = None if fault == CUT else Deed(path.name, True, "new or rewritten: indexed")
+    return _salvaged(path) or new
 
 
-def _rows(
-    path: Path, index: Path, choices: list[str], listed: shard_list.ShardEntry | None
-) -> Iterator[Deed]:
-    if listed is not None and file_sha256(path) != listed.sha256:
-        if _looks_unchanged(path, listed):
-            yield _rotten(path)
-        else:
-            yield Deed(path.name, True, "rewritten: indexed")
-        return
-    indexing.index_shard(path, index, tuple(choices))
-    yield Deed(
-        shard_index.shard_index_path(index, path.name).name, True, "its shard index was rebuilt from the tar"
-    )
-
-
-def _rotten(path: Path) -> Deed:
-    return Deed(
-        path.name,
-        False,
-        "its bytes changed while size and time did not, as on a failing disk: restore it from its source, "
-        f"or accept it as it is: clipcluster shards index --again {path.parent}",
-    )
-
-
-def _looks_unchanged(path: Path, listed: shard_list.ShardEntry | None) -> bool:
-    """By size and time: what was rewritten by somebody has another time."""
-    state = path.stat()
-    return listed is not None and (state.st_size, state.st_mtime_ns) == (listed.bytes, listed.mtime_ns)
-
-
-def _salvaged(path: Path) -> Iterator[Deed]:
-    """Makes a damaged tar sound; nothing if it is."""
+def _salvaged(path: Path) -> Deed | None:
+    """Makes a damaged tar sound; None if it is."""
     with open(path, "rb") as file:
         try:
             for _ in scan(file.fileno()):
                 pass
-            return
+            return None
         except BrokenTar as error:
             reason = str(error)
     salvaged = salvage(path)
     if salvaged is None:
-        yield Deed(path.name, False, f"{reason}; it holds no complete sample")
-        return
+        return Deed(path.name, False, f"{reason}; it holds no complete sample")
     text = f"{reason}; its {salvaged.kept} complete samples are in a valid tar now, the original is kept as "
     text += salvaged.original.name
     if salvaged.left_out:
         text += f"; incomplete and left out: {', '.join(salvaged.left_out[:10])}"
-    yield Deed(path.name, True, text)
+    return Deed(path.name, True, text)
