@@ -109,12 +109,11 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte again and compare with the index; exit 1 where something is broken."""
-    from tools.shards.index import every_folder, require_one
+    from tools.shards.index import every_folder
     from tools.shards.repair import repair_folder
     from tools.shards.verify import verify as read
 
-    folders = [Path(folder) for folder in every_folder(folders)]
-    require_one(folders, elsewhere)
+    folders = [Path(folder) for folder in every_folder(folders, elsewhere)]
     reports = []
     for folder in folders:
         deeds = []
@@ -152,11 +151,10 @@ def stats(
 ) -> None:
     """Say what is in shards: samples, images, captions, duplicates, what cannot be read."""
     from jobs.cli.tables import stats_table
-    from tools.shards.index import every_folder, require_one
+    from tools.shards.index import every_folder
     from tools.shards.stats import stats as read
 
-    folders = [Path(folder) for folder in every_folder(folders)]
-    require_one(folders, elsewhere)
+    folders = [Path(folder) for folder in every_folder(folders, elsewhere)]
     if picture is not None:
         from tools.shards.stats_plot import require_drawable
 

@@ -27,8 +27,7 @@ def index_folders(
     one lines where `dataset_type.txt` says retrieval, else default. `again` scans what looks unchanged too.
     UserError as `index_folder`.
     """
-    folders = every_folder(folders)
-    require_one(folders, index)
+    folders = every_folder(folders, index)
     for folder in folders:
         if not is_remote(folder):
             find_shards(Path(folder))
@@ -50,17 +49,16 @@ def index_folders(
     return summaries
 
 
-def every_folder(folders: Sequence[str | Path]) -> list[str | Path]:
-    """The folders that hold the shards: of a folder of splits all of them; addresses as they are."""
+def every_folder(folders: Sequence[str | Path], index: Path | None) -> list[str | Path]:
+    """The folders that hold the shards: of a folder of splits all of them; addresses as they are.
+
+    UserError if several of them are to share one `index`.
+    """
     found: list[str | Path] = []
     for folder in folders:
         found += [folder] if is_remote(folder) else folders_of_shards(Path(folder))
-    return found
-
-
-def require_one(folders: Sequence[str | Path], index: Path | None) -> None:
-    """UserError if several folders are to share one index."""
-    if index is not None and len(folders) != 1:
+    if index is not None and len(found) != 1:
         raise UserError(
-            f"--index {index} holds the index of one folder, and {len(folders)} were given; run one by one"
+            f"--index {index} holds the index of one folder, and {len(found)} were given; run one by one"
         )
+    return found
