@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,13 +42,7 @@ def open_folder(
     cache: Cache | None = None,
 ) -> Dataset:
     """Opens one folder of shards, which may be remote, with its captions. UserError as `open_source`."""
-    asked = probabilities_of(captions_in)
-    if is_remote(path):
-        cache = cache or _default_cache()
-        folders = list(_folders_of(str(path), None if index is None else str(index), asked, cache))
-    else:
-        folders = [_folder_here(Path(path), index, asked)]
-    return Dataset(folders, tuple(asked.values()), cache)
+    return _opened([str(path)], None if index is None else str(index), probabilities_of(captions_in), cache)
 
 
 def open_source(source: Source, *, text: bool, cache: Cache | None = None) -> Dataset:
@@ -60,10 +55,7 @@ def open_source(source: Source, *, text: bool, cache: Cache | None = None) -> Da
     written = [source.shards] if isinstance(source.shards, str) else list(source.shards)
     shown = ", ".join(map(redacted, written))
     asked = probabilities_of(source.captions_in) if text else None
-    if cache is None and any(map(is_remote, written)):
-        cache = _default_cache()
-    folders = [folder for entry in written for folder in _folders_of(entry, source.index, asked, cache)]
-    dataset = Dataset(folders, tuple(asked.values()) if asked else (None,), cache)
+    dataset = _opened(written, source.index, asked, cache)
     if dataset.n_samples == 0:
         raise UserError(f"{shown}: the shards hold no sample with an image")
     for number, field in enumerate(dataset.fields if text else ()):
@@ -73,25 +65,19 @@ def open_source(source: Source, *, text: bool, cache: Cache | None = None) -> Da
                 "the JSON, set captions_in: json:FIELD and run: clipcluster shards index "
                 f"{dataset.folders[0].folder} --captions json:FIELD"
             )
-    if cache is not None:
-        dataset.check_cache_size(cache.size)
+    if dataset.cache is not None:
+        dataset.check_cache_size(dataset.cache.size)
     return dataset
 
 
-def _default_cache() -> Cache:
-    """The user's own; loaded here, because local shards need none of it."""
-    from clipcluster.data.storage.cache import Cache, default_folder
+def _opened(written: Sequence[str], index: str | None, asked: Asked | None, cache: Cache | None) -> Dataset:
+    """The folders of all entries as one source; without a `cache` remote ones take the user's own."""
+    if cache is None and any(map(is_remote, written)):
+        from clipcluster.data.storage.cache import Cache, default_folder  # local shards need none of it
 
-    return Cache(default_folder())
-
-
-def _choices(folder: Path, asked: Asked | None) -> tuple[str, ...] | None:
-    """The choices in force for a folder; None where no captions are needed."""
-    return None if asked is None else tuple(captions.choice_for(folder, choice) for choice in asked)
-
-
-def _folder_here(folder: Path, index: str | Path | None, asked: Asked | None) -> IndexedFolder:
-    return IndexedFolder(folder, Path(index or folder), _choices(folder, asked))
+        cache = Cache(default_folder())
+    folders = [folder for entry in written for folder in _folders_of(entry, index, asked, cache)]
+    return Dataset(folders, tuple(asked.values()) if asked else (None,), cache)
 
 
 def _folders_of(
@@ -103,24 +89,33 @@ def _folders_of(
         for selection in named(entry):
             local, remote = _index_of(selection, entry, index, cache)
             folder = IndexedFolder(selection.folder, local, _choices(local, asked), None, remote)
-            yield folder if selection.tars is None else _taking(folder, selection.tars)
+            yield _taking(folder, selection.tars)
         return
     if index is not None and is_remote(index):
         raise UserError(
             f"index {redacted(index)!r}: the shards {entry!r} are on this machine; their index must be too"
         )
-    paths = [Path(name) for pattern in braces(entry) for name in sorted(glob.glob(pattern)) or [pattern]]
-    if not entry.endswith(".tar"):
-        for path in paths:
-            yield _folder_here(path, index, asked)
-        return
-    for path in dict.fromkeys(path.parent for path in paths):
-        tars = [tar.name for tar in paths if tar.parent == path]
-        yield _taking(_folder_here(path, index, asked), tars)
+    # a folder that is there is itself, whatever its name
+    patterns = [glob.escape(entry)] if os.path.isdir(entry) else braces(entry)
+    taken: dict[Path, list[str] | None] = {}
+    for path in (Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) or [pattern]):
+        if not entry.endswith(".tar"):
+            taken[path] = None
+        elif (tars := taken.setdefault(path.parent, [])) is not None:
+            tars.append(path.name)
+    for path, tars in taken.items():
+        yield _taking(IndexedFolder(path, Path(index or path), _choices(path, asked)), tars)
 
 
-def _taking(folder: IndexedFolder, tars: Sequence[str]) -> IndexedFolder:
+def _choices(folder: Path, asked: Asked | None) -> tuple[str, ...] | None:
+    """The choices in force for a folder; None where no captions are needed."""
+    return None if asked is None else tuple(captions.choice_for(folder, choice) for choice in asked)
+
+
+def _taking(folder: IndexedFolder, tars: Sequence[str] | None) -> IndexedFolder:
     """A folder with these shards, names and globs, alone. UserError where one is not in its index."""
+    if tars is None:
+        return folder
     numbers = {name: number for number, name in enumerate(Dataset([folder]).shard_names)}
     taken = tuple(sorted(numbers[name] for name in chosen(folder.folder, tars, list(numbers))))
     return folder if len(taken) == len(numbers) else replace(folder, taken=taken)
