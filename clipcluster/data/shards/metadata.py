@@ -16,7 +16,6 @@ import numpy as np
 from clipcluster.data.shards import folder_index, texts
 from clipcluster.data.storage.urls import RemoteFile, RemoteFolder
 
-_SCAN = 1 << 20  # samples looked at together
 _PIECES = 64  # columns concatenated without a copy
 
 
@@ -167,16 +166,10 @@ class Metadata:
             return by_field[0]
         having = np.max([table[0] for table in by_field], axis=0)
         # in shards where no field alone has a caption for every sample, the samples are looked at
-        partial, first = (having > 0) & (having < self.sample_counts), 0
-        while partial[first:].any():
-            first += int(partial[first:].argmax())
-            low = int(self.sample_ends[first] - self.sample_counts[first])
-            last = max(first + 1, int(np.searchsorted(self.sample_ends, low + _SCAN, side="right")))
-            ends, counts = self.sample_ends[first:last] - low, self.sample_counts[first:last]
-            used = np.cumsum(self.caption_counts(slice(low, low + int(ends[-1]))) > 0)
-            used = np.concatenate([[0], used])
-            having[first:last] = used[ends] - used[ends - counts]
-            first = last
+        for shard in np.flatnonzero((having > 0) & (having < self.sample_counts)).tolist():
+            end = int(self.sample_ends[shard])
+            counts = self.caption_counts(slice(end - int(self.sample_counts[shard]), end))
+            having[shard] = np.count_nonzero(counts)
         return having[None]
 
     def more_than_of(self, field: int) -> np.ndarray:

@@ -16,6 +16,8 @@ END = bytes(2 * BLOCK)
 
 NO_BYTES = -1
 _REGULAR = (b"0", b"\0", b"7")
+_LONG = (b"x", b"L")  # of PAX, and GNU's long names: of the member that follows
+_WITH_BYTES = (*_REGULAR, *_LONG)
 _SAMPLES_LOST = (b"1", b"2", b"S")  # hard and symbolic links, GNU's sparse files: names without plain bytes
 _NO_BODY = (b"1", b"2", b"3", b"4", b"5", b"6")  # their size, where there is one, is of no bytes here
 _LARGEST_OCTAL = 8**11 - 1
@@ -91,25 +93,25 @@ def scan(fd: int, start: int = 0, end: int | None = None, *, links: bool = False
             return
         size, kind = _checked(block, position), block[156:157]
         body = position + BLOCK
+        if kind in _REGULAR and records:
+            size = int(records.get("size", size))
+        if kind in _WITH_BYTES and body + size > end:
+            raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
         if kind in _REGULAR:
-            size = int(records.get("size", size)) if records else size
-            if body + size > end:
-                raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
             name = records.get("path") or _name(block)
-            if not _is_sparse(records):
+            # PAX's sparse files are regular ones by kind, with a map before the bytes or in the records
+            if not (records and any(record.startswith("GNU.sparse.") for record in records)):
                 yield Member(name, first, body, size)
             elif links:
                 yield Member(records.get("GNU.sparse.name", name), first, body, NO_BYTES)
-        elif kind in (b"x", b"L"):
-            if body + size > end:
-                raise BrokenTar(f"cut inside the member at byte {position}: {size} bytes announced")
+        elif kind in _LONG:
             records |= _long_header(fd, kind, body, size, position)
         elif kind in _SAMPLES_LOST:
             if links:
                 yield Member(records.get("path") or _name(block), first, body, NO_BYTES)
             body += _sparse_headers(fd, block, body, end) if kind == b"S" else 0
         position = body + (0 if kind in _NO_BODY else -(-size // BLOCK) * BLOCK)
-        if kind not in (b"x", b"L", b"K", b"g"):
+        if kind not in (*_LONG, b"K", b"g"):
             first = position
             if records:
                 records = {}
@@ -156,14 +158,14 @@ def _checked(block: bytes, position: int) -> int:
 @lru_cache(maxsize=1 << 14)
 def _expected(checksum: bytes) -> int:
     """Adler-32's low half of a header with this checksum field, which is itself summed as eight spaces."""
-    return (int(checksum.strip(b" \0") or b"0", 8) - 8 * 32 + sum(checksum) + 1) % 65521
+    return (_number(checksum) - 8 * 32 + sum(checksum) + 1) % 65521
 
 
 def _signed_sums_match(block: bytes) -> bool:
     """Whether the checksum is one of signed bytes, as very old programs took it."""
     counted = block[:148] + b"        " + block[156:]
     total = sum(counted) - 256 * sum(byte > 127 for byte in counted)
-    return total == int(block[148:156].strip(b" \0") or b"0", 8)
+    return total == _number(block[148:156])
 
 
 def _number(field: bytes) -> int:
@@ -187,11 +189,6 @@ def _long_header(fd: int, kind: bytes, body: int, size: int, position: int) -> d
     if kind == b"x":
         return _pax(data, position)
     return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
-
-
-def _is_sparse(records: dict[str, str]) -> bool:
-    """PAX's sparse files are regular ones by kind, with a map before the bytes or in the records."""
-    return bool(records) and any(name.startswith("GNU.sparse.") for name in records)
 
 
 def _sparse_headers(fd: int, block: bytes, body: int, end: int) -> int:
@@ -222,10 +219,9 @@ def _split(path: bytes) -> tuple[bytes, bytes | None]:
     """Prefix and base of a ustar name; the base is None where the name does not fit."""
     if len(path) <= 100:
         return b"", path
-    for at in range(len(path) - 1, 0, -1):
-        if path[at : at + 1] == b"/" and at <= 155 and 0 < len(path) - at - 1 <= 100:
-            return path[:at], path[at + 1 :]
-    return b"", None
+    at = path.rfind(b"/", 1, min(156, len(path) - 1))  # a prefix has 155 bytes at most
+    fits = at > 0 and len(path) - at - 1 <= 100
+    return (path[:at], path[at + 1 :]) if fits else (b"", None)
 
 
 def _block(name: bytes, size: int, kind: bytes, prefix: bytes = b"") -> bytes:

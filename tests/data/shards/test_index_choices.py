@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.data.shards import indexing
-from clipcluster.data.shards import metadata as catalogue
 from clipcluster.data.shards.columns import read_columns, write_columns
 from clipcluster.data.shards.folder_index import COLUMNS_FILE, write_folder_index
 from clipcluster.data.shards.indexing import index_folder
+from clipcluster.data.shards.metadata import Concatenated
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.data.shards.shard_index import scan_shard, shard_index_path
 from clipcluster.data.shards.shard_list import ENTRIES_FILE, read_list, read_summary
@@ -118,15 +118,6 @@ def test_fields_with_probabilities_lie_end_to_end(folder: Path) -> None:
     assert shards.read(5).captions == ["own 5", "synthetic 5 0", "synthetic 5 1"]
     assert shards.read(3).captions == []
     shards.announce(range(7))
-
-
-def test_samples_with_any_caption_are_counted_in_stretches(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    index_folder(folder, captions_choice=["default", SYNTHETIC])
-    for stretch in (1, 4, 6, 100):
-        monkeypatch.setattr(catalogue, "_SCAN", stretch)
-        assert open_folder(folder, captions_in={"default": 1, SYNTHETIC: 1}).more_than.tolist() == [[3, 2, 1]]
 
 
 def test_one_choice_is_one_field(folder: Path) -> None:
@@ -243,7 +234,7 @@ def test_columns_concatenated_behave_as_one_array(
     shapes: list[tuple[int, bool]], data: st.DataObject
 ) -> None:
     pieces = [np.arange(size).astype(np.int32 if wide else np.uint8) for size, wide in shapes]
-    whole, joined = np.concatenate(pieces), catalogue.Concatenated(pieces)
+    whole, joined = np.concatenate(pieces), Concatenated(pieces)
     assert len(joined) == len(whole)
     assert joined.dtype == whole.dtype
     start, stop = data.draw(st.integers(-12, 25)), data.draw(st.integers(-12, 25))
