@@ -153,5 +153,6 @@ def test_a_job_whose_submitter_died_is_found_again(ask, bench, tmp_path, slow_sb
     assert again.run.path == run.path
     bench.until(lambda: state_of(run, Queue()).name == "FINISHED")
     assert len(job_ids(run)) == 1
-    assert len(submissions(run)) == 1
+    # a job that had claimed the run by then needs no line
+    assert [line["job"] for line in submissions(run)] in (job_ids(run), [])
     assert len(run.attempts()) == 1
