@@ -1,4 +1,4 @@
-"""Starting runs: through submitit on SLURM, alone or as an array, and as a process on this machine."""
+"""Launching jobs: through submitit on SLURM, and as a process on this machine."""
 
 from __future__ import annotations
 
