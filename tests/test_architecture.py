@@ -44,17 +44,14 @@ class WeightedPairs(Task):
         weight = features["weight"].to(cosine)
         loss = (weight * (1 - cosine)).mean() + 0 * self.model.logit_scale.sum()
         return Report(loss, {"loss": loss.detach(), "mean_weight": weight.mean()})
-'''
-BUILDER = '''
 
-def weighted_pairs(recipe: Recipe, model: DualEncoder, ranks: Ranks) -> Task:
+
+def build_weighted_pairs(recipe, model, ranks):
     """`task: weighted_pairs`."""
-    from clipcluster.model.weighted_pairs import WeightedPairs
-
     return WeightedPairs(model, recipe.data.image)
 '''
 ENTRY = """    "weighted_pairs": TaskSpec(
-        builder="clipcluster.build.task:weighted_pairs",
+        builder="clipcluster.model.weighted_pairs:build_weighted_pairs",
         model="clipcluster.model.clip:build_clip",
         loss_over="sample",
         captions=True,
@@ -103,10 +100,6 @@ def test_every_file_that_the_page_names_is_there():
     assert set(re.findall(r"\b(\w+\.py)\b", ways)) <= there
 
 
-def append(path: Path, text: str) -> None:
-    path.write_text(path.read_text() + text)
-
-
 def contents(root: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes()
@@ -141,7 +134,6 @@ def test_a_task_is_added_by_the_steps_of_the_page(house: Path, tmp_path: Path):
     before = contents(house)
 
     (house / "clipcluster/model/weighted_pairs.py").write_text(TASK)
-    append(house / "clipcluster/build/task.py", BUILDER)
     table = house / "clipcluster/recipe/tasks.py"
     table.write_text(table.read_text().replace("}\n\nMETRICS", ENTRY, 1))
     (house / "clipcluster/data/loading/decoders.py").write_text(DECODER)

@@ -1,4 +1,4 @@
-"""The model of a recipe: at its start, or with a checkpoint's weights."""
+"""The model of a recipe, at its start or with a checkpoint's weights, and the task around it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
+from clipcluster.model.task import Task
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.checkpoints import name_of, steps_in, weights_file
 from clipcluster.runs.files import file_sha256
 from clipcluster.runs.folder import Run
+from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import Broken, reading, verify
 
 logger = logging.getLogger("clipcluster")
@@ -33,6 +35,12 @@ def build_model(
     """
     torch.manual_seed(recipe.seed)
     return resolve_name(TASKS[recipe.task].model)(recipe, tokenizer, assets, starting_weights)
+
+
+def build_task(recipe: Recipe, model: Any, ranks: World) -> Task:
+    """The recipe's task, which turns its batches into a loss, around its model."""
+    task: Task = resolve_name(TASKS[recipe.task].builder)(recipe, model, ranks)
+    return task
 
 
 def describe_start(model: Any, plan_: Plan) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 
 from clipcluster.build.data import Sources, open_batches, open_sources
-from clipcluster.build.model import build_model, describe_start
-from clipcluster.build.task import build_task
+from clipcluster.build.model import build_model, build_task, describe_start
 from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.task import Task
@@ -64,6 +62,7 @@ def build_trainer(
     checkpoints = CheckpointFolder(attempt, about)
     records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
     metrics = Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps)
+    every = recipe.checkpoint.every
 
     def opened(at: Progress) -> Loader:
         return open_batches(recipe, sources, world, at.batches_drawn, at.skipped)
@@ -79,7 +78,16 @@ def build_trainer(
         parts=parts,
         constants=constants,
         checkpoints=checkpoints,
-        saver=_saver(run, recipe, plan_, checkpoints, records, constants),
+        saver=Saver(
+            checkpoints,
+            records,
+            keep=recipe.checkpoint.keep,
+            keep_every=plan_.keep_every,
+            constants=constants,
+            every_steps=plan_.checkpoint_every,
+            every_seconds=every.seconds if isinstance(every, Time) else None,
+            last_seconds=seconds_of_a_save(run),
+        ),
         evaluations=Evaluations(
             build_suite(recipe, world=world, tokenizer=sources.tokenizer),
             model,
@@ -157,27 +165,6 @@ def try_task(recipe: Recipe, assets: Path | None) -> list[str]:
     report.loss.backward()
     task.after_step()
     return [name for name, value in task.named_parameters() if value.requires_grad and value.grad is None]
-
-
-def _saver(
-    run: Run,
-    recipe: Recipe,
-    plan_: Plan,
-    folder: CheckpointFolder,
-    records: Records,
-    constants: Mapping[str, Any],
-) -> Saver:
-    every = recipe.checkpoint.every
-    return Saver(
-        folder,
-        records,
-        keep=recipe.checkpoint.keep,
-        keep_every=plan_.keep_every,
-        constants=constants,
-        every_steps=plan_.checkpoint_every,
-        every_seconds=every.seconds if isinstance(every, Time) else None,
-        last_seconds=seconds_of_a_save(run),
-    )
 
 
 def seconds_of_a_save(run: Run) -> float:

@@ -16,6 +16,7 @@ from clipcluster.model.losses import contrastive
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
     from clipcluster.model.protocols import DualEncoder
+    from clipcluster.recipe.sections.recipe import Recipe
     from clipcluster.runtime.world import World
 
 Features = Mapping[str, Tensor]
@@ -98,3 +99,8 @@ class ContrastiveTask(Task):
 
     def after_step(self) -> None:
         self.model.clamp_logit_scale()
+
+
+def build_contrastive(recipe: Recipe, model: DualEncoder, ranks: World) -> ContrastiveTask:
+    """`task: contrastive`."""
+    return ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, ranks)

@@ -36,7 +36,7 @@ class TaskSpec:
 
 TASKS: Mapping[str, TaskSpec] = {
     "contrastive": TaskSpec(
-        builder="clipcluster.build.task:contrastive",
+        builder="clipcluster.model.task:build_contrastive",
         model="clipcluster.model.clip:build_clip",
         loss_over="batch",
         captions=True,
