@@ -62,11 +62,10 @@ def contrastive(
         image_logits = scale * image @ all_texts.T
         text_logits = scale * text @ all_images.T
         targets = torch.arange(len(image), device=image.device) + ranks.rank * len(image)
-        loss = functional.cross_entropy(image_logits, targets) + functional.cross_entropy(
-            text_logits, targets
-        )
+        image_loss = functional.cross_entropy(image_logits, targets)
+        text_loss = functional.cross_entropy(text_logits, targets)
         accuracy = (image_logits.detach().argmax(dim=1) == targets).float().mean()
-    return loss / 2, accuracy
+    return (image_loss + text_loss) / 2, accuracy
 
 
 def widen(values: Tensor) -> Tensor:

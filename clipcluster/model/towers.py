@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,23 +88,16 @@ def build_image_tower(config: sections.ImageTower, *, image_size: int) -> tuple[
                 f"model.image.args.{key} is decided by the recipe's other keys "
                 "(data.image.size, model.image.weights): remove it."
             )
-    trunk = _timm_trunk(name, args, image_size)
-    width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
-    coverage = load_weights(trunk, Path(config.weights), name="image") if config.weights else None
-    return ImageTower(trunk, int(width)), coverage
-
-
-def _timm_trunk(name: str, args: Mapping[str, Any], image_size: int) -> Any:
-    """With `img_size` where the tower has positions to lay out, without it where it takes any size."""
-    with _refusing(
-        f"model.image: timm cannot build {name} for images of {image_size} pixels with {dict(args)}"
-    ):
-        try:
-            return timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, **args)
+    with _refusing(f"model.image: timm cannot build {name} for images of {image_size} pixels with {args}"):
+        try:  # for towers that have positions to lay out
+            trunk: Any = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, **args)
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            return timm.create_model(name, pretrained=False, num_classes=0, **args)
+            trunk = timm.create_model(name, pretrained=False, num_classes=0, **args)
+    width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    coverage = load_weights(trunk, Path(config.weights), name="image") if config.weights else None
+    return ImageTower(trunk, int(width)), coverage
 
 
 def build_text_tower(

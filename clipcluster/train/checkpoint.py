@@ -113,40 +113,33 @@ class CheckpointFolder:
         write_json(target / "why.json", {"reason": reason, "time": time.time()})
         logger.warning("%s set aside as %s: %s", source.name, target.name, reason)
 
-    def write(self, contents: Contents, tell: Tell = lambda size: None) -> Path:
-        """Write a checkpoint durably and return its folder; one that exists already and verifies stays.
+    def write(self, contents: Contents, tell: Tell = lambda size: None) -> None:
+        """Write a checkpoint durably; one that exists already and verifies stays.
 
         On rank 0. On another rank: write its files for rank 0 to complete. Raises OSError (nothing is left
         behind), what `tell` raises, StaleAttempt.
         """
         final = self.path(contents.step)
         aside = self.folder / f"{WRITING}{final.name}-{self.attempt.number}-{contents.number}"
+        self.attempt.check()
         if contents.rank:
-            self.attempt.check()
             aside.mkdir(exist_ok=True)
             write_own_files(aside, contents, tell)
-            return final
+            return
         try:
-            if not self._keeps(final):
-                self.attempt.check()
-                aside.mkdir(exist_ok=True)
-                write_complete(aside, contents, self._about, tell)
-                self.attempt.check()
-                os.rename(aside, final)
+            if final.exists():
+                try:
+                    verify(final)
+                    return
+                except Broken as error:
+                    self.set_aside(contents.step, str(error))
+            aside.mkdir(exist_ok=True)
+            write_complete(aside, contents, self._about, tell)
+            self.attempt.check()
+            os.rename(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         fsync_folder(self.folder)
-        return final
-
-    def _keeps(self, final: Path) -> bool:
-        if not final.exists():
-            return False
-        try:
-            verify(final)
-        except Broken as error:
-            self.set_aside(int(final.name.removeprefix("step-")), str(error))
-            return False
-        return True
 
     def record_evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Put the results of an evaluation beside the checkpoint they belong to, where there is one."""

@@ -63,10 +63,7 @@ class Precision:
         return torch.where(torch.isfinite(loss), self.scale, torch.nan).to(loss.dtype)
 
     def counts(self) -> Tensor:
-        """Whether a non-finite step counts against the run (0-dimensional bool).
-
-        It does not while the scale can still fall.
-        """
+        """Whether a non-finite step counts against the run: not while the scale can still fall. () bool."""
         return self.scale <= self.SMALLEST
 
     def update(self, found_inf: Tensor) -> None:

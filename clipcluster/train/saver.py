@@ -23,11 +23,7 @@ ATTEMPTS = 2
 
 
 def kept(
-    keep: Keep,
-    every: int | None,
-    steps: Iterable[int],
-    values: Mapping[int, float],
-    pinned: Iterable[int],
+    keep: Keep, every: int | None, steps: Iterable[int], values: Mapping[int, float], pinned: Iterable[int]
 ) -> set[int]:
     """The steps out of `steps` that stay: the last, one in `every` steps, the best, and those `pinned`.
 

@@ -57,8 +57,7 @@ class WrappedTask:
 
     def __call__(self, call: Callable[..., T], *args: Any) -> T:
         """`call(task, *args)`, seen by the wrapper."""
-        result: T = self._outer(call, *args)
-        return result
+        return self._outer(call, *args)
 
     @contextmanager
     def reduction(self, on: bool) -> Iterator[None]:
