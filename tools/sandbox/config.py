@@ -86,11 +86,8 @@ def find_programs() -> dict[str, str]:
     missing = [name for name, place in found.items() if place is None]
     if missing:
         raise UserError(
-            f"the sandbox needs SLURM's own programs, and {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not on this machine "
-            f"(looked on the PATH and in {', '.join(ADMIN_FOLDERS)}). "
-            "On Debian and Ubuntu: apt-get install --no-install-recommends slurm-wlm. "
-            "Nothing of an installed SLURM is configured or started by that or by the sandbox."
+            f"the sandbox needs SLURM's programs; not on the PATH nor in {', '.join(ADMIN_FOLDERS)}: "
+            f"{', '.join(missing)}. On Debian and Ubuntu: apt-get install --no-install-recommends slurm-wlm"
         )
     return {name: place for name, place in found.items() if place is not None}
 

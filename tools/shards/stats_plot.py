@@ -27,24 +27,20 @@ def require_drawable(path: Path) -> None:
 
 def draw(figures: Sequence[Stats], path: Path) -> None:
     """Writes the picture; its kind is the file's extension."""
-    import matplotlib  # half a second, for those who ask for a picture
+    from matplotlib.figure import Figure  # half a second, for those who ask for a picture
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    page, rows = pyplot.subplots(
-        len(figures), 4, figsize=(17, 3.8 * len(figures)), squeeze=False, layout="constrained"
-    )
+    page = Figure(figsize=(17, 3.8 * len(figures)), layout="constrained")
+    rows = page.subplots(len(figures), 4, squeeze=False)
     for stats, row in zip(figures, rows, strict=True):
         _kinds_of_images(row[0], stats)
-        _sides(row[1], stats)
-        _histogram(row[2], stats.images["bytes"], "bytes of an image")
+        sides = {side: stats.images[side] for side in ("width", "height")}
+        _histograms(row[1], sides, "pixels", "images")
+        _histograms(row[2], {"bytes": stats.images["bytes"]}, "bytes of an image", "images")
         if stats.captions:
-            _histogram(row[3], stats.caption_characters, "characters of a caption")
+            _histograms(row[3], {"": stats.caption_characters}, "characters of a caption", "captions")
         else:
             _classes(row[3], stats.classes)
     page.savefig(path, dpi=110)
-    pyplot.close(page)
 
 
 def _kinds_of_images(axes: Any, stats: Stats) -> None:
@@ -60,23 +56,15 @@ def _kinds_of_images(axes: Any, stats: Stats) -> None:
     axes.set(title=f"{stats.folder}\n{stats.samples:,} samples, {stats.captions:,} captions")
 
 
-def _sides(axes: Any, stats: Stats) -> None:
-    for name, colour in (("width", _COLOUR), ("height", _SECOND)):
-        _steps(axes, stats.images[name], colour, name)
-    axes.set(xlabel="pixels", ylabel="images")
-    if stats.images["width"]["count"]:
+def _histograms(axes: Any, figures: Mapping[str, Mapping[str, Any]], unit: str, counted: str) -> None:
+    """One or two histograms over each other, by what they are of."""
+    for (name, one), colour in zip(figures.items(), (_COLOUR, _SECOND), strict=False):
+        if one["count"]:
+            edges, counts = one["histogram"]["edges"], one["histogram"]["counts"]
+            axes.stairs(counts, edges, fill=True, color=colour, alpha=0.6, label=name)
+    axes.set(xlabel=unit, ylabel=counted)
+    if len(axes.patches) > 1:
         axes.legend(frameon=False)
-
-
-def _histogram(axes: Any, figures: Mapping[str, Any], label: str) -> None:
-    _steps(axes, figures, _COLOUR, label)
-    axes.set(xlabel=label)
-
-
-def _steps(axes: Any, figures: Mapping[str, Any], colour: str, label: str) -> None:
-    if figures["count"]:
-        histogram = figures["histogram"]
-        axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=colour, alpha=0.6, label=label)
 
 
 def _classes(axes: Any, classes: Mapping[str, int]) -> None:

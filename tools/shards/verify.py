@@ -149,8 +149,7 @@ def _count(shards: Dataset, number: int, samples: Survey, report: Report) -> Non
     report.bytes += shards.shard_path(number).stat().st_size
     report.bad += samples.bad
     report.used += count - len(samples.bad)
-    for kind, number_of_kind in samples.kinds.items():
-        report.kinds[kind] = report.kinds.get(kind, 0) + number_of_kind
+    report.kinds = dict(Counter(report.kinds) + samples.kinds)
 
 
 def _empty(looks: list[_Look]) -> list[str]:
