@@ -63,19 +63,12 @@ def command_for(words: Sequence[str]) -> Any:
     return typer.main.get_command(app)
 
 
-_RIGHTS = "change its permissions or choose another path"
-_SPACE = "make space and run the same command again"
-_OTHER = "a file or folder of another kind has this name; give another"
 # What the file system says to a path that somebody typed; all else is a fault of the program.
 _REFUSALS = {
-    errno.EACCES: _RIGHTS,
-    errno.EPERM: _RIGHTS,
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions or choose another path"),
     errno.EROFS: "choose another path",
-    errno.ENOSPC: _SPACE,
-    errno.EDQUOT: _SPACE,
-    errno.ENOTDIR: _OTHER,
-    errno.EISDIR: _OTHER,
-    errno.EEXIST: _OTHER,
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make space and run the same command again"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "its name is taken; give another"),
     errno.ENAMETOOLONG: "give a shorter name",
 }
 

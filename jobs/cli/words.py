@@ -17,31 +17,18 @@ COMMANDS = {
     **{word: f"--{word}" for word in ("version", "help")},
     **{verb: f"shards {verb}" for verb in ("convert", "index", "verify", "stats", "reshard")},
 }
-# Options of other programs -> a key of the recipe, or an option here; {} is what was given.
+# Options that have no key of the recipe's name -> what to type; {} is what was given.
 OPTIONS = {
-    **dict.fromkeys(("--gpus", "--gpus-per-node", "--gres"), "cluster.gpus_per_node={}"),
-    **dict.fromkeys(("--nodes", "-N"), "cluster.nodes={}"),
+    **dict.fromkeys(("--gpus", "--gres"), "cluster.gpus_per_node={}"),
     **dict.fromkeys(("--ntasks-per-node", "--nproc-per-node"), "cluster.tasks_per_node={}"),
-    **dict.fromkeys(("--partition", "-p"), "cluster.partition={}"),
-    **dict.fromkeys(("--account", "-A"), "cluster.account={}"),
-    **dict.fromkeys(("--time", "-t"), "cluster.time='{} min'"),
-    **dict.fromkeys(("--mem", "--qos", "--constraint"), "cluster.{name}={}"),
-    **dict.fromkeys(("--lr", "--learning-rate"), "optim.lr={}"),
-    **dict.fromkeys(("--wd", "--weight-decay"), "optim.weight_decay={}"),
-    "--warmup": "optim.warmup='{} steps'",
-    **dict.fromkeys(("--batch-size", "-b"), "data.batch_size={}"),
-    "--workers": "data.workers={}",
+    "--learning-rate": "optim.lr={}",
     "--epochs": "train.duration='{} epochs'",
     "--steps": "train.duration='{} steps'",
-    "--precision": "train.precision={}",
-    "--seed": "seed={}",
-    "--name": "name={}",
     "--local": "--executor local",
     "--slurm": "--executor slurm",
     **dict.fromkeys(("--output", "--out", "-o"), "--runs {}"),
     **dict.fromkeys(("--resume", "--force"), "no option: submitting a run again resumes it"),
 }
-STATUS_OPTIONS = dict.fromkeys(("--follow", "-f"), "--watch")
 
 
 def verb_first(words: Sequence[str], command: Any) -> list[str]:
@@ -62,13 +49,19 @@ def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
     given = " ".join(words).partition(option)[2]  # "=2 …" or " 2 …"
     value = given[1:].split(" ")[0]
     value = "VALUE" if not value or value.startswith("-") else value
-    if words[:1] == ["status"] and option in STATUS_OPTIONS:
-        return STATUS_OPTIONS[option]
+    if words[:1] == ["status"] and option in ("--follow", "-f"):
+        return "--watch"
     if words[:1] not in (["submit"], ["check"], ["evaluate"]):
         return ""
-    if "." in option:
-        return f"{option.lstrip('-')}={value}"
-    return OPTIONS.get(option, "").format(value, name=option.lstrip("-"))
+    if option in OPTIONS:
+        return OPTIONS[option].format(value)
+    from clipcluster.recipe.sections.base import walk
+    from clipcluster.recipe.sections.recipe import Recipe
+
+    name = option.lstrip("-").replace("-", "_")
+    keys = {path[-1]: ".".join(path).replace("*", "0") for path, _ in reversed(list(walk(Recipe)))}
+    key = name if "." in name else keys.get(name)
+    return f"{key}={value}" if key else ""
 
 
 def _command_pointer(words: Sequence[str], commands: Any) -> str:

@@ -190,15 +190,10 @@ def told_to_people(plan: Plan) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"{plan.out}: no space left to write to ({error.strerror}); make space and run the same "
-                "command again: it continues where it stopped"
-            ) from None
-        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise UserError(
-            f"convert: {where}{error.strerror or error}; the shards made so far are kept, the same command "
-            "continues"
+            f"{error.filename or plan.out}: {'no space left to write to: ' if full else ''}"
+            f"{error.strerror or error}; the shards made so far are kept, and the same command continues"
         ) from None
 
 

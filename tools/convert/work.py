@@ -34,17 +34,7 @@ _BEHIND = 4  # shards that are built and not yet complete
 _NO_CAPTIONS = (0, 0, captions.NO_TEXT, 0)
 _CAPTIONS_IN = captions.members_of(captions.DEFAULT)
 _REPORT_SECONDS = 0.25  # whoever is told may have been asked to stop, and some samples take long
-# What a sample's row of the index says, in the order it is collected.
-_COLUMNS = (
-    "offset",
-    "image_offset",
-    "image_size",
-    "text_offset/default",
-    "text_size/default",
-    "text_kind/default",
-    "captions/default",
-    "class",
-)
+_COLUMNS = tuple(shard_index.column_types((captions.DEFAULT,)))
 
 LeftOut = Mapping[str, Mapping[str, str]]
 
@@ -146,9 +136,10 @@ class _Contents:
                 name.lower(): (put(path + name.encode("utf-8", "surrogateescape"), data), data)
                 for name, data in members.items()
             }
-            row = at[extension][0], len(image), *_captions(at, known), _class(at)
+            row = at[extension][0], len(image), _class(at), *_captions(at, known)
         else:
-            row = put(path + extension.encode(), image), len(image), *_NO_CAPTIONS, -1 if cls is None else cls
+            at_image = put(path + extension.encode(), image)
+            row = at_image, len(image), -1 if cls is None else cls, *_NO_CAPTIONS
             if cls is not None:
                 put(path + b"cls", b"%d" % cls)
         self._rows.extend((start, *row))

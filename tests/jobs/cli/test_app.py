@@ -232,6 +232,7 @@ def test_one_message_for_a_mistake(words, parts, tmp_path):
         ("submit r.yaml --epochs 4", "No such option: --epochs; instead: train.duration='4 epochs'"),
         ("submit r.yaml --optim.lr 1", "No such option: --optim.lr; instead: optim.lr=1"),
         ("--gpus 2 submit r.yaml", "No such option: --gpus; instead: cluster.gpus_per_node=2"),
+        ("submit r.yaml --batch-size 2", "No such option: --batch-size; instead: data.batch_size=2"),
         ("submit --mem r.yaml", "No such option: --mem; instead: cluster.mem=r.yaml"),
         ("convert csv", "No such command 'convert'; instead: clipcluster shards convert"),
         ("metrics toy --every ten", "Invalid value for '--every': should be a valid integer; got 'ten'"),
