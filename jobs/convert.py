@@ -124,21 +124,22 @@ def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
             return
 
 
+@dataclass
 class Claims:
     """Which task writes which shard: a file for each, made whole and once, holding the task's name.
 
-    `rewrite` tells a shard's first writing from later ones: who wrote it first may have left since.
+    `rewrite` tells a shard's first writing from later ones: who wrote it first may have left since. `taken`
+    counts those of this attempt.
     """
 
-    def __init__(self, folder: Path, owner: str) -> None:
-        self.taken = 0  # by this attempt
-        self._folder = folder
-        self._owner = owner
+    folder: Path
+    owner: str
+    taken: int = 0
 
     def take(self, shard: Shard, rewrite: int) -> bool:
         """Claim a shard; also True for one this task claimed before it was requeued."""
-        file = self._folder / f"{rewrite}-{shard.split}-{shard.number}"
-        taken = files.link_once(file, self._owner) or bool(files.read_json(file) == self._owner)
+        file = self.folder / f"{rewrite}-{shard.split}-{shard.number}"
+        taken = files.link_once(file, self.owner) or bool(files.read_json(file) == self.owner)
         self.taken += taken
         return taken
 

@@ -16,6 +16,7 @@ from clipcluster.runs.files import finite
 if TYPE_CHECKING:
     from rich.console import Console
 
+say = typer.echo  # an answer on stdout
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 Runs = Annotated[
@@ -37,11 +38,6 @@ def group(text: str, **more: Any) -> typer.Typer:
     )
 
 
-def say(text: str) -> None:
-    """One answer on stdout."""
-    typer.echo(text)
-
-
 def console() -> Console:
     """What prints tables on stdout, as wide as the terminal."""
     from rich.console import Console
@@ -52,8 +48,7 @@ def console() -> Console:
 def print_document(value: Any) -> None:
     """One JSON document on stdout; for NaN and infinities see `finite`."""
     value = [finite(one) for one in value] if isinstance(value, list) else finite(value)
-    plain = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    typer.echo(plain)  # default=str: paths, times
+    say(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str))  # str: paths, times
 
 
 @contextmanager

@@ -81,13 +81,12 @@ class _Job:
 
 
 def _run_pool(job: _Job, size: int, report: Callable[[int], None]) -> None:
-    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(size, mp_context=_FORK, initializer=_start, initargs=(job,))
-    workers: set[BaseProcess] = set()
+    workers: list[BaseProcess] = []
     reported = 0
     try:
         pending: set[Any] = {pool.submit(_work) for _ in range(size)}
-        workers = set(multiprocessing.active_children()) - others
+        workers = multiprocessing.active_children()
         while pending:
             finished, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
             samples = job.samples.get_obj().value  # without the lock, which a killed worker may hold
@@ -97,22 +96,17 @@ def _run_pool(job: _Job, size: int, report: Callable[[int], None]) -> None:
                 future.result()
     except BrokenProcessPool:
         pool.shutdown()
+        codes = {worker.exitcode or 0 for worker in workers}
+        code = min(
+            codes - {0, -signal.SIGTERM}, default=-signal.SIGTERM
+        )  # the pool ends the others by SIGTERM
         raise UserError(
-            f"convert: a worker was ended by {_first_signal(workers)} (out of memory?); the same command "
-            "continues where it stopped, and --workers 1 needs less memory"
+            f"convert: a worker was ended by {signal.Signals(-code).name if code < 0 else f'code {code}'} "
+            "(out of memory?); the same command continues where it stopped, and --workers 1 needs less memory"
         ) from None
     finally:
         job.stopped.value = 1
         pool.shutdown()
-
-
-def _first_signal(workers: set[BaseProcess]) -> str:
-    """The signal or code that ended a worker; the pool ends the others by SIGTERM."""
-    for worker in workers:
-        worker.join()
-    codes = {worker.exitcode or 0 for worker in workers} - {0, -signal.SIGTERM}
-    code = min(codes, default=-signal.SIGTERM)
-    return signal.Signals(-code).name if code < 0 else f"code {code}"
 
 
 _job: _Job | None = None
