@@ -35,10 +35,8 @@ def log_files(run: Run, *, rank: int = 0, attempt: int | None = None) -> list[Pa
     return found
 
 
-def stream(
-    paths: Callable[[], list[Path]], *, following: bool, ended: Callable[[], bool] = lambda: True
-) -> Iterator[str]:
-    """The content of `paths()`; with `following` what is added too, also in later attempts, until `ended()`.
+def stream(paths: Callable[[], list[Path]], ended: Callable[[], bool]) -> Iterator[str]:
+    """The content of `paths()` and what is added to it, also in later attempts, until `ended()`.
 
     A file that came to the list only later is read from its beginning.
     """
@@ -51,6 +49,6 @@ def stream(
                 content = file.read()
             read[path] = read.get(path, 0) + len(content)
             yield content.decode(errors="replace")
-        if last or not following:
+        if last:
             return
         time.sleep(LOOK_SECONDS)

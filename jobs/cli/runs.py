@@ -176,7 +176,7 @@ def logs(
             return first  # the next attempt has begun, and this rank has printed nothing in it yet
 
     try:
-        for text in printing.stream(paths, following=following, ended=lambda: watched.state().ended):
+        for text in printing.stream(paths, lambda: not following or watched.state().ended):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         return

@@ -105,7 +105,7 @@ def test_logs_are_followed_into_the_next_attempt(run):
 
     writer = threading.Thread(target=write)
     writer.start()
-    text = "".join(logs.stream(lambda: logs.log_files(run), following=True, ended=over.is_set))
+    text = "".join(logs.stream(lambda: logs.log_files(run), over.is_set))
     writer.join()
     assert text == "one\ntwo\n"
 
