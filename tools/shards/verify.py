@@ -12,7 +12,7 @@ import numpy as np
 from clipcluster.data.shards import indexing, shard_index, shard_list
 from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import Dataset
-from clipcluster.data.shards.metadata import IndexedFolder
+from clipcluster.data.shards.folder_index import IndexedFolder
 from clipcluster.runs.files import file_sha256
 from tools.shards.pool import over_shards
 from tools.shards.survey import Survey, survey

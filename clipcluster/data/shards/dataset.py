@@ -18,7 +18,8 @@ import numpy as np
 
 from clipcluster.data.shards import captions, folder_index, shard_index
 from clipcluster.data.shards.columns import BrokenColumns
-from clipcluster.data.shards.metadata import IndexedFolder, Metadata
+from clipcluster.data.shards.folder_index import IndexedFolder
+from clipcluster.data.shards.metadata import Metadata
 from clipcluster.data.shards.tar import NO_BYTES, BrokenTar, read_at, scan
 from clipcluster.data.storage.urls import OtherContent, Refused, RemoteFile, RemoteFolder, State, Unreachable
 from clipcluster.errors import UserError

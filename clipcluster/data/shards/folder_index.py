@@ -21,6 +21,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,35 +125,46 @@ def fingerprint(shards: Sequence[tuple[str, bytes]]) -> str:
     return digest.hexdigest()
 
 
-def read_folder_index(
-    folder: Path | RemoteFolder,
-    target: Path,
-    *,
-    choices: Sequence[str],
-    index_option: str,
-) -> Columns:
-    """The mapped list of a folder's index at `target`.
+@dataclass(frozen=True)
+class IndexedFolder:
+    """A folder, its index and the choices of captions asked for (None: the index's first, none is needed);
+    `taken` are the numbers of the shards taken, in the order of the index (None: all).
 
-    `choices` of captions are those that the source asks for. UserError, with the command that helps: no
-    index, a damaged or older one, one without a choice that is asked for.
+    Of a remote folder `index` is a local one, and `remote_index` where the index of each shard is fetched
+    from (None: it is in `index`).
     """
-    command = f"clipcluster shards index {folder}{index_option}"
+
+    folder: Path | RemoteFolder
+    index: Path
+    choices: tuple[str, ...] | None
+    taken: tuple[int, ...] | None = None
+    remote_index: RemoteFolder | None = None
+
+    @property
+    def index_option(self) -> str:
+        """The option by which a command that indexes this folder puts the index where it is."""
+        if self.remote_index is not None:
+            return " --index FOLDER"  # not into the cache
+        return "" if self.index == self.folder else f" --index {self.index}"
+
+
+def read_folder_index(indexed: IndexedFolder) -> Columns:
+    """The mapped list of a folder's index. UserError, with the command that helps: no index, a damaged or
+    older one, one without a choice of captions that is asked for.
+    """
+    folder, path = indexed.folder, indexed.index / COLUMNS_FILE
+    command = f"clipcluster shards index {folder}{indexed.index_option}"
     try:
-        table = read_columns(target / COLUMNS_FILE, _check)
+        table = read_columns(path, _check)
     except (FileNotFoundError, NotADirectoryError):
         if isinstance(folder, Path):
             find_shards(folder)
-        where = f" in {target}" if index_option else ""
+        where = f" in {indexed.index}" if indexed.index_option else ""
         raise UserError(f"{folder}: these shards have no index{where}; make it with: {command}") from None
     except BrokenColumns as error:
-        raise UserError(f"{target / COLUMNS_FILE} is damaged ({error}); rebuild it with: {command}") from None
-    if table.meta.get("format") != FORMAT:
-        raise UserError(
-            f"{target / COLUMNS_FILE} has another format ({table.meta.get('format')}); "
-            f"rebuild it with: {command}"
-        )
+        raise UserError(f"{path} cannot be used: {error}; rebuild it with: {command}") from None
     have = list(table.meta["captions"])
-    missing = [choice for choice in choices if choice not in have]
+    missing = [choice for choice in indexed.choices or () if choice not in have]
     if missing:
         near = difflib.get_close_matches(missing[0], have, 1)
         options = "".join(f" --captions {shlex.quote(choice)}" for choice in missing)
@@ -166,12 +178,9 @@ def read_folder_index(
 
 
 def _check(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """ValueError where totals and columns do not fit each other; those by sample are not looked at.
-
-    Of another format nothing is.
-    """
+    """ValueError where totals and columns do not fit each other; those by sample are not looked at."""
     if meta["format"] != FORMAT:
-        return
+        raise ValueError(f"it has another format ({meta['format']})")
     samples, choices, shards = meta["samples"], meta["captions"], len(arrays["samples"])
     if not isinstance(meta["fingerprint"], str) or not choices:
         raise ValueError("it has no fingerprint, or counts no captions")

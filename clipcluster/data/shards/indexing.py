@@ -98,14 +98,12 @@ def _index_all(
 
 def _has_rows(target: Path, entry: ShardEntry, choices: tuple[str, ...]) -> bool:
     """Whether the shard index on disk is that of the entry, and has every choice."""
-    if set(entry.captions) != set(choices):
-        return False
     try:
         meta, arrays = read_shard_index(shard_index_path(target, entry.name))
     except (OSError, BrokenColumns):
         return False
     same = meta["sha256"] == entry.sha256 and len(arrays["offset"]) == entry.samples
-    return same and set(choices) == set(meta["choices"])
+    return same and set(choices) == set(meta["choices"]) == set(entry.captions)
 
 
 def index_shard(path: Path, index: Path, choices: tuple[str, ...], digest: str | None = None) -> ShardEntry:

@@ -6,7 +6,6 @@ No shard is opened here: everything comes from the mapped indexes of the folders
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,32 +13,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from clipcluster.data.shards import folder_index, texts
-from clipcluster.data.storage.urls import RemoteFile, RemoteFolder
+from clipcluster.data.shards.folder_index import IndexedFolder
+from clipcluster.data.storage.urls import RemoteFile
 
 _PIECES = 64  # columns concatenated without a copy
-
-
-@dataclass(frozen=True)
-class IndexedFolder:
-    """A folder, its index and the choices of captions asked for (None: the index's first, none is needed);
-    `taken` are the numbers of the shards taken, in the order of the index (None: all).
-
-    Of a remote folder `index` is a local one, and `remote_index` where the index of each shard is fetched
-    from (None: it is in `index`).
-    """
-
-    folder: Path | RemoteFolder
-    index: Path
-    choices: tuple[str, ...] | None
-    taken: tuple[int, ...] | None = None
-    remote_index: RemoteFolder | None = None
-
-    @property
-    def index_option(self) -> str:
-        """The option by which a command that indexes this folder puts the index where it is."""
-        if self.remote_index is not None:
-            return " --index FOLDER"  # not into the cache
-        return "" if self.index == self.folder else f" --index {self.index}"
 
 
 class CaptionField(NamedTuple):
@@ -76,12 +53,7 @@ class Metadata:
             self.name = folder.resolve().name
         else:  # a command has no name, its index has
             self.name = self.folders[0].index.name if folder.is_pipe else folder.name
-        self._tables = [
-            folder_index.read_folder_index(
-                f.folder, f.index, choices=f.choices or (), index_option=f.index_option
-            )
-            for f in self.folders
-        ]
+        self._tables = [folder_index.read_folder_index(indexed) for indexed in self.folders]
         # a folder that is taken whole has no list of its shards: it would be private to every process
         self._taken = [None if f.taken is None else np.array(f.taken, np.int64) for f in self.folders]
         counts = self._of_shards(["samples"] * len(self.folders))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from clipcluster.data.shards import captions, folder_index, texts
 from clipcluster.data.shards.dataset import Dataset
-from clipcluster.data.shards.metadata import IndexedFolder
+from clipcluster.data.shards.folder_index import IndexedFolder
 from clipcluster.data.storage.urls import (
     Forbidden,
     RemoteFolder,

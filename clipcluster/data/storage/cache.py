@@ -235,13 +235,12 @@ def hold(path: Path) -> int:
 def _opened(path: Path, size: int | None) -> int | None:
     """A handle on a whole file, marked as in use and as used now; None if it is not there."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = hold(path)
     except FileNotFoundError:
         return None
     if size is not None and os.fstat(fd).st_size != size:
         os.close(fd)
         return None
-    fcntl.flock(fd, fcntl.LOCK_SH)
     os.utime(fd)
     return fd
 

@@ -208,24 +208,16 @@ def _patiently(
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in _OURS:
                 raise
+            cause: Any = getattr(error, "reason", None) or error  # what is behind urllib's own error
+            reason = redacted(str(getattr(cause, "strerror", None) or cause)) or type(error).__name__
             failures = 1 if gained() >= PROGRESS else failures + 1
             if failures > len(waits):
-                raise Unreachable(
-                    getattr(_cause(error), "errno", None) or 5,
-                    f"{_reason(error)} (tried {failures} times)",
-                    redacted(address),
-                ) from None  # whose own words may hold keys: a traceback shows them
-            logger.debug("%s: %s; trying again", redacted(address), _reason(error))
+                number = getattr(cause, "errno", None) or errno.EIO
+                words = f"{reason} (tried {failures} times)"
+                # whose own words may hold keys: a traceback shows them
+                raise Unreachable(number, words, redacted(address)) from None
+            logger.debug("%s: %s; trying again", redacted(address), reason)
             time.sleep(waits[failures - 1])
-
-
-def _cause(error: Exception) -> Any:
-    """What is behind urllib's own error."""
-    return getattr(error, "reason", None) or error
-
-
-def _reason(error: Exception) -> str:
-    return redacted(str(getattr(_cause(error), "strerror", None) or _cause(error))) or type(error).__name__
 
 
 def _opened(address: str, start: int, tag: str | None) -> contextlib.AbstractContextManager[Transfer]:
