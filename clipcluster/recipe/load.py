@@ -136,23 +136,21 @@ def load_cluster(
 def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dict[str, Any]:
     """The keys of a section whose mark is kept; those at their defaults only if `full`."""
     chosen: dict[str, Any] = {}
-    values = section.model_dump(mode="json")
+    dumped = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         inner = sections_of(field)
         if not inner:
-            at_default = field.get_default(call_default_factory=True) in (value, values[name])
+            at_default = field.get_default(call_default_factory=True) in (value, dumped[name])
             if keep(extra_of(field)["mark"]) and (full or not at_default):
-                chosen[name] = values[name]
+                chosen[name] = dumped[name]
         elif is_list_of_sections(field):
             chosen[name] = [_select(entry, keep, full=full) for entry in value]
-        elif value is None:
-            # Left out: the full form says so, since a later version may have another default.
-            if full and _decides(inner, keep):
-                chosen[name] = None
         else:
-            below = _select(value, keep, full=full)
-            if below or (field.default is None and _decides(inner, keep)):
+            below = None if value is None else _select(value, keep, full=full)
+            # The full form says what was left out, since a later version may have another default.
+            said = full if value is None else field.default is None
+            if below or (said and _decides(inner, keep)):
                 chosen[name] = below
     return chosen
 

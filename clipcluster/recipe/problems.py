@@ -144,7 +144,8 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
         keys = ", or ".join(", ".join(section.model_fields) for section in sections_of(key.field))
         expected = f"should be a section with the keys {keys}"
     elif kind == "literal_error":
-        choices = _choices(key.field)
+        literals = [part for part in parts_of(key.field) if get_origin(part) is Literal]
+        choices = [str(choice) for literal in literals for choice in get_args(literal)]
         expected = f"should be {' or '.join(choices)}{did_you_mean(str(value), choices)}"
     elif kind in EXPECTED:
         expected = EXPECTED[kind].format(**entry.get("ctx", {}))
@@ -159,12 +160,6 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
     if isinstance(value, dict) and not examples:
         return origin.problem(key.path, expected)
     return origin.problem(key.path, f"got {_given(key.loc, value, tree)}; {expected}")
-
-
-def _choices(field: FieldInfo | None) -> list[str]:
-    """The words of a key that takes one of several."""
-    literals = (part for part in parts_of(field) if get_origin(part) is Literal)
-    return [str(choice) for choice in get_args(next(literals, None))]
 
 
 def _examples(key: Key, value: Any) -> list[str]:

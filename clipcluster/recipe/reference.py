@@ -137,16 +137,12 @@ def _type(value: dict[str, Any]) -> str:
         if kind == "string" and part in value.get("pattern", ""):
             return word
     if kind == "array":
-        return _list_type(value)
+        if value.get("minItems") and value.get("minItems") == value.get("maxItems"):
+            return f"{value['minItems']} numbers"
+        return f"list of {_WORDS[value['items']['type']]}"
     if kind == "object":
         return "mapping"
     return _WORDS[str(kind)] + _bounds(value)
-
-
-def _list_type(value: dict[str, Any]) -> str:
-    if value.get("minItems") and value.get("minItems") == value.get("maxItems"):
-        return f"{value['minItems']} numbers"
-    return f"list of {_WORDS[value['items']['type']]}"
 
 
 def _bounds(value: dict[str, Any]) -> str:

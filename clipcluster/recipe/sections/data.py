@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from clipcluster.recipe import captions
 from clipcluster.recipe.sections.base import Section, key, section
@@ -15,28 +15,15 @@ from clipcluster.recipe.units import Memory
 def _captions_in(value: object) -> object:
     if isinstance(value, dict) and all(isinstance(choice, str) for choice in value):
         captions.checked_probabilities(value)
-        return {choice: float(probability) for choice, probability in value.items()}
-    if isinstance(value, str):
-        return captions.checked(value)
-    raise ValueError(f"should be {captions.CHOICES}, or a mapping of these to probabilities")
+    elif isinstance(value, str):
+        captions.checked(value)
+    else:
+        raise ValueError(f"should be {captions.CHOICES}, or a mapping of these to probabilities")
+    return value
 
 
-CaptionsIn = Annotated[
-    str | dict[str, float],
-    BeforeValidator(_captions_in),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "object",
-                    "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
-                    "minProperties": 1,
-                },
-            ]
-        }
-    ),
-]
+Probabilities = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+CaptionsIn = Annotated[str | Probabilities, BeforeValidator(_captions_in)]
 
 
 Repeat = Annotated[Float, Field(ge=0)]

@@ -66,9 +66,6 @@ def _one_or_more(value: object) -> object:
 
 
 Paths = Annotated[
-    str | tuple[str, ...],
+    str | Annotated[tuple[str, ...], Field(min_length=1)],
     BeforeValidator(_one_or_more),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-    ),
 ]
