@@ -17,7 +17,7 @@ from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.recipe.tasks import METRICS, metric_names
+from clipcluster.recipe.tasks import METRICS, TASKS
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
 from clipcluster.runtime.outcome import Failure
@@ -204,10 +204,14 @@ def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
 def _check_best(checked: Checked) -> None:
     """The metric that keeps checkpoints is one that the evaluations measure."""
     recipe, best = checked.recipe, checked.recipe.checkpoint.keep.best
-    folders = {kind: getattr(recipe.evaluate, kind) for kind in METRICS}
-    names = set_names(folder for own in folders.values() for folder in own)
-    sets = {kind: [names[folder] for folder in own] for kind, own in folders.items()}
-    known = metric_names(recipe.task, sets)
+    sets = [(kind, folder) for kind in METRICS for folder in getattr(recipe.evaluate, kind)]
+    names = set_names(folder for _, folder in sets)
+    known = [
+        f"{names[folder]}/{metric}"
+        for kind, folder in sets
+        if kind in TASKS[recipe.task].evaluations
+        for metric in METRICS[kind]
+    ]
     if best is not None and best.metric not in known:
         measured = f"; measured: {', '.join(known) or 'nothing (see evaluate)'}"
         hint = did_you_mean(best.metric, known) or measured

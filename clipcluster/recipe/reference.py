@@ -6,7 +6,6 @@ Editors that know JSON Schema complete and check recipes with docs/recipe.schema
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,19 +167,6 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def write(folder: Path = DOCS) -> list[Path]:
-    """Write both files; returns those that changed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {PAGE: page(), SCHEMA: json.dumps(schema(), indent=1) + "\n"}
-    changed = []
-    for name, text in texts.items():
-        file = folder / name
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            file.write_text(text, encoding="utf-8")
-            changed.append(file)
-    return changed
-
-
 if __name__ == "__main__":
-    for path in write(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS):
-        print(path)
+    (DOCS / PAGE).write_text(page(), encoding="utf-8")
+    (DOCS / SCHEMA).write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")

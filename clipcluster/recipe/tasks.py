@@ -5,7 +5,7 @@ A new task is one entry of `TASKS` and its builder; the check, the data and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,16 +54,3 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """The metrics of each key of the `evaluate` section, without the counts (`images`, `pairs`, ...)."""
-
-
-def metric_names(task: str, sets: Mapping[str, Iterable[str]]) -> list[str]:
-    """SET/METRIC of all that a task's evaluations measure.
-
-    sets: key of the `evaluate` section -> the names of its sets.
-    """
-    return [
-        f"{name}/{metric}"
-        for evaluation in TASKS[task].evaluations
-        for name in sets.get(evaluation, ())
-        for metric in METRICS[evaluation]
-    ]

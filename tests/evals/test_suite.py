@@ -15,7 +15,7 @@ from suite_of_ranks import recipe
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.tokenizer import load_tokenizer
 from clipcluster.evals.suite import build_suite
-from clipcluster.recipe.tasks import metric_names
+from clipcluster.recipe.tasks import METRICS
 from clipcluster.runtime.world import World
 from tests.shard_writer import ShardWriter
 from tools.convert.convert import convert
@@ -65,8 +65,7 @@ def test_fewer_images_than_ranks(digits: Path, tmp_path: Path) -> None:
 
 def test_the_names_tell_what_was_measured(reports: Reports) -> None:
     counts = ("images", "pairs", "distinct_captions", "zero_shot_images")
-    metrics = metric_names("contrastive", {"retrieval": ["test"], "zero_shot": ["test"]})
-    expected = {*metrics, *(f"test/{name}" for name in counts)}
+    expected = {f"test/{name}" for name in (*METRICS["retrieval"], *METRICS["zero_shot"], *counts)}
     results = reports[1, 0]["results"]
     assert set(results) == expected
     assert results["test/images"] == results["test/zero_shot_images"] == 360

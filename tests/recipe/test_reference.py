@@ -1,11 +1,10 @@
 import json
 import re
-from pathlib import Path
 
 import yaml
 
 from clipcluster.recipe.files import RECIPES
-from clipcluster.recipe.reference import DOCS, PAGE, SCHEMA, page, schema, write
+from clipcluster.recipe.reference import DOCS, PAGE, SCHEMA, page, schema
 from clipcluster.recipe.sections.base import sections_of, walk
 from clipcluster.recipe.sections.recipe import Recipe
 
@@ -14,11 +13,6 @@ def test_the_committed_files_are_up_to_date() -> None:
     command = "run python -m clipcluster.recipe.reference"
     assert (DOCS / PAGE).read_text() == page(), command
     assert json.loads((DOCS / SCHEMA).read_text()) == schema(), command
-
-
-def test_writing_again_changes_nothing(tmp_path: Path) -> None:
-    assert [file.name for file in write(tmp_path)] == [PAGE, SCHEMA]
-    assert write(tmp_path) == []
 
 
 def test_every_key_is_on_the_page() -> None:

@@ -6,7 +6,7 @@ from pkgutil import resolve_name
 
 from clipcluster.evals.suite import KINDS
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.recipe.tasks import METRICS, TASKS, metric_names
+from clipcluster.recipe.tasks import METRICS, TASKS
 
 
 def test_every_task_can_be_named_by_a_recipe_and_be_built() -> None:
@@ -20,8 +20,3 @@ def test_every_task_can_be_named_by_a_recipe_and_be_built() -> None:
 
 def test_every_evaluation_has_its_metrics() -> None:
     assert list(METRICS) == list(KINDS)
-
-
-def test_metrics_are_named_by_set() -> None:
-    names = metric_names("contrastive", {"zero_shot": ["val"]})
-    assert names == ["val/zero_shot_top1", "val/zero_shot_top5"]
