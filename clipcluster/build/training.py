@@ -76,8 +76,6 @@ def build_trainer(
         step=step,
         feed=Feed(opened, world.device, metrics.waited),
         parts=parts,
-        constants=constants,
-        checkpoints=checkpoints,
         saver=Saver(
             checkpoints,
             records,

@@ -16,6 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clipcluster.errors import UserError
@@ -150,8 +151,6 @@ def shard_names(file: Path) -> list[str]:
 
 def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         return dict(load_file(file))
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -183,19 +182,19 @@ def _check_coverage(
 ) -> None:
     name, file = coverage.tower, coverage.file
     wrong = [key for key in own if key in inside and key in coverage.missing]
-    shapes = "".join(
-        f"\n  {key}: {tuple(inside[key].shape)} in the file, {tuple(own[key].shape)} in the tower"
-        for key in wrong[:5]
-    )
+    shapes = [
+        f"{key}: {tuple(inside[key].shape)} in the file, {tuple(own[key].shape)} in the tower"
+        for key in wrong
+    ]
     if min(coverage.loaded / coverage.tensors, coverage.fraction) < LEAST_COVERAGE or wrong:
         raise UserError(
             f"{file} brings {coverage.loaded} of the {name} tower's {coverage.tensors} tensors "
             f"({coverage.fraction:.1%} of its elements), so it was made for another tower.\n"
             f"  Missing from the file: {some(coverage.missing)}\n"
-            f"  The file holds: {some(tuple(state))}"
-            + (f"\n  Shapes that differ:{shapes}" if shapes else "")
-            + f"\nName the tower the file was made for, or leave "
-            f"model.{name}.weights out to train from random weights."
+            f"  The file holds: {some(tuple(state))}\n"
+            f"  Shapes that differ: {some(shapes)}\n"
+            f"Name the tower the file was made for, or leave model.{name}.weights out to train from random "
+            "weights."
         )
     parts = {key.split(".")[0] for key in own}
     larger = [key for key in coverage.left_out if key.split(".")[0] in parts and not _HEADS.match(key)]

@@ -94,7 +94,8 @@ class Saver:
 
     Args:
         keep: the rotation policy; keep_every: its `every`, in steps.
-        constants: what state.json says besides the progress: index, starting weights, plan.
+        constants: what state.json says besides the progress: index, starting weights (a resume with others is
+            refused), plan.
         every_steps, every_seconds: when to save; one of them. Steps that `keep` keeps for good, and with a
             best metric those that were evaluated, are saved besides.
         last_seconds: how long a save of this run took last, where an earlier attempt saved.
@@ -112,8 +113,8 @@ class Saver:
         every_seconds: float | None = None,
         last_seconds: float = 0.0,
     ) -> None:
-        self._folder, self.records, self._world = folder, records, records.world
-        self._keep, self._keep_every, self._constants = keep, keep_every, constants
+        self.folder, self.records, self._world = folder, records, records.world
+        self._keep, self._keep_every, self.constants = keep, keep_every, constants
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._write: _Write | None = None
         self._clock = time.monotonic()
@@ -168,10 +169,10 @@ class Saver:
         self._asked_at, self._clock = progress.step, time.monotonic()
         self._begun += 1
         if self._world.is_main or any(map(is_per_rank, parts.values())):
-            state = {**progress.state_dict(), **self._constants}
+            state = {**progress.state_dict(), **self.constants}
             rank, ranks = self._world.rank, self._world.size
             contents = take_copy(progress.step, state, parts, rank=rank, ranks=ranks, number=self._begun)
-            self._write = _Write(self._folder, contents)
+            self._write = _Write(self.folder, contents)
             self._write.start()
 
     def save_and_wait(self, progress: Progress, parts: Parts, seconds_left: float | None = None) -> None:
@@ -220,7 +221,7 @@ class Saver:
         """Record what was measured of the newest checkpoint, then rotate; both can wait for the next one."""
         with self.records.keeping():
             if self.durable_step in self._evaluations:
-                self._folder.record_evaluation(self.durable_step, self._evaluations.pop(self.durable_step))
+                self.folder.record_evaluation(self.durable_step, self._evaluations.pop(self.durable_step))
             self._rotate()
 
     def _note_failure(self, step: int, error: OSError) -> None:
@@ -246,10 +247,10 @@ class Saver:
             self._settle()
 
     def _rotate(self) -> None:
-        steps = self._folder.steps()
+        steps = self.folder.steps()
         best = self._keep.best
-        found = {step: self._folder.evaluation(step).get(best.metric) for step in steps} if best else {}
+        found = {step: self.folder.evaluation(step).get(best.metric) for step in steps} if best else {}
         values = {step: value for step, value in found.items() if value is not None}  # null: not finite
-        pinned = [step for step in steps if self._folder.pinned(step)]
+        pinned = [step for step in steps if self.folder.pinned(step)]
         for step in sorted(set(steps) - kept(self._keep, self._keep_every, steps, values, pinned)):
-            self._folder.delete(step)
+            self.folder.delete(step)

@@ -6,14 +6,13 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import Parts
 from clipcluster.runtime.outcome import Failure, LostPeers, Outcome
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
-from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.evaluations import Evaluations, Interrupted
 from clipcluster.train.metrics import Metrics
 from clipcluster.train.progress import Feed, Progress
@@ -35,7 +34,6 @@ class Trainer:
 
     Args:
         parts: what a checkpoint holds, by name.
-        constants: what state.json holds besides; a resume with another index or starting weights is refused.
         grace_seconds: time between the request to stop and the kill.
         results: of the last evaluation in this attempt.
     """
@@ -48,8 +46,6 @@ class Trainer:
     step: Step
     feed: Feed
     parts: Parts
-    constants: dict[str, Any]
-    checkpoints: CheckpointFolder
     saver: Saver
     evaluations: Evaluations
     metrics: Metrics
@@ -81,7 +77,7 @@ class Trainer:
     def _run(self) -> Outcome:
         self.attempt.phase(self.world.rank, "checkpoint")
         if self.world.is_main:
-            self.checkpoints.prepare()
+            self.saver.folder.prepare()
         found = self._resume()
         if found:
             self.records.event("resume", checkpoint=found.name)
@@ -121,10 +117,10 @@ class Trainer:
         """Continue from the newest checkpoint, on all ranks; None where there is none."""
         found = restore(
             self.world,
-            self.checkpoints,
+            self.saver.folder,
             self.progress,
             self.parts,
-            self.constants,
+            self.saver.constants,
             self.step.stages.enter,
         )
         self.attempt.step = self.progress.step
@@ -160,7 +156,7 @@ class Trainer:
         """Continue from the last checkpoint before a row of non-finite steps, without the row; only once."""
         self.world.while_main(self.saver.finish)
         try:
-            record = partial(record_roll_back, self.checkpoints, self.progress, streak)
+            record = partial(record_roll_back, self.saver.folder, self.progress, streak)
             self.world.while_main(record)
         except Failure as error:
             self.records.failure = error

@@ -113,7 +113,7 @@ def test_a_stop_before_the_first_step_leaves_nothing_and_ends_cleanly(toy: Modul
 
 def test_a_stop_while_a_save_is_under_way_leaves_both_checkpoints(toy: ModuleType, run: Any) -> None:
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(stop_at=4))
-    trainer.checkpoints.seconds = 0.3
+    trainer.saver.folder.seconds = 0.3
     assert trainer.run() is Outcome.STOPPED
     assert trainer.progress.step == 5
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-00000004", "step-00000005"]
@@ -298,7 +298,7 @@ def test_a_run_stopped_right_after_it_went_back_does_not_go_back_twice(toy: Modu
 def test_a_run_killed_while_it_went_back_resumes_before_the_row(toy: ModuleType, run: Any) -> None:
     script = {"poison": [4, 5, 6, 7, 8, 9], "save_every": 3, "limit": 2, "log_every": 9, "steps": 18}
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
-    trainer.checkpoints.set_aside = lambda step, reason: kill(trainer)  # the first thing after the record
+    trainer.saver.folder.set_aside = lambda step, reason: kill(trainer)  # the first thing after the record
     with pytest.raises(Killed):
         trainer.run()
     assert (run.checkpoints / "step-00000006").is_dir()
@@ -338,7 +338,7 @@ def test_a_roll_back_that_cannot_be_recorded_ends_the_run(toy: ModuleType, run: 
 def test_where_all_checkpoints_are_of_the_row_the_run_does_not_start_anew(toy: ModuleType, run: Any) -> None:
     script = {"poison": [4, 5, 6, 7, 8, 9], "save_every": 3, "limit": 2, "log_every": 9, "steps": 18}
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
-    trainer.checkpoints.set_aside = lambda step, reason: kill(trainer)
+    trainer.saver.folder.set_aside = lambda step, reason: kill(trainer)
     with pytest.raises(Killed):
         trainer.run()
     (run.checkpoints / "step-00000003").rename(run.path / "lost")

@@ -271,8 +271,6 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         step=step,
         feed=Feed(lambda at: ToyBatches(script, world, stop, at), world.device, metrics.waited),
         parts=parts,
-        constants=constants,
-        checkpoints=checkpoints,
         saver=saver,
         evaluations=evaluations,
         metrics=metrics,
