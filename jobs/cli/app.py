@@ -1,4 +1,4 @@
-"""The command `clipcluster`: its groups of verbs, and what becomes of an error."""
+"""The command `clipcluster`: its groups of verbs, what becomes of an error, and words of other programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import typer
 from clipcluster.errors import UserError
 from jobs.cli.options import group, say
 from jobs.cli.runs import VERBS
-from jobs.cli.words import pointer, verb_first
 
 # Some versions of typer bring a click of their own, so the class is found, not imported.
 UsageProblem: type[Exception] = next(
@@ -108,12 +107,14 @@ def _usage(problem: Any, words: list[str], command: Any) -> int:
         if message := problem.format_message():  # empty where rich has printed the help already
             typer.echo(message)
         return 2
-    message = problem.format_message() if hasattr(problem, "format_message") else str(problem)
-    message = message.replace(": Value error, ", ": ").replace(": Input should be ", ": should be ")
+    message = (
+        problem.format_message()
+        .replace(": Value error, ", ": ")
+        .replace(": Input should be ", ": should be ")
+    )
     if hasattr(problem.__cause__, "errors"):  # pydantic's
-        message = (
-            f"{message.partition(', unable to parse')[0]}; got {problem.__cause__.errors()[0]['input']!r}"
-        )
+        got = problem.__cause__.errors()[0]["input"]
+        message = f"{message.partition(', unable to parse')[0]}; got {got!r}"
     unknown = type(problem).__name__ in ("NoSuchOption", "NoSuchCommand") or "No such command" in message
     instead = pointer(words, command, getattr(problem, "option_name", None)) if unknown else ""
     if instead:
@@ -121,3 +122,68 @@ def _usage(problem: Any, words: list[str], command: Any) -> int:
     hint = f"\nSee: {context.command_path} --help" if context is not None else ""
     typer.echo(f"error: {message}{hint}", err=True)
     return 2
+
+
+# Words of other programs -> the command here.
+COMMANDS = {
+    **dict.fromkeys(("resume", "restart", "continue", "start", "run", "launch", "sbatch"), "submit RECIPE"),
+    **dict.fromkeys(("list", "ls", "ps", "squeue", "info", "show"), "status"),
+    **dict.fromkeys(("stop", "kill", "scancel"), "cancel RUN"),
+    **dict.fromkeys(("eval", "test", "validate"), "evaluate RUN"),
+    **dict.fromkeys(("log", "tail", "follow"), "logs -f RUN"),
+    "watch": "status --watch",
+    "plot": "metrics RUN --plot",
+    **{word: f"--{word}" for word in ("version", "help")},
+    **{verb: f"shards {verb}" for verb in ("convert", "index", "verify", "stats", "reshard")},
+}
+# Options that have no key of the recipe's name -> what to type; {} is what was given.
+OPTIONS = {
+    **dict.fromkeys(("--gpus", "--gres"), "cluster.gpus_per_node={}"),
+    **dict.fromkeys(("--ntasks-per-node", "--nproc-per-node"), "cluster.tasks_per_node={}"),
+    "--learning-rate": "optim.lr={}",
+    "--epochs": "train.duration='{} epochs'",
+    "--steps": "train.duration='{} steps'",
+    "--local": "--executor local",
+    "--slurm": "--executor slurm",
+    **dict.fromkeys(("--output", "--out", "-o"), "--runs {}"),
+    **dict.fromkeys(("--resume", "--force"), "no option: submitting a run again resumes it"),
+}
+
+
+def verb_first(words: Sequence[str], command: Any) -> list[str]:
+    """The words with the options that stand before a verb moved behind it; `command` is click's."""
+    verbs = command.list_commands(None) if hasattr(command, "list_commands") else ()
+    own = {"-h", "--help"}.union(*(parameter.opts for parameter in command.params))
+    place = next((number for number, word in enumerate(words) if word in verbs), None)
+    if place is None or (place > 0 and (not words[0].startswith("-") or words[0] in own)):
+        return list(words)
+    inner = command.get_command(None, words[place])
+    return [words[place], *verb_first([*words[:place], *words[place + 1 :]], inner)]
+
+
+def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
+    """What to type instead of a word or an option that is not known here; empty where nobody can say."""
+    if option is None:
+        return _command_pointer(words, commands)
+    given = " ".join(words).partition(option)[2]  # "=2 …" or " 2 …"
+    value = given[1:].split(" ")[0]
+    value = "VALUE" if not value or value.startswith("-") else value
+    if words[:1] == ["status"] and option in ("--follow", "-f"):
+        return "--watch"
+    if words[:1] not in (["submit"], ["check"], ["evaluate"]):
+        return ""
+    if option in OPTIONS:
+        return OPTIONS[option].format(value)
+    from clipcluster.recipe.sections.base import walk
+    from clipcluster.recipe.sections.recipe import Recipe
+
+    name = option.lstrip("-").replace("-", "_")
+    keys = {path[-1]: ".".join(path).replace("*", "0") for path, _ in reversed(list(walk(Recipe)))}
+    key = name if "." in name else keys.get(name)
+    return f"{key}={value}" if key else ""
+
+
+def _command_pointer(words: Sequence[str], commands: Any) -> str:
+    first = next((word for word in words if not word.startswith("-")), "")
+    known = first in commands.list_commands(None)
+    return f"clipcluster {COMMANDS[first]}" if first in COMMANDS and not known else ""

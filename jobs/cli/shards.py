@@ -190,15 +190,12 @@ def _print(documents: list[dict[str, Any]]) -> None:
 
 
 def _say_report(report: Any) -> None:
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items()) or "no image"
+    bad = f"{counted(len(report.broken), 'broken shard')}, {counted(len(report.bad), 'bad sample')}"
     say(
-        f"{report.folder}: {counted(report.samples, 'sample')} ({kinds or 'no image'}) with "
+        f"{report.folder}: {counted(report.samples, 'sample')} ({kinds}) with "
         f"{counted(report.captions, 'caption')} in {counted(report.shards, 'shard')}, "
-        + (
-            "whole"
-            if report.whole
-            else f"{counted(len(report.broken), 'broken shard')}, {counted(len(report.bad), 'bad sample')}"
-        )
+        f"{'whole' if report.whole else bad}"
     )
     faults = [*report.broken, *report.bad]
     for fault in faults[:_SHOWN]:

@@ -96,10 +96,9 @@ def _run_pool(job: _Job, size: int, report: Callable[[int], None]) -> None:
                 future.result()
     except BrokenProcessPool:
         pool.shutdown()
-        codes = {worker.exitcode or 0 for worker in workers}
-        code = min(
-            codes - {0, -signal.SIGTERM}, default=-signal.SIGTERM
-        )  # the pool ends the others by SIGTERM
+        # the pool ends the others by SIGTERM
+        codes = {worker.exitcode or 0 for worker in workers} - {0, -signal.SIGTERM}
+        code = min(codes, default=-signal.SIGTERM)
         raise UserError(
             f"convert: a worker was ended by {signal.Signals(-code).name if code < 0 else f'code {code}'} "
             "(out of memory?); the same command continues where it stopped, and --workers 1 needs less memory"

@@ -6,12 +6,10 @@ A tar is built, hashed and written a megabyte at a time.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -90,9 +88,3 @@ class ShardFile:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(self._fd, rest) :]
-
-
-def json_member(texts: Sequence[str], fields: Mapping[str, Any]) -> bytes:
-    """The bytes of `KEY.json`: the captions, then the fields. ValueError, TypeError: no JSON, no Unicode."""
-    record = {"captions": list(texts), **fields}
-    return json.dumps(record, ensure_ascii=False, separators=(", ", ": ")).encode()

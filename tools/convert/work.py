@@ -25,7 +25,7 @@ from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.runs.files import read_object, write_bytes, write_json
 from tools.convert.plan import DESCRIPTION, Plan, Settings, Shard, read_description
 from tools.convert.records import BadRecord, Record, WholeRecord
-from tools.convert.shard_writer import ShardFile, json_member
+from tools.convert.shard_writer import ShardFile
 
 STATE = ".conversion"
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -128,6 +128,8 @@ class _Contents:
             members, cls = _members(record, extension, image), record.cls
             if "json" not in record.members:
                 known = len([text for text in record.captions if text.strip()])
+        if "." in key or "_" in key or "\0" in key or not key or key[-1] == "/":
+            _check(key, extension)
         if key in self.keys:
             raise BadRecord(key, "duplicate key")
         path, start, put = key.encode("utf-8", "surrogateescape") + b".", self._tar.at, self._tar.put
@@ -158,18 +160,15 @@ def _class(at: Mapping[str, tuple[int, bytes]]) -> int:
 
 
 def _image_among(record: WholeRecord) -> tuple[str, bytes]:
-    """Extension and bytes of the image among the members. BadRecord: none, or a key that cannot be one."""
-    members = {name.lower(): data for name, data in record.members.items()}
-    for name in members:
-        _check(record.key, name)
-    for name, data in members.items():
-        if name in shard_index.IMAGE_EXTENSIONS:
-            return name, data
+    """Extension and bytes of the image among the members. BadRecord: there is none."""
+    for name, data in record.members.items():
+        if name.lower() in shard_index.IMAGE_EXTENSIONS:
+            return name.lower(), data
     raise BadRecord(record.key, "no member is an image")
 
 
 def _image_of(record: Record, settings: Settings) -> tuple[str, bytes]:
-    """Extension, by its content, and bytes of the image. BadRecord: no image, or a key that cannot be one."""
+    """Extension, by its content, and bytes of the image. BadRecord: there is none."""
     key, image = record.key, record.image
     extension = extension_of(image)
     if extension is None:
@@ -185,8 +184,6 @@ def _image_of(record: Record, settings: Settings) -> tuple[str, bytes]:
             )
         except ValueError as error:
             raise BadRecord(key, str(error)) from None
-    if "." in key or "_" in key or "\0" in key or not key or key[-1] == "/":
-        _check(key, extension)
     return extension, image
 
 
@@ -202,7 +199,8 @@ def _members(record: Record, extension: str, image: bytes) -> dict[str, bytes]:
     members = {extension: image}
     try:
         if (record.captions or record.fields) and "json" not in record.members:
-            members["json"] = json_member(record.captions, record.fields)
+            content = {"captions": list(record.captions), **record.fields}
+            members["json"] = json.dumps(content, ensure_ascii=False).encode()
         if record.captions and "txt" not in record.members:
             members["txt"] = record.captions[0].encode()
     except UnicodeEncodeError:
