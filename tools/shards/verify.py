@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipcluster.data.shards import indexing, shard_index, shard_list
+from clipcluster.data.shards import shard_index, shard_list
 from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import Dataset
+from clipcluster.data.shards.find import compressed_tars, find_shards
 from clipcluster.data.shards.folder_index import IndexedFolder
 from clipcluster.runs.files import file_sha256
 from tools.shards.pool import over_shards
@@ -91,7 +92,7 @@ def verify(
         if look.samples is not None:
             _count(shards, number, look.samples, report)
     known = set(shards.shard_names)
-    for path in indexing.find_shards(folder):
+    for path in find_shards(folder):
         if path.name not in known:
             reason = "not in the index, never drawn"
             report.broken.append({"shard": path.name, "key": None, "reason": reason, "fault": UNKNOWN})
@@ -161,13 +162,10 @@ def _empty(looks: list[_Look]) -> list[str]:
 
 def other_files(folder: Path) -> list[str]:
     """What lies beside the shards and looks like one, but is not read."""
-    notes = []
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")):
-            notes.append(f"{path.name}: compressed, not read; unpack it to .tar first")
-        elif ".tar.broken" in path.name:
-            notes.append(
-                f"{path.name}: the original of a repaired shard, not read; remove it when it is no longer "
-                "needed"
-            )
-    return notes
+    compressed = [
+        f"{name}: compressed, not read; unpack it to .tar first" for name in compressed_tars(folder)
+    ]
+    return compressed + [
+        f"{path.name}: the original of a repaired shard, not read; remove it when it is no longer needed"
+        for path in sorted(folder.glob("*.tar.broken*"))
+    ]
