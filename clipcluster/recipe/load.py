@@ -60,8 +60,7 @@ class Loaded:
 
     def place(self, key: str) -> str:
         """Where a key was written (``recipes/x.yaml:12: optim.lr``), for messages of later checks."""
-        origin = origin_of(self.tree, loc_of(key))
-        return f"{origin.place}: {key if origin.override is None else origin.override}"
+        return origin_of(self.tree, loc_of(key)).problem(key, "")
 
 
 def load(

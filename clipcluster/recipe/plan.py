@@ -149,12 +149,11 @@ def usable_nodes(recipe: Recipe, granted: int) -> int:
     return samples_per_rank(recipe.data.batch_size, granted * tasks)  # raises
 
 
-def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int | None = None) -> Plan:
-    """The plan with so many granted nodes (default: the most that the recipe asks for).
+def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int) -> Plan:
+    """The plan with so many granted nodes.
 
     The plan's warnings name idle nodes. UserError as `plan` and `usable_nodes`.
     """
-    granted = granted or recipe.cluster.nodes.most
     nodes = usable_nodes(recipe, granted)
     found = plan(recipe, source_samples, nodes * recipe.cluster.ranks_per_node)
     if nodes == granted:

@@ -202,7 +202,7 @@ def test_idle_nodes_are_said() -> None:
     assert found.warnings == (
         "of 3 nodes 2 are used and 1 idle: data.batch_size 128 does not divide by 6 ranks",
     )
-    assert plan_for_nodes(recipe_of(128, nodes="2-4", tasks_per_node=2), 1437).nodes == 4
+    assert plan_for_nodes(recipe_of(128, nodes="2-4", tasks_per_node=2), 1437, granted=4).nodes == 4
 
 
 def test_a_plan_is_instant_for_any_size() -> None:
