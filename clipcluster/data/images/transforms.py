@@ -79,8 +79,8 @@ def crop_box(
     largest centre crop that keeps the ratio's bounds (Szegedy et al. 2015, "Going deeper with convolutions").
     """
     for _ in range(_TRIES):
-        area = height * width * _between(scale, numbers)
-        aspect = math.exp(_between((math.log(ratio[0]), math.log(ratio[1])), numbers))
+        area = height * width * numbers.uniform(*scale)
+        aspect = math.exp(numbers.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(numbers.random() * (height - h + 1)), int(numbers.random() * (width - w + 1)), h, w
@@ -90,7 +90,3 @@ def crop_box(
     elif width / height > ratio[1]:
         w = max(1, min(width, round(height * ratio[1])))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _between(bounds: tuple[float, float], numbers: random.Random) -> float:
-    return bounds[0] + (bounds[1] - bounds[0]) * numbers.random()
