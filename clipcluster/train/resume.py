@@ -17,18 +17,14 @@ from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteErr
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder, load_parts
 from clipcluster.train.progress import Progress
+from clipcluster.train.saver import Saver
 from clipcluster.train.step import Streak
 
 ROLL_BACK = "roll_back.json"
 
 
 def restore(
-    world: World,
-    folder: CheckpointFolder,
-    progress: Progress,
-    parts: Parts,
-    constants: Mapping[str, Any],
-    enter: Callable[[int], object],
+    world: World, saver: Saver, progress: Progress, parts: Parts, enter: Callable[[int], object]
 ) -> Path | None:
     """Load the newest checkpoint into `progress` and `parts` on every rank; None where there is none.
 
@@ -38,6 +34,7 @@ def restore(
     Raises, on all ranks together, CheckpointError where none can be used or a record is damaged, DataError
     for another index, RecipeFailure for other starting weights.
     """
+    folder = saver.folder
 
     def look() -> dict[str, Any]:
         attempts = Run(folder.attempt.run).attempts()
@@ -46,7 +43,7 @@ def restore(
         if newest is None:
             return {"skipped": skipped, "name": None, "state": {"step": 0}}
         state = read_json(newest / STATE)
-        _check_same(state, constants, newest)
+        _check_same(state, saver.constants, newest)
         evaluated = bool(folder.evaluation(state["step"]))
         return {"skipped": skipped, "name": newest.name, "state": state, "evaluated": evaluated}
 
@@ -59,6 +56,7 @@ def restore(
         progress.load_state_dict(seen["state"])
         if seen["evaluated"]:
             progress.evaluated_step = progress.step
+        saver.resumed_from(progress.step)
     progress.skipped = sorted({*progress.skipped, *((first, past) for first, past in seen["skipped"])})
     return found
 

@@ -115,17 +115,8 @@ class Trainer:
 
     def _resume(self) -> Path | None:
         """Continue from the newest checkpoint, on all ranks; None where there is none."""
-        found = restore(
-            self.world,
-            self.saver.folder,
-            self.progress,
-            self.parts,
-            self.saver.constants,
-            self.step.stages.enter,
-        )
+        found = restore(self.world, self.saver, self.progress, self.parts, self.step.stages.enter)
         self.attempt.step = self.progress.step
-        if found:
-            self.saver.resumed_from(self.progress.step)
         if self.progress.step < self.total_steps:  # after the last one only an evaluation may be owed
             self.feed.open(self.progress)
         return found
