@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clipcluster.data.shards import captions as choices_of
 from clipcluster.data.shards import folder_index, indexing, shard_index, shard_list
-from clipcluster.data.shards.texts import BESIDE_SHARDS
+from clipcluster.data.shards.captions import BESIDE_SHARDS
 from clipcluster.data.storage.cache import Cache, default_folder
 from clipcluster.data.storage.download import read_beside, state_of
 from clipcluster.data.storage.urls import (

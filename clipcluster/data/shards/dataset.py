@@ -111,11 +111,9 @@ class Dataset(Metadata):
         Raises DataError if the shard is missing or has changed since it was indexed, OSError if the disk
         still fails after the retries.
         """
-        shard, row = self.locate(position)
-        return self._with_retries(shard, partial(self._read, shard, row, text))
+        return self._with_open(position, partial(self._read, text))
 
-    def _read(self, shard: int, row: int, text: bool) -> Sample:
-        opened = self._handle(shard)
+    def _read(self, text: bool, shard: int, row: int, opened: _Open) -> Sample:
         member = next(scan(opened.fd, opened.begin(row)), None)
         if member is None:
             raise self._changed(shard)
@@ -145,29 +143,28 @@ class Dataset(Metadata):
 
         An extension is what follows the key's first dot, in lower case: `npz`, `paug.json`. Raises as `read`.
         """
-        shard, row = self.locate(position)
-        return self._with_retries(shard, partial(self._read_members, shard, row, extensions))
 
-    def _read_members(self, shard: int, row: int, extensions: Collection[str]) -> dict[str, bytes]:
-        opened = self._handle(shard)
-        _, members = next(shard_index.samples(opened.fd, opened.begin(row)), ("", {}))
-        return {
-            extension: read_at(opened.fd, members[extension].offset, members[extension].size)
-            for extension in extensions
-            if extension in members and members[extension].size != NO_BYTES
-        }
+        def members(shard: int, row: int, opened: _Open) -> dict[str, bytes]:
+            _, found = next(shard_index.samples(opened.fd, opened.begin(row)), ("", {}))
+            return {
+                extension: read_at(opened.fd, found[extension].offset, found[extension].size)
+                for extension in extensions
+                if extension in found and found[extension].size != NO_BYTES
+            }
+
+        return self._with_open(position, members)
 
     def begin(self, position: int) -> tuple[int, int]:
         """A handle on the shard of a sample, which stays this source's, and the byte where the sample begins.
 
         Raises as `read`.
         """
-        shard, row = self.locate(position)
-        return self._with_retries(shard, partial(self._begin, shard, row))
+        return self._with_open(position, lambda shard, row, opened: (opened.fd, opened.begin(row)))
 
-    def _begin(self, shard: int, row: int) -> tuple[int, int]:
-        opened = self._handle(shard)
-        return opened.fd, opened.begin(row)
+    def _with_open(self, position: int, action: Callable[[int, int, _Open], T]) -> T:
+        """What `action` makes of the shard of a sample, its row in it and the open shard."""
+        shard, row = self.locate(position)
+        return self._with_retries(shard, lambda: action(shard, row, self._handle(shard)))
 
     def announce(self, positions: Iterable[int], *, members: bool = False) -> None:
         """Tells the kernel which images and captions will be read soon; with `members`, whole samples.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from clipcluster.data.shards import folder_index, texts
+from clipcluster.data.shards import captions, folder_index
 from clipcluster.data.shards.folder_index import IndexedFolder
 from clipcluster.data.storage.urls import RemoteFile
 
@@ -166,14 +166,14 @@ class Metadata:
     def classnames(self) -> list[str] | None:
         """The lines of `classnames.txt` beside the tars or in the folder above: line N + 1 names class N.
 
-        None if there is no such file; UserError as `texts.class_names`.
+        None if there is no such file; UserError as `captions.class_names`.
         """
-        return self._beside(texts.CLASS_NAMES, texts.class_names)
+        return self._beside(captions.CLASS_NAMES, captions.class_names)
 
     @property
     def templates(self) -> list[str] | None:
         """The lines of `zeroshot_classification_templates.txt`, each with `{c}`; None if there is none."""
-        return self._beside(texts.TEMPLATES, texts.templates)
+        return self._beside(captions.TEMPLATES, captions.templates)
 
     def _beside(self, name: str, lines: Callable[[bytes, object], list[str]]) -> list[str] | None:
         """The lines of a text beside the shards, or in the folder above; None if there is none."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipcluster.data.shards import captions, folder_index, texts
+from clipcluster.data.shards import captions, folder_index
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.folder_index import IndexedFolder
 from clipcluster.data.storage.urls import (
@@ -137,7 +137,7 @@ def _index_of(
             "index: FOLDER"
         )
     try:
-        local, why = cache.index(remote, folder_index.COLUMNS_FILE, texts.DATASET_TYPE), ""
+        local, why = cache.index(remote, folder_index.COLUMNS_FILE, captions.DATASET_TYPE), ""
     except Forbidden as error:
         local, why = None, f": {error.strerror}"
     if local is None:

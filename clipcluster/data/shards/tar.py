@@ -238,7 +238,5 @@ def _block(name: bytes, size: int, kind: bytes, prefix: bytes = b"") -> bytes:
 def _record(key: str, value: bytes) -> bytes:
     """One PAX record, whose length counts its own digits."""
     rest = len(key) + len(value) + 3
-    length = rest + len(str(rest))
-    while length != rest + len(str(length)):
-        length = rest + len(str(length))
+    length = rest + len(str(rest + len(str(rest))))
     return f"{length} {key}=".encode() + value + b"\n"

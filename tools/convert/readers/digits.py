@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipcluster.data.shards.texts import CLASS_NAMES
-from clipcluster.data.shards.texts import TEMPLATES as PROMPTS
+from clipcluster.data.shards.captions import CLASS_NAMES
+from clipcluster.data.shards.captions import TEMPLATES as PROMPTS
 from clipcluster.errors import UserError
 from tools.convert.records import Kind, NoOptions, Record, Source, Split
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipcluster.data.shards.texts import CLASS_NAMES, TEMPLATES, class_names
+from clipcluster.data.shards.captions import CLASS_NAMES, TEMPLATES, class_names
 from clipcluster.errors import UserError
 from tools.convert.readers.open_file import OpenFile
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option

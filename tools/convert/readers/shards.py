@@ -17,11 +17,10 @@ import numpy as np
 
 from clipcluster.data.images.format import KIND_NAMES, kind_of, size_of
 from clipcluster.data.shards import indexing, shard_index, shard_list
-from clipcluster.data.shards.captions import choice_for
+from clipcluster.data.shards.captions import BESIDE_SHARDS, CLASS_NAMES, choice_for
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.folder_index import IndexedFolder
 from clipcluster.data.shards.tar import NO_BYTES, read_at, scan
-from clipcluster.data.shards.texts import BESIDE_SHARDS, CLASS_NAMES
 from clipcluster.errors import UserError
 from clipcluster.runtime.outcome import DataError
 from tools.convert.readers.sample_choice import first_of_each

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.data.shards import captions
-from clipcluster.data.shards.texts import CLASS_NAMES, TEMPLATES, class_names, templates
+from clipcluster.data.shards.captions import CLASS_NAMES, TEMPLATES, class_names, templates
 from clipcluster.errors import UserError
 from tools.convert.readers.folder import class_captions
 from tools.convert.readers.sample_choice import all_or_once
