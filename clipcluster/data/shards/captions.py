@@ -6,6 +6,7 @@ spaces; bytes that are not UTF-8, broken JSON and lone surrogates give none.
 """
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def choice_for(folder: Path, asked: str | None) -> str:
     return DEFAULT
 
 
+@lru_cache(maxsize=256)
 def members_of(choice: str) -> tuple[tuple[int, str], ...]:
     """Kind and extension of the members to look into, in order; the first with captions is used."""
     if choice == TXT_ALONE:

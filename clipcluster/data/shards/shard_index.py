@@ -95,16 +95,16 @@ def scan_shard(path: Path, choices: Sequence[str]) -> Scanned:
         fd = file.fileno()
         try:
             for key, members in samples(fd):
-                readable = [name for name, member in members.items() if member.size != NO_BYTES]
-                image = next((members[name] for name in readable if name in IMAGE_EXTENSIONS), None)
+                readable = [name for name in members if members[name].size != NO_BYTES]
+                images = [name for name in readable if name in IMAGE_EXTENSIONS]
                 if key in keys:
                     duplicates += 1
-                elif image is None:
+                elif not images:
                     without_image += 1
                 else:
                     keys.add(key)
+                    start, image = members[readable[0]].start, members[images[0]]
                     texts = _texts(fd, members, choices)
-                    start = members[readable[0]].start
                     rows.append((start, image.offset, image.size, _class(fd, members), *texts))
         except BrokenTar as error:
             broken = str(error)
