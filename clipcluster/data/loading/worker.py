@@ -69,9 +69,9 @@ def reduced(tensor: torch.Tensor) -> Any:
 
 
 def _rebuilt(data: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(data))
-    return tensor
+    if not data.size:  # no bytes can be viewed as another type
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(data).view(dtype).view(shape)
 
 
 class Reader:
