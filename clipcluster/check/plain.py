@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from clipcluster.recipe.tasks import METRICS, TASKS
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
 from clipcluster.runtime.outcome import Failure
-from clipcluster.text import counted, did_you_mean
+from clipcluster.text import counted, did_you_mean, nearest
 
 if TYPE_CHECKING:
     from clipcluster.data.shards.dataset import Dataset
@@ -82,7 +82,6 @@ class Checked(Findings):
 def check(
     path: str | Path,
     overrides: Sequence[str] = (),
-    environ: Mapping[str, str] | None = None,
     *,
     site: str | None = None,
     runs: Path | None = None,
@@ -90,13 +89,13 @@ def check(
     """Check a recipe without torch: the recipe, files, indexes, arithmetic.
 
     Args:
-        path, overrides, environ, site: as of `load`.
+        path, overrides, site: as of `load`.
         runs: the folder of runs; what an earlier submission of the same run fetched is found there.
 
     Raises:
         UserError: the recipe itself cannot be read. What is found later is in the result's `errors`.
     """
-    checked = Checked(loaded=load(path, overrides, environ, site=site))
+    checked = Checked(loaded=load(path, overrides, site=site))
     _check_files(checked)
     _check_names(checked, runs or Path())
     samples = _check_sources(checked)
@@ -117,8 +116,10 @@ def _check_files(checked: Checked) -> None:
     """Weights, tokenizers and configurations given as paths exist."""
     for key, path in checked.loaded.paths.items():
         if key.startswith(("model.", "data.text.")) and not os.path.exists(path):
-            near = did_you_mean(path, map(str, Path(path).parent.glob("*")))
-            checked.errors.append(f"{checked.loaded.place(key)}: {path} does not exist{near}")
+            folder = Path(path).parent
+            near = nearest(Path(path).name, (entry.name for entry in folder.glob("*")))
+            hint = f"; did you mean {folder / near}?" if near else ""
+            checked.errors.append(f"{checked.loaded.place(key)}: {path} does not exist{hint}")
 
 
 def _check_names(checked: Checked, runs: Path) -> None:

@@ -66,7 +66,7 @@ class Loaded:
 def load(
     path: str | Path,
     overrides: Sequence[str] = (),
-    environ: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
     *,
     site: str | None = None,
 ) -> Loaded:
@@ -75,13 +75,12 @@ def load(
     Args:
         path: the YAML file.
         overrides: ``a.b.0.c=value``, the value in YAML.
-        environ: the environment for ``${NAME}``; default `os.environ`.
+        environ: the environment for ``${NAME}``.
         site: name of the site profile; default the only one of the user's, if there is exactly one.
 
     Raises:
         UserError: all errors, each with file, line, dotted path and what is allowed.
     """
-    environ = os.environ if environ is None else environ
     file = existing(Path(path))
     tree = with_parents(file, environ)
     profile = find_site(site, environ)
@@ -91,7 +90,7 @@ def load(
     return Loaded(recipe, Recipe.model_validate(values(tree, environ, {})), paths, tree)
 
 
-def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Recipe:
+def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] = os.environ) -> Recipe:
     """A loaded recipe with overrides ``key=value``, validated, its paths made absolute as by `load`.
 
     Raises:
@@ -99,7 +98,7 @@ def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str
     """
     name = "the run's recipe"
     tree = _with_overrides(tree_of(recipe.model_dump(mode="json"), Origin(name)), overrides)
-    return validated(tree, os.environ if environ is None else environ, name, Recipe, {})
+    return validated(tree, environ, name, Recipe, {})
 
 
 def _with_overrides(tree: Entry, overrides: Sequence[str], section: Sequence[str] = ()) -> Entry:
@@ -119,14 +118,13 @@ class _ClusterOnly(Section):
 
 
 def load_cluster(
-    overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None, *, site: str | None = None
+    overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ, *, site: str | None = None
 ) -> Cluster:
     """The cluster section alone, for jobs without a recipe: a site profile and overrides ``key=value``.
 
     Raises:
         UserError: as `load`.
     """
-    environ = os.environ if environ is None else environ
     profile = find_site(site, environ) or Entry({}, Origin(COMMAND_LINE))
     tree = _with_overrides(profile, overrides, ["cluster"])
     return validated(tree, environ, "the cluster section", _ClusterOnly).cluster
