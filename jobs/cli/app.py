@@ -164,7 +164,9 @@ def verb_first(words: Sequence[str], command: Any) -> list[str]:
 def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
     """What to type instead of a word or an option that is not known here; empty where nobody can say."""
     if option is None:
-        return _command_pointer(words, commands)
+        first = next((word for word in words if not word.startswith("-")), "")
+        known = first in commands.list_commands(None)
+        return f"clipcluster {COMMANDS[first]}" if first in COMMANDS and not known else ""
     given = " ".join(words).partition(option)[2]  # "=2 …" or " 2 …"
     value = given[1:].split(" ")[0]
     value = "VALUE" if not value or value.startswith("-") else value
@@ -181,9 +183,3 @@ def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
     keys = {path[-1]: ".".join(path).replace("*", "0") for path, _ in reversed(list(walk(Recipe)))}
     key = name if "." in name else keys.get(name)
     return f"{key}={value}" if key else ""
-
-
-def _command_pointer(words: Sequence[str], commands: Any) -> str:
-    first = next((word for word in words if not word.startswith("-")), "")
-    known = first in commands.list_commands(None)
-    return f"clipcluster {COMMANDS[first]}" if first in COMMANDS and not known else ""

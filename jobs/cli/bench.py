@@ -76,29 +76,29 @@ def loader(
         print_document(document)
         return
     for result in document["results"]:
-        for line in _lines(result):
-            say(line)
+        _say_result(result)
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
-    """One result in words."""
-    lines = [f"{counted(result['workers'], 'worker')}:"]
-    entries = [("loader", result), ("decoding alone", result["alone"]["decode"])]
-    entries.append(("decoding and resizing alone", result["alone"]["decode_resize"]))
-    if "peer" in result:
-        entries.append((f"OpenCLIP {result['peer']['open_clip']}", result["peer"]))
-    for name, figure in entries:
+def _say_result(result: dict[str, Any]) -> None:
+    alone, peer = result["alone"], result.get("peer")
+    contenders = {
+        "loader": result,
+        "decoding alone": alone["decode"],
+        "decoding and resizing alone": alone["decode_resize"],
+        **({f"OpenCLIP {peer['open_clip']}": peer} if peer else {}),
+    }
+    say(f"{counted(result['workers'], 'worker')}:")
+    for name, figure in contenders.items():
         line = f"  {name:28} {figure['images_per_second']:7.0f} images/s"
         line += f" ({figure['least']:.0f} to {figure['largest']:.0f})"
         if figure["images_per_core_second"]:
             line += f", {figure['images_per_core_second']:.0f} per core second"
         if figure["worker_uss_bytes"]:
             line += f", {figure['worker_uss_bytes'] / 1e6:.0f} MB per worker"
-        lines.append(line)
-    lines.append(f"  beside decoding and resizing alone: {_compared(result['share_of_decode_resize'])}")
-    if "peer" in result:
-        lines.append(f"  beside OpenCLIP's loader: {_compared(result['peer']['times_faster'])}")
-    return lines
+        say(line)
+    say(f"  beside decoding and resizing alone: {_compared(result['share_of_decode_resize'])}")
+    if peer:
+        say(f"  beside OpenCLIP's loader: {_compared(peer['times_faster'])}")
 
 
 def _compared(ratio: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 import typing
@@ -52,6 +53,9 @@ convert = group(
 )
 
 
+_parameter = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+
+
 def conversion_command(
     name: str,
     kind: Any,
@@ -76,7 +80,7 @@ def conversion_command(
     inputs = typer.Argument(metavar="INPUT...", help=kind.inputs, parser=local_path)
     other = inspect.signature(_convert, eval_str=True).parameters.values()
     parameters = [
-        *([_parameter("inputs", Annotated[list[Path], inputs])] if kind.inputs else []),
+        *([_parameter("inputs", annotation=Annotated[list[Path], inputs])] if kind.inputs else []),
         *own,
         *common,
         *(one for one in other if one.kind is one.KEYWORD_ONLY and one.name not in leave_out),
@@ -86,10 +90,6 @@ def conversion_command(
     app = typer.Typer(add_completion=False, context_settings=SETTINGS)
     app.command(name=name, help=text)(run)
     return typer.main.get_command(app)
-
-
-def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _options(form: Any) -> list[inspect.Parameter]:
@@ -105,7 +105,8 @@ def _options(form: Any) -> list[inspect.Parameter]:
         if typing.get_origin(kind) is tuple:
             kind, default = list[typing.get_args(kind)[0]], list(default)  # type: ignore[misc]
         more = {name: value for name, value in field.metadata.items() if name != "flag"}
-        found.append(_parameter(field.name, Annotated[kind, typer.Option(flag, **more)], default))
+        option: Any = Annotated[kind, typer.Option(flag, **more)]
+        found.append(_parameter(field.name, annotation=option, default=default))
     return found
 
 
@@ -162,6 +163,9 @@ def _convert(
         done = convert(name, out, inputs, options, settings, workers=workers, progress=progress)
     after(inputs, out)
     _report(done, as_json)
+    _refuse_empty(done)
+    if not as_json:
+        say(f"{out}: " + ("made" if done.made else "complete already"))
 
 
 def _report(done: Any, as_json: bool) -> None:
@@ -174,7 +178,6 @@ def _report(done: Any, as_json: bool) -> None:
                 for split, account in done.accounts.items()
             }
         print_document(document)
-        _refuse_empty(done)
         return
     for note in done.notes:
         say(note)
@@ -183,8 +186,6 @@ def _report(done: Any, as_json: bool) -> None:
         say(summary_line(summary) + (bad if done.bad[split] else ""))
         for name, count in done.accounts.get(split, ()):
             say(f"  {name:<32} {count:>12,}")
-    _refuse_empty(done)
-    say(f"{done.out}: " + ("made" if done.made else "complete already"))
 
 
 def _refuse_empty(done: Any) -> None:

@@ -7,14 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from clipcluster.runs.files import finite
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 say = typer.echo  # an answer on stdout
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -38,8 +35,8 @@ def group(text: str, **more: Any) -> typer.Typer:
     )
 
 
-def console() -> Console:
-    """What prints tables on stdout, as wide as the terminal."""
+def console() -> Any:
+    """rich's Console on stdout, as wide as the terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 200)

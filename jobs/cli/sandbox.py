@@ -76,12 +76,8 @@ def sandbox_status(folder: SandboxFolder = HERE, as_json: AsJson = False) -> Non
 
     found = status(folder)
     if as_json:
-        document = {
-            "folder": str(found.sandbox.folder),
-            "running": found.running,
-            "nodes": [asdict(node) for node in found.nodes],
-            "jobs": [asdict(job) for job in found.jobs],
-        }
+        document = {"folder": str(found.sandbox.folder), **asdict(found)}
+        del document["sandbox"]
         print_document(document)
         return
     say(f"{found.sandbox.folder}: " + ("running" if found.running else "not running"))

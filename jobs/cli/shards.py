@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,31 +153,21 @@ def stats(
     """Say what is in shards: samples, images, captions, duplicates, what cannot be read."""
     from jobs.cli.tables import stats_table
     from tools.shards.index import every_folder
-    from tools.shards.stats import stats as read
+    from tools.shards.stats import stats as read_any
 
     folders = [Path(folder) for folder in every_folder(folders, elsewhere)]
     if picture is not None:
-        from tools.shards.stats_plot import require_drawable
+        from tools.shards.stats_plot import draw, require_drawable
 
         require_drawable(picture)
+    read = partial(read_any, captions_choice=captions, images=images, workers=workers)
     figures = []
     for folder in folders:
         with progress_bar(str(folder)) as progress:
-            figures.append(
-                read(
-                    folder,
-                    elsewhere,
-                    captions_choice=captions,
-                    images=images,
-                    workers=workers,
-                    progress=progress,
-                )
-            )
+            figures.append(read(folder, elsewhere, progress=progress))
         if not as_json:
             console().print(stats_table(figures[-1]))
     if picture is not None:
-        from tools.shards.stats_plot import draw
-
         draw(figures, picture)
         if not as_json:
             say(f"drawn: {picture}")

@@ -111,21 +111,11 @@ def _distributions(stats: Stats) -> Table:
     rows.add_column("", no_wrap=True)
     for name in _COLUMNS:
         rows.add_column(name, justify="right", no_wrap=True)
-    for what, figures in (
-        ("width", stats.images["width"]),
-        ("height", stats.images["height"]),
-        ("pixels", stats.images["pixels"]),
-        ("image bytes", stats.images["bytes"]),
-        ("characters", stats.caption_characters),
-    ):
+    images, characters = stats.images, stats.caption_characters
+    sides = {name: images[name] for name in ("width", "height", "pixels")}
+    for what, figures in {**sides, "image bytes": images["bytes"], "characters": characters}.items():
         if figures["count"]:
-            rows.add_row(
-                what,
-                *(
-                    _figure(figures[name], ",.1f" if isinstance(figures[name], float) else ",")
-                    for name in _COLUMNS
-                ),
-            )
+            rows.add_row(what, *(_figure(round(figures[name], 1)) for name in _COLUMNS))
     return rows
 
 

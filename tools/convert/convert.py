@@ -59,8 +59,7 @@ def kind_named(name: str) -> Kind:
     """The reader of a kind. UserError: there is no such kind."""
     if name not in KINDS:
         raise UserError(f"convert {name!r}: no such kind of input; there are: {', '.join(sorted(KINDS))}")
-    kind = importlib.import_module(f"tools.convert.readers.{KINDS[name]}").KIND
-    assert isinstance(kind, Kind)
+    kind: Kind = importlib.import_module(f"tools.convert.readers.{KINDS[name]}").KIND
     return kind
 
 
@@ -80,12 +79,9 @@ def prepare(
     settings = settings or Settings()
     if settings.samples_per_shard is None and settings.bytes_per_shard is None:
         settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
-    for option in ("resize_mode", "quality"):
-        if settings.resize is None and getattr(settings, option) != getattr(Settings(), option):
-            raise UserError(
-                f"--{option.replace('_', '-')} {getattr(settings, option)}: it goes with --resize SIDE; "
-                "without that no image is re-encoded"
-            )
+    usual = Settings.resize_mode, Settings.quality
+    if settings.resize is None and (settings.resize_mode, settings.quality) != usual:
+        raise UserError("--resize-mode and --quality go with --resize SIDE: no other image is re-encoded")
     options = chosen.options() if options is None else options
     finished = bool(was and was.get("finished"))
     if was is not None and finished and not all(path.exists() for path in inputs):

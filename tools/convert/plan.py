@@ -92,8 +92,7 @@ class Plan:
 
     def numbers(self, shard: Shard) -> list[int]:
         """The numbers of a shard's samples, in the order they are written."""
-        numbers: list[int] = self.orders[shard.split][shard.start : shard.stop].tolist()
-        return numbers
+        return [*self.orders[shard.split][shard.start : shard.stop].tolist()]
 
 
 def plan(

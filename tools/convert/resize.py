@@ -15,7 +15,7 @@ _LARGEST = 1 << 28  # pixels; more is taken for a decompression bomb
 def resized(
     data: bytes, extension: str, side: int, *, mode: str = "keep_ratio", quality: int = 95
 ) -> tuple[bytes, str]:
-    """The image with SIDE by `mode` (`tools.convert.plan.RESIZE_MODES`), and its extension.
+    """The image with SIDE by `mode` (see `tools.convert.plan.Settings`), and its extension.
 
     Only what is larger is made smaller; the rest stays as it is, byte for byte. A smaller image is upright
     (EXIF applied), bicubic with antialias, and without metadata: PNG stays PNG and WebP stays WebP (quality
