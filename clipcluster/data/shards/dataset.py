@@ -372,11 +372,8 @@ class Dataset(Metadata):
         return DataError(words, self._advice(shard))
 
     def _advice(self, shard: int) -> str:
-        indexed = self.folder_of(shard)
-        return (
-            "restore the shard, or index the folder again and start a new run: "
-            f"clipcluster shards index {indexed.folder}{indexed.index_option}"
-        )
+        command = self.folder_of(shard).command
+        return f"restore the shard, or index the folder again and start a new run: {command}"
 
     def _with_retries(self, shard: int, action: Callable[[], T]) -> T:
         """Tries again when the disk fails; a file that is gone or unlike its index: DataError."""

@@ -141,11 +141,11 @@ class IndexedFolder:
     remote_index: RemoteFolder | None = None
 
     @property
-    def index_option(self) -> str:
-        """The option by which a command that indexes this folder puts the index where it is."""
-        if self.remote_index is not None:
-            return " --index FOLDER"  # not into the cache
-        return "" if self.index == self.folder else f" --index {self.index}"
+    def command(self) -> str:
+        """The command that indexes this folder, with the index where it is, but not in the cache."""
+        place = "FOLDER" if self.remote_index is not None else self.index
+        option = "" if place == self.folder else f" --index {place}"
+        return f"clipcluster shards index {self.folder}{option}"
 
 
 def read_folder_index(indexed: IndexedFolder) -> Columns:
@@ -153,13 +153,13 @@ def read_folder_index(indexed: IndexedFolder) -> Columns:
     older one, one without a choice of captions that is asked for.
     """
     folder, path = indexed.folder, indexed.index / COLUMNS_FILE
-    command = f"clipcluster shards index {folder}{indexed.index_option}"
+    command = indexed.command
     try:
         table = read_columns(path, _check)
     except (FileNotFoundError, NotADirectoryError):
         if isinstance(folder, Path):
             find_shards(folder)
-        where = f" in {indexed.index}" if indexed.index_option else ""
+        where = f" in {indexed.index}" if indexed.index != folder else ""
         raise UserError(f"{folder}: these shards have no index{where}; make it with: {command}") from None
     except BrokenColumns as error:
         raise UserError(f"{path} cannot be used: {error}; rebuild it with: {command}") from None
