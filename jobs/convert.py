@@ -115,7 +115,8 @@ def _work(plan: Plan, claims: Claims, heed: Callable[[int], None]) -> None:
 
         def claim(shard: Shard, rewrite: int = rewrite) -> bool:
             heed(0)
-            return claims.take(shard, rewrite)
+            # with the conversion finished, what was kept of its shards is gone: none looks written any more
+            return claims.take(shard, rewrite) and not making.is_finished(plan.out)
 
         making.work(plan, claim, heed)
         if making.finish(plan):

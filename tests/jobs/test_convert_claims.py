@@ -158,6 +158,32 @@ def test_a_task_that_comes_second_writes_nothing_again(
     assert not (out / making.STATE).exists()
 
 
+def test_a_task_writes_nothing_again_once_another_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = Kind("keys", lambda inputs, options: Source([Keys(["a", "b", "c"])], []), options=NoOptions)
+    monkeypatch.setattr(conversion, "kind_named", lambda name: kind)
+    monkeypatch.setenv("SLURM_JOB_ID", "7_0")
+    out, settings, finish = tmp_path / "out", Settings(samples_per_shard=1), making.finish
+    plan = prepare("keys", out, [], NoOptions(), settings)
+    with begun(plan):
+        (out / FOLDER / "claims").mkdir(parents=True)
+    Claims(out / FOLDER / "claims", "7_1").take(plan.shards[2], 0)
+
+    def finish_before_another_does(plan: Plan) -> bool:
+        monkeypatch.setattr(making, "finish", finish)
+        done = finish(plan)
+        making.work(plan, lambda shard: True)  # the other task writes its shard, the last one
+        assert finish(plan)
+        return done
+
+    monkeypatch.setattr(making, "finish", finish_before_another_does)
+    assert serve(ConvertJob("keys", out, [], NoOptions(), settings), Stop()) == 0
+    dataset = open_folder(out)
+    assert dataset.modified_shards() == {}
+    assert not (out / making.STATE).exists()
+
+
 SCONTROL = """#!/bin/bash
 echo "$1" >> {folder}/calls
 if [ "$1" = show ]; then

@@ -56,7 +56,6 @@ def work(
     raises ends the work. What is interrupted leaves no shard under a final name. OSError: a disk failed, or
     is full.
     """
-    (plan.out / STATE).mkdir(parents=True, exist_ok=True)
     left_out = read_left_out(plan)
     ends: deque[Future[None]] = deque()  # of shards that a thread completes while the next one is built
     with ThreadPoolExecutor(1, "shard-writer") as thread:
@@ -74,7 +73,8 @@ def _write(
 ) -> Future[None]:
     """Builds a shard; the thread completes it."""
     folder = plan.folder(shard.split)
-    folder.mkdir(parents=True, exist_ok=True)
+    for needed in (folder, plan.out / STATE):
+        needed.mkdir(parents=True, exist_ok=True)
     tar = ShardFile(folder / shard.name)
     split, contents = plan.splits[shard.split], _Contents(tar, plan.settings)
     skip = left_out.get(_state(plan, shard).name, {})
