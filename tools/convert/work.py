@@ -138,7 +138,7 @@ class _Contents:
                 name.lower(): (put(path + name.encode("utf-8", "surrogateescape"), data), data)
                 for name, data in members.items()
             }
-            row = at[extension][0], len(image), _class(at), *_captions(at, known)
+            row = at[extension][0], len(at[extension][1]), _class(at), *_captions(at, known)
         else:
             at_image = put(path + extension.encode(), image)
             row = at_image, len(image), -1 if cls is None else cls, *_NO_CAPTIONS
@@ -190,7 +190,7 @@ def _image_of(record: Record, settings: Settings) -> tuple[str, bytes]:
 def _members(record: Record, extension: str, image: bytes) -> dict[str, bytes]:
     """A sample's members by extension, in the order they are written; the reader's own come last.
 
-    None where the image and the class are all there is: such samples are quick to write.
+    Empty where the image and the class are all there is: such samples are quick to write.
     """
     if not record.captions and not record.fields and not record.members:
         return {}

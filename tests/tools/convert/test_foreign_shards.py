@@ -1,7 +1,9 @@
 """CLIP_benchmark's folders and timm's ImageNet: indexed where they lie, and converted."""
 
+import io
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.errors import UserError
+from tools.convert.convert import convert
 from tools.convert.readers.webdataset import KIND, Options
 from tools.convert.records import BadRecord, Record
 from tools.shards.index import index_folders
@@ -128,11 +131,25 @@ def test_timms_list_names_the_splits(timm_imagenet: Callable, picture: Callable,
     with pytest.raises(BadRecord, match="no class in its json: alt is None"):
         _convert(folder, class_field="alt").splits[0].read(0)
     (tmp_path / "names").write_text("tench\n")
-    with pytest.raises(BadRecord, match="class 2, and there are 1 names of classes"):
-        _convert(folder, classnames=tmp_path / "names", template=("{c}",)).splits[0].read(9)
+    for template in (("{c}",), ()):
+        with pytest.raises(BadRecord, match="class 2, and there are 1 names of classes"):
+            _convert(folder, classnames=tmp_path / "names", template=template).splits[0].read(9)
     (folder / "imagenet1k-train-0001.tar").unlink()
     with pytest.raises(UserError, match=r"imagenet1k-train-0001.tar is not there, and .*_info.json lists it"):
         _convert(folder)
+
+
+def test_the_index_has_the_size_of_the_image_that_was_written(picture: Callable, tmp_path: Path) -> None:
+    images = {"s.jpg": picture(1, "PNG"), "s.png": picture(2, "PNG") + bytes(1000)}  # one name by content
+    tars = tmp_path / "in"
+    tars.mkdir()
+    with tarfile.open(tars / "0.tar", "w") as tar:
+        for name, data in images.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    convert("webdataset", tmp_path / "out", [tars])
+    assert open_folder(tmp_path / "out").read(0).image == images["s.png"]
 
 
 def _number(record: Record) -> int:

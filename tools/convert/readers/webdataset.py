@@ -85,7 +85,7 @@ def _split(name: str, paths: Sequence[Path], options: Options, notes: list[str])
         texts = list(record.captions)
         if lines:  # each line of txt is a caption
             texts = [line for text in texts for line in text.splitlines() if line.strip()]
-        if not texts and options.template and cls is not None:
+        if not texts and names and cls is not None:
             if cls >= len(names):
                 raise BadRecord(record.key, f"class {cls}, and there are {len(names)} names of classes")
             texts = captions_of[cls]
