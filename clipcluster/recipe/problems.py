@@ -187,7 +187,7 @@ def _in_yaml(value: Any) -> str:
 def _given(loc: Loc, value: Any, tree: Entry) -> str:
     """The value as it was written, and what it came to if it names a variable of the environment."""
     written = _written(loc, value, tree)
-    came_to, source = (value, f" (from {written})") if isinstance(written, Variable) else (written, "")
+    came_to, source = (value, f" (from {written})") if "${" in str(written) else (written, "")
     text = repr(list(came_to) if isinstance(came_to, tuple) else came_to)
     text = {"None": "nothing", "True": "true", "False": "false"}.get(text, text)
     return (text if len(text) <= 80 else text[:77] + "…") + source
@@ -196,7 +196,9 @@ def _given(loc: Loc, value: Any, tree: Entry) -> str:
 def _written(loc: Loc, value: Any, tree: Entry) -> Any:
     """A scalar as it was written, before variables were read and paths made absolute; else `value`."""
     entry = find(tree, loc)
-    return value if entry is None or isinstance(entry.value, (dict, list)) else entry.value
+    if entry is None or isinstance(entry.value, (dict, list)):
+        return value
+    return entry.value.text if isinstance(entry.value, Variable) else entry.value
 
 
 def _two_kinds(key: Key, value: Mapping[str, Any], tree: Entry) -> str:

@@ -115,7 +115,7 @@ def parse_override(text: str) -> tuple[list[str], Entry]:
     if not equals or not all(path):
         raise UserError(f"{COMMAND_LINE}: {text}: write key=value, such as optim.lr=3e-4")
     origin = Origin(COMMAND_LINE, text)
-    return path, _parse(value, lambda line: origin, "; put it in quotes, such as 'key=\"text\"'")
+    return path, _parse(value, lambda line: origin, "; put the value in quotes, such as 'key=\"text\"'")
 
 
 def _parse(text: str, origin_of_line: Callable[[int], Origin], hint: str = "") -> Entry:
