@@ -269,7 +269,7 @@ def test_device_kernels_and_more_threads_than_cores_are_said(
 SLOW_HASH = """
 import sys, time
 from clipcluster import run
-from clipcluster.data.shards import dataset
+from clipcluster.data.shards import opened
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
@@ -282,7 +282,7 @@ def slowly(action, seconds):
     return slow
 
 run.SILENCE_S = 8
-dataset.file_sha256 = slowly(dataset.file_sha256, 2)
+opened.file_sha256 = slowly(opened.file_sha256, 2)
 Dataset.modified_shards = slowly(Dataset.modified_shards, 9)
 folder = Run(sys.argv[1])
 sys.exit(run.train(folder, folder.newest(), Launch.from_environment(), Stop()))

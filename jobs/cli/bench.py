@@ -13,6 +13,14 @@ from clipcluster.text import counted
 from jobs.cli.options import AsJson, group, print_document, say
 
 bench = group("Measures speed on this machine.", callback=lambda: None)  # so that one verb makes a group
+Peer = Annotated[
+    Path | None,
+    typer.Option(
+        "--peer",
+        metavar="PYTHON",
+        help="An interpreter with open_clip_torch 3.3.0 and webdataset 0.2.86: measure its loader too.",
+    ),
+]
 
 
 @bench.command()
@@ -40,14 +48,7 @@ def loader(
     repetitions: Annotated[
         int, typer.Option("--repetitions", metavar="N", min=1, help="How often each contender is measured.")
     ] = 5,
-    peer: Annotated[
-        Path | None,
-        typer.Option(
-            "--peer",
-            metavar="PYTHON",
-            help="An interpreter with open_clip_torch 3.3.0 and webdataset 0.2.86: measure its loader too.",
-        ),
-    ] = None,
+    peer: Peer = None,
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Normalise on the CPU too; training does it on the device.")
     ] = False,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.sampling.sampler import Sampler
-from clipcluster.data.shards import dataset as shards_module
+from clipcluster.data.shards import opened as shards_module
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from clipcluster.data.shards import dataset as module
+from clipcluster.data.shards import opened as module
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.errors import UserError
