@@ -154,11 +154,22 @@ def verb_first(words: Sequence[str], command: Any) -> list[str]:
     """The words with the options that stand before a verb moved behind it; `command` is click's."""
     verbs = command.list_commands(None) if hasattr(command, "list_commands") else ()
     own = {"-h", "--help"}.union(*(parameter.opts for parameter in command.params))
-    place = next((number for number, word in enumerate(words) if word in verbs), None)
+    places = (at for at, word in enumerate(words) if word in verbs)
+    place = next((at for at in places if at == 0 or not _takes_value(command, words[at - 1])), None)
     if place is None or (place > 0 and (not words[0].startswith("-") or words[0] in own)):
         return list(words)
     inner = command.get_command(None, words[place])
     return [words[place], *verb_first([*words[:place], *words[place + 1 :]], inner)]
+
+
+def _takes_value(command: Any, word: str) -> bool:
+    """Whether a word is an option, of a command or of one below it, whose value is the next word."""
+    if not word.startswith("-"):
+        return False
+    below = command.list_commands(None) if hasattr(command, "list_commands") else ()
+    return any(word in one.opts and not getattr(one, "is_flag", True) for one in command.params) or any(
+        _takes_value(command.get_command(None, name), word) for name in below
+    )
 
 
 def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:

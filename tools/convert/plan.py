@@ -167,8 +167,8 @@ def read_description(out: Path) -> dict[str, Any] | None:
     """What an earlier call left in `out`; None if there is nothing. UserError: a damaged one."""
     try:
         return read_object(out / DESCRIPTION)
-    except BrokenFile as error:
-        raise UserError(f"{error} Or remove {out}, and convert again") from None
+    except BrokenFile:
+        raise UserError(f"{out / DESCRIPTION} is damaged; remove {out} and convert again") from None
 
 
 def refuse_differences(out: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

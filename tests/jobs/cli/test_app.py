@@ -236,6 +236,8 @@ def test_one_message_for_a_mistake(words, parts, tmp_path):
         ("submit --mem r.yaml", "No such option: --mem; instead: cluster.mem=r.yaml"),
         ("convert csv", "No such command 'convert'; instead: clipcluster shards convert"),
         ("metrics toy --every ten", "Invalid value for '--every': should be a valid integer; got 'ten'"),
+        ("--runs train status nothing", "There is no run 'nothing'"),
+        ("shards convert --out shards csv nothing.csv", "nothing.csv cannot be read"),
         ("--every=ten metrics toy", "Invalid value for '--every': should be a valid integer; got 'ten'"),
         ("status --runs README.md", "README.md is a file; runs lie in a folder"),
         (

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clipcluster.errors import UserError
@@ -113,6 +114,14 @@ def test_images_that_do_not_fit_the_annotations(coco: Any, tmp_path: Path) -> No
     assert "val: 4 images listed, 2 of them without a caption; 13 captions" in source.notes
     assert any("val2017: 1 files (000000000700.jpg, …) are not listed" in note for note in source.notes)
     assert split.sizes().tolist().count(0) == 3
+
+
+def test_a_file_of_annotations_without_images_leaves_all_files_out(coco: Any, tmp_path: Path) -> None:
+    folder = coco.zips(tmp_path / "coco", texts={"captions_val2017.json": {"images": []}})
+    source = _open(folder / "val2017.zip", folder / "annotations_trainval2017.zip")
+    assert any(note.startswith("val2017: ") and "are not listed" in note for note in source.notes)
+    assert [Path(file.path).name for file in source.inputs] == ["annotations_trainval2017.zip", "val2017.zip"]
+    assert source.splits[0].sizes().dtype == np.int64
 
 
 def _read_all(split: Split) -> tuple[list[Any], list[tuple[str, str]]]:

@@ -47,6 +47,13 @@ def test_a_kind_that_does_not_exist_is_told_the_names(classes: Path, kinds: tupl
         convert("shards", Path("other"), [Path("out")], Options(kinds=kinds))
 
 
+def test_a_damaged_description_is_told_with_the_way_out(classes: Path) -> None:
+    convert("folder", Path("out"), [Path("in")])
+    (classes / "out" / "conversion.json").write_text("{")
+    with pytest.raises(UserError, match=r"^out/conversion.json is damaged; remove out and convert again$"):
+        convert("folder", Path("out"), [Path("in")])
+
+
 def test_a_folder_of_tables_is_told_how_they_are_given(classes: Path) -> None:
     with pytest.raises(UserError, match=r"in is a folder.*in/\*\.csv"):
         convert("csv", Path("out"), [Path("in")])

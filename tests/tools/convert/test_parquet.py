@@ -153,17 +153,20 @@ def test_images_behind_paths(tmp_path: Path) -> None:
     rows.append({"image_path": None, "title": "none"})
     rows.append({"image_path": str(tmp_path / "images" / "2.png"), "title": "absolute"})
     rows.append({"image_path": "x" * 300, "title": "longer than a file's name may be"})
+    rows.append({"image_path": "a\0b", "title": "what no file is called"})
     file = _write(tmp_path / "a" / "list.parquet", rows)
     (split,) = _open(file, root=tmp_path).splits
     assert [split.read(number).image for number in (0, 1, 2, 5)] == [_picture(n) for n in (0, 1, 2, 2)]
     assert split.read(1).captions == ["words 1"]
-    assert split.sizes().tolist() == [*[len(_picture(n)) for n in range(3)], 0, 0, len(_picture(2)), 0]
+    assert split.sizes().tolist() == [*[len(_picture(n)) for n in range(3)], 0, 0, len(_picture(2)), 0, 0]
     with pytest.raises(BadRecord, match=r"images/3.png: No such file"):
         split.read(3)
     with pytest.raises(BadRecord, match="no image in its row"):
         split.read(4)
     with pytest.raises(BadRecord, match="File name too long"):
         split.read(6)
+    with pytest.raises(BadRecord, match="null byte"):
+        split.read(7)
     beside = _write(tmp_path / "list.parquet", rows)
     assert _open(beside).splits[0].read(0).image == _picture(0)
 
@@ -270,6 +273,8 @@ def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
         ([tmp_path / "empty"], {}, "no .parquet in this folder"),
         ([words], {}, "no column of image bytes or paths; name it with --image-column; its columns are text"),
         ([file], {"caption_column": ("texts",)}, "no column 'texts'; its columns are png, score, text"),
+        ([file], {"caption_column": ("-",)}, "no column '-'; its columns are png, score, text"),
+        ([file], {"class_column": "-"}, "no column '-'; its columns are png, score, text"),
         ([file], {"class_column": "score"}, "column 'score' holds double; a class is an integer"),
         ([file], {"image_column": "score"}, "neither bytes nor paths"),
         ([file, other], {}, "z.parquet: no column 'png', unlike"),

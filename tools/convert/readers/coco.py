@@ -50,7 +50,8 @@ def open_coco(inputs: Sequence[Path], options: Options) -> Source:
         listed, texts, notes = _published(found, year)
     else:
         listed, texts, notes = _karpathy(found, year, options.karpathy), {options.karpathy}, []
-    folders = {image.folder: found.images[image.folder] for images in listed.values() for image in images}
+    names = [name + year for name in (listed if options.karpathy is None else ("train", "val"))]
+    folders = {name: found.images[name] for name in names}
     used = {folder.state for folder in folders.values()} | {InputFile.of(path) for path in texts}
     splits = [_split(name, folders, images) for name, images in listed.items()]
     return Source(splits, sorted(used), [*notes, *_counts(folders, listed)])
@@ -61,7 +62,8 @@ def _split(name: str, folders: Mapping[str, ImageFolder], images: Sequence[_List
     images = sorted(images, key=lambda image: image.id)
 
     def sizes() -> np.ndarray:
-        return np.array([0 if at.fault else folders[at.folder].sizes.get(at.file, 0) for at in images])
+        found = (0 if at.fault else folders[at.folder].sizes.get(at.file, 0) for at in images)
+        return np.fromiter(found, np.int64, len(images))
 
     def read(number: int) -> Record:
         image = images[number]

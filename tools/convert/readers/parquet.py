@@ -217,9 +217,9 @@ def _schema(path: Path) -> Any:
 def _choose(schema: Any, options: Options, path: Path) -> Columns:
     """The columns asked for, or found by type and name."""
     kinds = {name: _kind(schema.field(name).type) for name in schema.names}
-    asked = (options.image_column, options.class_column, options.key_column)
-    for name in (*asked, *options.caption_column, *options.json_column):
-        if name not in (None, "-") and name not in kinds:
+    asked = filter(None, (options.image_column, options.class_column, options.key_column))
+    for name in (*asked, *options.caption_column, *(one for one in options.json_column if one != "-")):
+        if name not in kinds:
             raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(kinds)}")
     image = options.image_column or _image_column(kinds, path)
     if kinds[image] not in ("bytes", "struct", "text"):

@@ -211,6 +211,8 @@ def image_file(path: str | Path, key: str, where: str = "") -> bytes:
     """The bytes of the image of a row. BadRecord: there is no such file; OSError where the disk fails."""
     try:
         return Path(path).read_bytes()
+    except ValueError as error:  # a null byte
+        raise BadRecord(key, f"{where}{path}: {error}") from None
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise

@@ -182,7 +182,7 @@ def record_of(key: str, members: dict[str, bytes], caption_field: str | None = N
     texts = _captions(key, fields, rest.pop("txt", b""), caption_field)
     fields.pop("captions", None)
     cls = rest.pop("cls", b"").strip()
-    return Record(key, image, texts, fields, int(cls) if cls.isdigit() else None, rest)
+    return Record(key, image, texts, fields, int(cls) if cls.isdigit() and len(cls) < 10 else None, rest)
 
 
 def _captions(key: str, fields: Mapping[str, Any], txt: bytes, field: str | None) -> list[str]:
