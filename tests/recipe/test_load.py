@@ -330,7 +330,7 @@ def test_a_reference_that_is_not_understood(small: Small, text: str) -> None:
 
 def test_a_wrong_value_from_the_environment_names_the_variable(small: Small) -> None:
     assert "got 'many' (from ${BATCH})" in message_of(small, "data.batch_size=${BATCH}", BATCH="many")
-    said = "got 7 (from ${N}); should be a list; write 'evaluate.zero_shot=[${N}]'"
+    said = "got 7 (from ${N}); should be a list; write 'evaluate.zero_shot=['${N}']'"
     assert said in message_of(small, "evaluate.zero_shot=${N}", N="7")
 
 
