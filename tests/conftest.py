@@ -82,7 +82,8 @@ class WebServer(http.server.ThreadingHTTPServer):
     `log` holds (method, path, first byte asked for, status) of every request. If they are set, `status` is
     what to answer instead (for names that end in `status_of`) and `password` (USER:PASSWORD) is asked for;
     while `stalled` is cleared, a tar stops in its middle. With `hides_size` a continued transfer tells only
-    its own bytes (`bytes N-M/*`); with `hides_length` no answer tells its length.
+    its own bytes (`bytes N-M/*`); with `hides_length` no answer tells its length; with `chunked` it is
+    sent as one chunk, and a broken one lacks the end alone.
     """
 
     daemon_threads = True
@@ -98,7 +99,7 @@ class WebServer(http.server.ThreadingHTTPServer):
         self.counting = threading.Lock()
         self.stalled = threading.Event()
         self.stalled.set()
-        self.hides_size = self.hides_length = False
+        self.hides_size = self.hides_length = self.chunked = False
 
     @property
     def address(self) -> str:
@@ -134,11 +135,17 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         partial = wanted and self.headers.get("If-Range", tag) == tag
         first = int(wanted[1]) if partial else 0
+        if first and first >= len(data):
+            self.server.log.append((self.command, path, first, 416))
+            self.send_error(416)
+            return
         last = int(wanted[2]) if partial and wanted[2] else len(data) - 1
         self.server.log.append((self.command, path, first, 206 if partial else 200))
         self.send_response(206 if partial else 200)
         self.send_header("ETag", tag)
-        if not self.server.hides_length:
+        if self.server.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif not self.server.hides_length:
             self.send_header("Content-Length", str(last + 1 - first))
         if partial:
             whole = "*" if self.server.hides_size else len(data)
@@ -154,13 +161,16 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         with self.server.counting:
             self.server.bodies += may_drop
             drop = may_drop and self.server.drop_every and self.server.bodies % self.server.drop_every == 0
+        self.close_connection = True
+        if self.server.chunked:
+            self.wfile.write(b"%x\r\n%b\r\n%b" % (len(data), data, b"" if drop else b"0\r\n\r\n"))
+            return
         middle = len(data) // 2
         self.wfile.write(data[:middle])
         if may_drop:
             self.server.stalled.wait(60)
         if not drop:
             self.wfile.write(data[middle:])
-        self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
         pass

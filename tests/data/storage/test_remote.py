@@ -90,6 +90,25 @@ def test_a_transfer_that_goes_on_without_a_size(
     assert hashlib.sha256((Path(cache.folder) / f"{digest}.tar").read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("known", [False, True])
+def test_a_transfer_that_breaks_after_its_last_byte(
+    tmp_path: Path, web_server: Callable[..., Any], known: bool
+) -> None:
+    """Nothing is left to go on with, which the server refuses: it begins anew."""
+    data = os.urandom(5000)
+    (tmp_path / "0.tar").write_bytes(data)
+    server, digest = web_server(tmp_path, drop_every=2), hashlib.sha256(data).hexdigest()
+    server.bodies, server.chunked = 1, True
+    cache, address = Cache(str(tmp_path / "cache"), 1 << 25), f"{server.address}/0.tar"
+    fd = cache.shard(address, len(data), digest) if known else cache.unnamed(address)[0]
+    try:
+        assert os.pread(fd, len(data) + 1, 0) == data
+    finally:
+        os.close(fd)
+    assert [entry[2:] for entry in server.log] == [(0, 200), (len(data), 416), (0, 200)]
+
+
 def test_the_file_is_verified_and_not_what_came(
     tmp_path: Path, cache: Cache, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
