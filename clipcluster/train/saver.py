@@ -119,7 +119,7 @@ class Saver:
         self._write: _Write | None = None
         self._clock = time.monotonic()
         self._asked_at = -1
-        self._begun = 0
+        self._begun = self._sound = 0
         self._failures = 0
         self._evaluations: dict[int, Mapping[str, float]] = {}
         self.durable_step = -1
@@ -151,13 +151,16 @@ class Saver:
             return False  # by the clock no save waits for the one before it
         return time.monotonic() - self._clock >= self._every_seconds
 
-    def save(self, progress: Progress, parts: Parts) -> None:
+    def save(self, progress: Progress, parts: Parts, sound: int | None = None) -> None:
         """Copy the parts now and let a thread write them. Collective.
 
         The write before it, if there is one, is finished first; the other ranks wait, however long it takes.
+        `sound`: batches before those that a roll-back may still skip (all where None): the newest checkpoint
+        of no more of them stays.
         """
         if self._world.while_main(lambda: self._wanted(progress.step)):
             self._start(progress, parts)
+            self._sound = progress.step if sound is None else sound
 
     def _wanted(self, step: int) -> bool:
         """On rank 0: whether a step is still to be written, once the write under way is done."""
@@ -252,5 +255,6 @@ class Saver:
         found = {step: self.folder.evaluation(step).get(best.metric) for step in steps} if best else {}
         values = {step: value for step, value in found.items() if value is not None}  # null: not finite
         pinned = [step for step in steps if self.folder.pinned(step)]
+        pinned += [step for step in steps if step <= self._sound][-1:]
         for step in sorted(set(steps) - kept(self._keep, self._keep_every, steps, values, pinned)):
             self.folder.delete(step)

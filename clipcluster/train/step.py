@@ -66,6 +66,11 @@ class Guard:
         self._longest = self._row.clone()
         return Streak(length, first, last, total)
 
+    def first_unread(self) -> int | None:
+        """The first batch of the row that a reading would return, if there is one. Waits for the device."""
+        length, first, _ = self._longest.tolist()
+        return first if length else None
+
     def reset(self) -> None:
         """Forget the rows, after a roll-back."""
         self._row.zero_()

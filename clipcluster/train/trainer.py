@@ -106,7 +106,7 @@ class Trainer:
             if wishes & Wish.STOP and self._more():
                 return self._stopped()
             if wishes & Wish.SAVE:
-                self.saver.save(self.progress, self.parts)
+                self.saver.save(self.progress, self.parts, self.step.guard.first_unread())
         self.saver.save_and_wait(self.progress, self.parts)
         return self._leave(Outcome.FINISHED, "all steps done")
 

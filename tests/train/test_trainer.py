@@ -353,6 +353,16 @@ def test_checkpoints_of_a_row_of_non_finite_steps_are_set_aside(toy: ModuleType,
     assert "saved within batches 4 to 8" in read_json(run.checkpoints / aside[0] / "why.json")["reason"]
 
 
+@pytest.mark.parametrize("poison", [[4, 5, 6, 7, 8], [2, 4, 5, 6, 7], [1, 2, 3, 5, 7, 8]])
+def test_the_checkpoint_before_a_row_that_no_log_step_has_told_of_stays(
+    toy: ModuleType, run: Any, poison: list[int]
+) -> None:
+    trainer = toy.go(run, poison=poison, save_every=1, keep_last=2, limit=2, log_every=9, steps=18)
+    assert trainer.outcome is Outcome.FINISHED
+    assert [event["event"] for event in events(run)].count("roll_back") == 1
+    assert trainer.saver.folder.steps() == [17, 18]
+
+
 def test_a_second_row_of_non_finite_steps_ends_the_run(toy: ModuleType, run: Any) -> None:
     with pytest.raises(NonFiniteError, match=r"3 steps in a row .* once already") as raised:
         toy.go(run, poison=[5, 6, 7, 9, 10, 11], save_every=3, limit=2)
