@@ -66,9 +66,8 @@ def command_for(words: Sequence[str]) -> Any:
 # What the file system says to a path that somebody typed; all else is a fault of the program.
 _REFUSALS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions or choose another path"),
-    errno.EROFS: "choose another path",
+    **dict.fromkeys((errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "choose another path"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make space and run the same command again"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "its name is taken; give another"),
     errno.ENAMETOOLONG: "give a shorter name",
 }
 

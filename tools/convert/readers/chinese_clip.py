@@ -46,8 +46,8 @@ class Images(NamedTuple):
 class Texts(NamedTuple):
     """Pairs of a text and an image: `image_ids` (n_pairs,) int64; `read(pair)` gives text_id and text.
 
-    `found` texts there are, `without_image` of them with no image, and those with the key and reason of
-    `broken` besides.
+    `found` counts the texts that can be used, `without_image` those of them that name no image; `broken` has
+    key and reason of the others.
     """
 
     image_ids: np.ndarray
