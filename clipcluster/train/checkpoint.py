@@ -122,6 +122,12 @@ class CheckpointFolder:
         final = self.path(contents.step)
         aside = self.folder / f"{WRITING}{final.name}-{self.attempt.number}-{contents.number}"
         self.attempt.check()
+
+        def telling(size: int) -> None:
+            if size == 0:  # a peer that found itself stale brings nothing
+                self.attempt.check()
+            tell(size)
+
         if contents.rank:
             aside.mkdir(exist_ok=True)
             write_own_files(aside, contents, tell)
@@ -134,7 +140,7 @@ class CheckpointFolder:
                 except Broken as error:
                     self.set_aside(contents.step, str(error))
             aside.mkdir(exist_ok=True)
-            write_complete(aside, contents, self._about, tell)
+            write_complete(aside, contents, self._about, telling)
             self.attempt.check()
             os.rename(aside, final)
         finally:

@@ -744,6 +744,19 @@ def test_a_write_does_not_wait_for_peers_that_are_lost(folder: CheckpointFolder)
     assert not list(folder.folder.glob(".*"))
 
 
+def test_a_stale_write_waits_for_no_peer(folder: CheckpointFolder) -> None:
+    write = _Write(folder, brought_by(0, ranks=2))
+    write.start()
+    time.sleep(0.1)
+    assert write.is_alive()
+    attempt_beside(folder.folder, 2)
+    with pytest.raises(StaleAttempt):
+        folder.write(brought_by(1, ranks=2))  # the peer leaves without a word
+    write.join(10)
+    assert isinstance(write.error, StaleAttempt)
+    assert folder.steps() == [1, 2, 3]
+
+
 def test_a_file_of_another_rank_that_is_damaged_breaks_the_checkpoint(folder: CheckpointFolder) -> None:
     write_together(folder, [brought_by(0, ranks=2), brought_by(1, ranks=2)])
     os.truncate(folder.path(4) / "own-rank-00001.safetensors", 20)
