@@ -17,11 +17,13 @@ COMMANDS = {
     **{word: f"--{word}" for word in ("version", "help")},
     **{verb: f"shards {verb}" for verb in ("convert", "index", "verify", "stats", "reshard")},
 }
-# Options that have no key of the recipe's name -> what to type; {} is what was given.
+# Options that are no key of the recipe, or whose values have units -> what to type; {} is what was given.
 OPTIONS = {
     **dict.fromkeys(("--gpus", "--gres"), "cluster.gpus_per_node={}"),
     **dict.fromkeys(("--ntasks-per-node", "--nproc-per-node"), "cluster.tasks_per_node={}"),
     "--learning-rate": "optim.lr={}",
+    "--time": "cluster.time='{} min'",
+    "--warmup": "optim.warmup='{} steps'",
     "--epochs": "train.duration='{} epochs'",
     "--steps": "train.duration='{} steps'",
     "--local": "--executor local",

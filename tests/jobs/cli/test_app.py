@@ -230,6 +230,8 @@ def test_one_message_for_a_mistake(words, parts, tmp_path):
         ("submit r.yaml --gpus 2", "No such option: --gpus; instead: cluster.gpus_per_node=2"),
         ("check r.yaml --lr=3e-4", "No such option: --lr; instead: optim.lr=3e-4"),
         ("submit r.yaml --epochs 4", "No such option: --epochs; instead: train.duration='4 epochs'"),
+        ("submit r.yaml --time 90", "No such option: --time; instead: cluster.time='90 min'"),
+        ("submit r.yaml --warmup 9", "No such option: --warmup; instead: optim.warmup='9 steps'"),
         ("submit r.yaml --optim.lr 1", "No such option: --optim.lr; instead: optim.lr=1"),
         ("--gpus 2 submit r.yaml", "No such option: --gpus; instead: cluster.gpus_per_node=2"),
         ("submit r.yaml --batch-size 2", "No such option: --batch-size; instead: data.batch_size=2"),
