@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from clipcluster.recipe.sections.train import Keep
+from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.checkpoints import Parts, is_per_rank
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish

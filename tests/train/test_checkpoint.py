@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from clipcluster.errors import StaleAttempt
-from clipcluster.recipe.sections.train import Best, Keep
+from clipcluster.recipe.sections.checkpoint import Best, Keep
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import newest_complete, read_manifest, steps_in
 from clipcluster.runs.files import read_json, read_lines

@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
 from clipcluster.model.task import Features, Report, Task
-from clipcluster.recipe.sections.train import Best, Keep
+from clipcluster.recipe.sections.checkpoint import Best, Keep
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop

@@ -7,10 +7,13 @@ from typing import Annotated, Literal
 from pydantic import WithJsonSchema
 
 from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.checkpoint import Checkpoint
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.data import Data
+from clipcluster.recipe.sections.evaluate import Evaluate
 from clipcluster.recipe.sections.model import Model
-from clipcluster.recipe.sections.train import Checkpoint, Evaluate, Optim, Train
+from clipcluster.recipe.sections.optim import Optim
+from clipcluster.recipe.sections.train import Train
 from clipcluster.recipe.sections.values import Int
 from clipcluster.recipe.tasks import TASKS
 
