@@ -75,11 +75,11 @@ class Records:
         for sample in bad:
             identity = (str(sample["shard"]), str(sample["key"]))
             if identity not in self._known:
-                self._known.add(identity)
                 self._new += 1
                 line = {**sample, "shard": identity[0], "key": identity[1]}
                 with self.keeping():
                     self.attempt.bad_sample(self.world.rank, **line)
+                    self._known.add(identity)  # one that could not be written is tried again
 
     def take_bad(self) -> int:
         """How many bad samples this rank found since it was last asked."""

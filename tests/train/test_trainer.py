@@ -395,6 +395,21 @@ def test_bad_samples_are_written_once_and_too_many_end_the_run(toy: ModuleType, 
         toy.go(other, bad=[5])
 
 
+def test_a_bad_sample_that_could_not_be_recorded_is_recorded_when_it_comes_again(
+    toy: ModuleType, run: Any
+) -> None:
+    records = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script()).records
+    bad = [{"shard": "s", "key": key, "reason": "truncated"} for key in "abc"]
+    obstacle = records.attempt.path / "bad_samples-0.jsonl"
+    obstacle.mkdir()
+    records.bad_samples(bad[:2])
+    obstacle.rmdir()
+    for _ in range(2):
+        records.bad_samples(bad)
+    assert [sample["key"] for sample in read_lines(obstacle)] == ["a", "b", "c"]
+    assert records.failure is None
+
+
 def test_a_stale_attempt_writes_nothing_more(toy: ModuleType, run: Any) -> None:
     attempt = toy.claim(run)
     trainer = toy.build(run, attempt, toy.alone(), Stop(), toy.Script(stop_at=None, log_every=1))
