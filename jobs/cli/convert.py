@@ -18,7 +18,8 @@ from clipcluster.data.storage.urls import is_remote, redacted
 from clipcluster.errors import UserError
 from clipcluster.runs.files import read_lines
 from clipcluster.text import counted
-from jobs.cli.options import SETTINGS, AsJson, group, print_document, progress_bar, say
+from jobs.cli.options import SETTINGS, AsJson, group, print_document, say
+from jobs.cli.progress import progress_bar
 
 
 def local_path(typed: str) -> Path:

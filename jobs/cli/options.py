@@ -1,11 +1,9 @@
-"""What the verbs of the command share: kinds of options, how an answer is printed, a progress bar."""
+"""Kinds of options that several verbs take, and how an answer is printed."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,24 +44,3 @@ def print_document(value: Any) -> None:
     """One JSON document on stdout; for NaN and infinities see `finite`."""
     value = [finite(one) for one in value] if isinstance(value, list) else finite(value)
     say(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str))  # str: paths, times
-
-
-@contextmanager
-def progress_bar(
-    what: str = "samples", *, quiet: bool = False
-) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal's stderr, gone at the end; None elsewhere, or if `quiet`."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield show

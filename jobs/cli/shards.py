@@ -12,7 +12,8 @@ import typer.core
 
 from clipcluster.text import counted
 from jobs.cli.convert import conversion_command, convert, local_path, summary_line
-from jobs.cli.options import AsJson, console, group, print_document, progress_bar, say
+from jobs.cli.options import AsJson, console, group, print_document, say
+from jobs.cli.progress import progress_bar
 
 _SHOWN = 20  # faults that are printed one by one
 
