@@ -211,19 +211,18 @@ def ending(code: int, slurm: Slurm) -> int:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     job = facts.as_seen(facts.ask(slurm, job_id))
     out_of_time = job is not None and job.time_limit
-    verdict = decide(
-        Facts(
-            code,
-            said={"outcome": "stopped", "reason": ""} if code == Outcome.STOPPED else None,
-            job=job,
-            restart_count=restarts,
-            started=True,
-            fruitless=0 if out_of_time else max(0, restarts - 1),
-        )
+    seen = Facts(
+        code,
+        said={"outcome": "stopped", "reason": ""} if code == Outcome.STOPPED else None,
+        job=job,
+        restart_count=restarts,
+        started=True,
+        fruitless=0 if out_of_time else max(0, restarts - 1),
     )
+    verdict = decide(seen)
     say(f"verdict on job {job_id}, whose task exited with code {code}: {verdict.ending} -> {verdict.action}")
     if verdict.action == "requeue":
-        requeue(slurm, job_id)
+        requeue(slurm, job_id, seen)
     return code
 
 

@@ -9,6 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from clipcluster.errors import StaleAttempt
@@ -58,7 +59,9 @@ def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mappi
         return int(Outcome.STALE)
     if verdict.action != "requeue":
         return verdict.code
-    refusal = requeue(slurm, job_id)
+    refusal = requeue(slurm, job_id, seen)
+    if isinstance(refusal, Verdict):
+        return refusal.code if record(run, attempt, seen, refusal, job_id) else int(Outcome.STALE)
     if refusal is not None:
         attempt.event("requeue_refused", writer=history.WRITER, reason=refusal)
     elif node and job:
@@ -100,12 +103,28 @@ def record(
     return True
 
 
-def requeue(slurm: Slurm, job_id: str) -> str | None:
-    """Have the job run again, asking for up to `REFUSED_SECONDS`; None, or why SLURM did not do it."""
-    refusal = _refusal(lambda: slurm.requeue(job_id), REFUSED_SECONDS, 1.0)
+def requeue(slurm: Slurm, job_id: str, seen: Facts) -> str | Verdict | None:
+    """Have the job run again, asking for up to `REFUSED_SECONDS`; None once it will.
+
+    Else why SLURM did not do it, or the verdict on the job if it was cancelled in the meantime.
+    """
+    cancelled: Verdict | None = None
+
+    def once() -> None:
+        nonlocal cancelled
+        # asked just before, for a scancel, or an earlier try whose answer was lost, may have come in between
+        job = facts.as_seen(facts.ask(slurm, job_id))
+        now = decide(replace(seen, job=job)) if job is not None else None
+        if now is not None and now.action == "cancel":
+            cancelled = now
+            say(f"job {job_id} was cancelled in the meantime: it is not requeued")
+        elif now is None or now.action != "note":
+            slurm.requeue(job_id)
+
+    refusal = _refusal(once, REFUSED_SECONDS, 1.0)
     if refusal is not None:
         say(f"SLURM did not requeue job {job_id}: {refusal}")
-    return refusal
+    return refusal or cancelled
 
 
 def blamed_twice(run: Run, attempt: Attempt, node: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from clipcluster.recipe.sections.cluster import Cluster
-from jobs.endings import history
+from jobs.endings import act, history
 from jobs.submit.parameters import of_run
+from tools.slurm import Slurm
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNNING = """\
@@ -239,3 +241,48 @@ def test_a_verdict_that_fails_is_followed_by_one_requeue(job):
 def test_the_interpreter_may_lie_anywhere(job, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/LOGS/VERDICT/python")
     assert f'"$(/LOGS/VERDICT/python -m jobs.endings verdict {job.run.path} "$1")"' in job.script("exit 0")
+
+
+MEANWHILE = """#!/bin/sh
+case "$1" in
+show) cat {folder}/job ;;
+requeue)
+    echo >> {folder}/asked
+    cp {folder}/after {folder}/job
+    {answer} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("answer", ["exec /bin/sleep 5", "echo 'socket timed out' >&2; exit 1"])
+def test_a_requeue_whose_answer_was_lost_is_no_refusal(job, monkeypatch, answer):
+    """SLURM did it, and would answer a second try that the job is pending."""
+    job.program("scontrol", MEANWHILE.format(folder=job.folder, answer=answer))
+    (job.folder / "after").write_text(
+        RUNNING.replace("RUNNING", "COMPLETING").replace("Restarts=0", "Restarts=1")
+    )
+    monkeypatch.setenv("PATH", f"{job.programs}:{os.environ['PATH']}")
+    attempt = job.run.claim("17", host="n1", still_running=lambda job: False)
+    code = act.conclude(job.run, attempt, 137, Slurm(timeout=0.5), {"SLURM_JOB_ID": "17"})
+    assert (code, history.batch_events(attempt)[-1]["event"]) == (85, "requeue")
+    assert (job.folder / "asked").read_text() == "\n"
+
+
+@pytest.mark.parametrize("when", ["after the verdict", "while SLURM refuses"])
+def test_a_scancel_before_the_requeue_ends_the_run(job, monkeypatch, when):
+    (job.folder / "after").write_text(RUNNING.replace("RUNNING", "COMPLETING"))
+    job.program("scontrol", MEANWHILE.format(folder=job.folder, answer="echo disabled >&2; exit 1"))
+    monkeypatch.setenv("PATH", f"{job.programs}:{os.environ['PATH']}")
+    attempt = job.run.claim("17", host="n1", still_running=lambda job: False)
+    record = act.record
+
+    def recorded(*given, **more):
+        if when == "after the verdict":
+            shutil.copy(job.folder / "after", job.folder / "job")
+        return record(*given, **more)
+
+    monkeypatch.setattr(act, "record", recorded)
+    assert act.conclude(job.run, attempt, 137, Slurm(), {"SLURM_JOB_ID": "17"}) == 130
+    assert history.last_verdict(attempt)["event"] == "cancel"
+    assert job.run.cancelled_jobs() == {"17"}
+    assert (job.folder / "asked").exists() == (when == "while SLURM refuses")
