@@ -121,7 +121,8 @@ class Cached(Backward):
             with self.task.reduction(last):
                 with self.precision.autocast():
                     product = self.task(_product, micro_batch, rows, by_parameter if last else {})
-                product.backward()
+                if product.requires_grad:  # not where all features are of frozen towers
+                    product.backward()
             self.statistics.put_back()
         return report
 
@@ -172,7 +173,7 @@ def _product(
         if features[name].requires_grad
     ]
     terms += [(parameters[name] * gradient).sum() for name, gradient in by_parameter.items()]
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def _mean(reports: Sequence[Report]) -> Report:

@@ -224,6 +224,14 @@ def thawed(world: World, *, wrap: bool) -> Answer:
     return setup.run(Whole)
 
 
+def scale_alone(world: World) -> Answer:
+    """Both towers frozen: only the loss has a parameter that trains."""
+    setup = Setup(world)
+    setup.model.requires_grad_(False).logit_scale.requires_grad_(True)
+    setup.wrapped.wrap()
+    return setup.run(Cached, 4)
+
+
 def naive_statistics(world: World) -> Answer:
     """The running statistics left to the passes, as they come."""
     setup = Setup(world, norm=True)
@@ -246,6 +254,7 @@ CASES: dict[str, Callable[[World], Answer]] = {
     "norm-cached-12": exact(Pairs, Cached, 12, norm=True),
     "sharded": sharded,
     "thawed": lambda world: thawed(world, wrap=True),
+    "scale-alone": scale_alone,
     "beside-the-wrapper": beside_the_wrapper,
     "scale-in-every-micro-batch": scale_in_every_micro_batch,
     "other-random-numbers": other_random_numbers,

@@ -22,6 +22,7 @@ WORKER = Path(__file__).with_name("backward_of_ranks.py")
 ALONE = ("whole", "cached", "classes", "dropout-12", "norm-1", "norm-cached-12")
 TOGETHER = (
     *("whole", "cached", "independent", "classes-cached", "dropout", "norm-cached-4", "sharded", "thawed"),
+    "scale-alone",
     *("beside-the-wrapper", "scale-in-every-micro-batch", "other-random-numbers", "thawed-not-wrapped"),
     "naive-statistics",
 )
@@ -77,6 +78,16 @@ def test_gradients_equal_those_of_one_process(ranks: Any, case: str, alone: str)
 def test_cached_on_one_process_equals_whole(ranks: Any) -> None:
     whole, cached = ranks[1][0]["whole"]["gradients"], ranks[1][0]["cached"]["gradients"]
     assert all((whole[name] - cached[name]).norm() < TOLERANCE * whole[name].norm() for name in whole)
+
+
+def test_a_loss_trains_its_own_parameter_over_frozen_towers(ranks: Any) -> None:
+    expected = ranks[1][0]["whole"]["gradients"]["model.logit_scale"]
+    for answers in ranks[3]:
+        found = {
+            name: value for name, value in answers["scale-alone"]["gradients"].items() if value is not None
+        }
+        assert found.keys() == {"model.logit_scale"}
+        assert abs(float(found["model.logit_scale"] - expected)) < TOLERANCE
 
 
 @pytest.mark.parametrize(
