@@ -16,6 +16,8 @@ from clipcluster.errors import UserError
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 
+LISTED_SECONDS = 90.0
+"""How long the listing of the attempts may lack one that exists: NFS keeps a listing for up to a minute."""
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -122,9 +124,10 @@ class Run:
         Claims only where the newest attempt is this job's own, or its job no longer runs. Of several that
         claim at once one succeeds. Whether the run is finished or cancelled is for the caller to ask before.
 
-        Raises AlreadyOwned, naming the job.
+        Raises AlreadyOwned, naming the job; FileExistsError where the listing never shows which was first.
         """
         self.attempts_dir.mkdir(exist_ok=True)
+        deadline = time.monotonic() + LISTED_SECONDS
         while True:
             newest = self.newest()
             owner = newest.claim() if newest else {}
@@ -135,7 +138,9 @@ class Run:
             try:
                 return self._claim_number(newest.number + 1 if newest else 1, job_id, host)
             except FileExistsError:
-                continue  # another job was first: look at which
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)  # another job was first: look at which
 
     def _claim_number(self, number: int, job_id: str, host: str) -> Attempt:
         # Made aside and renamed, so that no attempt is ever seen without its claim. As with mkdir one caller

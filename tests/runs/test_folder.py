@@ -4,12 +4,14 @@ import os
 import string
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clipcluster.errors import UserError
+from clipcluster.runs import folder
 from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runs.names import find_run, run_name, runs_folder, similar_runs
 
@@ -130,6 +132,30 @@ def test_of_many_that_claim_at_once_one_succeeds(run, claim):
     assert sorted(said) == sorted(["2"] + [winner] * 5)
     assert run.newest().job == winner
     assert sorted(os.listdir(run.attempts_dir)) == ["1", "2"]
+
+
+class Late(Run):
+    """A run whose newest attempt comes late into the listing, as over NFS."""
+
+    def __init__(self, path, seconds):
+        super().__init__(path)
+        self.looks, self.shown = 0, time.monotonic() + seconds
+
+    def attempts(self):
+        self.looks += 1
+        return super().attempts()[: None if time.monotonic() > self.shown else -1]
+
+
+def test_a_claim_waits_for_the_listing_to_show_the_attempt_that_was_first(run, claim, monkeypatch):
+    claim("first")
+    late = Late(run.path, 0.3)
+    with pytest.raises(AlreadyOwned, match="job first"):
+        late.claim("second", host="n2", still_running=lambda job: True)
+    assert late.looks < 10
+    monkeypatch.setattr(folder, "LISTED_SECONDS", 0.2)
+    with pytest.raises(FileExistsError, match="attempts/1"):
+        Late(run.path, 2.0).claim("second", host="n2", still_running=lambda job: True)
+    assert os.listdir(run.attempts_dir) == ["1"]
 
 
 def test_finished_is_what_the_newest_attempt_says(run, claim):
