@@ -21,6 +21,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.units import Nodes
 from clipcluster.runs import files
+from clipcluster.runtime.environment import LOGS
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome, leave
 from clipcluster.runtime.stop import Stop, Wish
@@ -217,13 +218,21 @@ def ending(code: int, slurm: Slurm) -> int:
         job=job,
         restart_count=restarts,
         started=True,
-        fruitless=0 if out_of_time else max(0, restarts - 1),
+        fruitless=0 if out_of_time else max(0, _crashes(job_id, restarts) - 1),
     )
     verdict = decide(seen)
     say(f"verdict on job {job_id}, whose task exited with code {code}: {verdict.ending} -> {verdict.action}")
     if verdict.action == "requeue":
         requeue(slurm, job_id, seen)
     return code
+
+
+def _crashes(job_id: str, restarts: int) -> int:
+    """How often the task crashed before, by what `ending` logged; where there is no log, all its restarts."""
+    try:
+        return (Path(os.environ[LOGS]) / f"{job_id}_0_log.err").read_bytes().count(b": crashed -> requeue\n")
+    except OSError:
+        return restarts
 
 
 if __name__ == "__main__":

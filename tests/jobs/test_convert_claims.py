@@ -15,6 +15,7 @@ from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.files import write_json
+from clipcluster.runtime.environment import LOGS
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import Stop
 from jobs.convert import FOLDER, Claims, ConvertJob, ending, refuse_running, serve, submit
@@ -201,7 +202,9 @@ fi
     [
         (85, {"refusals": 1}, True),  # asked to stop
         (137, {}, True),  # crashed
-        (137, {"before": 3}, False),  # crashed again and again
+        (137, {"before": 3, "endings": ["crashed"] * 3}, False),  # crashed again and again
+        (137, {"before": 3, "endings": ["preempted", "crashed", "preempted"]}, True),
+        (137, {"before": 3}, False),  # without a log the restarts count
         (85, {"before": 7}, True),
         (143, {"preempt": "2026-11-21T02:23:32", "before": 7}, True),
         (143, {"state": "COMPLETING", "reason": "TimeLimit", "before": 7}, True),
@@ -223,6 +226,13 @@ def test_what_follows_a_task(
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(answer["before"]))
+    monkeypatch.setenv(LOGS, str(tmp_path))
+    lines = [
+        f"clipcluster: verdict on job 7_0, whose task exited with code 1: {each} -> requeue\n"
+        for each in answer.get("endings", [])
+    ]
+    if lines:
+        (tmp_path / "7_0_0_log.err").write_text("".join(lines))
     assert ending(code, Slurm()) == code
     calls = (tmp_path / "calls").read_text().split() if code not in (0, 2) else []
     assert calls.count("requeue") == requeued + answer["refusals"]
