@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from clipcluster.errors import UserError
+from clipcluster.runtime.outcome import described, restored
 from tools.convert import work as making
 from tools.convert.plan import Plan, Shard
 
@@ -131,4 +133,11 @@ def _exit_with_command() -> None:
 
 def _work() -> None:
     assert _job is not None
-    making.work(_job.plan, _job.claim, _job.report)
+    try:
+        making.work(_job.plan, _job.claim, _job.report)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # the pool would take the worker for killed
+            raise restored(described(error)) from error
+        raise

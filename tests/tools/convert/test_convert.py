@@ -273,6 +273,26 @@ def test_a_worker_that_is_killed_is_said(
     assert not list(tmp_path.rglob("*.part"))
 
 
+class OfTwoParts(Exception):
+    """An exception of a library, which can be pickled and not unpickled."""
+
+    def __init__(self, what: str, where: int) -> None:
+        super().__init__(f"{what} at {where}")
+
+
+def test_what_a_worker_raises_is_said_whatever_it_is(
+    tmp_path: Path, numbers: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers([f"k{number}" for number in range(4)])
+
+    def fails(self: Numbers, number: int) -> Record:
+        raise OfTwoParts("damage", number)
+
+    monkeypatch.setattr(Numbers, "read", fails)
+    with pytest.raises(RuntimeError, match="OfTwoParts: damage at"):
+        convert("numbers", tmp_path / "out", settings=Settings(samples_per_shard=2), workers=2)
+
+
 def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path) -> None:
     """Files may not grow beyond 8 MB: the disk of a shard that is full in the middle of it."""
     root = tmp_path / "in"
