@@ -272,11 +272,11 @@ def finish(plan: Plan) -> bool:
             return False
         for split in range(len(plan.splits)):
             _write_lists(plan, split, {shard: kept for shard, kept in done.items() if shard.split == split})
+        write_json(plan.out / DESCRIPTION, {**plan.description, "finished": True})
     except FileNotFoundError:
         if is_finished(plan.out):
             return True
         raise
-    write_json(plan.out / DESCRIPTION, {**plan.description, "finished": True})
     shutil.rmtree(plan.out / STATE, ignore_errors=True)
     return True
 

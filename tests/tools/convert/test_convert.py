@@ -1,5 +1,6 @@
 """Conversion: the same bytes however it is done, gone on with after a kill, nothing lost and nothing half."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -380,6 +381,23 @@ def test_several_processes_may_work_and_finish(tmp_path: Path, numbers: Callable
     assert making.finish(plan)
     ours, theirs = contents(tmp_path / "out" / "train"), contents(tmp_path / "whole" / "train")
     assert ours == theirs
+
+
+def test_a_process_whose_description_was_swept_by_the_one_that_finished(
+    tmp_path: Path, numbers: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers(["a", "b"])
+    plan = conversion.prepare("numbers", tmp_path / "out", [], NoOptions())
+    write = making.write_json
+
+    def write_and_sweep(path: Path, document: object) -> None:
+        write(path, document)  # by the other process
+        raise FileNotFoundError(errno.ENOENT, "swept", str(path))
+
+    with conversion.begun(plan):
+        making.work(plan, lambda shard: True)
+        monkeypatch.setattr(making, "write_json", write_and_sweep)
+        assert making.finish(plan)
 
 
 def test_others_read_the_same(tmp_path: Path, numbers: Callable) -> None:
