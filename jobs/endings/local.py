@@ -15,12 +15,14 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
 
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.folder import AlreadyOwned, Run
 from clipcluster.runtime.environment import ATTEMPT, LOGS
 from clipcluster.runtime.job_id import local_job_id
@@ -29,7 +31,7 @@ from clipcluster.runtime.stop import holding_signals
 from jobs.endings import act
 from jobs.endings.facts import gather
 from jobs.endings.log import marker, say
-from jobs.endings.verdict import Job, decide
+from jobs.endings.verdict import Facts, Job, Verdict, decide
 from tools.slurm import Slurm
 
 ORDER = "local.json"
@@ -179,13 +181,19 @@ def live(run: Run) -> int:
             stream.write(f"clipcluster: {marker(attempt)}\n")
         ranks = Ranks(run, attempt, job_id, order)
         ranks.watch(signals)
-        seen = replace(
-            gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit),
-            told=signals.told,
-            job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
-            time_nearly_over=ranks.asked,
-        )
-        verdict = decide(seen)
+        try:
+            seen = replace(
+                gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit),
+                told=signals.told,
+                job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
+                time_nearly_over=ranks.asked,
+            )
+            verdict = decide(seen)
+        except Exception as error:  # nobody else would end the run
+            traceback.print_exc()
+            seen = Facts(ranks.code(), checkpoint=newest_complete(run.checkpoints))
+            reason = f"no verdict (code {seen.code} of the ranks): {type(error).__name__}: {error}"
+            verdict = Verdict("fail", "not judged", Outcome.ERROR, reason)
         if not act.record(run, attempt, seen, verdict, job_id):
             return int(Outcome.STALE)
         if verdict.action != "requeue":

@@ -181,6 +181,20 @@ def test_a_local_run_whose_process_was_killed_is_lost(local, run):
     assert len(old) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{", "outcome.json is not valid JSON"), ('{"outcome": "failed", "code": 7}', "reason")],
+)
+def test_an_attempt_that_cannot_be_judged_ends_the_run(local, run, content, reason):
+    local.start(run, json.dumps({"steps": 5, "seconds": 0.2}))
+    local.at_step(run, 1)
+    (run.attempt(1).path / "outcome.json").write_text(content)
+    state = local.end(run)
+    assert (state.name, state.code) == ("FAILED", 86)
+    assert reason in state.detail
+    assert history.last_verdict(run.attempt(1))["checkpoint"] == 5
+
+
 @pytest.mark.parametrize(("given", "seen"), [(None, "0,1"), ("", ""), ("3", "3"), ("3,5,7", "3,5")])
 def test_hidden_gpus_stay_hidden(monkeypatch, given, seen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
