@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -62,18 +63,27 @@ def is_remote(written: object) -> bool:
 
 
 def braces(pattern: str) -> list[str]:
-    """Expands `{000..012}` and `{a,b}` as a shell does."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
+    """Expands `{000..012}`, `{a,b}` and braces within braces as a shell does."""
+    begin, depth = pattern.find("{"), 0
+    if begin < 0:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
+    cuts = [begin]  # where the choices of the first braces begin and end
+    for mark in re.finditer("[{,}]", pattern[begin:]):
+        depth += {"{": 1, ",": 0, "}": -1}[mark.group()]
+        if depth == 0 or (depth == 1 and mark.group() == ","):
+            cuts.append(begin + mark.start())
+        if depth == 0:
+            break
+    else:
+        return [pattern[: begin + 1] + end for end in braces(pattern[begin + 1 :])]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", pattern[begin + 1 : cuts[-1]])
     if span:
         first, last = span.groups()
         choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     else:
-        choices = match.group(1).split(",")
-    rest = braces(pattern[match.end() :])
-    return [pattern[: match.start()] + choice + end for choice in choices for end in rest]
+        choices = [choice for cut, end in pairwise(cuts) for choice in braces(pattern[cut + 1 : end])]
+    rest = braces(pattern[cuts[-1] + 1 :])
+    return [pattern[:begin] + choice + end for choice in choices for end in rest]
 
 
 def is_web(address: str) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from clipcluster.data.shards.open import open_source
 from clipcluster.data.storage import download
 from clipcluster.data.storage.cache import Cache
-from clipcluster.data.storage.urls import RemoteFolder, folder_at, named, redacted, redacted_within
+from clipcluster.data.storage.urls import RemoteFolder, braces, folder_at, named, redacted, redacted_within
 from clipcluster.errors import UserError
 from clipcluster.evals.headline import set_names
 from clipcluster.recipe.sections.data import Source
@@ -50,6 +50,20 @@ def test_what_is_shown(text: str, shown: str | None) -> None:
     if shown is not None:
         assert redacted(text) == shown
         assert redacted(shown) == shown or text.startswith("pipe:")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expanded"),
+    [
+        ("x/{08..10}{a,b}.tar", "x/08a.tar x/08b.tar x/09a.tar x/09b.tar x/10a.tar x/10b.tar"),
+        ("{a,b{1..3}}/x", "a/x b1/x b2/x b3/x"),
+        ("{a{1,2}b{x,y},{c,{d,e}f}}g", "a1bxg a1byg a2bxg a2byg cg dfg efg"),
+        ("a{b{c,d}", "a{bc a{bd"),
+        ("a}b,{c,}d", "a}b,cd a}b,d"),
+    ],
+)
+def test_braces_are_those_of_a_shell(pattern: str, expanded: str) -> None:
+    assert braces(pattern) == expanded.split()
 
 
 def _told(error: BaseException) -> str:
