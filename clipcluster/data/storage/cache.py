@@ -1,7 +1,7 @@
 """A bounded folder of remote shards, shared by the processes of a node. Imports no torch.
 
     SHA256.tar, KEY.idx     whole files, named by what they hold; the last use is their mtime
-    NAME.N.part             a file on its way; at its full length from the start, so that it counts
+    NAME.TOKEN.part         a file on its way; at its full length from the start, so that it counts
     lists/KEY/index.bin     indexes; never evicted while somebody holds them (`hold`), or has lately
 
 Locks are flock's: they end with the process that holds them. One per file (striped), so that a file is
@@ -13,8 +13,8 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import itertools
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +37,6 @@ LIST_DAYS = 30  # an index that nobody opened for so long is removed
 
 _LISTS = "lists"
 _LOCKS = "locks"
-_numbers = itertools.count()
 
 
 class _Entry(NamedTuple):
@@ -155,7 +154,7 @@ class Cache:
 
         It is locked while it is written aside: one without a lock was left by a killed process.
         """
-        part = self.root / f"{name}.{os.getpid()}-{next(_numbers)}.part"
+        part = self.root / f"{name}.{secrets.token_hex(8)}.part"
         with self._lock("space"):
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)

@@ -1,6 +1,7 @@
 """The cache of remote shards: bounded, least recently used first, shared by processes, no trace of a kill."""
 
 import hashlib
+import importlib.util
 import os
 import pickle
 import shutil
@@ -242,3 +243,24 @@ def test_an_index_in_use_is_not_evicted_by_its_age(
     look_for_room(2)
     assert not table.parent.exists()
     assert open_folder(server.address, cache=cache).read(0).key == "s00000"
+
+
+def test_processes_of_two_machines_may_have_one_number(
+    folder: Path, tmp_path: Path, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the module stands for a machine: its process has this one's number, and begins to count."""
+    address, machines = f"{web_server(folder).address}/00000.tar", []
+    for _ in range(2):
+        assert module.__spec__ is not None
+        machines.append(importlib.util.module_from_spec(module.__spec__))
+        module.__spec__.loader.exec_module(machines[-1])  # type: ignore[union-attr]
+    here, there = (machine.Cache(str(tmp_path / "cache")) for machine in machines)
+
+    def both(*given: Any, **more: Any) -> Any:
+        os.close(there.unnamed(address)[0])
+        return module.download(*given, **more)
+
+    monkeypatch.setattr(machines[0], "download", both)
+    fd, got = here.unnamed(address)
+    assert os.fstat(fd).st_size == got.size == (folder / "00000.tar").stat().st_size
+    os.close(fd)
