@@ -107,11 +107,8 @@ def _usage(problem: Any, words: list[str], command: Any) -> int:
         if message := problem.format_message():  # empty where rich has printed the help already
             typer.echo(message)
         return 2
-    message = (
-        problem.format_message()
-        .replace(": Value error, ", ": ")
-        .replace(": Input should be ", ": should be ")
-    )
+    message = problem.format_message().replace(": Value error, ", ": ")
+    message = message.replace(": Input should be ", ": should be ")
     if hasattr(problem.__cause__, "errors"):  # pydantic's
         got = problem.__cause__.errors()[0]["input"]
         message = f"{message.partition(', unable to parse')[0]}; got {got!r}"
