@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -41,8 +42,8 @@ class Events:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._attempt = 0  # the newest seen; of those before it nothing more is written
-        self._known: Counter[str] = Counter()  # lines of its files
+        self._attempt = 0  # the newest seen
+        self._known: Counter[Path] = Counter()  # lines of each file
         before = self._found()[-1:]
         starting = before and before[0]["event"] in STARTING
         self._before = before if starting and run.attempt(self._attempt).outcome() is None else []
@@ -54,16 +55,16 @@ class Events:
 
     def _found(self) -> list[dict[str, Any]]:
         found = []
-        for attempt in self._run.attempts():
-            if attempt.number < self._attempt:
-                continue
+        # of the last two: over a network file system an attempt's end may show after the next one's claim
+        for attempt in self._run.attempts()[-2:]:
             if attempt.number > self._attempt:
-                self._attempt, self._known = attempt.number, Counter()
+                self._attempt = attempt.number
                 found.append({"event": "claim", **attempt.claim(), "attempt": attempt.number})
             for name, told in TOLD.items():
-                lines = files.read_lines(attempt.path / name)
-                found += [line for line in lines[self._known[name] :] if line.get("event") in told]
-                self._known[name] = len(lines)
+                path = attempt.path / name
+                lines = files.read_lines(path)
+                found += [line for line in lines[self._known[path] :] if line.get("event") in told]
+                self._known[path] = len(lines)
         return found
 
 

@@ -56,7 +56,7 @@ def with_parents(file: Path, environ: Mapping[str, str], children: tuple[Path, .
     name = None if isinstance(parent.value, (dict, list)) else expanded(parent, environ, "extends")
     if not isinstance(name, str):
         raise UserError(parent.origin.problem("extends", "should be the name of one file"))
-    folders = dict.fromkeys((file.parent, RECIPES))
+    folders = dict.fromkeys((file.parent.resolve(), RECIPES))
     for folder in folders:
         if (folder / name).is_file():
             return merge(with_parents(folder / name, environ, chain), tree)

@@ -91,7 +91,7 @@ def setup(
         'clipcluster_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'clipcluster_job="${clipcluster_job:-$SLURM_JOB_ID}"  # as scontrol requeue must be told it',
         f"export {LOGS}={shlex.quote(str(logs))}",
-        *_END.replace("LOGS", LOGS).replace("VERDICT", decide).strip().splitlines(),
+        *_END.replace("LOGS", LOGS).replace("VERDICT", decide).strip().split("\n"),
         *(f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()),
         *cluster.setup,
         f"cd {shlex.quote(str(code))} || exit",

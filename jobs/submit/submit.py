@@ -244,7 +244,8 @@ def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetche
         return None
     try:
         code = snapshot.take(run.path)
-        if run.settings().get("code") not in (None, code.name):
+        last = submissions.submissions(run)[-1:]
+        if last and last[0].get("code") != code.name:
             say(f"the code differs from the last submission's: {code.name}")
         run.update_settings({**settings, "code": code.name})
     except BaseException:

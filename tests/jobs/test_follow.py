@@ -84,6 +84,18 @@ def test_events_are_told_once(run):
     assert events.fresh() == []
 
 
+def test_the_end_of_an_attempt_may_show_after_the_next_began(run):
+    """As it does where a network file system is looked at from another machine."""
+    first = run.claim("17", host="n1", still_running=lambda job: False)
+    events = Events(run)
+    events.fresh()
+    run.claim("17", host="n1", still_running=lambda job: False)
+    assert [event["event"] for event in events.fresh()] == ["claim"]
+    files.append_lines(first.path / "events-verdict.jsonl", [{"event": "requeue", "attempt": 1}])
+    assert [event["event"] for event in events.fresh()] == ["requeue"]
+    assert events.fresh() == []
+
+
 def test_an_attempt_that_ended_is_not_starting(run):
     attempt = run.claim("17", host="n1", still_running=lambda job: False)
     attempt.event("phase", writer="rank-0", phase="first batch")

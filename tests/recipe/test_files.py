@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.files import find_site, known_sites, user_folder
+from clipcluster.recipe import files
+from clipcluster.recipe.files import find_site, known_sites, user_folder, with_parents
 from clipcluster.recipe.load import Loaded, load, result_keys
 
 
@@ -78,3 +79,12 @@ def test_an_error_in_a_profile_names_its_line(sites: Path, recipe_file: Path) ->
         UserError, match=r"mine\.yaml:2: cluster\.partitoin: unknown key; did you mean cluster\.part"
     ):
         load(recipe_file, (), environ(sites))
+
+
+def test_each_folder_looked_in_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "RECIPES", tmp_path / "recipes")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "r.yaml").write_text("extends: none.yaml\n")
+    with pytest.raises(UserError, match=r"none.yaml does not exist \(looked in recipes\);"):
+        with_parents(Path("recipes/r.yaml"), {})

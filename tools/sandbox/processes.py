@@ -38,7 +38,7 @@ def owned(sandbox: Sandbox) -> list[Owned]:
     children: dict[int, list[int]] = defaultdict(list)
     found: dict[int, Owned] = {}
     for pid in psutil.pids():
-        with suppress(psutil.Error):  # it has ended, or is another user's
+        with suppress(psutil.Error, OSError):  # it has ended, or is another user's
             process = psutil.Process(pid)
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
@@ -93,10 +93,10 @@ def _daemon(process: psutil.Process, sandbox: Sandbox) -> Owned | None:
     program = Path(process.exe()).name  # slurmd, slurmd-wlm, …
     for kind in (*DAEMONS, "slurmstepd"):
         if program.startswith(kind):
-            logs = [Path(file.path) for file in process.open_files()]
-            return next(
-                (Owned(process.pid, kind, log.stem) for log in logs if log.parent == sandbox.logs), None
-            )
+            for descriptor in os.scandir(f"/proc/{process.pid}/fd"):
+                held = Path(os.readlink(descriptor).removesuffix(" (deleted)"))
+                if held.parent == sandbox.logs:
+                    return Owned(process.pid, kind, held.stem)
     return None
 
 

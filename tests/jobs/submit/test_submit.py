@@ -224,6 +224,7 @@ def test_new_code_is_said(ask, local):
     local.end(run)
     with (run.path / "code-1" / "jobs" / "train.py").open("a") as stream:
         stream.write("# older\n")
+    run.settings_file.unlink()  # every submission writes them again
     ask(orders='{"steps": 2, "seconds": 0.01}')
     assert any("code-2" in line for line in ask.said)
     assert yaml.safe_load(run.settings_file.read_text())["code"] == "code-2"
