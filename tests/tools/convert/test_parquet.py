@@ -262,13 +262,15 @@ def test_sizes_come_from_the_footers(tmp_path: Path) -> None:
 
 def test_what_is_no_such_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("no parquet at all")
+    (tmp_path / "footer.parquet").write_bytes(b"PAR1" + b"\xff" * 20 + (20).to_bytes(4, "little") + b"PAR1")
     (tmp_path / "empty").mkdir()
     words = _write(tmp_path / "words.parquet", [{"text": "words"}])
     file = _write(tmp_path / "x.parquet", [{"png": _picture(0), "score": 0.5, "text": "words"}])
     other = _write(tmp_path / "z.parquet", [{"jpg": _picture(0)}])
     none = _write(tmp_path / "none.parquet", [], pa.schema([("png", pa.binary())]))
     for inputs, options, message in (
-        ([tmp_path / "text.parquet"], {}, "not a parquet file"),
+        ([tmp_path / "text.parquet"], {}, "not a readable parquet file"),
+        ([tmp_path / "footer.parquet"], {}, "not a readable parquet file"),
         ([tmp_path / "nowhere"], {}, "no such file or folder"),
         ([tmp_path / "empty"], {}, "no .parquet in this folder"),
         ([words], {}, "no column of image bytes or paths; name it with --image-column; its columns are text"),

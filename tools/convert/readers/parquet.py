@@ -210,8 +210,8 @@ def _schema(path: Path) -> Any:
 
     try:
         return parquet.read_schema(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _choose(schema: Any, options: Options, path: Path) -> Columns:
