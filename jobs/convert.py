@@ -149,8 +149,10 @@ class Claims:
 def submit(job: ConvertJob, cluster: Cluster, jobs: int) -> list[str]:
     """Plan the conversion, then queue an array of at most `jobs` tasks; none where it is finished.
 
-    Returns the job ids. UserError as `prepare`; a job of this conversion still in the queue; SLURM's refusal.
+    Returns the job ids. UserError as `prepare`; a % in the path of `out`; a job of this conversion still in
+    the queue; SLURM's refusal.
     """
+    launch.refuse_patterns(job.out)
     refuse_running(job.out)
     plan = job.plan()
     if plan.finished:

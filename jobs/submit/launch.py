@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -49,6 +50,16 @@ def on_slurm(
     job = _write_job(run, trainee)
     chosen = parameters.of_run(cluster, run, code, grace=grace, used=used)
     return queue([job], chosen, run.submitit)[0]
+
+
+def refuse_patterns(logs: Path) -> None:
+    """UserError for a folder in whose path submitit or sbatch would replace %j and the like."""
+    found = re.search(r"%\d*[a-zA-Z%]", os.path.abspath(logs))
+    if found:
+        raise UserError(
+            f"{logs}: in the path of a job's files {found[0]} stands for something else, as %j for the job's "
+            "id; give a folder without a % before a letter or a digit"
+        )
 
 
 def _write_job(run: Run, trainee: str) -> TrainJob:

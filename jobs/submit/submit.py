@@ -72,6 +72,8 @@ def submit(wanted: Wanted) -> Submitted:
         return _as_it_is(run, state, wanted)
     if state.name != "NEW":
         wanted.say(f"{run.name} was {state}: it resumes from its last checkpoint")
+    if chosen != "none":
+        launch.refuse_patterns(run.submitit)
     if not run.exists():
         _say_twins(loaded, wanted)
     if wanted.dry_run:

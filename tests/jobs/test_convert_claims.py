@@ -321,3 +321,10 @@ def test_of_two_submissions_at_once_one_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="18_0 of this conversion is RUNNING"):
         submit(order, Cluster(gpus_per_node=0), 2)
     assert not Claims(out / FOLDER / "claims", "19_0").take(shard(0), 0)
+
+
+def test_an_output_folder_that_sbatch_would_not_take_as_it_is(tmp_path: Path) -> None:
+    order = ConvertJob("keys", tmp_path / "%u", [], NoOptions(), Settings())
+    with pytest.raises(UserError, match="%u stands for"):
+        submit(order, Cluster(gpus_per_node=0), 2)
+    assert not order.out.exists()

@@ -52,9 +52,8 @@ def ask(recipe, tmp_path, monkeypatch, local, no_slurm):
         wanted = Wanted(
             recipe=recipe,
             overrides=[*PLAN, *overrides],
-            runs=tmp_path / "runs",
             trainee="trainee:train",
-            **{"quick": True, "say": said.append, **more},
+            **{"runs": tmp_path / "runs", "quick": True, "say": said.append, **more},
         )
         submitted = submit(wanted)
         if submitted.job:
@@ -172,6 +171,15 @@ def test_what_is_wrong_leaves_nothing(ask, tmp_path, overrides, more, message):
     with pytest.raises(UserError, match=message):
         ask(*overrides, **more)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_folder_that_submitit_would_not_find_again_is_refused(ask, tmp_path, dry_run):
+    """submitit puts the job's id for %j, everywhere in the path."""
+    with pytest.raises(UserError, match=r"50%job.*%j stands for"):
+        ask(runs=tmp_path / "50%job", dry_run=dry_run)
+    assert not (tmp_path / "50%job").exists()
+    assert ask(runs=tmp_path / "50% of all", dry_run=True).job is None
 
 
 def test_a_silent_cluster_is_no_reason_to_train_on_its_login_node(ask, tmp_path):
