@@ -55,8 +55,9 @@ class Events:
 
     def _found(self) -> list[dict[str, Any]]:
         found = []
-        # of the last two: over a network file system an attempt's end may show after the next one's claim
-        for attempt in self._run.attempts()[-2:]:
+        for attempt in self._run.attempts():
+            if attempt.number < self._attempt - 1:  # over a network file system, ends may show after a claim
+                continue
             if attempt.number > self._attempt:
                 self._attempt = attempt.number
                 found.append({"event": "claim", **attempt.claim(), "attempt": attempt.number})
