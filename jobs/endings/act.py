@@ -114,11 +114,11 @@ def requeue(slurm: Slurm, job_id: str, seen: Facts) -> str | Verdict | None:
         nonlocal cancelled
         # asked just before, for a scancel, or an earlier try whose answer was lost, may have come in between
         job = facts.as_seen(facts.ask(slurm, job_id))
-        now = decide(replace(seen, job=job)) if job is not None else None
-        if now is not None and now.action == "cancel":
+        now = decide(replace(seen, job=job or seen.job))
+        if now.action == "cancel":
             cancelled = now
             say(f"job {job_id} was cancelled in the meantime: it is not requeued")
-        elif now is None or now.action != "note":
+        elif now.action != "note":
             slurm.requeue(job_id)
 
     refusal = _refusal(once, REFUSED_SECONDS, 1.0)

@@ -48,18 +48,11 @@ PROGRESS = 16 << 20  # bytes gained by a try that reset the count of tries
 
 _CHUNK = 1 << 20
 _RANGE = 16 << 20  # bytes asked of fsspec at once
-
-
-class _NothingLeft(OSError):
-    """The file has no byte at or after the one asked for."""
-
-
-# answers with a meaning; all but 416 are not worth another try
+# what is not worth another try, though a server may answer so
 _FINAL: dict[int, tuple[type[OSError], int]] = {
     **dict.fromkeys(set(range(400, 500)) - {408, 416, 425, 429}, (Refused, errno.EIO)),
     **dict.fromkeys((404, 410), (FileNotFoundError, errno.ENOENT)),
     **dict.fromkeys((401, 403), (Forbidden, errno.EACCES)),
-    416: (_NothingLeft, errno.EIO),
 }
 _OURS = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])  # this machine's, not the network's
 _KINDS = "datasets/|spaces/"  # of repositories on the hub, beside models
@@ -154,6 +147,8 @@ class _Download:
 
     def attempt(self) -> Got:
         self.gained = 0
+        # a byte once more: a transfer may break after its last one, and no server continues with nothing
+        self._done = max(0, self._done - 1)
         with _opened(self.address, self._done, self._tag) as transfer:
             if transfer.start != self._done:
                 self._done, self._whole = 0, None
@@ -298,11 +293,7 @@ def _state(answer: Any) -> State:
 @contextlib.contextmanager
 def _of_the_web(address: str, start: int, tag: str | None) -> Iterator[Transfer]:
     headers = {"Range": f"bytes={start}-", "If-Range": tag} if start and tag else {}
-    with contextlib.ExitStack() as stack:
-        try:
-            answer = stack.enter_context(_request(address, "GET", headers))
-        except _NothingLeft:  # it broke after its last byte: it begins anew
-            answer = stack.enter_context(_request(address, "GET"))
+    with _request(address, "GET", headers) as answer:
         begin = 0
         if answer.status == 206:
             first = (answer.headers.get("Content-Range") or "").removeprefix("bytes ").partition("-")[0]
