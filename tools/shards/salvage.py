@@ -3,13 +3,14 @@
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import count
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import NamedTuple
 
 from clipcluster.data.shards.shard_index import sample_name, samples
-from clipcluster.data.shards.tar import BLOCK, END, NO_BYTES, BrokenTar, Member, padded, read_at
+from clipcluster.data.shards.tar import BLOCK, END, NO_BYTES, BrokenTar, Member, padded, read_at, scan
 
 ASIDE = ".broken"  # what the original's name gets
 _MAGIC = 257  # where `ustar` stands in a header
@@ -75,13 +76,16 @@ def _found(fd: int) -> Iterator[_Found]:
         try:
             for key, members in samples(fd, start):
                 end = max(member.offset + padded(member.size) for member in members.values())
-                whole = None if start and not stretch else True
+                whole = None if 0 < start == next(iter(members.values())).start else True
                 readable = {name: member for name, member in members.items() if member.size != NO_BYTES}
                 stretch.append(_Found(key, readable, whole))
         except BrokenTar:
-            damaged = True
+            damaged, known = True, end
+            with suppress(BrokenTar):
+                for member in scan(fd, known):  # of no sample: what they follow is whole
+                    end = member.offset + padded(member.size)
         cut = sample_name(_name_at(fd, end) or "") if damaged else None
-        if damaged and stretch:
+        if damaged and stretch and end == known:
             last = stretch[-1]
             whole = False if cut is not None and cut[0] == last.key else None
             stretch[-1] = last._replace(whole=whole)

@@ -77,6 +77,20 @@ def test_behind_a_damaged_header_it_goes_on(tmp_path: Path) -> None:
     assert done.left_out == ["s2", "s2"]
 
 
+def test_a_file_of_no_sample_says_that_what_it_follows_is_whole(tmp_path: Path) -> None:
+    path, inner = tmp_path / "a.tar", _tar(tmp_path / "inner.tar", ["x"])
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("s0.jpg", b"0"), ("s1.jpg", b"1"), ("s1.cls", b"1"), ("README", inner)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(path.read_bytes()[: tar.offset] + b"damage" * 200)
+    done = salvage(path)
+    assert done is not None
+    assert (done.kept, done.left_out) == (2, [])
+    assert _samples(path) == {"s0": {"jpg": b"0"}, "s1": {"jpg": b"1", "cls": b"1"}}
+
+
 @example(cut=1, form=tarfile.GNU_FORMAT, flip=None)
 @given(
     cut=st.integers(1, 40_000),
