@@ -33,7 +33,7 @@ from clipcluster.runs.files import read_json, read_lines
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
-from clipcluster.train import checkpoint_writer
+from clipcluster.train import checkpoint, checkpoint_writer
 from clipcluster.train.checkpoint import Broken, CheckpointFolder, load_parts, reading, verify
 from clipcluster.train.checkpoint_writer import Contents, Dropped, safetensors_bytes, take_copy
 from clipcluster.train.progress import Progress
@@ -332,6 +332,23 @@ def test_a_whole_one_that_is_there_stays(folder: CheckpointFolder) -> None:
     folder.write(contents(2))
     verify(folder.path(2))
     assert (folder.folder / "broken-step-00000002-1").is_dir()
+
+
+def test_a_rename_that_could_not_be_made_durable_is_made_so_by_the_second_try(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+
+    def fails_once(path: Path) -> None:
+        synced.append(path)
+        if len(synced) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "fsync_folder", fails_once)
+    with pytest.raises(OSError, match="Input/output"):
+        folder.write(contents(5))
+    folder.write(contents(5))
+    assert synced == [folder.folder] * 2
 
 
 def test_a_stale_writer_renames_and_deletes_nothing(folder: CheckpointFolder) -> None:
