@@ -39,8 +39,10 @@ class SharedBuffer:
     `images` stays valid after that; `whole` is the slice of all of them.
     """
 
+    _fd: int | None = None
+
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self._fd: int | None = os.memfd_create("batch", os.MFD_CLOEXEC)
+        self._fd = os.memfd_create("batch", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, max(1, math.prod(shape)))
         self.whole = BufferSlice(f"/proc/{os.getpid()}/fd/{self._fd}", shape, 0, shape[0])
         self.images = self.whole.open()

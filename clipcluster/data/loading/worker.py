@@ -62,8 +62,8 @@ class PartialBatch:
 
 
 def reduced(tensor: torch.Tensor) -> Any:
-    """How a worker pickles a tensor: a small one as bytes, because shared memory would cost more."""
-    if tensor.nbytes > _SMALL:
+    """How a worker pickles a tensor: as bytes, large pixels alone through /dev/shm, which may be small."""
+    if tensor.nbytes > _SMALL and tensor.dtype == torch.uint8:
         return reduce_tensor(tensor)
     return _rebuilt, (tensor.reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
 

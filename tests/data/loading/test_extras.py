@@ -218,13 +218,18 @@ def test_a_partial_batch_keeps_every_dtype_on_its_way() -> None:
         "words": ["a", "b"],
     }
     tokens = torch.arange(4).view(2, 2).T
-    part = PartialBatch(1, torch.zeros(_SMALL + 1), tokens, extras=extras)
-    message = io.BytesIO()
-    pickler = ForkingPickler(message)
-    pickler.dispatch_table[torch.Tensor] = reduced
-    pickler.dump(part)
-    assert message.tell() < 2000  # large tensors travel by shared memory
-    sent = ForkingPickler.loads(message.getvalue())
+
+    def pickled(images: torch.Tensor) -> bytes:
+        message = io.BytesIO()
+        pickler = ForkingPickler(message)
+        pickler.dispatch_table[torch.Tensor] = reduced
+        pickler.dump(PartialBatch(1, images, tokens, extras=extras))
+        return message.getvalue()
+
+    message = pickled(torch.zeros(_SMALL + 1, dtype=torch.uint8))
+    assert len(message) < 2000  # large pixels travel by shared memory
+    assert len(pickled(torch.zeros(_SMALL))) > 4 * _SMALL  # nothing else does, however large
+    sent = ForkingPickler.loads(message)
     assert sent.images.shape == (_SMALL + 1,)
     assert sent.tokens.tolist() == [[0, 2], [1, 3]]
     for name in ("half", "flags", "none"):
