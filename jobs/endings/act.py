@@ -109,11 +109,13 @@ def requeue(slurm: Slurm, job_id: str, seen: Facts) -> str | Verdict | None:
     Else why SLURM did not do it, or the verdict on the job if it was cancelled in the meantime.
     """
     cancelled: Verdict | None = None
+    ask = seen.job is not None  # where SLURM was silent, the first try is made at once
 
     def once() -> None:
-        nonlocal cancelled
+        nonlocal cancelled, ask
         # asked just before, for a scancel, or an earlier try whose answer was lost, may have come in between
-        job = facts.as_seen(facts.ask(slurm, job_id))
+        job = facts.as_seen(facts.ask(slurm, job_id)) if ask else None
+        ask = True
         now = decide(replace(seen, job=job or seen.job))
         if now.action == "cancel":
             cancelled = now

@@ -287,3 +287,13 @@ def test_a_scancel_before_the_requeue_ends_the_run(job, monkeypatch, when):
     assert history.last_verdict(attempt)["event"] == "cancel"
     assert job.run.cancelled_jobs() == {"17"}
     assert (job.folder / "asked").exists() == (when == "while SLURM refuses")
+
+
+def test_a_silent_slurm_is_not_asked_again_before_the_requeue(job, monkeypatch):
+    """Little time may be left: each question that it does not answer takes ten seconds."""
+    text = SCONTROL.format(folder=job.folder).replace("show)", "show) echo 'socket timed out' >&2; exit 1;")
+    job.program("scontrol", text)
+    monkeypatch.setenv("PATH", f"{job.programs}:{os.environ['PATH']}")
+    attempt = job.run.claim("17", host="n1", still_running=lambda job: False)
+    assert act.conclude(job.run, attempt, 137, Slurm(), {"SLURM_JOB_ID": "17"}) == 85
+    assert (job.folder / "calls").read_text() == "show job 17\nrequeue 17\n"
