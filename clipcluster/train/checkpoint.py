@@ -133,12 +133,10 @@ class CheckpointFolder:
             write_own_files(aside, contents, tell)
             return
         try:
+            verify(final)
+        except Broken as error:
             if final.exists():
-                try:
-                    verify(final)
-                    return
-                except Broken as error:
-                    self.set_aside(contents.step, str(error))
+                self.set_aside(contents.step, str(error))
             aside.mkdir(exist_ok=True)
             write_complete(aside, contents, self._about, telling)
             self.attempt.check()

@@ -245,7 +245,7 @@ def test_twins_differ_both_ways_alike(tmp_path_factory, first, second):
 
 
 def test_where_runs_live(monkeypatch, tmp_path):
-    monkeypatch.delenv("CLIPCLUSTER_RUNS")
+    monkeypatch.delenv("CLIPCLUSTER_RUNS", raising=False)
     assert str(runs_folder(None)) == "runs"
     monkeypatch.setenv("CLIPCLUSTER_RUNS", "/scratch/runs")
     assert str(runs_folder(None)) == "/scratch/runs"
