@@ -225,7 +225,8 @@ def chosen(folder: Path | RemoteFolder, tars: Iterable[str], names: Sequence[str
 
 
 def named(written: str) -> list[Selection]:
-    """What an entry of a recipe takes of which folders, in the order written; globs of folders are listed.
+    """What an entry of a recipe takes of which folders, in the order written, whole ones before those of which
+    tars are named; globs of folders are listed.
 
     UserError: an unknown kind of address, an extra that is missing, a glob at an http server. Unreachable: a
     bucket that does not answer.
@@ -243,11 +244,13 @@ def named(written: str) -> list[Selection]:
             taken[entry.rstrip("/")] = None
         elif (names := taken.setdefault(folder_address, [])) is not None:
             names.append(unquote(name) if is_web(written) else name)
-    return [
+    found = [
         Selection(folder, None if names is None else tuple(names))
         for address, names in taken.items()
         for folder in _listed(RemoteFolder(address, at.query))
     ]
+    # each once, though several globs list it
+    return sorted(dict.fromkeys(found), key=lambda selection: selection.tars is not None)
 
 
 def _listed(folder: RemoteFolder) -> list[RemoteFolder]:

@@ -167,6 +167,22 @@ def test_a_folder_is_shown_by_its_name_alone() -> None:
     assert "hidden" not in f"{folder} {folder!r} {folder / '0.tar'} {folder / '0.tar'!r} {folder.name}"
 
 
+@pytest.mark.parametrize(
+    ("written", "taken"),
+    [
+        ("{a*,ab*}", [("aa", None), ("ab", None)]),
+        ("{a*/0,ab/0}.tar", [("aa", ("0.tar",)), ("ab", ("0.tar",))]),
+        ("{b/0.tar,aa}", [("aa", None), ("b", ("0.tar",))]),
+        ("{b/{0..1},aa/2,b/3}.tar", [("b", ("0.tar", "1.tar", "3.tar")), ("aa", ("2.tar",))]),
+    ],
+)
+def test_an_entry_takes_a_folder_once(tmp_path: Path, written: str, taken: list[Any]) -> None:
+    for name in ("aa", "ab", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").touch()
+    assert [(one.folder.name, one.tars) for one in named(f"file://{tmp_path}/{written}")] == taken
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_server_that_forbids_is_named(
     tmp_path: Path, make_shards: Callable[..., Path], web_server: Callable[..., Any],
