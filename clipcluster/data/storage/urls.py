@@ -163,9 +163,14 @@ class RemoteFolder(RemoteFile):
 
     @property
     def parent(self) -> "RemoteFolder | None":
-        """The folder above; None above a server, a bucket or a command."""
+        """The folder above; None above a server, a bucket, a repository of the hub or a command."""
         kind, _, path = self.address.partition("://")
-        return None if "/" not in path else RemoteFolder(f"{kind}://{path.rpartition('/')[0]}", self.query)
+        within = 0 if kind != "hf" else 2 if path.startswith(("datasets/", "spaces/")) else 1  # its name
+        return (
+            None
+            if path.count("/") <= within
+            else RemoteFolder(f"{kind}://{path.rpartition('/')[0]}", self.query)
+        )
 
     def __truediv__(self, name: str) -> RemoteFile:
         if self.is_pipe:

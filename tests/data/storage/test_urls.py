@@ -183,6 +183,20 @@ def test_an_entry_takes_a_folder_once(tmp_path: Path, written: str, taken: list[
     assert [(one.folder.name, one.tars) for one in named(f"file://{tmp_path}/{written}")] == taken
 
 
+@pytest.mark.parametrize(
+    ("address", "above"),
+    [
+        ("hf://datasets/owner/name/train", "hf://datasets/owner/name"),
+        ("hf://datasets/owner/name@main", "None"),
+        ("hf://owner/name", "None"),
+        ("s3://bucket/train", "s3://bucket"),
+        ("s3://bucket", "None"),
+    ],
+)
+def test_above_a_repository_there_is_no_folder(address: str, above: str) -> None:
+    assert str(RemoteFolder(address).parent) == above
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_server_that_forbids_is_named(
     tmp_path: Path, make_shards: Callable[..., Path], web_server: Callable[..., Any],
