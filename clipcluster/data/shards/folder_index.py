@@ -44,7 +44,7 @@ from clipcluster.runs.files import write_text
 
 COLUMNS_FILE = "index.bin"
 
-_CHUNK = 1 << 16  # shards whose columns are compared at once
+_CHUNK = 1 << 13  # shards whose columns are compared at once
 _SCAN = 1 << 20  # bytes of names that are looked at at once
 
 

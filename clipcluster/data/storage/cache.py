@@ -164,6 +164,7 @@ class Cache:
             os.fsync(fd)
             path = placed(got)
             with self._lock("space"):  # a listing at that moment may miss both names
+                path.parent.mkdir(exist_ok=True)  # an eviction may have removed a list of old
                 os.replace(part, path)
             fcntl.flock(fd, fcntl.LOCK_SH)
             return fd, got

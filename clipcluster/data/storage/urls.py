@@ -166,11 +166,8 @@ class RemoteFolder(RemoteFile):
         """The folder above; None above a server, a bucket, a repository of the hub or a command."""
         kind, _, path = self.address.partition("://")
         within = 0 if kind != "hf" else 2 if path.startswith(("datasets/", "spaces/")) else 1  # its name
-        return (
-            None
-            if path.count("/") <= within
-            else RemoteFolder(f"{kind}://{path.rpartition('/')[0]}", self.query)
-        )
+        above = RemoteFolder(f"{kind}://{path.rpartition('/')[0]}", self.query)
+        return None if path.count("/") <= within else above
 
     def __truediv__(self, name: str) -> RemoteFile:
         if self.is_pipe:
@@ -230,7 +227,7 @@ def chosen(folder: Path | RemoteFolder, tars: Iterable[str], names: Sequence[str
 
 
 def named(written: str) -> list[Selection]:
-    """What an entry of a recipe takes of which folders, in the order written, whole ones before those of which
+    """What an entry of a recipe takes of which folders, in the order written, whole ones before those whose
     tars are named; globs of folders are listed.
 
     UserError: an unknown kind of address, an extra that is missing, a glob at an http server. Unreachable: a

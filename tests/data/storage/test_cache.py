@@ -264,3 +264,17 @@ def test_processes_of_two_machines_may_have_one_number(
     fd, got = here.unnamed(address)
     assert os.fstat(fd).st_size == got.size == (folder / "00000.tar").stat().st_size
     os.close(fd)
+
+
+def test_a_list_whose_folder_is_evicted_while_it_is_fetched_gets_another(
+    folder: Path, tmp_path: Path, web_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder may be an old one of the same content: the eviction does not know what is on its way."""
+    cache = Cache(str(tmp_path / "cache"), 1 << 30)
+
+    def evicts(*about: object) -> None:
+        for place in Path(cache.folder).glob("lists/*"):
+            shutil.rmtree(place)
+
+    monkeypatch.setattr(module, "read_beside", evicts)
+    assert open_folder(web_server(folder).address, cache=cache).n_samples == 40
