@@ -284,5 +284,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         _State.model_validate(state)
     except ValidationError as error:
-        raise ValueError(f"{STATE} is not the state of a run: {error}") from error
+        first = error.errors()[0]
+        raise ValueError(f"{STATE} is not the state of a run: {first['loc'][0]}: {first['msg']}") from error
     return dict(state)

@@ -273,6 +273,9 @@ def test_garbage_in_the_state_is_broken(folder: CheckpointFolder, garbage: Any, 
         return
     rewrite(folder.path(3), {**state, key: garbage})
     assert folder.newest() == folder.path(2)
+    reason = read_json(folder.folder / "broken-step-00000003-1" / "why.json")["reason"]
+    assert key in reason
+    assert "\n" not in reason
 
 
 def test_all_broken_is_refused_and_touches_nothing(folder: CheckpointFolder) -> None:
