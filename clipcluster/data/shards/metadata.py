@@ -17,6 +17,7 @@ from clipcluster.data.shards.folder_index import IndexedFolder
 from clipcluster.data.storage.urls import RemoteFile
 
 _PIECES = 64  # columns concatenated without a copy
+_SHARDS = 64  # whose samples are looked at together
 
 
 class CaptionField(NamedTuple):
@@ -138,10 +139,15 @@ class Metadata:
             return by_field[0]
         having = np.max([table[0] for table in by_field], axis=0)
         # in shards where no field alone has a caption for every sample, the samples are looked at
-        for shard in np.flatnonzero((having > 0) & (having < self.sample_counts)).tolist():
-            end = int(self.sample_ends[shard])
-            counts = self.caption_counts(slice(end - int(self.sample_counts[shard]), end))
-            having[shard] = np.count_nonzero(counts)
+        partial = (having > 0) & (having < self.sample_counts)
+        for low in range(0, len(self), _SHARDS):
+            part = slice(low, low + _SHARDS)
+            if partial[part].any():
+                ends, sizes = self.sample_ends[part], self.sample_counts[part]
+                begin = int(ends[0] - sizes[0])
+                counts = self.caption_counts(slice(begin, int(ends[-1])))
+                used = np.concatenate([[0], np.cumsum(counts > 0)])
+                having[part] = used[ends - begin] - used[ends - begin - sizes]
         return having[None]
 
     def more_than_of(self, field: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcluster.data.shards import indexing
+from clipcluster.data.shards import indexing, metadata
 from clipcluster.data.shards.columns import read_columns, write_columns
 from clipcluster.data.shards.folder_index import COLUMNS_FILE, write_folder_index
 from clipcluster.data.shards.indexing import index_folder
@@ -118,6 +118,15 @@ def test_fields_with_probabilities_lie_end_to_end(folder: Path) -> None:
     assert shards.read(5).captions == ["own 5", "synthetic 5 0", "synthetic 5 1"]
     assert shards.read(3).captions == []
     shards.announce(range(7))
+
+
+def test_samples_with_any_caption_are_counted_in_stretches(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_folder(folder, captions_choice=["default", SYNTHETIC])
+    for stretch in (1, 2, 64):
+        monkeypatch.setattr(metadata, "_SHARDS", stretch)
+        assert open_folder(folder, captions_in={"default": 1, SYNTHETIC: 1}).more_than.tolist() == [[3, 2, 1]]
 
 
 def test_one_choice_is_one_field(folder: Path) -> None:
