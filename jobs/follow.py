@@ -124,8 +124,8 @@ class View:
 
     def _progress(self, line: Mapping[str, Any]) -> None:
         self.bar.update(self._task, completed=line["step"], description=metrics_text(line))
-        seldom = time.monotonic() - self._told >= LINE_SECONDS or line["step"] == self.total
-        if seldom and not self.console.is_terminal:
+        due = time.monotonic() - self._told >= LINE_SECONDS or line["step"] == self.total
+        if due and not self.console.is_terminal:
             self._told = time.monotonic()
             total = f"/{self.total:,}" if self.total else ""
             self.say(f"step {line['step']:,}{total}  {metrics_text(line)}")

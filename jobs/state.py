@@ -116,7 +116,7 @@ def state_of(run: Run, queue: Queue) -> State:
         return State("UNKNOWN", "a job of SLURM, which cannot be asked here, may have been submitted")
     if newest is not None and job_ids(run)[-1:] != [newest.job] and not run.finished():
         newest = None  # a later job came to its end without a claim
-    ended = _by_verdict(newest) or _by_outcome(newest) if newest else None
+    ended = (_by_verdict(newest) or _by_outcome(newest)) if newest else None
     return ended or _gone(run, queue, newest)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from dataclasses import dataclass, replace
+from math import isqrt
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.recipe import Recipe
@@ -110,7 +111,8 @@ def samples_per_rank(batch: int, world_size: int) -> int:
         return batch // world_size
     lower, upper = batch - batch % world_size, batch + world_size - batch % world_size
     batches = " or ".join(str(value) for value in (lower, upper) if value > 0)
-    divisors = [ranks for ranks in range(1, batch + 1) if batch % ranks == 0]
+    small = [ranks for ranks in range(1, isqrt(batch) + 1) if batch % ranks == 0]
+    divisors = sorted({*small, *(batch // ranks for ranks in small)})
     near = divisors[max(0, bisect(divisors, world_size) - 1) :][:2]  # the largest below, the smallest above
     raise UserError(
         f"data.batch_size {batch} does not divide by {world_size} ranks; set it to {batches}, "

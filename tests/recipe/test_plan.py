@@ -208,3 +208,5 @@ def test_idle_nodes_are_said() -> None:
 def test_a_plan_is_instant_for_any_size() -> None:
     found = plan(recipe_of(65_536, "12_800_000_000 samples"), 12_800_000_000, 1024)
     assert found.total_steps == math.floor(12_800_000_000 / 65_536 + 0.5)
+    with pytest.raises(UserError, match=r"does not divide by 7 ranks; .* or use 5 or 8 ranks"):
+        samples_per_rank(10**12, 7)

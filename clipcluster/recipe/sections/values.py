@@ -62,10 +62,9 @@ Deviation = Annotated[
 
 def _one_or_more(value: object) -> object:
     paths = [value] if isinstance(value, str) else value
-    listed = isinstance(paths, (list, tuple)) and paths
-    if not listed or not all(isinstance(path, str) and path for path in listed):
+    if not isinstance(paths, (list, tuple)) or not paths or not all(p and isinstance(p, str) for p in paths):
         raise ValueError("should be a path or a list of paths")
-    return value if isinstance(value, str) else tuple(listed)
+    return value
 
 
 Paths = Annotated[
