@@ -93,7 +93,7 @@ def _daemon(process: psutil.Process, sandbox: Sandbox) -> Owned | None:
     program = Path(process.exe()).name  # slurmd, slurmd-wlm, …
     for kind in (*DAEMONS, "slurmstepd"):
         if program.startswith(kind):
-            for descriptor in os.scandir(f"/proc/{process.pid}/fd"):
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
                 held = Path(os.readlink(descriptor).removesuffix(" (deleted)"))
                 if held.parent == sandbox.logs:
                     return Owned(process.pid, kind, held.stem)
