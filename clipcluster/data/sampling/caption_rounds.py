@@ -192,7 +192,7 @@ class CaptionRounds:
             firsts, n_shards = ends[span] - lengths[span], span.stop - span.start
             low, high = int(firsts[0]), int(ends[span.stop - 1])
             numbers = np.arange(low, high) - np.repeat(firsts, lengths[span])
-            captions = np.minimum(self._captions(low, high), depth)
+            captions = np.minimum(self._captions(low, high), depth, dtype=np.int64)
             cell = np.repeat(np.arange(n_shards), lengths[span]) * (depth + 1) + captions
             kinds = own.kinds(slice(low - start, high - start))
             cell = (cell * len(own.values) + kinds) * own.most + own.offsets(numbers)

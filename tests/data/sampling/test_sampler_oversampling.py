@@ -251,6 +251,15 @@ def test_rounds_hold_every_caption_as_often_as_its_sample_is_repeated():
     assert CaptionRounds([told], every_caption=False).sizes.tolist() == [7]
 
 
+def test_few_captions_stand_beside_a_sample_with_more_than_a_byte_can_count():
+    few = sampler_source(
+        np.array([4]), np.array([1, 2, 3, 1], np.uint8), repeats=Repeats(1, {0: 2}, np.array([0, 1, 0, 1]))
+    )
+    many = sampler_source(np.array([2]), np.array([300, 2], np.int32))
+    sizes = CaptionRounds([few, many], every_caption=True).sizes
+    assert (sizes[0], sizes[1], sizes[2], sizes[3], len(sizes)) == (6 + 2, 3 + 2, 2 + 1, 1, 300)
+
+
 def test_a_line_of_many_portions_finds_the_same_samples(monkeypatch):
     shape, _ = over_sampled(0.3, 3, shards=41, per_shard=50)
     shape.sample_counts[7:9] = 0
