@@ -51,7 +51,7 @@ def retrieval(
     own_row = Matches(np.arange(len(pairs)), np.arange(len(pairs)))
     image = known.features[present]
     text = encode_texts(model, list(numbers), context, tick)
-    rows = [torch.from_numpy(numbers).to(image.device) for numbers in (captioned, of_image, of_text)]
+    rows = [torch.from_numpy(side).to(image.device) for side in (captioned, of_image, of_text)]
     for name, queries, candidates, owners in (
         ("i2t", image[rows[0]], text, Matches(of_captioned, of_text)),
         ("t2i", text, image, Matches(of_text, of_image)),

@@ -24,7 +24,7 @@ Draws = np.recarray
 
 DRAW = np.dtype([("source", "i4"), ("pass_index", "i8"), ("position", "i8"), ("caption", "i4")])
 """One slot: number of the source in the recipe; pass of the source, from 0, where samples are repeated, each
-copy counts as a pass (pass x `Sampler.copies` + copy); sample within the source, counted in the index's
+copy counts as a pass (pass x `CaptionRounds.copies` + copy); sample within the source, counted in the index's
 order; number of the caption shown, -1 in a source without caption counts. No two draws are equal."""
 
 
