@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipcluster.recipe.sections.checkpoint import Best, Keep
-from clipcluster.train.saver import kept, smaller_is_better
+from clipcluster.train.rotation import kept, smaller_is_better
 
 steps = st.sets(st.integers(0, 500), max_size=30)
 
