@@ -97,6 +97,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
     ("override", "said"),
     [
         ("optim.lrr=3", "unknown key; did you mean optim.lr?"),
+        ("data.image.std=[0, 0, 1]", "got [0, 0, 1]; should be above zero"),
         ("optm.lr=3", "unknown key; did you mean optim?"),
         ("lr=3", "unknown key; did you mean optim.lr?"),
         ("data.train.0.shard=x", "unknown key; did you mean data.train.0.shards?"),

@@ -117,6 +117,13 @@ class Image(Section):
             raise ValueError("should be fractions of the image, at most 1.0")
         return value
 
+    @field_validator("std")
+    @classmethod
+    def _above_zero(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(value) <= 0:
+            raise ValueError("should be above zero")
+        return value
+
 
 class Text(Section):
     """How a caption becomes the input of its tower."""

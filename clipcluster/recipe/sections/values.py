@@ -54,10 +54,7 @@ _COLOURS = WithJsonSchema(
     }
 )
 Mean = Annotated[tuple[Float, Float, Float], BeforeValidator(partial(_replace, MEANS)), _COLOURS]
-Positive = Annotated[Float, Field(gt=0)]
-Deviation = Annotated[
-    tuple[Positive, Positive, Positive], BeforeValidator(partial(_replace, DEVIATIONS)), _COLOURS
-]
+Deviation = Annotated[tuple[Float, Float, Float], BeforeValidator(partial(_replace, DEVIATIONS)), _COLOURS]
 
 
 def _one_or_more(value: object) -> object:
