@@ -131,6 +131,9 @@ def _misfit(folder: Path, index: Path | None, choice: str) -> str | None:
     try:
         shards = open_folder(folder, index, choice)
         shards.check_unchanged()
+        for shard in range(len(shards)):
+            shards.columns(shard)
+        shard_list.read_summary(folder, index)
         unknown = {path.name for path in indexing.find_shards(folder)} - set(shards.shard_names)
         shards.close()
     except DataError as error:

@@ -76,7 +76,11 @@ def read_summary(folder: Path, index: Path | None = None) -> IndexSummary:
     target = index or folder
     choices, entries = read_list(target)
     if not choices or any(not entry.captions for entry in entries.values()):
-        raise UserError(f"{target}: no index there; make it with: clipcluster shards index {folder}")
+        file, place = target / ENTRIES_FILE, "" if target == folder else f" --index {target}"
+        command = f"clipcluster shards index {folder}{place}"
+        if file.exists():
+            raise UserError(f"{file} is damaged or of another format; rebuild it with: {command}")
+        raise UserError(f"{target}: no index there; make it with: {command}")
     return summarize(folder, target, choices, list(entries.values()))
 
 

@@ -185,7 +185,7 @@ def test_an_index_of_format_1_is_refused_then_made_anew_without_hashing(
         UserError, match=f"another format .1.; rebuild it with: clipcluster shards index {folder}$"
     ):
         open_folder(folder, captions_in="txt")
-    with pytest.raises(UserError, match="no index there"):
+    with pytest.raises(UserError, match=r"index\.json is damaged or of another format"):
         read_summary(folder)
     monkeypatch.setattr(indexing, "file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
     index_folder(folder)

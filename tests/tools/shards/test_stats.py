@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +102,22 @@ def test_without_an_index_that_fits_one_is_made_for_the_moment(folder: Path, tmp
     assert found.samples == 15
     assert [one["shard"] for one in found.broken] == ["00000.tar"]
     assert "changed" in found.notes[0]
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "deleted", "list"])
+def test_a_damaged_index_is_not_used(folder: Path, tmp_path: Path, harm: str) -> None:
+    for path in folder.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    index_folder(tmp_path)
+    whole = stats(tmp_path, images=False)
+    damaged = tmp_path / ("index.json" if harm == "list" else "00002.tar.idx")
+    if harm == "deleted":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(b"{" if harm == "list" else damaged.read_bytes()[: 100 if harm == "cut" else 0])
+    found = stats(tmp_path, images=False)
+    assert "damaged" in found.notes[0]
+    assert replace(found, notes=[]) == whole
 
 
 def test_another_choice_of_captions(folder: Path) -> None:

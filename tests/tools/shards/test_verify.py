@@ -82,6 +82,10 @@ def test_without_an_index_it_says_what_to_do(folder: Path) -> None:
     (folder / "index.bin").unlink()
     with pytest.raises(UserError, match="clipcluster shards index"):
         verify(folder, workers=0)
+    index_folder(folder)
+    (folder / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json is damaged .*with: clipcluster shards index"):
+        verify(folder, workers=0)
 
 
 def test_notes_break_nothing(folder: Path) -> None:
