@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from clipcluster.errors import UserError
+from clipcluster.text import counted
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 PIPE = "pipe:"
@@ -213,17 +214,23 @@ class Selection(NamedTuple):
 def chosen(folder: Path | RemoteFolder, tars: Iterable[str], names: Sequence[str]) -> list[str]:
     """Those of the folder's `names` that `tars`, names and globs, take. UserError where one takes none."""
     known = dict.fromkeys(names)
-    taken: dict[str, None] = {}
-    for tar in tars:
-        found = [tar] if tar in known else fnmatch.filter(known, tar)
-        if not found:
-            where = folder if isinstance(folder, Path) else "ADDRESS --index FOLDER"
-            raise UserError(
-                f"{folder / tar}: not in the index of its folder, which names {len(known)} shards; index all "
-                f"of them at once: clipcluster shards index {where}"
-            )
-        taken |= dict.fromkeys(found)
-    return list(taken)
+    found = {tar: [tar] if tar in known else fnmatch.filter(known, tar) for tar in tars}
+    missing = [tar for tar, taken in found.items() if not taken]
+    gone = [tar for tar in missing if isinstance(folder, Path) and not (folder / tar).exists()]
+    count = len(gone or missing)
+    several = f"{count:,} of {counted(len(found), 'shard')} {'is' if count == 1 else 'are'} not"
+    if gone:
+        raise UserError(
+            f"{folder / gone[0]} does not exist ({several} there); name only shards that are; the index of "
+            f"their folder has {counted(len(known), 'shard')}"
+        )
+    if missing:
+        raise UserError(
+            f"{folder / missing[0]}: not in the index of its folder ({several}), which names "
+            f"{counted(len(known), 'shard')}; index all of them at once: clipcluster shards index "
+            f"{folder if isinstance(folder, Path) else 'ADDRESS --index FOLDER'}"
+        )
+    return list(dict.fromkeys(name for taken in found.values() for name in taken))
 
 
 def named(written: str) -> list[Selection]:

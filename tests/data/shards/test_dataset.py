@@ -202,7 +202,15 @@ def test_sources_as_recipes_write_them(
 
 
 def test_sources_that_cannot_be_read(folder: Path, tmp_path: Path, make_shards: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"00009\.tar: not in the index"):
+    gone = r"00004\.tar does not exist \(6 of 10 shards are not there\); name .* folder has 4 shards"
+    with pytest.raises(UserError, match=gone):
+        open_source(_source(shards=f"{folder}/{{00000..00009}}.tar"), text=True)
+    with pytest.raises(UserError, match=r"/x\*\.tar does not exist \(1 of 1 shard is not there\)"):
+        open_source(_source(shards=f"{folder}/x*.tar"), text=True)
+    shutil.copy(folder / "00000.tar", folder / "00009.tar")
+    with pytest.raises(
+        UserError, match=r"00009\.tar: not in .* \(1 of 2 shards is not\), which names 4 shards"
+    ):
         open_source(_source(shards=f"{folder}/{{00000,00009}}.tar"), text=True)
     silent = make_shards(tmp_path / "silent", 3, texts=lambda number: [])
     with pytest.raises(UserError, match="no sample has a caption"):
