@@ -144,7 +144,7 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.train.0.repeat_classes={ood: 2}"], "'ood' is not the name of one class; did you mean 'odd'?"),
+        (["data.train.0.repeat_classes={ood: 2}"], "no class in classnames.txt is called 'ood'; did you mean 'odd'?"),
         (["data.train.0.repeat_classes={2: 2}"], "there is no class 2; the classes are 0 to 1"),
         (["data.train.0.repeat=0.37"], "The nearest possible repeats are 0.37037037"),
         (

@@ -15,7 +15,7 @@ import numpy as np
 
 from clipcluster.data.sampling.permutation import key, subkeys
 from clipcluster.errors import UserError
-from clipcluster.text import nearest
+from clipcluster.text import counted, nearest
 
 LARGEST_DENOMINATOR = 64
 MOST_COPIES = 255
@@ -176,14 +176,18 @@ def _class_number(word: str, classnames: Sequence[str] | None, highest: int, key
     found = [number for number, known in enumerate(classnames or ()) if known.strip() == word.strip()]
     if len(found) == 1:
         return found[0]
-    near = nearest(word, classnames or ())
     if classnames is None:
-        remedy = "there is no classnames.txt beside the shards or in the folder above: give its number"
-    elif found:
-        remedy = f"the classes {', '.join(map(str, found))} are called so: give the number of one"
-    else:
-        remedy = f"did you mean {near!r}?" if near else "give its number"
-    raise UserError(f"{key_}: {word!r} is not the name of one class; {remedy}")
+        raise UserError(
+            f"{key_}: {word!r} is the name of a class, and there is no classnames.txt beside the shards or in"
+            " the folder above; give the class's number"
+        )
+    if found:
+        which = ", ".join(map(str, found))
+        raise UserError(f"{key_}: {word!r} is the name of the classes {which}; give the number of one")
+    near = nearest(word, classnames)
+    names = counted(len(classnames), "name")
+    hint = f"did you mean {near!r}?" if near else f"it has {names}; give one of them or the class's number"
+    raise UserError(f"{key_}: no class in classnames.txt is called {word!r}; {hint}")
 
 
 def _exact(value: float) -> Fraction:

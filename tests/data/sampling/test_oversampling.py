@@ -37,16 +37,16 @@ def test_nothing_said_is_nothing_repeated():
         (
             {"brid": 2.0},
             {},
-            r"repeat_classes: 'brid' is not the name of one class; did you mean 'bird'",
+            r"repeat_classes: no class in classnames\.txt is called 'brid'; did you mean 'bird'",
         ),
-        ({"submarine": 2.0}, {}, "'submarine' is not the name of one class; give its number"),
-        ({"crane": 2.0}, {}, "'crane' is not the name of one class; the classes 3, 4 are called so"),
+        ({"submarine": 2.0}, {}, "called 'submarine'; it has 5 names; give one of them or the class's number"),
+        ({"crane": 2.0}, {}, "'crane' is the name of the classes 3, 4; give the number of one"),
         ({"5": 2.0}, {}, "there is no class 5; the classes are 0 to 4"),
         ({"3": 2.0}, {"classnames": None}, "there is no class 3; the classes are 0 to 2"),
         (
             {"cat": 2.0},
             {"classnames": None},
-            r"'cat' is not the name of one class; there is no classnames\.txt",
+            r"'cat' is the name of a class, and there is no classnames\.txt",
         ),
         ({"0": 2.0, "cat": 3.0}, {}, "'0' and 'cat' are the same class; write it once"),
         (

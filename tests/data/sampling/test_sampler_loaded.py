@@ -123,7 +123,7 @@ def test_classes_are_asked_of_the_shards(tmp_path: Path, make_shards: Callable[.
     folder = make_shards(tmp_path / "a", 20)
     with pytest.raises(UserError, match=r"data\.train\.0\.repeat_classes: there is no class 4"):
         opened(recipe_of({"shards": str(folder), "repeat_classes": {"4": 2}}))
-    with pytest.raises(UserError, match=r"'cat' is not the name of one class; there is no classnames\.txt"):
+    with pytest.raises(UserError, match=r"'cat' is the name of a class, and there is no classnames\.txt"):
         opened(recipe_of({"shards": str(folder), "repeat_classes": {"cat": 2}}))
 
 
