@@ -144,12 +144,15 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.train.0.repeat_classes={ood: 2}"], "no class in classnames.txt is called 'ood'; did you mean 'odd'?"),
+        (
+            ["data.train.0.repeat_classes={ood: 2}"],
+            "no class in classnames.txt is called 'ood'; did you mean 'odd'?",
+        ),
         (["data.train.0.repeat_classes={2: 2}"], "there is no class 2; the classes are 0 to 1"),
         (["data.train.0.repeat=0.37"], "The nearest possible repeats are 0.37037037"),
         (
             ["data.train.0.repeat=0"],
-            "data.train.0 train: no sample to draw, with a caption where one is needed and a repeat",
+            "data.train.0 train: no sample with a caption and a repeat above zero. Look at",
         ),
         (["data.train.0.shards=data/trian"], "data.train.0.shards"),
         (["data.train.0.shards=data/trian"], "no such folder"),

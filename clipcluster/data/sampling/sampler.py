@@ -120,9 +120,12 @@ class Sampler:
 def _require_draws(first: int, group: Sequence[SamplerSource], rounds_: CaptionRounds) -> None:
     if rounds_.sizes.sum() == 0:
         names = ", ".join(f"data.train.{i} {own.name}".strip() for i, own in enumerate(group, first))
+        captions = any(own.fields for own in group)
+        needed = ["a caption"] * captions + ["a repeat above zero"] * any(own.repeats for own in group)
+        what = f"no sample with {' and '.join(needed)}" if needed else "no samples"
         raise UserError(
-            f"{names}: no sample to draw, with a caption where one is needed and a repeat above zero. Look at"
-            " the shards with `clipcluster shards stats`, and at captions_in, repeat and repeat_classes."
+            f"{names}: {what}. Look at the shards with `clipcluster shards stats`, and at captions_in, repeat"
+            " and repeat_classes."
         )
 
 

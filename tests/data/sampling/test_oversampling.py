@@ -39,7 +39,11 @@ def test_nothing_said_is_nothing_repeated():
             {},
             r"repeat_classes: no class in classnames\.txt is called 'brid'; did you mean 'bird'",
         ),
-        ({"submarine": 2.0}, {}, "called 'submarine'; it has 5 names; give one of them or the class's number"),
+        (
+            {"submarine": 2.0},
+            {},
+            "called 'submarine'; it has 5 names; give one of them or the class's number",
+        ),
         ({"crane": 2.0}, {}, "'crane' is the name of the classes 3, 4; give the number of one"),
         ({"5": 2.0}, {}, "there is no class 5; the classes are 0 to 4"),
         ({"3": 2.0}, {"classnames": None}, "there is no class 3; the classes are 0 to 2"),

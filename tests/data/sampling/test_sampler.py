@@ -353,9 +353,9 @@ def test_mistakes_in_the_recipe_are_named():
     with pytest.raises(UserError, match=r"data\.batch_size of at most 10"):
         Sampler([ten], batch_size=11, seed=0, epoch_samples=100)
     bare = sampler_source(np.array([3]), np.zeros(3, dtype=np.uint8), 1.0, name="flickr")
-    with pytest.raises(UserError, match=r"data\.train\.1 flickr: no sample to draw, with a caption"):
+    with pytest.raises(UserError, match=r"data\.train\.1 flickr: no sample with a caption\. Look"):
         Sampler([sampler_source(np.array([10]), None, 1.0), bare], batch_size=4, seed=0, captions="all")
-    with pytest.raises(UserError, match="no sample to draw"):
+    with pytest.raises(UserError, match=r"data\.train\.0: no samples\. Look"):
         Sampler([sampler_source(np.array([0, 0]))], batch_size=4, seed=0)
 
 

@@ -187,5 +187,5 @@ def test_samples_counted_beforehand_are_not_counted_again():
 
 def test_a_source_without_a_caption_in_any_field_is_refused():
     bare = tuple(field(np.zeros(9, dtype=np.uint8), 1.0) for _ in range(2))
-    with pytest.raises(UserError, match=r"data\.train\.0: no sample to draw, with a caption"):
+    with pytest.raises(UserError, match=r"data\.train\.0: no sample with a caption\. "):
         Sampler([sampler_source(np.array([9]), fields=bare)], batch_size=3, seed=0, captions="random")

@@ -293,7 +293,7 @@ def test_mistakes_are_named():
         sampler(Repeats(5, {0: 1 / 64}, classes))
     with pytest.raises(UserError, match=r"300 times .*; at most 255"):
         sampler(Repeats(300))
-    with pytest.raises(UserError, match=r"flickr: no sample to draw.* repeat above zero.*repeat_classes"):
+    with pytest.raises(UserError, match=r"flickr: no sample with a repeat above zero.*repeat_classes"):
         sampler(Repeats(0))
     with pytest.raises(UserError, match=r"a pass through the training data, repeats counted, is 160 samples"):
         Sampler(
