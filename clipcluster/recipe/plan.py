@@ -66,11 +66,13 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
             f"steps of {batch:,} samples"
         )
 
-    def period(duration: Duration) -> int:
-        return max(1, duration.steps(steps_per_epoch, batch, total))
+    def period(key: str, every: Duration) -> int:
+        if every.count == 0:
+            raise UserError(f"{key} is {every}; should be more than zero, such as 100 steps")
+        return max(1, every.steps(steps_per_epoch, batch, total))
 
     warmup = recipe.optim.warmup.steps(steps_per_epoch, batch, total)
-    every = recipe.checkpoint.every
+    every, keep, measure = recipe.checkpoint.every, recipe.checkpoint.keep.every, recipe.evaluate.every
     return Plan(
         world_size=world_size,
         nodes=max(1, world_size // recipe.cluster.ranks_per_node),
@@ -83,10 +85,10 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         total_steps=total,
         total_samples=total * batch,
         warmup_steps=warmup,
-        log_every=period(recipe.train.log_every),
-        evaluate_every=period(recipe.evaluate.every) if recipe.evaluate.every else None,
-        checkpoint_every=period(every) if isinstance(every, Duration) else None,
-        keep_every=period(recipe.checkpoint.keep.every) if recipe.checkpoint.keep.every else None,
+        log_every=period("train.log_every", recipe.train.log_every),
+        evaluate_every=period("evaluate.every", measure) if measure else None,
+        checkpoint_every=period("checkpoint.every", every) if isinstance(every, Duration) else None,
+        keep_every=period("checkpoint.keep.every", keep) if keep else None,
         warnings=_warmup_fits(recipe, warmup, total),
     )
 
