@@ -172,6 +172,8 @@ def _examples(key: Key, value: Any) -> list[str]:
         if isinstance(value, (list, tuple)) or value is None:
             return []
         required = [[n for n, f in kind.model_fields.items() if f.is_required()] for kind in kinds]
+        if isinstance(value, bool):  # whether to have the section at all
+            return [] if any(required) or not value else ["{}"]
         names = [keys or list(kind.model_fields) for keys, kind in zip(required, kinds, strict=True)]
         shapes = [f"{{{keys[0]}: {shapes[0]}}}" for keys in names if len(keys) == 1]
     listed = not isinstance(key.loc[-1], int) and (not kinds or is_list_of_sections(key.field))

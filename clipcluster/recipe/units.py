@@ -191,7 +191,7 @@ class Memory(_Text):
         """``"200 GB"``, ``"500 MB"``, ``"1.5 TB"``."""
         sizes = {"m": 1, "g": 1024, "t": 1024 * 1024}
         units = {f"{letter}{rest}": size for letter, size in sizes.items() for rest in ("", "b", "ib")}
-        count, unit = _quantity(value, units, "memory is 'N MB', 'N GB' or 'N TB'", "GB")
+        count, unit = _quantity(value, units, "memory is 'N MB', 'N GB' or 'N TB'", "MB GB")
         megabytes = math.ceil(count * unit)
         if megabytes < 1:
             raise ValueError("memory should be more than zero")

@@ -64,6 +64,8 @@ def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
     given = " ".join(words).partition(option)[2]  # "=2 …" or " 2 …"
     value = given[1:].split(" ")[0]
     value = "VALUE" if not value or value.startswith("-") else value
+    if option in ("--gpus", "--gres"):
+        value = value.rpartition(":")[2]  # of gpu:a100:2
     if words[:1] == ["status"] and option in ("--follow", "-f"):
         return "--watch"
     if words[:1] not in (["submit"], ["check"], ["evaluate"]):

@@ -38,7 +38,7 @@ def test_a_duration_becomes_steps(text: str, steps: int) -> None:
         (Duration.parse, 100, "did you mean 100 steps?"),
         (Duration.parse, " 1e3", "did you mean 1e3 steps?"),
         (Time.parse, "15", "did you mean 15 min or 15 h?"),
-        (Memory.parse, 200, "did you mean 200 GB?"),
+        (Memory.parse, 200, "did you mean 200 MB or 200 GB?"),
         (parse_period, 15, "did you mean 15 steps or 15 min?"),
     ],
 )

@@ -168,11 +168,12 @@ def read_folder_index(indexed: IndexedFolder) -> Columns:
     if missing:
         near = difflib.get_close_matches(missing[0], have, 1)
         options = "".join(f" --captions {shlex.quote(choice)}" for choice in missing)
+        where = "where the samples have that field, " * (":" in missing[0])
         raise UserError(
             f"{folder}: the index counts captions by {', '.join(map(repr, have))}, the source asks for "
             f"{', '.join(map(repr, missing))}"
             + (f" (do you mean {near[0]!r}?)" if near else "")
-            + f"; add {'it' if len(missing) == 1 else 'them'} with: {command}{options}"
+            + f"; {where}add {'it' if len(missing) == 1 else 'them'} with: {command}{options}"
         )
     return table
 

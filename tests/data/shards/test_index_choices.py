@@ -160,7 +160,10 @@ def test_a_choice_the_index_lacks_is_named_with_its_command(folder: Path) -> Non
     with pytest.raises(UserError, match=r"do you mean 'syn.json:syn_text'.*--captions syn.json:syn_txt$"):
         open_folder(folder, captions_in="syn.json:syn_txt")
     source = Source.model_validate({"shards": str(folder), "captions_in": {"txt": 1, "json:a b": 1}})
-    with pytest.raises(UserError, match=r"add them with: .* --captions 'json:a b' --captions txt$"):
+    with pytest.raises(
+        UserError,
+        match=r"; where the samples have that field, add them with: .* --captions 'json:a b' --captions txt$",
+    ):
         open_source(source, text=True)
     index_folder(folder, captions_choice="json:nothing")
     source = Source.model_validate({"shards": str(folder), "captions_in": {SYNTHETIC: 1, "json:nothing": 1}})

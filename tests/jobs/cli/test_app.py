@@ -228,6 +228,8 @@ def test_one_message_for_a_mistake(words, parts, tmp_path):
         ("resume toy", "No such command 'resume'; instead: clipcluster submit RECIPE"),
         ("status --follow", "No such option: --follow; instead: --watch"),
         ("submit r.yaml --gpus 2", "No such option: --gpus; instead: cluster.gpus_per_node=2"),
+        ("submit r.yaml --gres gpu:1", "No such option: --gres; instead: cluster.gpus_per_node=1"),
+        ("submit r.yaml --gres=gpu:a100:2", "No such option: --gres; instead: cluster.gpus_per_node=2"),
         ("check r.yaml --lr=3e-4", "No such option: --lr; instead: optim.lr=3e-4"),
         ("submit r.yaml --epochs 4", "No such option: --epochs; instead: train.duration='4 epochs'"),
         ("submit r.yaml --time 90", "No such option: --time; instead: cluster.time='90 min'"),
