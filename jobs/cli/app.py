@@ -110,8 +110,12 @@ def _usage(problem: Any, words: list[str], command: Any) -> int:
     message = problem.format_message().replace(": Value error, ", ": ")
     message = message.replace(": Input should be ", ": should be ")
     if hasattr(problem.__cause__, "errors"):  # pydantic's
-        got = problem.__cause__.errors()[0]["input"]
-        message = f"{message.partition(', unable to parse')[0]}; got {got!r}"
+        message, error = message.partition(", unable to parse")[0].rstrip("."), problem.__cause__.errors()[0]
+        ends = [getattr(problem.param, end, None) for end in ("min", "max")]
+        if error["type"] in ("greater_than_equal", "less_than_equal") and None not in ends:
+            message = f"{message.partition(': should be ')[0]}: should be from {ends[0]} to {ends[1]}"
+        if repr(error["input"]) not in message:
+            message += f"; got {error['input']!r}"
     unknown = type(problem).__name__ in ("NoSuchOption", "NoSuchCommand") or "No such command" in message
     instead = pointer(words, command, getattr(problem, "option_name", None)) if unknown else ""
     if instead:

@@ -229,7 +229,8 @@ def _require_pairs(settings: Settings) -> None:
     from clipcluster.data.shards.open import open_folder
 
     if settings.batch_size < max(settings.workers):
-        raise UserError(f"--batch-size {settings.batch_size}: at least {max(settings.workers)}, the workers")
+        least = f"give at least {max(settings.workers)}, one sample for each of the workers"
+        raise UserError(f"--batch-size {settings.batch_size}: {least}")
     shards = open_folder(settings.shards, settings.index)
     if shards.n_pairs == 0:
         raise UserError(

@@ -240,6 +240,13 @@ def test_one_message_for_a_mistake(words, parts, tmp_path):
         ("submit --mem r.yaml", "No such option: --mem; instead: cluster.mem=r.yaml"),
         ("convert csv", "No such command 'convert'; instead: clipcluster shards convert"),
         ("metrics toy --every ten", "Invalid value for '--every': should be a valid integer; got 'ten'"),
+        (
+            "submit r.yaml --executor pbs",
+            "Invalid value for '--executor': 'pbs' is not one of 'slurm', 'local', 'none'\nSee: ",
+        ),
+        ("sandbox start --nodes 65", "Invalid value for '--nodes': should be from 1 to 64; got '65'\nSee: "),
+        ("bench loader --seconds 0", "Invalid value for '--seconds': should be from 0.1 to 3600; got '0'"),
+        ("metrics x --every 0", "Invalid value for '--every': should be greater than or equal to 1; got '0'"),
         ("--runs train status nothing", "There is no run 'nothing'"),
         ("shards convert --out shards csv nothing.csv", "nothing.csv cannot be read"),
         ("--every=ten metrics toy", "Invalid value for '--every': should be a valid integer; got 'ten'"),

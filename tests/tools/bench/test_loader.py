@@ -60,7 +60,10 @@ def test_the_command_reports_all_it_promises(folder: Path, tmp_path: Path) -> No
         (["--workers", "0"], "numbers from 1"),
         (["--workers", "1,two"], "numbers from 1"),
         (["--size", "2"], "'--size'"),
-        (["--workers", "1,9", "--batch-size", "8"], "--batch-size 8: at least 9"),
+        (
+            ["--workers", "1,9", "--batch-size", "8"],
+            "--batch-size 8: give at least 9, one sample for each of the workers",
+        ),
         (["--seconds", "0"], "'--seconds'"),
         (["--repetitions", "0"], "'--repetitions'"),
     ],
