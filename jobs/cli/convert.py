@@ -22,11 +22,19 @@ from jobs.cli.options import SETTINGS, AsJson, group, print_document, say
 from jobs.cli.progress import progress_bar
 
 
-def local_path(typed: str) -> Path:
-    """A file or folder of this machine. UserError: an address, or a command."""
-    if is_remote(typed):
-        raise UserError(f"{redacted(typed)}: only files and folders of this machine; copy the data first")
-    return Path(typed)
+def local_path(name: str, advice: str) -> Callable[[str], Path]:
+    """A parser of the paths of this machine that `name` takes. UserError, with advice: an address."""
+
+    def path(typed: str) -> Path:
+        if is_remote(typed):
+            raise UserError(f"{name} {redacted(typed)}: not a path of this machine; {advice}")
+        return Path(typed)
+
+    return path
+
+
+_INPUT = local_path("INPUT", "copy the data here first")
+_OUT = local_path("--out", "give a folder of this machine, and copy it there afterwards")
 
 
 class Kinds(typer.core.TyperGroup):
@@ -78,7 +86,7 @@ def conversion_command(
         settings = Settings(**_taken(given, common))
         _convert(name, given.pop("inputs", []), options, settings, after, **given)
 
-    inputs = typer.Argument(metavar="INPUT...", help=kind.inputs, parser=local_path)
+    inputs = typer.Argument(metavar="INPUT...", help=kind.inputs, parser=_INPUT)
     other = inspect.signature(_convert, eval_str=True).parameters.values()
     parameters = [
         *([_parameter("inputs", annotation=Annotated[list[Path], inputs])] if kind.inputs else []),
@@ -124,7 +132,7 @@ def _convert(
     settings: Any,
     after: Callable[[list[Path], Path], object],
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.", parser=local_path)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.", parser=_OUT)],
     workers: Annotated[
         int | None, typer.Option("--workers", metavar="N", min=1, help="Processes. Default: one a core.")
     ] = None,

@@ -18,8 +18,9 @@ from jobs.cli.progress import progress_bar
 _SHOWN = 20  # faults that are printed one by one
 
 
+_folder = local_path("DIR", "copy the shards here first")
 Folders = Annotated[
-    list[Path], typer.Argument(metavar="DIR...", parser=local_path, help="Folders of shards of this machine.")
+    list[Path], typer.Argument(metavar="DIR...", parser=_folder, help="Folders of shards of this machine.")
 ]
 Elsewhere = Annotated[
     Path | None, typer.Option("--index", metavar="FOLDER", help="Where the index of the one DIR is.")

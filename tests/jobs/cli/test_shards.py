@@ -102,9 +102,18 @@ def test_the_table(folder: Path) -> None:
     [
         (["stats", "nowhere"], "no such folder"),
         (["stats", "FOLDER/00000.tar"], "is a file; give a folder"),
-        (["verify", "s3://bucket/shards"], "s3://bucket/shards: only files and folders of this machine"),
-        (["convert", "folder", "http://host/x", "--out", "x"], "http://host/x: only files and folders"),
-        (["convert", "folder", "FOLDER", "--out", "s3://b/x"], "s3://b/x: only files and folders"),
+        (
+            ["verify", "s3://bucket/shards"],
+            "DIR s3://bucket/shards: not a path of this machine; copy the shards here",
+        ),
+        (
+            ["convert", "folder", "http://host/x", "--out", "x"],
+            "INPUT http://host/x: not a path of this machine; copy the data here",
+        ),
+        (
+            ["convert", "folder", "FOLDER", "--out", "s3://b/x"],
+            "--out s3://b/x: not a path of this machine; give a folder of this machine, and copy it there",
+        ),
         (["convert", "folder", "FOLDER", "--out", "x", "--resize-mode", "round"], "keep_ratio_smallest"),
         (
             ["convert", "folder", "FOLDER", "--out", "x", "--bytes-per-shard", "some"],
