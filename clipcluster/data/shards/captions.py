@@ -122,5 +122,6 @@ def _lines(data: bytes, where: object) -> list[str]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        wrong = f"not UTF-8 text ({error.reason} at byte {error.start}); give a file of UTF-8 lines"
+        raise UserError(f"{where}: {wrong}") from None
     return [line.removesuffix("\r") for line in text.split("\n")]

@@ -146,6 +146,7 @@ def test_errors_are_said(tmp_path: Path) -> None:
         (root, {"template": ("a cat",)}, "{c}"),
         (root, {"classnames": tmp_path / "names.txt"}, "1 lines for 2"),
         (root, {"classnames": tmp_path / "none.txt"}, "none.txt"),
+        (root, {"classnames": root / "cat" / "1.png"}, "--classnames .*1.png: .*give a file of UTF-8 lines"),
     ]:
         with pytest.raises(UserError, match=words):
             made(where, tmp_path / "out", **options)
