@@ -157,8 +157,9 @@ def test_metrics_for_people(finished, tmp_path):
     assert plot.count("•") == 4
     done = clipcluster("metrics", finished.path, "--picture", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG"), done.stderr
-    fails(clipcluster("metrics", finished.path, "--picture", tmp_path / "loss.what"), "loss.what", "png")
-    fails(clipcluster("metrics", finished.path, "--picture", tmp_path / "loss"), "ends in .png")
+    for name in ("loss", "loss.what", "loss.gif"):
+        fails(clipcluster("metrics", finished.path, "--picture", tmp_path / name), "ends in .png, .pdf or")
+        assert not (tmp_path / name).exists()
     fails(
         clipcluster("metrics", finished.path, "--picture", tmp_path / "x" / "loss.png"),
         "no folder",
