@@ -79,9 +79,13 @@ def prepare(
     settings = settings or Settings()
     if settings.samples_per_shard is None and settings.bytes_per_shard is None:
         settings = replace(settings, samples_per_shard=chosen.samples_per_shard)
-    usual = Settings.resize_mode, Settings.quality
-    if settings.resize is None and (settings.resize_mode, settings.quality) != usual:
-        raise UserError("--resize-mode and --quality go with --resize SIDE: no other image is re-encoded")
+    for name in ("resize_mode", "quality"):
+        value = getattr(settings, name)
+        if settings.resize is None and value != getattr(Settings, name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} {value}: it goes with --resize SIDE; without that no image is re-encoded"
+            )
     options = chosen.options() if options is None else options
     finished = bool(was and was.get("finished"))
     if was is not None and finished and not all(path.exists() for path in inputs):
@@ -102,7 +106,11 @@ def begun(plan: Plan) -> Iterator[None]:
     UserError: another conversion is writing there, or what the file system refuses within the block.
     """
     with told_to_people(plan):
-        plan.out.mkdir(parents=True, exist_ok=True)
+        try:
+            plan.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            wrong = f"the folder cannot be created ({error.strerror}); choose another, or see to its parent"
+            raise UserError(f"--out {plan.out}: {wrong}") from None
         with _alone(plan.out):
             sweep(plan)
             (plan.out / making.STATE).mkdir(exist_ok=True)

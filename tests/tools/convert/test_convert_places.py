@@ -27,8 +27,9 @@ def classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("in", "file", {}, "--out file: file is a file"),
         ("in", "file/below", {}, "file is a file"),
         ("in", "in/shards", {}, "lies in in"),
-        ("in", "out", {"resize_mode": "square"}, "--resize-mode and --quality go with --resize"),
-        ("in", "out", {"quality": 50}, "--quality go with --resize"),
+        ("in", "out", {"resize_mode": "square"}, "^--resize-mode square: it goes with --resize SIDE"),
+        ("in", "out", {"quality": 50}, "^--quality 50: it goes with --resize SIDE"),
+        ("in", "/proc/x", {}, "^--out /proc/x: the folder cannot be created"),
     ],
 )
 def test_places_and_options_that_cannot_be_meant(
