@@ -179,8 +179,9 @@ def refuse_differences(out: Path, was: Mapping[str, Any], now: Mapping[str, Any]
         for name in {**after, **before}
         if before.get(name) != after.get(name)
     ]
-    changed = {*map(tuple, was.get("files_read") or ())} ^ {*map(tuple, now["files_read"])}
-    found += [f"{path} was changed, added or removed" for path in sorted({path for path, *_ in changed})]
+    if was.get("input") == now["input"]:  # another input has other files
+        changed = {*map(tuple, was.get("files_read") or ())} ^ {*map(tuple, now["files_read"])}
+        found += [f"{path} was changed, added or removed" for path in sorted({path for path, *_ in changed})]
     if not found and was.get("splits") != now["splits"]:
         found = [f"the splits were {was.get('splits')}, are {now['splits']}"]
     if found:

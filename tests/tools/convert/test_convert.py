@@ -180,6 +180,8 @@ def test_a_finished_one_is_left_and_another_refused(tmp_path: Path) -> None:
         folder_of(tmp_path / "out", root, samples_per_shard=7)
     with pytest.raises(UserError, match=r"--template was \['a \{c\}'\], is \[\]"):
         convert("folder", tmp_path / "out", [root])
+    with pytest.raises(UserError, match=r"input was \[.*/in'\], is \[.*/other'\]\. Give another --out"):
+        folder_of(tmp_path / "out", images(tmp_path / "other", 30))
     (root / "class-1" / "0001.jpg").write_bytes(JPEG + b"other")
     with pytest.raises(UserError, match=r"class-1 was changed"):
         folder_of(tmp_path / "out", root)
