@@ -87,12 +87,14 @@ def conversion_command(
         _convert(name, given.pop("inputs", []), options, settings, after, **given)
 
     inputs = typer.Argument(metavar="INPUT...", help=kind.inputs, parser=_INPUT)
-    other = inspect.signature(_convert, eval_str=True).parameters.values()
+    every = inspect.signature(_convert, eval_str=True).parameters.values()
+    out, *other = [one for one in every if one.kind is one.KEYWORD_ONLY and one.name not in leave_out]
     parameters = [
         *([_parameter("inputs", annotation=Annotated[list[Path], inputs])] if kind.inputs else []),
+        out,
         *own,
         *common,
-        *(one for one in other if one.kind is one.KEYWORD_ONLY and one.name not in leave_out),
+        *other,
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -137,7 +139,8 @@ def _convert(
         int | None, typer.Option("--workers", metavar="N", min=1, help="Processes. Default: one a core.")
     ] = None,
     executor: Annotated[
-        Literal["local", "slurm"], typer.Option("--executor", help="Here, or on slurm: an array of jobs.")
+        Literal["local", "slurm"],
+        typer.Option("--executor", metavar="WHERE", help="local, or slurm: an array of jobs."),
     ] = "local",
     jobs: Annotated[
         int | None, typer.Option("--jobs", metavar="N", min=1, help="slurm: tasks of the array. Default: 4.")

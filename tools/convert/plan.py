@@ -53,7 +53,9 @@ class Settings:
         None, "Shrink larger images (pixels). Default: never re-encode.", metavar="SIDE", min=1
     )
     resize_mode: Literal["keep_ratio", "keep_ratio_smallest", "square"] = option(
-        "keep_ratio", "SIDE is the largest side: keep_ratio, the smallest: keep_ratio_smallest, both: square."
+        "keep_ratio",
+        "SIDE is the largest side: keep_ratio, the smallest: keep_ratio_smallest, both: square.",
+        metavar="MODE",
     )
     quality: int = option(95, "Of resized JPEG and WebP.", metavar="Q", min=1, max=100)
 

@@ -139,6 +139,10 @@ def test_the_help_names_every_kind() -> None:
     for words in ((), ("--help",)):
         done = clipcluster("convert", *words)
         assert all(f" {kind} " in done.stdout + done.stderr for kind in KINDS)
+    said = clipcluster("convert", "folder", "--help").stdout
+    assert " MODE " in said
+    assert " WHERE " in said
+    assert said.index("--out ") < said.index("--classnames")
     assert "--min-side" in clipcluster("reshard", "--help").stdout
     assert "--resize" not in clipcluster("reshard", "--help").stdout
 
