@@ -138,16 +138,20 @@ def _said(kind: str, name: str, tower: Any, coverage: Any) -> list[str]:
 def check_sample(
     key: str, source: Source, text: bool, members: Mapping[str, str], tokenizer: Any, findings: Findings
 ) -> None:
-    """The shards match their index; the first sample that decodes is decoded, and its caption tokenized.
+    """Shards and index fit; the first sample that decodes is decoded, and its caption tokenized.
 
     members: what the task needs of a sample besides, extension -> dotted name of the decoder.
     """
     from clipcluster.data.images.decode import BadImage, decode
     from clipcluster.data.loading.extras import BadExtra, decode_extras, decoders_of
+    from clipcluster.data.shards.opened import CHECKED_SHARDS
 
     decoders = decoders_of(members)
     shards = open_indexed(source, text)
     shards.check_unchanged()
+    for shard in range(min(len(shards), CHECKED_SHARDS)):
+        if shards.folder_of(shard).remote_index is None:  # a remote one would be fetched
+            shards.columns(shard)
     reasons = []
     for position in range(min(8, shards.n_samples)):
         sample = shards.read(position, text=text)

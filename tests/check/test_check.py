@@ -414,8 +414,13 @@ def test_a_sample_that_cannot_be_decoded_is_passed_over(folder: Path) -> None:
     assert "none of the first 3 samples can be decoded" in message
 
 
-def test_a_shard_that_changed_is_named(folder: Path) -> None:
-    shard = folder / "data/train/00001.tar"
+def test_a_shard_that_changed_or_has_no_index_is_named(folder: Path) -> None:
+    shard, index = folder / "data/train/00001.tar", folder / "data/train/00001.tar.idx"
+    hidden = index.rename(folder / "hidden")
+    (message,) = examined().errors
+    assert f"the index of {shard} is damaged: " in message
+    assert f"No such file or directory: '{index}'" in message
+    hidden.rename(index)
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.write_bytes(content)
