@@ -146,7 +146,8 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
     elif kind == "literal_error":
         literals = [part for part in parts_of(key.field) if get_origin(part) is Literal]
         choices = [str(choice) for literal in literals for choice in get_args(literal)]
-        expected = f"should be {' or '.join(choices)}{did_you_mean(str(value), choices)}"
+        word = str(value).lower().replace("bfloat", "bf").replace("float", "fp")  # FP16, float16
+        expected = f"should be {' or '.join(choices)}{did_you_mean(word, choices)}"
     elif kind in EXPECTED:
         expected = EXPECTED[kind].format(**entry.get("ctx", {}))
     else:  # a type that no key had when this was written: pydantic's own words

@@ -40,7 +40,9 @@ def _quantity(value: object, units: Mapping[str, T], help_: str, guesses: str) -
         asked = " or ".join(f"{str(value).strip()} {unit}" for unit in guesses.split())
         raise ValueError(f"{help_}; did you mean {asked}?")
     if match is None or match["unit"].lower() not in units:
-        raise ValueError(help_)
+        count, begun = match.groups() if match else ("", "?")
+        near = [f"; did you mean {count} {unit}?" for unit in guesses.split() if unit.startswith(begun)]
+        raise ValueError(help_ + "".join(near))
     return Fraction(match["count"].replace("_", "")), units[match["unit"].lower()]
 
 
@@ -142,6 +144,10 @@ class Time(_Text):
     @classmethod
     def parse(cls, value: object) -> Self:
         """``"90 s"``, ``"15 min"``, ``"4 h"``, ``"2 d"``."""
+        if slurm := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", str(value)):
+            days, hours, minutes, seconds = (int(part or 0) for part in slurm.groups())
+            meant = cls(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+            raise ValueError(f"{cls.HELP}; did you mean {meant}?")
         count, unit = _quantity(value, cls.UNITS, cls.HELP, "min h")
         if count <= 0:
             raise ValueError("a time should be longer than zero")

@@ -39,10 +39,14 @@ def test_a_duration_becomes_steps(text: str, steps: int) -> None:
         (Duration.parse, " 1e3", "did you mean 1e3 steps?"),
         (Time.parse, "15", "did you mean 15 min or 15 h?"),
         (Memory.parse, 200, "did you mean 200 MB or 200 GB?"),
+        (Time.parse, "24:00:00", "'N d'; did you mean 1 d?"),  # as SLURM writes it
+        (Time.parse, "1-12:30:00", "did you mean 2190 min?"),
+        (parse_period, "15m", "did you mean 15 min?"),
+        (Duration.parse, "3 st", "did you mean 3 steps?"),
         (parse_period, 15, "did you mean 15 steps or 15 min?"),
     ],
 )
-def test_a_number_without_a_unit_is_asked_back(
+def test_a_number_without_a_known_unit_is_asked_back(
     parse: Callable[[object], object], value: object, asked: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(asked)):
