@@ -234,19 +234,20 @@ def _check_plans(checked: Checked, samples: int) -> None:
 
 def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
     """What the run will do, one line per subject."""
-    what = "pairs" if recipe.data.text.captions == "all" else "samples"
+    what = "pair" if recipe.data.text.captions == "all" else "sample"
     sources = len(recipe.data.train)
     repeated = any(source.repeat != 1 or source.repeat_classes for source in recipe.data.train)
     ranks, nodes = plan.world_size, plan.nodes
-    saves = f"{plan.checkpoint_every:,} steps" if plan.checkpoint_every else str(recipe.checkpoint.every)
-    measures = f"every {plan.evaluate_every:,} steps and at the end" if plan.evaluate_every else "at the end"
+    saves = counted(plan.checkpoint_every, "step") if plan.checkpoint_every else str(recipe.checkpoint.every)
+    often = f"every {counted(plan.evaluate_every, 'step')} and " if plan.evaluate_every else ""
     sets = len(recipe.evaluate.retrieval) + len(recipe.evaluate.zero_shot)
     return [
-        f"data: {samples:,} {what} in {counted(sources, 'source')}" + ", repeats included" * repeated,
-        f"steps: {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in total ({recipe.train.duration}, "
-        f"{plan.total_samples:,} {what})",
-        f"warm-up: {plan.warmup_steps:,} steps ({plan.warmup_steps / plan.total_steps:.1%} of the run)",
+        f"data: {counted(samples, what)} in {counted(sources, 'source')}" + ", repeats included" * repeated,
+        f"steps: {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in total "
+        f"({recipe.train.duration.shown}, {counted(plan.total_samples, what)})",
+        f"warm-up: {counted(plan.warmup_steps, 'step')} "
+        f"({plan.warmup_steps / plan.total_steps:.1%} of the run)",
         f"batch: {plan.batch_size:,} = {counted(ranks, 'rank')} x {plan.per_rank_batch:,} "
         f"on {counted(nodes, 'node')}",
-        f"checkpoints: every {saves}; evaluations: " + (measures if sets else "none"),
+        f"checkpoints: every {saves}; evaluations: " + (f"{often}at the end" if sets else "none"),
     ]

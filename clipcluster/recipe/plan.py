@@ -13,6 +13,7 @@ from math import isqrt
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Duration
+from clipcluster.text import counted
 
 LONG_WARMUP = 0.2  # of the run; above it the check warns
 
@@ -62,8 +63,8 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
     total = recipe.train.duration.steps(steps_per_epoch, batch, 0)
     if total == 0:
         raise UserError(
-            f"train.duration {recipe.train.duration} rounds to zero steps: an epoch has {steps_per_epoch:,} "
-            f"steps of {batch:,} samples"
+            f"train.duration {recipe.train.duration.shown} rounds to zero steps: an epoch has "
+            f"{counted(steps_per_epoch, 'step')} of {counted(batch, 'sample')}"
         )
 
     def period(key: str, every: Duration) -> int:
@@ -96,14 +97,15 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
 def _warmup_fits(recipe: Recipe, warmup: int, total: int) -> tuple[str, ...]:
     """Warnings about the warm-up; UserError where training would end while still warming up."""
     given = recipe.optim.warmup
-    text = f"optim.warmup {given}" + ("" if given.unit == "steps" else f" ({warmup:,} steps)")
+    text = f"optim.warmup {given.shown}" + ("" if given.unit == "steps" else f" ({counted(warmup, 'step')})")
     if warmup and warmup >= total:
+        most = counted(int(total * LONG_WARMUP), "step")
         raise UserError(
-            f"{text} takes the whole run of {total:,} steps ({recipe.train.duration}), which would end while "
-            f"still warming up; set it to at most {int(total * LONG_WARMUP):,} steps, or train longer"
+            f"{text} takes the whole run of {counted(total, 'step')} ({recipe.train.duration.shown}), which "
+            f"would end while still warming up; set it to at most {most}, or train longer"
         )
     if warmup > LONG_WARMUP * total:
-        return (f"{text} is {warmup / total:.1%} of the run's {total:,} steps; 2% to 10% is usual",)
+        return (f"{text} is {warmup / total:.1%} of the run's {counted(total, 'step')}; 2% to 10% is usual",)
     return ()
 
 

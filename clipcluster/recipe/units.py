@@ -117,6 +117,11 @@ class Duration(_Text):
     def __str__(self) -> str:
         return f"{_decimal(self.count)}{'' if self.unit == '%' else ' '}{self.unit}"
 
+    @property
+    def shown(self) -> str:
+        """As a sentence has it, `1 epoch`; `str` is the form that stored recipes and names of runs have."""
+        return str(self).removesuffix("s" * (self.count == 1))
+
 
 class Length(Duration):
     """The duration of a whole run, of which a percentage would say nothing."""

@@ -205,6 +205,14 @@ def test_every_count_of_a_range_of_nodes_is_tried(checked: Callable[..., Checked
     assert message.startswith("data.batch_size 4 does not divide by 6 ranks")
 
 
+def test_one_of_a_thing_is_said_so(checked: Callable[..., Checked]) -> None:
+    found = checked(
+        "train.duration=1 epoch", "evaluate.every=1 step", "checkpoint.every=1 step", "data.batch_size=8"
+    )
+    assert found.summary[1] == "steps: 1 per epoch, 1 in total (1 epoch, 8 samples)"
+    assert found.summary[4] == "checkpoints: every 1 step; evaluations: every 1 step and at the end"
+
+
 def test_every_error_is_told(checked: Callable[..., Checked]) -> None:
     found = checked("data.train.0.shards=data/none", "evaluate.zero_shot=[data/nix]", "model.image.weights=w")
     assert len(found.errors) == 3

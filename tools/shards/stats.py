@@ -15,6 +15,7 @@ from clipcluster.data.shards import captions, indexing, shard_list
 from clipcluster.data.shards.open import open_folder
 from clipcluster.errors import UserError
 from clipcluster.runtime.outcome import DataError
+from clipcluster.text import counted
 from tools.shards.pool import over_shards
 from tools.shards.survey import Survey, survey
 
@@ -142,7 +143,8 @@ def _misfit(folder: Path, index: Path | None, choice: str) -> str | None:
         indexing.find_shards(folder)
         return f"no index was used ({str(error).partition(';')[0]})"
     if unknown:
-        return f"the index lacks {len(unknown)} shards ({min(unknown)}, …); the figures include them"
+        lacks = counted(len(unknown), "shard")
+        return f"the index lacks {lacks} ({min(unknown)}, …); the figures include them"
     return None
 
 

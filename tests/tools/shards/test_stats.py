@@ -95,7 +95,7 @@ def test_without_an_index_that_fits_one_is_made_for_the_moment(folder: Path, tmp
     (tmp_path / "00003.tar").write_bytes((folder / "00000.tar").read_bytes())
     found = stats(tmp_path, images=False)
     assert (found.samples, found.shards) == (17, 4)
-    assert "lacks 1 shards (00003.tar" in found.notes[0]
+    assert "lacks 1 shard (00003.tar" in found.notes[0]
     data = (folder / "00001.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes(data[: len(data) // 2])
     found = stats(tmp_path, images=False)

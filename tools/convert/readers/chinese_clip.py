@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipcluster.errors import UserError
+from clipcluster.text import counted
 from tools.convert.readers.open_file import OpenFile
 from tools.convert.records import BadRecord, InputFile, Kind, NoOptions, Record, Source, Split
 
@@ -89,9 +90,9 @@ def joined(name: str, images: Images, texts: Texts) -> tuple[Split, list[str]]:
             f"{name}: {len(unknown):,} pairs name images that are not there, the first: "
             f"text {texts.read(unknown[0])[0]}, image {texts.image_ids[unknown[0]]}"
         )
-    for what, bad in (("images", [*images.faults.values()]), ("texts", texts.broken)):
+    for what, bad in (("image", [*images.faults.values()]), ("text", texts.broken)):
         if bad:
-            notes.append(f"{name}: {len(bad):,} {what} cannot be used; the first: {': '.join(bad[0])}")
+            notes.append(f"{name}: {counted(len(bad), what)} cannot be used; the first: {': '.join(bad[0])}")
     return Split(name, len(images.ids) + len(texts.broken), sizes, read), notes
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from clipcluster.errors import UserError
+from clipcluster.text import counted
 from tools.convert.readers.open_file import OpenFile
 from tools.convert.readers.table_rows import Table
 from tools.convert.records import BadRecord, InputFile, Kind, Record, Source, Split, option
@@ -99,7 +100,7 @@ class Images:
             row, fault = min(self._faults.items())
             quotes = "; where quotes are letters, give --no-quotes" if "quote" in fault else ""
             first = f"{self._where(row)}: {fault}"
-            yield f"{name}{len(self._faults):,} rows cannot be used; the first: {first}{quotes}"
+            yield f"{name}{counted(len(self._faults), 'row')} cannot be used; the first: {first}{quotes}"
 
     def _scan(self) -> tuple[np.ndarray, np.ndarray]:
         """All rows: table, line, offset and size, (n, 4); and 16 bytes (n,) that tell their images apart."""
