@@ -104,7 +104,7 @@ def _check_image_tower(recipe: Recipe, world_size: int, findings: Findings) -> N
         findings.warnings.append(f"timm's names cannot be stored for the plain check: {error}")
     tower, coverage = build_image_tower(recipe.model.image, image_size=recipe.data.image.size)
     name = recipe.model.image.timm
-    findings.summary += _said("image", name, tower, coverage)
+    findings.summary += _said(f"image tower: {name}", tower, coverage)
     if not any(isinstance(module, _BatchNorm) for module in tower.modules()):
         return
     if world_size > 1:
@@ -125,14 +125,14 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     text = recipe.model.text
     tower, coverage = build_text_tower(text, tokenizer=tokenizer, assets=assets)
     name = text.hf if isinstance(text, HfTextTower) else text.arch
-    findings.summary += _said("text", f"{name}, pool {tower.pool}", tower, coverage)
+    findings.summary += _said(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
 
 
-def _said(kind: str, name: str, tower: Any, coverage: Any) -> list[str]:
+def _said(name: str, tower: Any, coverage: Any, more: str = "") -> list[str]:
     """What is said of a tower, and of the starting weights that it has, if any."""
     count = sum(parameter.numel() for parameter in tower.parameters())
     size = f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
-    return [f"{kind} tower: {name}, {size} parameters", *([str(coverage)] if coverage else [])]
+    return [f"{name}, {size} parameters{more}", *([str(coverage)] if coverage else [])]
 
 
 def check_sample(
