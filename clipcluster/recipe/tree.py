@@ -115,7 +115,7 @@ def parse_override(text: str) -> tuple[list[str], Entry]:
     if not equals or not all(path):
         raise UserError(f"{COMMAND_LINE}: {text}: write key=value, such as optim.lr=3e-4")
     origin = Origin(COMMAND_LINE, text)
-    return path, _parse(value, lambda line: origin, "; put the value in quotes, such as 'key=\"text\"'")
+    return path, _parse(value, lambda line: origin, "; put it in quotes, such as 'key=\"text\"'")
 
 
 def _parse(text: str, origin_of_line: Callable[[int], Origin], hint: str = "") -> Entry:
@@ -125,7 +125,7 @@ def _parse(text: str, origin_of_line: Callable[[int], Origin], hint: str = "") -
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         why = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        message = f"not YAML: {why}{hint}"
+        message = f"{'the value is ' if hint else ''}not YAML: {why}{hint}"
         if mark is not None and text[mark.index : mark.index + 1] == "\t":
             message = "a tab character; YAML takes spaces instead"
         raise UserError(origin_of_line(mark.line + 1 if mark else 1).problem("", message)) from None

@@ -157,6 +157,10 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("train.precision=float16", "should be fp32 or bf16 or fp16; did you mean fp16?"),
         ("train.precision=bfloat16", "did you mean bf16?"),
         ("train.precision=fp8", "should be fp32 or bf16 or fp16"),
+        (
+            "optim={lr: 1",
+            "the value is not YAML: expected ',' or '}', but got '<stream end>'; put it in quotes",
+        ),
         ("data.train.3.shards=x", "data.train is a list: '3' should be 0"),
         ("seed.x=1", "seed is a value"),
         ("extends=base.yaml", "extends can only be written in a file"),
