@@ -60,5 +60,5 @@ def shown(document: Mapping[str, Any]) -> Group:
         for result in results:
             table.add_row("" if result.set == before else result.set, result.metric, result.text)
             before = result.set
-        parts.append(Padding(table, (0, 0, 0, 2)))
+        parts.append(Padding(table, (0, 0, 0, 2), expand=False))
     return Group(*parts)

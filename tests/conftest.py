@@ -18,6 +18,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.unsetenv("COLUMNS")  # readline, which pytest loads, sets it for the processes that tests start
 
 # `make test` tries the same examples every time; `make test-all` searches for new ones.
 hypothesis.settings.register_profile("settled", derandomize=True, deadline=None)

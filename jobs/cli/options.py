@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,10 +35,21 @@ def group(text: str, **more: Any) -> typer.Typer:
 
 
 def console() -> Any:
-    """rich's Console on stdout, as wide as the terminal."""
+    """rich's Console on stdout, as wide as the terminal; elsewhere as COLUMNS says."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else 200)
+
+
+def show(table: Any) -> None:
+    """Print what rich lays out; into a file or a pipe without the spaces that pad its lines."""
+    where = console()
+    if where.is_terminal:
+        where.print(table)
+        return
+    with where.capture() as captured:
+        where.print(table)
+    say("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
 
 
 def print_document(value: Any) -> None:

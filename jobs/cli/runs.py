@@ -12,7 +12,7 @@ import typer
 
 from clipcluster.errors import UserError
 from clipcluster.runs.names import all_runs, as_typed, find_run, runs_folder
-from jobs.cli.options import AsJson, Runs, console, print_document, say
+from jobs.cli.options import AsJson, Runs, console, print_document, say, show
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -144,7 +144,7 @@ def status(
                 time.sleep(5.0)
                 live.update(status_table(look()), refresh=True)
         return
-    console().print(status_table(found))
+    show(status_table(found))
     for one in found:
         if one["advice"]:
             say(f"{one['name']}: {one['advice']}")
@@ -222,7 +222,7 @@ def metrics(
     else:
         shown = lines if every is not None else printing.thinned(lines)
         chosen = printing.columns(lines, wanted or printing.usual(lines))
-        console().print(printing.table(shown, chosen))
+        show(printing.table(shown, chosen))
         if len(shown) < len(lines):
             say(f"{len(shown)} of {len(lines):,} lines; choose with --every N and --columns, all: --csv")
 
@@ -258,7 +258,7 @@ def evaluate(
         return
     from jobs.evaluate import shown
 
-    console().print(shown(document))
+    show(shown(document))
 
 
 def train(

@@ -12,7 +12,7 @@ import typer.core
 
 from clipcluster.text import counted
 from jobs.cli.convert import conversion_command, convert, local_path, summary_line
-from jobs.cli.options import AsJson, console, group, print_document, say
+from jobs.cli.options import AsJson, group, print_document, say, show
 from jobs.cli.progress import progress_bar
 
 _SHOWN = 20  # faults that are printed one by one
@@ -168,7 +168,7 @@ def stats(
         with progress_bar(str(folder)) as progress:
             figures.append(read(folder, elsewhere, progress=progress))
         if not as_json:
-            console().print(stats_table(figures[-1]))
+            show(stats_table(figures[-1]))
     if picture is not None:
         draw(figures, picture)
         if not as_json:

@@ -61,6 +61,7 @@ def test_the_headline_comes_first(run):
     files.write_json(run.evals / "step-00000003.json", {"step": 3, "metrics": metrics})
     console = Console(file=io.StringIO(), width=200)
     console.print(shown(latest(run)))
+    assert " \n" not in console.file.getvalue()
     lines = [line.strip() for line in console.file.getvalue().splitlines()]
     assert lines[0] == "evaluation at step 3"
     assert [line.split(" (")[0] for line in lines[1::2]] == [

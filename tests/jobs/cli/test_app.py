@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,9 @@ def test_status_for_people(finished, tmp_path):
     done = clipcluster("status", "--runs", finished.path.parent)
     assert finished.name in done.stdout
     assert "FINISHED" in done.stdout
+    assert done.stdout == re.sub(" +\n", "\n", done.stdout)
+    narrow = clipcluster("status", "--runs", finished.path.parent, env={**os.environ, "COLUMNS": "60"})
+    assert max(map(len, narrow.stdout.splitlines())) <= 60
     assert "4/20" in done.stdout
     assert "no runs in" in clipcluster("status", "--runs", tmp_path / "none").stdout
 

@@ -95,6 +95,7 @@ def test_the_table(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for part in ("JPEG: 5", "10 (choice default)", "characters"):
         assert part in done.stdout
+    assert " \n" not in done.stdout
 
 
 @pytest.mark.parametrize(
