@@ -109,7 +109,7 @@ def begun(plan: Plan) -> Iterator[None]:
         try:
             plan.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            wrong = f"the folder cannot be created ({error.strerror}); choose another, or see to its parent"
+            wrong = f"the folder cannot be created ({error.strerror}); choose another place"
             raise UserError(f"--out {plan.out}: {wrong}") from None
         with _alone(plan.out):
             sweep(plan)
