@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -44,8 +45,11 @@ def _top(
     """Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe."""
 
 
+GROUPS = ("shards", "sandbox", "bench")
+
+
 def command_for(words: Sequence[str]) -> Any:
-    """The command, as click has it: whole, but where `words` begin with a verb of runs without the groups.
+    """The command, as click has it: with one group of verbs or none where `words` begin so, else with all.
 
     Describing the groups' options takes as long as checking a recipe.
     """
@@ -53,13 +57,11 @@ def command_for(words: Sequence[str]) -> Any:
     app.callback()(_top)
     for verb in VERBS:
         app.command()(verb)
-    if not words or words[0] not in {verb.__name__ for verb in VERBS}:
-        from jobs.cli.bench import bench
-        from jobs.cli.sandbox import sandbox
-        from jobs.cli.shards import shards
-
-        for name, verbs in {"shards": shards, "sandbox": sandbox, "bench": bench}.items():
-            app.add_typer(verbs, name=name)
+    known = {*GROUPS, *(verb.__name__ for verb in VERBS)}
+    needed = words[:1] if words and words[0] in known else GROUPS
+    for name in GROUPS:
+        if name in needed:
+            app.add_typer(resolve_name(f"jobs.cli.{name}:{name}"), name=name)
     return typer.main.get_command(app)
 
 
