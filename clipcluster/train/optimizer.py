@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -32,6 +33,28 @@ def learning_rate(
         return peak
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     return 0.5 * peak * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast a parameter trains, beside the schedule.
+
+    scale: factor of the schedule's learning rate. warmup: steps over which it rises linearly from `start`
+    on, for what has just begun to train; never zero, as with the schedule.
+    """
+
+    scale: float = 1.0
+    start: int = 0
+    warmup: int = 0
+
+    def factor(self, step: int) -> float:
+        """Of the schedule's learning rate at the update that leads from step `step` to `step + 1`."""
+        return self.scale * (min(1.0, (step - self.start + 1) / self.warmup) if self.warmup else 1.0)
+
+
+def full_rate(name: str) -> Rate | None:
+    """Every parameter trains, at the schedule's learning rate."""
+    return Rate()
 
 
 def trained_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
@@ -64,24 +87,26 @@ class Optimizer:
         self._make = partial(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, fused=True)
         self._named: dict[str, tuple[nn.Parameter, bool]] = {}
         self._adamw: torch.optim.AdamW
-        self.regroup(lambda name: 1.0)
+        self.regroup(full_rate)
 
-    def regroup(self, lr_scale: Callable[[str], float | None]) -> None:
-        """Take the parameters that train now, each with its factor of the learning rate.
+    def regroup(self, rate_of: Callable[[str], Rate | None]) -> None:
+        """Take the parameters that train now, each at its rate (not asked of what is frozen).
 
-        Those that trained before keep their state, the others begin with none.
+        Those that trained before keep their state, the others begin with none: what is frozen again and
+        trains once more starts afresh.
         """
         kept = {name: self._adamw.state[parameter] for name, (parameter, _) in self._named.items()}
         self._named = trained_parameters(self._model)
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, Rate], list[nn.Parameter]] = {}
         for name, (parameter, decays) in self._named.items():
-            scale = lr_scale(name)
-            group = (self._weight_decay if decays else 0.0, 1.0 if scale is None else scale)
-            groups.setdefault(group, []).append(parameter)
+            rate = rate_of(name)
+            if rate is None:
+                raise ValueError(f"{name} requires a gradient and has no learning rate")
+            groups.setdefault((self._weight_decay if decays else 0.0, rate), []).append(parameter)
         self._adamw = self._make(
             [
-                {"params": parameters, "weight_decay": decay, "lr_scale": scale}
-                for (decay, scale), parameters in groups.items()
+                {"params": parameters, "weight_decay": decay, "rate": rate}
+                for (decay, rate), parameters in groups.items()
             ]
         )
         for name, (parameter, _) in self._named.items():
@@ -99,13 +124,14 @@ class Optimizer:
         """Drop all gradients."""
         self._adamw.zero_grad(set_to_none=True)
 
-    def step(self, lr: float, *, divisor: Tensor, found_inf: Tensor) -> None:
+    def step(self, lr: float, at: int, *, divisor: Tensor, found_inf: Tensor) -> None:
         """One update with the gradients divided by `divisor`; none at all where `found_inf` is 1.
 
-        Both are 0-dimensional float32 tensors on the device, so nothing waits for it.
+        `lr` is the schedule's at step `at`; each group's follows from it. The tensors are 0-dimensional
+        float32 on the device, so nothing waits for it.
         """
         for group in self._adamw.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr * group["rate"].factor(at)
         # The two attributes a gradient scaler hands to a fused optimizer; its kernel reads them.
         self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
         self._adamw.found_inf = found_inf  # type: ignore[attr-defined]

@@ -8,24 +8,19 @@ from itertools import pairwise
 
 from torch import nn
 
-from clipcluster.train.optimizer import Optimizer
+from clipcluster.train.optimizer import Optimizer, Rate, full_rate
 from clipcluster.train.wrapping import WrappedTask
-
-
-def everything(name: str) -> float | None:
-    """Every parameter trains, at the schedule's learning rate."""
-    return 1.0
 
 
 @dataclass(frozen=True)
 class Stage:
     """What trains from step `start` on.
 
-    lr_scale: parameter name -> factor of the schedule's learning rate, or None where it is frozen.
+    rate_of: parameter name -> its rate, or None where it is frozen.
     """
 
     start: int = 0
-    lr_scale: Callable[[str], float | None] = everything
+    rate_of: Callable[[str], Rate | None] = full_rate
 
 
 class Stages:
@@ -55,9 +50,9 @@ class Stages:
         if stage is self._current:
             return
         for name, parameter in self._trainable:
-            parameter.requires_grad_(stage.lr_scale(name) is not None)
+            parameter.requires_grad_(stage.rate_of(name) is not None)
             if not parameter.requires_grad:
                 parameter.grad = None
-        self._optimizer.regroup(stage.lr_scale)
+        self._optimizer.regroup(stage.rate_of)
         self._task.wrap()
         self._current = stage

@@ -103,7 +103,7 @@ class Step:
         found_inf = self.guard(norm, precision.counts(), batch.index)
         clipping = 1.0 if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         lr = self.schedule(progress.step)
-        self.optimizer.step(lr, divisor=precision.scale / clipping, found_inf=found_inf)
+        self.optimizer.step(lr, progress.step, divisor=precision.scale / clipping, found_inf=found_inf)
         statistics.commit(found_inf)
         self.backward.task.task.after_step()
         if self.ema:

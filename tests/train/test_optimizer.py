@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clipcluster.train.optimizer import Optimizer, learning_rate, trained_parameters
+from clipcluster.train.optimizer import Optimizer, Rate, learning_rate, trained_parameters
 
 
 class Tower(nn.Module):
@@ -34,6 +34,13 @@ class Tower(nn.Module):
 
 def optimizer_of(model: nn.Module, **changes: Any) -> Optimizer:
     return Optimizer(model, **({"lr": 0.1, "weight_decay": 0.5, "betas": (0.9, 0.99), "eps": 1e-8} | changes))
+
+
+def lr_of(optimizer: Optimizer, name: str) -> float:
+    """The learning rate of a parameter's last update."""
+    parameter = optimizer._model.get_parameter(name)
+    groups = optimizer._adamw.param_groups
+    return next(group["lr"] for group in groups if any(parameter is member for member in group["params"]))
 
 
 def number(value: float) -> torch.Tensor:
@@ -70,7 +77,7 @@ def test_it_is_adamw() -> None:
         for model in (ours, reference):
             model.zero_grad()
             model(torch.full((2, 4), float(step + 1))).pow(2).sum().backward()
-        optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+        optimizer.step(0.1, 0, divisor=number(1.0), found_inf=number(0.0))
         theirs.step()
     for one, other in zip(ours.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
@@ -82,7 +89,7 @@ def test_a_parameter_without_gradient_does_not_move() -> None:
     optimizer = optimizer_of(model)
     model(torch.randn(4, 8)).backward()
     assert len(optimizer.gradients()) == 6
-    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    optimizer.step(0.1, 0, divisor=number(1.0), found_inf=number(0.0))
     assert torch.equal(model.unused.weight, before)
     state = optimizer.state_dict()
     assert state["unused.weight.step"] == 0
@@ -93,12 +100,12 @@ def test_found_inf_skips_the_step_and_its_count() -> None:
     model = nn.Linear(4, 3)
     optimizer = optimizer_of(model)
     model(torch.randn(2, 4)).sum().backward()
-    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    optimizer.step(0.1, 0, divisor=number(1.0), found_inf=number(0.0))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: value.clone() for name, value in optimizer.state_dict().items()}
     for parameter in model.parameters():
         parameter.grad.fill_(float("nan"))
-    optimizer.step(0.1, divisor=number(1.0), found_inf=number(1.0))
+    optimizer.step(0.1, 0, divisor=number(1.0), found_inf=number(1.0))
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert all(torch.equal(state[name], value) for name, value in optimizer.state_dict().items())
 
@@ -110,8 +117,8 @@ def test_gradients_are_divided() -> None:
     x = torch.randn(2, 4)
     plain(x).pow(2).sum().backward()
     (scaled(x).pow(2).sum() * 1024).backward()
-    optimizer_of(plain).step(0.1, divisor=number(1.0), found_inf=number(0.0))
-    optimizer_of(scaled).step(0.1, divisor=number(1024.0), found_inf=number(0.0))
+    optimizer_of(plain).step(0.1, 0, divisor=number(1.0), found_inf=number(0.0))
+    optimizer_of(scaled).step(0.1, 0, divisor=number(1024.0), found_inf=number(0.0))
     assert torch.equal(plain.weight, scaled.weight)
 
 
@@ -119,7 +126,7 @@ def test_a_state_goes_round_by_name() -> None:
     model = Tower()
     optimizer = optimizer_of(model)
     model(torch.randn(4, 8)).backward()
-    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    optimizer.step(0.1, 0, divisor=number(1.0), found_inf=number(0.0))
     state = optimizer.state_dict()
     other = optimizer_of(Tower())
     other.load_state_dict(state)
@@ -154,23 +161,38 @@ def test_regrouping_keeps_the_state_of_what_goes_on_training() -> None:
     model = Tower()
     optimizer = optimizer_of(model)
     model(torch.randn(4, 8)).backward()
-    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
+    optimizer.step(0.1, 0, divisor=number(1.0), found_inf=number(0.0))
     before = {name: value.clone() for name, value in optimizer.state_dict().items()}
     model.linear.requires_grad_(False)
     model.frozen.requires_grad_(True)
-    optimizer.regroup(lambda name: 0.5 if name == "position" else 1.0)
+    optimizer.regroup(lambda name: Rate(0.5) if name == "position" else Rate())
     state = optimizer.state_dict()
     assert torch.equal(state["position.exp_avg"], before["position.exp_avg"])
     assert "linear.weight.exp_avg" not in state
     assert state["frozen.weight.step"] == 0
-    lrs = {model.position: 0.05, model.norm.weight: 0.1, model.frozen.weight: 0.1}
+    lrs = {"position": 0.05, "norm.weight": 0.1, "frozen.weight": 0.1}
     optimizer.clear()
     model(torch.randn(4, 8)).backward()
-    optimizer.step(0.1, divisor=number(1.0), found_inf=number(0.0))
-    for group in optimizer._adamw.param_groups:
-        for parameter, lr in lrs.items():
-            if any(parameter is member for member in group["params"]):
-                assert group["lr"] == lr
+    optimizer.step(0.1, 0, divisor=number(1.0), found_inf=number(0.0))
+    assert {name: lr_of(optimizer, name) for name in lrs} == lrs
+
+
+def test_what_has_just_begun_to_train_warms_up_by_itself() -> None:
+    model = Tower()
+    optimizer = optimizer_of(model)
+    optimizer.regroup(lambda name: Rate(0.5, start=7, warmup=4) if name == "position" else Rate())
+    found = []
+    for step in range(7, 13):
+        optimizer.step(0.1, step, divisor=number(1.0), found_inf=number(0.0))
+        found.append(lr_of(optimizer, "position"))
+        assert lr_of(optimizer, "norm.weight") == 0.1
+    assert found == pytest.approx([0.0125, 0.025, 0.0375, 0.05, 0.05, 0.05])
+
+
+def test_what_requires_a_gradient_has_a_rate() -> None:
+    """Else it would neither train nor be frozen."""
+    with pytest.raises(ValueError, match=r"linear\.weight requires a gradient and has no learning rate"):
+        optimizer_of(Tower()).regroup(lambda name: None if name == "linear.weight" else Rate())
 
 
 # The learning rate

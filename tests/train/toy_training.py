@@ -28,7 +28,7 @@ from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
-from clipcluster.train.optimizer import Optimizer, learning_rate
+from clipcluster.train.optimizer import Optimizer, Rate, learning_rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
@@ -205,8 +205,8 @@ def stages_of(script: Script) -> list[Stage]:
     if script.thaw_at is None:
         return [Stage()]
     return [
-        Stage(0, lambda name: None if name.startswith("words") else 1.0),
-        Stage(script.thaw_at, lambda name: 0.5 if name.startswith("words") else 1.0),
+        Stage(0, lambda name: None if name.startswith("words") else Rate()),
+        Stage(script.thaw_at, lambda name: Rate(0.5) if name.startswith("words") else Rate()),
     ]
 
 
