@@ -19,7 +19,7 @@ from clipcluster.check.names import store_timm_names
 from clipcluster.check.plain import Findings, open_indexed
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
-from clipcluster.recipe.sections.model import HfTextTower
+from clipcluster.recipe.sections.model import ClipTextTower, HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 
@@ -124,7 +124,10 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
 
     text = recipe.model.text
     tower, coverage = build_text_tower(text, tokenizer=tokenizer, assets=assets)
-    name = text.hf if isinstance(text, HfTextTower) else text.arch
+    if isinstance(text, ClipTextTower):
+        name = f"clip, {text.clip.layers} layers of width {text.clip.width}"
+    else:
+        name = text.hf if isinstance(text, HfTextTower) else text.arch
     findings.summary += _said(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
 
 

@@ -67,6 +67,8 @@ def check_hub_name(name: str, patterns: Sequence[str], assets: Path) -> str:
     from huggingface_hub import constants
 
     folder = Path(name)
+    if folder.is_file() and patterns is TOKENIZER:  # CLIP's vocabulary; the deep check reads it
+        return ""
     if folder.is_dir():
         if any(next(folder.glob(pattern), None) for pattern in patterns):
             return ""

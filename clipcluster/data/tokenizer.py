@@ -1,5 +1,7 @@
-"""Captions to tokens: a byte-level tokenizer that needs no file, and any tokenizer of Hugging Face."""
+"""Captions to tokens: bytes, which need no file; CLIP's vocabulary; any tokenizer of Hugging Face."""
 
+import gzip
+import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +48,97 @@ class ByteTokenizer:
         )
 
 
+# OpenAI's vocabulary: 256 bytes, the same at a word's end, 48,894 merges, start and end.
+CLIP_MERGES = 49152 - 256 - 2
+# Words as CLIP takes them apart; the two special tokens may stand in a caption.
+_CLIP_WORDS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_REMEMBERED = 100_000  # words whose tokens are kept
+
+
+class ClipTokenizer:
+    """CLIP's byte-level BPE over cleaned, lower-cased text (Radford et al. 2021, section 2.4).
+
+    merges: the vocabulary file's pairs, best first (`read_clip_merges`). Ids are OpenCLIP's: 49406 begins,
+    49407 ends; the padding's id, 0, is also that of "!", so the mask alone tells what is real.
+    """
+
+    vocab_size = CLIP_MERGES + 514
+    bos_id = vocab_size - 2
+    eos_id = vocab_size - 1
+    pad_id = 0
+    modules = ("ftfy", "regex", "tokenizers")  # loaded once for all of the loader's workers
+
+    def __init__(self, merges: Sequence[tuple[str, str]], context_length: int) -> None:
+        import regex
+        from tokenizers.models import BPE
+
+        self.context_length = context_length
+        self._words = regex.compile(_CLIP_WORDS, regex.IGNORECASE)
+        self._letters = _letters_of_bytes()
+        order = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        order += sorted(set(range(256)) - set(order))
+        alphabet = [self._letters[byte] for byte in order]
+        entries = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *map("".join, merges)]
+        vocabulary = {entry: number for number, entry in enumerate(entries)}
+        self._bpe = BPE(vocabulary, list(merges), end_of_word_suffix="</w>")
+        self._known = {"<start_of_text>": [self.bos_id], "<end_of_text>": [self.eos_id]}
+
+    def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        limit = self.context_length - 2
+        rows = [[self.bos_id, *self._encode(text)[:limit], self.eos_id] for text in texts]
+        return _padded(rows, self.context_length, self.pad_id)
+
+    def _encode(self, text: str) -> list[int]:
+        return [token for word in self._words.findall(cleaned(text)) for token in self._tokens_of(word)]
+
+    def _tokens_of(self, word: str) -> list[int]:
+        tokens = self._known.get(word)
+        if tokens is None:
+            letters = "".join(self._letters[byte] for byte in word.encode("utf-8", "replace"))
+            tokens = [token.id for token in self._bpe.tokenize(letters)]
+            if len(self._known) < _CLIP_REMEMBERED:
+                self._known[word] = tokens
+        return tokens
+
+
+def cleaned(text: str) -> str:
+    """Broken Unicode repaired, HTML entities resolved, white space single, lower case; OpenCLIP's default."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to repair
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def _letters_of_bytes() -> list[str]:
+    """A printable letter for every byte: itself where it is one, else the next from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def read_clip_merges(file: Path) -> list[tuple[str, str]]:
+    """The merges of `bpe_simple_vocab_16e6.txt.gz`, which holds a line about itself and then more than used.
+
+    Raises UserError where the file is another.
+    """
+    try:
+        lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : CLIP_MERGES + 1]
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(_no_vocabulary(file, str(error))) from None
+    pairs = [tuple(line.split()) for line in lines]
+    if len(pairs) < CLIP_MERGES or any(len(pair) != 2 for pair in pairs):
+        raise UserError(_no_vocabulary(file, f"it holds no {CLIP_MERGES:,} pairs"))
+    return [(first, second) for first, second in pairs]
+
+
+def _no_vocabulary(file: Path, why: str) -> str:
+    return (
+        f"{file} is not CLIP's vocabulary ({why}); give OpenAI's bpe_simple_vocab_16e6.txt.gz, a folder with "
+        "tokenizer files, a name on the Hugging Face hub, or bytes"
+    )
+
+
 class HuggingFaceTokenizer:
     """A tokenizer of transformers, with its own special tokens.
 
@@ -82,12 +175,15 @@ class HuggingFaceTokenizer:
 def load_tokenizer(text: Any, assets: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a recipe's `data.text` section.
 
-    `text.tokenizer` is `bytes`, a folder, or a name on a hub: then `asset_folder(assets, name)` is read if
-    it is there, else Hugging Face's own cache. UserError if there is no such tokenizer.
+    `text.tokenizer` is `bytes`, CLIP's vocabulary file, a folder, or a name on a hub: then
+    `asset_folder(assets, name)` is read if it is there, else Hugging Face's own cache. UserError if there is
+    no such tokenizer.
     """
     name = str(text.tokenizer)
     if name == "bytes":
         return ByteTokenizer(text.context_length)
+    if Path(name).is_file():
+        return ClipTokenizer(read_clip_merges(Path(name)), text.context_length)
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallel part
@@ -98,7 +194,8 @@ def load_tokenizer(text: Any, assets: str | Path | None = None) -> Tokenizer:
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and the hub's own
         raise UserError(
             f"tokenizer {name!r} cannot be loaded ({' '.join(str(error).split())[:200]}); give bytes, a "
-            "folder with tokenizer files, or a name on the Hugging Face hub that was fetched before"
+            "folder with tokenizer files, CLIP's vocabulary file, or a name on the Hugging Face hub that was "
+            "fetched before"
         ) from None
     return HuggingFaceTokenizer(tokenizer, text.context_length)
 

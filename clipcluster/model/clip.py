@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipcluster.model.clip_text import ClipTextTower
 from clipcluster.model.losses import widen
 from clipcluster.model.towers import ImageTower, TextTower, build_image_tower, build_text_tower
 from clipcluster.model.weights import Coverage
@@ -27,7 +28,13 @@ class Clip(nn.Module):
     """
 
     def __init__(
-        self, image: ImageTower, text: TextTower, *, embed_dim: int, scale: float, max_scale: float
+        self,
+        image: ImageTower,
+        text: TextTower | ClipTextTower,
+        *,
+        embed_dim: int,
+        scale: float,
+        max_scale: float,
     ) -> None:
         super().__init__()
         self.image = image

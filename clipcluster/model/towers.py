@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from clipcluster.data.tokenizer import Tokenizer, asset_folder
 from clipcluster.errors import UserError
+from clipcluster.model.clip_text import ClipTextTower
+from clipcluster.model.pooling import last_real, mean_of_real
 from clipcluster.model.weights import FOLDER_FILES, Coverage, load_weights, shard_names
 from clipcluster.recipe.sections import model as sections
 
@@ -63,12 +65,7 @@ class TextTower(nn.Module):
         states = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         if self.pool == "first":
             return states[:, 0]
-        if self.pool == "mean":
-            weights = mask.unsqueeze(-1).to(states.dtype)
-            return (states * weights).sum(dim=1) / weights.sum(dim=1)
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = (positions * mask).argmax(dim=1)
-        return states[torch.arange(len(states), device=states.device), last]
+        return mean_of_real(states, mask) if self.pool == "mean" else last_real(states, mask)
 
 
 def build_image_tower(config: sections.ImageTower, *, image_size: int) -> tuple[ImageTower, Coverage | None]:
@@ -102,12 +99,17 @@ def build_image_tower(config: sections.ImageTower, *, image_size: int) -> tuple[
 
 def build_text_tower(
     config: sections.TextTower, *, tokenizer: Tokenizer, assets: Path | None = None
-) -> tuple[TextTower, Coverage | None]:
-    """The tower of `model.text`: by `hf`, or by `arch` and `config`; with its weights and pooling.
+) -> tuple[TextTower | ClipTextTower, Coverage | None]:
+    """The tower of `model.text`: by `hf`, by `arch` and `config`, or `clip`; with its weights and pooling.
 
     Raises UserError for an unknown architecture or setting, a vocabulary smaller than the tokenizer's, a
     context longer than the tower's positions, and for weights that do not match.
     """
+    if isinstance(config, sections.ClipTextTower):
+        clip = ClipTextTower(
+            vocab_size=tokenizer.vocab_size, positions=tokenizer.context_length, **config.clip.model_dump()
+        )
+        return clip, load_weights(clip, Path(config.weights), name="text") if config.weights else None
     folder = None
     if isinstance(config, sections.HfTextTower):
         settings, folder = _config_from_hf(config.hf, assets)

@@ -176,7 +176,8 @@ def _examples(key: Key, value: Any) -> list[str]:
         if isinstance(value, bool):  # whether to have the section at all
             return [] if any(required) or not value else ["{}"]
         names = [keys or list(kind.model_fields) for keys, kind in zip(required, kinds, strict=True)]
-        shapes = [f"{{{keys[0]}: {shapes[0]}}}" for keys in names if len(keys) == 1]
+        single = [(kind, keys[0]) for keys, kind in zip(names, kinds, strict=True) if len(keys) == 1]
+        shapes = [f"{{{n}: {shapes[0]}}}" for kind, n in single if not sections_of(kind.model_fields[n])]
     listed = not isinstance(key.loc[-1], int) and (not kinds or is_list_of_sections(key.field))
     return [f"[{shape}]" if listed else shape for shape in shapes]
 

@@ -335,6 +335,13 @@ def test_what_an_earlier_submission_fetched_is_there(
     assert plain.check("tiny.yaml", override, runs=folder / "runs").errors == []
 
 
+def test_a_file_may_be_a_vocabulary(checked: Callable[..., Checked], tmp_path: Path) -> None:
+    (tmp_path / "bpe.txt.gz").touch()
+    found = checked(f"data.text.tokenizer={tmp_path / 'bpe.txt.gz'}")
+    assert not found.errors
+    assert not [said for said in found.unchecked if "tokenizer" in said]
+
+
 def test_a_folder_without_a_tokenizer(checked: Callable[..., Checked]) -> None:
     (error,) = checked("data.text.tokenizer=./data").errors
     assert "/data has none of tokenizer.json, tokenizer_config.json" in error

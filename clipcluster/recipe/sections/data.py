@@ -130,8 +130,8 @@ class Text(Section):
 
     tokenizer: str = key(
         "result",
-        "'bytes' (one token per byte, needs no file), a folder with a Hugging Face tokenizer, or its name on "
-        "the hub.",
+        "'bytes' (one token per byte, needs no file), a folder with a Hugging Face tokenizer, its name on "
+        "the hub, or CLIP's vocabulary file (bpe_simple_vocab_16e6.txt.gz).",
         "bytes",
         path="name",
         min_length=1,

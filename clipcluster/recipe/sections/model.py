@@ -61,7 +61,35 @@ class ArchTextTower(Section):
         return value
 
 
-TextTower = Annotated[HfTextTower | ArchTextTower, Kinds(hf=HfTextTower, arch=ArchTextTower)]
+class ClipText(Section):
+    """The sizes of CLIP's text transformer; vocabulary and positions are the tokenizer's."""
+
+    width: Int = key("result", "Width of a token's vector.", 512, ge=1)
+    layers: Int = key("result", "Number of layers.", 12, ge=1)
+    heads: Int = key("result", "Attention heads of a layer; they divide the width.", 8, ge=1)
+    mlp_ratio: Float = key("result", "Width of a layer's MLP, in widths.", 4.0, gt=0)
+    quick_gelu: bool = key(
+        "result", "x * sigmoid(1.702 x) for GELU, as OpenAI's weights were trained with.", False
+    )
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> ClipText:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+class ClipTextTower(Section):
+    """CLIP's own text transformer: causal, pooled at the token that ends the caption."""
+
+    clip: ClipText = section("Its sizes; {} gives those of ViT-B/32 and ViT-B/16.")
+    weights: str | None = _weights()
+
+
+TextTower = Annotated[
+    HfTextTower | ArchTextTower | ClipTextTower,
+    Kinds(hf=HfTextTower, arch=ArchTextTower, clip=ClipTextTower),
+]
 
 
 class LogitScale(Section):

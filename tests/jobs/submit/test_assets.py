@@ -28,7 +28,9 @@ def test_names_and_folders(recipe, tmp_path):
     assert "*.safetensors" in names["org/tower"]
     assert "*.safetensors" not in names["org/words"]
     (tmp_path / "words").mkdir()
-    assert assets.hub_names(loaded(recipe, f"data.text.tokenizer={tmp_path / 'words'}")) == {}
+    (tmp_path / "bpe.txt.gz").touch()
+    for there in ("words", "bpe.txt.gz"):
+        assert assets.hub_names(loaded(recipe, f"data.text.tokenizer={tmp_path / there}")) == {}
 
 
 def test_what_is_there_is_not_fetched_again(recipe, tmp_path):

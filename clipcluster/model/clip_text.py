@@ -1,0 +1,114 @@
+"""CLIP's text transformer (Radford et al. 2021, section 2.4), with the parameter names of OpenCLIP's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipcluster.model.pooling import last_real
+
+
+class ClipTextTower(nn.Module):
+    """A causal, pre-norm transformer: (B, L) int64 tokens, (B, L) bool mask -> (B, width).
+
+    The vector of a caption is that of its last real token, which ends it; L is at most `positions`.
+    """
+
+    pool = "last"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        positions: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float,
+        quick_gelu: bool,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(positions, width))
+        self.transformer = _Layers(width, layers, heads, int(width * mlp_ratio), quick_gelu)
+        self.ln_final = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        # Causal: what follows the last real token never reaches it.
+        return self.ln_final(last_real(self.transformer(states), mask))
+
+
+class _Layers(nn.Module):
+    """The layers, one after another: (B, L, width) -> (B, L, width)."""
+
+    def __init__(self, width: int, layers: int, heads: int, hidden: int, quick_gelu: bool) -> None:
+        super().__init__()
+        blocks = [_Layer(width, heads, hidden, quick_gelu) for _ in range(layers)]
+        self.resblocks = nn.ModuleList(blocks)
+        for layer in blocks:  # what writes into the residual stream shrinks with depth
+            nn.init.normal_(layer.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
+            nn.init.normal_(layer.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        for layer in self.resblocks:
+            states = layer(states)
+        return states
+
+
+class _Layer(nn.Module):
+    """Attention and MLP, each after a norm and added to what came in: (B, L, width) -> (B, L, width)."""
+
+    def __init__(self, width: int, heads: int, hidden: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = _CausalAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = _Mlp(width, hidden, quick_gelu)
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = states + self.attn(self.ln_1(states))
+        return states + self.mlp(self.ln_2(states))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
+        self.activation = _quick_gelu if quick_gelu else functional.gelu
+        nn.init.normal_(self.c_fc.weight, std=(2 * width) ** -0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(states)))
+
+
+def _quick_gelu(values: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the GELU of OpenAI's models."""
+    return values * torch.sigmoid(1.702 * values)
+
+
+class _CausalAttention(nn.Module):
+    """Each token attends to itself and those before it; queries, keys and values are one matrix."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.normal_(self.in_proj_weight, std=width**-0.5)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        batch, length, width = states.shape
+        projected = functional.linear(states, self.in_proj_weight, self.in_proj_bias)
+        # (3, B, heads, L, width of a head)
+        split = projected.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = split.unbind()
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, width))
