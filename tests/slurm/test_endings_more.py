@@ -114,10 +114,16 @@ def test_out_of_time(bench, nodes):
 
 @pytest.mark.long
 def test_ranks_that_outlive_the_limit_are_a_timeout(bench):
+    """SLURM kills ranks and script in one moment: on a busy machine the verdict may come just before."""
     run, job = bench.submit({"steps": 5000, "deaf": {}}, time="1 min")
-    assert bench.gone(job, 180) == "TIMEOUT"
-    assert history.last_verdict(run.attempt(1)) is None
-    assert bench.state(run).name == "TIMEOUT"
+    attempt = run.attempt(1)
+    bench.until(lambda: history.last_verdict(attempt) or not bench.slurm.queue(job_ids=[job]), 180)
+    verdict = history.last_verdict(attempt)
+    if verdict is None:
+        assert bench.gone(job) == "TIMEOUT"
+        assert bench.state(run).name == "TIMEOUT"
+    else:
+        assert (verdict["event"], verdict["ending"]) == ("requeue", "out of time")
 
 
 @pytest.mark.long

@@ -125,7 +125,7 @@ class Cache:
             known = self.root / _LISTS / name[:32]
             with self._lock("space"), contextlib.suppress(FileNotFoundError):  # an eviction may be under way
                 if state.stamp:
-                    os.utime(known / table)  # it counts as used now
+                    _mark_used(known / table)
                     return known
             fd, _ = self._fetched(source, "list", placed)
         os.close(fd)
@@ -162,6 +162,7 @@ class Cache:
             reserve = partial(self._reserve, fd, part, address)
             got = download(address, fd, reserve=reserve, size=size, sha256=sha256)
             os.fsync(fd)
+            _mark_used(fd)
             path = placed(got)
             with self._lock("space"):  # a listing at that moment may miss both names
                 path.parent.mkdir(exist_ok=True)  # an eviction may have removed a list of old
@@ -241,8 +242,14 @@ def _opened(path: Path, size: int | None) -> int | None:
     if size is not None and os.fstat(fd).st_size != size:
         os.close(fd)
         return None
-    os.utime(fd)
+    _mark_used(fd)
     return fd
+
+
+def _mark_used(file: int | Path) -> None:
+    """The time of its last use: now. By this clock: the kernel's own stamps of one tick (4 ms) are equal."""
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
 
 
 def _entries(root: Path) -> list[_Entry]:
@@ -268,7 +275,7 @@ def _lists(root: Path) -> Iterator[_Entry]:
                 shutil.rmtree(folder.path, ignore_errors=True)
                 continue
             for path, _ in files:
-                os.utime(path)  # it is held: its age starts again
+                _mark_used(path)  # it is held: its age starts again
         for path, state in files:
             yield _Entry(path, state.st_size, state.st_mtime, 0)
 
