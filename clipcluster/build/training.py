@@ -13,8 +13,7 @@ from clipcluster.build.data import Sources, open_batches, open_sources
 from clipcluster.build.model import build_model, build_task, describe_start
 from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
-from clipcluster.model.task import Task
-from clipcluster.recipe.plan import Plan, plan
+from clipcluster.recipe.plan import Plan, micro_batches, plan, samples_per_rank
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.recipe.units import Time
@@ -25,7 +24,7 @@ from clipcluster.runs.merge import events
 from clipcluster.runtime.outcome import NonFiniteError
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop
 from clipcluster.runtime.world import World
-from clipcluster.train.backward import Cached, Independent, Whole
+from clipcluster.train.backward import Backward, Cached, Independent, Whole
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_writer import versions
 from clipcluster.train.ema import Ema
@@ -42,7 +41,7 @@ from clipcluster.train.step import Guard, Step
 from clipcluster.train.trainer import Trainer
 from clipcluster.train.wrapping import WrappedTask
 
-TRIED_SAMPLES = 2  # a batch norm needs more than one
+TRIED_SAMPLES = 2  # of each micro-batch; a batch norm needs more than one
 
 
 def build_trainer(
@@ -109,15 +108,8 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
     optimizer = Optimizer(
         model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
     )
-    accumulating = Cached if TASKS[recipe.task].loss_over == "batch" else Independent
-    backward = (Whole if plan_.accumulation == 1 else accumulating)(
-        wrapped,
-        precision,
-        RunningStatistics(task, world),
-        seed=recipe.seed,
-        slot=world.rank * plan_.per_rank_batch,
-        micro_batches=plan_.accumulation,
-    )
+    slot = world.rank * plan_.per_rank_batch
+    backward = build_backward(recipe, wrapped, precision, world, slot=slot, micro_batches=plan_.accumulation)
     schedule = partial(
         learning_rate,
         peak=optim.lr,
@@ -136,31 +128,52 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
     )
 
 
-def try_task(recipe: Recipe, assets: Path | None) -> list[str]:
-    """One forward and backward pass of the recipe's task on two of its samples, on the CPU in float32.
+def build_backward(
+    recipe: Recipe, task: WrappedTask, precision: Precision, world: World, *, slot: int, micro_batches: int
+) -> Backward:
+    """How a rank's part of a batch, from slot `slot` on, becomes gradients."""
+    accumulating = Cached if TASKS[recipe.task].loss_over == "batch" else Independent
+    return (Whole if micro_batches == 1 else accumulating)(
+        task,
+        precision,
+        RunningStatistics(task.task, world),
+        seed=recipe.seed,
+        slot=slot,
+        micro_batches=micro_batches,
+    )
 
-    Shows what only running shows: shapes that do not fit, what a tower does not take. Starting weights are
-    not read. Returns the names of the parameters without a gradient, which several ranks cannot train.
+
+def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[str]:
+    """One forward and backward pass of the recipe's task on a few of its samples, on the CPU in float32.
+
+    Where the run on `world_size` ranks accumulates, the samples come in two micro-batches. Shows what only
+    running shows: shapes that do not fit, what a tower does not take. Starting weights are not read. Returns
+    the names of the parameters without a gradient, which several ranks cannot train.
 
     Raises UserError and DataError as building and reading do, NonFiniteError, and whatever the towers raise.
     """
     world = World(0, 1, 0, torch.device("cpu"))
-    data = recipe.data.model_copy(update={"batch_size": TRIED_SAMPLES, "workers": 0})
+    batch = recipe.data.batch_size
+    parts = min(2, micro_batches(samples_per_rank(batch, world_size), recipe.train.micro_batch))
+    samples = min(TRIED_SAMPLES, max(1, batch // parts)) * parts
+    data = recipe.data.model_copy(update={"batch_size": samples, "workers": 0})
     small = recipe.model_copy(update={"data": data})
     sources = open_sources(small, assets)
     model = build_model(small, sources.tokenizer, assets, starting_weights=False)
     task = build_task(small, model, world)
+    precision = Precision("fp32", world.device)
+    backward = build_backward(small, WrappedTask(task, world), precision, world, slot=0, micro_batches=parts)
     batches = open_batches(small, sources, world, 0, ())
     try:
-        report = task(Task.report, next(iter(batches)))
+        backward.statistics.begin()
+        report = backward(next(iter(batches)), 0)
     finally:
         batches.close()
     if not torch.isfinite(report.loss):
         raise NonFiniteError(
-            f"The loss of {TRIED_SAMPLES} samples with untrained weights is {float(report.loss.detach())}.",
+            f"The loss of {samples} samples with untrained weights is {float(report.loss)}.",
             "Check data.image.mean and std, and model.logit_scale.",
         )
-    report.loss.backward()
     task.after_step()
     return [name for name, value in task.named_parameters() if value.requires_grad and value.grad is None]
 

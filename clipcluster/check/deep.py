@@ -89,7 +89,7 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
             key = f"{kind}.{number}"
             attempt(key, check_sample, key, source, text, members, tokenizer, findings)
     if not findings.errors:  # else the step would fail for a reason that is known
-        attempt("a training step of two samples", _check_step, recipe, world_size, assets, findings)
+        attempt("a training step of a few samples", _check_step, recipe, world_size, assets, findings)
     return findings
 
 
@@ -180,7 +180,7 @@ def _check_step(recipe: Recipe, world_size: int, assets: Path | None, findings: 
     """One forward and backward pass of the task: what fails for its shapes fails here."""
     from clipcluster.build.training import try_task
 
-    unused = try_task(recipe, assets)
+    unused = try_task(recipe, assets, world_size)
     if not unused:
         return
     named = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")

@@ -248,6 +248,8 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
         f"warm-up: {counted(plan.warmup_steps, 'step')} "
         f"({plan.warmup_steps / plan.total_steps:.1%} of the run)",
         f"batch: {plan.batch_size:,} = {counted(ranks, 'rank')} x {plan.per_rank_batch:,} "
-        f"on {counted(nodes, 'node')}",
+        f"on {counted(nodes, 'node')}"
+        + f", in {plan.accumulation:,} micro-batches of {plan.micro_batch:,}"
+        * (plan.accumulation > 1),
         f"checkpoints: every {saves}; evaluations: " + (f"{often}at the end" if sets else "none"),
     ]

@@ -50,14 +50,12 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         world_size: ranks in all.
 
     Raises:
-        UserError: the batch does not divide, accumulation would be needed, the run has no step, or the
-            warm-up takes the whole run; with the arithmetic and values that work.
+        UserError: the batch does not divide, the run has no step, or the warm-up takes the whole run; with
+            the arithmetic and values that work.
     """
     batch = recipe.data.batch_size
     per_rank = samples_per_rank(batch, world_size)
     accumulation = micro_batches(per_rank, recipe.train.micro_batch)
-    if accumulation > 1:
-        raise UserError(_needs_accumulation(recipe, world_size, per_rank, accumulation))
     epoch_samples = recipe.data.epoch_samples or source_samples
     steps_per_epoch = epoch_samples // batch
     total = recipe.train.duration.steps(steps_per_epoch, batch, 0)
@@ -90,7 +88,10 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         evaluate_every=period("evaluate.every", measure) if measure else None,
         checkpoint_every=period("checkpoint.every", every) if isinstance(every, Duration) else None,
         keep_every=period("checkpoint.keep.every", keep) if keep else None,
-        warnings=_warmup_fits(recipe, warmup, total),
+        warnings=(
+            *_warmup_fits(recipe, warmup, total),
+            *_small_micro_batches(recipe, per_rank, accumulation),
+        ),
     )
 
 
@@ -107,6 +108,17 @@ def _warmup_fits(recipe: Recipe, warmup: int, total: int) -> tuple[str, ...]:
     if warmup > LONG_WARMUP * total:
         return (f"{text} is {warmup / total:.1%} of the run's {counted(total, 'step')}; 2% to 10% is usual",)
     return ()
+
+
+def _small_micro_batches(recipe: Recipe, per_rank: int, count: int) -> tuple[str, ...]:
+    """A warning where equal micro-batches are less than half as large as they may be."""
+    bound, size = recipe.train.micro_batch, per_rank // count
+    if bound is None or 2 * size > min(bound, per_rank):
+        return ()
+    return (
+        f"train.micro_batch {bound}: {counted(per_rank, 'sample')} a rank divide into equal parts of at most "
+        f"{size}; a data.batch_size with more divisors makes larger and faster micro-batches",
+    )
 
 
 def samples_per_rank(batch: int, world_size: int) -> int:
@@ -129,17 +141,6 @@ def micro_batches(per_rank: int, bound: int | None) -> int:
     if bound is None or per_rank <= bound:
         return 1
     return next(count for count in range(-(-per_rank // bound), per_rank + 1) if per_rank % count == 0)
-
-
-def _needs_accumulation(recipe: Recipe, world_size: int, per_rank: int, count: int) -> str:
-    batch, bound = recipe.data.batch_size, recipe.train.micro_batch
-    enough = range(-(-batch // (bound or 1)), batch + 1)
-    ranks = next(ranks for ranks in enough if batch % ranks == 0)
-    return (
-        f"{batch} / {world_size} ranks = {per_rank} a rank, micro_batch {bound} -> {count} micro-batches "
-        f"of {per_rank // count}: accumulation is not supported yet: "
-        f"set train.micro_batch to {per_rank} or use {ranks} ranks"
-    )
 
 
 def usable_nodes(recipe: Recipe, granted: int) -> int:

@@ -117,6 +117,11 @@ def test_a_right_recipe(checked: Callable[..., Checked]) -> None:
     ]
 
 
+def test_micro_batches_are_said(checked: Callable[..., Checked]) -> None:
+    found = checked("data.batch_size=8", "train.micro_batch=2")
+    assert found.summary[3] == "batch: 8 = 2 ranks x 4 on 1 node, in 2 micro-batches of 2"
+
+
 def test_captions_all_counts_pairs(checked: Callable[..., Checked]) -> None:
     found = checked("data.text.captions=all", "checkpoint.every=1 epoch", "evaluate.every=2 epochs")
     assert found.summary[0] == "data: 18 pairs in 1 source"
@@ -166,10 +171,6 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
         (
             ["data.train=[{shards: data/train, weight: 0.333331}, {shards: data/test, weight: 1}]"],
             "The nearest possible weights are",
-        ),
-        (
-            ["train.micro_batch=1"],
-            "accumulation is not supported yet: set train.micro_batch to 2 or use 4 ranks",
         ),
         (["optim.warmup=10 epochs"], "takes the whole run of 20 steps"),
         (["model.image.weights=data/trian"], "data/trian does not exist; did you mean"),
@@ -398,7 +399,7 @@ def test_what_only_the_deep_check_finds(folder: Path, override: str, said: str) 
 
 def test_what_only_a_step_shows_is_found(folder: Path) -> None:
     (error,) = examined("model.image.args={global_pool: ''}").errors  # maps of features instead of a vector
-    assert error.startswith("a training step of two samples: RuntimeError: ")
+    assert error.startswith("a training step of a few samples: RuntimeError: ")
     assert "shapes cannot be multiplied" in error
     xlnet = "model.text={arch: xlnet, config: {n_layer: 1, n_head: 2, d_model: 16, d_inner: 16}, pool: last}"
     (error,) = examined(xlnet).errors

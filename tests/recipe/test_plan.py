@@ -112,27 +112,23 @@ def test_micro_batches_are_whole_and_as_few_as_can_be(per_rank: int, bound: int)
     assert not fewer
 
 
-def test_accumulation_is_refused_with_its_arithmetic(small: Small) -> None:
-    recipe = small("data.batch_size=384", "train.micro_batch=64").recipe
-    with pytest.raises(UserError) as caught:
-        plan(recipe, 10_000, 2)
-    assert str(caught.value) == (
-        "384 / 2 ranks = 192 a rank, micro_batch 64 -> 3 micro-batches of 64: "
-        "accumulation is not supported yet: set train.micro_batch to 192 or use 6 ranks"
+def test_a_ranks_part_is_cut_into_the_fewest_micro_batches(small: Small) -> None:
+    recipe = small("data.batch_size=384", "train.micro_batch=100").recipe
+    found = {ranks: plan(recipe, 10_000, ranks) for ranks in (1, 2, 6)}
+    assert {ranks: (p.accumulation, p.micro_batch) for ranks, p in found.items()} == {
+        1: (4, 96),
+        2: (2, 96),
+        6: (1, 64),
+    }
+    assert {(p.batch_size, p.total_steps, p.warnings) for p in found.values()} == {(384, 52, ())}
+
+
+def test_small_micro_batches_are_warned_of(small: Small) -> None:
+    (warning,) = plan(small("data.batch_size=194", "train.micro_batch=64").recipe, 10_000, 2).warnings
+    assert warning == (
+        "train.micro_batch 64: 97 samples a rank divide into equal parts of at most 1; "
+        "a data.batch_size with more divisors makes larger and faster micro-batches"
     )
-    assert plan(recipe, 10_000, 6).micro_batch == 64
-
-
-@given(st.integers(1, 2000), st.integers(1, 64), st.integers(1, 300))
-def test_the_ranks_named_against_accumulation_would_do(batch: int, ranks: int, bound: int) -> None:
-    assume(batch % ranks == 0)
-    assume(batch // ranks > bound)
-    recipe = recipe_of(batch)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": bound})})
-    with pytest.raises(UserError) as caught:
-        plan(recipe, 10**6, ranks)
-    named = int(str(caught.value).rsplit("use ", 1)[1].removesuffix(" ranks"))
-    assert plan(recipe, 10**6, named).accumulation == 1
 
 
 @pytest.mark.parametrize(

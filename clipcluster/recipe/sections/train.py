@@ -33,7 +33,9 @@ class Train(Section):
     duration: Length = key("result", "Length of the run: steps, samples or epochs.")
     micro_batch: Int | None = key(
         "speed",
-        "Upper bound of the samples that a rank processes at once. Default: its whole part of the batch.",
+        "Upper bound of the samples that a rank processes at once: its part of the batch is cut into the "
+        "smallest number of equal micro-batches that are no larger, with the loss and gradients of the whole "
+        "batch. Default: its whole part of the batch.",
         None,
         ge=1,
     )

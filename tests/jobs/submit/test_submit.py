@@ -161,7 +161,6 @@ def test_a_dry_run_writes_nothing(ask, tmp_path):
     [
         (["data.batchsize=1"], {}, "did you mean"),
         (["data.batch_size=129"], {}, "does not divide by 2 ranks"),
-        (["train.micro_batch=8"], {}, "accumulation is not supported yet"),
         (["data.train.0.shards=/nowhere"], {}, "/nowhere"),
         ([], {"executor": "slurm"}, "no sbatch on the PATH"),
         ([], {"site": "atlantis"}, "atlantis"),

@@ -1,0 +1,68 @@
+"""Run by test_global_batch: whole runs of real recipes, each on a world of real processes.
+
+python runs_of_ranks.py RUN:SIZE[:QUESTIONS] …  trains a run folder on so many ranks; with QUESTIONS it is
+stopped at that question of rank 0 whether to continue, and resumed by a second attempt.
+The processes are forked after the imports, before any backward pass.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from typing import Any
+
+import torch
+import torch._dynamo  # an optimizer loads it: once here, not once a rank
+import torch.utils.tensorboard
+
+import clipcluster.build.training  # noqa: F401
+from clipcluster.run import train
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.launch import Launch
+from clipcluster.runtime.stop import Stop
+
+
+class StopAfter(Stop):
+    """Asks to stop at the n-th question."""
+
+    def __init__(self, questions: int) -> None:
+        super().__init__()
+        self.questions = questions
+
+    def wishes(self) -> Any:
+        self.questions -= 1
+        if self.questions == 0:
+            self.request("the test's wish")
+        return super().wishes()
+
+
+def rank(path: str, number: int, size: int, questions: int) -> None:
+    torch.set_num_threads(1)
+    run = Run(path)
+    attempt = run.newest()
+    assert attempt
+    launch = Launch(number, size, number, size, 0, 1, "test", "torchrun")
+    sys.exit(int(train(run, attempt, launch, StopAfter(questions if number == 0 else 0))))
+
+
+def attempt(path: str, size: int, questions: int, expected: int) -> None:
+    Run(path).claim("test", host="here", still_running=lambda job: False)
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=rank, args=(path, number, size, questions)) for number in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [expected] * size
+
+
+def main() -> None:
+    for job in sys.argv[1:]:
+        path, size, *questions = job.split(":")
+        if questions:
+            attempt(path, int(size), int(questions[0]), expected=85)
+        attempt(path, int(size), 0, expected=0)
+
+
+if __name__ == "__main__":
+    main()
