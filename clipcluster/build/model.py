@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
 from clipcluster.model.task import Task
+from clipcluster.model.weight_files import shard_names
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
+from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import name_of, steps_in, weights_file
-from clipcluster.runs.files import file_sha256
+from clipcluster.runs.files import file_sha256, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import Broken, reading, verify
@@ -43,8 +46,11 @@ def build_task(recipe: Recipe, model: Any, ranks: World) -> Task:
     return task
 
 
-def describe_start(model: Any, plan_: Plan) -> dict[str, str]:
-    """Log what a run starts from (rank 0 calls it); returns the starting weights' hashes by tower."""
+def describe_start(model: Any, plan_: Plan, attempt: Attempt) -> dict[str, str]:
+    """Log what a run starts from, and write `weights.json` of the attempt (rank 0 calls it).
+
+    Returns the starting weights' hashes by tower. Raises StaleAttempt.
+    """
     logger.info(
         "%s ranks x %s samples; %s steps, %s an epoch",
         plan_.world_size,
@@ -56,13 +62,18 @@ def describe_start(model: Any, plan_: Plan) -> dict[str, str]:
         logger.warning("%s", warning)
     for coverage in model.starting_weights:
         logger.info("%s", coverage)
-    return {coverage.tower: hash_of(Path(coverage.file)) for coverage in model.starting_weights}
+    hashes = {coverage.tower: hash_of(Path(coverage.file)) for coverage in model.starting_weights}
+    report = [{**asdict(c), "sha256": hashes[c.tower]} for c in model.starting_weights]
+    attempt.check()
+    write_json(attempt.path / "weights.json", {"attempt": attempt.number, "towers": report})
+    return hashes
 
 
 def hash_of(path: Path) -> str:
-    """SHA-256 in hex of a file, or of a folder's weight files, names included."""
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+    """SHA-256 in hex of a file, or of a folder's (an index's) weight files, names included."""
+    shards = [path.parent / name for name in shard_names(path)]
+    if path.is_dir() or shards:
+        files = shards or sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
         return hashlib.sha256(
             "".join(f"{file.name} {hash_of(file)}\n" for file in files).encode()
         ).hexdigest()

@@ -51,7 +51,7 @@ def build_trainer(
     plan_ = plan(recipe, sources.sampler.samples, world.size)
     attempt.phase(world.rank, "model")
     model = build_model(recipe, sources.tokenizer, run.assets)
-    weights = world.while_main(lambda: describe_start(model, plan_))
+    weights = world.while_main(lambda: describe_start(model, plan_, attempt))
     step = build_step(recipe, plan_, model, world)
     parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.backward.precision}
     if step.ema:

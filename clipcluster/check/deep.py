@@ -102,7 +102,9 @@ def _check_image_tower(recipe: Recipe, world_size: int, findings: Findings) -> N
         store_timm_names()
     except OSError as error:
         findings.warnings.append(f"timm's names cannot be stored for the plain check: {error}")
-    tower, coverage = build_image_tower(recipe.model.image, image_size=recipe.data.image.size)
+    tower, coverage = build_image_tower(
+        recipe.model.image, image_size=recipe.data.image.size, weights_from=recipe.model.weights_from
+    )
     name = recipe.model.image.timm
     findings.summary += _said(f"image tower: {name}", tower, coverage)
     if not any(isinstance(module, _BatchNorm) for module in tower.modules()):
@@ -123,7 +125,9 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     from clipcluster.model.towers import build_text_tower
 
     text = recipe.model.text
-    tower, coverage = build_text_tower(text, tokenizer=tokenizer, assets=assets)
+    tower, coverage = build_text_tower(
+        text, tokenizer=tokenizer, assets=assets, weights_from=recipe.model.weights_from
+    )
     if isinstance(text, ClipTextTower):
         name = f"clip, {text.clip.layers} layers of width {text.clip.width}"
     else:

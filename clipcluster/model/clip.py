@@ -77,8 +77,12 @@ def build_clip(
     if not starting_weights:
         of_image = of_image.model_copy(update={"weights": None})
         of_text = of_text.model_copy(update={"weights": None})
-    image, image_coverage = build_image_tower(of_image, image_size=recipe.data.image.size)
-    text, text_coverage = build_text_tower(of_text, tokenizer=tokenizer, assets=assets)
+    image, image_coverage = build_image_tower(
+        of_image, image_size=recipe.data.image.size, weights_from=config.weights_from
+    )
+    text, text_coverage = build_text_tower(
+        of_text, tokenizer=tokenizer, assets=assets, weights_from=config.weights_from
+    )
     scale = config.logit_scale
     clip = Clip(image, text, embed_dim=config.embed_dim, scale=scale.init, max_scale=scale.max)
     clip.starting_weights = tuple(coverage for coverage in (image_coverage, text_coverage) if coverage)

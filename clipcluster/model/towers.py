@@ -18,7 +18,8 @@ from clipcluster.data.tokenizer import Tokenizer, asset_folder
 from clipcluster.errors import UserError
 from clipcluster.model.clip_text import ClipTextTower
 from clipcluster.model.pooling import last_real, mean_of_real
-from clipcluster.model.weights import FOLDER_FILES, Coverage, load_weights, shard_names
+from clipcluster.model.weight_files import HF_FILES, WeightsFrom, shard_names
+from clipcluster.model.weights import Coverage, load_weights
 from clipcluster.recipe.sections import model as sections
 
 # How a caption's vector is taken from its tokens' when the recipe does not say.
@@ -68,7 +69,9 @@ class TextTower(nn.Module):
         return mean_of_real(states, mask) if self.pool == "mean" else last_real(states, mask)
 
 
-def build_image_tower(config: sections.ImageTower, *, image_size: int) -> tuple[ImageTower, Coverage | None]:
+def build_image_tower(
+    config: sections.ImageTower, *, image_size: int, weights_from: WeightsFrom | None = None
+) -> tuple[ImageTower, Coverage | None]:
     """The tower of `model.image`: `timm` (name), `args` (mapping), `weights` (file, folder or None).
 
     Raises UserError for a name that timm does not know (with the nearest), for arguments the tower does not
@@ -93,12 +96,15 @@ def build_image_tower(config: sections.ImageTower, *, image_size: int) -> tuple[
                 raise
             trunk = timm.create_model(name, pretrained=False, num_classes=0, **args)
     width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
-    coverage = load_weights(trunk, Path(config.weights), name="image") if config.weights else None
-    return ImageTower(trunk, int(width)), coverage
+    return ImageTower(trunk, int(width)), _started(trunk, config, "image", weights_from)
 
 
 def build_text_tower(
-    config: sections.TextTower, *, tokenizer: Tokenizer, assets: Path | None = None
+    config: sections.TextTower,
+    *,
+    tokenizer: Tokenizer,
+    assets: Path | None = None,
+    weights_from: WeightsFrom | None = None,
 ) -> tuple[TextTower | ClipTextTower, Coverage | None]:
     """The tower of `model.text`: by `hf`, by `arch` and `config`, or `clip`; with its weights and pooling.
 
@@ -109,7 +115,7 @@ def build_text_tower(
         clip = ClipTextTower(
             vocab_size=tokenizer.vocab_size, positions=tokenizer.context_length, **config.clip.model_dump()
         )
-        return clip, load_weights(clip, Path(config.weights), name="text") if config.weights else None
+        return clip, _started(clip, config, "text", weights_from)
     folder = None
     if isinstance(config, sections.HfTextTower):
         settings, folder = _config_from_hf(config.hf, assets)
@@ -124,13 +130,26 @@ def build_text_tower(
             f"model.text.pool: the pooling of {settings.model_type} is unknown; "
             "set it to last, first or mean."
         )
-    coverage = None
-    if config.weights:
-        source = Path(config.weights)
-        if isinstance(config, sections.HfTextTower) and config.weights == "pretrained":
-            source = _pretrained(config.hf, folder)
-        coverage = load_weights(transformer, source, name="text")
+    source = None
+    if isinstance(config, sections.HfTextTower) and config.weights == "pretrained":
+        source = _pretrained(config.hf, folder)
+    coverage = _started(transformer, config, "text", weights_from, source)
     return TextTower(transformer, int(settings.hidden_size), pool), coverage
+
+
+def _started(
+    tower: nn.Module, config: Any, name: str, weights_from: WeightsFrom | None, source: Path | None = None
+) -> Coverage | None:
+    """The tower takes the weights that its section names (or those of `source`), where it names any."""
+    if not config.weights:
+        return None
+    return load_weights(
+        tower,
+        source or Path(config.weights),
+        name=name,
+        missing=config.missing,
+        weights_from=weights_from,
+    )
 
 
 def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) -> Any:
@@ -173,16 +192,16 @@ def _pretrained(name: str, folder: Path | None) -> Path:
     """The weights that belong to a configuration: in its folder, else in the hub's cache, else fetched."""
     from transformers.utils import cached_file
 
-    if folder is not None and (folder == Path(name) or any((folder / f).is_file() for f in FOLDER_FILES)):
+    if folder is not None and (folder == Path(name) or any((folder / f).is_file() for f in HF_FILES)):
         return folder
     with _refusing(f"model.text.weights: the weights of {name} cannot be reached on the hub from here"):
-        for file in FOLDER_FILES:
+        for file in HF_FILES:
             found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
             if found is not None:
                 for shard in shard_names(Path(found)):
                     cached_file(name, shard)
                 return Path(found)
-    raise UserError(f"model.text.weights: {name} has none of {', '.join(FOLDER_FILES)}.")
+    raise UserError(f"model.text.weights: {name} has none of {', '.join(HF_FILES)}.")
 
 
 def _check_fits(settings: Any, tokenizer: Tokenizer) -> None:

@@ -1,40 +1,41 @@
 """Starting weights from a file into a tower, with proof of what was loaded.
 
 A file and a tower differ by a prefix, and a load that skips what it does not know takes nothing and raises
-nothing. Here the prefix is found, the coverage is counted, and too little of it is an error.
+nothing. Here the prefix is removed by an explicit rule, every tensor of the tower is accounted for, and one
+that the file does not bring is an error unless the recipe lists it.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections import ChainMap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clipcluster.errors import UserError
+from clipcluster.model.weight_files import WeightsFrom, read_weights, some
 
-LEAST_COVERAGE = 0.9
-"""Fraction of the tower's tensors, and of their elements, that a file must bring."""
-
-# A prefix is any run of these words: `module.`, `_orig_mod.module.`, `visual.trunk.`, `text.transformer.`, …
-_WRAPPERS = {
-    *("module", "_orig_mod", "model", "base_model", "backbone", "trunk", "encoder", "visual", "image"),
-    *("text", "text_model", "transformer", "bert", "roberta", "distilbert", "electra"),
+# What wrappers and training programs put before every name: any number of them, in any order.
+_WRAPPERS = ("module", "_orig_mod", "model", "base_model")
+# Where a tower lies in a larger model.
+_PLACES = {
+    "image": (
+        *("image", "image.trunk", "trunk", "visual", "visual.trunk", "backbone", "encoder"),
+        *("vision_model", "image_encoder"),
+    ),
+    "text": (
+        *("text", "text.transformer", "transformer", "text_model", "backbone", "encoder", "text_encoder"),
+        *("bert", "roberta", "distilbert", "electra"),
+    ),
+    "model": (),
 }
-FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_WORDS_OF_A_PREFIX = 6
 # Classifiers, language-model heads and poolers: a tower does not have them.
 _HEADS = re.compile(
     r"^(head|head_dist|fc|classifier|head\.fc|head\.l|last_linear|lm_head|cls|score|pooler|pre_classifier"
@@ -51,161 +52,179 @@ _OLD_LAYER_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 
 @dataclass(frozen=True)
 class Coverage:
-    """What one file brought to one tower.
+    """What one file brought to one tower (or to the whole model: tower `model`).
 
-    `loaded` of `tensors` tensors hold `fraction` of the tower's elements; `missing` stay as they were drawn;
-    `left_out` are the file's own tensors (under `prefix`) that the tower does not have.
+    `loaded` of `tensors` tensors hold `fraction` of the tower's elements; `missing` stay as they were drawn,
+    because the recipe lists them; `unexpected` are the file's own tensors (under `prefix`) that the tower
+    does not have. part: `ema` or `raw` where the file has both.
     """
 
     tower: str
     file: str
     prefix: str
+    part: str
     loaded: int
     tensors: int
     fraction: float
     missing: tuple[str, ...]
-    left_out: tuple[str, ...]
+    unexpected: tuple[str, ...]
 
     def __str__(self) -> str:
+        name = "the model" if self.tower == "model" else f"{self.tower} tower"
         counted = f"{self.loaded} of {self.tensors} tensors ({self.fraction:.1%})"
-        text = f"{self.tower} tower: {counted} from {self.file}"
+        text = f"{name}: {counted} from {self.file}"
+        if self.part:
+            text += {"ema": ", the averaged (EMA) weights", "raw": ", not the averaged weights"}[self.part]
         if self.prefix:
             text += f", prefix {self.prefix!r} removed"
         if self.missing:
             text += f"; randomly initialised: {some(self.missing)}"
-        if self.left_out:
-            text += f"; not used: {some(self.left_out)}"
+        if self.unexpected:
+            text += f"; not used: {some(self.unexpected)}"
         return text
 
+    def covers(self, tower: str) -> bool:
+        """Whether a tower (`image`, `text`) has its starting weights from this file."""
+        return self.tower in (tower, "model")
 
-def load_weights(tower: nn.Module, source: Path, *, name: str) -> Coverage:
-    """Copy the tensors of a file, or of a model folder, into a tower; parameters and buffers, any dtype.
 
-    `name` is the tower's name in messages (`image`, `text`).
+def load_weights(
+    tower: nn.Module,
+    source: Path,
+    *,
+    name: str,
+    missing: Sequence[str] = (),
+    weights_from: WeightsFrom | None = None,
+) -> Coverage:
+    """Copy the tensors of a file, or of a model's folder, into a tower; parameters and buffers, any dtype.
 
-    Raises UserError where the file is missing or unreadable, matches less than LEAST_COVERAGE of the tower,
-    or holds a larger tower than the one built.
+    name: the tower's name in messages and in the table of prefixes (`image`, `text`).
+    missing: patterns (`head.norm.*`) of the tower's tensors that the file need not bring, or brings in
+    another shape: they stay as they were drawn.
+    weights_from: as of `read_weights`.
+
+    Raises UserError where the file is missing or unreadable, does not bring every other tensor of the tower
+    in its shape and with finite values, or holds a larger tower than the one built. Nothing is copied then.
     """
-    found = read_state_dict(source)
-    state = {_OLD_LAYER_NORM.sub(lambda old: _NEW_NAMES[old[0]], key): found[key] for key in found}
+    weights = read_weights(source, weights_from)
+    state = {_OLD_LAYER_NORM.sub(lambda old: _NEW_NAMES[old[0]], key): v for key, v in weights.state.items()}
     own = {key: value for key, value in tower.state_dict().items() if not _COMPUTED.search(key)}
-    prefix = _best_prefix(state, own)
+    prefix = _best_prefix(state, own, _PLACES[name])
     inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     fitting = {key: value for key, value in inside.items() if key in own and value.shape == own[key].shape}
-    left_out = tuple(k for k in inside if k not in fitting and k not in own and not _COMPUTED.search(k))
-    elements = sum(value.numel() for value in own.values())
     coverage = Coverage(
         tower=name,
-        file=str(source),
+        file=str(weights.file),
         prefix=prefix,
+        part=weights.part,
         loaded=len(fitting),
         tensors=len(own),
-        fraction=sum(value.numel() for value in fitting.values()) / elements,
+        fraction=_elements(fitting.values()) / max(1, _elements(own.values())),
         missing=tuple(key for key in own if key not in fitting),
-        left_out=left_out,
+        unexpected=tuple(key for key in inside if key not in own and not _COMPUTED.search(key)),
     )
-    _check_coverage(coverage, state, inside, own)
+    _check_missing(coverage, missing, state, inside, own)
+    _check_larger(coverage, own)
+    _check_finite(coverage, fitting)
     with torch.no_grad():
         for key, value in fitting.items():
             own[key].copy_(value)
     return coverage
 
 
-def read_state_dict(source: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file, or of a folder in Hugging Face's layout.
-
-    Pickles are read with `weights_only`; of a training checkpoint the model's part is taken.
-    Raises UserError where nothing readable is there.
-    """
-    if source.is_dir():
-        found = [source / name for name in FOLDER_FILES if (source / name).is_file()]
-        if not found:
-            expected = ", ".join(FOLDER_FILES)
-            raise UserError(f"The folder {source} holds no weights: expected one of {expected}.")
-        source = found[0]
-    if not source.is_file():
-        raise UserError(
-            f"No weights at {source}: name a .safetensors, .pth or .bin file, or a model's folder."
-        )
-    shards = [read_state_dict(source.parent / shard) for shard in shard_names(source)]
-    if shards:
-        return dict(ChainMap(*shards))
-    try:
-        content = _read(source)
-    except Exception as error:  # every reader has its own exceptions for a broken file
-        raise UserError(f"The weights {source} cannot be read ({error}): is the file complete?") from error
-    inner = (content.get(key) for key in ("state_dict", "model", "module"))
-    content = next((value for value in inner if isinstance(value, dict)), content)
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise UserError(f"The file {source} holds no tensors; its keys are {some(tuple(content))}.")
-    return state
+def _elements(tensors: Iterable[Tensor]) -> int:
+    return sum(value.numel() for value in tensors)
 
 
-def shard_names(file: Path) -> list[str]:
-    """The files beside it that an `….index.json` puts together; none for any other file."""
-    if not file.name.endswith(".index.json"):
-        return []
-    return sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
-        return dict(load_file(file))
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # torch's message advises to load it without weights_only
-        raise ValueError("it holds more than tensors") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"a {type(content).__name__} where a dictionary of tensors was expected")
-    return content
-
-
-def _best_prefix(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """The prefix under which most of the file's tensors fit the tower; the shortest of equals."""
+def _best_prefix(state: Mapping[str, Any], own: Mapping[str, Tensor], places: Sequence[str]) -> str:
+    """The prefix, of those that the rules allow, under which most of the tower is; the shortest of equals."""
+    wrapped = rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*"
+    rule = re.compile(rf"{wrapped}(?:(?:{'|'.join(map(re.escape, places))})\.)?{wrapped}")
     prefixes = {""}
     for key in state:
+        words = key.split(".")[:_WORDS_OF_A_PREFIX]
+        prefixes |= {".".join(words[:count]) + "." for count in range(1, len(words))}
+    allowed = sorted((p for p in prefixes if rule.fullmatch(p)), key=lambda prefix: (len(prefix), prefix))
+
+    def matches(prefix: str) -> tuple[int, int]:
+        found = [key for key in own if prefix + key in state]
+        return sum(state[prefix + key].shape == own[key].shape for key in found), len(found)
+
+    return max(allowed, key=matches)
+
+
+def _likeliest_prefix(state: Iterable[str], own: Mapping[str, Tensor]) -> tuple[str, int]:
+    """The prefix, of any form, without which most of the file's names are the tower's; how many."""
+    found: Counter[str] = Counter()
+    for key in state:
         words = key.split(".")
-        for count in range(1, len(words)):
-            if words[count - 1] not in _WRAPPERS:
-                break
-            prefixes.add(".".join(words[:count]) + ".")
-
-    def matches(prefix: str) -> int:
-        return sum(prefix + key in state and state[prefix + key].shape == own[key].shape for key in own)
-
-    return max(sorted(prefixes, key=lambda prefix: (len(prefix), prefix)), key=matches)
-
-
-def _check_coverage(
-    coverage: Coverage, state: dict[str, Tensor], inside: dict[str, Tensor], own: dict[str, Tensor]
-) -> None:
-    name, file = coverage.tower, coverage.file
-    wrong = [key for key in own if key in inside and key in coverage.missing]
-    shapes = [
-        f"{key}: {tuple(inside[key].shape)} in the file, {tuple(own[key].shape)} in the tower"
-        for key in wrong
-    ]
-    if min(coverage.loaded / coverage.tensors, coverage.fraction) < LEAST_COVERAGE or wrong:
-        raise UserError(
-            f"{file} brings {coverage.loaded} of the {name} tower's {coverage.tensors} tensors "
-            f"({coverage.fraction:.1%} of its elements), so it was made for another tower.\n"
-            f"  Missing from the file: {some(coverage.missing)}\n"
-            f"  The file holds: {some(tuple(state))}\n"
-            f"  Shapes that differ: {some(shapes)}\n"
-            f"Name the tower the file was made for, or leave model.{name}.weights out to train from random "
-            "weights."
+        found.update(
+            ".".join(words[:count]) + "." for count in range(1, len(words)) if ".".join(words[count:]) in own
         )
+    return found.most_common(1)[0] if found else ("", 0)
+
+
+def _check_missing(
+    coverage: Coverage,
+    listed: Sequence[str],
+    state: Mapping[str, Tensor],
+    inside: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+) -> None:
+    """Raises UserError where a tensor of the tower is not brought that the recipe does not list."""
+    name, file = coverage.tower, coverage.file
+    key_of = "model" if name == "model" else f"model.{name}"
+    idle = [pattern for pattern in listed if not any(fnmatchcase(key, pattern) for key in own)]
+    if idle:
+        raise UserError(
+            f"{key_of}.missing: {some(idle)} is no tensor of what is built; its tensors are {some([*own])}."
+        )
+    unlisted = [key for key in coverage.missing if not any(fnmatchcase(key, each) for each in listed)]
+    if not unlisted:
+        return
+    what = "model" if name == "model" else f"{name} tower"
+    shapes = [
+        f"{key}: {tuple(inside[key].shape)} in the file, {tuple(own[key].shape)} in the {what}"
+        for key in unlisted
+        if key in inside
+    ]
+    absent = [key for key in unlisted if key not in inside]
+    prefix, count = _likeliest_prefix(state, own)
+    known = sum(coverage.prefix + key in state for key in own)
+    likeliest = f"prefix {coverage.prefix!r} removed" if coverage.prefix else "no prefix removed"
+    if count > known:
+        likeliest += (
+            f"; {count} names would match without {prefix!r}, which is none of the known prefixes: save the "
+            "file without it"
+        )
+    raise UserError(
+        f"{file} brings {coverage.loaded} of the {what}'s {coverage.tensors} tensors "
+        f"({coverage.fraction:.1%} of its elements), and every one is needed.\n"
+        f"  Names: {likeliest}\n"
+        f"  Missing from the file: {some(absent)}\n"
+        f"  Shapes that differ: {some(shapes)}\n"
+        f"  The file holds: {some(tuple(state))}\n"
+        f"Name the {what} the file was made for; or list in {key_of}.missing what may start from random "
+        f"values; or leave {key_of}.weights out."
+    )
+
+
+def _check_larger(coverage: Coverage, own: Mapping[str, Tensor]) -> None:
+    """Raises UserError where the file's tower has parts that the one built does not have."""
     parts = {key.split(".")[0] for key in own}
-    larger = [key for key in coverage.left_out if key.split(".")[0] in parts and not _HEADS.match(key)]
+    larger = [key for key in coverage.unexpected if key.split(".")[0] in parts and not _HEADS.match(key)]
     if larger:
         raise UserError(
-            f"{file} holds a larger tower than the {name} tower built: {len(larger)} of its tensors "
-            f"do not fit ({some(tuple(larger))}). Name the tower the file was made for."
+            f"{coverage.file} holds a larger tower than the {coverage.tower} tower built: {len(larger)} of "
+            f"its tensors do not fit ({some(tuple(larger))}). Name the tower the file was made for."
         )
 
 
-def some(names: Sequence[str], count: int = 6) -> str:
-    """The first names, and how many there are where not all are shown."""
-    shown = ", ".join(names[:count])
-    return f"{shown}, … ({len(names)} in all)" if len(names) > count else shown or "nothing"
+def _check_finite(coverage: Coverage, fitting: Mapping[str, Tensor]) -> None:
+    """Raises UserError where a value to be loaded is not a number, or infinite: the file is damaged."""
+    broken = [key for key, value in fitting.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(
+            f"{coverage.file} holds values that are not finite, in {some(broken)}: it is damaged, or of a "
+            "run that diverged. Fetch it again, or name another."
+        )

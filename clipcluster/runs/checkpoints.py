@@ -10,11 +10,11 @@ step-00001234/
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from clipcluster.runs.files import read_json
+from clipcluster.runs.files import file_sha256, read_json
 
 STATE, MANIFEST, EVALUATION = "state.json", "manifest.json", "evaluation.json"
 MODEL, AVERAGE = "model", "ema"
@@ -96,6 +96,30 @@ def _entry(name: str, entry: Any) -> tuple[int, str]:
     if not isinstance(size, int) or not isinstance(sha256, str) or name != Path(name).name:
         raise ValueError(f"{MANIFEST}: the entry of {name!r} needs a plain file name, bytes and sha256")
     return size, sha256
+
+
+def unverified(checkpoint: Path, names: Iterable[str] | None = None) -> str:
+    """Why files of a checkpoint (default: all) do not match its manifest, or "" where every byte does.
+
+    A file system that refuses to read (not: a file that is absent) raises its own OSError: such a checkpoint
+    may be intact.
+    """
+    try:
+        listed = read_manifest(checkpoint)
+        for name in listed if names is None else names:
+            if name not in listed:
+                return f"{MANIFEST} does not list {name}"
+            size, sha256 = listed[name]
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes, the manifest says {size:,}"
+            if file_sha256(checkpoint / name) != sha256:
+                return f"the content of {name} does not match the manifest (SHA-256 differs)"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{Path(error.filename).name} is missing"
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -31,8 +31,9 @@ from clipcluster.runs.checkpoints import (
     read_manifest,
     steps_in,
     tensors_file,
+    unverified,
 )
-from clipcluster.runs.files import file_sha256, fsync_folder, read_json, write_json
+from clipcluster.runs.files import fsync_folder, read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.train.checkpoint_writer import Contents, Tell, write_complete, write_own_files
@@ -231,15 +232,11 @@ def verify(folder: Path) -> dict[str, Any]:
     may be intact. CheckpointError for a newer format.
     """
     try:
-        listed = read_manifest(folder)
-        if STATE not in listed:
+        if STATE not in read_manifest(folder):
             raise Broken(f"{MANIFEST} does not list {STATE}")
-        for name, (size, sha256) in listed.items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise Broken(f"{name} has {found:,} bytes, the manifest says {size:,}")
-            if file_sha256(folder / name) != sha256:
-                raise Broken(f"the content of {name} does not match the manifest (SHA-256 differs)")
+        reason = unverified(folder)
+        if reason:
+            raise Broken(reason)
         return _read_state(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Broken(f"{Path(error.filename).name} is missing") from error

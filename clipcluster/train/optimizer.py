@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clipcluster.model.weights import some
+from clipcluster.model.weight_files import some
 
 Schedule = Callable[[int], float]
 """From the step to the learning rate."""

@@ -1,5 +1,6 @@
 """Starting weights: what was loaded is proven, or refused."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from tiny_model import SIZE, image_section, text_section, tiny_clip
 from torch import nn
 
 from clipcluster.errors import UserError
-from clipcluster.model.weights import load_weights, read_state_dict
+from clipcluster.model.weight_files import read_weights
+from clipcluster.model.weights import load_weights
+from clipcluster.runs.checkpoints import file_entry
+from clipcluster.runs.files import file_sha256, write_json
 
 PREFIXES = ["module.", "_orig_mod.", "model.", "backbone.", "trunk.", "visual.trunk.", "encoder.", ""]
 
@@ -39,12 +43,14 @@ def test_every_prefix_is_found(tmp_path: Path, prefix: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    words=st.lists(st.sampled_from(PREFIXES[:-1]), max_size=3), noise=st.sampled_from(["text.", "teacher."])
+    wrappers=st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "base_model."]), max_size=3),
+    place=st.sampled_from([*PREFIXES, "image.trunk.", "vision_model."]),
+    noise=st.sampled_from(["text.", "teacher."]),
 )
-def test_any_run_of_prefixes_is_found_beside_other_parts(
-    tmp_path_factory: pytest.TempPathFactory, words: list[str], noise: str
+def test_any_wrappers_around_a_place_are_found_beside_other_parts(
+    tmp_path_factory: pytest.TempPathFactory, wrappers: list[str], place: str, noise: str
 ) -> None:
-    prefix = "".join(words)
+    prefix = "".join(wrappers) + place
     file = tmp_path_factory.mktemp("weights") / "w.pth"
     source, tower = nn.Linear(3, 2), nn.Linear(3, 2)
     state = {prefix + key: value for key, value in source.state_dict().items()}
@@ -63,7 +69,7 @@ def test_training_checkpoints_give_their_model(tmp_path: Path, wrapper: str | No
 def test_a_classifier_is_left_out_and_said(tmp_path: Path) -> None:
     save_file(contiguous(trunk(num_classes=10).state_dict()), tmp_path / "w.safetensors")
     coverage = load_weights(trunk(), tmp_path / "w.safetensors", name="image")
-    assert set(coverage.left_out) == {"head.fc.weight", "head.fc.bias"}
+    assert set(coverage.unexpected) == {"head.fc.weight", "head.fc.bias"}
     assert "not used: head.fc" in str(coverage)
 
 
@@ -82,7 +88,9 @@ def test_a_file_of_other_names_is_refused_and_nothing_loaded(tmp_path: Path) -> 
     tower = trunk(2)
     before = {key: value.clone() for key, value in tower.state_dict().items()}
     with pytest.raises(
-        UserError, match=r"brings 0 of the image tower's (?s:.*)The file holds: some\.wrapper\.head"
+        UserError,
+        match=r"brings 0 of the image tower's 99 (?s:.*)99 names would match without 'some\.wrapper\.', "
+        r"which is none of (?s:.*)The file holds: some\.wrapper\.",
     ):
         load_weights(tower, tmp_path / "w.safetensors", name="image")
     assert all(torch.equal(before[key], value) for key, value in tower.state_dict().items())
@@ -97,7 +105,7 @@ def test_half_a_tower_is_refused(tmp_path: Path) -> None:
 
 def test_a_tower_of_another_size_is_refused_with_the_shapes(tmp_path: Path) -> None:
     save_file(contiguous(trunk(1, dims=(16, 32, 48, 64)).state_dict()), tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match=r"\(16, 3, 4, 4\) in the file, \(24, 3, 4, 4\) in the tower"):
+    with pytest.raises(UserError, match=r"\(16, 3, 4, 4\) in the file, \(24, 3, 4, 4\) in the image tower"):
         load_weights(trunk(), tmp_path / "w.safetensors", name="image")
 
 
@@ -107,12 +115,42 @@ def test_a_deeper_tower_than_the_one_built_is_refused(tmp_path: Path) -> None:
         load_weights(trunk(depths=(1, 2, 4, 2)), tmp_path / "w.safetensors", name="image")
 
 
-def test_a_missing_norm_is_loaded_around_and_said(tmp_path: Path) -> None:
-    state = contiguous(trunk(1).state_dict())
-    save_file({k: v for k, v in state.items() if not k.startswith("head.norm")}, tmp_path / "w.safetensors")
-    coverage = load_weights(trunk(), tmp_path / "w.safetensors", name="image")
+def test_one_missing_norm_is_refused_unless_the_recipe_lists_it(tmp_path: Path) -> None:
+    state, file = contiguous(trunk(1).state_dict()), tmp_path / "w.safetensors"
+    save_file({k: v for k, v in state.items() if not k.startswith("head.norm")}, file)
+    with pytest.raises(
+        UserError, match=r"brings 97 of (?s:.*)head\.norm\.weight, head\.norm\.bias\n(?s:.*)image\.missing"
+    ):
+        load_weights(trunk(), file, name="image")
+    with pytest.raises(UserError, match=r"Missing from the file: head\.norm\.bias\n"):
+        load_weights(trunk(), file, name="image", missing=["head.norm.weight"])
+    coverage = load_weights(trunk(), file, name="image", missing=["head.norm.*"])
     assert set(coverage.missing) == {"head.norm.weight", "head.norm.bias"}
     assert "randomly initialised: head.norm" in str(coverage)
+
+
+def test_a_listed_tensor_may_have_another_shape(tmp_path: Path) -> None:
+    state = contiguous(trunk(1).state_dict()) | {"stem.0.weight": torch.zeros(24, 1, 4, 4)}
+    save_file(state, tmp_path / "w.safetensors")
+    tower = trunk()
+    drawn = tower.state_dict()["stem.0.weight"].clone()
+    coverage = load_weights(tower, tmp_path / "w.safetensors", name="image", missing=["stem.0.weight"])
+    assert coverage.missing == ("stem.0.weight",)
+    assert torch.equal(tower.state_dict()["stem.0.weight"], drawn)
+
+
+def test_a_listed_name_that_the_tower_does_not_have_is_refused(tmp_path: Path) -> None:
+    save_file(contiguous(trunk(1).state_dict()), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"model\.image\.missing: haed\.\* is no tensor"):
+        load_weights(trunk(), tmp_path / "w.safetensors", name="image", missing=["haed.*", "head.norm.*"])
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    state = contiguous(trunk(1).state_dict())
+    state["stem.0.bias"][3] = float("nan")
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"not finite, in stem\.0\.bias"):
+        load_weights(trunk(), tmp_path / "w.safetensors", name="image")
 
 
 def test_old_names_of_layer_norms_are_understood(tmp_path: Path) -> None:
@@ -133,7 +171,7 @@ def test_a_sharded_folder_is_read_whole(tmp_path: Path) -> None:
     model = BertModel(config, add_pooling_layer=False)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert read_state_dict(tmp_path).keys() == dict(model.named_parameters()).keys()
+    assert read_weights(tmp_path).state.keys() == dict(model.named_parameters()).keys()
 
 
 @pytest.mark.parametrize(
@@ -145,12 +183,12 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(UserError, match=name):
-        read_state_dict(tmp_path / name)
+        read_weights(tmp_path / name)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"expected one of model\.safetensors"):
-        read_state_dict(tmp_path)
+    with pytest.raises(UserError, match=r"expected one of .*model\.safetensors"):
+        read_weights(tmp_path)
 
 
 def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
@@ -159,8 +197,8 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"weight": Code()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="cannot be read") as refusal:
-        read_state_dict(tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"cannot be read \(it holds \S*getattr") as refusal:
+        read_weights(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
     assert "weights_only" not in str(refusal.value)
 
@@ -172,3 +210,100 @@ def test_a_clip_says_what_its_files_brought(tmp_path: Path) -> None:
     assert [coverage.tower for coverage in clip.starting_weights] == ["image"]
     assert torch.equal(clip.image.trunk.state_dict()["stem.0.weight"], trunk(7).state_dict()["stem.0.weight"])
     assert clip.encode_image(torch.randn(1, 3, SIZE, SIZE)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_files_whose_names_all_differ_by_a_prefix_never_pass_for_loaded(tmp_path: Path, tower: str) -> None:
+    """A load that skips what it does not know takes nothing of such a file, and says it was loaded."""
+    source, built = tiny_clip(seed=1), tiny_clip(seed=2)
+    module = {"image": source.image.trunk, "text": source.text.transformer}[tower]
+    target = {"image": built.image.trunk, "text": built.text.transformer}[tower]
+    wrapped = {f"wrapped.{tower}_tower.{key}": value for key, value in module.state_dict().items()}
+    torch.save(wrapped, tmp_path / "w.pth")
+    assert len(target.load_state_dict(wrapped, strict=False).missing_keys) == len(target.state_dict())
+    with pytest.raises(UserError, match=rf"brings 0 of the {tower} tower's"):
+        load_weights(target, tmp_path / "w.pth", name=tower)
+    torch.save(
+        {f"module.model.{key}": value for key, value in module.state_dict().items()}, tmp_path / "w.pth"
+    )
+    assert load_weights(target, tmp_path / "w.pth", name=tower).fraction == 1
+    assert all(torch.equal(value, target.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+def test_the_average_is_taken_where_a_file_has_one(tmp_path: Path) -> None:
+    raw, average, file = trunk(1).state_dict(), trunk(2).state_dict(), tmp_path / "w.pth"
+    torch.save({"state_dict": raw, "state_dict_ema": average, "args": Namespace(lr=1)}, file)
+    for prefer, part, expected in ((None, "ema", average), ("ema", "ema", average), ("raw", "raw", raw)):
+        weights = read_weights(file, prefer)
+        assert (weights.part, len(weights.state)) == (part, len(raw))
+        assert torch.equal(weights.state["stem.0.weight"], expected["stem.0.weight"])
+    assert "the averaged (EMA) weights" in str(load_weights(trunk(), file, name="image"))
+    torch.save({"model": raw}, file)
+    assert read_weights(file).part == ""
+    with pytest.raises(UserError, match=r"no averaged \(EMA\) weights: set model\.weights_from: raw"):
+        read_weights(file, "ema")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_damaged_and_hostile_files_are_one_message_each(tmp_path: Path) -> None:
+    state = trunk(1).state_dict()
+    torch.save(state, tmp_path / "whole.pth")
+    save_file(contiguous(state), tmp_path / "whole.safetensors")
+    flipped = bytearray((tmp_path / "whole.pth").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "jit.pt")
+    (tmp_path / "outside.safetensors.index.json").write_text('{"weight_map": {"a": "../whole.safetensors"}}')
+    (tmp_path / "list.safetensors.index.json").write_text("[]")
+    (tmp_path / "shard.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "flipped.pth").write_bytes(flipped)
+    for name in ("whole.pth", "whole.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / f"cut-{name}").write_bytes(whole[: len(whole) * 2 // 3])
+    for name, reason in {
+        "cut-whole.pth": "cannot be read",
+        "cut-whole.safetensors": "cannot be read",
+        "flipped.pth": "checksum",
+        "jit.pt": "TorchScript",
+        "outside.safetensors.index.json": "names no files beside it",
+        "list.safetensors.index.json": "cannot be read as an index",
+        "shard.safetensors.index.json": r"No weights at .*gone\.safetensors",
+        "pointer.bin": "Git LFS pointer",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            read_weights(tmp_path / name)
+
+
+def test_checkpoints_of_a_run_are_verified(tmp_path: Path) -> None:
+    for step, seeds in ((3, (1, 2)), (7, (3, 4))):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        listed = {}
+        for file, seed in zip(("model.safetensors", "ema.safetensors"), seeds, strict=True):
+            state = {
+                f"image.trunk.{key}": value for key, value in contiguous(trunk(seed).state_dict()).items()
+            }
+            save_file(state, folder / file)
+            listed[file] = file_entry((folder / file).stat().st_size, file_sha256(folder / file))
+        write_json(folder / "manifest.json", {"files": listed})
+    run, newest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000007"
+
+    def first_of(source: Path, prefer: str | None = None) -> tuple[str, str]:
+        tower = trunk()
+        coverage = load_weights(tower, source, name="image", weights_from=prefer)
+        seeds = [s for s in (1, 2, 3, 4) if torch.equal(trunk(s).stem[0].weight, tower.stem[0].weight)]
+        return f"{coverage.part} {seeds}", coverage.file
+
+    assert first_of(run) == ("ema [4]", str(newest / "ema.safetensors"))
+    assert first_of(run, "raw") == ("raw [3]", str(newest / "model.safetensors"))
+    assert first_of(run / "checkpoints" / "step-00000003")[0] == "ema [2]"
+    with (newest / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    assert first_of(run)[0] == "ema [2]"
+    assert first_of(newest)[0] == "ema [4]"
+    with pytest.raises(UserError, match=r"step-00000007 does not verify: the content of model\.safetensors"):
+        first_of(newest, "raw")
+    (newest / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no averaged weights; set model\.weights_from: raw"):
+        first_of(newest, "ema")

@@ -11,8 +11,20 @@ from clipcluster.recipe.sections.values import Float, Int
 
 
 def _weights(more: str = "") -> Any:
-    text = f"File with the tower's starting weights{more}. Default: from scratch."
+    text = (
+        f"The tower's starting weights: a file, a model's folder, another run or its checkpoint{more}. "
+        "Default: from scratch."
+    )
     return key("result", text, None, path="path", min_length=1)
+
+
+def _missing() -> Any:
+    return key(
+        "result",
+        "Patterns, such as head.norm.*, of the tower's tensors that the file with starting weights need not "
+        "bring: they start from random values. Every other one is needed.",
+        (),
+    )
 
 
 class ImageTower(Section):
@@ -20,6 +32,7 @@ class ImageTower(Section):
 
     timm: str = key("result", "Name of the tower in timm, such as convnextv2_tiny or vit_base_patch16_224.")
     weights: str | None = _weights()
+    missing: tuple[str, ...] = _missing()
     args: dict[str, Any] = key("result", "Arguments for timm's create_model, such as drop_path_rate.", {})
 
 
@@ -42,6 +55,7 @@ class HfTextTower(Section):
         min_length=1,
     )
     weights: str | None = _weights(", or 'pretrained' for those that belong to `hf`")
+    missing: tuple[str, ...] = _missing()
     pool: Literal["last", "first", "mean"] | None = _pool()
 
 
@@ -51,6 +65,7 @@ class ArchTextTower(Section):
     arch: str = key("result", "Model type known to transformers (gpt2, roberta, …).", min_length=1)
     config: dict[str, Any] = key("result", "Values of its configuration, such as n_layer.", {})
     weights: str | None = _weights()
+    missing: tuple[str, ...] = _missing()
     pool: Literal["last", "first", "mean"] | None = _pool()
 
     @field_validator("weights")
@@ -84,6 +99,7 @@ class ClipTextTower(Section):
 
     clip: ClipText = section("Its sizes; {} gives those of ViT-B/32 and ViT-B/16.")
     weights: str | None = _weights()
+    missing: tuple[str, ...] = _missing()
 
 
 TextTower = Annotated[
@@ -110,5 +126,11 @@ class Model(Section):
 
     image: ImageTower = section("The image tower.")
     text: TextTower = section("The text tower.")
+    weights_from: Literal["ema", "raw"] | None = key(
+        "result",
+        "Which weights of a file, or of another run's checkpoint, are taken where it holds both: the moving "
+        "average (ema) or the weights themselves (raw). Default: ema where there is one.",
+        None,
+    )
     embed_dim: Int = key("result", "Dimension of the embedding that images and captions share.", 512, ge=1)
     logit_scale: LogitScale = section("The learned scale of the similarities.", {})
