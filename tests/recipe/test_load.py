@@ -128,7 +128,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("data.train.0=a", "should be a section with the keys shards, weight, repeat"),
         ("data.train.0=a", "; write 'data.train.0={shards: a}'"),
         ("model.image=convnext_atto", "; write 'model.image={timm: convnext_atto}'"),
-        ("model.text=gpt2", "should be a section with the keys hf, weights, missing, pool, or arch, config, weights"),
+        ("model.text=gpt2", "should be a section with the keys hf, weights, missing, pool, or arch, config"),
         ("model.text=gpt2", "; write 'model.text={hf: gpt2}' or 'model.text={arch: gpt2}'"),
         ("model.text={pool: mean}", "should have exactly one of the keys hf, arch, clip"),
         ("model.text={arhc: gpt2}", "unknown key arhc; did you mean model.text.arch?"),
