@@ -16,6 +16,7 @@ from clipcluster.evals.headline import ordered
 from clipcluster.recipe.load import from_run, override
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.folder import Run
@@ -115,7 +116,7 @@ def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None
     from clipcluster.train.precision import Precision
 
     world = World(0, 1, 0, pick_device(0))
-    tokenizer = load_tokenizer(recipe.data.text, run.assets)
+    tokenizer = load_tokenizer(recipe.data.text, run.assets) if TASKS[recipe.task].captions else None
     suite = build_suite(recipe, world=world, tokenizer=tokenizer)
     model = build_model(recipe, tokenizer, run.assets, starting_weights=False)
     found, step, averaged = load_weights(run, model, checkpoint)
@@ -131,11 +132,11 @@ def _require_measurable(run: Run, recipe: Recipe, checkpoint: Path | None) -> No
 
     if checkpoint is None and not steps_in(run.checkpoints):
         raise UserError(f"{run.name} has no checkpoint to measure: none was written yet.")
-    named = [*recipe.evaluate.zero_shot, *recipe.evaluate.retrieval]
+    kinds = TASKS[recipe.task].evaluations
+    named = [folder for kind in kinds for folder in getattr(recipe.evaluate, kind)]
     if not named:
-        raise UserError(
-            "There is nothing to measure: name shard folders in evaluate.retrieval or evaluate.zero_shot."
-        )
+        keys = " or ".join(f"evaluate.{kind}" for kind in kinds)
+        raise UserError(f"There is nothing to measure: name shard folders in {keys}.")
     for folder in dict.fromkeys(named):
         open_source(Source(shards=folder), text=folder in recipe.evaluate.retrieval)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.sampling.sampler import Sampler, sampler_of
+from clipcluster.data.shards.classes import check_classes, class_count
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.data.shards.open import open_source
 from clipcluster.data.storage.cache import Cache
@@ -30,7 +31,7 @@ class Sources:
 
     shards: Sequence[Dataset]
     sampler: Sampler
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: the task needs no captions
 
     @property
     def samples(self) -> int:
@@ -59,9 +60,11 @@ def _hashes(source: Dataset) -> dict[str, str]:
 def open_sources(recipe: Recipe, assets: Path | None) -> Sources:
     """Open the recipe's sources. Raises UserError where one cannot be opened."""
     cache = Cache.of(recipe.data.cache)
-    captions = TASKS[recipe.task].captions
-    shards = [open_source(source, text=captions, cache=cache) for source in recipe.data.train]
-    tokenizer = load_tokenizer(recipe.data.text, assets)
+    needed = TASKS[recipe.task]
+    shards = [open_source(source, text=needed.captions, cache=cache) for source in recipe.data.train]
+    if needed.classes:
+        check_classes(class_count(recipe.model.classes, shards), shards)
+    tokenizer = load_tokenizer(recipe.data.text, assets) if needed.captions else None
     return Sources(shards, sampler_of(recipe, shards), tokenizer)
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger("clipcluster")
 
 
 def build_model(
-    recipe: Recipe, tokenizer: Tokenizer, assets: Path | None, *, starting_weights: bool = True
+    recipe: Recipe, tokenizer: Tokenizer | None, assets: Path | None, *, starting_weights: bool = True
 ) -> Any:
     """The model of the recipe's task at its start, on the CPU; fresh weights are a function of the seed.
 

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,18 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
 
     findings = Findings()
     attempt = partial(findings.attempt, foreign=True)
-    tokenizer = attempt("data.text.tokenizer", load_tokenizer, recipe.data.text, assets)
+    needed, tokenizer = TASKS[recipe.task], None
+    if needed.captions:
+        tokenizer = attempt("data.text.tokenizer", load_tokenizer, recipe.data.text, assets)
     attempt("model.image", _check_image_tower, recipe, world_size, findings)
     if tokenizer is not None:
         attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
-    evaluate = recipe.evaluate
-    for kind, sources, text, members in (
-        ("data.train", recipe.data.train, True, TASKS[recipe.task].members),
-        ("evaluate.retrieval", [Source(shards=path) for path in evaluate.retrieval], True, {}),
-        ("evaluate.zero_shot", [Source(shards=path) for path in evaluate.zero_shot], False, {}),
-    ):
+    examined: list[tuple[str, Sequence[Source], bool, Mapping[str, str]]]
+    examined = [("data.train", recipe.data.train, needed.captions, needed.members)]
+    for kind in needed.evaluations:
+        folders = [Source(shards=path) for path in getattr(recipe.evaluate, kind)]
+        examined.append((f"evaluate.{kind}", folders, kind == "retrieval", {}))
+    for kind, sources, text, members in examined:
         for number, source in enumerate(sources):
             key = f"{kind}.{number}"
             attempt(key, check_sample, key, source, text, members, tokenizer, findings)
@@ -125,6 +127,7 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     from clipcluster.model.towers import build_text_tower
 
     text = recipe.model.text
+    assert text is not None
     tower, coverage = build_text_tower(
         text, tokenizer=tokenizer, assets=assets, weights_from=recipe.model.weights_from
     )

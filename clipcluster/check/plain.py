@@ -17,7 +17,7 @@ from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.recipe.tasks import METRICS, TASKS
+from clipcluster.recipe.tasks import METRICS, RAW, TASKS
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
 from clipcluster.runtime.outcome import Failure
@@ -130,7 +130,7 @@ def _check_names(checked: Checked, runs: Path) -> None:
     checks = {"model.image.timm": partial(names.check_image_tower, recipe.model.image.timm)}
     if isinstance(text, HfTextTower):
         checks["model.text.hf"] = partial(names.check_hub_name, text.hf, names.CONFIGURATION, assets)
-    if tokenizer != "bytes":
+    if tokenizer != "bytes" and TASKS[recipe.task].captions:
         checks["data.text.tokenizer"] = partial(names.check_hub_name, tokenizer, names.TOKENIZER, assets)
     for key, check_name in checks.items():
         if key not in loaded.paths or os.path.exists(loaded.paths[key]):  # else said already
@@ -141,14 +141,20 @@ def _check_names(checked: Checked, runs: Path) -> None:
 def _check_sources(checked: Checked) -> int | None:
     """Samples (with captions: all, pairs) of all sources, repeats included; None if none can be drawn."""
     from clipcluster.data.sampling.sampler import sampler_of
+    from clipcluster.data.shards.classes import check_classes, class_count
 
     opened: list[Dataset] = []
-    for number, source in enumerate(checked.recipe.data.train):
+    recipe, needed = checked.recipe, TASKS[checked.recipe.task]
+    for number, source in enumerate(recipe.data.train):
         place = checked.loaded.place(f"data.train.{number}.shards")
-        shards = checked.attempt(place, open_indexed, source, True)
+        shards = checked.attempt(place, open_indexed, source, needed.captions)
         opened += [] if shards is None else [shards]
-    if len(opened) < len(checked.recipe.data.train):
+    if len(opened) < len(recipe.data.train):
         return None
+    if needed.classes:
+        count = checked.attempt("", class_count, recipe.model.classes, opened)
+        if count is not None:
+            checked.attempt("", check_classes, count, opened)
     checked.attempt("data.cache", _check_cache, checked, opened)
     return checked.attempt("", lambda: sampler_of(checked.recipe, opened).samples)
 
@@ -183,8 +189,8 @@ def open_indexed(source: Source, text: bool) -> Dataset:
 def _check_evaluations(checked: Checked) -> None:
     """The evaluation sets open, and have class names and templates."""
     evaluate, loaded = checked.recipe.evaluate, checked.loaded
-    for kind, folders in (("retrieval", evaluate.retrieval), ("zero_shot", evaluate.zero_shot)):
-        for number, folder in enumerate(folders):
+    for kind in METRICS:
+        for number, folder in enumerate(getattr(evaluate, kind)):
             key = loaded.place(f"evaluate.{kind}.{number}")
             shards = checked.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
@@ -210,8 +216,8 @@ def _check_best(checked: Checked) -> None:
     known = [
         f"{names[folder]}/{metric}"
         for kind, folder in sets
-        if kind in TASKS[recipe.task].evaluations
         for metric in METRICS[kind]
+        if recipe.train.ema or not metric.startswith(RAW)
     ]
     if best is not None and best.metric not in known:
         measured = f"; measured: {', '.join(known) or 'nothing (see evaluate)'}"
@@ -234,13 +240,13 @@ def _check_plans(checked: Checked, samples: int) -> None:
 
 def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
     """What the run will do, one line per subject."""
-    what = "pair" if recipe.data.text.captions == "all" else "sample"
+    what = "pair" if TASKS[recipe.task].captions and recipe.data.text.captions == "all" else "sample"
     sources = len(recipe.data.train)
     repeated = any(source.repeat != 1 or source.repeat_classes for source in recipe.data.train)
     ranks, nodes = plan.world_size, plan.nodes
     saves = counted(plan.checkpoint_every, "step") if plan.checkpoint_every else str(recipe.checkpoint.every)
     often = f"every {counted(plan.evaluate_every, 'step')} and " if plan.evaluate_every else ""
-    sets = len(recipe.evaluate.retrieval) + len(recipe.evaluate.zero_shot)
+    sets = sum(len(getattr(recipe.evaluate, kind)) for kind in METRICS)
     return [
         f"data: {counted(samples, what)} in {counted(sources, 'source')}" + ", repeats included" * repeated,
         f"steps: {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in total "

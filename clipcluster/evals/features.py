@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,12 @@ class EvaluationSet:
 class Context:
     """What every evaluation works with.
 
-    tokenizer: list of B captions -> tokens (B, L) int64, mask (B, L) bool. mean, std: of the pixels in 0..1.
-    batch_size: captions that this rank encodes at once.
+    tokenizer: list of B captions -> tokens (B, L) int64, mask (B, L) bool; None for a task without captions.
+    mean, std: of the pixels in 0..1. batch_size: captions that this rank encodes at once.
     """
 
     world: World
-    tokenizer: Callable[[list[str]], tuple[Tensor, Tensor]]
+    tokenizer: Callable[[list[str]], tuple[Tensor, Tensor]] | None
     mean: Sequence[float]
     std: Sequence[float]
     batch_size: int
@@ -70,31 +71,40 @@ def encode_images(model: DualEncoder, images: EvaluationSet, context: Context, t
     world = context.world
     features = torch.zeros(images.samples, model.embed_dim, device=world.device)
     known = ImageFeatures(features, torch.zeros(images.samples, device=world.device))
-    mean, std = (torch.tensor(tuple(values), device=world.device) for values in (context.mean, context.std))
-    batches = images.batches()
-    try:
-        for batch in batches:
-            for sample in batch.bad:
-                logger.warning("%s: skipping %s in %s: %s", images.name, *map(sample.get, _BAD))
-            if len(batch):
-                pixels = normalise(batch.images.to(world.device, non_blocking=True), mean, std)
-                rows = batch.positions.to(world.device)
-                known.features[rows] = model.encode_image(pixels).to(known.features.dtype)
-                known.present[rows] = 1
-                positions = batch.positions.tolist()
-                known.captions.update(zip(positions, batch.captions, strict=True))
-                known.classes.update(zip(positions, batch.classes.tolist(), strict=True))
-            tick()
-    finally:
-        batches.close()
+    for batch, pixels in evaluation_pixels(images, context, tick):
+        rows = batch.positions.to(world.device)
+        known.features[rows] = model.encode_image(pixels).to(known.features.dtype)
+        known.present[rows] = 1
+        positions = batch.positions.tolist()
+        known.captions.update(zip(positions, batch.captions, strict=True))
+        known.classes.update(zip(positions, batch.classes.tolist(), strict=True))
     # Rows of other ranks are zero here: the sum is their union, exact for any number of ranks.
     world.all_reduce_sum(known.features)
     known.present = world.all_reduce_sum(known.present) > 0
     return known
 
 
+def evaluation_pixels(
+    images: EvaluationSet, context: Context, tick: Tick
+) -> Iterator[tuple[EvaluationBatch, Tensor]]:
+    """This rank's batches that hold samples, with their pixels (b, 3, S, S) normalised, on the device.
+
+    `tick` follows every batch; bad samples are logged.
+    """
+    device = context.world.device
+    mean, std = (torch.tensor(tuple(values), device=device) for values in (context.mean, context.std))
+    with closing(images.batches()) as batches:
+        for batch in batches:
+            for sample in batch.bad:
+                logger.warning("%s: skipping %s in %s: %s", images.name, *map(sample.get, _BAD))
+            if len(batch):
+                yield batch, normalise(batch.images.to(device, non_blocking=True), mean, std)
+            tick()
+
+
 def encode_texts(model: DualEncoder, texts: Sequence[str], context: Context, tick: Tick) -> Tensor:
     """Features of all texts on every rank, (n, E) float32; each rank encodes an equal part. Collective."""
+    assert context.tokenizer is not None, "tasks with captions have a tokenizer"
     world, size = context.world, context.batch_size
     features = torch.zeros(len(texts), model.embed_dim, device=world.device)
     for start, stop in rank_chunks(len(texts), world, size):

@@ -26,6 +26,12 @@ class Kind:
 
 
 COUNTS = Kind("counts", "what the fractions are taken of", ("",), ("images", "pairs", "captions", "classes"))
+CLASSIFICATION = Kind(
+    "classification",
+    "fraction of the images whose class scores best, or among five, and the cross entropy; raw: without the "
+    "moving average of the weights",
+    ("top1", "top5", "loss", "raw_"),
+)
 ZERO_SHOT = Kind("zero-shot", "fraction of the images whose class is nearest, or among five", ("zero_shot_",))
 GROUPED = Kind(
     "retrieval",
@@ -39,8 +45,8 @@ PAIRED = Kind(
     ("paired_",),
 )
 OTHER = Kind("other", "", ("",))
-ORDER = (ZERO_SHOT, GROUPED, PAIRED, COUNTS, OTHER)
-HEADLINE = ("zero_shot_top1", "i2t_r1", "t2i_r1")
+ORDER = (CLASSIFICATION, ZERO_SHOT, GROUPED, PAIRED, COUNTS, OTHER)
+HEADLINE = ("top1", "raw_top1", "zero_shot_top1", "i2t_r1", "t2i_r1")
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,20 @@ class Result:
 
     @property
     def text(self) -> str:
-        """A fraction as a percentage, a count whole, a rank with one decimal."""
+        """A fraction as a percentage, a count whole, a rank with one decimal, a loss with four."""
         if self.value is None or not math.isfinite(self.value):
             return "not finite"
         if "rank" in self.metric:
             return f"{self.value:.1f}"
         if self.kind is COUNTS:
             return f"{self.value:,.0f}"
+        if self.metric.endswith("loss"):
+            return f"{self.value:.4f}"
         return f"{100 * self.value:.2f} %" if 0 <= self.value <= 1 else f"{self.value:g}"
 
 
 def ordered(results: Mapping[str, float | None]) -> dict[Kind, list[Result]]:
-    """SET/METRIC -> value by kind: zero-shot, grouped retrieval, paired retrieval, counts, others.
+    """SET/METRIC -> value by kind: classification, zero-shot, grouped and paired retrieval, counts, others.
 
     Within a kind the sets and metrics keep their order; kinds without a result are absent.
     """
@@ -90,7 +98,7 @@ def ordered(results: Mapping[str, float | None]) -> dict[Kind, list[Result]]:
 
 
 def headline_text(results: Mapping[str, float | None]) -> str:
-    """One line: zero-shot top-1 and grouped R@1, else the first results, and how many there are."""
+    """One line: top-1, zero-shot top-1 and grouped R@1, else the first results, and how many there are."""
     every = [result for own in ordered(results).values() for result in own]
     chosen = [result for result in every if result.name.rpartition("/")[2] in HEADLINE] or every[:3]
     shown = ", ".join(f"{result.name} {result.text}" for result in chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ from clipcluster.data.loading.loader import evaluation_batches
 from clipcluster.data.shards.open import open_folder
 from clipcluster.data.storage.cache import Cache
 from clipcluster.data.storage.urls import redacted
+from clipcluster.evals.classification import classification
 from clipcluster.evals.features import Context, EvaluationSet, Tick
 from clipcluster.evals.headline import set_names
 from clipcluster.evals.retrieval import retrieval
 from clipcluster.evals.zero_shot import zero_shot
-from clipcluster.model.protocols import DualEncoder
+from clipcluster.model.protocols import Model
+from clipcluster.recipe.tasks import METRICS, RAW
 
 if TYPE_CHECKING:
     from clipcluster.data.tokenizer import Tokenizer
@@ -25,8 +28,12 @@ if TYPE_CHECKING:
     from clipcluster.runtime.world import World
 
 logger = logging.getLogger("clipcluster")
-Measure = Callable[[DualEncoder, EvaluationSet, Context, Tick], Iterator[tuple[str, float]]]
-KINDS: dict[str, Measure] = {"zero_shot": zero_shot, "retrieval": retrieval}
+Measure = Callable[[Any, EvaluationSet, Context, Tick], Iterator[tuple[str, float]]]
+KINDS: dict[str, Measure] = {
+    "zero_shot": zero_shot,
+    "retrieval": retrieval,
+    "classification": classification,
+}
 
 
 class Suite:
@@ -41,12 +48,19 @@ class Suite:
 
     @torch.no_grad()
     def run(
-        self, model: DualEncoder, progress: Any = None, *, wishes: Tick = lambda: None
+        self,
+        model: Model,
+        progress: Any = None,
+        *,
+        wishes: Tick = lambda: None,
+        averaged: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> dict[str, float]:
         """Measure a model (without DDP around it): SET/METRIC -> value, the same on every rank.
 
         Every rank calls it, with the same weights. `wishes` is called between batches, equally often on all
         ranks, and leaves the evaluation by raising. The model is left as it was found, training or not.
+        Inside `averaged` the model has other weights, which are then what is measured; the kinds with metrics
+        of the raw weights are measured with these too, and their metrics begin with `RAW`.
         """
         training = model.training
         model.eval()
@@ -57,14 +71,20 @@ class Suite:
                 if self.context.world.is_main:
                     step = f" at step {progress.step}" if progress is not None else ""
                     logger.info("%s on %s%s: %d images", kind, images.name, step, images.samples)
-                measured = KINDS[kind](model, images, self.context, wishes)
-                results.update({f"{images.name}/{name}": value for name, value in measured})
+                with averaged() if averaged else nullcontext():
+                    measured = KINDS[kind](model, images, self.context, wishes)
+                    results.update({f"{images.name}/{name}": value for name, value in measured})
+                raw = [metric for metric in METRICS[kind] if metric.startswith(RAW)]
+                if averaged and raw:
+                    measured = KINDS[kind](model, images, self.context, wishes)
+                    beside = {f"{RAW}{name}": value for name, value in measured}
+                    results.update({f"{images.name}/{name}": beside[name] for name in raw if name in beside})
         finally:
             model.train(training)
         return results
 
 
-def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer) -> Suite:
+def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer | None) -> Suite:
     """The evaluations named in the recipe's `evaluate` section; its paths are absolute.
 
     Raises UserError where a folder has no index or cannot be opened.

@@ -62,7 +62,7 @@ class Clip(nn.Module):
 
 
 def build_clip(
-    recipe: Recipe, tokenizer: Tokenizer, assets: Path | None = None, starting_weights: bool = True
+    recipe: Recipe, tokenizer: Tokenizer | None, assets: Path | None = None, starting_weights: bool = True
 ) -> Clip:
     """The model of a recipe's `model` section, in float32 on the CPU.
 
@@ -74,6 +74,8 @@ def build_clip(
     """
     config = recipe.model
     of_image, of_text = config.image, config.text
+    assert of_text is not None
+    assert tokenizer is not None
     if not starting_weights:
         of_image = of_image.model_copy(update={"weights": None})
         of_text = of_text.model_copy(update={"weights": None})

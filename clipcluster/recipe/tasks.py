@@ -16,8 +16,9 @@ class TaskSpec:
 
     Attributes:
         builder: dotted name, `package.module:function`, of `(recipe, model, ranks) -> Task`.
-        model: that of `(recipe, tokenizer, assets, starting_weights) -> module`, on the CPU; the module's
-            attribute `starting_weights` has a `Coverage` for each weight file that was read.
+        model: that of `(recipe, tokenizer, assets, starting_weights) -> module`, on the CPU; the tokenizer is
+            None for a task without captions; the module's attribute `starting_weights` has a `Coverage` for
+            each weight file that was read.
         loss_over: `batch` where a sample's loss depends on the other samples of the global batch (negatives),
             `sample` where it is a mean over independent samples. It decides how gradients are accumulated.
         captions, classes: whether every sample needs a caption, a class.
@@ -42,8 +43,22 @@ TASKS: Mapping[str, TaskSpec] = {
         captions=True,
         evaluations=("retrieval", "zero_shot"),
     ),
+    "classify": TaskSpec(
+        builder="clipcluster.model.classify:build_classify",
+        model="clipcluster.model.classify:build_classifier",
+        loss_over="sample",
+        classes=True,
+        evaluations=("classification",),
+    ),
 }
 
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "captions": ("model.text", "model.embed_dim", "model.logit_scale"),
+    "classes": ("model.classes",),
+}
+"""Keys that only tasks read which need captions, or classes; other tasks refuse any value but the default."""
+
+RAW = "raw_"
 METRICS: Mapping[str, tuple[str, ...]] = {
     "zero_shot": ("zero_shot_top1", "zero_shot_top5"),
     "retrieval": tuple(
@@ -52,5 +67,12 @@ METRICS: Mapping[str, tuple[str, ...]] = {
         for direction in ("i2t", "t2i")
         for figure in ("r1", "r5", "r10", "mean_rank", "median_rank")
     ),
+    "classification": tuple(
+        f"{prefix}{figure}" for prefix in ("", RAW) for figure in ("top1", "top5", "loss")
+    ),
 }
-"""The metrics of each key of the `evaluate` section, without the counts (`images`, `pairs`, ...)."""
+"""The metrics of each key of the `evaluate` section, without the counts (`images`, `pairs`, ...).
+
+With train.ema the averaged weights are measured, and where a metric begins with `RAW` the raw ones beside
+them.
+"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +39,6 @@ class Evaluations:
 
     def measure(self, progress: Progress, wishes: Callable[[], None]) -> dict[str, float]:
         """Evaluate; every rank calls it. `wishes` runs between batches and may raise Interrupted."""
-        averaged = self.ema.applied() if self.ema else nullcontext()
-        with averaged, self.precision.autocast():
-            return self.suite.run(self.model, progress, wishes=wishes)
+        averaged = self.ema.applied if self.ema else None
+        with self.precision.autocast():
+            return self.suite.run(self.model, progress, wishes=wishes, averaged=averaged)

@@ -8,6 +8,7 @@ from pathlib import Path
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.model import HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs import files
 
 HASHES = "hashes.json"  # SHA-256 of every fetched file
@@ -18,6 +19,8 @@ WEIGHTS = ("*.safetensors", "pytorch_model.bin")
 def hub_names(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """What is to be fetched: the name on the hub -> patterns of its files. Local folders are not."""
     names: dict[str, tuple[str, ...]] = {}
+    if not TASKS[recipe.task].captions:
+        return names
     tokenizer, tower = recipe.data.text.tokenizer, recipe.model.text
     if tokenizer != "bytes" and not Path(tokenizer).exists():
         names[tokenizer] = TOKENIZER

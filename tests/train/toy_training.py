@@ -174,7 +174,7 @@ class ToySuite:
         self.script, self.stop = script, stop
         self.steps: list[int] = []
 
-    def run(self, model: Any, progress: Progress, *, wishes: Any) -> dict[str, float]:
+    def run(self, model: Any, progress: Progress, *, wishes: Any, averaged: Any) -> dict[str, float]:
         if self.script.stop_in_evaluation:
             self.stop.request("the test's wish in an evaluation")
         for _ in range(3):

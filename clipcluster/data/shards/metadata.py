@@ -37,8 +37,9 @@ class Metadata:
     Attributes: `name` (last component of the first folder), `fingerprint` (hash over shard names and
     contents), `sample_counts` (n_shards,) int64, `sample_ends` their running sum, `n_samples`, `n_pairs`
     (captions of all samples), `classes` (n_samples,) int32 (-1: none), `fields` (the choices of captions,
-    with their probabilities and counts), `more_than` (C, n_shards) samples of each shard with more than c
-    captions (C is 1 where there are several fields). All are mapped, and shared by the processes of a node,
+    with their probabilities and counts; none where captions play no part), `more_than` (C, n_shards) samples
+    of each shard with more than c captions (C is 1 where there are several fields, or none, and then holds
+    all samples). All are mapped, and shared by the processes of a node,
     where the source is one whole folder; of several folders those by sample are too.
     """
 
@@ -104,7 +105,9 @@ class Metadata:
         return cast(np.ndarray, Concatenated(pieces))
 
     def _choices_of(self, folder: int) -> tuple[str, ...]:
-        """The choices of captions read in a folder: those asked for, else the index's first."""
+        """The choices of captions read in a folder: those asked for, else the index's first; () for none."""
+        if not self.probabilities:
+            return ()
         choices = self.folders[folder].choices
         return (next(iter(self._tables[folder].meta["captions"])),) if choices is None else choices
 
@@ -134,6 +137,8 @@ class Metadata:
     @cached_property
     def more_than(self) -> np.ndarray:
         """Samples of each shard with more than c captions, (C, n_shards); C is 1 with several fields."""
+        if not self.fields:
+            return self.sample_counts[None]
         by_field = [self.more_than_of(number) for number in range(len(self.fields))]
         if len(by_field) == 1:
             return by_field[0]

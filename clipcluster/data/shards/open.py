@@ -77,7 +77,7 @@ def _opened(written: Sequence[str], index: str | None, asked: Asked | None, cach
 
         cache = Cache(default_folder())
     folders = [folder for entry in written for folder in _folders_of(entry, index, asked, cache)]
-    return Dataset(folders, tuple(asked.values()) if asked else (None,), cache)
+    return Dataset(folders, () if asked is None else tuple(asked.values()), cache)
 
 
 def _folders_of(

@@ -25,4 +25,11 @@ class Evaluate(Section):
         (),
         path="path",
     )
+    classification: tuple[str, ...] = key(
+        "record",
+        "Shard folders for classification (task: classify); with train.ema the averaged weights are measured "
+        "and, as raw_…, the raw ones.",
+        (),
+        path="path",
+    )
     batch_size: Int = key("record", "Samples of one forward pass, over all ranks.", 256, ge=1)

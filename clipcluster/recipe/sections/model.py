@@ -122,10 +122,10 @@ class LogitScale(Section):
 
 
 class Model(Section):
-    """The towers and the embedding they share."""
+    """The towers and what joins them."""
 
     image: ImageTower = section("The image tower.")
-    text: TextTower = section("The text tower.")
+    text: TextTower | None = section("The text tower, of tasks with captions.", None)
     weights_from: Literal["ema", "raw"] | None = key(
         "result",
         "Which weights of a file, or of another run's checkpoint, are taken where it holds both: the moving "
@@ -134,3 +134,9 @@ class Model(Section):
     )
     embed_dim: Int = key("result", "Dimension of the embedding that images and captions share.", 512, ge=1)
     logit_scale: LogitScale = section("The learned scale of the similarities.", {})
+    classes: Int | None = key(
+        "result",
+        "Number of classes (task: classify). Default: the lines of classnames.txt beside the shards.",
+        None,
+        ge=1,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import WithJsonSchema
+from pydantic import WithJsonSchema, model_validator
 
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.checkpoint import Checkpoint
@@ -15,7 +15,7 @@ from clipcluster.recipe.sections.model import Model
 from clipcluster.recipe.sections.optim import Optim
 from clipcluster.recipe.sections.train import Train
 from clipcluster.recipe.sections.values import Int
-from clipcluster.recipe.tasks import TASKS
+from clipcluster.recipe.tasks import KEYS, METRICS, TASKS
 
 TaskName = Annotated[  # type: ignore[valid-type]
     Literal[tuple(TASKS)],
@@ -35,9 +35,33 @@ class Recipe(Section):
     task: TaskName = key("result", "What the model is trained for.", "contrastive")  # type: ignore[valid-type]
     seed: Int = key("result", "Seed of all random numbers.", 0, ge=0, lt=2**63)
     data: Data = section("The training data.")
-    model: Model = section("The towers and the embedding they share.")
+    model: Model = section("The towers and what joins them.")
     optim: Optim = section("The optimizer and its schedule.")
     train: Train = section("Length, precision and log of the run.")
     checkpoint: Checkpoint = section("When to save, and what to keep.", {})
     evaluate: Evaluate = section("What is measured, and when.", {})
     cluster: Cluster = section("Where the run takes place.", {})
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Recipe:
+        spec = TASKS[self.task]
+        if spec.captions and self.model.text is None:
+            raise ValueError(f"the key model.text is missing: task {self.task} needs a text tower")
+        for needed, keys in KEYS.items():
+            others = ", ".join(name for name, other in TASKS.items() if getattr(other, needed))
+            for path in () if getattr(spec, needed) else keys:
+                section_name, name = path.split(".")
+                if not _at_default(getattr(self, section_name), name):
+                    raise ValueError(f"{path} belongs to task {others}; remove it, or set task")
+        for kind in METRICS.keys() - set(spec.evaluations):
+            if getattr(self.evaluate, kind):
+                fitting = ", ".join(f"evaluate.{own}" for own in spec.evaluations)
+                raise ValueError(f"evaluate.{kind} cannot measure task {self.task}; use {fitting}")
+        return self
+
+
+def _at_default(part: Section, name: str) -> bool:
+    """Whether a key of a section has its default, or is a section of defaults."""
+    value, field = getattr(part, name), type(part).model_fields[name]
+    default = field.get_default(call_default_factory=True)
+    return bool(value == (type(value)() if default == {} and isinstance(value, Section) else default))

@@ -1,0 +1,57 @@
+"""The classes of a classifier's sources: how many there are, and that every sample has one. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from clipcluster.data.shards.captions import CLASS_NAMES
+from clipcluster.data.shards.metadata import Metadata
+from clipcluster.errors import UserError
+
+_SCAN = 1 << 22  # classes looked at together
+
+
+def class_count(given: int | None, sources: Sequence[Metadata]) -> int:
+    """How many classes a classifier of these sources has: as `given`, else the lines of classnames.txt.
+
+    UserError where neither tells, or where the sources' class names differ: a number would mean two classes.
+    """
+    named = [(number, names) for number, source in enumerate(sources) if (names := source.classnames)]
+    for number, names in named[1:]:
+        first, expected = named[0]
+        if names != expected:
+            raise UserError(
+                f"data.train.{number}: its {CLASS_NAMES} differs from that of data.train.{first}, so that a "
+                "class number means two classes; convert the sources with one list of classes"
+            )
+    if given is not None:
+        return given
+    if not named:
+        raise UserError(
+            f"model.classes: no {CLASS_NAMES} beside the shards of data.train tells the number of classes; "
+            "set model.classes, or write the file (line N + 1 names class N)"
+        )
+    return len(named[0][1])
+
+
+def check_classes(count: int, sources: Sequence[Metadata]) -> None:
+    """UserError unless every sample of the sources has a class from 0 to `count` - 1."""
+    for number, source in enumerate(sources):
+        lowest, highest, without = 0, -1, 0
+        for low in range(0, source.n_samples, _SCAN):
+            classes = np.asarray(source.classes[low : low + _SCAN])
+            lowest, highest = min(lowest, int(classes.min())), max(highest, int(classes.max()))
+            without += int((classes < 0).sum())
+        if lowest < 0:
+            raise UserError(
+                f"data.train.{number} {source.name}: {without:,} of {source.n_samples:,} samples have no "
+                "class (KEY.cls), and task classify needs one of each"
+            )
+        if highest >= count:
+            raise UserError(
+                f"data.train.{number} {source.name} has a sample of class {highest}, and the model {count:,} "
+                f"classes (0 to {count - 1}); set model.classes to at least {highest + 1}, and complete "
+                f"{CLASS_NAMES}"
+            )
