@@ -19,6 +19,7 @@ from tiny_model import model_section
 
 from clipcluster.data.tokenizer import load_tokenizer
 from clipcluster.evals.suite import build_suite
+from clipcluster.model.classify import build_classifier
 from clipcluster.model.clip import build_clip
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.runtime.stop import Wish
@@ -50,6 +51,13 @@ def recipe(shards: Path | str, batch_size: int) -> Recipe:
     )
 
 
+def classifying(shards: Path, batch_size: int) -> Recipe:
+    given = recipe(shards, batch_size).model_dump()
+    given["model"] = {"image": given["model"]["image"]}
+    given["evaluate"] = {"classification": [str(shards)], "batch_size": batch_size}
+    return Recipe.model_validate({**given, "task": "classify"})
+
+
 def measure(out: Path, shards: Path, rank: int, size: int) -> None:
     torch.set_num_threads(1)
     if size > 1:
@@ -79,7 +87,17 @@ def measure(out: Path, shards: Path, rank: int, size: int) -> None:
         stopped_at = calls
     stopping, calls = False, 0
     results = suite.run(model, wishes=wishes)
-    report = {"results": results, "calls": calls, "stopped_at": stopped_at, "training": model.training}
+    settings = classifying(shards, batch_size=50)
+    torch.manual_seed(0)
+    classifier = build_classifier(settings, None)
+    classified = build_suite(settings, world=world, tokenizer=None).run(classifier)
+    report = {
+        "classified": classified,
+        "results": results,
+        "calls": calls,
+        "stopped_at": stopped_at,
+        "training": model.training,
+    }
     (out / f"{size}-{rank}.json").write_text(json.dumps(report))
     world.leave()
 

@@ -77,6 +77,14 @@ def test_every_number_of_ranks_measures_the_same(reports: Reports) -> None:
     assert all(report["results"] == alone for report in reports.values())
 
 
+def test_every_number_of_ranks_classifies_the_same(reports: Reports) -> None:
+    alone = reports[1, 0]["classified"]
+    assert alone["test/classified_images"] == 360
+    assert 0 < alone["test/top1"] < alone["test/top5"] < 1
+    for report in reports.values():
+        assert report["classified"] == pytest.approx(alone, rel=1e-6)
+
+
 def test_ranks_ask_for_a_stop_equally_often_and_stop_together(reports: Reports) -> None:
     for size in SIZES:
         ranks = [reports[size, rank] for rank in range(size)]

@@ -143,7 +143,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("model.text.weights=pretrained", "belong to a model named by hf"),
         ("train.ema=0.99", "; write 'train.ema={decay: 0.99}'"),
         ("train.ema=true", "should be a section with the keys decay; write 'train.ema={}'"),
-        ("task=contrasive", "should be contrastive; did you mean contrastive?"),
+        ("task=contrasive", "should be contrastive or classify; did you mean contrastive?"),
         ("optim.schedule=cosin", "should be cosine or constant; did you mean cosine?"),
         ("seed=-1", "got -1; should be at least 0"),
         ("train.ema={decay: 1}", "got 1; should be less than 1"),

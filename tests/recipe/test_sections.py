@@ -1,3 +1,4 @@
+import re
 from typing import Any, get_args
 
 import pytest
@@ -32,6 +33,41 @@ def test_every_key_is_described_and_marked(field: FieldInfo) -> None:
     assert field.description is not None
     assert field.description.endswith(".")
     assert extra_of(field)["mark"] in get_args(Mark)
+
+
+CLASSIFIER = {"image": {"timm": "convnext_atto"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": CLASSIFIER}, "the key model.text is missing: task contrastive needs a text tower"),
+        ({"task": "classify"}, "model.text belongs to task contrastive"),
+        (
+            {"task": "classify", "model": {**CLASSIFIER, "embed_dim": 8}},
+            "model.embed_dim belongs to task contr",
+        ),
+        (
+            {"task": "classify", "model": {**CLASSIFIER, "logit_scale": {"init": 2.0}}},
+            "model.logit_scale belo",
+        ),
+        ({"model": {**recipe_of()["model"], "classes": 3}}, "model.classes belongs to task classify"),
+        ({"evaluate": {"classification": ["x"]}}, "evaluate.classification cannot measure task contrastive"),
+        (
+            {"task": "classify", "model": CLASSIFIER, "evaluate": {"zero_shot": ["x"]}},
+            "evaluate.zero_shot cannot measure task classify; use evaluate.classification",
+        ),
+    ],
+)
+def test_keys_of_another_task_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        Recipe.model_validate(recipe_of(**changes))
+
+
+def test_a_recipe_read_back_whole_is_the_same() -> None:
+    for recipe in (recipe_of(), recipe_of(task="classify", model={**CLASSIFIER, "classes": 3})):
+        first = Recipe.model_validate(recipe)
+        assert Recipe.model_validate(first.model_dump(mode="json")) == first
 
 
 @pytest.mark.parametrize("field", SECTIONS)

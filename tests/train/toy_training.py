@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -180,7 +181,9 @@ class ToySuite:
         for _ in range(3):
             wishes()
         self.steps.append(progress.step)
-        return {"toy/size": float(model.first.weight.detach().abs().sum()), "toy/step": float(progress.step)}
+        with averaged() if averaged else nullcontext():
+            size = float(model.first.weight.detach().abs().sum())
+        return {"toy/size": size, "toy/step": float(progress.step)}
 
 
 class SlowDisk(CheckpointFolder):

@@ -1,0 +1,61 @@
+"""The classifier and its task."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_model import SIZE, image_section
+from torch.nn import functional
+
+from clipcluster.data.loading.batch import Batch, normalise
+from clipcluster.model.classify import ClassifyTask, ImageClassifier, build_classifier
+from clipcluster.model.task import Task
+from clipcluster.model.towers import build_image_tower
+from clipcluster.recipe.sections.data import Image
+from clipcluster.recipe.sections.model import Model
+
+CLASSES = 7
+
+
+def classifier(**changes: object) -> ImageClassifier:
+    model = Model(image=image_section(), classes=CLASSES).model_copy(update=changes)
+    recipe = SimpleNamespace(model=model, data=SimpleNamespace(image=Image(size=SIZE)))
+    torch.manual_seed(0)
+    return build_classifier(recipe, None)
+
+
+def batch(size: int = 6) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (size, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    classes = torch.arange(size) % CLASSES
+    return Batch(0, images, None, None, classes, [(slot, "shard", str(slot)) for slot in range(size)])
+
+
+def test_names_of_the_tower_are_those_of_a_dual_encoder() -> None:
+    model = classifier()
+    tower, _ = build_image_tower(image_section(), image_size=SIZE)
+    expected = {f"image.{name}" for name in tower.state_dict()} | {"head.weight", "head.bias"}
+    assert set(model.state_dict()) == expected
+    assert all(name.startswith(("image.trunk.", "head.")) for name in expected)
+    assert model.head.out_features == CLASSES
+
+
+def test_the_loss_is_the_cross_entropy_of_every_sample() -> None:
+    model = classifier().double().eval()
+    task = ClassifyTask(model, (0.5,) * 3, (0.25,) * 3).double()
+    whole = batch()
+    report = task(Task.report, whole)
+    logits = model.head(model.image(normalise(whole.images, task.mean, task.std)))
+    rows = [-logits[row].log_softmax(0)[cls] for row, cls in enumerate(whole.classes.tolist())]
+    torch.testing.assert_close(report.loss, torch.stack(rows).mean())
+    parts = [task(Task.report, part).loss for part in whole.micro_batches(3)]
+    torch.testing.assert_close(torch.stack(parts).mean(), report.loss)
+    assert report.metrics["batch_accuracy"] == pytest.approx(
+        functional.one_hot(logits.argmax(1), CLASSES)[range(6), whole.classes].double().mean().item()
+    )
+
+
+def test_many_classes_need_no_memory_but_the_head() -> None:
+    model = classifier(classes=21_841)
+    assert model.classify(torch.zeros(2, 3, SIZE, SIZE)).shape == (2, 21_841)
+    assert sum(value.numel() for value in model.head.parameters()) == 21_841 * (model.image.width + 1)
