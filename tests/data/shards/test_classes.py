@@ -29,7 +29,7 @@ def test_the_number_of_classes_is_the_given_one_or_that_of_the_names() -> None:
     assert class_count(7, [labelled(0, names=["a"])]) == 7
     with pytest.raises(UserError, match=r"^model.classes: no classnames.txt beside the shards"):
         class_count(None, [labelled(0)])
-    with pytest.raises(UserError, match="data.train.2: its classnames.txt differs from"):
+    with pytest.raises(UserError, match=r"data.train.2: its classnames.txt differs from"):
         class_count(None, [labelled(0, names=["a", "b"]), labelled(0), labelled(0, names=["b", "a"])])
 
 
