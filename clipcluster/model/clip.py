@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 class Clip(nn.Module):
-    """An image tower, a text tower, a bias-free linear projection of each, and the scale of the logits.
+    """An image tower, a text tower, a bias-free linear projection of each, scale and bias of the logits.
 
-    embed_dim: width of the common space. scale: the factor of the logits at the start; max_scale: its bound.
+    embed_dim: width of the common space. scale: the factor of the logits at the start; max_scale: its bound,
+    if any. bias: what is added to the logits at the start; None for a model without a bias.
     `starting_weights` says what the files brought, one entry a file.
     """
 
@@ -34,7 +35,8 @@ class Clip(nn.Module):
         *,
         embed_dim: int,
         scale: float,
-        max_scale: float,
+        max_scale: float | None,
+        bias: float | None = None,
     ) -> None:
         super().__init__()
         self.image = image
@@ -42,10 +44,11 @@ class Clip(nn.Module):
         self.image_projection = _projection(image.width, embed_dim)
         self.text_projection = _projection(text.width, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(scale)]))  # (1,): FSDP2 shards no scalar
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
         self.embed_dim = embed_dim
         self.max_scale = max_scale
         self.starting_weights: tuple[Coverage, ...] = ()
-        self.register_load_state_dict_pre_hook(_read_scalar_scale)
+        self.register_load_state_dict_pre_hook(_read_scalars)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
@@ -58,7 +61,8 @@ class Clip(nn.Module):
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the scale at or below its bound, after every step (Radford et al. 2021, section 2.5)."""
-        self.logit_scale.clamp_(max=math.log(self.max_scale))
+        if self.max_scale is not None:
+            self.logit_scale.clamp_(max=math.log(self.max_scale))
 
 
 def build_clip(
@@ -85,17 +89,23 @@ def build_clip(
     text, text_coverage = build_text_tower(
         of_text, tokenizer=tokenizer, assets=assets, weights_from=config.weights_from
     )
-    scale = config.logit_scale
-    clip = Clip(image, text, embed_dim=config.embed_dim, scale=scale.init, max_scale=scale.max)
+    clip = Clip(
+        image,
+        text,
+        embed_dim=config.embed_dim,
+        scale=config.logit_scale.init,
+        max_scale=config.logit_scale.max,
+        bias=config.logit_bias.init if config.logit_bias else None,
+    )
     clip.starting_weights = tuple(coverage for coverage in (image_coverage, text_coverage) if coverage)
     return clip
 
 
-def _read_scalar_scale(clip: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Weights of other programs, and checkpoints of format 1, hold the scale as a 0-dimensional tensor."""
-    scale = state.get(f"{prefix}logit_scale")
-    if scale is not None and scale.ndim == 0:
-        state[f"{prefix}logit_scale"] = scale.reshape(1)
+def _read_scalars(clip: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Weights of other programs, and checkpoints of format 1, hold scale and bias without a dimension."""
+    for name in (f"{prefix}logit_scale", f"{prefix}logit_bias"):
+        if name in state and state[name].ndim == 0:
+            state[name] = state[name].reshape(1)
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:

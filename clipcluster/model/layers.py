@@ -113,19 +113,19 @@ def _matched(matcher: Any, name: str) -> str | None:
     return None
 
 
-def _by_structure(module: nn.Module, path: str = "", *, may_have_stages: bool = True) -> _Depths:
+def _by_structure(module: nn.Module, path: str = "", *, inside_a_stage: bool = False) -> _Depths:
     """By the largest list of modules; embeddings are before the blocks wherever they are registered."""
     names = [path + name for name, _ in module.named_parameters()]
     blocks: list[tuple[str, list[str]]] = []
     for prefixes, block in _blocks(module, path):
-        if may_have_stages and _is_stage(block):
-            inner = _by_structure(block, prefixes[0], may_have_stages=False)
+        if not inside_a_stage and _is_stage(block):
+            inner = _by_structure(block, prefixes[0], inside_a_stage=True)
             inner.blocks[0][1][:0] = inner.before
             inner.blocks[-1][1].extend(inner.after)
             blocks += inner.blocks
         else:
-            inside = [name for name in names if name.startswith(prefixes)]
-            blocks.append((prefixes[0].rstrip("."), inside))
+            own = prefixes[:1] if inside_a_stage else prefixes
+            blocks.append((prefixes[0].rstrip("."), [name for name in names if name.startswith(own)]))
     if not blocks:
         return _Depths(names, [], [])
     known = {name for _, block in blocks for name in block}

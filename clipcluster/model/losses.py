@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from clipcluster.runtime.world import World
@@ -42,7 +43,13 @@ def gather(rows: Tensor, ranks: World) -> Tensor:
 
 
 def contrastive(
-    image_features: Tensor, text_features: Tensor, scale: Tensor, ranks: World
+    image_features: Tensor,
+    text_features: Tensor,
+    scale: Tensor,
+    ranks: World,
+    *,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3) over the batch of all ranks.
 
@@ -52,6 +59,8 @@ def contrastive(
     gradients back to their rank, for the scale because every rank's rows count once.
 
     image_features, text_features: (B, E), L2-normalised. scale: (), the factor itself, not its logarithm.
+    label_smoothing: this part of a target is spread evenly over all size x B candidates, the right one
+    included (Szegedy et al. 2016, section 7). chunk: rows of logits in memory at a time; default all.
     Returns the loss, (), float32 or wider, and the fraction of its own images whose own text scores best, ().
     """
     with torch.autocast(image_features.device.type, enabled=False):
@@ -59,13 +68,114 @@ def contrastive(
         embed_dim = image.shape[1]
         everyone = gather(torch.cat([image, text], dim=1), ranks)
         all_images, all_texts = everyone[:, :embed_dim], everyone[:, embed_dim:]
-        image_logits = scale * image @ all_texts.T
-        text_logits = scale * text @ all_images.T
         targets = torch.arange(len(image), device=image.device) + ranks.rank * len(image)
-        image_loss = functional.cross_entropy(image_logits, targets)
-        text_loss = functional.cross_entropy(text_logits, targets)
-        accuracy = (image_logits.detach().argmax(dim=1) == targets).float().mean()
+        image_loss, accuracy = _cross_entropy(image, all_texts, scale, targets, label_smoothing, chunk)
+        text_loss, _ = _cross_entropy(text, all_images, scale, targets, label_smoothing, chunk)
     return (image_loss + text_loss) / 2, accuracy
+
+
+def _cross_entropy(
+    rows: Tensor, columns: Tensor, scale: Tensor, targets: Tensor, smoothing: float, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """The mean over rows of the cross-entropy of similarities, and the fraction of rows at their target."""
+
+    def part(rows: Tensor, targets: Tensor, columns: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scale * rows @ columns.T
+        right = (logits.detach().argmax(dim=1) == targets).float().mean()
+        return functional.cross_entropy(logits, targets, label_smoothing=smoothing), right
+
+    if chunk is None or chunk >= len(rows):
+        return part(rows, targets, columns, scale)
+    found = []
+    for own, wanted in zip(rows.split(chunk), targets.split(chunk), strict=True):
+        # No logits are kept: the backward pass computes each chunk's again.
+        loss, right = checkpoint(
+            part, own, wanted, columns, scale, use_reentrant=False, preserve_rng_state=False
+        )
+        found.append(torch.stack([loss, right.to(loss.dtype)]) * len(own))
+    loss, right = torch.stack(found).sum(dim=0) / len(rows)
+    return loss, right.detach()
+
+
+def siglip(
+    image_features: Tensor,
+    text_features: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ranks: World,
+    *,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sigmoid loss of SigLIP (Zhai et al. 2023, algorithm 1) over the batch of all ranks.
+
+    Every pair of an image and a text counts by itself: -log sigmoid(z (scale image . text + bias)), z = 1
+    where they belong together and -1 elsewhere, summed over all pairs and divided by the number of images.
+    Each rank takes its own B images against the texts of all ranks, which come round a ring, one rank's at a
+    time (section 3.3), so that the mean of the ranks' losses and gradients is that of the whole batch.
+
+    image_features, text_features: (B, E), L2-normalised, B the same on all ranks. scale: (), the factor
+    itself. bias: (). chunk: images whose logits are in memory at a time; default all.
+    Returns the loss, (), float32 or wider, and the fraction of its own images whose own text scores best, ().
+    All ranks have to differentiate the loss by the same factor, once.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, text = widen(image_features), widen(text_features)
+        return _Sigmoids.apply(image, text, scale, bias, ranks, chunk or len(image))
+
+
+class _Sigmoids(torch.autograd.Function):
+    """The loss and its gradients in one round of the ring: a rank's texts travel with their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, ranks: World, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        count, embed_dim = image.shape
+        loss, by_scale, by_bias = torch.zeros(3, dtype=image.dtype, device=image.device)
+        by_image = torch.zeros_like(image)
+        own = torch.einsum("be,be->b", image, text)
+        others = torch.full_like(own, -torch.inf)  # the best similarity with a text of another image
+        visitors = torch.cat([text, torch.zeros_like(text)], dim=1)
+        for hop in range(ranks.size):
+            texts, by_text = visitors[:, :embed_dim], visitors[:, embed_dim:]
+            for rows in torch.arange(count, device=image.device).split(chunk):
+                similarity = image[rows] @ texts.T
+                signs = torch.full_like(similarity, -1.0)
+                if hop == 0:
+                    diagonal = (torch.arange(len(rows), device=rows.device), rows)
+                    signs[diagonal] = 1.0
+                logits = signs * (scale * similarity + bias)
+                loss -= functional.logsigmoid(logits).sum()
+                by_logits = -signs * torch.sigmoid(-logits)
+                by_image[rows] += scale * by_logits @ texts
+                by_text += scale * by_logits.T @ image[rows]
+                by_scale += (by_logits * similarity).sum()
+                by_bias += by_logits.sum()
+                negatives = similarity.masked_fill(signs > 0, -torch.inf)
+                others[rows] = torch.maximum(others[rows], negatives.amax(dim=1))
+            visitors = _to_the_next(visitors, ranks)
+        # After as many hops as there are ranks the own texts are home, with what all ranks added.
+        gradients = (by_image, visitors[:, embed_dim:], by_scale, by_bias)
+        ctx.save_for_backward(*(gradient / count for gradient in gradients))
+        accuracy = (own > others).float().mean()
+        ctx.mark_non_differentiable(accuracy)
+        return loss / count, accuracy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None)
+
+
+def _to_the_next(rows: Tensor, ranks: World) -> Tensor:
+    """Give rows to the next rank of the ring; returns those of the one before."""
+    if ranks.size == 1:
+        return rows
+    received = torch.empty_like(rows)
+    following, previous = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
+    sending = dist.P2POp(dist.isend, rows.contiguous(), following)
+    for work in dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, previous)]):
+        work.wait()
+    return received
 
 
 def widen(values: Tensor) -> Tensor:

@@ -21,12 +21,16 @@ class DualEncoder(Model, Protocol):
     """Images and texts into one space.
 
     embed_dim: width E of the space. logit_scale: (1,), the logarithm of the factor of the similarities.
+    logit_bias: (1,), what is added to the scaled similarities, or None.
     """
 
     embed_dim: int
 
     @property
     def logit_scale(self) -> Tensor: ...
+
+    @property
+    def logit_bias(self) -> Tensor | None: ...
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""

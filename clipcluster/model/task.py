@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from clipcluster.data.loading.batch import normalise
-from clipcluster.model.losses import contrastive
+from clipcluster.errors import UserError
+from clipcluster.model.losses import contrastive, siglip
+from clipcluster.recipe.sections.loss import Loss
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
@@ -70,15 +72,24 @@ class Task(nn.Module, ABC):
 class ContrastiveTask(Task):
     """Images and captions of one batch into the contrastive loss over all ranks.
 
-    mean, std: of the pixels in 0..1, one a channel.
+    mean, std: of the pixels in 0..1, one a channel. choice: which loss, and how; siglip needs a model with a
+    bias.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: DualEncoder, mean: Sequence[float], std: Sequence[float], ranks: World) -> None:
+    def __init__(
+        self,
+        model: DualEncoder,
+        mean: Sequence[float],
+        std: Sequence[float],
+        ranks: World,
+        choice: Loss | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.choice = choice or Loss()
         self.ranks = ranks
         self.register_buffer("mean", torch.tensor(tuple(mean)), persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std)), persistent=False)
@@ -92,15 +103,34 @@ class ContrastiveTask(Task):
         return {"image": image, "text": self.model.encode_text(batch.tokens, batch.mask)}
 
     def loss(self, features: Features) -> Report:
-        scale = self.model.logit_scale.exp().squeeze()
-        loss, accuracy = contrastive(features["image"], features["text"], scale, self.ranks)
-        metrics = {"loss": loss.detach(), "logit_scale": scale.detach(), "batch_accuracy": accuracy}
-        return Report(loss, metrics)
+        image, text, choice = features["image"], features["text"], self.choice
+        scale, bias = self.model.logit_scale.exp().squeeze(), self.model.logit_bias
+        metrics = {"logit_scale": scale.detach()}
+        if choice.name == "siglip":
+            assert bias is not None, "siglip needs a model with a bias"
+            loss, accuracy = siglip(image, text, scale, bias.squeeze(), self.ranks, chunk=choice.chunk)
+            metrics["logit_bias"] = bias.detach().squeeze()
+        else:
+            smoothing, chunk = choice.label_smoothing, choice.chunk
+            loss, accuracy = contrastive(
+                image, text, scale, self.ranks, label_smoothing=smoothing, chunk=chunk
+            )
+        return Report(loss, {"loss": loss.detach(), **metrics, "batch_accuracy": accuracy})
 
     def after_step(self) -> None:
         self.model.clamp_logit_scale()
 
 
 def build_contrastive(recipe: Recipe, model: DualEncoder, ranks: World) -> ContrastiveTask:
-    """`task: contrastive`."""
-    return ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, ranks)
+    """`task: contrastive`. UserError where the loss and the model's bias do not fit together."""
+    bias = model.logit_bias
+    if recipe.loss.name == "siglip":
+        if bias is None:
+            raise UserError("loss.name is siglip, which needs a bias: set model.logit_bias to {init: -10}")
+    elif recipe.model.logit_bias is not None:
+        raise UserError(
+            "model.logit_bias: the loss clip is the same with any bias; remove it, or set loss.name to siglip"
+        )
+    elif bias is not None:  # of a model made with siglip: constant now
+        bias.requires_grad_(False)
+    return ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, ranks, recipe.loss)

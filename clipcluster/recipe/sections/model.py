@@ -112,13 +112,21 @@ class LogitScale(Section):
     """The learned scale of the similarities."""
 
     init: Float = key("result", "Initial value (1/0.07 as in CLIP).", 1 / 0.07, gt=0)
-    max: Float = key("result", "Upper bound.", 100.0, gt=0)
+    max: Float | None = key(
+        "result", "Upper bound (100 as in CLIP). null: none, as SigLIP was published.", 100.0, gt=0
+    )
 
     @model_validator(mode="after")
     def _below_the_bound(self) -> LogitScale:
-        if self.init > self.max:
+        if self.max is not None and self.init > self.max:
             raise ValueError(f"init {self.init:g} is above max {self.max:g}")
         return self
+
+
+class LogitBias(Section):
+    """The learned bias of the similarities, of the loss siglip."""
+
+    init: Float = key("result", "Initial value.", -10.0)
 
 
 class Model(Section):
@@ -139,4 +147,7 @@ class Model(Section):
         "Number of classes (task: classify). Default: the lines of classnames.txt beside the shards.",
         None,
         ge=1,
+    )
+    logit_bias: LogitBias | None = section(
+        "The learned bias of the similarities, which loss.name siglip needs. {} starts it at -10.", None
     )

@@ -11,6 +11,7 @@ from clipcluster.recipe.sections.checkpoint import Checkpoint
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.data import Data
 from clipcluster.recipe.sections.evaluate import Evaluate
+from clipcluster.recipe.sections.loss import Loss
 from clipcluster.recipe.sections.model import Model
 from clipcluster.recipe.sections.optim import Optim
 from clipcluster.recipe.sections.train import Train
@@ -36,6 +37,7 @@ class Recipe(Section):
     seed: Int = key("result", "Seed of all random numbers.", 0, ge=0, lt=2**63)
     data: Data = section("The training data.")
     model: Model = section("The towers and what joins them.")
+    loss: Loss = section("What is minimised over the global batch.", {})
     optim: Optim = section("The optimizer and its schedule.")
     train: Train = section("Length, precision and log of the run.")
     checkpoint: Checkpoint = section("When to save, and what to keep.", {})
