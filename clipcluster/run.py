@@ -121,7 +121,9 @@ def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None
     model = build_model(recipe, tokenizer, run.assets, starting_weights=False)
     found, step, averaged = load_weights(run, model, checkpoint)
     model.to(world.device)
-    with torch.no_grad(), Precision(recipe.train.precision, world.device).autocast():
+    precision = Precision(recipe.train.precision, world.device)
+    precision.prepare(model)
+    with torch.no_grad(), precision.autocast():
         metrics = suite.run(model)
     return {"run": run.name, "checkpoint": str(found), "step": step, "ema": averaged, "metrics": metrics}
 

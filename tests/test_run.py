@@ -439,3 +439,44 @@ def test_ten_steps_over_http_are_those_of_the_disk(
         read_json(here.evals / "step-00000010.json")["metrics"]
     )
     assert list((tmp_path / "cache").glob("*.tar"))
+
+
+def test_switches_of_speed_and_precision(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolutional tower in bf16, its average on the CPU: said in the log, and other orders of memory
+    give the same losses to the format's rounding."""
+    caplog.set_level(logging.INFO, "clipcluster")
+    both = (
+        "model.image={timm: test_resnet}",
+        "train.duration=2 steps",
+        "train.precision=bf16",
+        "train.ema={decay: 0.9, warmup: true, device: cpu}",
+        "optim.warmup=0 steps",
+        "evaluate={}",
+    )
+    plain, fast = tiny.make("plain", *both), tiny.make("fast", *both, "train.channels_last=true")
+    assert tiny.go(plain) is tiny.go(fast) is Outcome.FINISHED
+    assert "precision: bf16, 15 batch norms kept in fp32" in caplog.text
+    for one, other in zip(logged(plain), logged(fast), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+@pytest.mark.long
+def test_compiled_towers_train_stop_and_resume(tiny: Tiny) -> None:
+    """Dropout and drop path included: the same random numbers, the same results, the same names."""
+    fast = ("train.compile=true", "train.channels_last=true")
+    plain, compiled, stopped = tiny.make("plain"), tiny.make("fast", *fast), tiny.make("stopped", *fast)
+    assert tiny.go(plain) is tiny.go(compiled) is Outcome.FINISHED
+    assert tiny.go(stopped, StopAfter(6)) is Outcome.STOPPED
+    assert tiny.go(stopped) is Outcome.FINISHED
+    assert logged(stopped) == logged(compiled)
+    weights, ours, resumed = (
+        load_file(run.checkpoints / "step-00000008" / "ema.safetensors") for run in (plain, compiled, stopped)
+    )
+    assert weights.keys() == ours.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours[name], resumed[name])
+    results = [read_json(run.evals / "step-00000008.json")["metrics"] for run in (plain, compiled)]
+    assert results[0] == pytest.approx(results[1], rel=0.05)

@@ -13,6 +13,7 @@ from clipcluster.build.data import Sources, open_batches, open_sources
 from clipcluster.build.model import build_model, build_task, describe_start
 from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
+from clipcluster.model.norms import synchronise
 from clipcluster.recipe.plan import Plan, micro_batches, plan, samples_per_rank
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
@@ -27,6 +28,7 @@ from clipcluster.runtime.world import World
 from clipcluster.train.backward import Backward, Cached, Independent, Whole
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_writer import versions
+from clipcluster.train.compiling import compile_towers
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
@@ -103,7 +105,14 @@ def build_trainer(
 def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
     """What happens to the weights at a step; the model moves to the world's device."""
     precision = Precision(recipe.train.precision, world.device)
+    if recipe.train.sync_batch_norm:
+        synchronise(model, world)
+    precision.prepare(model)
     task = build_task(recipe, model, world).to(world.device)
+    if recipe.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # the first convolution brings the images into it
+    if recipe.train.compile:
+        compile_towers(model, world.device)
     wrapped, optim = WrappedTask(task, world), recipe.optim
     optimizer = Optimizer(
         model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
@@ -123,7 +132,7 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
         optimizer,
         schedule,
         Guard(world.device, recipe.train.non_finite.limit),
-        Ema(model, recipe.train.ema.decay) if recipe.train.ema else None,
+        build_ema(recipe, model),
         clip_norm=optim.clip_norm,
     )
 
@@ -141,6 +150,15 @@ def build_backward(
         slot=slot,
         micro_batches=micro_batches,
     )
+
+
+def build_ema(recipe: Recipe, model: Any) -> Ema | None:
+    """The moving average of a model that is on its device, or None where the recipe has none."""
+    wanted = recipe.train.ema
+    if wanted is None:
+        return None
+    device = torch.device("cpu") if wanted.device == "cpu" else None
+    return Ema(model, wanted.decay, warmup=wanted.warmup, device=device)
 
 
 def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[str]:

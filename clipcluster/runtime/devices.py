@@ -93,6 +93,20 @@ def choose_kernels(device: torch.device, deterministic: bool | None) -> bool:
     return on
 
 
+def choose_float32(device: torch.device, *, tf32: bool) -> str:
+    """Say what float32 products and convolutions on an accelerator compute with; returns `tf32` or `fp32`.
+
+    TF32 has float32's range and ten bits of mantissa (NVIDIA, from Ampere on). On the CPU it is fp32 always.
+    torch's own default is TF32 for convolutions alone; here both are what the recipe says.
+    """
+    if device.type == "cpu":
+        return "fp32"
+    # Not the newer `fp32_precision`: torch 2.15's compiler reads these, and raises once the other was set.
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    return "tf32" if tf32 else "fp32"
+
+
 def usable_cores(local_size: int) -> int:
     """Cores for each of a node's `local_size` ranks: those it is bound to, at most its part of them all."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

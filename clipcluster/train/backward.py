@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipcluster.model.task import Features, Report, Task
 from clipcluster.runtime.devices import seed_step
+from clipcluster.train.compiling import uncompiled
 from clipcluster.train.precision import Precision
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.wrapping import WrappedTask
@@ -57,7 +58,7 @@ class Backward(ABC):
     def rehearse(self, batch: Batch) -> None:
         """One reduced pass over a few samples, to be thrown away, as `WrappedTask.needs_rehearsal` asks."""
         few = batch.cut(0, min(REHEARSED_SAMPLES, len(batch)))
-        with self.precision.autocast():
+        with uncompiled(), self.precision.autocast():
             report = self.task(Task.report, few)
         report.loss.backward(torch.zeros_like(report.loss))
         self.task.needs_rehearsal = False

@@ -10,31 +10,54 @@ import torch
 from torch import Tensor, nn
 
 
+def decay_at(step: int, decay: float, *, warmup: bool) -> float:
+    """The decay of the update that follows optimizer step `step` (steps count from 0).
+
+    With `warmup` it is at most `1 - n^(-2/3)` for the n-th update, n = step + 1: 0 at the first, which takes
+    the weights as they are (timm's ModelEmaV3 with use_warmup, its gamma 1 and power 2/3).
+    """
+    return min(decay, 1.0 - (step + 1) ** (-2 / 3)) if warmup else decay
+
+
 class Ema:
     """Tensors that follow the model's weights: `average += (1 - decay) * (weights - average)` after a step.
 
-    Buffers (running statistics) are the model's own and not averaged. The state has the model's names.
+    Buffers (running statistics) are the model's own and not averaged. The state has the model's names. The
+    decay is a function of the step: nothing but the tensors is saved.
+
+    device: where the average is kept, by default with the weights. On another one (the CPU, to save a GPU's
+    memory) an update copies all weights there and waits for them.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model, self._rate = model, 1.0 - decay
+    def __init__(
+        self, model: nn.Module, decay: float, *, warmup: bool = False, device: torch.device | None = None
+    ) -> None:
+        self._model, self._decay, self._warmup, self._device = model, decay, warmup, device
         self._parameters = list(model.parameters())
         self._followed = [parameter.data for parameter in self._parameters]
-        self._averaged = [weights.clone() for weights in self._followed]
+        self._averaged = [weights.clone().to(device=device) for weights in self._followed]
 
     @torch.no_grad()
-    def update(self, found_inf: Tensor) -> None:
-        """Follow by one step, or stay where `found_inf` (0-dimensional, on the device) is 1."""
+    def update(self, found_inf: Tensor, step: int) -> None:
+        """Follow optimizer step `step`, or stay where `found_inf` (0-dimensional, on the device) is 1."""
         # lerp written out: its foreach form takes no weight that lives on the device.
-        rate = self._rate * (1.0 - found_inf)
-        distance = torch._foreach_sub(self._followed, self._averaged)
-        torch._foreach_mul_(distance, rate)
+        rate = (1.0 - decay_at(step, self._decay, warmup=self._warmup)) * (1.0 - found_inf)
+        followed = [weights.to(device=self._device) for weights in self._followed]
+        distance = torch._foreach_sub(followed, self._averaged)
+        torch._foreach_mul_(distance, rate.to(device=self._device))
         torch._foreach_add_(self._averaged, distance)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model computes with the averaged weights; nothing is copied."""
-        self._point_at(self._averaged)
+        """Inside, the model computes with the averaged weights, copied only from another device."""
+        pairs = zip(self._averaged, self._followed, strict=True)
+        with self._pointed_at([average.to(weights.device) for average, weights in pairs]):
+            yield
+
+    @contextmanager
+    def _pointed_at(self, tensors: list[Tensor]) -> Iterator[None]:
+        """Inside, the model's parameters are these tensors."""
+        self._point_at(tensors)
         try:
             yield
         finally:
@@ -46,10 +69,10 @@ class Ema:
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and the model's buffers, by the model's names."""
-        with self.applied():
+        with self._pointed_at(self._averaged):
             return self._model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take averaged weights, all of them; buffers go to the model."""
-        with self.applied():
+        with self._pointed_at(self._averaged):
             self._model.load_state_dict(state)

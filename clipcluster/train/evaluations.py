@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipcluster.evals.suite import Suite
+from clipcluster.train.compiling import uncompiled
 from clipcluster.train.ema import Ema
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Progress
@@ -40,5 +41,5 @@ class Evaluations:
     def measure(self, progress: Progress, wishes: Callable[[], None]) -> dict[str, float]:
         """Evaluate; every rank calls it. `wishes` runs between batches and may raise Interrupted."""
         averaged = self.ema.applied if self.ema else None
-        with self.precision.autocast():
+        with uncompiled(), self.precision.autocast():
             return self.suite.run(self.model, progress, wishes=wishes, averaged=averaged)

@@ -1,18 +1,24 @@
-"""Number formats of a step: float32, bfloat16 or float16 under autocast, float16 with a loss scale."""
+"""Number formats of a step: float32, TF32, bfloat16 or float16 under autocast, float16 with a loss scale."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipcluster.errors import UserError
+from clipcluster.model.norms import keep_in_float32
+from clipcluster.runtime.devices import choose_float32
+from clipcluster.text import counted
 
-PrecisionName = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+logger = logging.getLogger("clipcluster")
+
+PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
@@ -48,6 +54,17 @@ class Precision:
                 f"train.precision: {self.name} does not work on {self.device.type} with torch "
                 f"{torch.__version__}; use fp32 (always works) or bf16."
             )
+
+    def prepare(self, model: nn.Module) -> None:
+        """Let this process and a model compute in this format, and log how: before training or measuring.
+
+        Float32 products on an accelerator are TF32 or not; batch norms stay in float32 under autocast.
+        """
+        used = choose_float32(self.device, tf32=self.name == "tf32")
+        norms = 0 if self.dtype is torch.float32 else keep_in_float32(model)
+        kept = f", {counted(norms, 'batch norm')} kept in fp32" if norms else ""
+        other = f" (fp32: {self.device.type} has no TF32)" if self.name == "tf32" and used != "tf32" else ""
+        logger.info("precision: %s%s%s", self.name, other, kept)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context for forward passes."""

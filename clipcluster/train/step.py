@@ -107,7 +107,7 @@ class Step:
         statistics.commit(found_inf)
         self.backward.task.task.after_step()
         if self.ema:
-            self.ema.update(found_inf)
+            self.ema.update(found_inf, progress.step)
         precision.update(found_inf)
         return replace(report, metrics={**report.metrics, "gradient_norm": norm})
 

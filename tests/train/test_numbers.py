@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from clipcluster.errors import UserError
-from clipcluster.train.ema import Ema
+from clipcluster.train.ema import Ema, decay_at
 from clipcluster.train.precision import Precision
 from clipcluster.train.step import Guard, gradient_norm
 
@@ -27,12 +28,12 @@ def test_the_average_follows_the_weights() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     ema = Ema(model, 0.9)
     expected = {name: value.clone().double() for name, value in model.named_parameters()}
-    for _ in range(5):
+    for step in range(5):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         model(torch.randn(8, 3))
-        ema.update(number(0.0))
+        ema.update(number(0.0), step)
         for name, value in model.named_parameters():
             expected[name] += 0.1 * (value.detach().double() - expected[name])
     state = ema.state_dict()
@@ -47,7 +48,7 @@ def test_the_average_is_applied_and_taken_away_without_a_copy() -> None:
     ema = Ema(model, 0.5)
     with torch.no_grad():
         model.weight.add_(1.0)
-    ema.update(number(0.0))
+    ema.update(number(0.0), 0)
     trained, averaged = model.weight.detach().clone(), ema.state_dict()["weight"]
     storage = model.weight.data_ptr()
     with ema.applied():
@@ -74,8 +75,38 @@ def test_the_average_stays_at_a_skipped_step() -> None:
     before = {name: value.clone() for name, value in ema.state_dict().items()}
     with torch.no_grad():
         model.weight.add_(1.0)
-    ema.update(number(1.0))
+    ema.update(number(1.0), 0)
     assert all(torch.equal(before[name], value) for name, value in ema.state_dict().items())
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_is_timms(warmup: bool) -> None:
+    """ModelEmaV3 without buffers, as timm's training script calls it: with the number of updates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).double()
+    decay = 0.9 if warmup else 0.5
+    theirs = ModelEmaV3(model, decay=decay, use_warmup=warmup, exclude_buffers=True)
+    # Without a warm-up timm's first update copies the weights; ours has the same decay at every step.
+    theirs.update_after_step = 0 if warmup else -1
+    ours = Ema(model, decay, warmup=warmup, device=CPU)
+    for step in range(60):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        theirs.update(model, step=step + 1)
+        ours.update(number(0.0), step)
+        for name, value in ours.state_dict().items():
+            torch.testing.assert_close(value, theirs.module.state_dict()[name], rtol=1e-6, atol=1e-7)
+    assert theirs.get_decay(60) == decay_at(59, decay, warmup=warmup) == decay  # the warm-up has ended
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**7), st.floats(0.01, 0.99999))
+def test_the_decay_warms_up(step: int, decay: float) -> None:
+    now, after = (decay_at(at, decay, warmup=True) for at in (step, step + 1))
+    assert 0 <= now <= after <= decay
+    assert decay_at(step, decay, warmup=False) == decay
+    assert decay_at(0, decay, warmup=True) == 0
 
 
 @settings(max_examples=30, deadline=None)
@@ -115,7 +146,7 @@ def test_a_loss_that_is_not_finite_spoils_every_gradient() -> None:
     assert all(torch.isnan(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16", "fp16"])
 def test_autocast_computes_in_its_format(name: str) -> None:
     precision = Precision(name, CPU)  # type: ignore[arg-type]
     with precision.autocast():

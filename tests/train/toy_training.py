@@ -225,7 +225,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     optimizer = Optimizer(model, lr=script.lr, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
     precision = Precision(script.precision, world.device)  # type: ignore[arg-type]
     guard = Guard(world.device, script.limit)
-    ema = Ema(model, 0.9) if script.ema else None
+    ema = Ema(model, 0.9, warmup=True) if script.ema else None
     schedule = partial(learning_rate, peak=script.lr, warmup=3, total=script.steps)
     progress = Progress(steps_per_epoch=5, batch_size=BATCH)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision}

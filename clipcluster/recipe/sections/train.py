@@ -13,6 +13,18 @@ class Ema(Section):
     """A moving average of the weights, evaluated and saved beside them."""
 
     decay: Float = key("result", "Part of the average that is kept at each step.", 0.9999, gt=0, lt=1)
+    warmup: bool = key(
+        "result",
+        "Begin with small decays, so that the start is forgotten: at most 1 - n^(-2/3) at the n-th step "
+        "(0.99 after 1,000 steps, 0.9999 after a million).",
+        False,
+    )
+    device: Literal["model", "cpu"] = key(
+        "speed",
+        "Where the average is kept: beside the model, or in the host's memory, to which every step then "
+        "copies all weights.",
+        "model",
+    )
 
 
 class NonFinite(Section):
@@ -39,8 +51,25 @@ class Train(Section):
         None,
         ge=1,
     )
-    precision: Literal["fp32", "bf16", "fp16"] = key(
-        "result", "Arithmetic of the towers: fp16 scales the loss, bf16 does not need to.", "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = key(
+        "result",
+        "Arithmetic of the towers: tf32 shortens float32's products on a GPU (on the CPU it is fp32), fp16 "
+        "scales the loss, bf16 does not need to. Batch norms stay in fp32.",
+        "fp32",
+    )
+    channels_last: bool = key(
+        "speed",
+        "Convolutions with the channels last in memory, often faster on a GPU in bf16 or fp16.",
+        False,
+    )
+    compile: bool = key(
+        "speed", "Towers compiled by torch.compile: minutes at every start, faster steps.", False
+    )
+    sync_batch_norm: bool = key(
+        "result",
+        "Batch norms take their statistics over the samples of all ranks (GPUs only). Default: over each "
+        "rank's own.",
+        False,
     )
     deterministic: bool | None = key(
         "speed",
