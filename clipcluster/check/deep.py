@@ -81,6 +81,8 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     attempt("model.image", _check_image_tower, recipe, world_size, findings)
     if tokenizer is not None:
         attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
+    if recipe.model.weights and not findings.errors:
+        attempt("model.weights", _check_weights, recipe, tokenizer, assets, findings)
     examined: list[tuple[str, Sequence[Source], bool, Mapping[str, str]]]
     examined = [("data.train", recipe.data.train, needed.captions, needed.members)]
     for kind in needed.evaluations:
@@ -136,6 +138,13 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     else:
         name = text.hf if isinstance(text, HfTextTower) else text.arch
     findings.summary += _said(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
+
+
+def _check_weights(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
+    from clipcluster.build.model import build_model
+
+    model = build_model(recipe, tokenizer, assets)
+    findings.summary += [str(coverage) for coverage in model.starting_weights]
 
 
 def _said(name: str, tower: Any, coverage: Any, more: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from clipcluster.data.storage.cache import Cache
 from clipcluster.model.losses import widen
 from clipcluster.model.task import Features, Report, Task
 from clipcluster.model.towers import ImageTower, build_image_tower
-from clipcluster.model.weights import Coverage
+from clipcluster.model.weights import Coverage, load_weights_of
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
@@ -95,6 +95,8 @@ def build_classifier(
     )
     classifier = ImageClassifier(image, _classes(recipe))
     classifier.starting_weights = (coverage,) if coverage else ()
+    if recipe.model.weights and starting_weights:
+        classifier.starting_weights = (load_weights_of(recipe.model, classifier),)
     return classifier
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch.nn import functional
 from clipcluster.model.clip_text import ClipTextTower
 from clipcluster.model.losses import widen
 from clipcluster.model.towers import ImageTower, TextTower, build_image_tower, build_text_tower
-from clipcluster.model.weights import Coverage
+from clipcluster.model.weights import Coverage, load_weights_of
 
 if TYPE_CHECKING:
     from clipcluster.data.tokenizer import Tokenizer
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
 
 class Clip(nn.Module):
-    """An image tower, a text tower, a bias-free linear projection of each, scale and bias of the logits.
+    """An image tower, a text tower, a linear projection of each, scale and bias of the logits.
 
     embed_dim: width of the common space. scale: the factor of the logits at the start; max_scale: its bound,
     if any. bias: what is added to the logits at the start; None for a model without a bias.
+    projection_bias: the towers (`image`, `text`) whose projection has one; CLIP's have none, but its ResNets'
+    image.
     `starting_weights` says what the files brought, one entry a file.
     """
 
@@ -37,12 +40,13 @@ class Clip(nn.Module):
         scale: float,
         max_scale: float | None,
         bias: float | None = None,
+        projection_bias: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.image = image
         self.text = text
-        self.image_projection = _projection(image.width, embed_dim)
-        self.text_projection = _projection(text.width, embed_dim)
+        self.image_projection = _projection(image.width, embed_dim, "image" in projection_bias)
+        self.text_projection = _projection(text.width, embed_dim, "text" in projection_bias)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(scale)]))  # (1,): FSDP2 shards no scalar
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
         self.embed_dim = embed_dim
@@ -96,8 +100,11 @@ def build_clip(
         scale=config.logit_scale.init,
         max_scale=config.logit_scale.max,
         bias=config.logit_bias.init if config.logit_bias else None,
+        projection_bias=config.projection_bias,
     )
     clip.starting_weights = tuple(coverage for coverage in (image_coverage, text_coverage) if coverage)
+    if config.weights and starting_weights:
+        clip.starting_weights = (load_weights_of(config, clip),)
     return clip
 
 
@@ -108,7 +115,9 @@ def _read_scalars(clip: nn.Module, state: dict[str, Tensor], prefix: str, *_: ob
             state[name] = state[name].reshape(1)
 
 
-def _projection(width: int, embed_dim: int) -> nn.Linear:
-    projection = nn.Linear(width, embed_dim, bias=False)
+def _projection(width: int, embed_dim: int, bias: bool) -> nn.Linear:
+    projection = nn.Linear(width, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=width**-0.5)
+    if bias:
+        nn.init.zeros_(projection.bias)
     return projection

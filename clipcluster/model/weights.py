@@ -13,13 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clipcluster.errors import UserError
+from clipcluster.model.layouts import LAYOUTS, SIZES
 from clipcluster.model.weight_files import WeightsFrom, read_weights, some
+
+if TYPE_CHECKING:
+    from clipcluster.recipe.sections.model import Model
 
 # What wrappers and training programs put before every name: any number of them, in any order.
 _WRAPPERS = ("module", "_orig_mod", "model", "base_model")
@@ -56,12 +60,14 @@ class Coverage:
 
     `loaded` of `tensors` tensors hold `fraction` of the tower's elements; `missing` stay as they were drawn,
     because the recipe lists them; `unexpected` are the file's own tensors (under `prefix`) that the tower
-    does not have. part: `ema` or `raw` where the file has both.
+    does not have. layout: whose names the file has, "" for the tower's own. part: `ema` or `raw` where the
+    file has both.
     """
 
     tower: str
     file: str
     prefix: str
+    layout: str
     part: str
     loaded: int
     tensors: int
@@ -77,6 +83,8 @@ class Coverage:
             text += {"ema": ", the averaged (EMA) weights", "raw": ", not the averaged weights"}[self.part]
         if self.prefix:
             text += f", prefix {self.prefix!r} removed"
+        if self.layout:
+            text += f", {self.layout} names"
         if self.missing:
             text += f"; randomly initialised: {some(self.missing)}"
         if self.unexpected:
@@ -109,13 +117,14 @@ def load_weights(
     weights = read_weights(source, weights_from)
     state = {_OLD_LAYER_NORM.sub(lambda old: _NEW_NAMES[old[0]], key): v for key, v in weights.state.items()}
     own = {key: value for key, value in tower.state_dict().items() if not _COMPUTED.search(key)}
-    prefix = _best_prefix(state, own, _PLACES[name])
-    inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    match = _best_match(state, tower, own, name)
+    inside = match.state
     fitting = {key: value for key, value in inside.items() if key in own and value.shape == own[key].shape}
     coverage = Coverage(
         tower=name,
         file=str(weights.file),
-        prefix=prefix,
+        prefix=match.prefix,
+        layout=match.layout,
         part=weights.part,
         loaded=len(fitting),
         tensors=len(own),
@@ -132,25 +141,74 @@ def load_weights(
     return coverage
 
 
+def load_weights_of(config: Model, model: nn.Module) -> Coverage:
+    """The whole model takes what a recipe's `model.weights` names. Raises as `load_weights`."""
+    return load_weights(
+        model,
+        Path(config.weights or ""),
+        name="model",
+        missing=config.missing,
+        weights_from=config.weights_from,
+    )
+
+
+class _Match(NamedTuple):
+    """A state dict as a tower may have it: without a prefix, its names from a layout's ("" for the same)."""
+
+    prefix: str
+    layout: str
+    state: dict[str, Tensor]
+
+
+def _best_match(
+    state: Mapping[str, Tensor], tower: nn.Module, own: Mapping[str, Tensor], name: str
+) -> _Match:
+    """The prefix and layout, of those that the rules allow, by which most of the tower is there.
+
+    Of equals the shortest prefix, and the tower's own names before others.
+    """
+    found = []
+    for prefix in _prefixes(state, _PLACES[name]):
+        inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+        found.append(_Match(prefix, "", inside))
+        found += [
+            _Match(prefix, layout.name, layout.convert(inside, tower))
+            for layout in LAYOUTS[name]
+            if layout.recognises(inside)
+        ]
+    shaped = [match._replace(state=_reshaped(match.state, own)) for match in found]
+
+    def matches(match: _Match) -> tuple[int, int]:
+        there = [key for key in own if key in match.state]
+        return sum(match.state[key].shape == own[key].shape for key in there), len(there)
+
+    return max(shaped, key=matches)
+
+
+def _reshaped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dimensions of size one are added and removed where that gives the tower's shape."""
+
+    def fitted(key: str, value: Tensor) -> Tensor:
+        shape = own[key].shape if key in own else value.shape
+        same = [size for size in shape if size != 1] == [size for size in value.shape if size != 1]
+        return value.reshape(shape) if same else value
+
+    return {key: fitted(key, value) for key, value in state.items()}
+
+
 def _elements(tensors: Iterable[Tensor]) -> int:
     return sum(value.numel() for value in tensors)
 
 
-def _best_prefix(state: Mapping[str, Any], own: Mapping[str, Tensor], places: Sequence[str]) -> str:
-    """The prefix, of those that the rules allow, under which most of the tower is; the shortest of equals."""
+def _prefixes(state: Iterable[str], places: Sequence[str]) -> list[str]:
+    """The prefixes of a file's names that the rules allow, the shortest first."""
     wrapped = rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*"
     rule = re.compile(rf"{wrapped}(?:(?:{'|'.join(map(re.escape, places))})\.)?{wrapped}")
     prefixes = {""}
     for key in state:
         words = key.split(".")[:_WORDS_OF_A_PREFIX]
         prefixes |= {".".join(words[:count]) + "." for count in range(1, len(words))}
-    allowed = sorted((p for p in prefixes if rule.fullmatch(p)), key=lambda prefix: (len(prefix), prefix))
-
-    def matches(prefix: str) -> tuple[int, int]:
-        found = [key for key in own if prefix + key in state]
-        return sum(state[prefix + key].shape == own[key].shape for key in found), len(found)
-
-    return max(allowed, key=matches)
+    return sorted((p for p in prefixes if rule.fullmatch(p)), key=lambda prefix: (len(prefix), prefix))
 
 
 def _likeliest_prefix(state: Iterable[str], own: Mapping[str, Tensor]) -> tuple[str, int]:
@@ -190,9 +248,9 @@ def _check_missing(
     ]
     absent = [key for key in unlisted if key not in inside]
     prefix, count = _likeliest_prefix(state, own)
-    known = sum(coverage.prefix + key in state for key in own)
     likeliest = f"prefix {coverage.prefix!r} removed" if coverage.prefix else "no prefix removed"
-    if count > known:
+    likeliest += f", those of {coverage.layout} replaced" if coverage.layout else ""
+    if count > sum(key in inside for key in own):
         likeliest += (
             f"; {count} names would match without {prefix!r}, which is none of the known prefixes: save the "
             "file without it"
@@ -213,10 +271,13 @@ def _check_larger(coverage: Coverage, own: Mapping[str, Tensor]) -> None:
     """Raises UserError where the file's tower has parts that the one built does not have."""
     parts = {key.split(".")[0] for key in own}
     larger = [key for key in coverage.unexpected if key.split(".")[0] in parts and not _HEADS.match(key)]
+    if coverage.tower == "model":
+        larger = [key for key in coverage.unexpected if key not in SIZES]
     if larger:
+        what = "model than the one" if coverage.tower == "model" else f"tower than the {coverage.tower} tower"
         raise UserError(
-            f"{coverage.file} holds a larger tower than the {coverage.tower} tower built: {len(larger)} of "
-            f"its tensors do not fit ({some(tuple(larger))}). Name the tower the file was made for."
+            f"{coverage.file} holds a larger {what} built: {len(larger)} of "
+            f"its tensors do not fit ({some(tuple(larger))}). Describe the one the file was made for."
         )
 
 

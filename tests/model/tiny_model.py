@@ -53,14 +53,14 @@ def model_section(**changes: object) -> sections.Model:
     return sections.Model(**(section | changes))
 
 
-def tiny_recipe(**changes: object) -> SimpleNamespace:
+def tiny_recipe(size: int = SIZE, **changes: object) -> SimpleNamespace:
     """What of a recipe the model is made of."""
-    return SimpleNamespace(model=model_section(**changes), data=SimpleNamespace(image=Image(size=SIZE)))
+    return SimpleNamespace(model=model_section(**changes), data=SimpleNamespace(image=Image(size=size)))
 
 
-def tiny_clip(seed: int = 0, **changes: object) -> Clip:
+def tiny_clip(seed: int = 0, size: int = SIZE, **changes: object) -> Clip:
     torch.manual_seed(seed)
-    return build_clip(tiny_recipe(**changes), Tokens())
+    return build_clip(tiny_recipe(size, **changes), Tokens())
 
 
 def tiny_batch(count: int, seed: int = 0) -> SimpleNamespace:

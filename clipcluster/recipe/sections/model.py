@@ -10,19 +10,19 @@ from clipcluster.recipe.sections.base import Kinds, Section, key, section
 from clipcluster.recipe.sections.values import Float, Int
 
 
-def _weights(more: str = "") -> Any:
+def _weights(more: str = "", what: str = "tower") -> Any:
     text = (
-        f"The tower's starting weights: a file, a model's folder, another run or its checkpoint{more}. "
+        f"The {what}'s starting weights: a file, a model's folder, another run or its checkpoint{more}. "
         "Default: from scratch."
     )
     return key("result", text, None, path="path", min_length=1)
 
 
-def _missing() -> Any:
+def _missing(what: str = "tower") -> Any:
     return key(
         "result",
-        "Patterns, such as head.norm.*, of the tower's tensors that the file with starting weights need not "
-        "bring: they start from random values. Every other one is needed.",
+        f"Patterns, such as head.norm.*, of the {what}'s tensors that the file with starting weights need "
+        "not bring: they start from random values. Every other one is needed.",
         (),
     )
 
@@ -134,6 +134,8 @@ class Model(Section):
 
     image: ImageTower = section("The image tower.")
     text: TextTower | None = section("The text tower, of tasks with captions.", None)
+    weights: str | None = _weights(" (both towers, projections and logit scale)", "whole model")
+    missing: tuple[str, ...] = _missing("whole model")
     weights_from: Literal["ema", "raw"] | None = key(
         "result",
         "Which weights of a file, or of another run's checkpoint, are taken where it holds both: the moving "
@@ -141,6 +143,11 @@ class Model(Section):
         None,
     )
     embed_dim: Int = key("result", "Dimension of the embedding that images and captions share.", 512, ge=1)
+    projection_bias: tuple[Literal["image", "text"], ...] = key(
+        "result",
+        "The towers whose projection into the embedding has a bias; CLIP's ResNets have one for images.",
+        (),
+    )
     logit_scale: LogitScale = section("The learned scale of the similarities.", {})
     classes: Int | None = key(
         "result",
@@ -151,3 +158,12 @@ class Model(Section):
     logit_bias: LogitBias | None = section(
         "The learned bias of the similarities, which loss.name siglip needs. {} starts it at -10.", None
     )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Model:
+        towers = [name for name in ("image", "text") if getattr(getattr(self, name), "weights", None)]
+        if self.weights and towers:
+            raise ValueError(
+                f"weights are those of the whole model, and {towers[0]}.weights names others: leave one out"
+            )
+        return self
