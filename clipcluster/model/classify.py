@@ -15,6 +15,7 @@ from clipcluster.data.shards.classes import class_count
 from clipcluster.data.shards.open import open_source
 from clipcluster.data.storage.cache import Cache
 from clipcluster.model.losses import widen
+from clipcluster.model.mixup import Mixer, swapped
 from clipcluster.model.task import Features, Report, Task
 from clipcluster.model.towers import ImageTower, build_image_tower
 from clipcluster.model.weights import Coverage, load_weights_of
@@ -34,15 +35,18 @@ class ImageClassifier(nn.Module):
     """An image tower and a linear head: (B, 3, S, S) float -> (B, classes).
 
     The tower is called `image` as in a dual encoder, which can therefore start from a classifier's weights.
-    `starting_weights` says what the files brought, one entry a file.
+    `starting_weights` says what the files brought, one entry a file. head_init_scale: factor of the fresh
+    head's weights.
     """
 
-    def __init__(self, image: ImageTower, classes: int) -> None:
+    def __init__(self, image: ImageTower, classes: int, *, head_init_scale: float = 1.0) -> None:
         super().__init__()
         self.image = image
         self.head = nn.Linear(image.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
         nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            self.head.weight.mul_(head_init_scale)
         self.starting_weights: tuple[Coverage, ...] = ()
 
     def classify(self, images: Tensor) -> Tensor:
@@ -53,30 +57,60 @@ class ImageClassifier(nn.Module):
 class ClassifyTask(Task):
     """Images and their classes into the cross entropy, a mean over samples.
 
-    mean, std: of the pixels in 0..1, one a channel.
+    mean, std: of the pixels in 0..1, one a channel. label_smoothing: part of each target that is spread evenly
+    over all classes (Szegedy et al. 2015). mixer: of images and classes, or None.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Classifier, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        model: Classifier,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        label_smoothing: float = 0.0,
+        mixer: Mixer | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.label_smoothing, self.mixer = label_smoothing, mixer
         self.register_buffer("mean", torch.tensor(tuple(mean)), persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std)), persistent=False)
 
     def encode(self, batch: Batch) -> Features:
-        """`logits` (b, C), and `classes` (b,) int64."""
+        """`logits` (b, C) and `classes` (b,) int64; of mixed images also `others`, the classes mixed in, and
+        `own` (b,), the weight of the sample's own class.
+        """
         assert batch.classes is not None, "every sample was checked to have a class"
-        logits = self.model.classify(normalise(batch.images, self.mean, self.std))
-        return {"logits": logits, "classes": batch.classes}
+        images = normalise(batch.images, self.mean, self.std)
+        features = {"classes": batch.classes}
+        if self.mixer is not None:
+            first_slot = batch.keys[0][0]
+            images, own = self.mixer(images, batch.index, first_slot)
+            features |= {"others": swapped(batch.classes), "own": own}
+        return {**features, "logits": self.model.classify(images)}
 
     def loss(self, features: Features) -> Report:
+        """`batch_accuracy` is that of the class with the larger weight."""
         logits, classes = features["logits"], features["classes"]
+        shown = classes
         with torch.autocast(logits.device.type, enabled=False):
-            loss = functional.cross_entropy(logits, classes)
-        accuracy = (logits.detach().argmax(dim=1) == classes).float().mean()
+            loss = self._cross_entropy(logits, classes)
+            if "own" in features:
+                own, others = features["own"], features["others"]
+                loss = own * loss + (1 - own) * self._cross_entropy(logits, others)
+                shown = torch.where(own < 0.5, others, classes)
+            loss = loss.mean()
+        accuracy = (logits.detach().argmax(dim=1) == shown).float().mean()
         return Report(loss, {"loss": loss.detach(), "batch_accuracy": accuracy})
+
+    def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """Of each sample, (b,)."""
+        return functional.cross_entropy(
+            logits, classes, reduction="none", label_smoothing=self.label_smoothing
+        )
 
 
 def build_classifier(
@@ -93,7 +127,7 @@ def build_classifier(
     image, coverage = build_image_tower(
         tower, image_size=recipe.data.image.size, weights_from=recipe.model.weights_from
     )
-    classifier = ImageClassifier(image, _classes(recipe))
+    classifier = ImageClassifier(image, _classes(recipe), head_init_scale=recipe.model.head_init_scale)
     classifier.starting_weights = (coverage,) if coverage else ()
     if recipe.model.weights and starting_weights:
         classifier.starting_weights = (load_weights_of(recipe.model, classifier),)
@@ -102,7 +136,14 @@ def build_classifier(
 
 def build_classify(recipe: Recipe, model: Classifier, ranks: World) -> ClassifyTask:
     """`task: classify`."""
-    return ClassifyTask(model, recipe.data.image.mean, recipe.data.image.std)
+    image, mixup = recipe.data.image, recipe.data.mixup
+    return ClassifyTask(
+        model,
+        image.mean,
+        image.std,
+        label_smoothing=recipe.loss.label_smoothing,
+        mixer=Mixer(mixup, recipe.seed) if mixup else None,
+    )
 
 
 def _classes(recipe: Recipe) -> int:

@@ -50,12 +50,13 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         world_size: ranks in all.
 
     Raises:
-        UserError: the batch does not divide, the run has no step, or the warm-up takes the whole run; with
-            the arithmetic and values that work.
+        UserError: the batch does not divide, or cuts pairs that are mixed, the run has no step, or the
+            warm-up takes the whole run; with the arithmetic and values that work.
     """
     batch = recipe.data.batch_size
     per_rank = samples_per_rank(batch, world_size)
     accumulation = micro_batches(per_rank, recipe.train.micro_batch)
+    _require_whole_pairs(recipe, per_rank // accumulation, world_size)
     epoch_samples = recipe.data.epoch_samples or source_samples
     steps_per_epoch = epoch_samples // batch
     total = recipe.train.duration.steps(steps_per_epoch, batch, 0)
@@ -119,6 +120,16 @@ def _small_micro_batches(recipe: Recipe, per_rank: int, count: int) -> tuple[str
         f"train.micro_batch {bound}: {counted(per_rank, 'sample')} a rank divide into equal parts of at most "
         f"{size}; a data.batch_size with more divisors makes larger and faster micro-batches",
     )
+
+
+def _require_whole_pairs(recipe: Recipe, micro_batch: int, world_size: int) -> None:
+    """UserError where data.mixup finds a pair of neighbouring samples in two micro-batches."""
+    if recipe.data.mixup and micro_batch % 2:
+        raise UserError(
+            f"data.mixup mixes pairs of neighbouring samples, and data.batch_size {recipe.data.batch_size} "
+            f"on {counted(world_size, 'rank')} makes micro-batches of {counted(micro_batch, 'sample')}; set "
+            "data.batch_size to a multiple of twice the ranks, and train.micro_batch, if any, to an even part"
+        )
 
 
 def samples_per_rank(batch: int, world_size: int) -> int:

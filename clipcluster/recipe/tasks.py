@@ -53,8 +53,11 @@ TASKS: Mapping[str, TaskSpec] = {
 }
 
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "captions": ("model.text", "model.embed_dim", "model.logit_scale"),
-    "classes": ("model.classes",),
+    "captions": (
+        *("model.text", "model.embed_dim", "model.logit_scale", "model.logit_bias"),
+        *("loss.name", "loss.chunk"),
+    ),
+    "classes": ("model.classes", "model.head_init_scale", "data.mixup"),
 }
 """Keys that only tasks read which need captions, or classes; other tasks refuse any value but the default."""
 

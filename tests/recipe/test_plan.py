@@ -214,3 +214,17 @@ def test_a_plan_is_instant_for_any_size() -> None:
     assert found.total_steps == math.floor(12_800_000_000 / 65_536 + 0.5)
     with pytest.raises(UserError, match=r"does not divide by 7 ranks; .* or use 5 or 8 ranks"):
         samples_per_rank(10**12, 7)
+
+
+def test_pairs_that_are_mixed_are_not_cut() -> None:
+    given = recipe_of(12).model_dump()
+    given["data"]["mixup"], given["task"], given["model"] = {}, "classify", {"image": given["model"]["image"]}
+    recipe = Recipe.model_validate(given)
+    assert plan(recipe, 100, 3).micro_batch == 4
+    with pytest.raises(
+        UserError, match="on 4 ranks makes micro-batches of 3 samples; set data.batch_size to"
+    ):
+        plan(recipe, 100, 4)
+    given["train"]["micro_batch"] = 3
+    with pytest.raises(UserError, match="on 2 ranks makes micro-batches of 3 samples"):
+        plan(Recipe.model_validate(given), 100, 2)

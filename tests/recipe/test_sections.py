@@ -228,3 +228,30 @@ def test_a_variable_is_named_as_a_shell_names_it(name: str) -> None:
     with pytest.raises(ValidationError, match="cannot name a variable"):
         Cluster(environment={name: "1"})
     assert Cluster(environment={"_a1": "x"}).environment == {"_a1": "x"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"augment": "rand-m9-mstd0.5-inc1"}, ""),
+        ({"augment": "rand-n3-p0.7-t3aw"}, ""),
+        ({"augment": "randm9"}, "such as rand-m9-mstd0.5-inc1"),
+        ({"augment": "rand-m9-foo1"}, "such as rand-m9-mstd0.5-inc1"),
+        ({"color_jitter": [0.1, 0.2]}, "a number, or a list of 3 or 4"),
+        ({"color_jitter": [0.1, 0.2, 0.3, 0.6]}, "the fourth (hue) at most 0.5"),
+        ({"random_erasing": {"probability": 0}}, "greater than 0"),
+        ({"evaluation": {"crop_pct": 1.2}}, "less than or equal to 1"),
+    ],
+)
+def test_augmentation_is_checked_without_timm(keys: dict[str, Any], said: str) -> None:
+    if not said:
+        assert Image(**keys).augment == keys["augment"]
+        return
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        Image(**keys)
+
+
+def test_one_strength_of_color_jitter_is_three() -> None:
+    assert Image(color_jitter=0.4).color_jitter == (0.4, 0.4, 0.4, 0.0)
+    read_back = Image(**Image(color_jitter=[0.4, 0.3, 0.2, 0.1]).model_dump(mode="json"))
+    assert read_back.color_jitter == (0.4, 0.3, 0.2, 0.1)

@@ -1,7 +1,7 @@
 """From decoded pixels to the tower's input size. uint8 in, uint8 out: normalising happens on the device.
 
-The random crop is a pure function of a seed, drawn here: torchvision's transform would take its numbers from
-the process-wide generator, whose state would then have to be saved.
+What is random is a pure function of a seed, drawn here: torchvision's transforms would take their numbers
+from the process-wide generator, whose state would then have to be saved.
 """
 
 import hashlib
@@ -15,7 +15,10 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from clipcluster.data.images.augment import Augmentation, ColorJitter, RandAugment, RandomErasing
+
 _TRIES = 10  # as torchvision's RandomResizedCrop
+_DRAWN = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)  # as timm's `random`
 
 
 def draw_seed(*numbers: int) -> int:
@@ -26,48 +29,77 @@ def draw_seed(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random crop of a fraction of the area, resized to a square; mirrored by chance if `flip`."""
+    """A random crop of a fraction of the area, resized to a square; mirrored by chance if `flip`; `changes`.
+
+    interpolation: of the resizing; None: bilinear or bicubic, drawn.
+    """
 
     size: int
     scale: tuple[float, float]
     ratio: tuple[float, float]
     flip: bool
-    interpolation: InterpolationMode
+    interpolation: InterpolationMode | None
+    changes: tuple[Augmentation, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Heavy imports, which the server of the loader's workers makes once for all of them."""
+        return tuple(module for change in self.changes for module in change.modules)
 
     def __call__(self, image: torch.Tensor, seed: int) -> torch.Tensor:
-        """(3, H, W) uint8 to (3, size, size) uint8; the same seed gives the same crop."""
+        """(3, H, W) uint8 to (3, size, size) uint8; the same seed gives the same pixels."""
         numbers = random.Random(seed)
         top, left, height, width = crop_box(image.shape[1], image.shape[2], self.scale, self.ratio, numbers)
+        interpolation = self.interpolation or numbers.choice(_DRAWN)
         out = F.resized_crop(
-            image, top, left, height, width, [self.size, self.size], self.interpolation, antialias=True
+            image, top, left, height, width, [self.size, self.size], interpolation, antialias=True
         )
         if self.flip and numbers.random() < 0.5:
             out = F.horizontal_flip(out)
+        for change in self.changes:
+            out = change(out, numbers)
         return out.contiguous()
 
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """The shortest side to `size`, then the centre square."""
+    """The shortest side (squash: both) to floor(size / crop_pct), then the centre square of `size`."""
 
     size: int
     interpolation: InterpolationMode
+    squash: bool = False
+    crop_pct: float = 1.0
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """(3, H, W) uint8 to (3, size, size) uint8."""
-        out = F.resize(image, [self.size], self.interpolation, antialias=True)
+        side = math.floor(self.size / self.crop_pct)
+        out = F.resize(image, [side, side] if self.squash else [side], self.interpolation, antialias=True)
         return F.center_crop(out, [self.size, self.size]).contiguous()
 
 
 def train_transform(image: Any) -> TrainTransform:
     """The training transform of a recipe's `data.image` section."""
     scale, ratio = tuple(image.crop_scale), tuple(image.crop_ratio)
-    return TrainTransform(image.size, scale, ratio, image.flip, InterpolationMode(image.interpolation))
+    interpolation = None if image.interpolation == "random" else InterpolationMode(image.interpolation)
+    changes: list[Augmentation] = []
+    if image.augment:
+        changes.append(RandAugment(image.augment, image.size, tuple(image.mean), interpolation))
+    if image.color_jitter:
+        changes.append(ColorJitter(*image.color_jitter))
+    erasing = image.random_erasing
+    if erasing:
+        mean, std = tuple(image.mean), tuple(image.std)
+        changes.append(RandomErasing(erasing.probability, erasing.mode, erasing.count, mean, std))
+    return TrainTransform(image.size, scale, ratio, image.flip, interpolation, tuple(changes))
 
 
 def evaluation_transform(image: Any) -> EvaluationTransform:
-    """The evaluation transform of a recipe's `data.image` section."""
-    return EvaluationTransform(image.size, InterpolationMode(image.interpolation))
+    """The evaluation transform of a recipe's `data.image` section; of a drawn interpolation bicubic."""
+    name = "bicubic" if image.interpolation == "random" else image.interpolation
+    rule = image.evaluation
+    return EvaluationTransform(
+        image.size, InterpolationMode(name), squash=rule.resize == "squash", crop_pct=rule.crop_pct
+    )
 
 
 def crop_box(

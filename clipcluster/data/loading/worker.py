@@ -108,6 +108,11 @@ class Reader:
             lines = "".join(traceback.format_exception(error)[-3:])
             return DataError(f"{self._where()}: {type(error).__name__}: {error}\n{lines}")
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Heavy imports, which the workers' server makes once for all of them."""
+        return tuple(getattr(self.tokenizer, "modules", ()))
+
     def load(self, item: WorkItem) -> PartialBatch:
         raise NotImplementedError
 
@@ -169,6 +174,10 @@ class TrainReader(Reader):
         self.transform = transform
         self.seed = seed
         self._shown = shown
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (*super().modules, *self.transform.modules)
 
     def load(self, item: WorkItem) -> PartialBatch:
         shape = (len(item.draws), 3, self.transform.size, self.transform.size)

@@ -54,7 +54,7 @@ class WorkerPool:
     ) -> None:
         context = multiprocessing.get_context("forkserver") if workers else None
         if context is not None:
-            context.set_forkserver_preload([*_PRELOAD, *getattr(reader.tokenizer, "modules", ())])
+            context.set_forkserver_preload([*_PRELOAD, *reader.modules])
         # the recipe decides their number
         warnings.filterwarnings("ignore", r".*worker processes in total", UserWarning)
         self._loader: DataLoader[Any] = DataLoader(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from clipcluster.recipe import captions
 from clipcluster.recipe.sections.base import Section, key, section
@@ -27,6 +28,39 @@ CaptionsIn = Annotated[str | Probabilities, BeforeValidator(_captions_in)]
 
 
 Repeat = Annotated[Float, Field(ge=0)]
+
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|n[1-9]\d*|p(0|1|0?\.\d+|1\.0*)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*"
+)
+
+
+def _strengths(value: object) -> object:
+    """One number for brightness, contrast and saturation, or three, or four with the hue: four."""
+    strengths = [value] * 3 if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    if not isinstance(strengths, (list, tuple)) or len(strengths) not in (3, 4):
+        raise ValueError("should be a number, or a list of 3 or 4 (brightness, contrast, saturation, hue)")
+    return (*strengths, 0.0)[:4]
+
+
+def _small_hue(value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    if min(value) < 0 or value[3] > 0.5:
+        raise ValueError("should be numbers from 0, the fourth (hue) at most 0.5")
+    return value
+
+
+Jitter = Annotated[
+    tuple[Float, Float, Float, Float],
+    BeforeValidator(_strengths),
+    AfterValidator(_small_hue),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0},
+                {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 3, "maxItems": 4},
+            ]
+        }
+    ),
+]
 
 
 class Source(Section):
@@ -74,6 +108,37 @@ class Source(Section):
     )
 
 
+class RandomErasing(Section):
+    """Rectangles of training images that are erased."""
+
+    probability: Float = key("result", "Of erasing at all.", 0.25, gt=0, le=1)
+    mode: Literal["pixel", "rand", "const"] = key(
+        "result",
+        "What the rectangles become: random pixels, one random colour each, or the mean colour.",
+        "pixel",
+    )
+    count: Int = key("result", "Most rectangles of an image; they share the erased area.", 1, ge=1)
+
+
+class EvaluationImage(Section):
+    """How evaluation makes an image the input of its tower."""
+
+    resize: Literal["shortest", "squash"] = key(
+        "record",
+        "shortest: the shorter side is resized and the centre square taken; squash: both sides are resized, "
+        "whatever the shape.",
+        "shortest",
+    )
+    crop_pct: Float = key(
+        "record",
+        "Part of the resized side that the centre square keeps: it is resized to size / crop_pct, rounded "
+        "down (0.875: 256 for 224).",
+        1.0,
+        gt=0,
+        le=1,
+    )
+
+
 class Image(Section):
     """How an image becomes the input of its tower."""
 
@@ -89,8 +154,25 @@ class Image(Section):
         (0.75, 4 / 3),
     )
     flip: bool = key("result", "Flip training images horizontally with probability 0.5.", False)
-    interpolation: Literal["bicubic", "bilinear"] = key(
-        "result", "Interpolation of the resizing, always with antialiasing.", "bicubic"
+    augment: str | None = key(
+        "result",
+        "RandAugment of training images in timm's notation, such as rand-m9-mstd0.5-inc1. Default: none.",
+        None,
+    )
+    color_jitter: Jitter | None = key(
+        "result",
+        "Strength of random changes of training images' brightness, contrast and saturation: one number for "
+        "the three, or a list of them, with the hue's (at most 0.5) as a fourth. It is applied beside "
+        "`augment` too. Default: none.",
+        None,
+    )
+    random_erasing: RandomErasing | None = section("Rectangles of training images that are erased.", None)
+    evaluation: EvaluationImage = section("How evaluation makes an image the input of its tower.", {})
+    interpolation: Literal["bicubic", "bilinear", "random"] = key(
+        "result",
+        "Interpolation of the resizing, always with antialiasing; random: bilinear or bicubic for each "
+        "training image, bicubic in evaluation.",
+        "bicubic",
     )
     mean: Mean = key(
         "result",
@@ -102,6 +184,16 @@ class Image(Section):
         "Standard deviation of each channel, divided by: openai, imagenet or three numbers.",
         DEVIATIONS["openai"],
     )
+
+    @field_validator("augment")
+    @classmethod
+    def _notation(cls, value: str | None) -> str | None:
+        if value is not None and not _RAND_AUGMENT.fullmatch(value):
+            raise ValueError(
+                "should be rand and its settings, such as rand-m9-mstd0.5-inc1: m magnitude, n changes, "
+                "p probability of each, mstd, mmax, inc 0 or 1, t weights, 3a or 3aw"
+            )
+        return value
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
@@ -145,6 +237,24 @@ class Text(Section):
         "the image at each draw; first: always the first.",
         "random",
     )
+
+
+class Mixup(Section):
+    """Training images and their classes mixed in pairs: mixup or cutmix."""
+
+    alpha: Float = key("result", "Of mixup's beta distribution; 0: no mixup.", 0.8, ge=0)
+    cutmix: Float = key("result", "Of cutmix's beta distribution; 0: no cutmix.", 1.0, ge=0)
+    probability: Float = key("result", "Of mixing at all, at each draw.", 1.0, gt=0, le=1)
+    switch: Float = key("result", "Probability of cutmix where there are both.", 0.5, ge=0, le=1)
+    mode: Literal["batch", "pair", "elem"] = key(
+        "result", "What is drawn for: the global batch, each pair of samples, or each sample.", "batch"
+    )
+
+    @model_validator(mode="after")
+    def _one_at_least(self) -> Mixup:
+        if self.alpha == self.cutmix == 0:
+            raise ValueError("alpha and cutmix are both 0: remove mixup, or give one of them")
+        return self
 
 
 class Order(Section):
@@ -214,6 +324,7 @@ class Data(Section):
     workers: Int = key("speed", "Loader processes of each rank; 0: the rank itself loads.", 4, ge=0)
     image: Image = section("How an image becomes the input of its tower.", {})
     text: Text = section("How a caption becomes the input of its tower.", {})
+    mixup: Mixup | None = section("Mixup and cutmix (task: classify).", None)
     order: Order = section("The order of samples.", {})
     cache: Cache = section("The cache of remote shards on a node.", {})
     bad_samples: BadSamples = section("Samples that cannot be decoded.", {})

@@ -155,6 +155,9 @@ class Model(Section):
         None,
         ge=1,
     )
+    head_init_scale: Float = key(
+        "result", "Factor of a classifier's fresh head (task: classify); 0.001 for fine-tuning.", 1.0, gt=0
+    )
     logit_bias: LogitBias | None = section(
         "The learned bias of the similarities, which loss.name siglip needs. {} starts it at -10.", None
     )

@@ -2,7 +2,6 @@
 
 import io
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +13,13 @@ from torchvision.transforms import v2
 
 from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import crop_box, draw_seed, evaluation_transform, train_transform
+from clipcluster.recipe.sections.data import Image as ImageSection
 
 IMAGE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8))
 
 
-def _section(**keys: object) -> SimpleNamespace:
-    standard = {"size": 16, "crop_scale": (0.5, 1.0), "crop_ratio": (0.75, 4 / 3), "flip": False}
-    return SimpleNamespace(**{**standard, "interpolation": "bicubic", **keys})
+def _section(**keys: object) -> ImageSection:
+    return ImageSection.model_validate({"size": 16, "crop_scale": (0.5, 1.0), **keys})
 
 
 def test_the_seed_decides_and_nothing_else() -> None:

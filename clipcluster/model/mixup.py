@@ -1,0 +1,94 @@
+"""Mixup (Zhang et al. 2017) and cutmix (Yun et al. 2019) of pairs of samples, by seed and batch alone.
+
+Slots 2k and 2k + 1 of the global batch are a pair, whose images and classes are mixed with each other. So
+nothing depends on how ranks and micro-batches divide the batch, as long as none of them cuts a pair (timm
+mixes sample i of each rank's batch of n with sample n - 1 - i).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipcluster.data.images.transforms import draw_seed
+
+if TYPE_CHECKING:
+    from clipcluster.recipe.sections.data import Mixup
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How a sample is mixed. own: weight of its own class, the other's is 1 - own.
+
+    box: top, bottom, left and right (pixels) of what becomes the other image; None: the pixels are mixed.
+    """
+
+    own: float = 1.0
+    box: tuple[int, int, int, int] | None = None
+
+
+class Mixer:
+    """Mixes the pairs of a part of a batch.
+
+    settings: the recipe's `data.mixup`; its `mode` says for what there is one draw.
+    """
+
+    def __init__(self, settings: Mixup, seed: int) -> None:
+        self._settings, self._seed = settings, seed
+
+    def __call__(self, images: Tensor, batch: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Mixed images, and the weight of each sample's own class, (b,) float32 on the images' device.
+
+        images: (b, 3, H, W) float, b even. batch: number of the global batch; slot: the first sample's in it,
+        even.
+        """
+        if len(images) % 2 or slot % 2:
+            raise ValueError(f"{len(images)} samples from slot {slot} on are no whole pairs")
+        mixes = [self.mix(batch, slot + row, *images.shape[-2:]) for row in range(len(images))]
+        device, others = images.device, swapped(images)
+        own = torch.tensor([mix.own for mix in mixes], dtype=torch.float64)
+        cut = torch.tensor([mix.box is not None for mix in mixes])
+        boxes = torch.tensor([mix.box or (0, 0, 0, 0) for mix in mixes]).to(device, non_blocking=True)
+        shares = torch.stack([own, 1.0 - own]).float().to(device, non_blocking=True)
+        cut = cut.to(device, non_blocking=True).view(-1, 1, 1, 1)
+        rows, columns = (torch.arange(side, device=device) for side in images.shape[-2:])
+        top, bottom, left, right = boxes.view(-1, 4, 1).unbind(1)
+        inside = ((rows >= top) & (rows < bottom)).unsqueeze(2) & (
+            (columns >= left) & (columns < right)
+        ).unsqueeze(1)
+        own_pixels, other_pixels = (share.view(-1, 1, 1, 1).to(images.dtype) for share in shares)
+        pasted = torch.where(inside.unsqueeze(1), others, images)
+        return torch.where(cut, pasted, images * own_pixels + others * other_pixels), shares[0]
+
+    def mix(self, batch: int, slot: int, height: int, width: int) -> Mix:
+        """How the sample in a slot of a batch is mixed."""
+        drawn_for = {"batch": -1, "pair": slot // 2, "elem": slot}[self._settings.mode]
+        seed = draw_seed(self._seed, batch, drawn_for)
+        return draw(self._settings, np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32]), height, width)
+
+
+def draw(settings: Mixup, numbers: np.random.RandomState, height: int, width: int) -> Mix:
+    """One draw, its numbers in the order of timm's Mixup (mode batch)."""
+    if numbers.rand() >= settings.probability:
+        return Mix()
+    cutting = settings.cutmix > 0 and (settings.alpha == 0 or numbers.rand() < settings.switch)
+    alpha = settings.cutmix if cutting else settings.alpha
+    own = float(numbers.beta(alpha, alpha))
+    if not cutting or own == 1.0:
+        return Mix(own)
+    ratio = np.sqrt(1 - own)
+    cut_height, cut_width = int(height * ratio), int(width * ratio)
+    y, x = numbers.randint(0, height), numbers.randint(0, width)
+    top, bottom = np.clip([y - cut_height // 2, y + (cut_height + 1) // 2], 0, height).tolist()
+    left, right = np.clip([x - cut_width // 2, x + (cut_width + 1) // 2], 0, width).tolist()
+    area = (bottom - top) * (right - left)  # of what lies inside the image
+    return Mix(1.0 - area / float(height * width), (top, bottom, left, right))
+
+
+def swapped(rows: Tensor) -> Tensor:
+    """Each row's other of its pair: (b, …) -> (b, …)."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
