@@ -57,8 +57,8 @@ class ImageClassifier(nn.Module):
 class ClassifyTask(Task):
     """Images and their classes into the cross entropy, a mean over samples.
 
-    mean, std: of the pixels in 0..1, one a channel. label_smoothing: part of each target that is spread evenly
-    over all classes (Szegedy et al. 2015). mixer: of images and classes, or None.
+    mean, std: of the pixels in 0..1, one a channel. label_smoothing: part of each target that is
+    spread evenly over all classes (Szegedy et al. 2015). mixer: of images and classes, or None.
     """
 
     mean: Tensor

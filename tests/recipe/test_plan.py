@@ -221,9 +221,7 @@ def test_pairs_that_are_mixed_are_not_cut() -> None:
     given["data"]["mixup"], given["task"], given["model"] = {}, "classify", {"image": given["model"]["image"]}
     recipe = Recipe.model_validate(given)
     assert plan(recipe, 100, 3).micro_batch == 4
-    with pytest.raises(
-        UserError, match="on 4 ranks makes micro-batches of 3 samples; set data.batch_size to"
-    ):
+    with pytest.raises(UserError, match="on 4 ranks makes micro-batches of 3 samples"):
         plan(recipe, 100, 4)
     given["train"]["micro_batch"] = 3
     with pytest.raises(UserError, match="on 2 ranks makes micro-batches of 3 samples"):
