@@ -19,7 +19,7 @@ from clipcluster.check.names import store_timm_names
 from clipcluster.check.plain import Findings, open_indexed
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.data import Source
-from clipcluster.recipe.sections.model import ClipTextTower, HfTextTower
+from clipcluster.recipe.sections.model import ClipTextTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 
@@ -78,7 +78,7 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     needed, tokenizer = TASKS[recipe.task], None
     if needed.captions:
         tokenizer = attempt("data.text.tokenizer", load_tokenizer, recipe.data.text, assets)
-    attempt("model.image", _check_image_tower, recipe, world_size, findings)
+    attempt("model.image", _check_image_tower, recipe, world_size, assets, findings)
     if tokenizer is not None:
         attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
     if recipe.model.weights and not findings.errors:
@@ -97,19 +97,26 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     return findings
 
 
-def _check_image_tower(recipe: Recipe, world_size: int, findings: Findings) -> None:
+def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:
+    import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
+    from clipcluster.model.hugging_face import refusing
     from clipcluster.model.towers import build_image_tower
 
     try:
         store_timm_names()
     except OSError as error:
         findings.warnings.append(f"timm's names cannot be stored for the plain check: {error}")
+    size, section = recipe.data.image.size, recipe.model.image
     tower, coverage = build_image_tower(
-        recipe.model.image, image_size=recipe.data.image.size, weights_from=recipe.model.weights_from
+        section, image_size=size, assets=assets, weights_from=recipe.model.weights_from
     )
-    name = recipe.model.image.timm
+    name = section.timm if isinstance(section, TimmImageTower) else section.hf
+    with refusing(f"{name} cannot take images of {size} pixels (data.image.size)"), torch.no_grad():
+        features = tower.eval()(torch.zeros(1, 3, size, size))
+        if features.shape != (1, tower.width):
+            raise ValueError(f"it gives {tuple(features.shape)} for one, and not one vector of {tower.width}")
     findings.summary += _said(f"image tower: {name}", tower, coverage)
     if not any(isinstance(module, _BatchNorm) for module in tower.modules()):
         return

@@ -15,7 +15,7 @@ from clipcluster.evals.headline import set_names
 from clipcluster.recipe.load import Loaded, load, result_keys
 from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.sections.data import Source
-from clipcluster.recipe.sections.model import HfTextTower
+from clipcluster.recipe.sections.model import HfImageTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import METRICS, RAW, TASKS
 from clipcluster.runs.folder import Run
@@ -126,10 +126,13 @@ def _check_names(checked: Checked, runs: Path) -> None:
     """The names of towers and tokenizer, as far as files here tell; notes what they do not tell."""
     loaded, recipe = checked.loaded, checked.recipe
     assets = Run(runs / run_name(recipe.name, result_keys(loaded))).assets
-    text, tokenizer = recipe.model.text, recipe.data.text.tokenizer
-    checks = {"model.image.timm": partial(names.check_image_tower, recipe.model.image.timm)}
-    if isinstance(text, HfTextTower):
-        checks["model.text.hf"] = partial(names.check_hub_name, text.hf, names.CONFIGURATION, assets)
+    tokenizer = recipe.data.text.tokenizer
+    checks = {}
+    for key, tower in (("model.image", recipe.model.image), ("model.text", recipe.model.text)):
+        if isinstance(tower, TimmImageTower):
+            checks[f"{key}.timm"] = partial(names.check_image_tower, tower.timm)
+        elif isinstance(tower, HfImageTower | HfTextTower):
+            checks[f"{key}.hf"] = partial(names.check_hub_name, tower.hf, names.CONFIGURATION, assets)
     if tokenizer != "bytes" and TASKS[recipe.task].captions:
         checks["data.text.tokenizer"] = partial(names.check_hub_name, tokenizer, names.TOKENIZER, assets)
     for key, check_name in checks.items():

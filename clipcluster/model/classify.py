@@ -125,7 +125,7 @@ def build_classifier(
     if not starting_weights:
         tower = tower.model_copy(update={"weights": None})
     image, coverage = build_image_tower(
-        tower, image_size=recipe.data.image.size, weights_from=recipe.model.weights_from
+        tower, image_size=recipe.data.image.size, assets=assets, weights_from=recipe.model.weights_from
     )
     classifier = ImageClassifier(image, _classes(recipe), head_init_scale=recipe.model.head_init_scale)
     classifier.starting_weights = (coverage,) if coverage else ()

@@ -88,7 +88,7 @@ def build_clip(
         of_image = of_image.model_copy(update={"weights": None})
         of_text = of_text.model_copy(update={"weights": None})
     image, image_coverage = build_image_tower(
-        of_image, image_size=recipe.data.image.size, weights_from=config.weights_from
+        of_image, image_size=recipe.data.image.size, assets=assets, weights_from=config.weights_from
     )
     text, text_coverage = build_text_tower(
         of_text, tokenizer=tokenizer, assets=assets, weights_from=config.weights_from

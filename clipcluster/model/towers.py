@@ -1,24 +1,32 @@
-"""Image towers from timm and text towers from transformers, by name."""
+"""Towers by name: of images from timm or transformers, of text from transformers, or CLIP's own."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 
-from clipcluster.data.tokenizer import Tokenizer, asset_folder
+from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
 from clipcluster.model.clip_text import ClipTextTower
+from clipcluster.model.hugging_face import (
+    class_of,
+    config_of,
+    has_optional_pooler,
+    network_of,
+    pretrained,
+    quiet_transformers,
+    refusing,
+    unknown,
+)
+from clipcluster.model.masking import mask_patches
 from clipcluster.model.pooling import last_real, mean_of_real
-from clipcluster.model.weight_files import HF_FILES, WeightsFrom, shard_names
+from clipcluster.model.weight_files import WeightsFrom
 from clipcluster.model.weights import Coverage, load_weights
 from clipcluster.recipe.sections import model as sections
 
@@ -31,7 +39,15 @@ _POOLS = {
 POOL_OF_ARCH = {arch: pool for pool, archs in _POOLS.items() for arch in archs.split()}
 # These count positions from the padding token's id + 1.
 _POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm"}
-_OWN_IMAGE_ARGS = ("pretrained", "num_classes", "img_size", "checkpoint_path", "features_only")
+# Arguments of timm's that belong to other keys of the recipe.
+_OWN_IMAGE_ARGS = {
+    "pretrained": "model.image.weights",
+    "checkpoint_path": "model.image.weights",
+    "img_size": "data.image.size",
+    "patch_drop_rate": "model.image.mask_ratio",
+    "num_classes": "the task",
+    "features_only": "the task",
+}
 
 
 class ImageTower(nn.Module):
@@ -46,10 +62,30 @@ class ImageTower(nn.Module):
         return self.trunk(images)
 
 
+class HfImageTower(ImageTower):
+    """A transformers network without its head: (B, 3, S, S) float -> (B, width).
+
+    pool: the network's own `pooler`, the `first` token, or the `mean` of what it gives a place of the image.
+    """
+
+    def __init__(self, trunk: nn.Module, width: int, pool: str) -> None:
+        super().__init__(trunk, width)
+        self.pool = pool
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.trunk(pixel_values=images)
+        if self.pool == "pooler":
+            return output.pooler_output.flatten(1)  # convolutional networks: (B, width, 1, 1)
+        states = output.last_hidden_state
+        if states.ndim == 4:
+            return states.mean(dim=(2, 3))
+        return states[:, 0] if self.pool == "first" else states.mean(dim=1)
+
+
 class TextTower(nn.Module):
     """A transformers network without its head: (B, L) int64 tokens, (B, L) bool mask -> (B, width).
 
-    pool: `last` real token, `first` token, or `mean` over the real tokens.
+    pool: `last` real token, `first` token, `mean` over the real tokens, or the network's own `pooler`.
     """
 
     def __init__(self, transformer: nn.Module, width: int, pool: str) -> None:
@@ -63,40 +99,98 @@ class TextTower(nn.Module):
         first = torch.zeros_like(mask)
         first[:, 0] = ~mask.any(dim=1)
         mask = mask | first
-        states = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        output = self.transformer(input_ids=tokens, attention_mask=mask.long())
+        if self.pool == "pooler":
+            return output.pooler_output
+        states = output.last_hidden_state
         if self.pool == "first":
             return states[:, 0]
         return mean_of_real(states, mask) if self.pool == "mean" else last_real(states, mask)
 
 
 def build_image_tower(
-    config: sections.ImageTower, *, image_size: int, weights_from: WeightsFrom | None = None
+    config: sections.ImageTower,
+    *,
+    image_size: int,
+    assets: Path | None = None,
+    weights_from: WeightsFrom | None = None,
 ) -> tuple[ImageTower, Coverage | None]:
-    """The tower of `model.image`: `timm` (name), `args` (mapping), `weights` (file, folder or None).
+    """The tower of `model.image`: by `timm` and `args`, or by `hf`; with its weights and masking.
 
     Raises UserError for a name that timm does not know (with the nearest), for arguments the tower does not
-    take, and for weights that do not match.
+    take, a mask_ratio where there are no patches to leave out, and for weights that do not match.
     """
+    if isinstance(config, sections.TimmImageTower):
+        tower, source = _timm_tower(config, image_size), None
+    else:
+        tower, source = _hf_image_tower(config, image_size, assets)
+    return tower, _started(tower.trunk, config, "image", weights_from, source)
+
+
+def _timm_tower(config: sections.TimmImageTower, image_size: int) -> ImageTower:
     name, args = config.timm, dict(config.args)
     if not timm.is_model(name):
         raise UserError(
-            _unknown(f"model.image.timm: timm {timm.__version__} has no model", name, timm.list_models())
+            unknown(f"model.image.timm: timm {timm.__version__} has no model", name, timm.list_models())
         )
-    for key in _OWN_IMAGE_ARGS:
+    for key, decides in _OWN_IMAGE_ARGS.items():
         if key in args:
-            raise UserError(
-                f"model.image.args.{key} is decided by the recipe's other keys "
-                "(data.image.size, model.image.weights): remove it."
-            )
-    with _refusing(f"model.image: timm cannot build {name} for images of {image_size} pixels with {args}"):
-        try:  # for towers that have positions to lay out
-            trunk: Any = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, **args)
+            raise UserError(f"model.image.args.{key} is decided by {decides}: remove it.")
+    if config.mask_ratio:
+        args["patch_drop_rate"] = config.mask_ratio
+    with refusing(f"model.image: timm cannot build {name} for images of {image_size} pixels with {args}"):
+        try:
+            trunk = _timm_network(name, image_size, args)
         except TypeError as error:
-            if "img_size" not in str(error):
+            if "patch_drop_rate" not in str(error):
                 raise
-            trunk = timm.create_model(name, pretrained=False, num_classes=0, **args)
+            raise UserError(_no_patches(name)) from error
+    if config.mask_ratio and not _drops_patches(trunk):
+        raise UserError(_no_patches(name))
     width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
-    return ImageTower(trunk, int(width)), _started(trunk, config, "image", weights_from)
+    return ImageTower(trunk, int(width))
+
+
+def _timm_network(name: str, image_size: int, args: dict[str, Any]) -> Any:
+    try:  # for towers that have positions to lay out
+        return timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, **args)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, pretrained=False, num_classes=0, **args)
+
+
+def _drops_patches(trunk: nn.Module) -> bool:
+    return any(isinstance(module, (PatchDropout, PatchDropoutWithIndices)) for module in trunk.modules())
+
+
+def _no_patches(name: str) -> str:
+    return (
+        f"model.image.mask_ratio: {name} has no patch tokens that could be left out; set it to 0, or name a "
+        "vision transformer."
+    )
+
+
+def _hf_image_tower(
+    config: sections.HfImageTower, image_size: int, assets: Path | None
+) -> tuple[HfImageTower, Path | None]:
+    """The tower, and the file of its weights where they are `pretrained`."""
+    key = "model.image"
+    settings, folder = config_of(key, config.hf, assets)
+    settings = getattr(settings, "vision_config", settings)  # of a dual encoder: its image tower
+    if hasattr(settings, "image_size"):
+        settings.image_size = image_size
+    trunk = network_of(key, settings, pooler=config.pool == "pooler")
+    takes = inspect.signature(trunk.forward).parameters.values()
+    needs = [each.name for each in takes if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+    if "pixel_values" not in {each.name for each in takes} or set(needs) - {"pixel_values"}:
+        raise UserError(f"{key}.hf: {settings.model_type} does not take images alone; name a vision network.")
+    sizes = getattr(settings, "hidden_sizes", None)  # of the stages of a convolutional network
+    width = sizes[-1] if sizes else settings.hidden_size
+    if config.mask_ratio:
+        mask_patches(trunk, settings, config.mask_ratio)
+    source = pretrained(key, config.hf, folder) if config.weights == "pretrained" else None
+    return HfImageTower(trunk, int(width), config.pool), source
 
 
 def build_text_tower(
@@ -118,13 +212,13 @@ def build_text_tower(
         return clip, _started(clip, config, "text", weights_from)
     folder = None
     if isinstance(config, sections.HfTextTower):
-        settings, folder = _config_from_hf(config.hf, assets)
+        settings, folder = config_of("model.text", config.hf, assets)
     else:
         settings = _config_from_arch(config.arch, dict(config.config), tokenizer)
     settings.use_cache = False
     _check_fits(settings, tokenizer)
-    transformer = _transformer(settings)
     pool = config.pool or POOL_OF_ARCH.get(settings.model_type)
+    transformer = _transformer(settings, pool or "")
     if pool is None:
         raise UserError(
             f"model.text.pool: the pooling of {settings.model_type} is unknown; "
@@ -132,7 +226,7 @@ def build_text_tower(
         )
     source = None
     if isinstance(config, sections.HfTextTower) and config.weights == "pretrained":
-        source = _pretrained(config.hf, folder)
+        source = pretrained("model.text", config.hf, folder)
     coverage = _started(transformer, config, "text", weights_from, source)
     return TextTower(transformer, int(settings.hidden_size), pool), coverage
 
@@ -159,49 +253,22 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) ->
 
     if arch not in CONFIG_MAPPING:
         raise UserError(
-            _unknown("model.text.arch: transformers has no model type", arch, list(CONFIG_MAPPING))
+            unknown("model.text.arch: transformers has no model type", arch, list(CONFIG_MAPPING))
         )
     kind = CONFIG_MAPPING[arch]
-    with _refusing(f"model.text.arch: {arch} cannot be built from sizes alone"):  # as pairs of models
+    with refusing(f"model.text.arch: {arch} cannot be built from sizes alone"):  # as pairs of models
         known = set(kind().to_dict()) | set(kind.attribute_map)
     for key in given:
         if key not in known:
-            raise UserError(_unknown(f"model.text.config: {arch} has no setting", key, sorted(known)))
+            raise UserError(unknown(f"model.text.config: {arch} has no setting", key, sorted(known)))
     special = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id, "bos_token_id": None}
     chosen = {"vocab_size": tokenizer.vocab_size, **special} | given
     positions = kind.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     if positions in known and not {positions, "max_position_embeddings"} & set(given):
         before = int(chosen["pad_token_id"]) + 1 if arch in _POSITIONS_AFTER_PADDING else 0
         chosen[positions] = tokenizer.context_length + before
-    with _quiet_transformers(), _refusing(f"model.text.config: {arch} does not take {given}"):
+    with quiet_transformers(), refusing(f"model.text.config: {arch} does not take {given}"):
         return AutoConfig.for_model(arch, **chosen)
-
-
-def _config_from_hf(name: str, assets: Path | None) -> tuple[Any, Path | None]:
-    """The configuration of a local folder, of a folder fetched at submission, or of a name on the hub."""
-    from transformers import AutoConfig
-
-    folders = [Path(name)] if assets is None else [asset_folder(assets, name), Path(name)]
-    folder = next((f for f in folders if (f / "config.json").is_file()), None)
-    reachable = "a folder with a config.json nor a name on the hub that can be reached from here"
-    with _refusing(f"model.text.hf: {name} is neither {reachable}"):
-        return AutoConfig.from_pretrained(str(folder or name)), folder
-
-
-def _pretrained(name: str, folder: Path | None) -> Path:
-    """The weights that belong to a configuration: in its folder, else in the hub's cache, else fetched."""
-    from transformers.utils import cached_file
-
-    if folder is not None and (folder == Path(name) or any((folder / f).is_file() for f in HF_FILES)):
-        return folder
-    with _refusing(f"model.text.weights: the weights of {name} cannot be reached on the hub from here"):
-        for file in HF_FILES:
-            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-            if found is not None:
-                for shard in shard_names(Path(found)):
-                    cached_file(name, shard)
-                return Path(found)
-    raise UserError(f"model.text.weights: {name} has none of {', '.join(HF_FILES)}.")
 
 
 def _check_fits(settings: Any, tokenizer: Tokenizer) -> None:
@@ -228,54 +295,14 @@ def _check_fits(settings: Any, tokenizer: Tokenizer) -> None:
         )
 
 
-def _transformer(settings: Any) -> nn.Module:
-    """The network without pooler or head, in float32, from random weights."""
-    from transformers import AutoModel
-
-    try:
-        kind: Any = AutoModel._model_mapping[type(settings)]
-    except KeyError as error:
+def _transformer(settings: Any, pool: str) -> nn.Module:
+    """The network without head, with its pooler where `pool` asks for it."""
+    pooler = pool == "pooler"
+    if pooler and not has_optional_pooler(class_of("model.text", settings)):
         raise UserError(
-            f"model.text: transformers has no plain network for {settings.model_type}."
-        ) from error
-    takes = inspect.signature(kind).parameters
-    no_pooler = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
-    # Attention by PyTorch where the network has it: the attention mask is honoured in both.
-    attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
-    what = f"model.text: transformers cannot build {settings.model_type} of these sizes"
-    with _quiet_transformers(), _refusing(what):
-        network = AutoModel.from_config(
-            settings, dtype=torch.float32, attn_implementation=attention, **no_pooler
+            f"model.text.pool: {settings.model_type} has no pooler of its own; set it to last, first or mean."
         )
-    if not isinstance(network.get_input_embeddings(), nn.Embedding):
+    network = network_of("model.text", settings, pooler=pooler)
+    if not isinstance(network.get_input_embeddings(), nn.Embedding):  # type: ignore[operator]
         raise UserError(f"model.text: {settings.model_type} does not take tokens as input.")
     return network
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Warnings about special tokens of a class's default vocabulary concern no tower built here."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Whatever a library raises about a name or a setting, as UserError: each of its classes has its own."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{what}: {error}") from error
-
-
-def _unknown(what: str, given: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=5, cutoff=0.5)
-    hint = f"Nearest: {', '.join(near)}." if near else "No known name is similar."
-    return f"{what} {given!r}. {hint}"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clipcluster.errors import UserError
+from clipcluster.model.hugging_face import names_in
 from clipcluster.model.layouts import LAYOUTS, SIZES
 from clipcluster.model.weight_files import WeightsFrom, read_weights, some
 
@@ -31,7 +32,7 @@ _WRAPPERS = ("module", "_orig_mod", "model", "base_model")
 _PLACES = {
     "image": (
         *("image", "image.trunk", "trunk", "visual", "visual.trunk", "backbone", "encoder"),
-        *("vision_model", "image_encoder"),
+        *("vision_model", "image_encoder", "vit", "deit", "dinov2", "beit", "convnext", "convnextv2", "resnet"),
     ),
     "text": (
         *("text", "text.transformer", "transformer", "text_model", "backbone", "encoder", "text_encoder"),
@@ -116,6 +117,7 @@ def load_weights(
     """
     weights = read_weights(source, weights_from)
     state = {_OLD_LAYER_NORM.sub(lambda old: _NEW_NAMES[old[0]], key): v for key, v in weights.state.items()}
+    state = {now: state[key] for key, now in names_in(tower, [*state]).items()}
     own = {key: value for key, value in tower.state_dict().items() if not _COMPUTED.search(key)}
     match = _best_match(state, tower, own, name)
     inside = match.state

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.sections.model import HfTextTower
+from clipcluster.recipe.sections.model import HfImageTower, HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs import files
@@ -21,12 +21,13 @@ def hub_names(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     names: dict[str, tuple[str, ...]] = {}
     if not TASKS[recipe.task].captions:
         return names
-    tokenizer, tower = recipe.data.text.tokenizer, recipe.model.text
+    tokenizer = recipe.data.text.tokenizer
     if tokenizer != "bytes" and not Path(tokenizer).exists():
         names[tokenizer] = TOKENIZER
-    if isinstance(tower, HfTextTower) and not Path(tower.hf).exists():
-        more = WEIGHTS if tower.weights == "pretrained" else ()
-        names[tower.hf] = (*names.get(tower.hf, ("config.json",)), *more)
+    for tower in (recipe.model.image, recipe.model.text):
+        if isinstance(tower, HfImageTower | HfTextTower) and not Path(tower.hf).exists():
+            more = WEIGHTS if tower.weights == "pretrained" else ()
+            names[tower.hf] = (*names.get(tower.hf, ("config.json",)), *more)
     return names
 
 

@@ -39,8 +39,10 @@ class Ranks:
     size: int = 1
 
 
-def image_section(timm: str = "test_vit", weights: str | None = None, **args: object) -> sections.ImageTower:
-    return sections.ImageTower(timm=timm, weights=weights, args=args)
+def image_section(
+    timm: str = "test_vit", weights: str | None = None, **args: object
+) -> sections.TimmImageTower:
+    return sections.TimmImageTower(timm=timm, weights=weights, args=args)
 
 
 def text_section(arch: str | None = "gpt2", **keys: object) -> sections.TextTower:

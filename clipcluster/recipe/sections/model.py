@@ -27,20 +27,55 @@ def _missing(what: str = "tower") -> Any:
     )
 
 
-class ImageTower(Section):
-    """The image tower."""
+def _mask_ratio() -> Any:
+    return key(
+        "result",
+        "Part of an image's patches that a vision transformer leaves out in training (FLIP), such as 0.5.",
+        0.0,
+        ge=0,
+        lt=1,
+    )
+
+
+class TimmImageTower(Section):
+    """An image tower of timm."""
 
     timm: str = key("result", "Name of the tower in timm, such as convnextv2_tiny or vit_base_patch16_224.")
     weights: str | None = _weights()
     missing: tuple[str, ...] = _missing()
     args: dict[str, Any] = key("result", "Arguments for timm's create_model, such as drop_path_rate.", {})
+    mask_ratio: Float = _mask_ratio()
+
+
+class HfImageTower(Section):
+    """An image tower by the configuration of a published vision model, or of a dual encoder that has one."""
+
+    hf: str = key(
+        "result",
+        "Folder with a transformers model's configuration, or its name on the hub.",
+        path="name",
+        min_length=1,
+    )
+    weights: str | None = _weights(", or 'pretrained' for those that belong to `hf`")
+    missing: tuple[str, ...] = _missing()
+    pool: Literal["pooler", "first", "mean"] = key(
+        "result",
+        "The network's own pooler (of ViT a layer and tanh, of CLIP the class token after its norm), its "
+        "first token, or the mean over its tokens.",
+        "pooler",
+    )
+    mask_ratio: Float = _mask_ratio()
+
+
+ImageTower = Annotated[TimmImageTower | HfImageTower, Kinds(timm=TimmImageTower, hf=HfImageTower)]
 
 
 def _pool() -> Any:
     return key(
         "result",
-        "Pooling over the tokens that are not padding: the last, the first, or their mean. Default: by "
-        "architecture (last for causal models, first for the others).",
+        "Pooling over the tokens that are not padding: the last, the first, their mean, or the network's own "
+        "pooler (of BERT and RoBERTa a layer and tanh). Default: by architecture (last for causal models, "
+        "first for the others).",
         None,
     )
 
@@ -56,7 +91,7 @@ class HfTextTower(Section):
     )
     weights: str | None = _weights(", or 'pretrained' for those that belong to `hf`")
     missing: tuple[str, ...] = _missing()
-    pool: Literal["last", "first", "mean"] | None = _pool()
+    pool: Literal["last", "first", "mean", "pooler"] | None = _pool()
 
 
 class ArchTextTower(Section):
@@ -66,7 +101,7 @@ class ArchTextTower(Section):
     config: dict[str, Any] = key("result", "Values of its configuration, such as n_layer.", {})
     weights: str | None = _weights()
     missing: tuple[str, ...] = _missing()
-    pool: Literal["last", "first", "mean"] | None = _pool()
+    pool: Literal["last", "first", "mean", "pooler"] | None = _pool()
 
     @field_validator("weights")
     @classmethod
