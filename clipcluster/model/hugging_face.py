@@ -46,8 +46,8 @@ def pretrained(key: str, name: str, folder: Path | None) -> Path:
     raise UserError(f"{key}.weights: {name} has none of {', '.join(HF_FILES)}.")
 
 
-def names_in(network: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """A file's names -> those that the installed transformers gives them in a network.
+def names_in(network: Any, names: Sequence[str]) -> dict[str, str]:
+    """A file's names -> those that the installed transformers gives them in a network of its own.
 
     Its newer versions name some parts otherwise than the files do that it reads and writes.
     """

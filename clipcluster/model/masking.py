@@ -44,7 +44,7 @@ def mask_patches(network: nn.Module, settings: Any, ratio: float) -> None:
             f"model.image.mask_ratio: {settings.model_type} has no patch tokens that could be left out; set "
             f"it to 0, or name one of {', '.join(sorted(MASKABLE))}."
         )
-    inside = getattr(network, "vision_model", network)  # as transformers 4 builds CLIP's and SigLIP's
+    inside: Any = getattr(network, "vision_model", network)  # as transformers 4 builds CLIP's and SigLIP's
     patches = (settings.image_size // settings.patch_size) ** 2
     with torch.no_grad():
         tokens = inside.embeddings(torch.zeros(1, 3, settings.image_size, settings.image_size)).shape[1]

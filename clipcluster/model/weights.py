@@ -32,7 +32,8 @@ _WRAPPERS = ("module", "_orig_mod", "model", "base_model")
 _PLACES = {
     "image": (
         *("image", "image.trunk", "trunk", "visual", "visual.trunk", "backbone", "encoder"),
-        *("vision_model", "image_encoder", "vit", "deit", "dinov2", "beit", "convnext", "convnextv2", "resnet"),
+        *("vision_model", "image_encoder", "vit", "deit", "dinov2", "beit"),
+        *("convnext", "convnextv2", "resnet"),
     ),
     "text": (
         *("text", "text.transformer", "transformer", "text_model", "backbone", "encoder", "text_encoder"),

@@ -139,7 +139,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ),
         ("model.text={clip: {width: 10, heads: 3}}", "heads 3 does not divide width 10"),
         ("model.text.wieghts=x", "unknown key; did you mean model.text.weights?"),
-        ("model.text.pool=men", "should be last or first or mean; did you mean mean?"),
+        ("model.text.pool=men", "should be last or first or mean or pooler; did you mean mean?"),
         ("model.text.weights=pretrained", "belong to a model named by hf"),
         ("train.ema=0.99", "; write 'train.ema={decay: 0.99}'"),
         ("train.ema=true", "should be a section with the keys decay; write 'train.ema={}'"),
