@@ -55,14 +55,13 @@ ENTRY = """    "weighted_pairs": TaskSpec(
         model="clipcluster.model.clip:build_clip",
         loss_over="sample",
         captions=True,
-        members={"weight.txt": "clipcluster.data.loading.decoders:number"},
+        members=lambda recipe: {"weight.txt": "clipcluster.data.loading.decoders:number"},
         evaluations=("zero_shot",),
     ),
 }
 
-METRICS"""
-DECODER = '''"""Decoders of further members."""
-
+KEYS"""
+DECODER = '''
 
 def number(data: bytes) -> float:
     """A number in decimal."""
@@ -135,8 +134,9 @@ def test_a_task_is_added_by_the_steps_of_the_page(house: Path, tmp_path: Path):
 
     (house / "clipcluster/model/weighted_pairs.py").write_text(TASK)
     table = house / "clipcluster/recipe/tasks.py"
-    table.write_text(table.read_text().replace("}\n\nMETRICS", ENTRY, 1))
-    (house / "clipcluster/data/loading/decoders.py").write_text(DECODER)
+    table.write_text(table.read_text().replace("}\n\nKEYS", ENTRY, 1))
+    with open(house / "clipcluster/data/loading/decoders.py", "a") as decoders:
+        decoders.write(DECODER)
     made = clipcluster(house, "clipcluster.recipe.reference")
     assert made.returncode == 0, made.stderr
 

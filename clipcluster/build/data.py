@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
+from clipcluster.data.images.transforms import train_transform
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.sampling.sampler import Sampler, sampler_of
 from clipcluster.data.shards.classes import check_classes, class_count
@@ -99,6 +101,10 @@ def open_batches(
     recipe: Recipe, sources: Sources, world: World, start: int, skipped: Sequence[tuple[int, int]]
 ) -> Loader:
     """This rank's batches from number `start` on, without the `skipped` ranges; the caller closes them."""
+    spec, prepare = TASKS[recipe.task], None
+    if spec.preparation is not None:
+        build = resolve_name(spec.preparation)
+        prepare = build(recipe, train_transform(recipe.data.image), sources.tokenizer)
     return Loader(
         sources.shards,
         sources.sampler,
@@ -110,5 +116,6 @@ def open_batches(
         workers=recipe.data.workers,
         start=start,
         skipped=skipped,
-        extras=TASKS[recipe.task].members,
+        extras=spec.members(recipe),
+        preparation=prepare,
     )

@@ -84,7 +84,7 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     if recipe.model.weights and not findings.errors:
         attempt("model.weights", _check_weights, recipe, tokenizer, assets, findings)
     examined: list[tuple[str, Sequence[Source], bool, Mapping[str, str]]]
-    examined = [("data.train", recipe.data.train, needed.captions, needed.members)]
+    examined = [("data.train", recipe.data.train, needed.captions, needed.members(recipe))]
     for kind in needed.evaluations:
         folders = [Source(shards=path) for path in getattr(recipe.evaluate, kind)]
         examined.append((f"evaluate.{kind}", folders, kind == "retrieval", {}))
@@ -166,7 +166,7 @@ def check_sample(
 ) -> None:
     """Shards and index fit; the first sample that decodes is decoded, and its caption tokenized.
 
-    members: what the task needs of a sample besides, extension -> dotted name of the decoder.
+    members: what the task needs of a sample besides, name -> dotted name of the decoder.
     """
     from clipcluster.data.images.decode import BadImage, decode
     from clipcluster.data.loading.extras import BadExtra, decode_extras, decoders_of

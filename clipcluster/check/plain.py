@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from clipcluster.data.shards.dataset import Dataset
 
 T = TypeVar("T")
+TRIED_SAMPLES = 8  # whose members are looked at
 
 
 @dataclass
@@ -151,6 +152,8 @@ def _check_sources(checked: Checked) -> int | None:
     for number, source in enumerate(recipe.data.train):
         place = checked.loaded.place(f"data.train.{number}.shards")
         shards = checked.attempt(place, open_indexed, source, needed.captions)
+        if shards is not None:
+            checked.attempt(f"data.train.{number}", _check_members, shards, recipe)
         opened += [] if shards is None else [shards]
     if len(opened) < len(recipe.data.train):
         return None
@@ -160,6 +163,22 @@ def _check_sources(checked: Checked) -> int | None:
             checked.attempt("", check_classes, count, opened)
     checked.attempt("data.cache", _check_cache, checked, opened)
     return checked.attempt("", lambda: sampler_of(checked.recipe, opened).samples)
+
+
+def _check_members(shards: Dataset, recipe: Recipe) -> None:
+    """UserError where none of the first samples has all further members that the task needs."""
+    needed = TASKS[recipe.task].members(recipe)
+    if not needed or len(shards.remote_sizes):  # a remote shard would be fetched
+        return
+    tried = min(TRIED_SAMPLES, shards.n_samples)
+    found = [shards.read_members(position, needed) for position in range(tried)]
+    if all(needed.keys() - members.keys() for members in found):
+        lacking = [name.replace("|", " or ") for name in needed if not any(name in own for own in found)]
+        raise UserError(
+            f"task: {recipe.task} needs {', '.join(lacking or needed)} of every sample, and the first "
+            f"{counted(tried, 'sample')} have none; DataCompDR's are joined with their images by "
+            "`clipcluster shards convert datacompdr IMAGES REINFORCEMENTS --out DIR`"
+        )
 
 
 def _check_cache(checked: Checked, opened: Sequence[Dataset]) -> None:

@@ -53,6 +53,18 @@ class Task(nn.Module, ABC):
     def encode(self, batch: Batch) -> Features:
         """The features of a rank's part of the batch, or of any cut of it; the batch is on the device."""
 
+    def targets(self, batch: Batch) -> Features:
+        """What else the loss needs of the batch (a teacher's features): no gradient passes through it.
+
+        Where features are made twice, to save memory, this is made once.
+        """
+        return {}
+
+    @final
+    def features(self, batch: Batch) -> Features:
+        """All that the loss takes."""
+        return {**self.encode(batch), **self.targets(batch)}
+
     @abstractmethod
     def loss(self, features: Features) -> Report:
         """This rank's part of the loss over the features of all ranks: the ranks' mean is the batch's.
@@ -63,7 +75,7 @@ class Task(nn.Module, ABC):
     @final
     def report(self, batch: Batch) -> Report:
         """The loss of a batch in one pass."""
-        return self.loss(self.encode(batch))
+        return self.loss(self.features(batch))
 
     def after_step(self) -> None:
         """What follows every optimizer step."""

@@ -5,9 +5,12 @@ A new task is one entry of `TASKS` and its builder; the check, the data and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from clipcluster.recipe.sections.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,10 @@ class TaskSpec:
         loss_over: `batch` where a sample's loss depends on the other samples of the global batch (negatives),
             `sample` where it is a mean over independent samples. It decides how gradients are accumulated.
         captions, classes: whether every sample needs a caption, a class.
-        members: further members of a sample, extension -> dotted name of the decoder.
+        members: from a recipe to the further members that every sample needs, name -> dotted name of the
+            decoder (`clipcluster.data.loading.extras` says how they are named).
+        preparation: dotted name of `(recipe, transform, tokenizer) -> Preparation`, which makes of a drawn
+            sample what the batch holds; None: a random crop, the caption drawn, and all members.
         evaluations: the keys of the recipe's `evaluate` section that this task's model can be measured by.
     """
 
@@ -31,8 +37,23 @@ class TaskSpec:
     loss_over: Literal["batch", "sample"]
     captions: bool = False
     classes: bool = False
-    members: Mapping[str, str] = field(default_factory=dict)
+    members: Callable[[Recipe], Mapping[str, str]] = lambda recipe: {}
+    preparation: str | None = None
     evaluations: tuple[str, ...] = ()
+
+
+def _stored_members(recipe: Recipe) -> Mapping[str, str]:
+    """What DataCompDR stores with a sample."""
+    assert recipe.distill is not None
+    if recipe.distill.stored is None:
+        return {}
+    decoders = "clipcluster.data.loading.decoders"
+    return {
+        "npz|pth.gz": f"{decoders}:arrays",
+        "paug.json": f"{decoders}:augmentations",
+        "syn.json": f"{decoders}:record",
+        "json": f"{decoders}:record",
+    }
 
 
 TASKS: Mapping[str, TaskSpec] = {
@@ -49,6 +70,15 @@ TASKS: Mapping[str, TaskSpec] = {
         loss_over="sample",
         classes=True,
         evaluations=("classification",),
+    ),
+    "distill": TaskSpec(
+        builder="clipcluster.model.distill:build_distill",
+        model="clipcluster.model.clip:build_clip",
+        loss_over="batch",
+        captions=True,
+        members=_stored_members,
+        preparation="clipcluster.data.loading.stored:build_preparation",
+        evaluations=("retrieval", "zero_shot"),
     ),
 }
 

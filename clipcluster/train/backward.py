@@ -132,7 +132,7 @@ class Cached(Backward):
         parts: list[Features] = []
         for micro_batch in self._micro_batches(batch, step):
             with torch.no_grad(), self.precision.autocast():
-                parts.append(self.task(lambda task, part: task.encode(part), micro_batch))
+                parts.append(self.task(Task.features, micro_batch))
             self.statistics.take()
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

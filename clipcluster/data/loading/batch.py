@@ -32,6 +32,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """An extra that is a tensor, (b, ...). KeyError where there is none; TypeError where it is a list."""
+        values = self.extras[name]
+        if not isinstance(values, torch.Tensor):
+            raise TypeError(f"{name} is a list")
+        return values
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors, those of `extras` included, on a device; pixels stay uint8."""
 

@@ -1,10 +1,13 @@
 """Further members of a sample that a task asks for: decoded by a worker, stacked in the batch.
 
 A task names them with their decoders: the member's extension after the key's first dot, in lower case (`npz`,
-`paug.json`), and the dotted name `package.module:function` of a function that takes the member's bytes. What
-it returns for the samples of a batch is stacked where it is numbers, numpy arrays or tensors, and they must
-then agree in shape and dtype; anything else stays a list. Arrays that differ in shape are returned in a list
-or tuple each.
+`paug.json`), or several of which the first that is there is taken (`npz|pth.gz`), and the dotted name
+`package.module:function` of a function that takes the member's bytes. What becomes of the values is decided
+by the task's preparation (`preparation.py`); the plain one hands them to the batch.
+
+Values for the samples of a batch are stacked where they are numbers, numpy arrays or tensors, and must then
+agree in shape and dtype; anything else stays a list. Arrays that differ in shape are returned in a list or
+tuple each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,22 +28,22 @@ class BadExtra(Exception):
 
 
 def decoders_of(extras: Mapping[str, str]) -> dict[str, Decoder]:
-    """The decoders by extension. ImportError or AttributeError where a dotted name does not exist."""
+    """The decoders by member. ImportError or AttributeError where a dotted name does not exist."""
     return {extension: resolve_name(dotted) for extension, dotted in extras.items()}
 
 
 def decode_extras(decoders: Mapping[str, Decoder], members: Mapping[str, bytes]) -> dict[str, Any]:
-    """The values of a sample's members by extension; BadExtra for one that is missing or undecodable."""
+    """The values of a sample's members by name; BadExtra for one that is missing or undecodable."""
     values = {}
-    for extension, decode in decoders.items():
-        if extension not in members:
-            raise BadExtra(f"no member {extension}")
+    for name, decode in decoders.items():
+        if name not in members:
+            raise BadExtra(f"no member {name.replace('|', ' or ')}")
         try:
-            values[extension] = decode(members[extension])
+            values[name] = decode(members[name])
         except MemoryError:
             raise
         except Exception as error:  # decoders raise whatever the bytes make them raise
-            raise BadExtra(f"{extension}: {type(error).__name__}: {error}"[:200]) from None
+            raise BadExtra(f"{name}: {type(error).__name__}: {error}"[:200]) from None
     return values
 
 

@@ -11,6 +11,7 @@ import torch
 from clipcluster.data.images.transforms import evaluation_transform, train_transform
 from clipcluster.data.loading.batch import Batch, EvaluationBatch
 from clipcluster.data.loading.extras import concatenated, decoders_of
+from clipcluster.data.loading.preparation import Preparation
 from clipcluster.data.loading.shared_buffer import SHAREABLE, SharedBuffer
 from clipcluster.data.loading.worker import EvaluationReader, PartialBatch, TrainReader, WorkItem
 from clipcluster.data.loading.worker_pool import PREFETCH, WorkerPool
@@ -25,9 +26,10 @@ class Loader:
 
     `data` is the recipe's data section. Rank r of W owns the contiguous r-th part of each batch's slots, its
     workers contiguous parts of that, so that batch t is the same for every number of ranks and workers.
-    `skipped` are half-open (begin, end) ranges of batch numbers. `extras` are further members of every sample
-    for `Batch.extras`: extension -> dotted name of the decoder (`clipcluster.data.loading.extras`). A sample
-    that cannot be decoded, or lacks one of these members, is replaced by the next good one of its shard (of a
+    `skipped` are half-open (begin, end) ranges of batch numbers. `extras` are further members of every
+    sample: name -> dotted name of the decoder (`clipcluster.data.loading.extras`). `preparation` makes of
+    them and of the sample what the batch holds; by default a random crop, the caption drawn and all members.
+    A sample that cannot be decoded, or lacks a member, is replaced by the next good one of its shard (of a
     class that is shown) and reported once, in `Batch.bad`.
 
     `next` raises DataError (a shard changed or is gone, nothing of a shard can be decoded, the values of an
@@ -49,6 +51,7 @@ class Loader:
         start: int = 0,
         skipped: Sequence[tuple[int, int]] = (),
         extras: Mapping[str, str] | None = None,
+        preparation: Preparation | None = None,
         prefetch: int = PREFETCH,
     ) -> None:
         self._sampler = sampler
@@ -57,13 +60,11 @@ class Loader:
         self._items_per_batch = max(1, workers)
         self._skipped = skipped
         shown = [sampler.shown_classes(number) for number in range(len(sources))]
-        transform = train_transform(data.image)
-        self._image_shape = (3, transform.size, transform.size)
+        preparation = preparation or Preparation(train_transform(data.image))
+        self._image_shape = (3, preparation.transform.size, preparation.transform.size)
         self._shared = bool(workers) and SHAREABLE
         self._buffers: deque[SharedBuffer] = deque()  # of the batches that workers are preparing
-        decoders = decoders_of(extras or {})
-        self._extras = tuple(decoders)
-        reader = TrainReader(sources, tokenizer, transform, seed, shown, decoders)
+        reader = TrainReader(sources, tokenizer, preparation, seed, shown, decoders_of(extras or {}))
         self._pool = WorkerPool(reader, self._items(start), workers, prefetch)
         self._reported: set[tuple[int, int]] = set()
 
@@ -94,10 +95,10 @@ class Loader:
         return buffer.images
 
     def _joined_extras(self, parts: Sequence[PartialBatch]) -> dict[str, torch.Tensor | list[Any]]:
-        samples = [f"{part.keys[0][1]}, key {part.keys[0][2]}" for part in parts] if self._extras else []
+        samples = [f"{part.keys[0][1]}, key {part.keys[0][2]}" for part in parts]
         return {
-            extension: concatenated(extension, [part.extras[extension] for part in parts], samples)
-            for extension in self._extras
+            name: concatenated(name, [part.extras[name] for part in parts], samples)
+            for name in parts[0].extras
         }
 
     def close(self) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from clipcluster.data.images.decode import BadImage, decode
-from clipcluster.data.images.transforms import EvaluationTransform, TrainTransform, draw_seed
+from clipcluster.data.images.transforms import EvaluationTransform, draw_seed
 from clipcluster.data.loading.extras import BadExtra, Decoder, decode_extras, stacked
+from clipcluster.data.loading.preparation import Drawn, Preparation
 from clipcluster.data.loading.shared_buffer import BufferSlice
 from clipcluster.data.sampling.oversampling import ShownClasses
 from clipcluster.data.shards.dataset import Dataset, Sample
@@ -116,6 +117,9 @@ class Reader:
     def load(self, item: WorkItem) -> PartialBatch:
         raise NotImplementedError
 
+    def check(self, sample: Sample, values: Mapping[str, Any]) -> None:
+        """BadExtra where a sample's members do not fit each other."""
+
     def _announce(self, item: WorkItem) -> None:
         self._at = None
         for number in np.unique(item.draws.source):
@@ -133,7 +137,9 @@ class Reader:
             try:
                 pixels = decode(sample.image)
                 members = dataset.read_members(position, self.decoders) if self.decoders else {}
-                return sample, pixels, decode_extras(self.decoders, members)
+                values = decode_extras(self.decoders, members)
+                self.check(sample, values)
+                return sample, pixels, values
             except (BadImage, BadExtra) as error:
                 found = {"shard": sample.shard, "key": sample.key, "reason": str(error)}
                 self._bad[self._at] = {**found, "source": source, "position": position}
@@ -155,48 +161,56 @@ class Reader:
 
 
 class TrainReader(Reader):
-    """Samples for training: augmented by the draw's own seed, a bad one replaced.
+    """Samples for training: prepared by the draw's own seed, a bad one replaced.
 
     `shown`: for each source the classes that may replace a bad sample. `decoders`: the further members
-    wanted, by extension.
+    wanted, by name.
     """
 
     def __init__(
         self,
         sources: Sequence[Dataset],
         tokenizer: Tokenizer | None,
-        transform: TrainTransform,
+        preparation: Preparation,
         seed: int,
         shown: Sequence[ShownClasses],
         decoders: Mapping[str, Decoder],
     ) -> None:
         super().__init__(sources, tokenizer, decoders, text=tokenizer is not None)
-        self.transform = transform
+        self.prepare = preparation
         self.seed = seed
         self._shown = shown
 
+    def check(self, sample: Sample, values: Mapping[str, Any]) -> None:
+        self.prepare.check(sample, values)
+
     @property
     def modules(self) -> tuple[str, ...]:
-        return (*super().modules, *self.transform.modules)
+        return (*super().modules, *self.prepare.modules)
 
     def load(self, item: WorkItem) -> PartialBatch:
-        shape = (len(item.draws), 3, self.transform.size, self.transform.size)
+        size = self.prepare.transform.size
+        shape = (len(item.draws), 3, size, size)
         images = torch.empty(shape, dtype=torch.uint8) if item.images is None else item.images.open()
         part = PartialBatch(item.index, images if item.images is None else None)
         texts: list[str] = []
-        extras: list[dict[str, Any]] = []
+        extras: list[Mapping[str, Any]] = []
         for at, (source, pass_index, position, caption) in enumerate(item.draws.tolist()):
             sample, pixels, values = self._good(source, position, part.bad)
-            images[at] = self.transform(pixels, draw_seed(self.seed, source, pass_index, position, caption))
-            texts.append(sample.captions[max(caption, 0) % len(sample.captions)] if sample.captions else "")
-            extras.append(values)
+            chosen = max(caption, 0) % len(sample.captions) if sample.captions else None
+            seed = draw_seed(self.seed, source, pass_index, position, caption)
+            row = self.prepare(Drawn(sample, pixels, values, chosen, seed))
+            images[at] = row.image
+            texts.append(row.text)
+            extras.append(row.extras)
             part.classes.append(sample.cls)
             part.keys.append((item.first + at, sample.shard, sample.key))
         if self.tokenizer is not None:
             part.tokens, part.mask = self.tokenizer(texts)
-        names = [f"{shard}, key {key}" for _, shard, key in part.keys] if self.decoders else []
-        for extension in self.decoders:
-            part.extras[extension] = stacked(extension, [values[extension] for values in extras], names)
+        names = extras[0] if extras else ()
+        samples = [f"{shard}, key {key}" for _, shard, key in part.keys] if names else []
+        for name in names:
+            part.extras[name] = stacked(name, [values[name] for values in extras], samples)
         return part
 
     def _good(

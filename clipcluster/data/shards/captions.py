@@ -60,6 +60,11 @@ def parsed(kind: int, data: bytes) -> Any:
 
 def texts(kind: int, content: Any, choice: str) -> list[str]:
     """The captions in a member of this kind, which is `parsed`."""
+    return [text for _, text in numbered(kind, content, choice)]
+
+
+def numbered(kind: int, content: Any, choice: str) -> list[tuple[int, str]]:
+    """The same, each with its number in the member: of all texts there, also those that are no caption."""
     field = field_of(choice)
     if kind == TXT:
         found = (content or "").splitlines() if choice == LINES else [content]
@@ -68,7 +73,8 @@ def texts(kind: int, content: Any, choice: str) -> list[str]:
     else:
         found = _inside(content, field[1])
         found = [found] if isinstance(found, str) else found
-    return [text for text in found if _is_caption(text)] if isinstance(found, list) else []
+    found = found if isinstance(found, list) else []
+    return [(number, text) for number, text in enumerate(found) if _is_caption(text)]
 
 
 def _inside(record: Any, field: str) -> Any:

@@ -17,13 +17,17 @@ T = TypeVar("T")
 
 
 class Sample(NamedTuple):
-    """One sample of a shard: `image` holds the original bytes, `cls` is -1 if it has no class."""
+    """One sample of a shard: `image` holds the original bytes, `cls` is -1 if it has no class.
+
+    origins: for each caption the choice it comes from and its number among the texts there.
+    """
 
     key: str
     shard: str
     image: bytes
     captions: list[str]
     cls: int
+    origins: list[tuple[str, int]]
 
 
 class Dataset(OpenShards):
@@ -43,37 +47,42 @@ class Dataset(OpenShards):
             raise self._changed(shard)
         name = shard_index.sample_name(member.name)
         image = read_at(opened.fd, *opened.image(row))
-        texts = self._captions(shard, opened, row) if text else []
+        texts, origins = self._captions(shard, opened, row) if text else ([], [])
         return Sample(
             name[0] if name else member.name, self.shard_name(shard), image, texts,
-            opened.columns["class"].item(row),
+            opened.columns["class"].item(row), origins,
         )  # fmt: skip
 
-    def _captions(self, shard: int, opened: OpenShard, row: int) -> list[str]:
-        """The captions of all fields, one field after the other."""
+    def _captions(self, shard: int, opened: OpenShard, row: int) -> tuple[list[str], list[tuple[str, int]]]:
+        """The captions of all fields, one field after the other, and where each comes from."""
         found: list[str] = []
+        origins: list[tuple[str, int]] = []
         for choice in self._choices_at(shard):
             kind = opened.columns[f"text_kind/{choice}"].item(row)
             if kind != captions.NO_TEXT:
                 data = read_at(opened.fd, *opened.text(row, choice))
-                texts = captions.texts(kind, captions.parsed(kind, data), choice)
+                texts = captions.numbered(kind, captions.parsed(kind, data), choice)
                 if len(texts) != opened.columns[f"captions/{choice}"].item(row):
                     raise self._changed(shard)
-                found += texts
-        return found
+                found += [text for _, text in texts]
+                origins += [(choice, number) for number, _ in texts]
+        return found, origins
 
-    def read_members(self, position: int, extensions: Collection[str]) -> dict[str, bytes]:
-        """The bytes of further members of a sample by extension, without those that it does not have.
+    def read_members(self, position: int, names: Collection[str]) -> dict[str, bytes]:
+        """The bytes of further members of a sample by name, without those that it does not have.
 
-        An extension is what follows the key's first dot, in lower case: `npz`, `paug.json`. Raises as `read`.
+        A name is an extension, what follows the key's first dot, in lower case (`npz`, `paug.json`), or
+        several of which the first that is there is taken (`npz|pth.gz`). Raises as `read`.
         """
 
         def members(shard: int, row: int, opened: OpenShard) -> dict[str, bytes]:
             _, found = next(shard_index.samples(opened.fd, opened.begin(row)), ("", {}))
+            there = {name for name in found if found[name].size != NO_BYTES}
+            chosen = {name: [own for own in name.split("|") if own in there][:1] for name in names}
             return {
-                extension: read_at(opened.fd, found[extension].offset, found[extension].size)
-                for extension in extensions
-                if extension in found and found[extension].size != NO_BYTES
+                name: read_at(opened.fd, found[own].offset, found[own].size)
+                for name, extensions in chosen.items()
+                for own in extensions
             }
 
         return self._with_open(position, members)

@@ -10,6 +10,7 @@ from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.checkpoint import Checkpoint
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.data import Data
+from clipcluster.recipe.sections.distill import Distill
 from clipcluster.recipe.sections.evaluate import Evaluate
 from clipcluster.recipe.sections.loss import Loss
 from clipcluster.recipe.sections.model import Model
@@ -38,6 +39,7 @@ class Recipe(Section):
     data: Data = section("The training data.")
     model: Model = section("The towers and what joins them.")
     loss: Loss = section("What is minimised over the global batch.", {})
+    distill: Distill | None = section("What is learned from teachers (task: distill).", None)
     optim: Optim = section("The optimizer and its schedule.")
     train: Train = section("Length, precision and log of the run.")
     checkpoint: Checkpoint = section("When to save, and what to keep.", {})
@@ -59,6 +61,14 @@ class Recipe(Section):
             if getattr(self.evaluate, kind):
                 fitting = ", ".join(f"evaluate.{own}" for own in spec.evaluations)
                 raise ValueError(f"evaluate.{kind} cannot measure task {self.task}; use {fitting}")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_for_distillation(self) -> Recipe:
+        if self.task == "distill" and self.distill is None:
+            raise ValueError("task distill needs the section distill, such as distill: {stored: {}}")
+        if self.task != "distill" and self.distill is not None:
+            raise ValueError(f"distill belongs to task distill, and the task is {self.task}; remove it")
         return self
 
 

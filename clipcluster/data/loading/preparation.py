@@ -1,0 +1,67 @@
+"""What a loader worker makes of a drawn sample: its pixels, its caption and what else the batch holds of it.
+
+A task may have a preparation of its own, where its images are not cropped at random, or where it needs more
+than one caption or only a part of a member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from clipcluster.data.images.transforms import TrainTransform
+from clipcluster.data.shards.dataset import Sample
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A good sample, as one slot of a batch draws it.
+
+    pixels: (3, H, W) uint8. values: its further members, decoded, by name. caption: which of
+    `sample.captions`, None where it has none. seed: a hash of (seed, source, pass, sample, caption): the only
+    random number that a preparation may use.
+    """
+
+    sample: Sample
+    pixels: Tensor
+    values: Mapping[str, Any]
+    caption: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample's row of the batch: image (3, S, S) uint8, the text to tokenize, and its extras by name."""
+
+    image: Tensor
+    text: str
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Preparation:
+    """A random crop of the image, the caption drawn, and the values of all members as they are."""
+
+    def __init__(self, transform: TrainTransform) -> None:
+        self.transform = transform
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Heavy imports, which the workers' server makes once for all of them."""
+        return self.transform.modules
+
+    def check(self, sample: Sample, values: Mapping[str, Any]) -> None:
+        """BadExtra where a sample's members do not fit each other.
+
+        It must not depend on a draw: a sample is bad once and for all. What passes it can be drawn.
+        """
+
+    def __call__(self, drawn: Drawn) -> Row:
+        """The row of a drawn sample that passed `check`: a pure function of it."""
+        return Row(self.transform(drawn.pixels, drawn.seed), self.text(drawn), drawn.values)
+
+    def text(self, drawn: Drawn) -> str:
+        """The caption drawn; empty where there is none."""
+        return "" if drawn.caption is None else drawn.sample.captions[drawn.caption]

@@ -1,0 +1,133 @@
+"""Samples that teachers saw before: their stored augmentations and embeddings, and their synthetic captions.
+
+The layout is DataCompDR's: `image_emb` (augmentations, width), a row for each entry of `param_aug`;
+`text_emb` (captions, width), the image's own captions first. The synthetic captions are the lists `syn_text…`
+of `KEY.syn.json`; the rows of a list are `LIST_emb`, or the last of `text_emb` where there is no such array.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from clipcluster.data.images.transforms import TrainTransform
+from clipcluster.data.loading.extras import BadExtra
+from clipcluster.data.loading.preparation import Drawn, Preparation, Row
+from clipcluster.data.shards import captions
+from clipcluster.data.shards.dataset import Sample
+from clipcluster.data.tokenizer import Tokenizer
+from clipcluster.recipe.captions import field_of
+
+if TYPE_CHECKING:
+    from clipcluster.recipe.sections.distill import Stored
+    from clipcluster.recipe.sections.recipe import Recipe
+
+ARRAYS, AUGMENTATIONS, SYNTHETIC, RECORD = "npz|pth.gz", "paug.json", "syn.json", "json"
+"""The members of a sample, by the names that the table of tasks gives them."""
+IMAGE, TEXT, SYNTHETIC_TEXT = "image_emb", "text_emb", "synthetic_emb"
+"""The extras of a batch: the teachers' embeddings (b, width) float32 of image, caption, synthetic caption."""
+TOKENS, MASK = "synthetic_tokens", "synthetic_mask"
+"""The synthetic caption's tokens (b, L) int64 and mask (b, L) bool."""
+
+
+class StoredPreparation(Preparation):
+    """One of the stored augmentations, and the embeddings that belong to it and to the caption drawn.
+
+    With `stored.captions: both` also one of the synthetic captions: each list as likely as any other, and so
+    each caption of a list.
+    """
+
+    def __init__(self, transform: TrainTransform, tokenizer: Tokenizer, stored: Stored) -> None:
+        super().__init__(transform)
+        self.tokenizer, self.both, self.width = tokenizer, stored.captions == "both", sum(stored.widths)
+
+    def check(self, sample: Sample, values: Mapping[str, Any]) -> None:
+        arrays = values[ARRAYS]
+        missing = {IMAGE, TEXT} - arrays.keys()
+        if missing:
+            raise BadExtra(f"no array {' and '.join(sorted(missing))}")
+        for name, array in arrays.items():
+            if name.endswith("_emb") and (array.ndim != 2 or array.shape[1] != self.width):
+                raise BadExtra(f"{name} has the shape {tuple(array.shape)}, not (…, {self.width})")
+        images, augmentations = len(arrays[IMAGE]), len(values[AUGMENTATIONS])
+        if images != augmentations:
+            raise BadExtra(f"{images} rows of {IMAGE} for {augmentations} augmentations")
+        lists = _synthetic(values)
+        if self.both and not lists:
+            raise BadExtra("no synthetic caption in syn.json")
+        places = [*sample.origins, *((f"syn.json:{name}", n) for name in lists for n, _ in lists[name])]
+        for choice, number in places:
+            array, row = _place(values, choice, number)
+            if not 0 <= row < len(arrays.get(array, ())):
+                raise BadExtra(f"no embedding for text {number} of {choice}")
+
+    def __call__(self, drawn: Drawn) -> Row:
+        numbers = random.Random(drawn.seed)
+        values, arrays = drawn.values, drawn.values[ARRAYS]
+        chosen = _one_of(len(values[AUGMENTATIONS]), numbers)
+        image = values[AUGMENTATIONS][chosen].apply(
+            drawn.pixels, self.transform.size, _original_size(values[RECORD])
+        )
+        assert drawn.caption is not None, "distillation needs captions"
+        extras = {
+            IMAGE: arrays[IMAGE][chosen].float(),
+            TEXT: _embedding(values, *drawn.sample.origins[drawn.caption]),
+        }
+        if self.both:
+            lists = _synthetic(values)
+            name = sorted(lists)[_one_of(len(lists), numbers)]
+            number, text = lists[name][_one_of(len(lists[name]), numbers)]
+            tokens, mask = self.tokenizer([text])
+            extras |= {SYNTHETIC_TEXT: _embedding(values, f"syn.json:{name}", number)}
+            extras |= {TOKENS: tokens[0], MASK: mask[0]}
+        return Row(image, self.text(drawn), extras)
+
+
+def build_preparation(recipe: Recipe, transform: TrainTransform, tokenizer: Tokenizer) -> Preparation:
+    """The preparation of `task: distill`."""
+    assert recipe.distill is not None
+    stored = recipe.distill.stored
+    return Preparation(transform) if stored is None else StoredPreparation(transform, tokenizer, stored)
+
+
+def _one_of(count: int, numbers: random.Random) -> int:
+    """A number below `count`, by the one method whose results no version of Python changes."""
+    return int(numbers.random() * count)
+
+
+def _synthetic(values: Mapping[str, Any]) -> dict[str, list[tuple[int, str]]]:
+    """The lists of synthetic captions that have any: name -> captions, each with its number in the list."""
+    written = values[SYNTHETIC]
+    lists = {
+        name: captions.numbered(captions.JSON, written, f"json:{name}")
+        for name in written
+        if name.startswith("syn_text")
+    }
+    return {name: found for name, found in lists.items() if found}
+
+
+def _place(values: Mapping[str, Any], choice: str, number: int) -> tuple[str, int]:
+    """The array and its row that belong to text `number` of a choice of captions; -1: there is none."""
+    arrays, written = values[ARRAYS], values[SYNTHETIC]
+    inside = [name for name in written if name.startswith("syn_text") and f"{name}_emb" not in arrays]
+    own = len(arrays[TEXT]) - sum(len(written[name]) for name in inside)  # rows of the image's own captions
+    field = field_of(choice)
+    if field is None or field[0] != SYNTHETIC:
+        return TEXT, number if number < own else -1
+    if field[1] not in inside:
+        return f"{field[1]}_emb", number
+    return TEXT, own + number if own > 0 and len(inside) == 1 else -1
+
+
+def _embedding(values: Mapping[str, Any], choice: str, number: int) -> Tensor:
+    name, row = _place(values, choice, number)
+    return values[ARRAYS][name][row].float()
+
+
+def _original_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the image before it was shrunk for its shard, where the JSON tells them."""
+    height, width = (record.get(f"original_{side}") for side in ("height", "width"))
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None

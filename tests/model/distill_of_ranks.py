@@ -1,0 +1,115 @@
+"""Run by test_distill: one step of distillation on each of several worlds of real processes, in float64.
+
+python distill_of_ranks.py OUT SIZE …  writes OUT/SIZE-NAME.pt for every case of `CASES`: loss and gradients.
+The processes are forked after the imports, before any backward pass.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_model import tiny_batch, tiny_clip
+
+from clipcluster.data.loading import stored
+from clipcluster.data.loading.batch import Batch
+from clipcluster.model.distill import DistillTask
+from clipcluster.recipe.sections.distill import Distill
+from clipcluster.runtime.world import World
+from clipcluster.train.backward import Cached, Whole
+from clipcluster.train.precision import Precision
+from clipcluster.train.statistics import RunningStatistics
+from clipcluster.train.wrapping import WrappedTask
+
+BATCH, WIDTHS, SCALE = 12, (5, 7), 20.0
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+CPU = torch.device("cpu")
+STORED = {"widths": WIDTHS, "scale": SCALE}
+CASES: dict[str, tuple[dict[str, Any], bool, int]] = {
+    # the section distill, whether there are synthetic captions, micro-batches
+    "published": ({"stored": STORED}, True, 1),
+    "mixed": ({"stored": STORED, "weight": 0.75}, True, 1),
+    "drawn": ({"stored": STORED, "weight": 0.5, "contrastive": 2.0}, False, 1),
+    "cached": ({"stored": STORED, "weight": 0.75}, True, 2),
+}
+
+
+def student() -> Any:
+    return tiny_clip().double()
+
+
+def halves(count: int, seed: int) -> torch.Tensor:
+    """(count, 12) float64: two teachers' embeddings of length one, side by side."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(count, width, generator=generator, dtype=torch.float64) for width in WIDTHS]
+    return torch.cat([torch.nn.functional.normalize(part) for part in parts], dim=1)
+
+
+def batch_of_all(synthetic: bool) -> Batch:
+    own, other = tiny_batch(BATCH), tiny_batch(BATCH, seed=1)
+    extras: dict[str, Any] = {stored.IMAGE: halves(BATCH, 2), stored.TEXT: halves(BATCH, 3)}
+    if synthetic:
+        extras |= {stored.SYNTHETIC_TEXT: halves(BATCH, 4), stored.TOKENS: other.tokens}
+        extras |= {stored.MASK: other.mask}
+    keys = [(slot, "shard", str(slot)) for slot in range(BATCH)]
+    return Batch(0, own.images, own.tokens, own.mask, None, keys, extras=extras)
+
+
+def step(world: World, settings: dict[str, Any], synthetic: bool, micro_batches: int) -> dict[str, Any]:
+    task = DistillTask(student(), MEAN, STD, world, Distill.model_validate(settings)).double()
+    wrapped = WrappedTask(task, world)
+    wrapped.wrap()
+    statistics = RunningStatistics(task, world)
+    size = BATCH // world.size
+    backward = (Whole if micro_batches == 1 else Cached)(
+        wrapped, Precision("fp32", CPU), statistics,
+        seed=0, slot=world.rank * size, micro_batches=micro_batches,
+    )  # fmt: skip
+    statistics.begin()
+    report = backward(batch_of_all(synthetic).cut(world.rank * size, (world.rank + 1) * size), 0)
+    loss = world.all_reduce_sum(report.loss.clone()) / world.size
+    gradients = {name: parameter.grad for name, parameter in task.named_parameters()}
+    return {"loss": loss, "gradients": gradients, "metrics": report.metrics}
+
+
+def run(out: Path, rank: int, size: int) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{out}/store-{size}",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=60),
+        )
+    world = World(rank, size, rank, CPU)
+    for name, case in CASES.items():
+        answer = step(world, *case)
+        if rank == 0:
+            torch.save(answer, out / f"{size}-{name}.pt")
+    if size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def main() -> int:
+    out, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2:]]
+    fork = multiprocessing.get_context("fork")
+    for size in sizes:
+        ranks = [fork.Process(target=run, args=(out, rank, size)) for rank in range(size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
