@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from clipcluster.data.loading import stored
 from clipcluster.model.losses import gather, widen
-from clipcluster.model.task import ContrastiveTask, Features, Report
+from clipcluster.model.task import ContrastiveTask, Features, Report, build_contrastive
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
@@ -74,16 +74,15 @@ def _distributions(teachers: Sequence[Teacher], ranks: World) -> tuple[list[Tens
 class DistillTask(ContrastiveTask):
     """A student beside teachers whose embeddings are stored with the samples.
 
-    The loss of a set of pairs is `contrastive_weight` times the contrastive loss plus `weight` times
-    `relational`. With synthetic captions there are two sets, the images with their own captions and the same
-    images with synthetic ones, and the losses are added (Vasu et al. 2024, section 3.2).
+    student: the task of the student alone. The loss of a set of pairs is `contrastive_weight` times that
+    task's plus `weight` times `relational`. With synthetic captions there are two sets, the images with their
+    own captions and the same images with synthetic ones, and the losses are added (Vasu et al. 2024, section
+    3.2).
     """
 
-    def __init__(
-        self, model: DualEncoder, mean: Sequence[float], std: Sequence[float], ranks: World, settings: Distill
-    ) -> None:
-        super().__init__(model, mean, std, ranks)
-        self.settings = settings
+    def __init__(self, student: ContrastiveTask, settings: Distill) -> None:
+        super().__init__(student.model, (), (), student.ranks, student.choice)
+        self.mean, self.std, self.settings = student.mean, student.std, settings
 
     def encode(self, batch: Batch) -> Features:
         """`image`, `text` and, where there are synthetic captions, `synthetic`: (b, E) of length one each."""
@@ -128,6 +127,6 @@ class DistillTask(ContrastiveTask):
 
 
 def build_distill(recipe: Recipe, model: DualEncoder, ranks: World) -> DistillTask:
-    """`task: distill`."""
+    """`task: distill`. UserError as `build_contrastive`."""
     assert recipe.distill is not None
-    return DistillTask(model, recipe.data.image.mean, recipe.data.image.std, ranks, recipe.distill)
+    return DistillTask(build_contrastive(recipe, model, ranks), recipe.distill)

@@ -19,6 +19,7 @@ from tiny_model import tiny_batch, tiny_clip
 from clipcluster.data.loading import stored
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.distill import DistillTask
+from clipcluster.model.task import ContrastiveTask
 from clipcluster.recipe.sections.distill import Distill
 from clipcluster.runtime.world import World
 from clipcluster.train.backward import Cached, Whole
@@ -61,7 +62,8 @@ def batch_of_all(synthetic: bool) -> Batch:
 
 
 def step(world: World, settings: dict[str, Any], synthetic: bool, micro_batches: int) -> dict[str, Any]:
-    task = DistillTask(student(), MEAN, STD, world, Distill.model_validate(settings)).double()
+    alone = ContrastiveTask(student(), MEAN, STD, world)
+    task = DistillTask(alone, Distill.model_validate(settings)).double()
     wrapped = WrappedTask(task, world)
     wrapped.wrap()
     statistics = RunningStatistics(task, world)

@@ -1,0 +1,75 @@
+"""Distillation with all real parts: trained on 3 ranks, stopped, resumed and measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipcluster.recipe.load import load, recipe_keys, settings_keys
+from clipcluster.runs.files import read_json
+from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import events, merged_metrics
+from tests.reinforced_shards import WIDTH, write
+
+RECIPE = f"""
+name: student
+task: distill
+distill: {{{{weight: 0.75, stored: {{{{widths: [{WIDTH}, {WIDTH}]}}}}}}}}
+data:
+  train: [{{{{shards: {{shards}}}}}}]
+  batch_size: 12
+  workers: 0
+  image: {{{{size: 32}}}}
+  text: {{{{tokenizer: bytes, context_length: 40}}}}
+model:
+  image: {{{{timm: convnext_atto, args: {{{{depths: [1, 1, 1, 1], dims: [8, 16, 24, 32], patch_size: 2,
+          drop_path_rate: 0.2}}}}}}}}
+  text: {{{{arch: gpt2, config: {{{{n_layer: 1, n_head: 2, n_embd: 32}}}}}}}}
+  embed_dim: 16
+optim: {{{{lr: 1e-3, clip_norm: 1.0, warmup: 2 steps}}}}
+train: {{{{duration: 6 steps, micro_batch: 2, log_every: 1 step, ema: {{{{decay: 0.9}}}}}}}}
+evaluate: {{{{retrieval: ["{{shards}}"]}}}}
+cluster: {{{{gpus_per_node: 0, cpus_per_task: 1}}}}
+"""
+WORKER = Path(__file__).with_name("runs_of_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    file = folder / "student.yaml"
+    file.write_text(RECIPE.format(shards=write(folder / "shards", 36)))
+    return file
+
+
+def test_a_resume_in_the_middle_equals_the_uninterrupted_run(recipe: Path) -> None:
+    """On 3 ranks, accumulated; with dropout and drop path, both captions, and a moving average."""
+    loaded = load(recipe, (), {})
+    whole, stopped = (
+        Run.create(recipe.parent / name, recipe_keys(loaded), settings_keys(loaded))
+        for name in ("uninterrupted", "stopped")
+    )
+    jobs = [f"{whole.path}:3", f"{stopped.path}:3:6"]
+    done = subprocess.run([sys.executable, str(WORKER), *jobs], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (resumed,) = [event["step"] for event in events(stopped) if event["event"] == "resume"]
+    assert 0 < resumed < 6
+    lines = [
+        [(line["loss"], line["distill_loss"], line["contrastive_loss"]) for line in merged_metrics(run)]
+        for run in (stopped, whole)
+    ]
+    assert len(lines[0]) == 6
+    assert lines[0] == lines[1]
+    for file in ("model", "ema", "optimizer"):
+        found, expected = (
+            load_file(run.checkpoints / "step-00000006" / f"{file}.safetensors") for run in (stopped, whole)
+        )
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    results = read_json(whole.path / "evals/step-00000006.json")
+    assert results["metrics"]["shards/images"] == 36
