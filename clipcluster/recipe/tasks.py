@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from clipcluster.recipe.sections.recipe import Recipe
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -37,14 +34,13 @@ class TaskSpec:
     loss_over: Literal["batch", "sample"]
     captions: bool = False
     classes: bool = False
-    members: Callable[[Recipe], Mapping[str, str]] = lambda recipe: {}
+    members: Callable[[Any], Mapping[str, str]] = lambda recipe: {}
     preparation: str | None = None
     evaluations: tuple[str, ...] = ()
 
 
-def _stored_members(recipe: Recipe) -> Mapping[str, str]:
+def _stored_members(recipe: Any) -> Mapping[str, str]:
     """What DataCompDR stores with a sample."""
-    assert recipe.distill is not None
     if recipe.distill.stored is None:
         return {}
     decoders = "clipcluster.data.loading.decoders"
