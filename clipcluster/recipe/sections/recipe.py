@@ -69,6 +69,14 @@ class Recipe(Section):
             raise ValueError("task distill needs the section distill, such as distill: {stored: {}}")
         if self.task != "distill" and self.distill is not None:
             raise ValueError(f"distill belongs to task distill, and the task is {self.task}; remove it")
+        if self.distill is not None and self.distill.stored is not None:
+            drawn = ("crop_scale", "crop_ratio", "flip", "augment", "color_jitter", "random_erasing")
+            for name in drawn:
+                if not _at_default(self.data.image, name):
+                    raise ValueError(
+                        f"data.image.{name} changes nothing: with distill.stored the images are augmented as "
+                        "the teachers saw them; remove it"
+                    )
         return self
 
 
