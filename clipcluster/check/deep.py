@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import ClipTextTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
+from clipcluster.text import counted
 
+MEASURED_SAMPLES, LONGEST = 128, 4096  # samples whose captions are measured, in tokens up to a bound
+CUT_CAPTIONS = 0.1  # more captions than this part are longer than the context: a warning
 DEEP_SECONDS = 900  # large towers take minutes to build on a busy login node
 
 
@@ -92,6 +96,8 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
         for number, source in enumerate(sources):
             key = f"{kind}.{number}"
             attempt(key, check_sample, key, source, text, members, tokenizer, findings)
+            if kind == "data.train" and tokenizer is not None:
+                attempt(key, _check_lengths, key, source, tokenizer, recipe, findings)
     if not findings.errors:  # else the step would fail for a reason that is known
         attempt("a training step of a few samples", _check_step, recipe, world_size, assets, findings)
     return findings
@@ -125,11 +131,8 @@ def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, fin
             f"model.image: {name} has batch norms, whose statistics are over each rank's part of the batch: "
             f"with another number of ranks than {world_size} the weights differ"
         )
-    if recipe.train.precision == "bf16":
-        findings.warnings.append(
-            f"model.image: {name} has batch norms, whose statistics suffer in bf16; train.precision fp16 or "
-            "fp32 is safer"
-        )
+    if recipe.train.precision in ("bf16", "fp16"):
+        findings.summary.append(f"batch norms of {name}: kept in fp32 under {recipe.train.precision}")
 
 
 def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
@@ -197,6 +200,32 @@ def check_sample(
             findings.warnings.append(f"{key}: samples that cannot be decoded: {'; '.join(reasons)}")
         return
     raise UserError(f"none of the first {len(reasons)} samples can be decoded: {'; '.join(reasons)}")
+
+
+def _check_lengths(key: str, source: Source, tokenizer: Any, recipe: Recipe, findings: Findings) -> None:
+    """How long captions are, on samples from all over a source (of a remote one, its beginning)."""
+    shards = open_indexed(source, True)
+    remote = any(shards.folder_of(shard).remote_index is not None for shard in range(len(shards)))
+    count = min(shards.n_samples, MEASURED_SAMPLES)
+    stride = 1 if remote else shards.n_samples // count
+    captions = [shards.read(position * stride, text=True).captions for position in range(count)]
+    texts = [text for of_one in captions for text in of_one or ()]
+    if not texts:
+        return
+    uncut = copy(tokenizer)
+    uncut.context_length = LONGEST
+    lengths = uncut(texts)[1].sum(dim=1)
+    context = recipe.data.text.context_length
+    cut = float((lengths > context).float().mean())
+    said = (
+        f"{key}: of {counted(len(texts), 'caption')} {cut:.0%} have more than the "
+        f"{counted(context, 'token')} of data.text.context_length (median {int(lengths.median())}, "
+        f"longest {int(lengths.max())})"
+    )
+    if cut > CUT_CAPTIONS:
+        findings.advise(recipe.checks, "long-captions", f"{said}, and lose their ends")
+    else:
+        findings.summary.append(said)
 
 
 def _check_step(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from clipcluster.check import names
+from clipcluster.check import experience, names
 from clipcluster.errors import UserError
 from clipcluster.evals.headline import set_names
 from clipcluster.recipe.load import Loaded, load, result_keys
 from clipcluster.recipe.plan import Plan, plan_for_nodes
+from clipcluster.recipe.sections.checks import CheckName, Checks
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfImageTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
@@ -53,6 +54,13 @@ class Findings:
                 raise
             self.errors.append(f"{key}: {type(error).__name__}: {error}")
         return None
+
+    def advise(self, checks: Checks, name: CheckName, text: str) -> None:
+        """A finding of the check `name`: a warning, or part of the summary where the recipe allows it."""
+        if name in checks.allow:
+            self.summary.append(f"allowed ({name}): {text}")
+        else:
+            self.warnings.append(f"{text} (if intended: checks.allow: [{name}])")
 
     def raise_errors(self) -> None:
         """UserError with all the errors, if there is one."""
@@ -258,6 +266,20 @@ def _check_plans(checked: Checked, samples: int) -> None:
         checked.warnings += [text for text in found.warnings if text not in checked.warnings]
     if found is not None:
         checked.plan, checked.summary = found, _summary(checked.recipe, found, samples)
+        for name, text in experience.findings(checked.recipe, found, samples):
+            checked.advise(checked.recipe.checks, name, text)
+        _check_synchronised(checked, found)
+
+
+def _check_synchronised(checked: Checked, found: Plan) -> None:
+    """Batch norms over several ranks need GPUs."""
+    on_cpu = checked.recipe.cluster.gpus_per_node == 0
+    if checked.recipe.train.sync_batch_norm and on_cpu and found.world_size > 1:
+        place = checked.loaded.place("train.sync_batch_norm")
+        checked.errors.append(
+            f"{place}: torch's SyncBatchNorm does not run on the CPU, and cluster.gpus_per_node is 0; set it "
+            "to false"
+        )
 
 
 def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:

@@ -72,6 +72,7 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         return max(1, every.steps(steps_per_epoch, batch, total))
 
     warmup = recipe.optim.warmup.steps(steps_per_epoch, batch, total)
+    _check_warmup(recipe, warmup, total)
     every, keep, measure = recipe.checkpoint.every, recipe.checkpoint.keep.every, recipe.evaluate.every
     return Plan(
         world_size=world_size,
@@ -89,26 +90,24 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         evaluate_every=period("evaluate.every", measure) if measure else None,
         checkpoint_every=period("checkpoint.every", every) if isinstance(every, Duration) else None,
         keep_every=period("checkpoint.keep.every", keep) if keep else None,
-        warnings=(
-            *_warmup_fits(recipe, warmup, total),
-            *_small_micro_batches(recipe, per_rank, accumulation),
-        ),
+        warnings=(*_small_micro_batches(recipe, per_rank, accumulation),),
     )
 
 
-def _warmup_fits(recipe: Recipe, warmup: int, total: int) -> tuple[str, ...]:
-    """Warnings about the warm-up; UserError where training would end while still warming up."""
+def shown_warmup(recipe: Recipe, warmup: int) -> str:
+    """The warm-up as a message names it: ``optim.warmup 2 epochs (3,082 steps)``."""
     given = recipe.optim.warmup
-    text = f"optim.warmup {given.shown}" + ("" if given.unit == "steps" else f" ({counted(warmup, 'step')})")
+    return f"optim.warmup {given.shown}" + ("" if given.unit == "steps" else f" ({counted(warmup, 'step')})")
+
+
+def _check_warmup(recipe: Recipe, warmup: int, total: int) -> None:
+    """UserError where training would end while still warming up."""
     if warmup and warmup >= total:
         most = counted(int(total * LONG_WARMUP), "step")
         raise UserError(
-            f"{text} takes the whole run of {counted(total, 'step')} ({recipe.train.duration.shown}), which "
-            f"would end while still warming up; set it to at most {most}, or train longer"
+            f"{shown_warmup(recipe, warmup)} takes the whole run of {counted(total, 'step')} "
+            f"({recipe.train.duration.shown}), which would end while still warming up; set it to at most {most}, or train longer"
         )
-    if warmup > LONG_WARMUP * total:
-        return (f"{text} is {warmup / total:.1%} of the run's {counted(total, 'step')}; 2% to 10% is usual",)
-    return ()
 
 
 def _small_micro_batches(recipe: Recipe, per_rank: int, count: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pydantic import WithJsonSchema, model_validator
 
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.checkpoint import Checkpoint
+from clipcluster.recipe.sections.checks import Checks
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.data import Data
 from clipcluster.recipe.sections.distill import Distill
@@ -45,6 +46,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = section("When to save, and what to keep.", {})
     evaluate: Evaluate = section("What is measured, and when.", {})
     cluster: Cluster = section("Where the run takes place.", {})
+    checks: Checks = section("What the check warns of and the recipe means nevertheless.", {})
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Recipe:
