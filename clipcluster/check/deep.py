@@ -96,10 +96,12 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
         for number, source in enumerate(sources):
             key = f"{kind}.{number}"
             attempt(key, check_sample, key, source, text, members, tokenizer, findings)
-            if kind == "data.train" and tokenizer is not None:
-                attempt(key, _check_lengths, key, source, tokenizer, recipe, findings)
-    if not findings.errors:  # else the step would fail for a reason that is known
-        attempt("a training step of a few samples", _check_step, recipe, world_size, assets, findings)
+    if findings.errors:  # what follows would fail for a reason that is known
+        return findings
+    for number, source in enumerate(recipe.data.train if tokenizer is not None else ()):
+        key = f"data.train.{number}"
+        attempt(key, _check_lengths, key, source, tokenizer, recipe, findings)
+    attempt("a training step of a few samples", _check_step, recipe, world_size, assets, findings)
     return findings
 
 

@@ -19,7 +19,7 @@ SLOW_BETA2 = 0.995
 TEXT_SAMPLES = 1_000_000  # with fewer a text tower from scratch learns its language slowly
 AUGMENTED_SAMPLES = (100_000, 10_000_000)  # between them an image tower from scratch needs strong crops
 WEAK_CROP, PASSES = 0.7, 5
-LR, LR_BATCH, LR_FACTOR = 5e-4, 1024, 10
+LR, LR_BATCH, SMALL_BATCH, LR_FACTOR = 5e-4, 512, 256, 10
 # ResNets, also with another beginning (wide_resnet50_2, seresnext50) or end (resnetv2_50).
 _RESNET = re.compile(r"resne[xs]?t|res2net")
 
@@ -107,7 +107,8 @@ def _learning_rate(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
     lr = recipe.optim.lr
     if not isinstance(lr, float) or lr == 0 or recipe.optim.name != "adamw":
         return None
-    rule = LR * (plan.batch_size / LR_BATCH) ** 0.5
+    batch = max(plan.batch_size, SMALL_BATCH)
+    rule = LR * (batch / LR_BATCH) ** 0.5
     high, low = lr > LR_FACTOR * rule, lr * LR_FACTOR < rule and _image_from_scratch(recipe)
     if not (high or low):
         return None
@@ -115,5 +116,5 @@ def _learning_rate(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
     return (
         "learning-rate",
         f"optim.lr {lr:g}: for AdamW and batches of {plan.batch_size:,} the square-root rule gives {LR:g} x "
-        f"sqrt({plan.batch_size:,} / {LR_BATCH:,}) = {rule:.2g}; this is {times}",
+        f"sqrt({batch:,} / {LR_BATCH:,}) = {rule:.2g}; this is {times}",
     )

@@ -106,7 +106,8 @@ def _check_warmup(recipe: Recipe, warmup: int, total: int) -> None:
         most = counted(int(total * LONG_WARMUP), "step")
         raise UserError(
             f"{shown_warmup(recipe, warmup)} takes the whole run of {counted(total, 'step')} "
-            f"({recipe.train.duration.shown}), which would end while still warming up; set it to at most {most}, or train longer"
+            f"({recipe.train.duration.shown}), which would end while still warming up; set it to at most "
+            f"{most}, or train longer"
         )
 
 

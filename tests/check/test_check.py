@@ -42,6 +42,7 @@ optim: {lr: 1e-3}
 train: {duration: 10 epochs}
 evaluate: {retrieval: [data/test], zero_shot: [data/test]}
 cluster: {gpus_per_node: 0, tasks_per_node: 2, cpus_per_task: 2}
+checks: {allow: [text-from-scratch]}
 """
 
 
@@ -114,6 +115,8 @@ def test_a_right_recipe(checked: Callable[..., Checked]) -> None:
         "warm-up: 0 steps (0.0% of the run)",
         "batch: 4 = 2 ranks x 2 on 1 node",
         "checkpoints: every 15 min; evaluations: at the end",
+        "allowed (text-from-scratch): model.text starts from scratch, and the training data have 9 captioned "
+        "samples, less than 1,000,000: it converges slowly; give model.text.weights",
     ]
 
 
@@ -254,6 +257,7 @@ def test_warnings_do_not_stop(checked: Callable[..., Checked]) -> None:
     assert found.errors == []
     assert "50.0% of the run's 20 steps" in found.warnings[0]
     assert "data.workers: 9 loader processes share cluster.cpus_per_task 2" in found.warnings[1]
+    assert "does not run on the CPU" in checked("train.sync_batch_norm=true").errors[0]
 
 
 def test_a_recipe_that_cannot_be_read_raises(checked: Callable[..., Checked]) -> None:
@@ -418,8 +422,24 @@ def test_batch_norms_over_ranks_are_warned_of(folder: Path) -> None:
     found = examined("model.image.timm=test_resnet", "train.precision=bf16")
     assert found.errors == []
     assert "batch norms, whose statistics are over each rank's part" in found.warnings[0]
-    assert "statistics suffer in bf16" in found.warnings[1]
+    assert "batch norms of test_resnet: kept in fp32 under bf16" in found.summary
     assert examined("model.image.timm=test_resnet", world_size=1).warnings == []
+
+
+def test_captions_longer_than_the_context_are_counted(folder: Path) -> None:
+    said = (
+        "data.train.0: of 18 captions 0% have more than the 16 tokens of data.text.context_length (median 10"
+    )
+    assert said in "\n".join(examined().summary)
+    short = ("data.text.context_length=8", "data.text.tokenizer=bytes")
+    (warning,) = examined(*short).warnings
+    assert (
+        "of 18 captions 100% have more than the 8 tokens of data.text.context_length (median 10, l" in warning
+    )
+    assert warning.endswith("and lose their ends (if intended: checks.allow: [long-captions])")
+    found = examined(*short, "checks.allow=[long-captions]")
+    assert found.warnings == []
+    assert any(line.startswith("allowed (long-captions): data.train.0: of 18") for line in found.summary)
 
 
 def test_a_sample_that_cannot_be_decoded_is_passed_over(folder: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from clipcluster.check.experience import findings
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded
 from clipcluster.recipe.plan import micro_batches, plan, plan_for_nodes, samples_per_rank, usable_nodes
@@ -35,7 +36,7 @@ def test_the_arithmetic_of_coco() -> None:
     assert found.warmup_steps / found.total_steps == pytest.approx(0.055, abs=5e-4)
     assert found.warnings == ()
     # With one caption an image the same numbers are another experiment.
-    (warning,) = plan(recipe, 118_287, 2).warnings
+    warning = dict(findings(recipe, plan(recipe, 118_287, 2), 118_287))["long-warmup"]
     assert warning == "optim.warmup 2200 steps is 27.5% of the run's 8,008 steps; 2% to 10% is usual"
 
 
@@ -162,7 +163,7 @@ def test_warm_up_above_a_fifth_is_warned_of(warmup: int, total: int) -> None:
             with pytest.raises(UserError, match="takes the whole run"):
                 plan(recipe, 100, 1)
         return
-    assert bool(plan(recipe, 100, 1).warnings) == (warmup > 0.2 * total)
+    assert ("long-warmup" in dict(findings(recipe, plan(recipe, 100, 1), 100))) == (warmup > 0.2 * total)
 
 
 def test_epoch_samples_set_the_epoch(small: Small) -> None:
