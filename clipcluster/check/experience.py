@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from clipcluster.recipe.plan import LONG_WARMUP, Plan, shown_warmup
 from clipcluster.recipe.sections.checks import CheckName
+from clipcluster.recipe.sections.model import TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.text import counted
@@ -68,7 +69,8 @@ def _steps(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
 
 
 def _beta2(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
-    beta2, tower = recipe.optim.betas[1], recipe.model.image.timm
+    beta2, image = recipe.optim.betas[1], recipe.model.image
+    tower = image.timm if isinstance(image, TimmImageTower) else ""
     if beta2 < SLOW_BETA2 or not _contrastive(recipe) or not _RESNET.search(tower):
         return None
     return (
