@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from clipcluster.build.data import Sources, open_batches, open_sources
 from clipcluster.build.model import build_model, build_task, describe_start
+from clipcluster.build.optimizer import build_optimizer, build_schedule, try_optimizer
 from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.norms import synchronise
@@ -32,7 +32,6 @@ from clipcluster.train.compiling import compile_towers
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
-from clipcluster.train.optimizer import Optimizer, learning_rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
@@ -113,27 +112,19 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
         model.to(memory_format=torch.channels_last)  # the first convolution brings the images into it
     if recipe.train.compile:
         compile_towers(model, world.device)
-    wrapped, optim = WrappedTask(task, world), recipe.optim
-    optimizer = Optimizer(
-        model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
-    )
+    wrapped = WrappedTask(task, world)
+    optimizer = build_optimizer(recipe, model, plan_.total_steps)
     slot = world.rank * plan_.per_rank_batch
     backward = build_backward(recipe, wrapped, precision, world, slot=slot, micro_batches=plan_.accumulation)
-    schedule = partial(
-        learning_rate,
-        peak=optim.lr,
-        warmup=plan_.warmup_steps,
-        total=plan_.total_steps,
-        name=optim.schedule,
-    )
     return Step(
         backward,
         Stages(model, wrapped, optimizer),
         optimizer,
-        schedule,
+        build_schedule(recipe, plan_),
         Guard(world.device, recipe.train.non_finite.limit),
         build_ema(recipe, model),
-        clip_norm=optim.clip_norm,
+        clip_norm=recipe.optim.clip_norm,
+        clip_value=recipe.optim.clip_value,
     )
 
 
@@ -168,7 +159,8 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     running shows: shapes that do not fit, what a tower does not take. Starting weights are not read. Returns
     the names of the parameters without a gradient, which several ranks cannot train.
 
-    Raises UserError and DataError as building and reading do, NonFiniteError, and whatever the towers raise.
+    Raises UserError and DataError as building and reading do (`try_optimizer` among it), NonFiniteError, and
+    whatever the towers raise.
     """
     world = World(0, 1, 0, torch.device("cpu"))
     batch = recipe.data.batch_size
@@ -179,6 +171,7 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     sources = open_sources(small, assets)
     model = build_model(small, sources.tokenizer, assets, starting_weights=False)
     task = build_task(small, model, world)
+    try_optimizer(recipe, model)
     precision = Precision("fp32", world.device)
     backward = build_backward(small, WrappedTask(task, world), precision, world, slot=0, micro_batches=parts)
     batches = open_batches(small, sources, world, 0, ())

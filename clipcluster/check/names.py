@@ -21,36 +21,57 @@ def check_image_tower(name: str) -> str:
 
     The names are those that the last deep check with this version of timm stored.
     """
-    known = _stored_names()
+    return _check_timm(name.split(".", 1)[0], "models", f"model {name!r}")  # what follows a dot is a tag
+
+
+def check_optimizer(name: str) -> str:
+    """The same for the name of an optimizer; UserError also for one that cannot be used here."""
+    return (
+        ""
+        if name == "adamw"
+        else _check_timm(name, "optimizers", f"optimizer {name!r} that can be used here")
+    )
+
+
+def _check_timm(name: str, kind: str, called: str) -> str:
+    known = _stored_names(kind)
     if known is None:
         return f"{name!r}: the first check with --deep stores timm's list of names"
-    if name.split(".", 1)[0] in known:  # what follows a dot is a tag
+    if name in known:
         return ""
-    raise UserError(f"timm {metadata.version('timm')} has no model {name!r}{did_you_mean(name, known)}")
+    raise UserError(f"timm {metadata.version('timm')} has no {called}{did_you_mean(name, known)}")
 
 
 def store_timm_names() -> None:
     """Store timm's names for later plain checks, once for each version. Loads timm; may raise OSError."""
-    if _stored_names() is None:
+    if _stored_names("models") is None:
         import timm
         from timm.models import get_deprecated_models
 
-        _names_file().parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(_names_file(), [*timm.list_models(), *get_deprecated_models()])
+        _store("models", [*timm.list_models(), *get_deprecated_models()])
+    if _stored_names("optimizers") is None:
+        from clipcluster.train.timm_optimizers import usable_optimizers
+
+        _store("optimizers", usable_optimizers())
 
 
-def _stored_names() -> list[str] | None:
+def _store(kind: str, names: list[str]) -> None:
+    _names_file(kind).parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(_names_file(kind), names)
+
+
+def _stored_names(kind: str) -> list[str] | None:
     """The names stored for the installed timm; None where there are none, or the file is damaged."""
     try:
-        names = json.loads(_names_file().read_text(encoding="utf-8"))
+        names = json.loads(_names_file(kind).read_text(encoding="utf-8"))
     except (metadata.PackageNotFoundError, FileNotFoundError, ValueError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _names_file() -> Path:
+def _names_file(kind: str) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "clipcluster" / "names" / f"timm-{metadata.version('timm')}.json"
+    return Path(cache) / "clipcluster" / "names" / f"timm-{metadata.version('timm')}-{kind}.json"
 
 
 def check_hub_name(name: str, patterns: Sequence[str], assets: Path) -> str:

@@ -14,6 +14,7 @@ from clipcluster.errors import UserError
 from clipcluster.evals.headline import set_names
 from clipcluster.recipe.load import Loaded, load, result_keys
 from clipcluster.recipe.plan import Plan, plan_for_nodes
+from clipcluster.recipe.rates import describe_rates
 from clipcluster.recipe.sections.checks import CheckName, Checks
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import HfImageTower, HfTextTower, TimmImageTower
@@ -136,7 +137,7 @@ def _check_names(checked: Checked, runs: Path) -> None:
     loaded, recipe = checked.loaded, checked.recipe
     assets = Run(runs / run_name(recipe.name, result_keys(loaded))).assets
     tokenizer = recipe.data.text.tokenizer
-    checks = {}
+    checks = {"optim.name": partial(names.check_optimizer, recipe.optim.name)}
     for key, tower in (("model.image", recipe.model.image), ("model.text", recipe.model.text)):
         if isinstance(tower, TimmImageTower):
             checks[f"{key}.timm"] = partial(names.check_image_tower, tower.timm)
@@ -302,4 +303,5 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
         + f", in {plan.accumulation:,} micro-batches of {plan.micro_batch:,}"
         * (plan.accumulation > 1),
         f"checkpoints: every {saves}; evaluations: " + (f"{often}at the end" if sets else "none"),
+        f"learning rate: {describe_rates(recipe)}",
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import isqrt
 
 from clipcluster.errors import UserError
+from clipcluster.recipe.rates import rates
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Duration
 from clipcluster.text import counted
@@ -32,7 +33,9 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     total_samples: int
+    lr: float  # after the warm-up
     warmup_steps: int
+    cooldown_steps: int
     log_every: int
     evaluate_every: int | None
     checkpoint_every: int | None  # None: by the clock
@@ -50,8 +53,8 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         world_size: ranks in all.
 
     Raises:
-        UserError: the batch does not divide, or cuts pairs that are mixed, the run has no step, or the
-            warm-up takes the whole run; with the arithmetic and values that work.
+        UserError: the batch does not divide, or cuts pairs that are mixed, the run has no step, the schedule
+            does not fit into it, or min_lr is not below lr; with the arithmetic and values that work.
     """
     batch = recipe.data.batch_size
     per_rank = samples_per_rank(batch, world_size)
@@ -72,7 +75,8 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         return max(1, every.steps(steps_per_epoch, batch, total))
 
     warmup = recipe.optim.warmup.steps(steps_per_epoch, batch, total)
-    _check_warmup(recipe, warmup, total)
+    cooldown = recipe.optim.cooldown.steps(steps_per_epoch, batch, total) if recipe.optim.cooldown else 0
+    _check_schedule(recipe, warmup, cooldown, total)
     every, keep, measure = recipe.checkpoint.every, recipe.checkpoint.keep.every, recipe.evaluate.every
     return Plan(
         world_size=world_size,
@@ -85,7 +89,9 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         total_samples=total * batch,
+        lr=rates(recipe).peak,
         warmup_steps=warmup,
+        cooldown_steps=cooldown,
         log_every=period("train.log_every", recipe.train.log_every),
         evaluate_every=period("evaluate.every", measure) if measure else None,
         checkpoint_every=period("checkpoint.every", every) if isinstance(every, Duration) else None,
@@ -100,8 +106,8 @@ def shown_warmup(recipe: Recipe, warmup: int) -> str:
     return f"optim.warmup {given.shown}" + ("" if given.unit == "steps" else f" ({counted(warmup, 'step')})")
 
 
-def _check_warmup(recipe: Recipe, warmup: int, total: int) -> None:
-    """UserError where training would end while still warming up."""
+def _check_schedule(recipe: Recipe, warmup: int, cooldown: int, total: int) -> None:
+    """UserError where training would end while still warming up, or the cooldown does not fit."""
     if warmup and warmup >= total:
         most = counted(int(total * LONG_WARMUP), "step")
         raise UserError(
@@ -109,6 +115,14 @@ def _check_warmup(recipe: Recipe, warmup: int, total: int) -> None:
             f"({recipe.train.duration.shown}), which would end while still warming up; set it to at most "
             f"{most}, or train longer"
         )
+    if warmup + cooldown > total:
+        long = f"optim.cooldown {recipe.optim.cooldown} ({counted(cooldown, 'step')})"
+        raise UserError(
+            f"{shown_warmup(recipe, warmup)} and {long} do not fit into the run of "
+            f"{counted(total, 'step')} ({recipe.train.duration.shown}); shorten one, or train longer"
+        )
+    if recipe.optim.cooldown and not cooldown:
+        raise UserError(f"optim.cooldown {recipe.optim.cooldown} rounds to zero steps")
 
 
 def _small_micro_batches(recipe: Recipe, per_rank: int, count: int) -> tuple[str, ...]:

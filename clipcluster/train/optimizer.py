@@ -1,38 +1,22 @@
-"""AdamW over the parameters that train, its state keyed by their names, and its learning rate."""
+"""An optimizer over the parameters that train, its state keyed by their names."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipcluster.model.weight_files import some
+from clipcluster.train.timm_optimizers import timm_optimizer
+from clipcluster.train.undo import Undo, Values, copied, counters
 
-Schedule = Callable[[int], float]
-"""From the step to the learning rate."""
-
-
-def learning_rate(
-    step: int, *, peak: float, warmup: int, total: int, name: Literal["cosine", "constant"] = "cosine"
-) -> float:
-    """The learning rate of the update that leads from step `step` to `step + 1` (steps count from 0).
-
-    Warm-up is linear and never zero: `peak * (step + 1) / warmup` for `step < warmup`. After it
-    `constant` stays at `peak`, and `cosine` falls from `peak` (at `step == warmup`) along half a cosine,
-    `peak * (1 + cos(pi * (step - warmup) / (total - warmup))) / 2`, which reaches 0 at `step == total`,
-    one update past the last (Loshchilov and Hutter 2017, equation 5, one cycle with minimum 0).
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if name == "constant":
-        return peak
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 0.5 * peak * (1.0 + math.cos(math.pi * done))
+WeightDecay = Callable[[int, float], float]
+"""From the step and a parameter's weight decay at step 0 to its weight decay."""
 
 
 @dataclass(frozen=True)
@@ -57,36 +41,93 @@ def full_rate(name: str) -> Rate | None:
     return Rate()
 
 
-def trained_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
-    """Name -> (parameter, whether weight decay applies) of all that train; a shared one under its first name.
+@dataclass(frozen=True)
+class Tuning:
+    """What a parameter has for the whole run.
 
-    It does not apply to biases, norms, nor anything with fewer than two dimensions: the last covers
-    `logit_scale` and every per-channel gain.
+    factor: of the schedule's learning rate. weight_decay: at step 0; None where none ever applies. fallback:
+    with an optimizer of Muon's family, AdamW trains the parameter whatever its shape.
     """
-    found = {}
+
+    factor: float = 1.0
+    weight_decay: float | None = None
+    fallback: bool = False
+
+    def __str__(self) -> str:
+        decay = "no weight decay" if self.weight_decay is None else f"weight decay {self.weight_decay:g}"
+        return f"learning rate x {self.factor:.6g}, {decay}" + ", AdamW" * self.fallback
+
+
+def decaying(model: nn.Module, no_decay: Iterable[str] = ()) -> set[str]:
+    """The names of the parameters to which weight decay applies.
+
+    It does not apply to biases, norms, nor anything with fewer than two dimensions (the last covers
+    `logit_scale` and every per-channel gain), and not to names that a pattern of `no_decay` fits (`*`, `?`).
+    """
+    found = set()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__.lower()
-            decays = parameter.ndim >= 2 and "norm" not in owner and not name.endswith("bias")
-            found[name] = (parameter, decays)
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__.lower()
+        by_rule = parameter.ndim >= 2 and "norm" not in owner and not name.endswith("bias")
+        if by_rule and not any(fnmatchcase(name, pattern) for pattern in no_decay):
+            found.add(name)
     return found
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2), one fused kernel a step, skippable on the device.
+    """AdamW, or one of timm's optimizers, skippable on the device.
 
-    The state is flat, `PARAMETER.exp_avg`, `PARAMETER.exp_avg_sq`, `PARAMETER.step`, so that it outlives a
-    change of the parameters' order, and complete: every parameter that trains has one from the beginning.
-    Hyperparameters come from the recipe and are not in it.
+    AdamW (Loshchilov and Hutter 2019, algorithm 2) is one fused kernel a step, which skips by itself; the
+    others go through `Undo`.
+
+    The state is flat, `PARAMETER.exp_avg`, `PARAMETER.step`, …, so that it outlives a change of the
+    parameters' order. Of AdamW it is complete: every parameter that trains has one from the beginning. The
+    others make theirs at a parameter's first update; `PARAMETER.began` says whether that was. What an
+    optimizer counts for a whole group (LAMB, Adan) is kept for each of its parameters, and parameters with
+    different counts are in different groups. Hyperparameters come from the recipe and are not in the state.
     """
 
     def __init__(
-        self, model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        name: str = "adamw",
+        args: Mapping[str, Any] | None = None,
+        tunings: Mapping[str, Tuning] | None = None,
+        decay_at: WeightDecay = lambda step, start: start,
     ) -> None:
-        self._model, self._weight_decay = model, weight_decay
-        self._make = partial(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, fused=True)
-        self._named: dict[str, tuple[nn.Parameter, bool]] = {}
-        self._adamw: torch.optim.AdamW
+        """The optimizer `name`, over what trains now.
+
+        Args:
+            lr: the schedule's peak.
+            weight_decay: of what `decaying` names, where there are no `tunings`.
+            betas, eps: AdamW's.
+            args: of another optimizer than AdamW.
+            tunings: by parameter name, all of them.
+
+        Raises:
+            UserError: as `timm_optimizer`.
+        """
+        self.name = name
+        self._model, self._peak, self._decay_at = model, lr, decay_at
+        decays = decaying(model)
+        self._tunings = tunings or {
+            name: Tuning(weight_decay=weight_decay if name in decays else None)
+            for name, _ in model.named_parameters()
+        }
+        self._fused = name == "adamw"
+        self._make: Callable[[list[Values]], torch.optim.Optimizer] = (
+            partial(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, fused=True)
+            if self._fused
+            else timm_optimizer(name, args or {}, lr)
+        )
+        self._undo = Undo()
+        self._named: dict[str, nn.Parameter] = {}
+        self._given: frozenset[str]  # the keys of a parameter group that are settings
+        self._optimizer: torch.optim.Optimizer
         self.regroup(full_rate)
 
     def regroup(self, rate_of: Callable[[str], Rate | None]) -> None:
@@ -95,34 +136,82 @@ class Optimizer:
         Those that trained before keep their state, the others begin with none: what is frozen again and
         trains once more starts afresh.
         """
-        kept = {name: self._adamw.state[parameter] for name, (parameter, _) in self._named.items()}
-        self._named = trained_parameters(self._model)
-        groups: dict[tuple[float, Rate], list[nn.Parameter]] = {}
-        for name, (parameter, decays) in self._named.items():
-            rate = rate_of(name)
-            if rate is None:
+        kept = self._states()
+        self._rate_of = rate_of
+        self._named = {
+            name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad
+        }
+        for name in self._named:
+            if rate_of(name) is None:
                 raise ValueError(f"{name} requires a gradient and has no learning rate")
-            groups.setdefault((self._weight_decay if decays else 0.0, rate), []).append(parameter)
-        self._adamw = self._make(
-            [
-                {"params": parameters, "weight_decay": decay, "rate": rate}
-                for (decay, rate), parameters in groups.items()
-            ]
+        self._build(kept)
+
+    def _build(self, kept: Mapping[str, tuple[Values, Values]]) -> None:
+        """Groups of parameters with equal settings and counts, and their states: name -> state, counts."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name in self._named:
+            counts = kept[name][1] if name in kept else {}
+            key = (self._tunings[name], self._rate_of(name))
+            groups.setdefault((*key, *((k, float(v)) for k, v in counts.items())), []).append(name)
+        given = [self._settings(names[0]) for names in groups.values()]
+        members = [[self._named[name] for name in names] for names in groups.values()]
+        self._optimizer = self._make(
+            [{"params": params, **own} for params, own in zip(members, given, strict=True)]
         )
-        for name, (parameter, _) in self._named.items():
-            self._adamw.state[parameter] = kept.get(name) or {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self._given = frozenset(key for group in self._optimizer.param_groups for key in group)
+        for group, names in zip(self._optimizer.param_groups, groups.values(), strict=True):
+            if "max_lr_snapshot" in group:  # what timm's corrected weight decay measures the rate by
+                group["max_lr_snapshot"] = self._peak * group["factor"] * group["rate"].scale
+            group.update(copied(kept[names[0]][1]) if names[0] in kept else {})
+        for name, parameter in self._named.items():
+            state = kept[name][0] if name in kept else self._fresh(parameter)
+            if state:
+                self._optimizer.state[parameter] = state
+
+    def _settings(self, name: str) -> Values:
+        """What a parameter's group is made with."""
+        tuning, rate = self._tunings[name], self._rate_of(name)
+        own = {"weight_decay": tuning.weight_decay or 0.0, "factor": tuning.factor, "rate": rate}
+        return {**own, "tuning": tuning, **({"use_fallback": True} if tuning.fallback else {})}
+
+    def _fresh(self, parameter: nn.Parameter) -> Values:
+        if not self._fused:
+            return {}
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+    def _states(self) -> dict[str, tuple[Values, Values]]:
+        """Name -> the state of each parameter, and what is counted for its group."""
+        if not self._named:
+            return {}
+        self._undo.settle()
+        names = {parameter: name for name, parameter in self._named.items()}
+        found = {}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self._optimizer.state.get(parameter, {})
+                held = {key: value for key, value in state.items() if value is not None}
+                found[names[parameter]] = (held, counters(group, self._given))
+        return {name: found[name] for name in self._named}
+
+    def describe(self) -> list[str]:
+        """One line for each set of settings: how many parameters have it."""
+        counts: dict[Tuning, int] = {}
+        for name, parameter in self._named.items():
+            tuning = self._tunings[name]
+            counts[tuning] = counts.get(tuning, 0) + parameter.numel()
+        return [f"{self.name}: {count:,} parameters: {tuning}" for tuning, count in counts.items()]
 
     def gradients(self) -> list[Tensor]:
         """The gradients there are; a parameter that took no part in the loss has None, not zero."""
-        return [p.grad for p, _ in self._named.values() if p.grad is not None]
+        return [p.grad for p in self._named.values() if p.grad is not None]
 
     def clear(self) -> None:
         """Drop all gradients."""
-        self._adamw.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, lr: float, at: int, *, divisor: Tensor, found_inf: Tensor) -> None:
         """One update with the gradients divided by `divisor`; none at all where `found_inf` is 1.
@@ -130,41 +219,91 @@ class Optimizer:
         `lr` is the schedule's at step `at`; each group's follows from it. The tensors are 0-dimensional
         float32 on the device, so nothing waits for it.
         """
-        for group in self._adamw.param_groups:
-            group["lr"] = lr * group["rate"].factor(at)
-        # The two attributes a gradient scaler hands to a fused optimizer; its kernel reads them.
-        self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
-        self._adamw.found_inf = found_inf  # type: ignore[attr-defined]
-        self._adamw.step()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["factor"] * group["rate"].factor(at)
+            if group["tuning"].weight_decay is not None:
+                group["weight_decay"] = self._decay_at(at, group["tuning"].weight_decay)
+        if self._fused:
+            # The two attributes a gradient scaler hands to a fused optimizer; its kernel reads them.
+            self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+            self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            self._optimizer.step()
+        else:
+            torch._foreach_div_(self.gradients(), divisor)
+            self._undo.step(self._optimizer, self._given, found_inf)
 
     def state_dict(self) -> dict[str, Any]:
-        """Flat: `PARAMETER.KEY` -> tensor."""
-        return {
-            f"{name}.{key}": value
-            for name, (parameter, _) in self._named.items()
-            for key, value in self._adamw.state[parameter].items()
-        }
+        """Flat: `PARAMETER.KEY` -> tensor or number."""
+        return self._flat(self._states())
+
+    def _flat(self, states: Mapping[str, tuple[Values, Values]]) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, (state, counts) in states.items():
+            flat.update({f"{name}.{key}": value for key, value in (state | counts).items()})
+            if not self._fused:
+                flat[f"{name}.began"] = bool(state)
+        return flat
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state from `state_dict`, all of it.
 
         Raises RuntimeError, naming them, for entries that are missing, belong to no parameter that trains
-        here, or have another shape; nothing is changed then.
+        here, or have another shape or type; nothing is changed then.
         """
-        own = self.state_dict()
+        layout = self._layout(state)
+        own = self._flat(layout)
         # Before format 2 the scale of the logits had no dimension.
         fitting = {
-            key: value.reshape(1) if value.ndim == 0 and own[key].shape == (1,) else value
+            key: value.reshape(1) if _has_no_dimension(value) and own[key].shape == (1,) else value
             for key, value in state.items()
             if key in own
         }
         problems = {
             "no entries for": own.keys() - state.keys(),
             "entries for what does not train in this model": state.keys() - own.keys(),
-            "entries of another shape": {key for key in fitting if fitting[key].shape != own[key].shape},
+            "entries of another shape": {key for key in fitting if _kind(fitting[key]) != _kind(own[key])},
         }
         found = [f"{what}: {some(sorted(names))}" for what, names in problems.items() if names]
         if found:
             raise RuntimeError(f"the optimizer's state has {'; '.join(found)}")
-        for key, value in fitting.items():
-            own[key].copy_(value)
+        for name, parts in layout.items():
+            for values in parts:
+                for key, value in values.items():
+                    taken = fitting[f"{name}.{key}"]
+                    values[key] = value.copy_(taken) if isinstance(value, Tensor) else taken
+        self._build(layout)
+
+    def _layout(self, state: Mapping[str, Any]) -> dict[str, tuple[Values, Values]]:
+        """Name -> state and counts as `state` should have them: tensors to copy into, numbers of the type."""
+        if self._fused:
+            return self._states()
+        layout: dict[str, tuple[Values, Values]] = {}
+        probed: dict[tuple[Any, ...], tuple[Values, Values]] = {}
+        for name, parameter in self._named.items():
+            about = (parameter.shape, parameter.stride(), parameter.dtype, self._tunings[name])
+            if about not in probed:
+                probed[about] = self._probe(name)
+            held, counts = probed[about]
+            if not state.get(f"{name}.began", True):
+                held, counts = {}, {key: counts[key] for key in counts if f"{name}.{key}" in state}
+            layout[name] = copied(held), copied(counts)
+        return layout
+
+    def _probe(self, name: str) -> tuple[Values, Values]:
+        """What the optimizer keeps for a parameter and counts for its group, tried on one of zeros."""
+        parameter = nn.Parameter(torch.zeros_like(self._named[name]))
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer = self._make([{"params": [parameter], **self._settings(name)}])
+        given = frozenset(optimizer.param_groups[0])
+        optimizer.step()
+        held = {key: value for key, value in optimizer.state[parameter].items() if value is not None}
+        return held, counters(optimizer.param_groups[0], given)
+
+
+def _has_no_dimension(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    """What two entries have alike where one can take the other's place."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else (type(value),)

@@ -11,8 +11,9 @@ from torch import Tensor
 from clipcluster.model.task import Report
 from clipcluster.train.backward import Backward
 from clipcluster.train.ema import Ema
-from clipcluster.train.optimizer import Optimizer, Schedule
+from clipcluster.train.optimizer import Optimizer
 from clipcluster.train.progress import Progress
+from clipcluster.train.schedule import Schedule
 from clipcluster.train.stages import Stages
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class Step:
     """What happens to the weights between two boundaries.
 
     backward: turns a batch into gradients; it brings the task, its precision and running statistics.
-    clip_norm: largest norm of the whole gradient, or None.
+    clip_norm: largest norm of the whole gradient, or None. clip_value: largest absolute value of an entry,
+    after it, or None.
     """
 
     backward: Backward
@@ -92,6 +94,7 @@ class Step:
     guard: Guard
     ema: Ema | None
     clip_norm: float | None
+    clip_value: float | None = None
 
     def __call__(self, batch: Batch, progress: Progress) -> Report:
         """Train on a batch, which lies on the device; returns what the task reports, still on the device."""
@@ -102,8 +105,11 @@ class Step:
         norm = gradient_norm(self.optimizer.gradients()) / precision.scale
         found_inf = self.guard(norm, precision.counts(), batch.index)
         clipping = 1.0 if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        lr = self.schedule(progress.step)
-        self.optimizer.step(lr, progress.step, divisor=precision.scale / clipping, found_inf=found_inf)
+        divisor = precision.scale / clipping
+        if self.clip_value is not None:
+            clip_values(self.optimizer.gradients(), divisor, self.clip_value)
+            divisor = torch.ones_like(divisor)
+        self.optimizer.step(self.schedule(progress.step), progress.step, divisor=divisor, found_inf=found_inf)
         statistics.commit(found_inf)
         self.backward.task.task.after_step()
         if self.ema:
@@ -131,3 +137,10 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
         raise ValueError("no parameter has a gradient: the loss does not depend on the model")
     norms = torch._foreach_norm(gradients)
     return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+
+
+def clip_values(gradients: list[Tensor], divisor: Tensor, largest: float) -> None:
+    """Divide the gradients by `divisor`, in place, then bring every entry to within `largest` of zero."""
+    torch._foreach_div_(gradients, divisor)
+    torch._foreach_clamp_min_(gradients, -largest)
+    torch._foreach_clamp_max_(gradients, largest)

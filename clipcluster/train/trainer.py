@@ -83,6 +83,8 @@ class Trainer:
             self.records.event("resume", checkpoint=found.name)
             self.metrics.say(f"resuming from {found.name}")
         self.metrics.open(self.progress)
+        for line in self.step.optimizer.describe():
+            self.metrics.say(line)
         self.attempt.phase(self.world.rank, "first batch")
         if self.world.agree(self.stop.wishes()) & Wish.STOP:
             return self._stopped()

@@ -115,6 +115,7 @@ def test_a_right_recipe(checked: Callable[..., Checked]) -> None:
         "warm-up: 0 steps (0.0% of the run)",
         "batch: 4 = 2 ranks x 2 on 1 node",
         "checkpoints: every 15 min; evaluations: at the end",
+        "learning rate: 0.001",
         "allowed (text-from-scratch): model.text starts from scratch, and the training data have 9 captioned "
         "samples, less than 1,000,000: it converges slowly; give model.text.weights",
     ]
@@ -287,12 +288,28 @@ def test_without_timms_names_the_plain_check_says_what_it_leaves_out(
     ]
     names.store_timm_names()
     assert len(checked("model.image.timm=test_convnex").errors) == 1
-    (file,) = (tmp_path / "none/clipcluster/names").iterdir()
+    (file,) = (tmp_path / "none/clipcluster/names").glob("*-models.json")
     for damaged in ("", "[1", "{}", "[1]"):
         file.write_text(damaged)
         assert checked().unchecked[0].startswith("model.image.timm")
     names.store_timm_names()
     assert checked("model.image.timm=test_vit").unchecked == []
+
+
+def test_an_optimizer_is_known_by_the_stored_names(
+    checked: Callable[..., Checked], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert checked("optim.name=lamb").errors == []
+    for name, said in {
+        "lambb": "did you mean lamb?",
+        "kron": "has no optimizer 'kron' that can be used",
+    }.items():
+        (error,) = checked(f"optim.name={name}").errors
+        assert error.startswith(f"from the command line: optim.name={name}: timm ")
+        assert said in error
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    assert any(text.startswith("optim.name 'lamb'") for text in checked("optim.name=lamb").unchecked)
+    assert not any(text.startswith("optim.name") for text in checked().unchecked)
 
 
 @pytest.fixture
@@ -394,6 +411,8 @@ def test_a_process_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyP
         ("model.image.args={depths: [1, 1], dims: [8, 8]}", "model.image"),
         ("model.text={arch: gpt5}", "gpt5"),
         ("model.image.weights=tiny.yaml", "tiny.yaml"),
+        ("optim.no_decay=[nothing]", "fits no parameter"),
+        ("optim={name: lamb, lr: 1, args: {beta: 1}}", "timm cannot make lamb"),
     ],
 )
 def test_what_only_the_deep_check_finds(folder: Path, override: str, said: str) -> None:

@@ -104,14 +104,14 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("train.weight_decay=1", "unknown key; did you mean optim.weight_decay?"),
         (
             "optim.zzz=1",
-            "unknown key; optim has the keys name, lr, weight_decay, betas, eps, clip_norm, schedule, warmup",
+            "unknown key; optim has the keys name, args, lr, min_lr, weight_decay, weight_decay_end",
         ),
         ("optim.lr=high", "got 'high'; should be a number"),
         ("data.batch_size=1.5", "got 1.5; should be a whole number"),
         ("data.batch_size=true", "got true; should be a whole number"),
         ("data.image.flip=7", "got 7; should be true or false"),
         ("name=2024", "got 2024; should be text; write it in quotes"),
-        ("optim=3", "got 3; should be a section with the keys name, lr"),
+        ("optim=3", "got 3; should be a section with the keys name, args, lr"),
         (
             "optim.warmup=100",
             "got 100; a duration is 'N steps', 'N samples', 'N epochs' or 'N%' of the run; did you mean "
@@ -144,7 +144,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("train.ema=0.99", "; write 'train.ema={decay: 0.99}'"),
         ("train.ema=true", "should be a section with the keys decay; write 'train.ema={}'"),
         ("task=contrasive", "should be contrastive or classify; did you mean contrastive?"),
-        ("optim.schedule=cosin", "should be cosine or constant; did you mean cosine?"),
+        ("optim.schedule=cosin", "should be cosine or linear or constant or wsd; did you mean cosine?"),
         ("seed=-1", "got -1; should be at least 0"),
         ("train.ema={decay: 1}", "got 1; should be less than 1"),
         ("name=a/b", "should be letters, digits, '.', '_' and '-'"),

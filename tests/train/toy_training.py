@@ -29,11 +29,12 @@ from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
-from clipcluster.train.optimizer import Optimizer, Rate, learning_rate
+from clipcluster.train.optimizer import Optimizer, Rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
 from clipcluster.train.saver import Saver
+from clipcluster.train.schedule import learning_rate
 from clipcluster.train.stages import Stage, Stages
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Guard, Step
