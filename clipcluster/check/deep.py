@@ -82,11 +82,12 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     needed, tokenizer = TASKS[recipe.task], None
     if needed.captions:
         tokenizer = attempt("data.text.tokenizer", load_tokenizer, recipe.data.text, assets)
-    attempt("model.image", _check_image_tower, recipe, world_size, assets, findings)
-    if tokenizer is not None:
+    if recipe.model.image is not None:
+        attempt("model.image", _check_image_tower, recipe, world_size, assets, findings)
+    if tokenizer is not None and recipe.model.text is not None:
         attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
-    if recipe.model.weights and not findings.errors:
-        attempt("model.weights", _check_weights, recipe, tokenizer, assets, findings)
+    if not findings.errors and (recipe.model.weights or recipe.model.dual):
+        attempt("model", _check_whole, recipe, tokenizer, assets, findings)
     examined: list[tuple[str, Sequence[Source], bool, Mapping[str, str]]]
     examined = [("data.train", recipe.data.train, needed.captions, needed.members(recipe))]
     for kind in needed.evaluations:
@@ -117,6 +118,7 @@ def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, fin
     except OSError as error:
         findings.warnings.append(f"timm's names cannot be stored for the plain check: {error}")
     size, section = recipe.data.image.size, recipe.model.image
+    assert section is not None
     tower, coverage = build_image_tower(
         section, image_size=size, assets=assets, weights_from=recipe.model.weights_from
     )
@@ -152,10 +154,13 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     findings.summary += _said(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
 
 
-def _check_weights(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
+def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
+    """A whole dual encoder, or weights of a whole model."""
     from clipcluster.build.model import build_model
 
     model = build_model(recipe, tokenizer, assets)
+    if recipe.model.dual:
+        findings.summary += _said(f"dual encoder: {recipe.model.dual.hf}", model, None)
     findings.summary += [str(coverage) for coverage in model.starting_weights]
 
 

@@ -38,7 +38,7 @@ def _contrastive(recipe: Recipe) -> bool:
 
 
 def _image_from_scratch(recipe: Recipe) -> bool:
-    return not (recipe.model.weights or recipe.model.image.weights)
+    return recipe.model.weights_of("image") is None
 
 
 def _warmup(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
@@ -82,7 +82,7 @@ def _beta2(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
 
 def _text(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
     text = recipe.model.text
-    if text is None or text.weights or recipe.model.weights or samples >= TEXT_SAMPLES:
+    if text is None or recipe.model.weights_of("text") or samples >= TEXT_SAMPLES:
         return None
     return (
         "text-from-scratch",

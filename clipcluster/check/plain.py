@@ -17,7 +17,7 @@ from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.rates import describe_rates
 from clipcluster.recipe.sections.checks import CheckName, Checks
 from clipcluster.recipe.sections.data import Source
-from clipcluster.recipe.sections.model import HfImageTower, HfTextTower, TimmImageTower
+from clipcluster.recipe.sections.model import Dual, HfImageTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import METRICS, RAW, TASKS
 from clipcluster.runs.folder import Run
@@ -138,10 +138,11 @@ def _check_names(checked: Checked, runs: Path) -> None:
     assets = Run(runs / run_name(recipe.name, result_keys(loaded))).assets
     tokenizer = recipe.data.text.tokenizer
     checks = {"optim.name": partial(names.check_optimizer, recipe.optim.name)}
-    for key, tower in (("model.image", recipe.model.image), ("model.text", recipe.model.text)):
+    for key in ("model.image", "model.text", "model.dual"):
+        tower = getattr(recipe.model, key.removeprefix("model."))
         if isinstance(tower, TimmImageTower):
             checks[f"{key}.timm"] = partial(names.check_image_tower, tower.timm)
-        elif isinstance(tower, HfImageTower | HfTextTower):
+        elif isinstance(tower, HfImageTower | HfTextTower | Dual):
             checks[f"{key}.hf"] = partial(names.check_hub_name, tower.hf, names.CONFIGURATION, assets)
     if tokenizer != "bytes" and TASKS[recipe.task].captions:
         checks["data.text.tokenizer"] = partial(names.check_hub_name, tokenizer, names.TOKENIZER, assets)

@@ -122,6 +122,7 @@ def build_classifier(
     nothing tells the number of classes.
     """
     tower = recipe.model.image
+    assert tower is not None
     if not starting_weights:
         tower = tower.model_copy(update={"weights": None})
     image, coverage = build_image_tower(

@@ -27,7 +27,7 @@ class Clip(nn.Module):
     embed_dim: width of the common space. scale: the factor of the logits at the start; max_scale: its bound,
     if any. bias: what is added to the logits at the start; None for a model without a bias.
     projection_bias: the towers (`image`, `text`) whose projection has one; CLIP's have none, but its ResNets'
-    image.
+    image. projected: whether there are projections; SigLIP's towers end in the common space.
     `starting_weights` says what the files brought, one entry a file.
     """
 
@@ -41,12 +41,16 @@ class Clip(nn.Module):
         max_scale: float | None,
         bias: float | None = None,
         projection_bias: Collection[str] = (),
+        projected: bool = True,
     ) -> None:
         super().__init__()
         self.image = image
         self.text = text
-        self.image_projection = _projection(image.width, embed_dim, "image" in projection_bias)
-        self.text_projection = _projection(text.width, embed_dim, "text" in projection_bias)
+        self.image_projection: nn.Module = nn.Identity()
+        self.text_projection: nn.Module = nn.Identity()
+        if projected:
+            self.image_projection = _projection(image.width, embed_dim, "image" in projection_bias)
+            self.text_projection = _projection(text.width, embed_dim, "text" in projection_bias)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(scale)]))  # (1,): FSDP2 shards no scalar
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
         self.embed_dim = embed_dim
@@ -82,6 +86,7 @@ def build_clip(
     """
     config = recipe.model
     of_image, of_text = config.image, config.text
+    assert of_image is not None
     assert of_text is not None
     assert tokenizer is not None
     if not starting_weights:

@@ -216,7 +216,7 @@ def build_text_tower(
     else:
         settings = _config_from_arch(config.arch, dict(config.config), tokenizer)
     settings.use_cache = False
-    _check_fits(settings, tokenizer)
+    check_fits(settings, tokenizer)
     pool = config.pool or POOL_OF_ARCH.get(settings.model_type)
     transformer = _transformer(settings, pool or "")
     if pool is None:
@@ -271,7 +271,8 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) ->
         return AutoConfig.for_model(arch, **chosen)
 
 
-def _check_fits(settings: Any, tokenizer: Tokenizer) -> None:
+def check_fits(settings: Any, tokenizer: Tokenizer) -> None:
+    """UserError where a text network of this configuration does not take what the tokenizer gives."""
     if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "vocab_size"):
         raise UserError(
             f"model.text: {settings.model_type} is not a single text network (encoder-decoders and dual "

@@ -49,9 +49,11 @@ _HEADS = re.compile(
 )
 # What a module computes for itself: written by some versions, ignored by others.
 _COMPUTED = re.compile(
-    r"(^|\.)(num_batches_tracked|position_ids|attn\.bias|attn\.masked_bias|relative_position_index"
+    r"(^|\.)(num_batches_tracked|position_ids|token_type_ids|attn\.bias|attn\.masked_bias|relative_position_index"
     r"|relative_coords_table|attn_mask|inv_freq)$"
 )
+# What whole models hold that no feature depends on.
+_IDLE = re.compile(rf"{'|'.join(SIZES)}|logit_bias|text\.transformer\.pooler\..*")
 _NEW_NAMES = {"gamma": "weight", "beta": "bias"}
 _OLD_LAYER_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 
@@ -275,7 +277,7 @@ def _check_larger(coverage: Coverage, own: Mapping[str, Tensor]) -> None:
     parts = {key.split(".")[0] for key in own}
     larger = [key for key in coverage.unexpected if key.split(".")[0] in parts and not _HEADS.match(key)]
     if coverage.tower == "model":
-        larger = [key for key in coverage.unexpected if key not in SIZES]
+        larger = [key for key in coverage.unexpected if not _IDLE.fullmatch(key)]
     if larger:
         what = "model than the one" if coverage.tower == "model" else f"tower than the {coverage.tower} tower"
         raise UserError(

@@ -55,7 +55,7 @@ def _stored_members(recipe: Any) -> Mapping[str, str]:
 TASKS: Mapping[str, TaskSpec] = {
     "contrastive": TaskSpec(
         builder="clipcluster.model.task:build_contrastive",
-        model="clipcluster.model.clip:build_clip",
+        model="clipcluster.model.dual:build_dual_encoder",
         loss_over="batch",
         captions=True,
         evaluations=("retrieval", "zero_shot"),
@@ -69,7 +69,7 @@ TASKS: Mapping[str, TaskSpec] = {
     ),
     "distill": TaskSpec(
         builder="clipcluster.model.distill:build_distill",
-        model="clipcluster.model.clip:build_clip",
+        model="clipcluster.model.dual:build_dual_encoder",
         loss_over="batch",
         captions=True,
         members=_stored_members,
@@ -80,7 +80,7 @@ TASKS: Mapping[str, TaskSpec] = {
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "captions": (
-        *("model.text", "model.embed_dim", "model.logit_scale", "model.logit_bias"),
+        *("model.text", "model.dual", "model.embed_dim", "model.logit_scale", "model.logit_bias"),
         *("loss.name", "loss.chunk"),
     ),
     "classes": ("model.classes", "model.head_init_scale", "data.mixup"),

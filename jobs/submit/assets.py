@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from clipcluster.errors import UserError
-from clipcluster.recipe.sections.model import HfImageTower, HfTextTower
+from clipcluster.recipe.sections.model import Dual, HfImageTower, HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs import files
@@ -24,8 +24,8 @@ def hub_names(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     tokenizer = recipe.data.text.tokenizer
     if tokenizer != "bytes" and not Path(tokenizer).exists():
         names[tokenizer] = TOKENIZER
-    for tower in (recipe.model.image, recipe.model.text):
-        if isinstance(tower, HfImageTower | HfTextTower) and not Path(tower.hf).exists():
+    for tower in (recipe.model.image, recipe.model.text, recipe.model.dual):
+        if isinstance(tower, HfImageTower | HfTextTower | Dual) and not Path(tower.hf).exists():
             more = WEIGHTS if tower.weights == "pretrained" else ()
             names[tower.hf] = (*names.get(tower.hf, ("config.json",)), *more)
     return names

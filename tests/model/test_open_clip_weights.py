@@ -142,12 +142,12 @@ def test_a_whole_model_lacks_nothing_and_holds_no_more(tmp_path: Path) -> None:
     theirs = drawn(CLIP(EMBED, VIT, TEXT, quick_gelu=True))
     state = theirs.state_dict()
     torch.save({key: value for key, value in state.items() if key != "text_projection"}, tmp_path / "less.pt")
-    torch.save(state | {"logit_bias": torch.zeros(())}, tmp_path / "more.pt")
+    torch.save(state | {"visual.ln_extra.weight": torch.zeros(2)}, tmp_path / "more.pt")
     with pytest.raises(
         UserError, match=r"Missing from the file: text_projection\.weight\n(?s:.*)model\.missing"
     ):
         whole(tmp_path / "less.pt", OURS_VIT, NATIVE)
-    with pytest.raises(UserError, match=r"larger model than the one built: 1 .*\(logit_bias\)"):
+    with pytest.raises(UserError, match=r"larger model than the one built: 1 .*\.ln_extra\.weight\)"):
         whole(tmp_path / "more.pt", OURS_VIT, NATIVE)
     sizes = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save(state | sizes, tmp_path / "openai.pt")

@@ -28,7 +28,7 @@ from clipcluster.recipe.load import (
 )
 from clipcluster.recipe.problems import EXPECTED
 from clipcluster.recipe.sections.base import walk
-from clipcluster.recipe.sections.model import HfTextTower
+from clipcluster.recipe.sections.model import Dual, HfTextTower
 from clipcluster.recipe.sections.recipe import Recipe
 
 Small = Callable[..., Loaded]
@@ -139,6 +139,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ),
         ("model.text={clip: {width: 10, heads: 3}}", "heads 3 does not divide width 10"),
         ("model.text.wieghts=x", "unknown key; did you mean model.text.weights?"),
+        ("model.projection_bias=[words]", "should be image or text"),
         ("model.text.pool=men", "should be last or first or mean or pooler; did you mean mean?"),
         ("model.text.weights=pretrained", "belong to a model named by hf"),
         ("train.ema=0.99", "; write 'train.ema={decay: 0.99}'"),
@@ -171,6 +172,15 @@ def test_an_override_that_is_wrong(small: Small, override: str, said: str) -> No
     message = message_of(small, *(("seed=0",) if override.startswith("seed") else ()), override)
     assert message.startswith(f"from the command line: {override}: ") or "errors" in said
     assert said in message
+
+
+def test_a_model_is_of_towers_or_whole(small: Small) -> None:
+    assert "dual has both towers: leave out image and text, or" in message_of(small, "model.dual={hf: org/x}")
+    assert "image is missing: write image (and text), or dual" in message_of(small, "model.image=null")
+    whole = ("model.image=null", "model.text=null", "model.dual={hf: org/x, weights: pretrained}")
+    assert small(*whole).recipe.model.dual == Dual(hf="org/x", weights="pretrained")
+    assert "dual.weights names others" in message_of(small, *whole, "model.weights=w.pt")
+    assert "image.weights names others" in message_of(small, "model.image.weights=a", "model.weights=w.pt")
 
 
 def test_a_wrong_shape_in_a_file_is_answered_as_a_file_has_it(small: Small, recipe_file: Path) -> None:

@@ -143,6 +143,21 @@ TextTower = Annotated[
 ]
 
 
+class Dual(Section):
+    """A whole dual encoder by the configuration of a published model.
+
+    Known are CLIP, Chinese-CLIP, SigLIP (and SigLIP 2 of a fixed resolution) and VisionTextDualEncoder.
+    """
+
+    hf: str = key(
+        "result",
+        "Folder with a transformers model's configuration, or its name on the hub.",
+        path="name",
+        min_length=1,
+    )
+    weights: str | None = _weights(", or 'pretrained' for those that belong to `hf`", "model")
+
+
 class LogitScale(Section):
     """The learned scale of the similarities."""
 
@@ -167,8 +182,9 @@ class LogitBias(Section):
 class Model(Section):
     """The towers and what joins them."""
 
-    image: ImageTower = section("The image tower.")
+    image: ImageTower | None = section("The image tower; a whole dual encoder (dual) brings its own.", None)
     text: TextTower | None = section("The text tower, of tasks with captions.", None)
+    dual: Dual | None = section("A whole dual encoder, instead of image and text.", None)
     weights: str | None = _weights(" (both towers, projections and logit scale)", "whole model")
     missing: tuple[str, ...] = _missing("whole model")
     weights_from: Literal["ema", "raw"] | None = key(
@@ -199,9 +215,19 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_start(self) -> Model:
-        towers = [name for name in ("image", "text") if getattr(getattr(self, name), "weights", None)]
-        if self.weights and towers:
+        parts = [name for name in ("image", "text", "dual") if getattr(self, name) is not None]
+        if self.dual is not None and len(parts) > 1:
+            raise ValueError(f"dual has both towers: leave out {' and '.join(parts[:-1])}, or dual")
+        if not parts or parts == ["text"]:
+            raise ValueError("the key image is missing: write image (and text), or dual")
+        started = [name for name in parts if getattr(self, name).weights]
+        if self.weights and started:
             raise ValueError(
-                f"weights are those of the whole model, and {towers[0]}.weights names others: leave one out"
+                f"weights are those of the whole model, and {started[0]}.weights names others: leave one out"
             )
         return self
+
+    def weights_of(self, tower: Literal["image", "text"]) -> str | None:
+        """What a tower starts from: its own weights or those of the whole model; None from scratch."""
+        parts = (getattr(self, tower), self.dual, self)
+        return next((part.weights for part in parts if part is not None and part.weights), None)

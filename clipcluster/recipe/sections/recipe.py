@@ -51,7 +51,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_the_task(self) -> Recipe:
         spec = TASKS[self.task]
-        if spec.captions and self.model.text is None:
+        if spec.captions and self.model.text is None and self.model.dual is None:
             raise ValueError(f"the key model.text is missing: task {self.task} needs a text tower")
         for needed, keys in KEYS.items():
             others = ", ".join(name for name, other in TASKS.items() if getattr(other, needed))
