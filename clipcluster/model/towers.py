@@ -39,6 +39,9 @@ _POOLS = {
 POOL_OF_ARCH = {arch: pool for pool, archs in _POOLS.items() for arch in archs.split()}
 # These count positions from the padding token's id + 1.
 _POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm"}
+# A longer context than theirs is given positions between those that they learned.
+_LEARNED_POSITIONS = {"gpt2", "opt", "bert", "distilbert", "electra", "albert", "ernie"}
+_LEARNED_POSITIONS |= _POSITIONS_AFTER_PADDING
 # Arguments of timm's that belong to other keys of the recipe.
 _OWN_IMAGE_ARGS = {
     "pretrained": "model.image.weights",
@@ -216,7 +219,7 @@ def build_text_tower(
     else:
         settings = _config_from_arch(config.arch, dict(config.config), tokenizer)
     settings.use_cache = False
-    check_fits(settings, tokenizer)
+    check_fits(settings, tokenizer, longer=bool(config.weights))
     pool = config.pool or POOL_OF_ARCH.get(settings.model_type)
     transformer = _transformer(settings, pool or "")
     if pool is None:
@@ -271,8 +274,11 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) ->
         return AutoConfig.for_model(arch, **chosen)
 
 
-def check_fits(settings: Any, tokenizer: Tokenizer) -> None:
-    """UserError where a text network of this configuration does not take what the tokenizer gives."""
+def check_fits(settings: Any, tokenizer: Tokenizer, *, longer: bool = False) -> None:
+    """UserError where a text network of this configuration does not take what the tokenizer gives.
+
+    longer: learned positions become as many as the context has tokens, for weights that are brought to them.
+    """
     if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "vocab_size"):
         raise UserError(
             f"model.text: {settings.model_type} is not a single text network (encoder-decoders and dual "
@@ -287,9 +293,14 @@ def check_fits(settings: Any, tokenizer: Tokenizer) -> None:
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is None or positions < 0:  # no limit: XLNet says -1
         return
-    if settings.model_type in _POSITIONS_AFTER_PADDING:
-        positions -= settings.pad_token_id + 1
-    if tokenizer.context_length > positions:
+    before = settings.pad_token_id + 1 if settings.model_type in _POSITIONS_AFTER_PADDING else 0
+    positions -= before
+    if tokenizer.context_length <= positions:
+        return
+    sinusoidal = getattr(settings, "sinusoidal_pos_embds", False)  # of DistilBERT, as an option
+    if longer and settings.model_type in _LEARNED_POSITIONS and not sinusoidal:
+        settings.max_position_embeddings = tokenizer.context_length + before
+    else:
         raise UserError(
             f"data.text.context_length: {tokenizer.context_length} is longer than the text tower's "
             f"{positions} positions; at most {positions} fit."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clipcluster.errors import UserError
 from clipcluster.model.hugging_face import names_in
 from clipcluster.model.layouts import LAYOUTS, SIZES
+from clipcluster.model.positions import fit_positions
 from clipcluster.model.weight_files import WeightsFrom, read_weights, some
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Coverage:
     `loaded` of `tensors` tensors hold `fraction` of the tower's elements; `missing` stay as they were drawn,
     because the recipe lists them; `unexpected` are the file's own tensors (under `prefix`) that the tower
     does not have. layout: whose names the file has, "" for the tower's own. part: `ema` or `raw` where the
-    file has both.
+    file has both. positions: the position embeddings that were brought to the tower's places, and how.
     """
 
     tower: str
@@ -78,6 +79,7 @@ class Coverage:
     fraction: float
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    positions: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         name = "the model" if self.tower == "model" else f"{self.tower} tower"
@@ -89,6 +91,9 @@ class Coverage:
             text += f", prefix {self.prefix!r} removed"
         if self.layout:
             text += f", {self.layout} names"
+        for how in dict.fromkeys(self.positions.values()):
+            names = [name for name, done in self.positions.items() if done == how]
+            text += f"; positions {how} ({some(names)})"
         if self.missing:
             text += f"; randomly initialised: {some(self.missing)}"
         if self.unexpected:
@@ -123,7 +128,7 @@ def load_weights(
     state = {now: state[key] for key, now in names_in(tower, [*state]).items()}
     own = {key: value for key, value in tower.state_dict().items() if not _COMPUTED.search(key)}
     match = _best_match(state, tower, own, name)
-    inside = match.state
+    inside, positions = fit_positions(tower, match.state, text=None if name == "model" else name == "text")
     fitting = {key: value for key, value in inside.items() if key in own and value.shape == own[key].shape}
     coverage = Coverage(
         tower=name,
@@ -136,6 +141,7 @@ def load_weights(
         fraction=_elements(fitting.values()) / max(1, _elements(own.values())),
         missing=tuple(key for key in own if key not in fitting),
         unexpected=tuple(key for key in inside if key not in own and not _COMPUTED.search(key)),
+        positions=positions,
     )
     _check_missing(coverage, missing, state, inside, own)
     _check_larger(coverage, own)
