@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from clipcluster.errors import UserError
+from clipcluster.model.layer_decay import layer_scales
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.rates import rates
 from clipcluster.recipe.sections.recipe import Recipe
@@ -74,17 +75,32 @@ def tunings(recipe: Recipe, model: nn.Module) -> dict[str, Tuning]:
     optim, factors, decays = recipe.optim, rates(recipe), decaying(model, recipe.optim.no_decay)
     names = [name for name, _ in model.named_parameters()]
     _check_patterns("optim.no_decay", optim.no_decay, names)
-    fallback = _fallback(recipe, model, names)
+    fallback, scales = _fallback(recipe, model, names), _layer_scales(recipe, model)
     found = {}
     for name in names:
         part = part_of(name)
         own = getattr(optim, part).weight_decay if part in ("image", "text") else None
         decay = optim.weight_decay if own is None else own
         found[name] = Tuning(
-            factor=getattr(factors, part) if part else 1.0,
+            factor=(getattr(factors, part) if part else 1.0) * scales.get(name, 1.0),
             weight_decay=decay if name in decays else None,
             fallback=name in fallback,
         )
+    return found
+
+
+def _layer_scales(recipe: Recipe, model: nn.Module) -> dict[str, float]:
+    """The factors by layer, for the towers that have them; a projection or head is not among them."""
+    found = {}
+    for part, own in (("image", recipe.optim.image), ("text", recipe.optim.text)):
+        if own.layer_decay is None:
+            continue
+        groups = getattr(own, "layer_ids", "blocks") == "groups"
+        try:
+            scales = layer_scales(getattr(model, part), own.layer_decay, groups=groups)
+        except UserError as error:
+            raise UserError(f"optim.{part}.{error}") from None
+        found.update({f"{part}.{name}": scale for name, scale in scales.items()})
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -56,6 +57,24 @@ def test_parts_have_their_own_rates_and_decays() -> None:
         "head.weight": Tuning(1.0),
         "head.bias": Tuning(1.0),
     }
+
+
+def test_a_tower_s_layers_decay_and_its_projection_does_not() -> None:
+    model = Model()
+    model.image = timm.create_model("convnext_atto", depths=(1, 1, 4, 1), dims=(4, 4, 4, 4), num_classes=0)
+    for ids, last in (("blocks", 8), ("groups", 13)):
+        own = {"lr": 5e-4, "layer_decay": 0.5, "layer_ids": ids}
+        found = tunings(recipe(image=own), model)
+        factors = {name: tuning.factor for name, tuning in found.items()}
+        fourth = 1 + 2 + 3 if ids == "blocks" else 4
+        assert factors["image.stages.2.blocks.3.mlp.fc1.weight"] == pytest.approx(
+            0.5 * 0.5 ** (last - fourth)
+        )
+        assert factors["image.head.norm.weight"] == factors["image_projection.weight"] == pytest.approx(0.5)
+        assert factors["text.words.weight"] == factors["head.weight"] == 1.0
+        assert found["image.stages.2.blocks.3.mlp.fc1.weight"].weight_decay == 0.2
+    with pytest.raises(UserError, match=r"optim\.text\.layer_decay: the tower has no layers"):
+        tunings(recipe(text={"layer_decay": 0.5}), model)
 
 
 def test_nothing_changes_by_default() -> None:

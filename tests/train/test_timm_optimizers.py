@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.nn import functional
 
 from clipcluster.errors import UserError
+from clipcluster.runs.files import read_json
+from clipcluster.runtime.outcome import Outcome
 from clipcluster.train.optimizer import Optimizer, Rate, Tuning, decaying
 from clipcluster.train.timm_optimizers import check_optimizer, timm_optimizer, usable_optimizers
 
@@ -260,3 +265,25 @@ def test_corrected_weight_decay_is_measured_by_each_group_s_own_peak() -> None:
         optimizer.step(LR, 0, divisor=number(1.0), found_inf=number(0.0))
         decayed.append(1 - model.weight[0, 0].item())
     assert decayed == pytest.approx([LR * DECAY, LR * DECAY / 2], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lamb", "muon", "laprop", "adafactorbv"])
+def test_a_run_resumes_bit_for_bit_from_its_checkpoint_s_files(
+    toy: ModuleType, tmp_path: Path, name: str
+) -> None:
+    """Numbers are in state.json, tensors (bfloat16 ones too) in optimizer.safetensors; batch 3 is skipped."""
+    script = {"optimizer": name, "thaw_at": 6, "poison": [3], "save_every": 12, "lr": 0.01}
+    whole, stopped = toy.new_run(tmp_path / "whole"), toy.new_run(tmp_path / "stopped")
+    toy.go(whole, **script)
+    for stop_at in (4, 8):
+        assert toy.go(stopped, stop_at=stop_at, **script).outcome is Outcome.STOPPED
+    assert toy.go(stopped, **script).outcome is Outcome.FINISHED
+    found = []
+    for run in (whole, stopped):
+        folder = run.checkpoints / "step-00000012"
+        found.append(
+            {**load_file(folder / "optimizer.safetensors"), **load_file(folder / "model.safetensors")}
+        )
+        found[-1] |= read_json(folder / "state.json")["optimizer"]
+    assert found[0]["words.weight.began"] is True
+    assert differing(*found) == []

@@ -68,6 +68,7 @@ class Script:
     index: str = "abc"
     weights: str = "w"
     lr: float = 0.05
+    optimizer: str = "adamw"
     pause: float = 0.0
     own_part: bool = False  # a part that differs by rank
     slow_disk: float = 0.0  # seconds that reading and writing a checkpoint takes
@@ -223,7 +224,9 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     model = Towers()
     task = ToyTask(model, world, script)
     wrapped = WrappedTask(task, world)
-    optimizer = Optimizer(model, lr=script.lr, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = Optimizer(
+        model, lr=script.lr, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, name=script.optimizer
+    )
     precision = Precision(script.precision, world.device)  # type: ignore[arg-type]
     guard = Guard(world.device, script.limit)
     ema = Ema(model, 0.9, warmup=True) if script.ema else None

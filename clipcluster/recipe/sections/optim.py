@@ -96,6 +96,31 @@ class TowerOptim(LogitScaleOptim):
     weight_decay: Float | None = key(
         "result", "Weight decay instead of optim.weight_decay. Default: optim.weight_decay.", None, ge=0
     )
+    layer_decay: Float | None = key(
+        "result",
+        "Factor of the learning rate from one layer to the one before it; the projection has the whole rate. "
+        "Default: all layers have it.",
+        None,
+        gt=0,
+        le=1,
+    )
+
+
+class ImageTowerOptim(TowerOptim):
+    """How the image tower is trained."""
+
+    layer_ids: Literal["blocks", "groups"] = key(
+        "result",
+        "What layer_decay counts as a layer: every block, or ConvNeXt's groups (each of the first two stages "
+        "and the last one, three blocks of the third).",
+        "blocks",
+    )
+
+    @model_validator(mode="after")
+    def _needs_layer_decay(self) -> ImageTowerOptim:
+        if self.layer_ids == "groups" and self.layer_decay is None:
+            raise ValueError("layer_ids groups has no effect without layer_decay")
+        return self
 
 
 class Optim(Section):
@@ -156,7 +181,7 @@ class Optim(Section):
         "Length of the linear rise of the learning rate from nearly zero.",
         "0 steps",
     )
-    image: TowerOptim = section("How the image tower is trained, where it differs.", {})
+    image: ImageTowerOptim = section("How the image tower is trained, where it differs.", {})
     text: TowerOptim = section("How the text tower is trained, where it differs.", {})
     logit_scale: LogitScaleOptim = section("How the scale of the logits (and SigLIP's bias) is trained.", {})
 
