@@ -36,6 +36,7 @@ TORCH_FREE = [
     "jobs.train",
     "jobs.endings.__main__",
     "jobs.state",
+    "jobs.init",
 ]
 
 

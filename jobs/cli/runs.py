@@ -60,6 +60,27 @@ def check(
     say(f"{recipe}: no problems found{more}")
 
 
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run; NAME.yaml is written here.")],
+    parent: Annotated[
+        Path | None, typer.Option("--from", metavar="RECIPE", help="Extend this recipe, with other data.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DIR", help="Shards to train on, or a folder with train, val, test."),
+    ] = None,
+) -> None:
+    """Write a first recipe for shards that are there, with comments."""
+    from jobs.init import write_starter
+
+    file, found = write_starter(name, parent=parent, data=data)
+    for line in found:
+        say(line)
+    say(f"wrote {file}")
+    say(f"  clipcluster check {file} --deep")
+    say(f"  clipcluster submit {file}")
+
+
 def submit(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -275,4 +296,4 @@ def train(
     leave(serve(run_dir, "clipcluster.run:train", stop))
 
 
-VERBS = (check, submit, status, logs, metrics, cancel, evaluate, train)
+VERBS = (init, check, submit, status, logs, metrics, cancel, evaluate, train)
