@@ -384,8 +384,13 @@ def test_other_starting_weights_are_refused_at_a_resume(tiny: Tiny, tmp_path: Pa
         k.removeprefix("image.").removeprefix("trunk."): v for k, v in state.items() if k.startswith("image.")
     }
     save_file(tower, weights)
-    run = tiny.make("second", f"model.image.weights={weights}")
+    run = tiny.make("second", f"model.image.weights={weights}", f"model.text.weights={first.path}")
     assert tiny.go(run, StopAfter(5)) is Outcome.STOPPED
+    image, text = read_json(run.newest().path / "weights.json")["towers"]  # type: ignore[union-attr]
+    assert (image["tower"], image["file"], image["fraction"]) == ("image", str(weights), 1.0)
+    assert image["sha256"] == hash_of(weights)
+    assert (text["tower"], text["prefix"], text["missing"]) == ("text", "text.transformer.", [])
+    assert text["file"].startswith(f"{first.path}/checkpoints/step-00000003/")
     save_file({key: value + 1 for key, value in tower.items()}, weights)
     with pytest.raises(RecipeFailure, match="starting weights of image"):
         tiny.go(run)

@@ -18,7 +18,7 @@ from clipcluster.model.losses import widen
 from clipcluster.model.mixup import Mixer, swapped
 from clipcluster.model.task import Features, Report, Task
 from clipcluster.model.towers import ImageTower, build_image_tower
-from clipcluster.model.weights import Coverage, load_weights_of
+from clipcluster.model.weights import Coverage, load_head, load_weights_of
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
@@ -129,7 +129,8 @@ def build_classifier(
         tower, image_size=recipe.data.image.size, assets=assets, weights_from=recipe.model.weights_from
     )
     classifier = ImageClassifier(image, _classes(recipe), head_init_scale=recipe.model.head_init_scale)
-    classifier.starting_weights = (coverage,) if coverage else ()
+    if coverage:
+        classifier.starting_weights = (load_head(classifier.head, coverage, recipe.model.weights_from),)
     if recipe.model.weights and starting_weights:
         classifier.starting_weights = (load_weights_of(recipe.model, classifier),)
     return classifier

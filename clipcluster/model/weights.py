@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,6 +48,7 @@ _HEADS = re.compile(
     r"^(head|head_dist|fc|classifier|head\.fc|head\.l|last_linear|lm_head|cls|score|pooler|pre_classifier"
     r"|vocab_[a-z_]+|discriminator_predictions|generator_[a-z_]+|qa_outputs)\.(weight|bias|.*\.(weight|bias)|bias)$"
 )
+_CLASSIFIERS = ("head", "head.fc", "fc", "classifier", "last_linear", "head.l")
 # What a module computes for itself: written by some versions, ignored by others.
 _COMPUTED = re.compile(
     r"(^|\.)(num_batches_tracked|position_ids|token_type_ids|attn\.bias|attn\.masked_bias|relative_position_index"
@@ -67,6 +68,7 @@ class Coverage:
     because the recipe lists them; `unexpected` are the file's own tensors (under `prefix`) that the tower
     does not have. layout: whose names the file has, "" for the tower's own. part: `ema` or `raw` where the
     file has both. positions: the position embeddings that were brought to the tower's places, and how.
+    head: what was done with a classifier's head, of a model that has one.
     """
 
     tower: str
@@ -80,6 +82,7 @@ class Coverage:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     positions: Mapping[str, str] = field(default_factory=dict)
+    head: str = ""
 
     def __str__(self) -> str:
         name = "the model" if self.tower == "model" else f"{self.tower} tower"
@@ -98,6 +101,8 @@ class Coverage:
             text += f"; randomly initialised: {some(self.missing)}"
         if self.unexpected:
             text += f"; not used: {some(self.unexpected)}"
+        if self.head:
+            text += f"; {self.head}"
         return text
 
     def covers(self, tower: str) -> bool:
@@ -150,6 +155,28 @@ def load_weights(
         for key, value in fitting.items():
             own[key].copy_(value)
     return coverage
+
+
+def load_head(head: nn.Linear, coverage: Coverage, weights_from: WeightsFrom | None = None) -> Coverage:
+    """A classifier's head takes that of the image tower's file, where their classes are equally many.
+
+    Returns the tower's coverage, with what was done. Raises UserError where the file cannot be read.
+    """
+    state = read_weights(Path(coverage.file), weights_from).state
+    names = (prefix + name for prefix in _prefixes(state, _PLACES["image"]) for name in _CLASSIFIERS)
+    for name in names:
+        weight, bias = (state.get(f"{name}.{kind}") for kind in ("weight", "bias"))
+        if weight is None or bias is None or weight.flatten(1).shape[1] != head.in_features:
+            continue
+        if len(weight) != head.out_features:
+            told = f"head of {len(weight):,} classes dropped, there are {head.out_features:,} here"
+            return replace(coverage, head=told)
+        with torch.no_grad():
+            head.weight.copy_(weight.flatten(1))
+            head.bias.copy_(bias)
+        rest = tuple(key for key in coverage.unexpected if key.rpartition(".")[0] not in _CLASSIFIERS)
+        return replace(coverage, head=f"head of {len(weight):,} classes loaded", unexpected=rest)
+    return replace(coverage, head="no head in the file")
 
 
 def load_weights_of(config: Model, model: nn.Module) -> Coverage:

@@ -1,8 +1,10 @@
 """The classifier and its task."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from tiny_model import SIZE, image_section
 from torch.nn import functional
@@ -59,3 +61,25 @@ def test_many_classes_need_no_memory_but_the_head() -> None:
     model = classifier(classes=21_841)
     assert model.classify(torch.zeros(2, 3, SIZE, SIZE)).shape == (2, 21_841)
     assert sum(value.numel() for value in model.head.parameters()) == 21_841 * (model.image.width + 1)
+
+
+def test_the_head_of_a_file_is_taken_where_the_classes_are_as_many(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    source = timm.create_model("test_convnext", num_classes=CLASSES)
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pth")
+    image = image_section("test_convnext", weights=str(tmp_path / "w.pth"))
+    same, other = classifier(image=image), classifier(image=image, classes=3)
+    assert torch.equal(same.head.weight, source.head.fc.weight)
+    assert torch.equal(same.head.bias, source.head.fc.bias)
+    (loaded,), (dropped,) = same.starting_weights, other.starting_weights
+    assert (loaded.head, loaded.unexpected) == ("head of 7 classes loaded", ())
+    assert "head of 7 classes dropped, there are 3 here" in str(dropped)
+    assert set(dropped.unexpected) == {"head.fc.weight", "head.fc.bias"}
+    torch.testing.assert_close(other.image.trunk.stem[0].weight, source.stem[0].weight)
+    assert other.head.weight.abs().max() < 0.05
+    # A classifier's own checkpoint: tower and head, or the tower of a dual encoder.
+    torch.save(same.state_dict(), tmp_path / "run.pth")
+    again = classifier(image=image_section("test_convnext", weights=str(tmp_path / "run.pth")))
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in same.state_dict().items())
+    whole = classifier(image=image_section("test_convnext"), weights=str(tmp_path / "run.pth"))
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in same.state_dict().items())
