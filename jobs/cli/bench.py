@@ -52,12 +52,18 @@ def loader(
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Normalise on the CPU too; training does it on the device.")
     ] = False,
+    augmented: Annotated[
+        bool,
+        typer.Option(
+            "--augmented", help="Measure it with RandAugment, flip and random erasing too, beside timm's."
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON to this file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loader's images per second, beside decoding alone and OpenCLIP's loader."""
+    """Measure the loader's images per second, beside decoding alone and OpenCLIP's and timm's loaders."""
     from contextlib import nullcontext
 
     from tools.bench.loader import Settings, measure, synthetic_photographs
@@ -69,7 +75,9 @@ def loader(
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     with synthetic_photographs() if shards is None else nullcontext(shards) as folder:
         counts = tuple(map(int, numbers))
-        settings = Settings(folder, index, counts, size, batch_size, seconds, repetitions, peer, normalise)
+        settings = Settings(
+            folder, index, counts, size, batch_size, seconds, repetitions, peer, normalise, augmented
+        )
         document = measure(settings, (lambda text: None) if as_json else say)
     if out is not None:
         out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -81,11 +89,13 @@ def loader(
 
 
 def _say_result(result: dict[str, Any]) -> None:
-    alone, peer = result["alone"], result.get("peer")
+    alone, peer, augmented = result["alone"], result.get("peer"), result.get("augmented")
     contenders = {
         "loader": result,
         "decoding alone": alone["decode"],
         "decoding and resizing alone": alone["decode_resize"],
+        **({"loader, augmented": augmented} if augmented else {}),
+        **({f"timm {augmented['timm']['timm']}, augmented": augmented["timm"]} if augmented else {}),
         **({f"OpenCLIP {peer['open_clip']}": peer} if peer else {}),
     }
     say(f"{counted(result['workers'], 'worker')}:")
@@ -98,6 +108,8 @@ def _say_result(result: dict[str, Any]) -> None:
             line += f", {figure['worker_uss_bytes'] / 1e6:.0f} MB per worker"
         say(line)
     say(f"  beside decoding and resizing alone: {_compared(result['share_of_decode_resize'])}")
+    if augmented:
+        say(f"  augmented, beside timm's loader: {_compared(augmented['timm']['times_faster'])}")
     if peer:
         say(f"  beside OpenCLIP's loader: {_compared(peer['times_faster'])}")
 

@@ -1,4 +1,4 @@
-"""How fast the loader is: end to end and for each core, beside decoding alone and beside OpenCLIP's loader.
+"""How fast the loader is: end to end and for each core, beside decoding alone, OpenCLIP's and timm's loaders.
 
 The contenders run in turn, several repetitions of each, so that other load on the machine affects all alike;
 the figures are medians over the repetitions, each with its smallest and its largest.
@@ -33,7 +33,7 @@ SYNTHETIC, SHARDS = 512, 8  # images of the set that is made where none is given
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: each number of `workers`, in `repetitions` of `seconds`."""
+    """What is measured: each number of `workers`, in `repetitions` of `seconds`; `augmented`: timm's too."""
 
     shards: Path
     index: Path | None = None
@@ -44,6 +44,7 @@ class Settings:
     repetitions: int = 5
     peer: Path | None = None
     normalise: bool = False
+    augmented: bool = False
 
 
 @dataclass
@@ -96,9 +97,10 @@ def measure(settings: Settings, say: Any = lambda text: None) -> dict[str, Any]:
 
 def _measure(settings: Settings, workers: int, say: Any) -> dict[str, Any]:
     with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="clipcluster-bench-"))
 
         def group(name: str, part: str, processes: int) -> list[Contender]:
-            made = [Contender(name, part, settings, workers) for _ in range(processes)]
+            made = [Contender(name, part, settings, workers, scratch) for _ in range(processes)]
             for contender in made:
                 stack.callback(contender.close)
             return made
@@ -108,6 +110,9 @@ def _measure(settings: Settings, workers: int, say: Any) -> dict[str, Any]:
             group("decoding", "decode", workers),
             group("decoding and resizing", "resize", workers),
         ]
+        if settings.augmented:
+            groups.append(group("the loader, augmented", "augmented", 1))
+            groups.append(group("timm's loader", "timm", 1))
         if settings.peer is not None:
             groups.append(group("OpenCLIP's loader", "open_clip", 1))
         about = [[contender.answer() for contender in group] for group in groups]
@@ -122,8 +127,15 @@ def _measure(settings: Settings, workers: int, say: Any) -> dict[str, Any]:
         "share_of_decode_resize": _ratios(ours, resize),
         "alone": {"decode": decode.as_dict(), "decode_resize": resize.as_dict()},
     }
+    if settings.augmented:
+        augmented, timm = figures[3:5]
+        result["augmented"] = {
+            "augmentation": f"{loader_parts.AUGMENT}, flip, random erasing {loader_parts.ERASING}",
+            **augmented.as_dict(),
+            "timm": {**about[4][0], **timm.as_dict(), "times_faster": _ratios(augmented, timm)},
+        }
     if settings.peer is not None:
-        result["peer"] = {**about[3][0], **figures[3].as_dict(), "times_faster": _ratios(ours, figures[3])}
+        result["peer"] = {**about[-1][0], **figures[-1].as_dict(), "times_faster": _ratios(ours, figures[-1])}
     return result
 
 
@@ -167,7 +179,7 @@ class Contender:
     So other load on the machine affects all of them alike.
     """
 
-    def __init__(self, name: str, part: str, settings: Settings, workers: int) -> None:
+    def __init__(self, name: str, part: str, settings: Settings, workers: int, scratch: str) -> None:
         self.name = name
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         here = str(Path(__file__).parents[2])
@@ -175,7 +187,7 @@ class Contender:
         program = [sys.executable, "-m", loader_parts.__name__]
         if part == "open_clip":
             program = [str(settings.peer), "-I", loader_parts.__file__]
-        parameters = {**asdict(settings), "part": part, "workers": workers}
+        parameters = {**asdict(settings), "part": part, "workers": workers, "scratch": scratch}
         self._process = psutil.Popen(
             [*program, json.dumps(parameters, default=str)],
             stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What `clipcluster bench loader` measures: the loader, decoding without it, and OpenCLIP's own loader.
+"""What `clipcluster bench loader` measures: the loader, decoding without it, OpenCLIP's and timm's loaders.
 
 A program, with its settings as JSON: it prints what it is once it is ready, then for each line of its input
 works for so many seconds and prints what it did, so that the time to start is in no figure. With OpenCLIP's
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 CROP_SCALE = (0.9, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CONTEXT_LENGTH = 77
+# Of the augmented contenders, which flip too; mmax9: timm fails at full magnitude with newer Pillows.
+AUGMENT, ERASING = "rand-m9-mstd0.5-mmax9-inc1", 0.25
 FILES = 256  # decoded again and again where there is no loader
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -26,7 +28,7 @@ Part = tuple[Callable[[], int], dict[str, Any]]  # loads some images and returns
 
 
 def loader(settings: dict[str, Any]) -> Part:
-    """The loader as training uses it, with the byte tokenizer."""
+    """The loader as training uses it, with the byte tokenizer; augmented without captions, for classes."""
     from clipcluster.data.loading.batch import normalise
     from clipcluster.data.loading.loader import Loader
     from clipcluster.data.sampling.sampler import sampler_of
@@ -35,21 +37,24 @@ def loader(settings: dict[str, Any]) -> Part:
     from clipcluster.recipe.sections.data import Data
     from clipcluster.recipe.sections.recipe import Recipe
 
+    augmented = settings["part"] == "augmented"
+    erasing = {"probability": ERASING, "mode": "pixel"}
+    more = {"augment": AUGMENT, "flip": True, "random_erasing": erasing} if augmented else {}
     data = Data.model_validate(
         {
             "train": [{"shards": settings["shards"], "index": settings["index"]}],
             "batch_size": settings["batch_size"],
             "workers": settings["workers"],
-            "image": {"size": settings["size"], "crop_scale": CROP_SCALE, "crop_ratio": CROP_RATIO},
+            "image": {"size": settings["size"], "crop_scale": CROP_SCALE, "crop_ratio": CROP_RATIO, **more},
             "text": {"tokenizer": "bytes", "context_length": CONTEXT_LENGTH, "captions": "random"},
         }
     )
-    shards = [open_source(data.train[0], text=True)]
+    shards = [open_source(data.train[0], text=not augmented)]
     batches = Loader(
         shards,
         sampler_of(Recipe.model_construct(data=data, seed=0), shards),
         data,
-        tokenizer=load_tokenizer(data.text),
+        tokenizer=None if augmented else load_tokenizer(data.text),
         seed=0,
         workers=settings["workers"],
     )
@@ -91,6 +96,50 @@ def decoding(settings: dict[str, Any]) -> Part:
     return take, {}
 
 
+def timm_loader(settings: dict[str, Any]) -> Part:
+    """timm's loader of a folder of image files, with its own transform: uint8 batches for its prefetcher.
+
+    The prefetcher, which normalises and erases on the device, is left out: this is the workers' part.
+    """
+    import timm
+    import torch
+    from timm.data import ImageDataset, create_loader
+
+    from clipcluster.data.shards.open import open_folder
+
+    shards = open_folder(settings["shards"], settings["index"])
+    files = Path(settings["scratch"]) / "images"
+    files.mkdir()
+    for position in range(0, shards.n_samples, max(1, shards.n_samples // FILES))[:FILES]:
+        (files / f"{position}.jpg").write_bytes(shards.read(position, text=False).image)
+    dataset = ImageDataset(settings["scratch"])
+    dataset.reader.samples *= max(1, 100 * settings["batch_size"] // FILES)  # so that epochs end rarely
+    loader = create_loader(
+        dataset,
+        (3, settings["size"], settings["size"]),
+        settings["batch_size"],
+        is_training=True,
+        re_prob=ERASING,
+        re_mode="pixel",
+        scale=CROP_SCALE,
+        ratio=CROP_RATIO,
+        hflip=0.5,
+        auto_augment=AUGMENT,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        num_workers=settings["workers"],
+        device=torch.device("cpu"),
+    )
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from loader.loader
+
+    endless = batches()
+    return lambda: len(next(endless)[0]), {"timm": timm.__version__}
+
+
 def open_clip(settings: dict[str, Any]) -> Part:
     """OpenCLIP's get_wds_dataset as `open_clip_train --dataset-resampled` builds it.
 
@@ -130,7 +179,14 @@ def open_clip(settings: dict[str, Any]) -> Part:
     return lambda: len(next(batches)[0]), versions
 
 
-PARTS = {"loader": loader, "decode": decoding, "resize": decoding, "open_clip": open_clip}
+PARTS = {
+    "loader": loader,
+    "augmented": loader,
+    "decode": decoding,
+    "resize": decoding,
+    "timm": timm_loader,
+    "open_clip": open_clip,
+}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class RandAugment:
 def _rand_augment(
     notation: str, size: int, mean: Sequence[float], interpolation: InterpolationMode | None
 ) -> Callable[[Image.Image], Image.Image]:
-    from timm.data.auto_augment import rand_augment_transform
+    from timm.data.auto_augment import posterize, rand_augment_transform
     from timm.data.transforms import str_to_pil_interp
 
     settings: dict[str, Any] = {
@@ -73,8 +73,21 @@ def _rand_augment(
     }
     if interpolation is not None:
         settings["interpolation"] = str_to_pil_interp(interpolation.value)
-    change: Callable[[Image.Image], Image.Image] = rand_augment_transform(notation, settings)
-    return change
+    change: Any = rand_augment_transform(notation, settings)
+    for operation in change.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return cast(Callable[[Image.Image], Image.Image], change)
+
+
+def _posterize(picture: Image.Image, bits: int, **others: Any) -> Image.Image:
+    """timm's, which asks for no bits at full magnitude: black, as Pillow had it before it refused that."""
+    from timm.data.auto_augment import posterize
+
+    if bits == 0:
+        return Image.new(picture.mode, picture.size)
+    posterized: Image.Image = posterize(picture, bits, **others)
+    return posterized
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def test_the_command_reports_all_it_promises(folder: Path, tmp_path: Path) -> No
         "--json",
     ]
     options = ["--batch-size", "8", "--seconds", "0.3", "--repetitions", "1", "--size", "64", "--out", out]
+    options.append("--augmented")
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -52,6 +53,10 @@ def test_the_command_reports_all_it_promises(folder: Path, tmp_path: Path) -> No
     assert document["images_per_core_second"] > 1
     assert 1e6 < document["worker_uss_bytes"] < 400e6
     assert "peer" not in document
+    augmented = document["augmented"]
+    assert augmented["images_per_second"] > 1
+    assert augmented["timm"]["images_per_second"] > 1
+    assert augmented["timm"]["times_faster"]["median"] > 0
 
 
 @pytest.mark.parametrize(
