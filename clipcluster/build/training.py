@@ -11,6 +11,7 @@ import torch
 from clipcluster.build.data import Sources, open_batches, open_sources
 from clipcluster.build.model import build_model, build_task, describe_start
 from clipcluster.build.optimizer import build_optimizer, build_schedule, try_optimizer
+from clipcluster.build.stages import build_stages, check_loaded
 from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.norms import synchronise
@@ -19,6 +20,7 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.recipe.units import Time
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events
@@ -53,6 +55,8 @@ def build_trainer(
     attempt.phase(world.rank, "model")
     model = build_model(recipe, sources.tokenizer, run.assets)
     weights = world.while_main(lambda: describe_start(model, plan_, attempt))
+    if not steps_in(run.checkpoints):  # a checkpoint brings everything
+        check_loaded(model, build_stages(model, plan_.freezings)[0])
     step = build_step(recipe, plan_, model, world)
     parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.backward.precision}
     if step.ema:
@@ -118,7 +122,7 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
     backward = build_backward(recipe, wrapped, precision, world, slot=slot, micro_batches=plan_.accumulation)
     return Step(
         backward,
-        Stages(model, wrapped, optimizer),
+        Stages(model, wrapped, optimizer, build_stages(model, plan_.freezings)),
         optimizer,
         build_schedule(recipe, plan_),
         Guard(world.device, recipe.train.non_finite.limit),
@@ -156,8 +160,9 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     """One forward and backward pass of the recipe's task on a few of its samples, on the CPU in float32.
 
     Where the run on `world_size` ranks accumulates, the samples come in two micro-batches. Shows what only
-    running shows: shapes that do not fit, what a tower does not take. Starting weights are not read. Returns
-    the names of the parameters without a gradient, which several ranks cannot train.
+    running shows: shapes that do not fit, what a tower does not take, layers that `freeze` asks for and
+    a tower does not have. Starting weights are read only where they have to cover what is frozen. Returns the
+    names of the parameters without a gradient, which several ranks cannot train.
 
     Raises UserError and DataError as building and reading do (`try_optimizer` among it), NonFiniteError, and
     whatever the towers raise.
@@ -169,7 +174,10 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     data = recipe.data.model_copy(update={"batch_size": samples, "workers": 0})
     small = recipe.model_copy(update={"data": data})
     sources = open_sources(small, assets)
-    model = build_model(small, sources.tokenizer, assets, starting_weights=False)
+    model = build_model(small, sources.tokenizer, assets, starting_weights=bool(recipe.freeze))
+    if recipe.freeze:
+        freezings = plan(recipe, sources.sampler.samples, world_size).freezings
+        check_loaded(model, build_stages(model, freezings)[0])
     task = build_task(small, model, world)
     try_optimizer(recipe, model)
     precision = Precision("fp32", world.device)

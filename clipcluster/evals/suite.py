@@ -62,7 +62,7 @@ class Suite:
         Inside `averaged` the model has other weights, which are then what is measured; the kinds with metrics
         of the raw weights are measured with these too, and their metrics begin with `RAW`.
         """
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         results: dict[str, float] = {}
         try:
@@ -80,7 +80,8 @@ class Suite:
                     beside = {f"{RAW}{name}": value for name, value in measured}
                     results.update({f"{images.name}/{name}": beside[name] for name in raw if name in beside})
         finally:
-            model.train(training)
+            for module, training in modes:  # frozen parts of a model in training are in evaluation mode
+                module.training = training
         return results
 
 

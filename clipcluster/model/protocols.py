@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,6 +16,8 @@ class Model(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
     def eval(self) -> Any: ...
+
+    def modules(self) -> Iterator[Any]: ...
 
 
 class DualEncoder(Model, Protocol):

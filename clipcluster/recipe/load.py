@@ -142,7 +142,8 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
             if keep(extra_of(field)["mark"]) and (full or not at_default):
                 chosen[name] = dumped[name]
         elif is_list_of_sections(field):
-            chosen[name] = [_select(entry, keep, full=full) for entry in value]
+            if value or full:  # a list that was left out, as a key at its default
+                chosen[name] = [_select(entry, keep, full=full) for entry in value]
         else:
             below = None if value is None else _select(value, keep, full=full)
             # The full form says what was left out, since a later version may have another default.

@@ -13,6 +13,7 @@ from math import isqrt
 from clipcluster.errors import UserError
 from clipcluster.recipe.rates import rates
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.stages import Freezing, freezings
 from clipcluster.recipe.units import Duration
 from clipcluster.text import counted
 
@@ -41,6 +42,7 @@ class Plan:
     checkpoint_every: int | None  # None: by the clock
     keep_every: int | None
     warnings: tuple[str, ...]
+    freezings: tuple[Freezing, ...] = ()
 
 
 def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
@@ -54,7 +56,8 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
 
     Raises:
         UserError: the batch does not divide, or cuts pairs that are mixed, the run has no step, the schedule
-            does not fit into it, or min_lr is not below lr; with the arithmetic and values that work.
+            does not fit into it, min_lr is not below lr, or an entry of `freeze` has no effect; with the
+            arithmetic and values that work.
     """
     batch = recipe.data.batch_size
     per_rank = samples_per_rank(batch, world_size)
@@ -97,6 +100,7 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         checkpoint_every=period("checkpoint.every", every) if isinstance(every, Duration) else None,
         keep_every=period("checkpoint.keep.every", keep) if keep else None,
         warnings=(*_small_micro_batches(recipe, per_rank, accumulation),),
+        freezings=freezings(recipe, steps_per_epoch, total),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,10 +18,31 @@ class Stage:
     """What trains from step `start` on.
 
     rate_of: parameter name -> its rate, or None where it is frozen.
+    resting: names of the modules that run as in evaluation: no dropout, running statistics that do not move.
     """
 
     start: int = 0
     rate_of: Callable[[str], Rate | None] = full_rate
+    resting: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many parameters (numbers, not tensors) train, of how many; by the model's parts and in all."""
+
+    start: int
+    trainable: int
+    parameters: int
+    parts: Mapping[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        partly = [
+            f"{name} {train:,} of {all_:,}" for name, (train, all_) in self.parts.items() if train < all_
+        ]
+        text = (
+            f"the stage from step {self.start:,} trains {self.trainable:,} of {self.parameters:,} parameters"
+        )
+        return f"{text} ({', '.join(partly)})" if partly else text
 
 
 class Stages:
@@ -37,22 +59,44 @@ class Stages:
         starts = [stage.start for stage in stages]
         if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
             raise ValueError(f"stages begin at rising steps, the first at 0, not at {starts}")
-        self._task, self._optimizer, self._stages = task, optimizer, tuple(stages)
+        self._model, self._task, self._optimizer, self._stages = model, task, optimizer, tuple(stages)
         self._current: Stage | None = None
         self._trainable = [pair for pair in model.named_parameters() if pair[1].requires_grad]
 
-    def enter(self, step: int) -> None:
+    def enter(self, step: int) -> Counts | None:
         """Put the stage of `step` in force. Called before a checkpoint of it is loaded.
 
-        A change wraps the task again, so that a rehearsal has to follow.
+        A change wraps the task again, so that a rehearsal has to follow. Returns what trains then; None where
+        nothing changed, and in a run of one stage that freezes nothing.
+        Raises RuntimeError where other parameters train than the stage says.
         """
         stage = [stage for stage in self._stages if stage.start <= step][-1]
         if stage is self._current:
-            return
+            return None
         for name, parameter in self._trainable:
             parameter.requires_grad_(stage.rate_of(name) is not None)
             if not parameter.requires_grad:
                 parameter.grad = None
+        for name, module in self._model.named_modules():
+            module.training = name not in stage.resting
         self._optimizer.regroup(stage.rate_of)
         self._task.wrap()
         self._current = stage
+        counts = self._counts(stage)
+        return counts if len(self._stages) > 1 or counts.trainable < counts.parameters else None
+
+    def _counts(self, stage: Stage) -> Counts:
+        """Counted three times: as the stage says, as autograd will see it, and as the optimizer has it."""
+        said, every = Counter[str](), Counter[str]()
+        for name, parameter in self._trainable:
+            part, size = name.partition(".")[0], parameter.numel()
+            every[part] += size
+            said[part] += size if stage.rate_of(name) is not None else 0
+        seen = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+        if not said.total() == seen == self._optimizer.size:
+            raise RuntimeError(
+                f"the stage from step {stage.start:,} trains {said.total():,} parameters, but {seen:,} "
+                f"require a gradient and the optimizer has {self._optimizer.size:,}"
+            )
+        parts = {part: (said[part], every[part]) for part in every}
+        return Counts(stage.start, seen, every.total(), parts)

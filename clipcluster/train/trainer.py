@@ -98,7 +98,7 @@ class Trainer:
                     self.metrics.restart_clock(self.progress.samples)
                 report = self.step(batch, self.progress)
                 self._count(batch)
-                self.step.stages.enter(self.progress.step)  # before a checkpoint of this step is made
+                self._enter(self.progress.step)  # before a checkpoint of this step is made
                 if self.metrics.due(self.progress):
                     self._log(report)
             wishes = self.stop.wishes() | self.saver.wishes(self.progress)
@@ -117,11 +117,18 @@ class Trainer:
 
     def _resume(self) -> Path | None:
         """Continue from the newest checkpoint, on all ranks; None where there is none."""
-        found = restore(self.world, self.saver, self.progress, self.parts, self.step.stages.enter)
+        found = restore(self.world, self.saver, self.progress, self.parts, self._enter)
         self.attempt.step = self.progress.step
         if self.progress.step < self.total_steps:  # after the last one only an evaluation may be owed
             self.feed.open(self.progress)
         return found
+
+    def _enter(self, step: int) -> None:
+        """Put the stage of a step in force, and record what trains where it is another."""
+        if counts := self.step.stages.enter(step):
+            by_part = {name: {"trainable": part[0], "of": part[1]} for name, part in counts.parts.items()}
+            self.records.event("stage", **{**vars(counts), "step": step, "parts": by_part})
+            self.metrics.say(str(counts))
 
     def _count(self, batch: Batch) -> None:
         """Count what the step consumed, and record its samples where the recipe asks for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -12,14 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
+from transformers import GPT2Config, GPT2Model
 
+from clipcluster.build.stages import build_stages
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
 from clipcluster.model.task import Features, Report, Task
+from clipcluster.model.towers import ImageTower, TextTower
 from clipcluster.recipe.sections.checkpoint import Best, Keep
+from clipcluster.recipe.stages import Freezing
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
@@ -76,6 +82,10 @@ class Script:
     silence: float = 60.0  # seconds after which a rank is lost
     backward: str = "whole"
     thaw_at: int | None = None  # until this step the words do not train, then at half the learning rate
+    freeze: list[dict[str, Any]] | None = (
+        None  # entries of a recipe's `freeze`, for towers as recipes have them
+    )
+    replicas: bool = False  # a part that says each rank's weights
 
 
 class Towers(nn.Module):
@@ -96,6 +106,44 @@ class Towers(nn.Module):
         return nn.functional.normalize(self.last(hidden).float()), nn.functional.normalize(text.float())
 
 
+class RealTowers(nn.Module):
+    """A small ResNet of timm's with batch norms, and a GPT-2 of three blocks with dropout."""
+
+    SIZE = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        words = {"n_layer": 3, "n_embd": 16, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+        config = GPT2Config(vocab_size=WORDS, n_positions=LENGTH, **words)
+        trunk = timm.create_model("test_resnet", num_classes=0, drop_path_rate=0.2, zero_init_last=False)
+        self.logit_scale = nn.Parameter(torch.tensor([2.0]))
+        self.image = ImageTower(trunk, trunk.num_features)
+        self.text = TextTower(GPT2Model(config), 16, "last")
+        self.image_projection = nn.Linear(self.image.width, 16, bias=False)
+        self.text_projection = nn.Linear(16, 16, bias=False)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        image = self.image_projection(self.image(images.float() / 255))
+        text = self.text_projection(self.text(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+        return nn.functional.normalize(image.float()), nn.functional.normalize(text.float())
+
+
+class Replica:
+    """What a rank's own weights are, as a hash of their bytes."""
+
+    per_rank = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        content = b"".join(value.numpy().tobytes() for value in self.model.state_dict().values())
+        return {"sha256": torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert torch.equal(self.state_dict()["sha256"], state["sha256"])
+
+
 class Seen:
     """Counts a rank's steps, each as its number: no two ranks have the same."""
 
@@ -112,7 +160,7 @@ class Seen:
 
 
 class ToyTask(Task):
-    def __init__(self, model: Towers, world: World, script: Script) -> None:
+    def __init__(self, model: Towers | RealTowers, world: World, script: Script) -> None:
         super().__init__()
         self.model, self.world, self.script = model, world, script
         self.seen = Seen()
@@ -158,7 +206,8 @@ class ToyBatches:
 
     def batch(self, t: int, own: slice) -> Batch:
         generator = torch.Generator().manual_seed(1000 + t)
-        images = torch.randint(0, 256, (BATCH, 3, 4, 4), generator=generator, dtype=torch.uint8)
+        size = 4 if self.script.freeze is None else RealTowers.SIZE
+        images = torch.randint(0, 256, (BATCH, 3, size, size), generator=generator, dtype=torch.uint8)
         tokens = torch.randint(0, WORDS, (BATCH, LENGTH), generator=generator)
         slots = range(BATCH)[own]
         keys = [(slot, f"shard-{slot % 3}", f"{t}-{slot}") for slot in slots]
@@ -206,7 +255,11 @@ class SlowDisk(CheckpointFolder):
 BACKWARD: dict[str, type[Backward]] = {"whole": Whole, "independent": Independent, "cached": Cached}
 
 
-def stages_of(script: Script) -> list[Stage]:
+def stages_of(script: Script, model: nn.Module) -> list[Stage]:
+    if script.freeze is not None:
+        entry = {"lr_scale": 1.0, "warmup": 0, "moving_statistics": False, "norms_train": False}
+        found = [Freezing(f"freeze.{n}", **(entry | given)) for n, given in enumerate(script.freeze)]
+        return build_stages(model, found)
     if script.thaw_at is None:
         return [Stage()]
     return [
@@ -221,7 +274,7 @@ class Unrehearsed(Step):
 
 def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> Trainer:
     torch.manual_seed(7)
-    model = Towers()
+    model = Towers() if script.freeze is None else RealTowers()
     task = ToyTask(model, world, script)
     wrapped = WrappedTask(task, world)
     optimizer = Optimizer(
@@ -237,6 +290,8 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         parts["ema"] = ema
     if script.own_part:
         parts["seen"] = task.seen
+    if script.replicas:
+        parts["replica"] = Replica(model)
     constants = {
         "index": [{"name": "toy", "fingerprint": script.index, "shards": {"shard-0": script.index}}],
         "starting_weights": {"image": script.weights},
@@ -257,7 +312,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     strategy = BACKWARD[script.backward]
     micro_batches = 1 if strategy is Whole else 2
     backward = strategy(wrapped, precision, statistics, seed=3, slot=slot, micro_batches=micro_batches)
-    stages = Stages(model, wrapped, optimizer, stages_of(script))
+    stages = Stages(model, wrapped, optimizer, stages_of(script, model))
     kind = Step if script.rehearse else Unrehearsed
     step = kind(backward, stages, optimizer, schedule, guard, ema, clip_norm=1.0)
     evaluations = Evaluations(

@@ -13,6 +13,7 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.data import Data
 from clipcluster.recipe.sections.distill import Distill
 from clipcluster.recipe.sections.evaluate import Evaluate
+from clipcluster.recipe.sections.freeze import Freeze
 from clipcluster.recipe.sections.loss import Loss
 from clipcluster.recipe.sections.model import Model
 from clipcluster.recipe.sections.optim import Optim
@@ -41,6 +42,7 @@ class Recipe(Section):
     model: Model = section("The towers and what joins them.")
     loss: Loss = section("What is minimised over the global batch.", {})
     distill: Distill | None = section("What is learned from teachers (task: distill).", None)
+    freeze: tuple[Freeze, ...] = section("What of the towers trains, and from when on. Default: all.", ())
     optim: Optim = section("The optimizer and its schedule.")
     train: Train = section("Length, precision and log of the run.")
     checkpoint: Checkpoint = section("When to save, and what to keep.", {})
@@ -53,6 +55,9 @@ class Recipe(Section):
         spec = TASKS[self.task]
         if spec.captions and self.model.text is None and self.model.dual is None:
             raise ValueError(f"the key model.text is missing: task {self.task} needs a text tower")
+        for number, entry in enumerate(self.freeze):
+            if entry.tower == "text" and not spec.captions:
+                raise ValueError(f"freeze.{number}.tower: task {self.task} has no text tower")
         for needed, keys in KEYS.items():
             others = ", ".join(name for name, other in TASKS.items() if getattr(other, needed))
             for path in () if getattr(spec, needed) else keys:

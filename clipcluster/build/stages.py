@@ -1,0 +1,166 @@
+"""The stages of a run: the recipe's `freeze` put to the layers of the model's towers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clipcluster.errors import UserError
+from clipcluster.model.layers import Layer, layers_of
+from clipcluster.model.weights import some
+from clipcluster.recipe.stages import Freezing
+from clipcluster.train.optimizer import Rate
+from clipcluster.train.stages import Stage
+
+NAMED_LAYERS = 40  # in a message
+Rates = Mapping[str, Rate | None]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower of a model, `image` or `text`, and what its parameters' names begin with in the model."""
+
+    name: str
+    module: nn.Module
+    prefix: str
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """From the first to the last, those without a parameter left out."""
+        return [layer for layer in layers_of(self.module) if layer.parameters]
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name in the tower, without what it holds fixed itself."""
+        named = self.module.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def frozen_layers(self, freezing: Freezing) -> set[str]:
+        """The parameters of the layers that do not train; UserError where it has fewer layers."""
+        count = len(self.layers)
+        if freezing.layers is not None and freezing.layers > count:
+            names = some([layer.name for layer in self.layers], NAMED_LAYERS)
+            raise UserError(f"{freezing}: the {self.name} tower has {count} layers: {names}")
+        trained = count if freezing.layers is None else freezing.layers
+        return {name for layer in self.layers[: count - trained] for name in layer.parameters}
+
+    def norms(self) -> set[str]:
+        """The parameters of its norms."""
+        owners = {name: self.module.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
+        return {name for name, owner in owners.items() if "norm" in type(owner).__name__.lower()}
+
+    def resting(self, frozen: set[str], *, moving_statistics: bool) -> frozenset[str]:
+        """The modules that run as in evaluation: all of whose parameters are in frozen layers.
+
+        One without parameters (dropout, drop path) does so with the module around it.
+        """
+        every, still = Counter[str](), Counter[str]()
+        for name, _ in self.module.named_parameters():
+            parts = name.split(".")
+            around = [".".join(parts[:depth]) for depth in range(len(parts))]
+            every.update(around)
+            still.update(around if name in frozen else ())
+        found: dict[str, bool] = {}
+        for name, module in self.module.named_modules():
+            outer = found.get(name.rpartition(".")[0], False)
+            found[name] = every[name] == still[name] if every[name] else outer
+            if moving_statistics and isinstance(module, _BatchNorm):
+                found[name] = False
+        return frozenset(f"{self.prefix}{name}".rstrip(".") for name, rests in found.items() if rests)
+
+
+def build_stages(model: nn.Module, freezings: Sequence[Freezing]) -> list[Stage]:
+    """The stages of the recipe's `freeze`; a single one, in which everything trains, where it has none.
+
+    Raises UserError where the model has no such tower or it has fewer layers, and for an entry that changes
+    nothing.
+    """
+    by_tower = [
+        list(_of_tower(tower, [freezing for freezing in freezings if freezing.tower == tower.name]))
+        for tower in _towers(model, freezings)
+    ]
+    stages = []
+    for start in sorted({0, *(freezing.step for freezing in freezings)}):
+        rates: dict[str, Rate | None] = {}
+        resting: frozenset[str] = frozenset()
+        for of_tower in by_tower:
+            in_force = [(own_rates, rests) for step, own_rates, rests in of_tower if step <= start]
+            if in_force:
+                rates.update(in_force[-1][0])
+                resting |= in_force[-1][1]
+        stages.append(Stage(start, partial(_rate_of, rates), resting))
+    return stages
+
+
+def _rate_of(rates: Rates, name: str) -> Rate | None:
+    """Of what is in no tower: as the schedule says."""
+    return rates.get(name, Rate())
+
+
+def _towers(model: nn.Module, freezings: Sequence[Freezing]) -> Iterator[Tower]:
+    names = {id(module): name for name, module in model.named_modules()}
+    for first in {freezing.tower: freezing for freezing in reversed(freezings)}.values():
+        module = getattr(model, first.tower, None)
+        if not isinstance(module, nn.Module):
+            raise UserError(f"{first}: {type(model).__name__} has no {first.tower} tower")
+        yield Tower(first.tower, module, f"{names[id(module)]}.")
+
+
+def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, Rates, frozenset[str]]]:
+    """What each of its entries puts in force: step, rates of its parameters, modules that rest.
+
+    Rates are by names in the model. What begins to train has the entry's; what trained before keeps its own.
+    """
+    everything = dict.fromkeys(tower.parameters, Rate())
+    before: tuple[Rates, frozenset[str]] = everything, frozenset()
+    rates: Rates = everything if own[0].step else dict.fromkeys(tower.parameters)
+    for freezing in own:
+        layers = tower.frozen_layers(freezing)
+        frozen = layers - tower.norms() if freezing.norms_train else layers
+        begins = Rate(freezing.lr_scale, freezing.step, freezing.warmup)
+        rates = {name: None if name in frozen else rates[name] or begins for name in rates}
+        after = rates, tower.resting(layers, moving_statistics=freezing.moving_statistics)
+        if after == before:
+            sizes = {name: parameter.numel() for name, parameter in tower.parameters.items()}
+            train = sum(size for name, size in sizes.items() if rates[name])
+            raise UserError(
+                f"{freezing} changes nothing: {train:,} of the {sum(sizes.values()):,} parameters of the "
+                f"{tower.name} tower train with it as before"
+            )
+        before = after
+        yield freezing.step, {tower.prefix + name: rate for name, rate in rates.items()}, after[1]
+
+
+def check_loaded(model: Any, stage: Stage) -> None:
+    """Refuse a first stage that freezes what no file brought: it would stay random for ever.
+
+    `model.starting_weights` says what the files brought. Raises UserError.
+    """
+    frozen = {name for name, _ in model.named_parameters() if stage.rate_of(name) is None}
+    frozen |= {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if path in stage.resting
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    for tower in sorted({name.partition(".")[0] for name in frozen}):
+        own = {name for name in frozen if name.startswith(f"{tower}.")}
+        brought = [coverage for coverage in model.starting_weights if coverage.tower in (tower, "model")]
+        missing = [key for coverage in brought for key in coverage.missing]
+        random = sorted(name for name in own if any(f".{name}".endswith(f".{key}") for key in missing))
+        if not brought:
+            raise UserError(
+                f"freeze: the {tower} tower begins frozen without starting weights: it would stay random. "
+                f"Set model.{tower}.weights, or let it train first."
+            )
+        if random:
+            raise UserError(
+                f"freeze: the {tower} tower begins frozen, and its weights lack {some(random)}, which would "
+                f"stay random. Name weights that have them, or let their layers train first."
+            )

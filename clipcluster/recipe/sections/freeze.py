@@ -1,0 +1,67 @@
+"""The section `freeze`: what of the towers trains from which step on. No torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, WithJsonSchema, model_validator
+
+from clipcluster.recipe.sections.base import Section, key
+from clipcluster.recipe.sections.values import Float
+from clipcluster.recipe.units import Duration
+
+_LAST = re.compile(r"\s*last\s+([1-9][0-9]*)\s*")
+
+
+def _trainable(value: object) -> str:
+    match = _LAST.fullmatch(value) if isinstance(value, str) else None
+    if match:
+        return f"last {int(match[1])}"
+    if value not in ("none", "all"):
+        raise ValueError("should be none, all or 'last N' (the last N layers of the tower, such as last 6)")
+    return str(value)
+
+
+Trainable = Annotated[
+    str,
+    BeforeValidator(_trainable),
+    WithJsonSchema({"anyOf": [{"enum": ["none", "all"]}, {"type": "string", "pattern": _LAST.pattern}]}),
+]
+
+
+class Freeze(Section):
+    """What of a tower trains from a step on."""
+
+    at: Duration = key("result", "From when on the entry holds, until the tower's next.", "0 steps")
+    tower: Literal["image", "text"] = key("result", "The tower that it is about.")
+    trainable: Trainable = key(
+        "result",
+        "What of the tower trains: none, all, or 'last N', its last N layers (a final norm belongs to the "
+        "last). Projections, the logit scale and a classifier's head always train.",
+    )
+    lr_scale: Float = key(
+        "result",
+        "Factor of the learning rate of what begins to train with the entry; what trained before keeps its.",
+        1.0,
+        gt=0,
+    )
+    warmup: Duration = key(
+        "result", "Linear rise of the learning rate of what begins to train with the entry.", "0 steps"
+    )
+    batch_norm: Literal["fixed", "moving"] = key(
+        "result",
+        "Running statistics of batch norms in frozen layers: fixed, and what the layers normalise with, or "
+        "moving as in training.",
+        "fixed",
+    )
+    norms: Literal["frozen", "trainable"] = key(
+        "result", "Weights and biases of norms in frozen layers: frozen with them, or trainable.", "frozen"
+    )
+
+    @model_validator(mode="after")
+    def _something_begins(self) -> Freeze:
+        if self.trainable == "none" and self.norms == "frozen" and (self.lr_scale != 1 or self.warmup.count):
+            name = "lr_scale" if self.lr_scale != 1 else "warmup"
+            raise ValueError(f"{name} is of what begins to train, and with trainable: none nothing does")
+        return self

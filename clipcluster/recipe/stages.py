@@ -1,0 +1,109 @@
+"""When which part of a tower trains: the recipe's `freeze` in optimizer steps. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.sections.freeze import Freeze
+from clipcluster.recipe.units import Duration
+from clipcluster.text import counted
+
+if TYPE_CHECKING:
+    from clipcluster.recipe.sections.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """An entry of `freeze` with its durations in steps.
+
+    place: its path in the recipe, `freeze.0`. layers: how many of the tower's last layers train; None: all.
+    The others are as in `clipcluster.recipe.sections.freeze.Freeze`.
+    """
+
+    place: str
+    tower: str
+    step: int
+    layers: int | None
+    lr_scale: float
+    warmup: int
+    moving_statistics: bool
+    norms_train: bool
+
+    def __str__(self) -> str:
+        what = {None: "all", 0: "none"}.get(self.layers, f"last {self.layers}")
+        return f"{self.place} ({self.tower}: {what} from step {self.step:,})"
+
+    @property
+    def what(self) -> tuple[int | None, bool, bool]:
+        """What it says of the tower, whenever it begins and at whatever rate."""
+        return self.layers, self.moving_statistics, self.norms_train
+
+
+def freezings(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> tuple[Freezing, ...]:
+    """The entries of `freeze`, each tower's in the order of their steps.
+
+    Raises UserError for an entry that begins past the run's end or warms up until then, for two of one tower
+    at the same step, for one that says what holds already, and for a tower that is frozen before it has ever
+    trained and has no weights.
+    """
+
+    def entry(number: int, given: Freeze) -> Freezing:
+        def steps(duration: Duration) -> int:
+            return duration.steps(steps_per_epoch, recipe.data.batch_size, total_steps)
+
+        kind, _, count = given.trainable.partition(" ")
+        return Freezing(
+            f"freeze.{number}",
+            given.tower,
+            steps(given.at),
+            {"none": 0, "all": None}.get(kind, int(count or 0)),
+            given.lr_scale,
+            steps(given.warmup),
+            given.batch_norm == "moving",
+            given.norms == "trainable",
+        )
+
+    found = [entry(number, given) for number, given in enumerate(recipe.freeze)]
+    found.sort(key=lambda freezing: (freezing.tower, freezing.step))
+    for tower in dict.fromkeys(freezing.tower for freezing in found):
+        own = [freezing for freezing in found if freezing.tower == tower]
+        _check(own, total_steps)
+        if own[0].step == 0 and own[0].layers is not None and not _has_weights(recipe, tower):
+            raise UserError(
+                f"{own[0]} freezes layers that were never trained: model.{tower} has no weights, so they "
+                f"would stay random. Set model.{tower}.weights, or let the tower train first"
+            )
+    return tuple(found)
+
+
+def _check(own: Sequence[Freezing], total_steps: int) -> None:
+    """The entries of one tower against each other and the length of the run."""
+    before = Freezing("", own[0].tower, -1, None, 1.0, 0, False, False)  # everything trains
+    for freezing in own:
+        if freezing.step >= total_steps:
+            raise UserError(f"{freezing} begins after the run's end: it has {counted(total_steps, 'step')}")
+        if freezing.step + freezing.warmup > total_steps:
+            raise UserError(
+                f"{freezing} would still warm up at the run's end: its warm-up takes "
+                f"{counted(freezing.warmup, 'step')}, after it the run has "
+                f"{counted(total_steps - freezing.step, 'step')}"
+            )
+        if freezing.step == before.step:
+            raise UserError(f"{before} and {freezing} begin at the same step; remove one of them")
+        slow = freezing.step == 0 and (freezing.lr_scale != 1 or freezing.warmup)
+        if freezing.what == before.what and not slow:
+            held = f"says what {before} says" if before.place else "says what holds without it"
+            raise UserError(
+                f"{freezing} changes nothing: it {held} (lr_scale and warmup are of what begins to train)"
+            )
+        before = freezing
+
+
+def _has_weights(recipe: Recipe, tower: str) -> bool:
+    """Whether a recipe names starting weights of a tower, or of the whole model."""
+    model = recipe.model
+    parts = (model, getattr(model, tower), getattr(model, "dual", None))
+    return any(getattr(part, "weights", None) for part in parts)

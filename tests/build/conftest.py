@@ -1,0 +1,6 @@
+"""The smallest models are importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))
