@@ -210,11 +210,6 @@ class Optimizer:
         """The parameters it updates, counted as numbers."""
         return sum(p.numel() for group in self._optimizer.param_groups for p in group["params"])
 
-    @property
-    def size(self) -> int:
-        """The parameters it updates, counted as numbers."""
-        return sum(p.numel() for group in self._adamw.param_groups for p in group["params"])
-
     def gradients(self) -> list[Tensor]:
         """The gradients there are; a parameter that took no part in the loss has None, not zero."""
         return [p.grad for p in self._named.values() if p.grad is not None]
