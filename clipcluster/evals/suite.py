@@ -64,25 +64,42 @@ class Suite:
         """
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
-        results: dict[str, float] = {}
         try:
-            for kind, images in self.evaluations:
-                wishes()
-                if self.context.world.is_main:
-                    step = f" at step {progress.step}" if progress is not None else ""
-                    logger.info("%s on %s%s: %d images", kind, images.name, step, images.samples)
-                with averaged() if averaged else nullcontext():
-                    measured = KINDS[kind](model, images, self.context, wishes)
-                    results.update({f"{images.name}/{name}": value for name, value in measured})
-                raw = [metric for metric in METRICS[kind] if metric.startswith(RAW)]
-                if averaged and raw:
-                    measured = KINDS[kind](model, images, self.context, wishes)
-                    beside = {f"{RAW}{name}": value for name, value in measured}
-                    results.update({f"{images.name}/{name}": beside[name] for name in raw if name in beside})
+            with averaged() if averaged else nullcontext():
+                results = self._measured(model, self.evaluations, progress, wishes)
+            if averaged:
+                again = [(kind, images) for kind, images in self.evaluations if _raw_metrics(kind)]
+                raw = self._measured(model, again, progress, wishes)
+                for kind, images in again:
+                    for metric in _raw_metrics(kind):
+                        if (name := f"{images.name}/{metric.removeprefix(RAW)}") in raw:
+                            results[f"{images.name}/{metric}"] = raw[name]
         finally:
             for module, training in modes:  # frozen parts of a model in training are in evaluation mode
                 module.training = training
         return results
+
+    def _measured(
+        self,
+        model: Model,
+        evaluations: Sequence[tuple[str, EvaluationSet]],
+        progress: Any,
+        wishes: Tick,
+    ) -> dict[str, float]:
+        """SET/METRIC -> value of these evaluations, with the weights that the model has."""
+        results: dict[str, float] = {}
+        for kind, images in evaluations:
+            wishes()
+            if self.context.world.is_main:
+                step = f" at step {progress.step}" if progress is not None else ""
+                logger.info("%s on %s%s: %d images", kind, images.name, step, images.samples)
+            measured = KINDS[kind](model, images, self.context, wishes)
+            results.update({f"{images.name}/{name}": value for name, value in measured})
+        return results
+
+
+def _raw_metrics(kind: str) -> list[str]:
+    return [metric for metric in METRICS[kind] if metric.startswith(RAW)]
 
 
 def build_suite(recipe: Recipe, *, world: World, tokenizer: Tokenizer | None) -> Suite:
