@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +25,14 @@ class Undo:
     `found_inf` is 1 its parameters and state are put back: tensors on the parameters' device at once, by a
     copy from before; numbers, and tensors that an optimizer keeps on the host, before the next update (or
     reading of the state), when `found_inf` has long arrived. The host waits only until the device has
-    finished the previous step's gradients, so a step's kernels are always queued meanwhile.
+    computed the previous step's gradients, with a whole step queued behind them.
 
     The cost is a copy of parameters and state while the update is made, when activations are gone, and
     reading and writing each of them once more.
     """
 
     def __init__(self) -> None:
-        self._late: _Late | None = None
+        self._late: tuple[_Flag, Callable[[], None]] | None = None
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, given: frozenset[str], found_inf: Tensor) -> None:
@@ -40,70 +41,65 @@ class Undo:
         given: the keys of a parameter group that are settings.
         """
         self.settle()
+        flag, skip = _Flag(found_inf), found_inf.bool()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         weights = [parameter.clone() for parameter in parameters]
         states = [copied(optimizer.state.get(parameter, {})) for parameter in parameters]
         counted = [copied(counters(group, given)) for group in optimizer.param_groups]
         optimizer.step()
-        skip = found_inf.bool()
+        on_host: list[tuple[nn.Parameter, Values | None]] = []
         for parameter, weight, before in zip(parameters, weights, states, strict=True):
             torch.where(skip, weight, parameter, out=parameter.data)
             state = optimizer.state.get(parameter, {})
-            for key, old in _on(parameter.device, before):
-                torch.where(skip, old, state[key], out=state[key])
-        self._late = _Late(optimizer, given, parameters, states, counted, found_inf)
+            on_device = [key for key, old in before.items() if _is_on(parameter.device, old)]
+            for key in on_device:
+                torch.where(skip, before[key], state[key], out=state[key])
+            rest = {key: old for key, old in before.items() if key not in on_device}
+            on_host.append((parameter, rest if before else None))
+        self._late = flag, partial(_put_back, optimizer, given, on_host, counted)
 
     def settle(self) -> None:
         """Put back what the last update changed on the host, if it is to be taken back."""
         late, self._late = self._late, None
-        if late is not None and late.skipped():
-            late.put_back()
+        if late is not None and late[0].read():
+            late[1]()
 
 
-class _Late:
-    """What the host learns of an update after it was made."""
+def _put_back(
+    optimizer: torch.optim.Optimizer,
+    given: frozenset[str],
+    on_host: list[tuple[nn.Parameter, Values | None]],
+    counted: list[Values],
+) -> None:
+    """What was on the host as it was; a state that began with the update (None before it) is dropped."""
+    for parameter, before in on_host:
+        if before is None:
+            optimizer.state.pop(parameter, None)
+        else:
+            optimizer.state[parameter].update(before)
+    for group, before in zip(optimizer.param_groups, counted, strict=True):
+        for key in counters(group, given):
+            del group[key]
+        group.update(before)
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        given: frozenset[str],
-        parameters: list[nn.Parameter],
-        states: list[Values],
-        counted: list[Values],
-        found_inf: Tensor,
-    ) -> None:
-        self._optimizer, self._given, self._parameters = optimizer, given, parameters
-        self._states = [
-            {key: value for key, value in state.items() if not _is_on(parameter.device, value)}
-            if state
-            else None
-            for parameter, state in zip(parameters, states, strict=True)
-        ]
-        self._counted = counted
+
+class _Flag:
+    """A number of the device, on its way to the host."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.clone()
         self._event: torch.Event | None = None
-        self._flag = found_inf.clone()
-        if found_inf.device.type != "cpu":
-            self._flag = torch.empty_like(found_inf, device="cpu", pin_memory=True)
-            self._flag.copy_(found_inf, non_blocking=True)
-            self._event = torch.Event(found_inf.device)
+        if value.device.type != "cpu":
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.Event(value.device)
             self._event.record()
 
-    def skipped(self) -> bool:
+    def read(self) -> bool:
+        """Whether it is not 0. Waits until the device has computed it."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._flag)
-
-    def put_back(self) -> None:
-        """Numbers and tensors of the host as they were; a state that began with the update is dropped."""
-        for parameter, before in zip(self._parameters, self._states, strict=True):
-            if before is None:
-                self._optimizer.state.pop(parameter, None)
-            else:
-                self._optimizer.state[parameter].update(before)
-        for group, before in zip(self._optimizer.param_groups, self._counted, strict=True):
-            for key in counters(group, self._given):
-                del group[key]
-            group.update(before)
+        return bool(self._value)
 
 
 def copied(values: Values) -> Values:
@@ -113,7 +109,3 @@ def copied(values: Values) -> Values:
 
 def _is_on(device: torch.device, value: Any) -> bool:
     return isinstance(value, Tensor) and value.device == device
-
-
-def _on(device: torch.device, values: Values) -> Iterator[tuple[str, Tensor]]:
-    return ((key, value) for key, value in values.items() if _is_on(device, value))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clipcluster.train.optimizer import Optimizer, Rate, decaying
+from clipcluster.train.step import clip_values
 
 
 class Tower(nn.Module):
@@ -180,3 +181,15 @@ def test_what_requires_a_gradient_has_a_rate() -> None:
     """Else it would neither train nor be frozen."""
     with pytest.raises(ValueError, match=r"linear\.weight requires a gradient and has no learning rate"):
         optimizer_of(Tower()).regroup(lambda name: None if name == "linear.weight" else Rate())
+
+
+def test_clipping_by_value_is_torch_s_after_the_division() -> None:
+    torch.manual_seed(0)
+    scaled = [torch.randn(5, 3) * 1024, torch.randn(4) * 1024]
+    expected = [nn.Parameter(torch.zeros_like(gradient)) for gradient in scaled]
+    for parameter, gradient in zip(expected, scaled, strict=True):
+        parameter.grad = gradient / 1024
+    nn.utils.clip_grad_value_(expected, 0.3)
+    clip_values(scaled, number(1024.0), 0.3)
+    assert all(torch.equal(a, b.grad) for a, b in zip(scaled, expected, strict=True))
+    assert max(gradient.abs().max().item() for gradient in scaled) == number(0.3).item()

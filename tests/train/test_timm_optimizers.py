@@ -17,6 +17,7 @@ from torch.nn import functional
 from clipcluster.errors import UserError
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.outcome import Outcome
+from clipcluster.train import undo
 from clipcluster.train.optimizer import Optimizer, Rate, Tuning, decaying
 from clipcluster.train.timm_optimizers import check_optimizer, timm_optimizer, usable_optimizers
 
@@ -177,6 +178,29 @@ def test_a_skipped_step_changes_nothing_and_a_resume_goes_on_bit_for_bit(name: s
     for step in (1, 2, 3, 4, 6, 7, 8, 9):
         train(never, plain, range(step, step + 1))
     assert differing(everything(never, plain), everything(model, optimizer)) == []
+
+
+@pytest.mark.parametrize("name", ["lamb", "laprop", "muon", "nadam", "adopt"])
+def test_what_an_optimizer_keeps_on_the_host_is_put_back_when_the_verdict_is_there(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a GPU counts stay on the host. Here they are, as far as `Undo` knows."""
+
+    def is_on(device: torch.device, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.ndim > 0
+
+    monkeypatch.setattr(undo, "_is_on", is_on)
+    model, expected = tower(), tower()
+    optimizer, other = optimizer_of(model, name), optimizer_of(expected, name)
+    train(model, optimizer, range(6), bad=(0, 3, 5))
+    for step in (1, 2, 4):
+        train(expected, other, range(step, step + 1))
+    counts = [
+        group.get("step", optimizer._optimizer.state.get(model.wide.bias, {}).get("step"))
+        for group in optimizer._optimizer.param_groups
+    ]
+    assert 4.0 in map(float, counts)  # of step 5 it does not know yet
+    assert differing(everything(model, optimizer), everything(expected, other)) == []
 
 
 @pytest.mark.parametrize("name", [n for n in USABLE if n in ("lamb", "adan", "muon", "adafactor", "laprop")])
