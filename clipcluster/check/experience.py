@@ -92,16 +92,17 @@ def _text(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
 
 
 def _augmentation(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
-    smallest, passes = recipe.data.image.crop_scale[0], plan.total_samples / samples
+    image, passes = recipe.data.image, plan.total_samples / samples
     fewest, most = AUGMENTED_SAMPLES
-    if not (fewest <= samples < most and passes >= PASSES and smallest > WEAK_CROP):
+    if not (fewest <= samples < most and passes >= PASSES and image.crop_scale[0] > WEAK_CROP):
         return None
-    if not _contrastive(recipe) or not _image_from_scratch(recipe):
+    if image.augment or image.color_jitter or not _contrastive(recipe) or not _image_from_scratch(recipe):
         return None
     return (
         "weak-augmentation",
-        f"data.image.crop_scale begins at {smallest:g}: an image tower from scratch sees {samples:,} samples "
-        f"{passes:.0f} times, hardly changed, and learns them by heart; [0.4, 1.0] is usual at this size",
+        f"data.image.crop_scale begins at {image.crop_scale[0]:g}: an image tower from scratch sees "
+        f"{samples:,} samples {passes:.0f} times, hardly changed, and learns them by heart; [0.4, 1.0] is "
+        "usual at this size",
     )
 
 

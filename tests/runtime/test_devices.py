@@ -12,6 +12,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.checkpoints import Stateful
 from clipcluster.runtime.devices import (
     backends,
+    choose_float32,
     choose_kernels,
     describe,
     pick_device,
@@ -113,6 +114,24 @@ def test_kernels(kernels, device, wanted, on):
     assert torch.backends.cudnn.deterministic is on
     assert torch.backends.cudnn.benchmark is not on
     assert torch.backends.cuda.mem_efficient_sdp_enabled() is not on
+
+
+@pytest.fixture
+def float32():
+    """Puts the process's float32 back."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_float32_of_a_gpu_is_what_the_recipe_says(float32):
+    """For products and convolutions alike; on the CPU it is float32, and nothing is set."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for tf32, name in ((True, "tf32"), (False, "fp32"), (True, "tf32")):
+        assert choose_float32(gpu, tf32=tf32) == name
+        assert choose_float32(cpu, tf32=not tf32) == "fp32"
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
 
 
 def test_a_busy_neighbour_does_not_change_sums(kernels):

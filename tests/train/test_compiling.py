@@ -36,12 +36,14 @@ def gradients(model: Two, rows: int) -> list[Tensor | None]:
     return [parameter.grad for parameter in model.parameters()]
 
 
+@pytest.mark.long
 def test_compiled_towers_keep_names_stages_and_dropout() -> None:
     torch.manual_seed(0)
     plain = Two()
     ours = copy.deepcopy(plain)
     compile_towers(ours, CPU)
     counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
     assert list(ours.state_dict()) == list(plain.state_dict())
     for trainable in (True, False, True):  # stages of the text tower
         for model in (plain, ours):
@@ -52,6 +54,7 @@ def test_compiled_towers_keep_names_stages_and_dropout() -> None:
             [g for g in found if g is not None], [g for g in expected if g is not None]
         )
     graphs = counts["unique_graphs"]
+    assert graphs - before >= 3  # the image tower, and the text tower frozen and not
     with uncompiled():  # another shape, of which no graph is made
         assert all(map(torch.equal, gradients(ours, 3), gradients(plain, 3)))
     gradients(ours, 8)

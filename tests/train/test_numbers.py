@@ -153,6 +153,16 @@ def test_autocast_computes_in_its_format(name: str) -> None:
         assert nn.Linear(3, 3)(torch.ones(1, 3)).dtype is precision.dtype
 
 
+def test_the_log_says_what_is_computed_in(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "clipcluster")
+    Precision("tf32", CPU).prepare(nn.Linear(2, 2))
+    Precision("fp16", CPU).prepare(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)))
+    assert caplog.messages == [
+        "precision: tf32 (fp32: cpu has no TF32)",
+        "precision: fp16, 1 batch norm kept in fp32",
+    ]
+
+
 def test_a_format_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise RuntimeError("not implemented for 'Half'")

@@ -32,6 +32,7 @@ from clipcluster.runtime.stop import Stop
 from clipcluster.runtime.world import World
 from clipcluster.train.backward import Backward, Cached, Independent, Whole
 from clipcluster.train.checkpoint import CheckpointFolder
+from clipcluster.train.compiling import compile_towers
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
@@ -81,6 +82,7 @@ class Script:
     blind: int | None = None  # a rank that sees no evaluation yet which another node recorded
     silence: float = 60.0  # seconds after which a rank is lost
     backward: str = "whole"
+    compile: bool = False
     thaw_at: int | None = None  # until this step the words do not train, then at half the learning rate
     freeze: list[dict[str, Any]] | None = (
         None  # entries of a recipe's `freeze`, for towers as recipes have them
@@ -275,6 +277,8 @@ class Unrehearsed(Step):
 def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> Trainer:
     torch.manual_seed(7)
     model = Towers() if script.freeze is None else RealTowers()
+    if script.compile:
+        compile_towers(model, world.device)
     task = ToyTask(model, world, script)
     wrapped = WrappedTask(task, world)
     optimizer = Optimizer(
