@@ -115,7 +115,10 @@ def _clip_vit(state: State, tower: nn.Module) -> State:
     """The names of OpenAI's and OpenCLIP's own ViT as timm's, or as transformers' where the tower is its."""
     if _of_transformers(tower):
         return _clip_hf(state)
-    return {_renamed(_IN_PROJ.sub(r".attn.in_proj_\1", key), _CLIP_VIT): v for key, v in state.items()}
+    found = {_renamed(_IN_PROJ.sub(r".attn.in_proj_\1", key), _CLIP_VIT): v for key, v in state.items()}
+    if "pos_embed" in found:
+        found["pos_embed"] = found["pos_embed"].unsqueeze(0)
+    return found
 
 
 def _clip_hf(state: State) -> State:

@@ -126,6 +126,19 @@ def test_features_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
     assert same == (kind != "siglip")
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_another_image_size_interpolates_the_positions(tmp_path: Path, kind: str) -> None:
+    theirs = model_of(kind)
+    theirs.save_pretrained(tmp_path)
+    ours, images = built(tmp_path, size=2 * SIZE, weights="pretrained"), torch.randn(2, 3, 2 * SIZE, 2 * SIZE)
+    with torch.no_grad():
+        found = theirs.get_image_features(pixel_values=images, interpolate_pos_encoding=True)
+        expected = functional.normalize(found if isinstance(found, Tensor) else found.pooler_output, dim=-1)
+        # transformers interpolates without antialiasing, whose cubic is another one in torch.
+        torch.testing.assert_close(ours.encode_image(images), expected, atol=1e-2, rtol=0)
+    assert list(ours.starting_weights[0].positions.values()) == ["interpolated from 4 x 4 to 8 x 8 patches"]
+
+
 def test_files_of_older_versions_repeat_a_towers_name(tmp_path: Path) -> None:
     theirs = model_of("vision-text")
     theirs.save_pretrained(tmp_path)

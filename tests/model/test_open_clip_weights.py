@@ -89,6 +89,8 @@ def test_a_native_vit_and_text(tmp_path: Path, custom_text: bool) -> None:
     (coverage,) = ours.starting_weights
     assert (coverage.tower, coverage.fraction, coverage.missing) == ("model", 1.0, ())
     assert coverage.unexpected == ()
+    larger = whole(file, OURS_VIT, text, size=48).starting_weights[0]
+    assert larger.positions == {"image.trunk.pos_embed": "interpolated from 4 x 4 to 6 x 6 patches"}
     # Tower by tower, from the same file.
     image, words = {**OURS_VIT, "weights": str(file)}, {**text, "weights": str(file)}
     towers = tiny_clip(seed=2, image=image, text=words, embed_dim=EMBED)
