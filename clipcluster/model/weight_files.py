@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,9 @@ from clipcluster.runs.checkpoints import (
     tensors_file,
     unverified,
 )
+from clipcluster.runs.folder import Run
 
+logger = logging.getLogger("clipcluster")
 WeightsFrom = Literal["ema", "raw"]
 HF_FILES = (
     "model.safetensors",
@@ -53,7 +56,7 @@ class Weights:
     """What a file holds: names and tensors as they lie there.
 
     file: what was read: a file, or a model's folder.
-    part: `ema` or `raw` where the file holds both or says which it is, else "".
+    part: `ema` or `raw` where the file (or checkpoint) holds both, else "".
     """
 
     file: Path
@@ -106,6 +109,13 @@ def _newest(run: Path) -> Path:
         files = [name for name in (tensors_file(MODEL), tensors_file(AVERAGE)) if (path / name).exists()]
         reason = unverified(path, files or [tensors_file(MODEL)])
         if not reason:
+            if not Run(run).finished():
+                logger.warning(
+                    "%s has not finished: once it has a newer checkpoint, a resume finds other starting "
+                    "weights and is refused. Name the checkpoint: %s",
+                    run,
+                    path,
+                )
             return path
         reasons.append(f"{path.name}: {reason}")
     raise UserError(
@@ -127,7 +137,8 @@ def _of_checkpoint(folder: Path, prefer: WeightsFrom | None) -> Weights:
         raise UserError(
             f"The checkpoint {folder} does not verify: {reason}. Restore an intact copy, or name another."
         )
-    return Weights(file, _tensors(_read(file)), part)
+    several = all(path.exists() for path in both.values())
+    return Weights(file, _tensors(_read(file)), part if several else "")
 
 
 def shard_names(file: Path) -> list[str]:
@@ -183,8 +194,8 @@ def _read_pickle(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except UnpicklingError as error:  # torch's message advises to load it without weights_only
-        found = re.search(r"Unsupported (?:global|class|operand)[^A-Za-z]*(?:GLOBAL )?([\w.]+)", str(error))
-        what = f"it holds {found[1]}, more than tensors" if found else "it holds more than tensors"
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it holds {found[1]}, more than tensors" if found else "it is no file of torch.save"
         raise ValueError(what) from error
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} where a dictionary of tensors was expected")

@@ -274,7 +274,7 @@ def test_damaged_and_hostile_files_are_one_message_each(tmp_path: Path) -> None:
             read_weights(tmp_path / name)
 
 
-def test_checkpoints_of_a_run_are_verified(tmp_path: Path) -> None:
+def test_checkpoints_of_a_run_are_verified(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step, seeds in ((3, (1, 2)), (7, (3, 4))):
         folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
@@ -295,6 +295,7 @@ def test_checkpoints_of_a_run_are_verified(tmp_path: Path) -> None:
         return f"{coverage.part} {seeds}", coverage.file
 
     assert first_of(run) == ("ema [4]", str(newest / "ema.safetensors"))
+    assert f"{run} has not finished" in caplog.text
     assert first_of(run, "raw") == ("raw [3]", str(newest / "model.safetensors"))
     assert first_of(run / "checkpoints" / "step-00000003")[0] == "ema [2]"
     with (newest / "model.safetensors").open("r+b") as file:
