@@ -14,8 +14,9 @@ from clipcluster.build.optimizer import build_optimizer, build_schedule, try_opt
 from clipcluster.build.stages import build_stages, check_loaded
 from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
-from clipcluster.model.norms import synchronise
-from clipcluster.recipe.plan import Plan, micro_batches, plan, samples_per_rank
+from clipcluster.model.activation_checkpointing import checkpoint_activations
+from clipcluster.model.norms import group_batch_norms, synchronise
+from clipcluster.recipe.plan import Plan, accumulation_of, plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.recipe.units import Time
@@ -108,6 +109,7 @@ def build_trainer(
 def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
     """What happens to the weights at a step; the model moves to the world's device."""
     precision = Precision(recipe.train.precision, world.device)
+    prepare_towers(recipe, model)
     if recipe.train.sync_batch_norm:
         synchronise(model, world)
     precision.prepare(model)
@@ -130,6 +132,14 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
         clip_norm=recipe.optim.clip_norm,
         clip_value=recipe.optim.clip_value,
     )
+
+
+def prepare_towers(recipe: Recipe, model: Any) -> None:
+    """Let the towers train as the recipe says: what batch norms see, and which activations are kept."""
+    if recipe.train.batch_norm_group:
+        group_batch_norms(model, recipe.train.batch_norm_group)
+    if recipe.train.activation_checkpointing:
+        checkpoint_activations(model)
 
 
 def build_backward(
@@ -168,9 +178,8 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     whatever the towers raise.
     """
     world = World(0, 1, 0, torch.device("cpu"))
-    batch = recipe.data.batch_size
-    parts = min(2, micro_batches(samples_per_rank(batch, world_size), recipe.train.micro_batch))
-    samples = min(TRIED_SAMPLES, max(1, batch // parts)) * parts
+    parts = min(2, accumulation_of(recipe, world_size))
+    samples = min(TRIED_SAMPLES, recipe.data.batch_size // parts) * parts
     data = recipe.data.model_copy(update={"batch_size": samples, "workers": 0})
     small = recipe.model_copy(update={"data": data})
     sources = open_sources(small, assets)
@@ -178,6 +187,7 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     if recipe.freeze:
         freezings = plan(recipe, sources.sampler.samples, world_size).freezings
         check_loaded(model, build_stages(model, freezings)[0])
+    prepare_towers(small, model)
     task = build_task(small, model, world)
     try_optimizer(recipe, model)
     precision = Precision("fp32", world.device)

@@ -19,6 +19,7 @@ from typing import Any
 from clipcluster.check.names import store_timm_names
 from clipcluster.check.plain import Findings, open_indexed
 from clipcluster.errors import UserError
+from clipcluster.recipe.plan import accumulation_of
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import ClipTextTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
@@ -130,10 +131,12 @@ def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, fin
     findings.summary += _said(f"image tower: {name}", tower, coverage)
     if not any(isinstance(module, _BatchNorm) for module in tower.modules()):
         return
-    if world_size > 1:
+    micro_batch = recipe.data.batch_size // world_size // accumulation_of(recipe, world_size)
+    if micro_batch < recipe.data.batch_size and not recipe.train.batch_norm_group:
         findings.warnings.append(
-            f"model.image: {name} has batch norms, whose statistics are over each rank's part of the batch: "
-            f"with another number of ranks than {world_size} the weights differ"
+            f"model.image: {name} has batch norms, whose statistics are over {micro_batch} samples, a rank's "
+            "micro-batch: with other ranks or micro-batches the weights differ; train.batch_norm_group "
+            f"{micro_batch}, or a divisor of it, makes them the same"
         )
     if recipe.train.precision in ("bf16", "fp16"):
         findings.summary.append(f"batch norms of {name}: kept in fp32 under {recipe.train.precision}")

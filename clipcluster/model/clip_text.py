@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from clipcluster.model.pooling import last_real
 
@@ -37,6 +38,10 @@ class ClipTextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether a layer's activations are computed again in the backward pass, as timm's towers have it."""
+        self.transformer.checkpointing = enable
+
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         # Causal: what follows the last real token never reaches it.
@@ -50,13 +55,14 @@ class _Layers(nn.Module):
         super().__init__()
         blocks = [_Layer(width, heads, hidden, quick_gelu) for _ in range(layers)]
         self.resblocks = nn.ModuleList(blocks)
+        self.checkpointing = False
         for layer in blocks:  # what writes into the residual stream shrinks with depth
             nn.init.normal_(layer.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(layer.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
     def forward(self, states: Tensor) -> Tensor:
         for layer in self.resblocks:
-            states = layer(states)
+            states = checkpoint(layer, states, use_reentrant=False) if self.checkpointing else layer(states)
         return states
 
 

@@ -1,11 +1,13 @@
-"""Batch norms: kept in float32 under autocast, or over the batch of all ranks."""
+"""Batch norms: kept in float32 under autocast, over groups of samples, or over the batch of all ranks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import convert_sync_batchnorm
+import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipcluster.errors import UserError
@@ -18,6 +20,32 @@ class _InFloat32:
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(widen(x)).to(x.dtype)  # type: ignore[misc]
+
+
+class _InGroups:
+    """Put before a batch norm's class: in training its statistics are those of `group` rows at a time.
+
+    The running statistics move to the mean of what each group alone would have made of the old ones. In
+    evaluation nothing differs. timm's norm has dropout and activation in it, which see all rows at once.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)  # type: ignore[misc]
+        parts = x.split(self.group)
+        # A copy for each group: it starts from the old values, and its backward pass refuses changed ones.
+        old = (self.running_mean, self.running_var)
+        moved = [(old[0].clone(), old[1].clone()) for _ in parts]
+        x = torch.cat(
+            [
+                functional.batch_norm(part, *own, self.weight, self.bias, True, self.momentum, self.eps)
+                for part, own in zip(parts, moved, strict=True)
+            ]
+        )
+        for buffer, new in zip(old, zip(*moved, strict=True), strict=True):
+            buffer.copy_(torch.stack(new).mean(dim=0))
+        self.num_batches_tracked.add_(1)
+        return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -36,6 +64,22 @@ def keep_in_float32(model: nn.Module) -> int:
         if not issubclass(kind, _InFloat32):
             norm.__class__ = type(f"{kind.__name__}InFloat32", (_InFloat32, kind), {})
     return len(found)
+
+
+def group_batch_norms(model: nn.Module, group: int) -> None:
+    """Let every batch norm normalise `group` samples at a time in training; names and parameters stay.
+
+    Call it before `keep_in_float32`. Raises UserError for a kind of batch norm that cannot.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
+    for norm in batch_norms(model):
+        kind = type(norm)
+        if kind not in kinds or norm.running_mean is None or norm.momentum is None:
+            raise UserError(
+                f"train.batch_norm_group: {kind.__name__} without running statistics, or of a kind unknown "
+                "here, cannot normalise in groups; remove the key, or choose another tower"
+            )
+        norm.__class__ = type(f"{kind.__name__}InGroups", (_InGroups, kind), {"group": group})
 
 
 def synchronise(model: Any, world: World) -> None:

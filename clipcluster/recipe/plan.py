@@ -55,13 +55,13 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         world_size: ranks in all.
 
     Raises:
-        UserError: the batch does not divide, or cuts pairs that are mixed, the run has no step, the schedule
-            does not fit into it, min_lr is not below lr, or an entry of `freeze` has no effect; with the
-            arithmetic and values that work.
+        UserError: the batch does not divide, by the ranks or into groups of batch norms, or cuts pairs that
+            are mixed, the run has no step, the schedule does not fit into it, min_lr is not below lr, or an
+            entry of `freeze` has no effect; with the arithmetic and values that work.
     """
     batch = recipe.data.batch_size
     per_rank = samples_per_rank(batch, world_size)
-    accumulation = micro_batches(per_rank, recipe.train.micro_batch)
+    accumulation = accumulation_of(recipe, world_size)
     _require_whole_pairs(recipe, per_rank // accumulation, world_size)
     epoch_samples = recipe.data.epoch_samples or source_samples
     steps_per_epoch = epoch_samples // batch
@@ -156,20 +156,52 @@ def samples_per_rank(batch: int, world_size: int) -> int:
         return batch // world_size
     lower, upper = batch - batch % world_size, batch + world_size - batch % world_size
     batches = " or ".join(str(value) for value in (lower, upper) if value > 0)
-    small = [ranks for ranks in range(1, isqrt(batch) + 1) if batch % ranks == 0]
-    divisors = sorted({*small, *(batch // ranks for ranks in small)})
-    near = divisors[max(0, bisect(divisors, world_size) - 1) :][:2]  # the largest below, the smallest above
     raise UserError(
         f"data.batch_size {batch} does not divide by {world_size} ranks; set it to {batches}, "
-        f"or use {' or '.join(map(str, near))} ranks"
+        f"or use {' or '.join(map(str, _near(_divisors(batch), world_size)))} ranks"
     )
 
 
-def micro_batches(per_rank: int, bound: int | None) -> int:
-    """The smallest count of equal micro-batches of `per_rank` samples that are no larger than `bound`."""
-    if bound is None or per_rank <= bound:
-        return 1
-    return next(count for count in range(-(-per_rank // bound), per_rank + 1) if per_rank % count == 0)
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def _near(values: list[int], wanted: int) -> list[int]:
+    """The largest of rising values not above what is wanted, and the smallest above it."""
+    return values[max(0, bisect(values, wanted) - 1) :][:2]
+
+
+def accumulation_of(recipe: Recipe, world_size: int) -> int:
+    """The smallest count of equal micro-batches within train.micro_batch and of whole train.batch_norm_group.
+
+    Raises UserError where the batch does not divide so, with values that work.
+    """
+    per_rank = samples_per_rank(recipe.data.batch_size, world_size)
+    bound, group = recipe.train.micro_batch, recipe.train.batch_norm_group
+    count = micro_batches(per_rank, bound, group or 1)
+    if count is not None:
+        return count
+    assert group is not None, "micro-batches of one sample always divide"
+    fit = [size for size in _divisors(per_rank) if 2 <= size <= (bound or per_rank)]
+    if not fit:
+        advice = "no group of two or more does; use fewer ranks, or another data.batch_size"
+    else:
+        advice = f"set it to {' or '.join(map(str, _near(fit, group)))}"
+    most = f" of at most {bound}" if bound else ""
+    raise UserError(
+        f"train.batch_norm_group {group} does not divide {counted(per_rank, 'sample')} a rank into equal "
+        f"micro-batches{most} of whole groups; {advice}"
+    )
+
+
+def micro_batches(per_rank: int, bound: int | None, multiple: int = 1) -> int | None:
+    """The smallest count of equal micro-batches of `per_rank` samples that are no larger than `bound`.
+
+    Each is a multiple of `multiple` samples; None where there is no such count.
+    """
+    sizes = [size for size in _divisors(per_rank) if size <= (bound or per_rank) and size % multiple == 0]
+    return per_rank // sizes[-1] if sizes else None
 
 
 def usable_nodes(recipe: Recipe, granted: int) -> int:

@@ -79,7 +79,9 @@ class Whole(Backward):
         seed_step(self._seed, step, self._slot)
         with self.precision.autocast():
             report = self.task(Task.report, batch)
+        self.statistics.take()
         report.loss.backward(self.precision.seed_gradient(report.loss.detach()))
+        self.statistics.put_back()
         return Report(report.loss.detach(), report.metrics)
 
 
@@ -95,9 +97,10 @@ class Independent(Backward):
             with self.task.reduction(number == self._count):
                 with self.precision.autocast():
                     report = self.task(Task.report, micro_batch)
+                self.statistics.take()
                 loss = report.loss.detach()
                 report.loss.backward(self.precision.seed_gradient(loss) / self._count)
-            self.statistics.take()
+            self.statistics.put_back()
             reports.append(Report(loss, report.metrics))
         return _mean(reports)
 
@@ -134,6 +137,7 @@ class Cached(Backward):
             with torch.no_grad(), self.precision.autocast():
                 parts.append(self.task(Task.features, micro_batch))
             self.statistics.take()
+            self.statistics.put_back()
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -31,12 +31,11 @@ class RunningStatistics:
         self._passes = []
 
     def take(self) -> None:
-        """Count what a micro-batch left, and put the old values back for the next one."""
+        """Count what the forward pass of a micro-batch left."""
         self._passes.append([buffer.clone() for buffer in self._buffers])
-        self.put_back()
 
     def put_back(self) -> None:
-        """Put the values of `begin` back: after a pass that does not count, its backward included."""
+        """Put the values of `begin` back, once the backward pass is over: until then it may need them."""
         for buffer, old in zip(self._buffers, self._before, strict=True):
             buffer.copy_(old)
 
@@ -47,7 +46,7 @@ class RunningStatistics:
         """
         if not self._buffers:
             return
-        passes = self._passes or [self._buffers]
+        passes = self._passes
         after = list(passes[0])
         if len(passes) * self._world.size > 1:
             after[: self._floats] = self._mean([values[: self._floats] for values in passes])

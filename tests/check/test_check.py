@@ -440,9 +440,12 @@ def test_what_only_a_step_shows_is_found(folder: Path) -> None:
 def test_batch_norms_over_ranks_are_warned_of(folder: Path) -> None:
     found = examined("model.image.timm=test_resnet", "train.precision=bf16")
     assert found.errors == []
-    assert "batch norms, whose statistics are over each rank's part" in found.warnings[0]
+    assert "batch norms, whose statistics are over 2 samples, a rank's micro-batch" in found.warnings[0]
+    assert "train.batch_norm_group 2" in found.warnings[0]
     assert "batch norms of test_resnet: kept in fp32 under bf16" in found.summary
     assert examined("model.image.timm=test_resnet", world_size=1).warnings == []
+    grouped = ("model.image.timm=test_resnet", "train.batch_norm_group=2")
+    assert examined(*grouped, "train.activation_checkpointing=true").warnings == []
 
 
 def test_captions_longer_than_the_context_are_counted(folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.values import Float, Int
 from clipcluster.recipe.units import Duration, Length
@@ -51,6 +53,19 @@ class Train(Section):
         None,
         ge=1,
     )
+    batch_norm_group: Int | None = key(
+        "result",
+        "Samples over which batch norms take their statistics; it divides every micro-batch, so that the "
+        "weights depend on neither ranks nor micro-batches. Default: each micro-batch.",
+        None,
+        ge=2,
+    )
+    activation_checkpointing: bool = key(
+        "speed",
+        "The towers' activations computed again in the backward pass instead of kept: less memory for about "
+        "a third more time.",
+        False,
+    )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = key(
         "result",
         "Arithmetic of the towers: tf32 shortens float32's products on a GPU (on the CPU it is fp32), fp16 "
@@ -81,3 +96,12 @@ class Train(Section):
     record_samples: bool = key("record", "Record every consumed sample: step, slot, shard and key.", False)
     log_every: Duration = key("record", "How often a line of metrics is written.", "10 steps")
     non_finite: NonFinite = section("Losses and gradients that are not finite.", {})
+
+    @model_validator(mode="after")
+    def _one_kind_of_statistics(self) -> Train:
+        if self.sync_batch_norm and self.batch_norm_group:
+            raise ValueError(
+                "sync_batch_norm takes statistics over all ranks and batch_norm_group over parts of one's "
+                "samples; set one of them"
+            )
+        return self

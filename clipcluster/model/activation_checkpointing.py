@@ -1,0 +1,42 @@
+"""Activations computed again in the backward pass instead of kept (Chen et al. 2016, section 4.1)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from clipcluster.errors import UserError
+from clipcluster.model.clip_text import ClipTextTower
+from clipcluster.model.towers import ImageTower, TextTower
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Switch it on in every tower of a model; the second forward pass draws the same random numbers.
+
+    Raises UserError, naming it, for a tower that cannot.
+    """
+    kinds = (ImageTower, TextTower, ClipTextTower)
+    towers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    for name, tower in towers or [("model", model)]:
+        if not _switch_on(tower):
+            raise UserError(
+                f"train.activation_checkpointing: the tower {name} has none; set it to false, and lower "
+                "train.micro_batch to save memory"
+            )
+
+
+def _switch_on(module: nn.Module) -> bool:
+    """Whether the module, or any below it, has a switch and takes it."""
+    if hasattr(module, "set_grad_checkpointing"):  # timm's towers, and CLIP's text transformer
+        try:
+            module.set_grad_checkpointing(True)  # type: ignore[operator]
+        except AssertionError:  # what timm's towers without it raise
+            return False
+        return True
+    if hasattr(module, "supports_gradient_checkpointing"):  # a transformers model
+        if module.supports_gradient_checkpointing:
+            # gradient_checkpointing_enable is the name before transformers 5.2x
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            switch = next(getattr(module, name) for name in names if hasattr(module, name))
+            switch({"use_reentrant": False})
+        return bool(module.supports_gradient_checkpointing)
+    return sum(_switch_on(child) for child in module.children()) > 0
