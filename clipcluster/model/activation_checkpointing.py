@@ -15,6 +15,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     Raises UserError, naming it, for a tower that cannot.
     """
     kinds = (ImageTower, TextTower, ClipTextTower)
+    towers: list[tuple[str, nn.Module]]
     towers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     for name, tower in towers or [("model", model)]:
         if not _switch_on(tower):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipcluster.errors import UserError
-from clipcluster.model.norms import batch_norms, keep_in_float32, synchronise
+from clipcluster.model.norms import batch_norms, group_batch_norms, keep_in_float32, synchronise
 from clipcluster.runtime.world import World
 
 CPU = torch.device("cpu")
@@ -116,3 +116,52 @@ def test_synchronised_norms_need_gpus() -> None:
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     assert keep_in_float32(model) == len(norms)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(5),
+        nn.BatchNorm2d(5),
+        BatchNormAct2d(5, act_layer=nn.SiLU, drop_layer=lambda: nn.Dropout(0.5)),
+    ],
+)
+def test_groups_are_normalised_as_if_each_came_alone(norm: nn.Module) -> None:
+    torch.manual_seed(2)
+    norm = nn.Sequential(norm).double()
+    nn.init.normal_(norm[0].weight)
+    names = list(norm.state_dict())
+    x = torch.randn((12, 5) if isinstance(norm[0], nn.BatchNorm1d) else (12, 5, 3, 2), dtype=torch.float64)
+    dropped = getattr(norm[0], "drop", None)
+    plain = copy.deepcopy(norm)
+    if dropped is not None:  # of all rows at once: what the plain ones leave out is done below
+        plain[0].drop = plain[0].act = nn.Identity()
+    alone = [copy.deepcopy(plain) for _ in range(3)]
+    group_batch_norms(norm, 4)
+    given = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    found = norm(given)
+    found.square().sum().backward()
+    also = x.clone().requires_grad_()
+    parts = torch.cat([one(part) for one, part in zip(alone, also.split(4), strict=True)])
+    torch.manual_seed(3)
+    expected = parts if dropped is None else norm[0].act(norm[0].drop(parts))
+    expected.square().sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(given.grad, also.grad, rtol=1e-10, atol=1e-12)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(one[0], name) for one in alone]).mean(dim=0)
+        torch.testing.assert_close(getattr(norm[0], name), mean, rtol=1e-12, atol=0)
+    assert norm[0].num_batches_tracked == 1
+    assert list(norm.state_dict()) == names
+    norm.eval(), plain.eval()
+    plain.load_state_dict(norm.state_dict())
+    torch.testing.assert_close(norm(x), norm[0].act(plain(x)) if dropped is not None else plain(x))
+    assert keep_in_float32(norm) == 1  # around it
+    assert norm.float().train()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_norm_that_cannot_group_is_refused() -> None:
+    for norm in (nn.BatchNorm2d(3, track_running_stats=False), nn.SyncBatchNorm(3)):
+        with pytest.raises(UserError, match=r"train.batch_norm_group: .*BatchNorm"):
+            group_batch_norms(nn.Sequential(norm), 4)

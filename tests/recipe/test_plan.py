@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from clipcluster.check.experience import findings
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded
-from clipcluster.recipe.plan import micro_batches, plan, plan_for_nodes, samples_per_rank, usable_nodes
+from clipcluster.recipe.plan import Plan, micro_batches, plan, plan_for_nodes, samples_per_rank, usable_nodes
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Duration
 
@@ -122,6 +122,41 @@ def test_a_ranks_part_is_cut_into_the_fewest_micro_batches(small: Small) -> None
         6: (1, 64),
     }
     assert {(p.batch_size, p.total_steps, p.warnings) for p in found.values()} == {(384, 52, ())}
+
+
+@given(st.integers(1, 600), st.integers(1, 600) | st.none(), st.integers(2, 64), st.integers(1, 4))
+def test_groups_of_batch_norms_divide_every_micro_batch(
+    per_rank: int, bound: int | None, group: int, ranks: int
+) -> None:
+    def planned(group: int) -> Plan:
+        changes = {"micro_batch": bound, "batch_norm_group": group}
+        return plan(
+            recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)}), 10**6, ranks
+        )
+
+    recipe = recipe_of(per_rank * ranks)
+    fits = per_rank % group == 0 and group <= (bound or per_rank)
+    if fits:
+        found = planned(group)
+        assert found.micro_batch % group == 0
+        assert found.micro_batch <= (bound or per_rank)
+        assert found.micro_batch * found.accumulation == per_rank
+        return
+    with pytest.raises(UserError, match=f"train.batch_norm_group {group} does not divide") as caught:
+        planned(group)
+    for value in str(caught.value).partition("set it to ")[2].split(" or "):
+        assert not value or planned(int(value))
+
+
+def test_the_message_of_a_group_that_does_not_divide(small: Small) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(
+            small("data.batch_size=256", "train.micro_batch=50", "train.batch_norm_group=24").recipe, 1000, 2
+        )
+    assert str(caught.value) == (
+        "train.batch_norm_group 24 does not divide 128 samples a rank into equal micro-batches of at most 50 "
+        "of whole groups; set it to 16 or 32"
+    )
 
 
 def test_small_micro_batches_are_warned_of(small: Small) -> None:

@@ -20,10 +20,11 @@ from torch.nn import functional
 
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
+from clipcluster.model.norms import group_batch_norms
 from clipcluster.model.task import Features, Report, Task
 from clipcluster.runtime.devices import seed_step
 from clipcluster.runtime.world import World
-from clipcluster.train.backward import Backward, Cached, Independent, Whole
+from clipcluster.train.backward import Backward, Cached, Independent, Whole, _product
 from clipcluster.train.optimizer import Optimizer, Rate
 from clipcluster.train.precision import Precision
 from clipcluster.train.stages import Stage, Stages
@@ -36,9 +37,9 @@ Answer = dict[str, Any]
 
 
 class Towers(nn.Module):
-    """Two small towers; `norm` adds a BatchNorm, `dropout` random numbers."""
+    """Two small towers; `norm` adds a BatchNorm, over `group` samples, `dropout` random numbers."""
 
-    def __init__(self, norm: bool = False, dropout: float = 0.0) -> None:
+    def __init__(self, norm: bool = False, dropout: float = 0.0, group: int | None = None) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor([1.5]))
         self.last = nn.Linear(20, 8)
@@ -46,6 +47,8 @@ class Towers(nn.Module):
         self.first = nn.Linear(3 * 4 * 4, 20)
         self.words = nn.Embedding(30, 8)
         self.dropout = nn.Dropout(dropout)
+        if group:
+            group_batch_norms(self, group)
 
     def image(self, images: Tensor) -> Tensor:
         hidden = self.norm(self.first(images.flatten(1).double() / 255)).relu()
@@ -168,6 +171,24 @@ def beside_the_wrapper(world: World) -> Answer:
     return setup.answer(report)
 
 
+def loss_outside(world: World) -> Answer:
+    """Cached, with the loss outside the wrapper: no forward pass that reduces has the scale."""
+    setup = Setup(world)
+    setup.wrapped.wrap()
+    with setup.wrapped.reduction(False):
+        cached = setup.strategy(Cached, 4)._features(setup.batch, STEP)  # type: ignore[attr-defined]
+        leaves = {name: value.requires_grad_() for name, value in cached.items()}
+        report = setup.task.loss(leaves)
+        report.loss.backward()
+    size = len(setup.batch) // 4
+    for number, micro_batch in enumerate(setup.batch.micro_batches(4)):
+        own = slice(number * size, (number + 1) * size)
+        rows = {name: leaf.grad[own] for name, leaf in leaves.items()}
+        with setup.wrapped.reduction(number == 3):
+            setup.wrapped(_product, micro_batch, rows, {}).backward()
+    return setup.answer(report)
+
+
 def scale_in_every_micro_batch(world: World) -> Answer:
     """The loss taken again for every micro-batch, its other features from the cache (as OpenCLIP splices)."""
     setup = Setup(world)
@@ -252,6 +273,11 @@ CASES: dict[str, Callable[[World], Answer]] = {
     "norm-1": exact(Pairs, Whole, 1, norm=True),
     "norm-cached-4": exact(Pairs, Cached, 4, norm=True),
     "norm-cached-12": exact(Pairs, Cached, 12, norm=True),
+    "groups": exact(Pairs, Whole, 1, norm=True, group=2),
+    "groups-cached-2": exact(Pairs, Cached, 2, norm=True, group=2),
+    "groups-independent-2": exact(Classes, Independent, 2, norm=True, group=2),
+    "groups-classes": exact(Classes, Whole, 1, norm=True, group=2),
+    "loss-outside": loss_outside,
     "sharded": sharded,
     "thawed": lambda world: thawed(world, wrap=True),
     "scale-alone": scale_alone,

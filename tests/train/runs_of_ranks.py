@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch._dynamo  # an optimizer loads it: once here, not once a rank
 import torch.utils.tensorboard
+from transformers import AutoConfig, AutoModel
 
 import clipcluster.build.training  # noqa: F401
 from clipcluster.run import train
@@ -57,6 +58,7 @@ def attempt(path: str, size: int, questions: int, expected: int) -> None:
 
 
 def main() -> None:
+    AutoModel.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1))  # loads what it needs
     for job in sys.argv[1:]:
         path, size, *questions = job.split(":")
         if questions:

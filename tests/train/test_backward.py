@@ -19,10 +19,10 @@ from clipcluster.runtime.world import World
 from clipcluster.train.statistics import RunningStatistics
 
 WORKER = Path(__file__).with_name("backward_of_ranks.py")
-ALONE = ("whole", "cached", "classes", "dropout-12", "norm-1", "norm-cached-12")
+ALONE = ("whole", "cached", "classes", "dropout-12", "norm-1", "norm-cached-12", "groups", "groups-classes")
 TOGETHER = (
     *("whole", "cached", "independent", "classes-cached", "dropout", "norm-cached-4", "sharded", "thawed"),
-    "scale-alone",
+    *("scale-alone", "groups-cached-2", "groups-independent-2", "loss-outside"),
     *("beside-the-wrapper", "scale-in-every-micro-batch", "other-random-numbers", "thawed-not-wrapped"),
     "naive-statistics",
 )
@@ -64,6 +64,8 @@ def distances(ranks: Any, case: str, alone: str) -> dict[str, float]:
         ("dropout", "dropout-12"),
         ("norm-cached-4", "norm-cached-12"),
         ("thawed", "whole"),
+        ("groups-cached-2", "groups"),
+        ("groups-independent-2", "groups-classes"),
     ],
 )
 def test_gradients_equal_those_of_one_process(ranks: Any, case: str, alone: str) -> None:
@@ -94,6 +96,7 @@ def test_a_loss_trains_its_own_parameter_over_frozen_towers(ranks: Any) -> None:
     ("case", "alone", "wrong"),
     [
         ("beside-the-wrapper", "whole", {"logit_scale", "first.weight", "last.weight", "words.weight"}),
+        ("loss-outside", "whole", {"logit_scale", "first.weight", "last.weight", "words.weight"}),
         ("scale-in-every-micro-batch", "whole", {"logit_scale"}),
         ("thawed-not-wrapped", "whole", {"words.weight"}),
         ("other-random-numbers", "dropout-12", {"first.weight", "last.weight", "words.weight"}),
@@ -119,6 +122,11 @@ def test_statistics_move_once_a_step_on_any_number_of_ranks(ranks: Any) -> None:
         for name in ("norm.running_mean", "norm.running_var"):
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-14)
             assert torch.equal(found[name], ranks[3][0]["norm-cached-4"]["buffers"][name])
+    # In groups of the same size they do not depend on micro-batches either.
+    found, expected = (ranks[3][1]["groups-cached-2"]["buffers"], ranks[1][0]["groups"]["buffers"])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-14)
+    expected = ranks[1][0]["norm-cached-12"]["buffers"]
     whole = ranks[1][0]["norm-1"]["buffers"]["norm.running_var"]
     assert not torch.allclose(whole, expected["norm.running_var"])  # larger groups have another variance
     naive = ranks[3][0]["naive-statistics"]["buffers"]

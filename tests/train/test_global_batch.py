@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ RECIPE = """
 name: same
 data:
   train: [{{shards: {digits}/train}}]
-  batch_size: 24
+  batch_size: 96
   workers: 0
   image: {{size: 32}}
   text: {{tokenizer: bytes, context_length: 24, captions: random}}
@@ -29,31 +30,34 @@ model:
     arch: gpt2
     config: {{n_layer: 1, n_head: 2, n_embd: 32, resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0}}
   embed_dim: 16
-optim: {{lr: 1e-3, clip_norm: 1.0, warmup: 4 steps}}
-train: {{duration: 20 steps, micro_batch: 3, log_every: 1 step}}
+optim: {{lr: 5e-4, clip_norm: 1.0, warmup: 4 steps}}
+train: {{duration: 20 steps, micro_batch: 12, log_every: 1 step}}
 cluster: {{gpus_per_node: 0, cpus_per_task: 1}}
 """
 RANDOM = "model.text.config={n_layer: 1, n_head: 2, n_embd: 32}"  # with dropout
-RUNS = {  # name: ranks, questions before a stop, overrides
-    "whole": ("1", "train.micro_batch=null"),
-    "on-4": ("4",),
-    "on-2": ("2",),
-    "on-1": ("1",),
-    "uninterrupted": ("3",),
-    "stopped": ("3:6",),
-}
-RESUMED = (RANDOM, "train.duration=6 steps", "model.image.args.drop_path_rate=0.2", "train.micro_batch=2")
+NORM = ("model.image={timm: test_efficientnet}", "train.batch_norm_group=12")  # its norms hold activations
+SAME = {"whole": ("1", "train.micro_batch=null"), "on-4": ("4",), "on-2": ("2",), "on-1": ("1",)}
+RESUMED = (
+    *NORM,
+    "train.batch_norm_group=4",
+    RANDOM,
+    "model.image.args={drop_path_rate: 0.2}",
+    "train.duration=6 steps",
+    "train.activation_checkpointing=true",
+)
 WORKER = Path(__file__).with_name("runs_of_ranks.py")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Every run, trained by the ranks it says."""
-    folder = tmp_path_factory.mktemp("global")
-    (folder / "same.yaml").write_text(RECIPE.format(digits=convert("digits", folder / "digits").out))
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert("digits", tmp_path_factory.mktemp("data") / "digits").out
+
+
+def trained(folder: Path, digits: Path, runs: Mapping[str, tuple[str, ...]]) -> dict[str, Run]:
+    """Runs by name, each trained on as many ranks as it says, with its overrides."""
+    (folder / "same.yaml").write_text(RECIPE.format(digits=digits))
     made, jobs = {}, []
-    for name, (ranks, *changes) in RUNS.items():
-        changes += RESUMED if ranks.startswith("3") else ()
+    for name, (ranks, *changes) in runs.items():
         loaded = load(folder / "same.yaml", changes, {})
         made[name] = Run.create(folder / name, recipe_keys(loaded), settings_keys(loaded))
         jobs.append(f"{made[name].path}:{ranks}")
@@ -66,16 +70,29 @@ def losses(run: Run) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in merged_metrics(run)], dtype=torch.float64)
 
 
-def test_a_run_is_the_same_on_4_2_and_1_ranks(runs: dict[str, Run]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "others"),
+    [
+        pytest.param(NORM, ("on-4",), id="grouped norms"),
+        pytest.param(NORM, ("on-2", "on-1"), id="grouped norms more", marks=pytest.mark.long),
+        pytest.param((), ("on-4", "on-2", "on-1"), id="no norms", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_is_the_same_on_any_number_of_ranks(
+    tmp_path: Path, digits: Path, changes: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    runs = trained(tmp_path, digits, {name: (*SAME[name], *changes) for name in ("whole", *others)})
     expected = losses(runs["whole"])
     assert len(expected) == 20
     assert expected[-5:].mean() < expected[:5].mean() - 0.1  # it learns, so that errors would grow
-    for name in ("on-4", "on-2", "on-1"):
+    for name in others:
         torch.testing.assert_close(losses(runs[name]), expected, rtol=1e-5, atol=0)
 
 
-def test_an_accumulated_run_resumes_bit_for_bit(runs: dict[str, Run]) -> None:
-    whole, stopped = runs["uninterrupted"], runs["stopped"]
+@pytest.mark.long
+def test_an_accumulated_run_resumes_bit_for_bit(tmp_path: Path, digits: Path) -> None:
+    runs = trained(tmp_path, digits, {"whole": ("3", *RESUMED), "stopped": ("3:6", *RESUMED)})
+    whole, stopped = runs["whole"], runs["stopped"]
     (resumed,) = [event["step"] for event in events(stopped) if event["event"] == "resume"]
     assert 0 < resumed < 6
     assert torch.equal(losses(stopped), losses(whole))
