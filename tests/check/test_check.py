@@ -177,6 +177,11 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
             "The nearest possible weights are",
         ),
         (["optim.warmup=10 epochs"], "takes the whole run of 20 steps"),
+        (
+            ["freeze=[{tower: text, trainable: last 1}]"],
+            "model.text has no weights, so they would stay random",
+        ),
+        (["freeze=[{tower: text, trainable: all}]"], "changes nothing: it says what holds without it"),
         (["model.image.weights=data/trian"], "data/trian does not exist; did you mean"),
         (["data.text.tokenizer=./nowhere"], "nowhere does not exist"),
         (["evaluate.retrieval=[data/none]"], "evaluate.retrieval=[data/none]: "),
