@@ -21,7 +21,7 @@ LOOK_SECONDS = 0.5
 LINE_SECONDS = 5.0  # between two plain lines of progress
 STARTING = frozenset({"claim", "phase", "resume"})
 TOLD = {
-    "events-rank-0.jsonl": frozenset({"phase", "resume"}),
+    "events-rank-0.jsonl": frozenset({"phase", "resume", "stage"}),
     "events-verdict.jsonl": frozenset({"requeue", "note", "requeue_refused", "fail", "cancel", "stop"}),
 }
 PHASES = {
@@ -152,6 +152,8 @@ def event_text(event: Mapping[str, Any]) -> str:
         text = f"starting, as job {event.get('job')} on {event.get('host')}"
     elif kind == "phase":
         text = PHASES.get(event["phase"], event["phase"])
+    elif kind == "stage":
+        text = f"{event['trainable']:,} of {event['parameters']:,} parameters train from step {step:,}"
     elif kind == "resume":
         text = f"resuming from step {step:,}"
     else:

@@ -6,17 +6,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clipcluster.build.data import open_sources
+from clipcluster.build.model import build_model
 from clipcluster.errors import UserError
 from clipcluster.model.layers import Layer, layers_of
 from clipcluster.model.weights import some
+from clipcluster.recipe.plan import plan
+from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.stages import Freezing
 from clipcluster.train.optimizer import Rate
-from clipcluster.train.stages import Stage
+from clipcluster.train.stages import Stage, counts_of
 
 NAMED_LAYERS = 40  # in a message
 Rates = Mapping[str, Rate | None]
@@ -164,3 +169,15 @@ def check_loaded(model: Any, stage: Stage) -> None:
                 f"freeze: the {tower} tower begins frozen, and its weights lack {some(random)}, which would "
                 f"stay random. Name weights that have them, or let their layers train first."
             )
+
+
+def try_stages(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[str]:
+    """Build the stages of a recipe around its model with its starting weights; a line on each.
+
+    Raises UserError as `build_stages`, `check_loaded`, building and reading do.
+    """
+    sources = open_sources(recipe, assets)
+    model = build_model(recipe, sources.tokenizer, assets)
+    stages = build_stages(model, plan(recipe, sources.sampler.samples, world_size).freezings)
+    check_loaded(model, stages[0])
+    return [str(counts_of(model.named_parameters(), stage)) for stage in stages]

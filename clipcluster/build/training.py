@@ -170,9 +170,8 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     """One forward and backward pass of the recipe's task on a few of its samples, on the CPU in float32.
 
     Where the run on `world_size` ranks accumulates, the samples come in two micro-batches. Shows what only
-    running shows: shapes that do not fit, what a tower does not take, layers that `freeze` asks for and
-    a tower does not have. Starting weights are read only where they have to cover what is frozen. Returns the
-    names of the parameters without a gradient, which several ranks cannot train.
+    running shows: shapes that do not fit, what a tower does not take. Starting weights are not read. Returns
+    the names of the parameters without a gradient, which several ranks cannot train.
 
     Raises UserError and DataError as building and reading do (`try_optimizer` among it), NonFiniteError, and
     whatever the towers raise.
@@ -183,10 +182,7 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     data = recipe.data.model_copy(update={"batch_size": samples, "workers": 0})
     small = recipe.model_copy(update={"data": data})
     sources = open_sources(small, assets)
-    model = build_model(small, sources.tokenizer, assets, starting_weights=bool(recipe.freeze))
-    if recipe.freeze:
-        freezings = plan(recipe, sources.sampler.samples, world_size).freezings
-        check_loaded(model, build_stages(model, freezings)[0])
+    model = build_model(small, sources.tokenizer, assets, starting_weights=False)
     prepare_towers(small, model)
     task = build_task(small, model, world)
     try_optimizer(recipe, model)

@@ -103,6 +103,8 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     for number, source in enumerate(recipe.data.train if tokenizer is not None else ()):
         key = f"data.train.{number}"
         attempt(key, _check_lengths, key, source, tokenizer, recipe, findings)
+    if recipe.freeze:
+        attempt("freeze", _check_stages, recipe, world_size, assets, findings)
     attempt("a training step of a few samples", _check_step, recipe, world_size, assets, findings)
     return findings
 
@@ -236,6 +238,13 @@ def _check_lengths(key: str, source: Source, tokenizer: Any, recipe: Recipe, fin
         findings.advise(recipe.checks, "long-captions", f"{said}, and lose their ends")
     else:
         findings.summary.append(said)
+
+
+def _check_stages(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:
+    """The layers that `freeze` names exist, entries change something, weights cover what begins frozen."""
+    from clipcluster.build.stages import try_stages
+
+    findings.summary += try_stages(recipe, assets, world_size)
 
 
 def _check_step(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:

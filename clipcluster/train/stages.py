@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,6 +45,18 @@ class Counts:
         return f"{text} ({', '.join(partly)})" if partly else text
 
 
+def counts_of(parameters: Iterable[tuple[str, nn.Parameter]], stage: Stage) -> Counts:
+    """What a stage says of parameters by their names in the model."""
+    said, every = Counter[str](), Counter[str]()
+    for name, parameter in parameters:
+        part, size = name.partition(".")[0], parameter.numel()
+        every[part] += size
+        said[part] += size if stage.rate_of(name) is not None else 0
+    return Counts(
+        stage.start, said.total(), every.total(), {part: (said[part], every[part]) for part in every}
+    )
+
+
 class Stages:
     """The stages of a run; the one in force follows from the step alone, at a resume too.
 
@@ -82,21 +94,15 @@ class Stages:
         self._optimizer.regroup(stage.rate_of)
         self._task.wrap()
         self._current = stage
-        counts = self._counts(stage)
+        counts = counts_of(self._trainable, stage)
+        self._check(counts)
         return counts if len(self._stages) > 1 or counts.trainable < counts.parameters else None
 
-    def _counts(self, stage: Stage) -> Counts:
-        """Counted three times: as the stage says, as autograd will see it, and as the optimizer has it."""
-        said, every = Counter[str](), Counter[str]()
-        for name, parameter in self._trainable:
-            part, size = name.partition(".")[0], parameter.numel()
-            every[part] += size
-            said[part] += size if stage.rate_of(name) is not None else 0
+    def _check(self, counts: Counts) -> None:
+        """What the stage says is what autograd will see and what the optimizer has."""
         seen = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
-        if not said.total() == seen == self._optimizer.size:
+        if not counts.trainable == seen == self._optimizer.size:
             raise RuntimeError(
-                f"the stage from step {stage.start:,} trains {said.total():,} parameters, but {seen:,} "
+                f"the stage from step {counts.start:,} trains {counts.trainable:,} parameters, but {seen:,} "
                 f"require a gradient and the optimizer has {self._optimizer.size:,}"
             )
-        parts = {part: (said[part], every[part]) for part in every}
-        return Counts(stage.start, seen, every.total(), parts)
