@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from clipcluster.model.pooling import last_real
+from clipcluster.model.pooling import at, last_of
 
 
 class ClipTextTower(nn.Module):
@@ -45,11 +45,11 @@ class ClipTextTower(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         # Causal: what follows the last real token never reaches it.
-        return self.ln_final(last_real(self.transformer(states), mask))
+        return self.ln_final(self.transformer(states, last_of(mask)))
 
 
 class _Layers(nn.Module):
-    """The layers, one after another: (B, L, width) -> (B, L, width)."""
+    """The layers, one after another: (B, L, width) and the place of a token in each row -> (B, width)."""
 
     def __init__(self, width: int, layers: int, heads: int, hidden: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -60,14 +60,18 @@ class _Layers(nn.Module):
             nn.init.normal_(layer.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(layer.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
-    def forward(self, states: Tensor) -> Tensor:
-        for layer in self.resblocks:
+    def forward(self, states: Tensor, last: Tensor) -> Tensor:
+        *early, final = self.resblocks
+        for layer in early:
             states = checkpoint(layer, states, use_reentrant=False) if self.checkpointing else layer(states)
-        return states
+        return final(states, last)  # nobody sees what it makes of the other tokens
 
 
 class _Layer(nn.Module):
-    """Attention and MLP, each after a norm and added to what came in: (B, L, width) -> (B, L, width)."""
+    """Attention and MLP, each after a norm and added to what came in: (B, L, width) -> (B, L, width).
+
+    With the place of a token in each row, (B,): the vectors of these alone, (B, width).
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -76,8 +80,9 @@ class _Layer(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = _Mlp(width, hidden, quick_gelu)
 
-    def forward(self, states: Tensor) -> Tensor:
-        states = states + self.attn(self.ln_1(states))
+    def forward(self, states: Tensor, last: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.ln_1(states), last)
+        states = (states if last is None else at(states, last)) + attended
         return states + self.mlp(self.ln_2(states))
 
 
@@ -110,11 +115,17 @@ class _CausalAttention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, states: Tensor) -> Tensor:
-        batch, length, width = states.shape
-        projected = functional.linear(states, self.in_proj_weight, self.in_proj_bias)
-        # (3, B, heads, L, width of a head)
-        split = projected.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        query, key, value = split.unbind()
-        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, width))
+    def forward(self, states: Tensor, last: Tensor | None = None) -> Tensor:
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if last is None:
+            query, key, value = functional.linear(states, weight, bias).chunk(3, -1)
+            mask = None
+        else:
+            width = states.shape[-1]
+            query = functional.linear(at(states, last).unsqueeze(1), weight[:width], bias[:width])
+            key, value = functional.linear(states, weight[width:], bias[width:]).chunk(2, -1)
+            mask = (torch.arange(states.shape[1], device=last.device) <= last[:, None])[:, None, None]
+        split = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (query, key, value))
+        attended = functional.scaled_dot_product_attention(*split, attn_mask=mask, is_causal=mask is None)
+        joined = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return joined if last is None else joined.squeeze(1)

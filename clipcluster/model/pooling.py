@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 
-def last_real(states: Tensor, mask: Tensor) -> Tensor:
-    """(B, L, width) and (B, L) bool -> (B, width): of the last real token, of the first where none is."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (positions * mask).argmax(dim=1)
-    return states[torch.arange(len(states), device=states.device), last]
+def last_of(mask: Tensor) -> Tensor:
+    """(B, L) bool -> (B,) int64: the place of the last real token, 0 where there is none."""
+    return (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
+
+
+def at(states: Tensor, places: Tensor) -> Tensor:
+    """(B, L, width) and (B,) -> (B, width): of each row the vector at its place."""
+    return states[torch.arange(len(states), device=states.device), places]
 
 
 def mean_of_real(states: Tensor, mask: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from clipcluster.model.hugging_face import (
     unknown,
 )
 from clipcluster.model.masking import mask_patches
-from clipcluster.model.pooling import last_real, mean_of_real
+from clipcluster.model.pooling import at, last_of, mean_of_real
 from clipcluster.model.weight_files import WeightsFrom
 from clipcluster.model.weights import Coverage, load_weights
 from clipcluster.recipe.sections import model as sections
@@ -108,7 +108,7 @@ class TextTower(nn.Module):
         states = output.last_hidden_state
         if self.pool == "first":
             return states[:, 0]
-        return mean_of_real(states, mask) if self.pool == "mean" else last_real(states, mask)
+        return mean_of_real(states, mask) if self.pool == "mean" else at(states, last_of(mask))
 
 
 def build_image_tower(
