@@ -125,7 +125,11 @@ class _CausalAttention(nn.Module):
             query = functional.linear(at(states, last).unsqueeze(1), weight[:width], bias[:width])
             key, value = functional.linear(states, weight[width:], bias[width:]).chunk(2, -1)
             mask = (torch.arange(states.shape[1], device=last.device) <= last[:, None])[:, None, None]
-        split = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (query, key, value))
-        attended = functional.scaled_dot_product_attention(*split, attn_mask=mask, is_causal=mask is None)
+        query, key, value = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (query, key, value)
+        )
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None
+        )
         joined = self.out_proj(attended.transpose(1, 2).flatten(2))
         return joined if last is None else joined.squeeze(1)

@@ -425,6 +425,13 @@ def test_what_only_the_deep_check_finds(folder: Path, override: str, said: str) 
     assert said in "\n".join(examined(override).errors)
 
 
+def test_an_image_tower_that_gives_no_vector_is_found(folder: Path) -> None:
+    (error,) = examined("model.image.args={global_pool: ''}").errors  # maps of features
+    assert "for one, and not one vector of" in error
+    (error,) = examined("model.image.timm=test_vit", "model.image.args={patch_size: 24}").errors
+    assert "test_vit cannot take images of 32 pixels (data.image.size)" in error
+
+
 def test_what_only_a_step_shows_is_found(folder: Path) -> None:
     xlnet = "model.text={arch: xlnet, config: {n_layer: 1, n_head: 2, d_model: 16, d_inner: 16}, pool: last}"
     (error,) = examined(xlnet).errors
