@@ -116,4 +116,4 @@ def _network(settings: Any) -> Any:
 
     what = f"model.dual: transformers cannot build {settings.model_type} of these sizes"
     with quiet_transformers(), refusing(what):
-        return AutoModel.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
+        return AutoModel.from_config(settings, dtype=torch.float32)

@@ -73,12 +73,19 @@ def read_weights(source: Path, prefer: WeightsFrom | None = None) -> Weights:
 
     Raises UserError where nothing readable is there, a file is damaged, or it lacks what is preferred.
     """
+    try:
+        return _weights_at(source, prefer)
+    except OSError as error:
+        raise UserError(f"The weights {source} cannot be read: {error}.") from error
+
+
+def _weights_at(source: Path, prefer: WeightsFrom | None) -> Weights:
     if source.is_dir():
         if (source / "checkpoints").is_dir():
             source = _newest(source)
         if step_of(source.name) is not None or (source / MANIFEST).is_file():
             return _of_checkpoint(source, prefer)
-        return replace(read_weights(_of_folder(source), prefer), file=source)
+        return replace(_weights_at(_of_folder(source), prefer), file=source)
     if not source.is_file():
         raise UserError(
             f"No weights at {source}: name a .safetensors, .pt, .pth or .bin file, a model's folder, or a "

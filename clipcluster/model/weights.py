@@ -43,6 +43,7 @@ _PLACES = {
     "model": (),
 }
 _WORDS_OF_A_PREFIX = 6
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Classifiers, language-model heads and poolers: a tower does not have them.
 _HEADS = re.compile(
     r"^(head|head_dist|fc|classifier|head\.fc|head\.l|last_linear|lm_head|cls|score|pooler|pre_classifier"
@@ -150,7 +151,7 @@ def load_weights(
     )
     _check_missing(coverage, missing, state, inside, own)
     _check_larger(coverage, own)
-    _check_finite(coverage, fitting)
+    _check_values(coverage, fitting, own)
     with torch.no_grad():
         for key, value in fitting.items():
             own[key].copy_(value)
@@ -229,7 +230,7 @@ def _reshaped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     def fitted(key: str, value: Tensor) -> Tensor:
         shape = own[key].shape if key in own else value.shape
         same = [size for size in shape if size != 1] == [size for size in value.shape if size != 1]
-        return value.reshape(shape) if same else value
+        return value.reshape(shape) if same and shape != value.shape else value
 
     return {key: fitted(key, value) for key, value in state.items()}
 
@@ -319,11 +320,24 @@ def _check_larger(coverage: Coverage, own: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_finite(coverage: Coverage, fitting: Mapping[str, Tensor]) -> None:
-    """Raises UserError where a value to be loaded is not a number, or infinite: the file is damaged."""
+def _check_values(coverage: Coverage, fitting: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises UserError where a tensor is quantised or sparse, or a value is not a number, or infinite."""
+    coded = [key for key, value in fitting.items() if not _is_plain(value, own[key])]
+    if coded:
+        raise UserError(
+            f"{coverage.file} holds {some(coded)} as {fitting[coded[0]].dtype}: quantised and sparse "
+            "tensors are not read. Name a file in float32, float16 or bfloat16."
+        )
     broken = [key for key, value in fitting.items() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(
             f"{coverage.file} holds values that are not finite, in {some(broken)}: it is damaged, or of a "
             "run that diverged. Fetch it again, or name another."
         )
+
+
+def _is_plain(value: Tensor, own: Tensor) -> bool:
+    """Whether a tensor holds the values themselves, of the kind of the model's own tensor."""
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.dtype in _FLOATS if own.is_floating_point() else value.dtype == own.dtype

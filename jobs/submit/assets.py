@@ -13,7 +13,7 @@ from clipcluster.runs import files
 
 HASHES = "hashes.json"  # SHA-256 of every fetched file
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.tiktoken")
-WEIGHTS = ("*.safetensors", "pytorch_model.bin")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def hub_names(recipe: Recipe) -> dict[str, tuple[str, ...]]:

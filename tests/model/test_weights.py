@@ -244,6 +244,20 @@ def test_the_average_is_taken_where_a_file_has_one(tmp_path: Path) -> None:
         read_weights(file, "ema")
 
 
+def test_values_in_a_code_are_refused(tmp_path: Path) -> None:
+    state = trunk(1).state_dict()
+    weight = state["stem.0.weight"]
+    for other in (
+        (100 * weight).to(torch.int8),
+        weight.to(torch.float8_e4m3fn),
+        weight.to_sparse(),
+        weight.to("meta"),
+    ):
+        torch.save(state | {"stem.0.weight": other}, tmp_path / "w.pth")
+        with pytest.raises(UserError, match=r"stem\.0\.weight as torch\.|cannot be read"):
+            load_weights(trunk(), tmp_path / "w.pth", name="image")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_damaged_and_hostile_files_are_one_message_each(tmp_path: Path) -> None:
     state = trunk(1).state_dict()
