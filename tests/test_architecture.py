@@ -46,7 +46,7 @@ class WeightedPairs(Task):
         return Report(loss, {"loss": loss.detach(), "mean_weight": weight.mean()})
 
 
-def build_weighted_pairs(recipe, model, ranks):
+def build_weighted_pairs(recipe, model, ranks, assets):
     """`task: weighted_pairs`."""
     return WeightedPairs(model, recipe.data.image)
 '''

@@ -29,11 +29,12 @@ NAMED_SHARDS = 1000
 
 @dataclass(frozen=True)
 class Sources:
-    """What is trained on: shards, the order of their samples, the tokenizer."""
+    """What is trained on: shards, the order of their samples, the tokenizer; and the run's assets."""
 
     shards: Sequence[Dataset]
     sampler: Sampler
     tokenizer: Tokenizer | None  # None: the task needs no captions
+    assets: Path | None = None
 
     @property
     def samples(self) -> int:
@@ -67,7 +68,7 @@ def open_sources(recipe: Recipe, assets: Path | None) -> Sources:
     if needed.classes:
         check_classes(class_count(recipe.model.classes, shards), shards)
     tokenizer = load_tokenizer(recipe.data.text, assets) if needed.captions else None
-    return Sources(shards, sampler_of(recipe, shards), tokenizer)
+    return Sources(shards, sampler_of(recipe, shards), tokenizer, assets)
 
 
 def check_shards(sources: Sequence[Dataset], world: World, stop: Stop) -> Wish:
@@ -104,7 +105,7 @@ def open_batches(
     spec, prepare = TASKS[recipe.task], None
     if spec.preparation is not None:
         build = resolve_name(spec.preparation)
-        prepare = build(recipe, train_transform(recipe.data.image), sources.tokenizer)
+        prepare = build(recipe, train_transform(recipe.data.image), sources.tokenizer, sources.assets)
     return Loader(
         sources.shards,
         sources.sampler,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
+from clipcluster.model.distill import without_projections
 from clipcluster.model.task import Task
 from clipcluster.model.weight_files import shard_names
 from clipcluster.recipe.plan import Plan
@@ -40,9 +41,9 @@ def build_model(
     return resolve_name(TASKS[recipe.task].model)(recipe, tokenizer, assets, starting_weights)
 
 
-def build_task(recipe: Recipe, model: Any, ranks: World) -> Task:
+def build_task(recipe: Recipe, model: Any, ranks: World, assets: Path | None) -> Task:
     """The recipe's task, which turns its batches into a loss, around its model."""
-    task: Task = resolve_name(TASKS[recipe.task].builder)(recipe, model, ranks)
+    task: Task = resolve_name(TASKS[recipe.task].builder)(recipe, model, ranks, assets)
     return task
 
 
@@ -89,7 +90,7 @@ def load_weights(run: Run, model: Any, checkpoint: Path | None) -> tuple[Path, i
             with reading(path):
                 step = int(verify(path)["step"])
                 file, averaged = weights_file(path)
-                model.load_state_dict(load_file(file))
+                model.load_state_dict(without_projections(load_file(file)))
         except (Broken, FileNotFoundError) as error:
             reasons.append(f"{path.name}: {error}")
             continue

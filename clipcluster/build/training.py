@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from clipcluster.build.data import Sources, open_batches, open_sources
-from clipcluster.build.model import build_model, build_task, describe_start
+from clipcluster.build.model import build_model, build_task, describe_start, hash_of
 from clipcluster.build.optimizer import build_optimizer, build_schedule, try_optimizer
 from clipcluster.build.stages import build_stages, check_loaded
 from clipcluster.data.loading.loader import Loader
@@ -58,7 +58,9 @@ def build_trainer(
     weights = world.while_main(lambda: describe_start(model, plan_, attempt))
     if not steps_in(run.checkpoints):  # a checkpoint brings everything
         check_loaded(model, build_stages(model, plan_.freezings)[0])
-    step = build_step(recipe, plan_, model, world)
+    step = build_step(recipe, plan_, model, world, run.assets)
+    frozen = step.backward.task.task.frozen
+    weights |= world.while_main(lambda: {name: hash_of(file) for name, file in frozen.items()})
     parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.backward.precision}
     if step.ema:
         parts["ema"] = step.ema
@@ -106,14 +108,14 @@ def build_trainer(
     )
 
 
-def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World) -> Step:
+def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Path | None) -> Step:
     """What happens to the weights at a step; the model moves to the world's device."""
     precision = Precision(recipe.train.precision, world.device)
     prepare_towers(recipe, model)
     if recipe.train.sync_batch_norm:
         synchronise(model, world)
     precision.prepare(model)
-    task = build_task(recipe, model, world).to(world.device)
+    task = build_task(recipe, model, world, assets).to(world.device)
     if recipe.train.channels_last:
         model.to(memory_format=torch.channels_last)  # the first convolution brings the images into it
     if recipe.train.compile:
@@ -184,7 +186,7 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
     sources = open_sources(small, assets)
     model = build_model(small, sources.tokenizer, assets, starting_weights=False)
     prepare_towers(small, model)
-    task = build_task(small, model, world)
+    task = build_task(small, model, world, assets)
     try_optimizer(recipe, model)
     precision = Precision("fp32", world.device)
     backward = build_backward(small, WrappedTask(task, world), precision, world, slot=0, micro_batches=parts)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from clipcluster.data.shards.dataset import Dataset
 
 T = TypeVar("T")
+NameChecks = dict[str, Callable[[], Any]]
 TRIED_SAMPLES = 8  # whose members are looked at
 
 
@@ -125,7 +126,7 @@ def check(
 def _check_files(checked: Checked) -> None:
     """Weights, tokenizers and configurations given as paths exist."""
     for key, path in checked.loaded.paths.items():
-        if key.startswith(("model.", "data.text.")) and not os.path.exists(path):
+        if key.startswith(("model.", "data.text.", "distill.")) and not os.path.exists(path):
             folder = Path(path).parent
             near = nearest(Path(path).name, (entry.name for entry in folder.glob("*")))
             hint = f"; did you mean {folder / near}?" if near else ""
@@ -136,20 +137,32 @@ def _check_names(checked: Checked, runs: Path) -> None:
     """The names of towers and tokenizer, as far as files here tell; notes what they do not tell."""
     loaded, recipe = checked.loaded, checked.recipe
     assets = Run(runs / run_name(recipe.name, result_keys(loaded))).assets
-    tokenizer = recipe.data.text.tokenizer
-    checks = {"optim.name": partial(names.check_optimizer, recipe.optim.name)}
-    for key in ("model.image", "model.text", "model.dual"):
-        tower = getattr(recipe.model, key.removeprefix("model."))
-        if isinstance(tower, TimmImageTower):
-            checks[f"{key}.timm"] = partial(names.check_image_tower, tower.timm)
-        elif isinstance(tower, HfImageTower | HfTextTower | Dual):
-            checks[f"{key}.hf"] = partial(names.check_hub_name, tower.hf, names.CONFIGURATION, assets)
-    if tokenizer != "bytes" and TASKS[recipe.task].captions:
-        checks["data.text.tokenizer"] = partial(names.check_hub_name, tokenizer, names.TOKENIZER, assets)
+    checks: NameChecks = {
+        "optim.name": partial(names.check_optimizer, recipe.optim.name),
+        **_named(recipe, "", "data.text", assets),
+    }
+    for number, teacher in recipe.teachers().items():
+        place = f"distill.teachers.{number}."
+        checks |= _named(teacher, place, f"{place}text", assets)
     for key, check_name in checks.items():
         if key not in loaded.paths or os.path.exists(loaded.paths[key]):  # else said already
             reason = checked.attempt(loaded.place(key), check_name)
             checked.unchecked += [f"{key} {reason}"] if reason else []
+
+
+def _named(recipe: Recipe, place: str, text: str, assets: Path) -> NameChecks:
+    """The checks of a recipe's towers and tokenizer, by key; a teacher's are at another place."""
+    checks: NameChecks = {}
+    for key in ("model.image", "model.text", "model.dual"):
+        tower = getattr(recipe.model, key.removeprefix("model."))
+        if isinstance(tower, TimmImageTower):
+            checks[f"{place}{key}.timm"] = partial(names.check_image_tower, tower.timm)
+        elif isinstance(tower, HfImageTower | HfTextTower | Dual):
+            checks[f"{place}{key}.hf"] = partial(names.check_hub_name, tower.hf, names.CONFIGURATION, assets)
+    tokenizer = recipe.data.text.tokenizer
+    if tokenizer != "bytes" and TASKS[recipe.task].captions:
+        checks[f"{text}.tokenizer"] = partial(names.check_hub_name, tokenizer, names.TOKENIZER, assets)
+    return checks
 
 
 def _check_sources(checked: Checked) -> int | None:

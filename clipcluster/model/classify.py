@@ -136,7 +136,9 @@ def build_classifier(
     return classifier
 
 
-def build_classify(recipe: Recipe, model: Classifier, ranks: World) -> ClassifyTask:
+def build_classify(
+    recipe: Recipe, model: Classifier, ranks: World, assets: Path | None = None
+) -> ClassifyTask:
     """`task: classify`."""
     image, mixup = recipe.data.image, recipe.data.mixup
     return ClassifyTask(

@@ -2,37 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from clipcluster.data.loading import stored
+from clipcluster.data.loading.batch import normalise
 from clipcluster.model.losses import gather, widen
-from clipcluster.model.task import ContrastiveTask, Features, Report, build_contrastive
+from clipcluster.model.task import ContrastiveTask, Features, Report
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
     from clipcluster.model.protocols import DualEncoder
     from clipcluster.recipe.sections.distill import Distill
-    from clipcluster.recipe.sections.recipe import Recipe
     from clipcluster.runtime.world import World
 
 
+PROJECTIONS = "teacher_projections"
+"""The student's attribute with the projections into its teachers' spaces; no other model has them."""
+
+
 @dataclass(frozen=True)
-class Teacher:
+class Taught:
     """What a teacher makes of a rank's samples: image and text (B, D) of length one, and its scale."""
 
     image: Tensor
     text: Tensor
-    scale: float
+    scale: Tensor | float
+
+
+class Teacher:
+    """A frozen dual encoder: never trained, always in evaluation mode, in no checkpoint and under no wrapper.
+
+    It is no submodule of the task, and `tokens` and `mask` are names of `batch.extras` where it has a
+    tokenizer of its own.
+
+    Args:
+        mean, std: of the pixels in 0..1, as the teacher was trained with; size: side of its images in pixels.
+        scale: of its similarities, by default its own.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        tokens: tuple[str, str] | None = None,
+        scale: float | None = None,
+    ) -> None:
+        self.model, self.size, self.tokens = model.eval().requires_grad_(False), size, tokens
+        self.mean, self.std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
+        self._scale = scale
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features of images and captions, (b, D) of length one each; images of another size are resized."""
+        images = normalise(batch.images, self.mean, self.std)
+        if images.shape[-1] != self.size:
+            sides = (self.size, self.size)
+            images = functional.interpolate(images, sides, mode="bicubic", antialias=True)
+        tokens, mask = batch.tokens, batch.mask
+        if self.tokens is not None:
+            tokens, mask = (batch.tensor(name) for name in self.tokens)
+        assert tokens is not None
+        assert mask is not None
+        return self.model.encode_image(images), self.model.encode_text(tokens, mask)
+
+    @property
+    def scale(self) -> Tensor | float:
+        return self.model.logit_scale.detach().exp().squeeze() if self._scale is None else self._scale
+
+    def move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change all of its tensors, as a module's `_apply` does."""
+        self.model._apply(change)
+        self.mean, self.std = change(self.mean), change(self.std)
 
 
 def relational(
-    image: Tensor, text: Tensor, scale: Tensor, teachers: Sequence[Teacher], ranks: World
+    image: Tensor, text: Tensor, scale: Tensor, teachers: Sequence[Taught], ranks: World
 ) -> Tensor:
     """How far the student's similarities over the batch of all ranks are from the teachers'.
 
@@ -63,7 +117,7 @@ def _logits(image: Tensor, text: Tensor, scale: Any, ranks: World) -> tuple[Tens
 
 
 @torch.no_grad()
-def _distributions(teachers: Sequence[Teacher], ranks: World) -> tuple[list[Tensor], list[Tensor]]:
+def _distributions(teachers: Sequence[Taught], ranks: World) -> tuple[list[Tensor], list[Tensor]]:
     """Each teacher's distributions from image to text and from text to image, (B, size x B)."""
     logits = [_logits(widen(own.image), widen(own.text), own.scale, ranks) for own in teachers]
     return [to_text.softmax(dim=1) for to_text, _ in logits], [
@@ -71,18 +125,57 @@ def _distributions(teachers: Sequence[Teacher], ranks: World) -> tuple[list[Tens
     ]
 
 
+def feature_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared error of image features plus that of text features, (B, D) of length one each, ().
+
+    The mean is over all entries (Yang et al. 2024, "CLIP-KD", section 3.3, as its code has it).
+    """
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([functional.mse_loss(widen(own), widen(given)) for own, given in pairs]).sum()
+
+
+def feature_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - the mean cosine of image features, (B, D) of length one each, ().
+
+    It is the distillation loss of Chinese-CLIP, whose code detaches the student's features, so that nothing
+    is learned from it; here it has its gradient.
+    """
+    return 1 - (widen(student) * widen(teacher)).sum(dim=1).mean()
+
+
 class DistillTask(ContrastiveTask):
-    """A student beside teachers whose embeddings are stored with the samples.
+    """A student beside teachers: those whose embeddings are stored with the samples, or frozen models.
 
     student: the task of the student alone. The loss of a set of pairs is `contrastive_weight` times that
-    task's plus `weight` times `relational`. With synthetic captions there are two sets, the images with their
-    own captions and the same images with synthetic ones, and the losses are added (Vasu et al. 2024, section
-    3.2).
+    task's, plus `weight` times `relational`, plus the losses of the features, means over the teachers. With
+    synthetic captions there are two sets, the images with their own captions and the same images with
+    synthetic ones, and the losses are added (Vasu et al. 2024, section 3.2). frozen: the files of the
+    teachers' weights.
+
+    Where a loss of features needs it, the student gets `teacher_projections`: a bias-free linear map into the
+    space of each teacher whose width is another. They train, and no model but this student has them.
     """
 
-    def __init__(self, student: ContrastiveTask, settings: Distill) -> None:
+    def __init__(
+        self,
+        student: ContrastiveTask,
+        settings: Distill,
+        teachers: Sequence[Teacher] = (),
+        frozen: Mapping[str, Path] | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__(student.model, (), (), student.ranks, student.choice)
         self.mean, self.std, self.settings = student.mean, student.std, settings
+        self.teachers, self.frozen = tuple(teachers), dict(frozen or {})
+        if settings.feature_mse or settings.feature_cosine:
+            widths = settings.stored.widths if settings.stored else [own.model.embed_dim for own in teachers]
+            sides = ("image", "text") if settings.feature_mse else ("image",)
+            setattr(self.model, PROJECTIONS, _projections(self.model.embed_dim, widths, sides, seed))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for teacher in self.teachers:
+            teacher.move(fn)
+        return super()._apply(fn, recurse)
 
     def encode(self, batch: Batch) -> Features:
         """`image`, `text` and, where there are synthetic captions, `synthetic`: (b, E) of length one each."""
@@ -93,40 +186,82 @@ class DistillTask(ContrastiveTask):
         return features
 
     def targets(self, batch: Batch) -> Features:
-        """The teachers' embeddings: `image_emb`, `text_emb` and, as above, `synthetic_emb`, (b, D)."""
+        """The teachers' features: `image_emb`, `text_emb`, `synthetic_emb`, or `image-0`, `text-0`, …"""
         names = (stored.IMAGE, stored.TEXT, stored.SYNTHETIC_TEXT)
-        return {name: batch.tensor(name) for name in names if name in batch.extras}
+        features = {name: batch.tensor(name) for name in names if name in batch.extras}
+        for number, teacher in enumerate(self.teachers):
+            features[f"image-{number}"], features[f"text-{number}"] = teacher(batch)
+        return features
 
     def loss(self, features: Features) -> Report:
-        scale, settings = self.model.logit_scale.exp().squeeze(), self.settings
+        settings, scale = self.settings, self.model.logit_scale.exp().squeeze()
+        weights = {
+            "contrastive_loss": settings.contrastive_weight,
+            "distill_loss": settings.weight,
+            "feature_mse": settings.feature_mse,
+            "feature_cosine": settings.feature_cosine,
+        }
+        parts: dict[str, list[Tensor]] = {name: [] for name, weight in weights.items() if weight}
         metrics = {"logit_scale": scale.detach()}
-        losses: dict[str, list[Tensor]] = {"contrastive_loss": [], "distill_loss": []}
-        for text, embedding in (("synthetic", stored.SYNTHETIC_TEXT), ("text", stored.TEXT)):
+        for text in ("synthetic", "text"):
             if text in features:
-                pairs = {"image": features["image"], "text": features[text]}
+                pairs, teachers = (features["image"], features[text]), self._taught(features, text)
                 if settings.contrastive_weight:
-                    report = super().loss(pairs)
-                    losses["contrastive_loss"].append(report.loss)
+                    report = super().loss({"image": pairs[0], "text": pairs[1]})
+                    parts["contrastive_loss"].append(report.loss)
                     metrics |= report.metrics
-                teachers = self._teachers(features[stored.IMAGE], features[embedding])
-                losses["distill_loss"].append(
-                    relational(**pairs, scale=scale, teachers=teachers, ranks=self.ranks)
-                )
-        sums = {name: torch.stack(values).sum() for name, values in losses.items() if values}
-        weights = {"contrastive_loss": settings.contrastive_weight, "distill_loss": settings.weight}
+                if settings.weight:
+                    parts["distill_loss"].append(relational(*pairs, scale, teachers, self.ranks))
+                for number, teacher in enumerate(teachers):
+                    for name, value in self._of_features(number, pairs, teacher).items():
+                        parts[name].append(value / len(teachers))
+        sums = {name: torch.stack(values).sum() for name, values in parts.items()}
         loss = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
         metrics |= {name: value.detach() for name, value in {"loss": loss, **sums}.items()}
         return Report(loss, metrics)
 
-    def _teachers(self, image: Tensor, text: Tensor) -> list[Teacher]:
-        """The teachers whose embeddings lie side by side in these rows."""
-        assert self.settings.stored is not None
+    def _taught(self, features: Features, text: str) -> list[Taught]:
+        """What each teacher says of the images and of a set of captions."""
+        if self.settings.stored is None:
+            numbered = enumerate(self.teachers)
+            return [Taught(features[f"image-{n}"], features[f"text-{n}"], own.scale) for n, own in numbered]
         widths, scale = self.settings.stored.widths, self.settings.stored.scale
-        parts = zip(image.split(widths, dim=1), text.split(widths, dim=1), strict=True)
-        return [Teacher(of_image, of_text, scale) for of_image, of_text in parts]
+        of_text = features[stored.TEXT if text == "text" else stored.SYNTHETIC_TEXT]
+        parts = zip(features[stored.IMAGE].split(widths, dim=1), of_text.split(widths, dim=1), strict=True)
+        return [Taught(*pair, scale) for pair in parts]
+
+    def _of_features(self, number: int, pairs: Sequence[Tensor], teacher: Taught) -> dict[str, Tensor]:
+        """The losses of features in use, of one teacher; its features carry no gradient."""
+        settings, found = self.settings, {}
+        given = teacher.image.detach(), teacher.text.detach()
+        with torch.autocast(pairs[0].device.type, enabled=False):
+            if settings.feature_mse:
+                own = [self._projected(number, *side) for side in zip(("image", "text"), pairs, strict=True)]
+                found["feature_mse"] = feature_mse(own, given)
+            if settings.feature_cosine:
+                found["feature_cosine"] = feature_cosine(self._projected(number, "image", pairs[0]), given[0])
+        return found
+
+    def _projected(self, number: int, side: str, features: Tensor) -> Tensor:
+        """The student's features in a teacher's space, of length one."""
+        projections: Any = getattr(self.model, PROJECTIONS)
+        name = f"{side}-{number}"
+        features = widen(features)
+        return functional.normalize(projections[name](features), dim=-1) if name in projections else features
 
 
-def build_distill(recipe: Recipe, model: DualEncoder, ranks: World) -> DistillTask:
-    """`task: distill`. UserError as `build_contrastive`."""
-    assert recipe.distill is not None
-    return DistillTask(build_contrastive(recipe, model, ranks), recipe.distill)
+def _projections(width: int, teachers: Sequence[int], sides: Sequence[str], seed: int) -> nn.ModuleDict:
+    """Linear maps of `width` into the spaces of teachers that have another, drawn from the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    found = nn.ModuleDict()
+    for number, own in enumerate(teachers):
+        for side in sides if own != width else ():
+            linear = nn.Linear(width, own, bias=False)
+            nn.init.normal_(linear.weight, std=width**-0.5, generator=generator)
+            found[f"{side}-{number}"] = linear
+    return found
+
+
+def without_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A student's state without what only its distillation needs."""
+    return {name: value for name, value in state.items() if not name.startswith(f"{PROJECTIONS}.")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
@@ -41,9 +42,14 @@ class Report:
 class Task(nn.Module, ABC):
     """Base of all tasks. DDP or FSDP2 wraps it, so everything of it runs through `forward`.
 
+    frozen: files or folders of weights that it uses and never trains, by what they are; a checkpoint has
+    their hashes.
+
     A wrapper watches its own `forward` and nothing else: a method called beside it reduces no gradient and
     says nothing. Callers therefore write `wrapped(Task.report, batch)`, never `wrapped.module.report(batch)`.
     """
+
+    frozen: Mapping[str, Path] = {}
 
     def forward(self, call: Callable[..., T], *args: Any) -> T:
         """`call(self, *args)`."""
@@ -133,7 +139,9 @@ class ContrastiveTask(Task):
         self.model.clamp_logit_scale()
 
 
-def build_contrastive(recipe: Recipe, model: DualEncoder, ranks: World) -> ContrastiveTask:
+def build_contrastive(
+    recipe: Recipe, model: DualEncoder, ranks: World, assets: Path | None = None
+) -> ContrastiveTask:
     """`task: contrastive`. UserError where the loss and the model's bias do not fit together."""
     bias = model.logit_bias
     if recipe.loss.name == "siglip":

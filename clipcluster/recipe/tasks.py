@@ -15,7 +15,7 @@ class TaskSpec:
     """What is known of a task without building it.
 
     Attributes:
-        builder: dotted name, `package.module:function`, of `(recipe, model, ranks) -> Task`.
+        builder: dotted name, `package.module:function`, of `(recipe, model, ranks, assets) -> Task`.
         model: that of `(recipe, tokenizer, assets, starting_weights) -> module`, on the CPU; the tokenizer is
             None for a task without captions; the module's attribute `starting_weights` has a `Coverage` for
             each weight file that was read.
@@ -24,8 +24,8 @@ class TaskSpec:
         captions, classes: whether every sample needs a caption, a class.
         members: from a recipe to the further members that every sample needs, name -> dotted name of the
             decoder (`clipcluster.data.loading.extras` says how they are named).
-        preparation: dotted name of `(recipe, transform, tokenizer) -> Preparation`, which makes of a drawn
-            sample what the batch holds; None: a random crop, the caption drawn, and all members.
+        preparation: dotted name of `(recipe, transform, tokenizer, assets) -> Preparation`, which makes of a
+            drawn sample what the batch holds; None: a random crop, the caption drawn, and all members.
         evaluations: the keys of the recipe's `evaluate` section that this task's model can be measured by.
     """
 
@@ -68,12 +68,12 @@ TASKS: Mapping[str, TaskSpec] = {
         evaluations=("classification",),
     ),
     "distill": TaskSpec(
-        builder="clipcluster.model.distill:build_distill",
+        builder="clipcluster.build.teachers:build_distill",
         model="clipcluster.model.dual:build_dual_encoder",
         loss_over="batch",
         captions=True,
         members=_stored_members,
-        preparation="clipcluster.data.loading.stored:build_preparation",
+        preparation="clipcluster.build.teachers:build_preparation",
         evaluations=("retrieval", "zero_shot"),
     ),
 }

@@ -28,6 +28,9 @@ def hub_names(recipe: Recipe) -> dict[str, tuple[str, ...]]:
         if isinstance(tower, HfImageTower | HfTextTower | Dual) and not Path(tower.hf).exists():
             more = WEIGHTS if tower.weights == "pretrained" else ()
             names[tower.hf] = (*names.get(tower.hf, ("config.json",)), *more)
+    for teacher in recipe.teachers().values():
+        for name, patterns in hub_names(teacher).items():
+            names[name] = tuple(dict.fromkeys((*names.get(name, ()), *patterns)))
     return names
 
 

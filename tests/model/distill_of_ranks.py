@@ -18,7 +18,7 @@ from tiny_model import tiny_batch, tiny_clip
 
 from clipcluster.data.loading import stored
 from clipcluster.data.loading.batch import Batch
-from clipcluster.model.distill import DistillTask
+from clipcluster.model.distill import PROJECTIONS, DistillTask, Teacher
 from clipcluster.model.task import ContrastiveTask
 from clipcluster.recipe.sections.distill import Distill
 from clipcluster.runtime.world import World
@@ -31,17 +31,49 @@ BATCH, WIDTHS, SCALE = 12, (5, 7), 20.0
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 CPU = torch.device("cpu")
 STORED = {"widths": WIDTHS, "scale": SCALE}
+TEACHERS = {"teachers": [{"run": "a"}, {"run": "b"}]}  # whose models are made here
+FEATURES = {"contrastive": 1.0, "feature_mse": 20.0, "feature_cosine": 0.5}
 CASES: dict[str, tuple[dict[str, Any], bool, int]] = {
     # the section distill, whether there are synthetic captions, micro-batches
     "published": ({"stored": STORED}, True, 1),
     "mixed": ({"stored": STORED, "weight": 0.75}, True, 1),
     "drawn": ({"stored": STORED, "weight": 0.5, "contrastive": 2.0}, False, 1),
     "cached": ({"stored": STORED, "weight": 0.75}, True, 2),
+    "stored features": ({"stored": STORED, **FEATURES}, True, 2),
+    "models": ({**TEACHERS, **FEATURES}, False, 1),
+    "models, cached": ({**TEACHERS, **FEATURES}, False, 2),
+    "image features alone": ({**TEACHERS, **FEATURES, "weight": 0, "feature_mse": 0}, False, 1),
 }
+PIXELS = ((32, MEAN, STD), (48, (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)))  # of each model that teaches
+OWN_TOKENS = ("teacher-1-tokens", "teacher-1-mask")
 
 
 def student() -> Any:
     return tiny_clip().double()
+
+
+def teacher(number: int) -> Any:
+    """The first has the student's width, the second another, another scale, pixels and tokens."""
+    model = tiny_clip(seed=20 + number, embed_dim=(8, 5)[number], size=(32, 48)[number])
+    return model.double()
+
+
+def teachers() -> list[Teacher]:
+    found = []
+    for number, (size, mean, std) in enumerate(PIXELS):
+        own = OWN_TOKENS if number else None
+        scale = 30.0 if number else None
+        found.append(Teacher(teacher(number), size=size, mean=mean, std=std, tokens=own, scale=scale))
+    return found
+
+
+def projections(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of the student's projections, trainable, in a world of one: side-teacher -> (D, 8)."""
+    alone = ContrastiveTask(student(), MEAN, STD, World(0, 1, 0, CPU))
+    models = teachers() if "teachers" in settings else []
+    model = DistillTask(alone, Distill.model_validate(settings), models).double().model
+    found = getattr(model, PROJECTIONS, {})
+    return {name: found[name].weight for name in found}
 
 
 def halves(count: int, seed: int) -> torch.Tensor:
@@ -57,13 +89,15 @@ def batch_of_all(synthetic: bool) -> Batch:
     if synthetic:
         extras |= {stored.SYNTHETIC_TEXT: halves(BATCH, 4), stored.TOKENS: other.tokens}
         extras |= {stored.MASK: other.mask}
+    extras |= dict(zip(OWN_TOKENS, (other.tokens, other.mask), strict=True))
     keys = [(slot, "shard", str(slot)) for slot in range(BATCH)]
     return Batch(0, own.images, own.tokens, own.mask, None, keys, extras=extras)
 
 
 def step(world: World, settings: dict[str, Any], synthetic: bool, micro_batches: int) -> dict[str, Any]:
     alone = ContrastiveTask(student(), MEAN, STD, world)
-    task = DistillTask(alone, Distill.model_validate(settings)).double()
+    models = teachers() if "teachers" in settings else []
+    task = DistillTask(alone, Distill.model_validate(settings), models).double()
     wrapped = WrappedTask(task, world)
     wrapped.wrap()
     statistics = RunningStatistics(task, world)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, settings_keys
+from clipcluster.run import evaluate, train
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics
+from clipcluster.runtime.launch import Launch
+from clipcluster.runtime.outcome import Outcome
+from clipcluster.runtime.stop import Stop
 from tests.reinforced_shards import WIDTH, write
 
 RECIPE = f"""
@@ -73,3 +80,72 @@ def test_a_resume_in_the_middle_equals_the_uninterrupted_run(recipe: Path) -> No
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     results = read_json(whole.path / "evals/step-00000006.json")
     assert results["metrics"]["shards/images"] == 36
+
+
+class Taught:
+    """A teacher's run, and a student's of another width, pixels and context."""
+
+    def __init__(self, recipe: Path, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.teacher = self.run(
+            "teacher", "task=contrastive", "distill=null", "train.duration=1 step", "seed=1"
+        )
+
+    def run(self, name: str, *overrides: str) -> Run:
+        common = (
+            "evaluate.retrieval=[]",
+            "train.micro_batch=6",
+            "optim.warmup=0 steps",
+            "model.image.args.drop_path_rate=0",
+        )
+        loaded = load(self.recipe, (*common, *overrides), {})
+        run = Run.create(self.folder / name, recipe_keys(loaded), settings_keys(loaded))
+        self.go(run)
+        return run
+
+    def go(self, run: Run) -> None:
+        attempt = run.claim("test", host="here", still_running=lambda job: False)
+        launch = Launch(0, 1, 0, 1, 0, 1, "test", "single")
+        assert train(run, attempt, launch, Stop()) == Outcome.FINISHED
+
+
+@pytest.fixture(scope="module")
+def taught(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    return Taught(recipe, tmp_path_factory.mktemp("taught"))
+
+
+def test_a_student_of_a_run_and_of_a_model_with_weights(taught: Taught) -> None:
+    """Teachers are in no checkpoint, and neither they nor projections are needed to measure the student."""
+    weights = taught.teacher.checkpoints / "step-00000001" / "ema.safetensors"
+    before = weights.read_bytes()
+    teachers = [
+        {"run": str(taught.teacher.path)},
+        {
+            "model": {
+                **load(taught.recipe, (), {}).recipe.model.model_dump(mode="json"),
+                "weights": str(weights),
+            },
+            "text": {"context_length": 30},
+            "image": {"mean": [0.5, 0.5, 0.5]},
+        },
+    ]
+    section = {"weight": 1.0, "contrastive": 1.0, "feature_mse": 20.0, "teachers": teachers}
+    student = taught.run(
+        "student", f"distill={json.dumps(section)}", "model.embed_dim=12", "train.duration=2 steps"
+    )
+    newest = student.checkpoints / "step-00000002"
+    names = set(load_file(newest / "model.safetensors"))
+    projections = {f"teacher_projections.{side}-{n}.weight" for side in ("image", "text") for n in range(2)}
+    assert {name for name in names if "teacher" in name} == projections
+    assert load_file(newest / "ema.safetensors").keys() == names
+    hashes = read_json(newest / "state.json")["starting_weights"]
+    assert hashes == dict.fromkeys(("teacher 0", "teacher 1"), hashlib.sha256(before).hexdigest())
+    assert weights.read_bytes() == before
+    first, last = merged_metrics(student)[0], merged_metrics(student)[-1]
+    assert first["feature_mse"] != last["feature_mse"]
+
+    taught.teacher.path.rename(taught.folder / "moved")
+    results = evaluate(student, overrides=[f"evaluate.retrieval=[{taught.recipe.parent}/shards]"])
+    assert results["metrics"]["shards/images"] == 36
+    with pytest.raises(UserError, match="neither the folder of a run nor of one of its checkpoints"):
+        taught.run("other", f"distill={json.dumps({'teachers': teachers[:1]})}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clipcluster.data.images.transforms import TrainTransform
 from clipcluster.data.shards.dataset import Sample
+from clipcluster.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,26 @@ class Preparation:
     def text(self, drawn: Drawn) -> str:
         """The caption drawn; empty where there is none."""
         return "" if drawn.caption is None else drawn.sample.captions[drawn.caption]
+
+
+class Retokenized(Preparation):
+    """The plain preparation, and the caption as other tokenizers have it.
+
+    tokenizers: names of tokens and mask in the batch's extras, (b, L) int64 and (b, L) bool -> tokenizer.
+    """
+
+    def __init__(self, transform: TrainTransform, tokenizers: Mapping[tuple[str, str], Tokenizer]) -> None:
+        super().__init__(transform)
+        self.tokenizers = tokenizers
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        own = (getattr(tokenizer, "modules", ()) for tokenizer in self.tokenizers.values())
+        return (*super().modules, *(module for modules in own for module in modules))
+
+    def __call__(self, drawn: Drawn) -> Row:
+        row, extras = super().__call__(drawn), {}
+        for names, tokenizer in self.tokenizers.items():
+            made = zip(names, tokenizer([row.text]), strict=True)
+            extras.update({name: values[0] for name, values in made})
+        return Row(row.image, row.text, {**row.extras, **extras})

@@ -23,7 +23,6 @@ from clipcluster.recipe.captions import field_of
 
 if TYPE_CHECKING:
     from clipcluster.recipe.sections.distill import Stored
-    from clipcluster.recipe.sections.recipe import Recipe
 
 ARRAYS, AUGMENTATIONS, SYNTHETIC, RECORD = "npz|pth.gz", "paug.json", "syn.json", "json"
 """The members of a sample, by the names that the table of tasks gives them."""
@@ -84,13 +83,6 @@ class StoredPreparation(Preparation):
             extras |= {SYNTHETIC_TEXT: _embedding(values, f"syn.json:{name}", number)}
             extras |= {TOKENS: tokens[0], MASK: mask[0]}
         return Row(image, self.text(drawn), extras)
-
-
-def build_preparation(recipe: Recipe, transform: TrainTransform, tokenizer: Tokenizer) -> Preparation:
-    """The preparation of `task: distill`."""
-    assert recipe.distill is not None
-    stored = recipe.distill.stored
-    return Preparation(transform) if stored is None else StoredPreparation(transform, tokenizer, stored)
 
 
 def _one_of(count: int, numbers: random.Random) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from clipcluster.recipe.sections.base import Section, key, section
-from clipcluster.recipe.sections.values import Float, Int
+from clipcluster.recipe.sections.base import Kinds, Section, key, section
+from clipcluster.recipe.sections.model import Model
+from clipcluster.recipe.sections.values import Deviation, Float, Int, Mean
 
 
 class Stored(Section):
@@ -28,6 +29,52 @@ class Stored(Section):
     scale: Float = key("result", "Factor of the teachers' similarities (1 / temperature).", 100.0, gt=0)
 
 
+def _scale() -> Any:
+    return key("result", "Factor of its similarities (1 / temperature). Default: its own.", None, gt=0)
+
+
+class RunTeacher(Section):
+    """A teacher that was trained here."""
+
+    run: str = key(
+        "result",
+        "Folder of its run (the newest checkpoint is taken), or of one of its checkpoints. The moving "
+        "average is taken where there is one.",
+        path="path",
+        min_length=1,
+    )
+    scale: Float | None = _scale()
+
+
+class TeacherImage(Section):
+    """The images as a teacher takes them."""
+
+    size: Int | None = key("result", "Side in pixels. Default: the student's.", None, ge=1)
+    mean: Mean | None = key("result", "Mean of each channel. Default: the student's.", None)
+    std: Deviation | None = key("result", "Deviation of each channel. Default: the student's.", None)
+
+
+class TeacherText(Section):
+    """The captions as a teacher takes them."""
+
+    tokenizer: str | None = key(
+        "result", "As data.text.tokenizer. Default: the student's.", None, path="name", min_length=1
+    )
+    context_length: Int | None = key("result", "Number of tokens. Default: the student's.", None, ge=2)
+
+
+class ModelTeacher(Section):
+    """A teacher by its model, as the section `model` of a recipe has it."""
+
+    model: Model = section("Its towers and its weights, which are needed.")
+    image: TeacherImage = section("Its images.", {})
+    text: TeacherText = section("Its captions.", {})
+    scale: Float | None = _scale()
+
+
+Teacher = Annotated[RunTeacher | ModelTeacher, Kinds(run=RunTeacher, model=ModelTeacher)]
+
+
 class Distill(Section):
     """Learning from teachers, beside or instead of the contrastive loss."""
 
@@ -44,7 +91,33 @@ class Distill(Section):
         None,
         ge=0,
     )
-    stored: Stored | None = section("Teachers' embeddings stored in the shards.", None)
+    feature_mse: Float = key(
+        "result",
+        "Weight of the mean squared error between the student's features and the teachers', of images and "
+        "captions (CLIP-KD, where it is 2000).",
+        0.0,
+        ge=0,
+    )
+    feature_cosine: Float = key(
+        "result",
+        "Weight of 1 - cosine between the student's image features and the teachers' (Chinese-CLIP, where it "
+        "is 0.5).",
+        0.0,
+        ge=0,
+    )
+    stored: Stored | None = section("Teachers' embeddings stored in the shards; instead of teachers.", None)
+    teachers: tuple[Teacher, ...] = section("Teachers that see each batch, frozen; instead of stored.", ())
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Distill:
+        if (self.stored is None) == (not self.teachers):
+            raise ValueError("should have either stored or teachers")
+        weights = (self.weight, self.feature_mse, self.feature_cosine)
+        if not any(weights):
+            raise ValueError(
+                "weight, feature_mse and feature_cosine are all 0: nothing is learned from teachers"
+            )
+        return self
 
     @property
     def contrastive_weight(self) -> float:

@@ -11,7 +11,7 @@ from clipcluster.recipe.sections.checkpoint import Checkpoint
 from clipcluster.recipe.sections.checks import Checks
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.data import Data
-from clipcluster.recipe.sections.distill import Distill
+from clipcluster.recipe.sections.distill import Distill, ModelTeacher
 from clipcluster.recipe.sections.evaluate import Evaluate
 from clipcluster.recipe.sections.freeze import Freeze
 from clipcluster.recipe.sections.loss import Loss
@@ -73,7 +73,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _teachers_for_distillation(self) -> Recipe:
         if self.task == "distill" and self.distill is None:
-            raise ValueError("task distill needs the section distill, such as distill: {stored: {}}")
+            raise ValueError(
+                "task distill needs the section distill, such as distill: {teachers: [{run: FOLDER}]}"
+            )
         if self.task != "distill" and self.distill is not None:
             raise ValueError(f"distill belongs to task distill, and the task is {self.task}; remove it")
         if self.distill is not None and self.distill.stored is not None:
@@ -85,6 +87,20 @@ class Recipe(Section):
                         "the teachers saw them; remove it"
                     )
         return self
+
+    def teachers(self) -> dict[int, Recipe]:
+        """The recipes of the teachers that are given by their model, by their number in distill.teachers."""
+        given = self.distill.teachers if self.distill else ()
+        return {n: self._of(own) for n, own in enumerate(given) if isinstance(own, ModelTeacher)}
+
+    def _of(self, teacher: ModelTeacher) -> Recipe:
+        image, text = (
+            part.model_copy(update=own.model_dump(exclude_none=True))
+            for part, own in ((self.data.image, teacher.image), (self.data.text, teacher.text))
+        )
+        data = self.data.model_copy(update={"image": image, "text": text})
+        update = {"task": "contrastive", "distill": None, "model": teacher.model, "data": data}
+        return self.model_copy(update=update)
 
 
 def _at_default(part: Section, name: str) -> bool:

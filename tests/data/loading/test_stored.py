@@ -19,6 +19,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 from torchvision.transforms.autoaugment import _apply_op
 
+from clipcluster.build.teachers import build_preparation
 from clipcluster.data.images.reinforcement import OPERATIONS
 from clipcluster.data.images.transforms import train_transform
 from clipcluster.data.loading import stored
@@ -65,7 +66,7 @@ def batches(folder: Path, count: int, captions: str, captions_in: Any, **options
         tokenizer=TOKENIZER,
         seed=3,
         extras=TASKS["distill"].members(recipe),
-        preparation=stored.build_preparation(recipe, train_transform(section.image), TOKENIZER),
+        preparation=build_preparation(recipe, train_transform(section.image), TOKENIZER, None),
         **options,
     )
     with closing(loader):

@@ -1,0 +1,104 @@
+"""The checks of recipes that distill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clipcluster.check.deep import examine
+from clipcluster.check.plain import Checked, check
+from clipcluster.errors import UserError
+from jobs.submit.assets import hub_names
+from tests.reinforced_shards import WIDTH, members, write
+from tests.shard_writer import ShardWriter
+
+RECIPE = """
+name: student
+task: distill
+distill: {distill}
+data:
+  train: [{{shards: {folder}/shards}}]
+  batch_size: 4
+  workers: 0
+  image: {{size: 32}}
+  text: {{tokenizer: bytes, context_length: 40}}
+model:
+  image: {{timm: test_vit}}
+  text: {{arch: gpt2, config: {{n_layer: 1, n_head: 2, n_embd: 32}}}}
+  embed_dim: 16
+optim: {{lr: 1e-3, warmup: 1 steps}}
+train: {{duration: 20 steps}}
+cluster: {{gpus_per_node: 0, cpus_per_task: 1}}
+"""
+STORED = f"{{stored: {{widths: [{WIDTH}, {WIDTH}]}}}}"
+TEACHER = (
+    "{teachers: [{model: {dual: {hf: some/teacher, weights: pretrained}}, text: {tokenizer: another/one}}]}"
+)
+
+
+@pytest.fixture
+def checked(tmp_path: Path) -> Callable[..., Checked]:
+    write(tmp_path / "shards", 8)
+
+    def run(distill: str = STORED, *overrides: str) -> Checked:
+        (tmp_path / "r.yaml").write_text(RECIPE.format(folder=tmp_path, distill=distill))
+        return check(tmp_path / "r.yaml", overrides)
+
+    return run
+
+
+def test_stored_embeddings_pass_both_checks(checked: Callable[..., Checked]) -> None:
+    plain = checked()
+    assert plain.errors == []
+    deep = examine(plain.recipe, 1, None)
+    assert deep.errors == []
+
+
+def test_shards_without_the_members_are_named(checked: Callable[..., Checked], tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "plain") as writer:
+        for number in range(8):
+            own = members(number)
+            writer.add_members(f"{number}", {name: own[name] for name in ("png", "txt", "json")})
+    (error,) = checked(STORED, f"data.train.0.shards={tmp_path}/plain").errors
+    for words in ("data.train.0", "npz or pth.gz, paug.json, syn.json", "convert datacompdr"):
+        assert words in error
+
+
+@pytest.mark.parametrize(
+    ("distill", "overrides", "said"),
+    [
+        ("null", (), "task distill needs the section distill"),
+        (STORED, ("task=contrastive",), "distill belongs to task distill"),
+        (STORED, ("data.image.flip=true",), "data.image.flip changes nothing"),
+        ("{}", (), "either stored or teachers"),
+        ("{stored: {}, teachers: [{run: x}]}", (), "either stored or teachers"),
+        ("{weight: 0, stored: {}}", (), "nothing is learned"),
+        ("{teachers: [{weights: x}]}", (), "exactly one of the keys run, model"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    checked: Callable[..., Checked], distill: str, overrides: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        checked(distill, *overrides)
+
+
+def test_a_teacher_that_is_not_there(checked: Callable[..., Checked]) -> None:
+    (error,) = checked("{teachers: [{run: nowhere}]}").errors
+    assert "distill.teachers.0.run" in error
+    assert "does not exist" in error
+
+
+def test_the_names_of_a_teacher_are_fetched_at_submission(
+    checked: Callable[..., Checked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    found = checked(TEACHER)
+    names = hub_names(found.recipe)
+    assert "*.safetensors" in names["some/teacher"]
+    assert "another/one" in names
+    assert {"distill.teachers.0.model.dual.hf", "distill.teachers.0.text.tokenizer"} <= {
+        words.split()[0] for words in found.unchecked
+    }
