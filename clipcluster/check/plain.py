@@ -232,7 +232,7 @@ def open_indexed(source: Source, text: bool) -> Dataset:
 
 
 def _check_evaluations(checked: Checked) -> None:
-    """The evaluation sets open, and have class names and templates."""
+    """The evaluation sets open; class names and templates are there, or the classes are the trained ones."""
     evaluate, loaded = checked.recipe.evaluate, checked.loaded
     for kind in METRICS:
         for number, folder in enumerate(getattr(evaluate, kind)):
@@ -240,6 +240,23 @@ def _check_evaluations(checked: Checked) -> None:
             shards = checked.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
             if shards is not None and kind == "zero_shot":
                 checked.attempt(key, _check_classes, shards, key, checked)
+            if shards is not None and kind == "classification":
+                checked.attempt(key, _check_same_classes, shards, key, checked)
+
+
+def _check_same_classes(shards: Dataset, key: str, checked: Checked) -> None:
+    """A class number means the same class in training and in an evaluation, as far as both name them."""
+    trained = open_indexed(checked.recipe.data.train[0], False).classnames
+    named = shards.classnames
+    if not trained or not named or trained == named:
+        return
+    pairs = [(n, a, b) for n, (a, b) in enumerate(zip(trained, named, strict=False)) if a != b]
+    where = f"class {pairs[0][0]} is {pairs[0][2]!r} there and {pairs[0][1]!r} in data.train.0"
+    counts = f"there are {len(named)} classes there and {len(trained)} in data.train.0"
+    checked.errors.append(
+        f"{key}: its classnames.txt is not that of the training data ({where if pairs else counts}); convert "
+        "both with one list of classes"
+    )
 
 
 def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:

@@ -248,6 +248,31 @@ def test_shards_without_an_index_name_the_command(checked: Callable[..., Checked
     assert "data/empty" in message
 
 
+CLASSIFIED = (
+    *("task=classify", "model={image: {timm: test_convnext}, text: null, embed_dim: 512}"),
+    "evaluate={retrieval: [], zero_shot: [], classification: [data/test]}",
+)
+
+
+def test_a_classifier_needs_classes_and_no_captions(checked: Callable[..., Checked], folder: Path) -> None:
+    best = "checkpoint.keep.best={metric: test/top1}"
+    assert checked(*CLASSIFIED, best).errors == []
+    assert "data: 9 samples in 1 source" in checked("data.text.captions=first").summary
+    assert "data: 11 samples in 1 source" in checked(*CLASSIFIED).summary  # those without a caption too
+    (error,) = checked(*CLASSIFIED, "checkpoint.keep.best={metric: test/raw_top1}").errors
+    assert "nothing measures 'test/raw_top1'" in error
+    assert checked(*CLASSIFIED, best.replace("top1", "raw_top1"), "train.ema={}").errors == []
+    (error,) = checked(*CLASSIFIED, "model.classes=1").errors
+    assert "has a sample of class 1, and the model 1 classes" in error
+    shutil.copy(folder / "data/classnames.txt", folder / "data/train")
+    (folder / "data/test/classnames.txt").write_text("even\nuneven\n")
+    (error,) = checked(*CLASSIFIED).errors
+    assert "class 1 is 'uneven' there and 'odd' in data.train.0" in error
+    (folder / "data/train/classnames.txt").unlink()
+    (folder / "data/classnames.txt").unlink()
+    assert "model.classes: no classnames.txt beside" in checked(*CLASSIFIED).errors[0]
+
+
 def test_zero_shot_needs_names_and_templates(checked: Callable[..., Checked], folder: Path) -> None:
     (folder / "data/classnames.txt").unlink()
     (folder / "data/zeroshot_classification_templates.txt").write_text("a number\n")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
 from torchvision.transforms import v2
 
 from clipcluster.data.images.decode import decode
@@ -114,3 +115,23 @@ def test_evaluation_resizes_the_shortest_side_and_cuts_the_centre(size: tuple[in
     pillow = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     theirs = np.asarray(reference(pillow)).astype(int)
     assert np.abs(out.permute(1, 2, 0).numpy().astype(int) - theirs).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "rule", [("shortest", 0.875, "center"), ("squash", 1.0, "squash"), ("squash", 0.9, "squash")]
+)
+@pytest.mark.parametrize("size", [(40, 60), (60, 41), (30, 30)])
+def test_evaluation_resizes_as_timm(size: tuple[int, int], rule: tuple[str, float, str]) -> None:
+    """ConvNeXt's rules, and Chinese-CLIP's: of noise the pixels are Pillow's to a few levels."""
+    resize, crop_pct, mode = rule
+    image = torch.nn.functional.interpolate(IMAGE[None].float(), size=size, mode="bilinear")[0].byte()
+    section = _section(size=28, evaluation={"resize": resize, "crop_pct": crop_pct})
+    theirs = transforms_imagenet_eval(
+        28, crop_pct=crop_pct, crop_mode=mode, interpolation="bicubic", normalize=False
+    )
+    expected = theirs(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+    found = evaluation_transform(section)(image)
+    assert found.shape == expected.shape == (3, 28, 28)
+    difference = (found.int() - expected.int()).abs()
+    assert difference.float().mean() < 0.6
+    assert difference.max() <= 4
