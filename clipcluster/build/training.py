@@ -16,7 +16,7 @@ from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.activation_checkpointing import checkpoint_activations
 from clipcluster.model.norms import group_batch_norms, synchronise
-from clipcluster.recipe.plan import Plan, accumulation_of, plan
+from clipcluster.recipe.plan import Plan, accumulation_of, memory_advice, plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.recipe.units import Time
@@ -105,6 +105,7 @@ def build_trainer(
         records=records,
         record_samples=recipe.train.record_samples,
         grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_SECONDS,
+        memory_advice=memory_advice(recipe, world.size),
     )
 
 

@@ -11,7 +11,7 @@ import traceback
 from clipcluster.errors import StaleAttempt, UserError
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.outcome import ADVICE, Failure, LostPeers, Outcome
+from clipcluster.runtime.outcome import ADVICE, Failure, LostPeers, Outcome, is_out_of_memory
 from clipcluster.runtime.stop import Stop
 
 # Errors of the program, which the next attempt would repeat: they end the run.
@@ -125,7 +125,7 @@ def _ending(error: BaseException) -> Outcome:
         return Outcome.RECIPE
     if _is_lost_peer(error):
         return Outcome.LOST_PEERS
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Outcome.OUT_OF_MEMORY
     return Outcome.ERROR
 
@@ -144,12 +144,3 @@ def _is_lost_peer(error: BaseException) -> bool:
     from clipcluster.runtime.world import is_lost_peer
 
     return is_lost_peer(error)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)

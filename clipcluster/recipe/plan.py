@@ -14,9 +14,11 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.rates import rates
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.stages import Freezing, freezings
+from clipcluster.recipe.tasks import TASKS
 from clipcluster.recipe.units import Duration
 from clipcluster.text import counted
 
+LARGE_LOGITS = 2**30  # bytes of one copy; from here on the advice about memory names loss.chunk
 LONG_WARMUP = 0.2  # of the run; above it the check warns
 
 
@@ -193,6 +195,27 @@ def accumulation_of(recipe: Recipe, world_size: int) -> int:
         f"train.batch_norm_group {group} does not divide {counted(per_rank, 'sample')} a rank into equal "
         f"micro-batches{most} of whole groups; {advice}"
     )
+
+
+def memory_advice(recipe: Recipe, world_size: int) -> str:
+    """What a recipe whose step does not fit into memory may change, with values; only what it does not do."""
+    per_rank = samples_per_rank(recipe.data.batch_size, world_size)
+    size = per_rank // accumulation_of(recipe, world_size)
+    count = micro_batches(per_rank, size // 2, recipe.train.batch_norm_group or 1) if size > 1 else None
+    logits = 4 * per_rank * recipe.data.batch_size  # bytes
+    changes = []
+    if count:
+        changes.append(f"set train.micro_batch to {per_rank // count} ({size} samples are processed at once)")
+    if not recipe.train.activation_checkpointing:
+        changes.append("set train.activation_checkpointing to true")
+    if TASKS[recipe.task].loss_over == "batch" and not recipe.loss.chunk and logits >= LARGE_LOGITS:
+        changes.append(f"set loss.chunk to 1024 (the logits are {logits / 2**30:.0f} GiB)")
+    if not changes:
+        changes = ["use more ranks, or smaller towers or images"]
+    if recipe.cluster.gpus_per_node == 0:
+        changes.append("ask for more memory (cluster.mem)")
+    advice = "; or ".join(changes)
+    return f"{advice[0].upper()}{advice[1:]}; then submit again."
 
 
 def micro_batches(per_rank: int, bound: int | None, multiple: int = 1) -> int | None:

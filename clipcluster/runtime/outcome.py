@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from typing import ClassVar, NoReturn
 
@@ -32,8 +32,8 @@ ADVICE: dict[int, str] = {
     Outcome.ERROR: "The traceback is in attempts/*/rank-*.out; see: clipcluster logs RUN",
     Outcome.RECIPE: "Fix the recipe (clipcluster check RECIPE --deep) and submit it again.",
     Outcome.DATA: "Repair or re-index the shards named (clipcluster shards verify DIR), then submit again.",
-    Outcome.OUT_OF_MEMORY: "Lower train.micro_batch, or ask for more memory (cluster.mem) or more ranks, "
-    "then submit again.",
+    Outcome.OUT_OF_MEMORY: "Ask for more memory (cluster.mem) or more ranks, or train smaller towers, then "
+    "submit again.",
     Outcome.NON_FINITE: "Lower optim.lr, lengthen optim.warmup or set optim.clip_norm, then submit again.",
     Outcome.CHECKPOINT: "Check checkpoints/ in the run folder and the free space of its disk, then submit "
     "again.",
@@ -87,6 +87,27 @@ class CheckpointError(Failure):
     """No checkpoint could be written, or none of those there verifies."""
 
     outcome = Outcome.CHECKPOINT
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host or the device has no memory left."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+@contextlib.contextmanager
+def advising_on_memory(what: str, advice: str) -> Iterator[None]:
+    """OutOfMemory with this advice, and `what` was done, where an error inside says that memory ran out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{what}: {error or 'no memory left'}", advice) from error
 
 
 def described(error: Exception) -> dict[str, str]:

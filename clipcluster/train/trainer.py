@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import Parts
-from clipcluster.runtime.outcome import Failure, LostPeers, Outcome
+from clipcluster.runtime.outcome import Failure, LostPeers, Outcome, advising_on_memory
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 from clipcluster.train.evaluations import Evaluations, Interrupted
@@ -35,6 +35,7 @@ class Trainer:
     Args:
         parts: what a checkpoint holds, by name.
         grace_seconds: time between the request to stop and the kill.
+        memory_advice: what to do where a step does not fit into memory.
         results: of the last evaluation in this attempt.
     """
 
@@ -52,6 +53,7 @@ class Trainer:
     records: Records
     record_samples: bool = False
     grace_seconds: float = GRACE_SECONDS
+    memory_advice: str = ""
     results: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> Outcome:
@@ -93,10 +95,11 @@ class Trainer:
                 self._evaluate()
             else:
                 batch = self.feed.next()
-                if self.step.needs_rehearsal:
-                    self.step.rehearse(batch)
-                    self.metrics.restart_clock(self.progress.samples)
-                report = self.step(batch, self.progress)
+                with advising_on_memory("a training step", self.memory_advice):
+                    if self.step.needs_rehearsal:
+                        self.step.rehearse(batch)
+                        self.metrics.restart_clock(self.progress.samples)
+                    report = self.step(batch, self.progress)
                 self._count(batch)
                 self._enter(self.progress.step)  # before a checkpoint of this step is made
                 if self.metrics.due(self.progress):
@@ -169,8 +172,10 @@ class Trainer:
         self.metrics.restart_clock(self.progress.samples)
 
     def _evaluate(self) -> None:
+        advice = "Lower evaluate.batch_size, then submit again."
         try:
-            results = self.evaluations.measure(self.progress, self._stop_evaluating)
+            with advising_on_memory("an evaluation", advice):
+                results = self.evaluations.measure(self.progress, self._stop_evaluating)
         except Interrupted:
             return  # still owed; the boundary that follows agrees on the stop again
         self.progress.evaluated_step, self.results = self.progress.step, results

@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,15 @@ from hypothesis import strategies as st
 from clipcluster.check.experience import findings
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import Loaded
-from clipcluster.recipe.plan import Plan, micro_batches, plan, plan_for_nodes, samples_per_rank, usable_nodes
+from clipcluster.recipe.plan import (
+    Plan,
+    memory_advice,
+    micro_batches,
+    plan,
+    plan_for_nodes,
+    samples_per_rank,
+    usable_nodes,
+)
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Duration
 
@@ -157,6 +166,43 @@ def test_the_message_of_a_group_that_does_not_divide(small: Small) -> None:
         "train.batch_norm_group 24 does not divide 128 samples a rank into equal micro-batches of at most 50 "
         "of whole groups; set it to 16 or 32"
     )
+
+
+def test_advice_about_memory_names_what_the_recipe_does_not_do_yet(small: Small) -> None:
+    given = ["data.batch_size=384"]
+    assert memory_advice(small(*given).recipe, 2) == (
+        "Set train.micro_batch to 96 (192 samples are processed at once); "
+        "or set train.activation_checkpointing to true; then submit again."
+    )
+    given += ["train.activation_checkpointing=true", "train.batch_norm_group=24", "train.micro_batch=100"]
+    assert memory_advice(small(*given).recipe, 2) == (
+        "Set train.micro_batch to 48 (96 samples are processed at once); then submit again."
+    )
+    large = ("data.batch_size=32768", "cluster.gpus_per_node=0")
+    advice = memory_advice(small(*large, *given[1:2], "train.micro_batch=1").recipe, 2)
+    assert advice.startswith(
+        "Set loss.chunk to 1024 (the logits are 2 GiB); or ask for more memory (cluster.m"
+    )
+    advice = memory_advice(small("data.batch_size=8", given[1], "train.micro_batch=1").recipe, 2)
+    assert advice == "Use more ranks, or smaller towers or images; then submit again."
+
+
+@given(st.integers(1, 600), st.integers(1, 600) | st.none(), st.integers(2, 16) | st.none())
+def test_the_micro_batch_to_try_next_is_smaller_and_fits(
+    per_rank: int, bound: int | None, group: int | None
+) -> None:
+    def with_bound(bound: int | None) -> Recipe:
+        changes = {"micro_batch": bound, "batch_norm_group": group}
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+
+    recipe = recipe_of(per_rank)
+    assume(group is None or (per_rank % group == 0 and group <= (bound or per_rank)))
+    now = plan(with_bound(bound), 10**6, 1).micro_batch
+    found = re.search(r"train.micro_batch to (\d+) ", memory_advice(with_bound(bound), 1))
+    if found is None:
+        assert now < 2 * (group or 1)
+        return
+    assert plan(with_bound(int(found[1])), 10**6, 1).micro_batch == int(found[1]) <= now / 2
 
 
 def test_small_micro_batches_are_warned_of(small: Small) -> None:

@@ -19,7 +19,14 @@ from safetensors.torch import load_file
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.files import read_json, read_lines
 from clipcluster.runs.merge import bad_samples, events, merged_metrics
-from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteError, Outcome, RecipeFailure
+from clipcluster.runtime.outcome import (
+    CheckpointError,
+    DataError,
+    NonFiniteError,
+    Outcome,
+    OutOfMemory,
+    RecipeFailure,
+)
 from clipcluster.runtime.stop import Stop
 from tests.consumed import merged_samples
 
@@ -226,6 +233,12 @@ def test_a_non_finite_step_is_skipped(toy: ModuleType, run: Any) -> None:
         torch.isfinite(value).all()
         for value in load_file(run.checkpoints / "step-00000012" / "model.safetensors").values()
     )
+
+
+def test_a_step_without_enough_memory_ends_with_advice_for_its_recipe(toy: ModuleType, run: Any) -> None:
+    with pytest.raises(OutOfMemory, match=r"a training step: .*can't allocate memory") as caught:
+        toy.go(run, exhausts_at=2)
+    assert caught.value.advice == "Set train.micro_batch to 8; then submit again."
 
 
 def test_a_row_of_non_finite_steps_goes_back_once_and_leaves_it_out(toy: ModuleType, run: Any) -> None:

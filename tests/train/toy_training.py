@@ -64,6 +64,7 @@ class Script:
     stop_in_evaluation: bool = False
     poison: list[int] = field(default_factory=list)  # batches whose loss is not finite
     poison_rank: int = 0
+    exhausts_at: int | None = None  # batch for which there is not enough memory
     bad: list[int] = field(default_factory=list)  # batches that bring a bad sample each
     precision: str = "fp32"
     ema: bool = True
@@ -168,6 +169,8 @@ class ToyTask(Task):
         self.seen = Seen()
 
     def encode(self, batch: Batch) -> Features:
+        if batch.index == self.script.exhausts_at:
+            torch.empty(1 << 60)
         image, text = self.model(batch.images, batch.tokens)
         poisoned = batch.index in self.script.poison and self.world.rank == self.script.poison_rank
         return {"image": image, "text": text, "poisoned": torch.full((len(batch),), poisoned)}
@@ -343,6 +346,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         records=records,
         record_samples=script.record,
         grace_seconds=30.0,
+        memory_advice="Set train.micro_batch to 8; then submit again.",
     )
 
 
