@@ -1,7 +1,7 @@
-"""Peak memory of a training step: by batch and micro-batch, with activations computed again, and of the losses.
+"""Peak memory of a training step: by batch and micro-batch, activations computed again, and of the losses.
 
-python tests/train/measure_memory.py  prints the tables of docs/benchmarks.md. Each figure is the largest resident
-size of a process of its own (getrusage) above that of the same process before the step. About five minutes.
+python tests/train/measure_memory.py  prints the tables of docs/benchmarks.md. Each figure is the largest
+resident size of a process of its own (getrusage) above what it was before the step. It takes a few minutes.
 """
 
 from __future__ import annotations
