@@ -188,12 +188,22 @@ def _hf_image_tower(
     needs = [each.name for each in takes if each.default is each.empty and each.kind != each.VAR_KEYWORD]
     if "pixel_values" not in {each.name for each in takes} or set(needs) - {"pixel_values"}:
         raise UserError(f"{key}.hf: {settings.model_type} does not take images alone; name a vision network.")
+    _without_mask_tokens(trunk)
     sizes = getattr(settings, "hidden_sizes", None)  # of the stages of a convolutional network
     width = sizes[-1] if sizes else settings.hidden_size
     if config.mask_ratio:
         mask_patches(trunk, settings, config.mask_ratio)
     source = pretrained(key, config.hf, folder) if config.weights == "pretrained" else None
     return HfImageTower(trunk, int(width), config.pool), source
+
+
+def _without_mask_tokens(trunk: nn.Module) -> None:
+    """A token of a pre-training with masks is part of the file, and of no feature: it is not trained."""
+    named = [name for name, _ in trunk.named_parameters() if name.rpartition(".")[2] == "mask_token"]
+    for name in named:
+        module, token = trunk.get_submodule(name.rpartition(".")[0]), trunk.get_parameter(name)
+        del module.mask_token
+        module.register_buffer("mask_token", token.detach())
 
 
 def build_text_tower(

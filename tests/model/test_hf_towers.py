@@ -134,6 +134,8 @@ def test_an_image_tower_is_the_networks_own(kind: str, tmp_path: Path) -> None:
         states = output.last_hidden_state
         mean = states.mean(dim=(2, 3)) if states.ndim == 4 else states.mean(dim=1)
         torch.testing.assert_close(image_tower(folder, pool="mean").eval()(images), mean)
+    tower(images).square().sum().backward()
+    assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == []
 
 
 def test_the_two_towers_make_the_dual_encoder_of_transformers(tmp_path: Path) -> None:

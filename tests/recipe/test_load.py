@@ -142,6 +142,12 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("model.projection_bias=[words]", "should be image or text"),
         ("model.text.pool=men", "should be last or first or mean or pooler; did you mean mean?"),
         ("model.text.weights=pretrained", "belong to a model named by hf"),
+        ("model.image.weights=pretrained", "belong to a model named by hf"),
+        ("model.image.mask_ratio=1", "got 1; should be less than 1"),
+        (
+            "model.image={hf: org/vit, args: {}, timm: vit}",
+            "has timm and hf; should have exactly one of them",
+        ),
         ("train.ema=0.99", "; write 'train.ema={decay: 0.99}'"),
         ("train.ema=true", "should be a section with the keys decay; write 'train.ema={}'"),
         ("task=contrasive", "should be contrastive or classify; did you mean contrastive?"),

@@ -27,6 +27,12 @@ def _missing(what: str = "tower") -> Any:
     )
 
 
+def _a_file(value: str | None) -> str | None:
+    if value == "pretrained":
+        raise ValueError("pretrained weights belong to a model named by hf; name a file or a folder")
+    return value
+
+
 def _mask_ratio() -> Any:
     return key(
         "result",
@@ -45,6 +51,7 @@ class TimmImageTower(Section):
     missing: tuple[str, ...] = _missing()
     args: dict[str, Any] = key("result", "Arguments for timm's create_model, such as drop_path_rate.", {})
     mask_ratio: Float = _mask_ratio()
+    _file = field_validator("weights")(_a_file)
 
 
 class HfImageTower(Section):
@@ -102,13 +109,7 @@ class ArchTextTower(Section):
     weights: str | None = _weights()
     missing: tuple[str, ...] = _missing()
     pool: Literal["last", "first", "mean", "pooler"] | None = _pool()
-
-    @field_validator("weights")
-    @classmethod
-    def _a_file(cls, value: str | None) -> str | None:
-        if value == "pretrained":
-            raise ValueError("pretrained weights belong to a model named by hf; with arch, name a file")
-        return value
+    _file = field_validator("weights")(_a_file)
 
 
 class ClipText(Section):
@@ -135,6 +136,7 @@ class ClipTextTower(Section):
     clip: ClipText = section("Its sizes; {} gives those of ViT-B/32 and ViT-B/16.")
     weights: str | None = _weights()
     missing: tuple[str, ...] = _missing()
+    _file = field_validator("weights")(_a_file)
 
 
 TextTower = Annotated[

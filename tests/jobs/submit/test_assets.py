@@ -27,6 +27,9 @@ def test_names_and_folders(recipe, tmp_path):
     assert "config.json" in names["org/tower"]
     assert "*.safetensors" in names["org/tower"]
     assert "*.safetensors" not in names["org/words"]
+    vision = ("model.image.timm=null", "model.image.args=null", "model.image.hf=org/vit")
+    names = assets.hub_names(loaded(recipe, *vision, "model.image.weights=pretrained"))
+    assert names == {"org/vit": ("config.json", *assets.WEIGHTS)}
     (tmp_path / "words").mkdir()
     (tmp_path / "bpe.txt.gz").touch()
     for there in ("words", "bpe.txt.gz"):
