@@ -89,8 +89,10 @@ def timm_optimizer(
         made: torch.optim.Optimizer = kind(groups, lr=lr, **own)
         return made
 
-    try:
-        make([{"params": [nn.Parameter(torch.zeros(1))]}])
-    except (TypeError, ValueError, AssertionError) as error:
+    try:  # some values are found wrong only by an update
+        parameter = nn.Parameter(torch.ones(8, 8))
+        parameter.grad = torch.ones(8, 8)
+        make([{"params": [parameter]}]).step()
+    except (TypeError, ValueError, AssertionError, LookupError, RuntimeError) as error:
         raise UserError(f"optim.args: timm cannot make {name} with {dict(args)}: {error}") from None
     return make

@@ -121,6 +121,8 @@ def test_muon_leaves_embeddings_and_its_fallback_list_to_adamw() -> None:
             r"fallback_list: 'hed\.\*' fits no parameter",
         ),
         ({"name": "muon", "args": {"fallback_list": "head"}}, "should be a list of patterns"),
+        ({"name": "adan", "args": {"betas": [0.9, 0.99]}}, "timm cannot make adan"),
+        ({"name": "muon", "args": {"adjust_lr_fn": "nothing"}}, "timm cannot make muon"),
         ({"name": "lionn"}, r"timm has no optimizer 'lionn'; did you mean lion"),
         ({"name": "sgd", "args": {"betas": [0.9, 0.9]}}, "timm cannot make sgd"),
         ({"name": "lamb", "args": {"fallback_list": ["head.*"]}}, "timm cannot make lamb.*'fallback_list'"),
@@ -129,3 +131,11 @@ def test_muon_leaves_embeddings_and_its_fallback_list_to_adamw() -> None:
 def test_what_is_refused(optim: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         build_optimizer(recipe(**optim), Model(), 20)
+
+
+def test_a_part_that_the_model_does_not_have_is_refused() -> None:
+    model = Model()
+    del model.text
+    for own in ({"lr": 1e-3}, {"layer_decay": 0.5}, {"weight_decay": 0.0}):
+        with pytest.raises(UserError, match=r"optim\.text has no effect: .* no such part"):
+            tunings(recipe(text=own), model)

@@ -58,22 +58,24 @@ SIZE = 4
 
 
 @pytest.mark.parametrize(
-    ("backward", "compiled"),
+    ("backward", "changes"),
     [
-        ("whole", False),
-        pytest.param("cached", False, marks=pytest.mark.long),
-        pytest.param("cached", True, marks=pytest.mark.long),
+        ("whole", {}),
+        pytest.param("cached", {}, marks=pytest.mark.long),
+        pytest.param("cached", {"compile": True}, marks=pytest.mark.long),
+        pytest.param("whole", {"optimizer": "lamb"}, marks=pytest.mark.long),
+        pytest.param("cached", {"optimizer": "muon"}, marks=pytest.mark.long),
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted(
-    toy: ModuleType, tmp_path: Path, start_ranks: Any, backward: str, compiled: bool
+    toy: ModuleType, tmp_path: Path, start_ranks: Any, backward: str, changes: dict[str, Any]
 ) -> None:
     """Through evaluations and a stage: the words train from step 6 on, wrapped again.
 
     Every rank has a part of its own, which counts its steps.
     """
     whole, stopped = ranked_run(toy, tmp_path / "whole"), ranked_run(toy, tmp_path / "stopped")
-    script = {"evaluate_every": 6, "thaw_at": 6, "backward": backward, "compile": compiled, "own_part": True}
+    script = {"evaluate_every": 6, "thaw_at": 6, "backward": backward, "own_part": True, **changes}
     start_ranks(whole, SIZE, script).finish(0)
     attempts = [
         {**script, "stop_at": 0},  # right after the discarded pass
