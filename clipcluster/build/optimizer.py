@@ -75,9 +75,9 @@ def tunings(recipe: Recipe, model: nn.Module) -> dict[str, Tuning]:
     optim, factors, decays = recipe.optim, rates(recipe), decaying(model, recipe.optim.no_decay)
     names = [name for name, _ in model.named_parameters()]
     _check_patterns("optim.no_decay", optim.no_decay, names)
-    for part, section in (("image", optim.image), ("text", optim.text), ("logit_scale", optim.logit_scale)):
-        if section != type(section)() and part not in map(part_of, names):
-            raise UserError(f"optim.{part} has no effect: the model of task {recipe.task} has no such part")
+    for key, section in (("image", optim.image), ("text", optim.text), ("logit_scale", optim.logit_scale)):
+        if section != type(section)() and key not in map(part_of, names):
+            raise UserError(f"optim.{key} has no effect: the model of task {recipe.task} has no such part")
     fallback, scales = _fallback(recipe, model, names), _layer_scales(recipe, model)
     found = {}
     for name in names:
