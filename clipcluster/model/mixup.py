@@ -7,6 +7,7 @@ mixes sample i of each rank's batch of n with sample n - 1 - i).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,27 +49,37 @@ class Mixer:
         """
         if len(images) % 2 or slot % 2:
             raise ValueError(f"{len(images)} samples from slot {slot} on are no whole pairs")
-        mixes = [self.mix(batch, slot + row, *images.shape[-2:]) for row in range(len(images))]
-        device, others = images.device, swapped(images)
+        mixes = self.mixes(batch, range(slot, slot + len(images)), *images.shape[-2:])
         own = torch.tensor([mix.own for mix in mixes], dtype=torch.float64)
-        cut = torch.tensor([mix.box is not None for mix in mixes])
-        boxes = torch.tensor([mix.box or (0, 0, 0, 0) for mix in mixes]).to(device, non_blocking=True)
-        shares = torch.stack([own, 1.0 - own]).float().to(device, non_blocking=True)
-        cut = cut.to(device, non_blocking=True).view(-1, 1, 1, 1)
-        rows, columns = (torch.arange(side, device=device) for side in images.shape[-2:])
-        top, bottom, left, right = boxes.view(-1, 4, 1).unbind(1)
-        inside = ((rows >= top) & (rows < bottom)).unsqueeze(2) & (
-            (columns >= left) & (columns < right)
-        ).unsqueeze(1)
-        own_pixels, other_pixels = (share.view(-1, 1, 1, 1).to(images.dtype) for share in shares)
-        pasted = torch.where(inside.unsqueeze(1), others, images)
-        return torch.where(cut, pasted, images * own_pixels + others * other_pixels), shares[0]
+        weights, others = own.float().to(images.device, non_blocking=True), swapped(images)
+        if all(mix.box is not None for mix in mixes):
+            return torch.where(self._inside(mixes, images), others, images), weights
+        shares = torch.stack([own, 1 - own]).to(images).view(2, -1, 1, 1, 1)
+        mixed = images * shares[0] + others * shares[1]
+        if all(mix.box is None for mix in mixes):
+            return mixed, weights
+        pasted = torch.where(self._inside(mixes, images), others, images)
+        cut = torch.tensor([mix.box is not None for mix in mixes], device=images.device)
+        return torch.where(cut.view(-1, 1, 1, 1), pasted, mixed), weights
 
-    def mix(self, batch: int, slot: int, height: int, width: int) -> Mix:
-        """How the sample in a slot of a batch is mixed."""
-        drawn_for = {"batch": -1, "pair": slot // 2, "elem": slot}[self._settings.mode]
-        seed = draw_seed(self._seed, batch, drawn_for)
-        return draw(self._settings, np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32]), height, width)
+    def mixes(self, batch: int, slots: Sequence[int], height: int, width: int) -> list[Mix]:
+        """How the samples in these slots of a batch are mixed."""
+        drawn_for = {"batch": lambda slot: -1, "pair": lambda slot: slot // 2, "elem": lambda slot: slot}
+        numbers = [drawn_for[self._settings.mode](slot) for slot in slots]
+        draws: dict[int, Mix] = {}
+        for number in dict.fromkeys(numbers):
+            seed = draw_seed(self._seed, batch, number)
+            generator = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])
+            draws[number] = draw(self._settings, generator, height, width)
+        return [draws[number] for number in numbers]
+
+    def _inside(self, mixes: Sequence[Mix], images: Tensor) -> Tensor:
+        """Which pixels lie in the boxes, (b, 1, H, W) bool."""
+        boxes = torch.tensor([mix.box or (0, 0, 0, 0) for mix in mixes]).to(images.device, non_blocking=True)
+        rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+        top, bottom, left, right = boxes.view(-1, 4, 1).unbind(1)
+        high, wide = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+        return (high.unsqueeze(2) & wide.unsqueeze(1)).unsqueeze(1)
 
 
 def draw(settings: Mixup, numbers: np.random.RandomState, height: int, width: int) -> Mix:

@@ -42,7 +42,7 @@ def test_a_draw_mixes_as_timm_does(settings: Mixup) -> None:
         lam = theirs._mix_batch(expected)
         mixer = Mixer(settings, seed=0)
         mix = draw(settings, np.random.RandomState([seed, 1]), SIDE, SIDE)
-        mixer.mix = lambda *_, mix=mix: mix  # type: ignore[method-assign]
+        mixer.mixes = lambda *_, mix=mix: [mix] * size  # type: ignore[method-assign]
         found, own = mixer(images(size), batch=0, slot=0)
         assert torch.equal(found[order], expected)
         assert torch.equal(own, torch.full((size,), lam))
@@ -60,7 +60,7 @@ def test_parts_of_a_batch_mix_as_the_whole(mode: str) -> None:
         assert torch.equal(torch.cat([part for part, _ in parts]), whole)
         assert torch.equal(torch.cat([weight for _, weight in parts]), own)
     draws = {"batch": 1, "pair": 6, "elem": 12}[mode]
-    assert len({mixer.mix(7, slot, SIDE, SIDE) for slot in range(12)}) == draws
+    assert len(set(mixer.mixes(7, range(12), SIDE, SIDE))) == draws
     assert not torch.equal(mixer(images(12), batch=8, slot=0)[0], whole)
     assert not torch.equal(Mixer(Mixup(mode=mode), seed=4)(images(12), batch=7, slot=0)[0], whole)
 
