@@ -111,13 +111,17 @@ class Cached(Backward):
     First the features of all micro-batches without gradients; then the loss on all of them, differentiated by
     the features and by the loss's own parameters; then each micro-batch again with the same random numbers,
     taking its features' gradients back into the towers. The loss's own parameters join the last one, and only
-    its backward pass is reduced.
+    its backward pass is reduced. Where nothing but they trains there is no second pass.
     """
 
     def __call__(self, batch: Batch, step: int) -> Report:
         with self.task.reduction(False):
             cached = self._features(batch, step)
             report, by_feature, by_parameter = self.task(_differentiate, cached, self.precision)
+        if self._trained() <= by_parameter.keys():  # what makes the features is frozen: no second pass
+            if by_parameter:
+                self.task(_product, batch, {}, by_parameter).backward()
+            return report
         for number, micro_batch in enumerate(self._micro_batches(batch, step), start=1):
             last = number == self._count
             own = slice((number - 1) * len(micro_batch), number * len(micro_batch))
@@ -129,6 +133,9 @@ class Cached(Backward):
                     product.backward()
             self.statistics.put_back()
         return report
+
+    def _trained(self) -> set[str]:
+        return {name for name, value in self.task.task.named_parameters() if value.requires_grad}
 
     def _features(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The features of the whole of a rank's part, without gradients."""
@@ -171,7 +178,7 @@ def _product(
     task: Task, micro_batch: Batch, by_feature: Mapping[str, Tensor], by_parameter: Mapping[str, Tensor]
 ) -> Tensor:
     """What has these gradients: the sum of features and loss parameters, each times its gradient."""
-    features, parameters = task.encode(micro_batch), dict(task.named_parameters())
+    features, parameters = task.encode(micro_batch) if by_feature else {}, dict(task.named_parameters())
     terms = [
         (features[name] * gradient).sum()
         for name, gradient in by_feature.items()

@@ -90,6 +90,7 @@ def test_a_loss_trains_its_own_parameter_over_frozen_towers(ranks: Any) -> None:
         }
         assert found.keys() == {"model.logit_scale"}
         assert abs(float(found["model.logit_scale"] - expected)) < TOLERANCE
+        assert answers["scale-alone"]["passes"] == 4  # one a micro-batch: features, and none for gradients
 
 
 @pytest.mark.parametrize(

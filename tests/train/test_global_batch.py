@@ -36,6 +36,11 @@ cluster: {{gpus_per_node: 0, cpus_per_task: 1}}
 """
 RANDOM = "model.text.config={n_layer: 1, n_head: 2, n_embd: 32}"  # with dropout
 NORM = ("model.image={timm: test_efficientnet}", "train.batch_norm_group=12")  # its norms hold activations
+SIGLIP = (
+    "loss={name: siglip, chunk: 10}",
+    "model.logit_scale={init: 10, max: null}",
+    "model.logit_bias={init: -4}",
+)
 SAME = {"whole": ("1", "train.micro_batch=null"), "on-4": ("4",), "on-2": ("2",), "on-1": ("1",)}
 RESUMED = (
     *NORM,
@@ -76,6 +81,7 @@ def losses(run: Run) -> torch.Tensor:
         pytest.param(NORM, ("on-4",), id="grouped norms"),
         pytest.param(NORM, ("on-2", "on-1"), id="grouped norms more", marks=pytest.mark.long),
         pytest.param((), ("on-4", "on-2", "on-1"), id="no norms", marks=pytest.mark.long),
+        pytest.param(SIGLIP, ("on-4", "on-2"), id="siglip", marks=pytest.mark.long),
     ],
 )
 def test_a_run_is_the_same_on_any_number_of_ranks(
