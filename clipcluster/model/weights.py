@@ -132,7 +132,8 @@ def load_weights(
     weights = read_weights(source, weights_from)
     state = {_OLD_LAYER_NORM.sub(lambda old: _NEW_NAMES[old[0]], key): v for key, v in weights.state.items()}
     state = {now: state[key] for key, now in names_in(tower, [*state]).items()}
-    own = {key: value for key, value in tower.state_dict().items() if not _COMPUTED.search(key)}
+    learned = dict(tower.named_parameters(remove_duplicate=False))
+    own = {k: v for k, v in tower.state_dict().items() if k in learned or not _COMPUTED.search(k)}
     match = _best_match(state, tower, own, name)
     inside, positions = fit_positions(tower, match.state, text=None if name == "model" else name == "text")
     fitting = {key: value for key, value in inside.items() if key in own and value.shape == own[key].shape}

@@ -322,3 +322,17 @@ def test_checkpoints_of_a_run_are_verified(tmp_path: Path, caplog: pytest.LogCap
     (newest / "ema.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no averaged weights; set model\.weights_from: raw"):
         first_of(newest, "ema")
+
+
+def test_a_parameter_with_the_name_of_a_computed_buffer_is_needed(tmp_path: Path) -> None:
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.Linear(2, 2)
+            self.register_buffer("position_ids", torch.arange(2))
+
+    torch.save({"attn.weight": torch.zeros(2, 2)}, tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"brings 1 of the image tower's 2 (?s:.*)Missing from the file: attn\.bias\n"
+    ):
+        load_weights(Tower(), tmp_path / "w.pth", name="image")
