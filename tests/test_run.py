@@ -179,6 +179,31 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny: Tiny, workers: int) -> N
     assert differing(whole, stopped) == []
 
 
+def test_a_recipe_of_the_optimizer_s_keys_stops_and_resumes(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Muon, its parts and layers at rates of their own, a stage, and a schedule with a cooldown."""
+    caplog.set_level(logging.INFO, "clipcluster")
+    keys = (
+        "optim={name: muon, args: {fallback_list: ['text.*']}, lr: {base: 8e-3, per: 256}, min_lr: 1e-4, "
+        "schedule: wsd, cooldown: 50%, warmup: 2 steps, weight_decay_end: 0.4, clip_value: 0.1, "
+        "image: {lr: 5e-4, layer_decay: 0.5, layer_ids: groups}}",
+        "freeze=[{at: 3 steps, tower: text, trainable: none}, {at: 5 steps, tower: text, trainable: last 1}]",
+        "evaluate={}",
+    )
+    whole, stopped = tiny.make("whole", *keys), tiny.make("stopped", *keys)
+    assert tiny.go(whole) is Outcome.FINISHED
+    assert [line["lr"] for line in logged(whole)] == pytest.approx(
+        [5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4]
+    )
+    assert "muon: 24 parameters: learning rate x 6.10352e-05, no weight decay" in caplog.text  # 0.5 * 0.5**13
+    for questions in (3, 4):
+        assert tiny.go(stopped, StopAfter(questions)) is Outcome.STOPPED
+    assert tiny.go(stopped) is Outcome.FINISHED
+    assert logged(stopped) == logged(whole)
+    assert differing(whole, stopped) == []
+
+
 RANK = """
 import os
 import sys
