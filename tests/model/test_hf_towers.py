@@ -114,10 +114,12 @@ def test_chinese_roberta_wwm_is_a_bert(tmp_path: Path) -> None:
     tokens = torch.randint(2, 40, (2, LENGTH))
     expected = model.eval().bert(input_ids=tokens).last_hidden_state[:, 0]
     torch.testing.assert_close(tower.eval()(tokens, torch.ones_like(tokens).bool()), expected)
+    pooled = text_section(None, hf=str(tmp_path), weights="pretrained", pool="pooler")
     with pytest.raises(UserError, match=r"pooler\.dense"):  # saved without one: it would be random
-        build_text_tower(
-            text_section(None, hf=str(tmp_path), weights="pretrained", pool="pooler"), tokenizer=Tokens()
-        )
+        build_text_tower(pooled, tokenizer=Tokens())
+    allowed = pooled.model_copy(update={"missing": ("pooler.*",)})
+    tower, coverage = build_text_tower(allowed, tokenizer=Tokens())
+    assert coverage.missing == ("pooler.dense.weight", "pooler.dense.bias")
 
 
 @pytest.mark.parametrize("kind", VISION)

@@ -38,6 +38,30 @@ def test_an_image_tower_gives_vectors_of_its_width(name: str) -> None:
     assert coverage is None
 
 
+def test_clips_and_siglips_towers_keep_their_own_pooling() -> None:
+    vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    images = torch.randn(2, 3, 64, 64)
+
+    def built(name: str, **args: object) -> torch.nn.Module:
+        return build_image_tower(image_section(name, **args), image_size=64)[0].eval()
+
+    for name in ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224"):  # the class token
+        clip = built(name, **vit)
+        torch.testing.assert_close(clip(images), clip.trunk.forward_features(images)[:, 0])
+        assert clip.width == 32
+        activation = clip.trunk.blocks[0].mlp.act
+        assert ("Quick" in type(activation).__name__) == ("quickgelu" in name)
+    siglip = built("vit_base_patch16_siglip_224", **vit)  # attention over the patches, no class token
+    tokens = siglip.trunk.forward_features(images)
+    assert tokens.shape == (2, 16, 32)
+    torch.testing.assert_close(siglip(images), siglip.trunk.attn_pool(tokens))
+    resnet = built("resnet50_clip", width_factor=0.125)  # attention over the last map
+    maps = resnet.trunk.forward_features(images)
+    assert maps.shape == (2, resnet.width, 2, 2)
+    torch.testing.assert_close(resnet(images), resnet.trunk.head(maps))
+    assert resnet.trunk.head.pos_embed.shape == (5, resnet.width)
+
+
 def test_arguments_reach_the_image_tower() -> None:
     tower, _ = build_image_tower(image_section("convnextv2_atto", depths=[1, 1, 1, 1]), image_size=SIZE)
     assert [len(stage.blocks) for stage in tower.trunk.stages] == [1, 1, 1, 1]
