@@ -41,6 +41,10 @@ SIGLIP = (
     "model.logit_scale={init: 10, max: null}",
     "model.logit_bias={init: -4}",
 )
+CLASSIFIER = (  # with mixed pairs and augmented images
+    *("task=classify", "model.text=null", "model.embed_dim=512", "optim.lr=4e-3", "data.mixup={mode: pair}"),
+    *("data.image.augment=rand-m5-inc1", "data.image.random_erasing={}", "loss.label_smoothing=0.1"),
+)
 SAME = {"whole": ("1", "train.micro_batch=null"), "on-4": ("4",), "on-2": ("2",), "on-1": ("1",)}
 RESUMED = (
     *NORM,
@@ -82,6 +86,7 @@ def losses(run: Run) -> torch.Tensor:
         pytest.param(NORM, ("on-2", "on-1"), id="grouped norms more", marks=pytest.mark.long),
         pytest.param((), ("on-4", "on-2", "on-1"), id="no norms", marks=pytest.mark.long),
         pytest.param(SIGLIP, ("on-4", "on-2"), id="siglip", marks=pytest.mark.long),
+        pytest.param(CLASSIFIER, ("on-4", "on-2"), id="a classifier", marks=pytest.mark.long),
     ],
 )
 def test_a_run_is_the_same_on_any_number_of_ranks(
