@@ -1,0 +1,136 @@
+"""Every recipe that comes with the project: checked, trained, stopped, resumed and evaluated, shrunk by overrides."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from clipcluster.check import plain
+from clipcluster.recipe.load import load, recipe_keys, settings_keys
+from clipcluster.run import evaluate, train
+from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import merged_metrics
+from clipcluster.runtime.launch import Launch
+from clipcluster.runtime.outcome import Outcome
+from clipcluster.runtime.stop import Stop
+from tools.convert.convert import convert
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+ALONE = Launch(0, 1, 0, 1, 0, 1, "test", "single")
+STEPS = 4
+SMALL = [
+    "data.batch_size=16",
+    "data.workers=0",
+    "data.image.size=32",
+    f"train.duration={STEPS} steps",
+    "train.log_every=1 steps",
+    "optim.warmup=1 steps",
+    "checkpoint.keep.every=null",
+    "cluster.nodes=1",
+    "cluster.gpus_per_node=0",
+    "cluster.tasks_per_node=1",
+    "cluster.cpus_per_task=1",
+]
+CONVNEXT = ["model.image.args.depths=[1,1,1,1]", "model.image.args.dims=[8,16,24,32]"]
+RESNET = ["model.image.args.layers=[1,1,1,1]", "model.image.args.channels=[8,16,24,32]"]
+VIT = ["model.image.args.depth=1", "model.image.args.embed_dim=32", "model.image.args.num_heads=2"]
+CLIP_TEXT = ["model.text.clip.width=32", "model.text.clip.layers=1", "model.text.clip.heads=2"]
+CLASSES = ["model.classes=10", "evaluate.every=2 steps"]
+# What shrinks a recipe, and those that it extends.
+OVERRIDES: dict[str, list[str]] = {
+    "digits": ["evaluate.every=2 steps"],
+    "coco-convnextv2-gpt2": [*CONVNEXT, "data.text.tokenizer=bytes", "model.text.hf=${WEIGHTS}/gpt2"],
+    "coco-convnextv2-gpt2-staged": [
+        "freeze.2.at=1 steps",
+        "freeze.3.at=3 steps",
+        "freeze.2.trainable=last 1",
+    ],
+}
+
+
+class StopAfter(Stop):
+    """Asks to stop at the n-th question."""
+
+    def __init__(self, questions: int) -> None:
+        super().__init__()
+        self.questions = questions
+
+    def wishes(self) -> Any:
+        self.questions -= 1
+        if self.questions == 0:
+            self.request("the test's wish")
+        return super().wishes()
+
+
+def family(name: str) -> Iterable[str]:
+    """A recipe's own overrides after those of the recipe it extends."""
+    extends = next(
+        line.split()[1].removesuffix(".yaml")
+        for line in (RECIPES / f"{name}.yaml").read_text().splitlines()
+        if line.startswith("extends:")
+    )
+    above = [] if extends == "base" else family(extends)
+    return [*above, *OVERRIDES.get(name, [])]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """DATA, WEIGHTS and ASSETS as the recipes expect them: small, made up, under the right names."""
+    root = tmp_path_factory.mktemp("places")
+    digits = convert("digits", root / "digits").out
+    for name in ("coco", "muge", "imagenet", "imagenet22k"):
+        (root / name).mkdir()
+        for split, source in (("train", "train"), ("val", "test"), ("valid", "test")):
+            (root / name / split).symlink_to(digits / source)
+    for name in ("cc3m", "datacomp12m", "pairs"):
+        (root / name).symlink_to(digits / "train")
+    weights, assets = root / "weights", root / "assets"
+    assets.mkdir()
+    open_clip = importlib.util.find_spec("open_clip")
+    if open_clip and open_clip.origin:
+        name = "bpe_simple_vocab_16e6.txt.gz"
+        (assets / name).symlink_to(Path(open_clip.origin).parent / name)
+    image = timm.create_model("convnextv2_tiny", num_classes=0, depths=[1, 1, 1, 1], dims=[8, 16, 24, 32])
+    (weights / "convnextv2_tiny").mkdir(parents=True)
+    save_file(image.state_dict(), weights / "convnextv2_tiny" / "model.safetensors")
+    _save_text_towers(weights)
+    return {"DATA": str(root), "DIGITS": str(digits), "WEIGHTS": str(weights), "ASSETS": str(assets)}
+
+
+def _save_text_towers(weights: Path) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    small = {"vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 128}
+    GPT2Model(GPT2Config(**small)).save_pretrained(weights / "gpt2")
+
+
+@pytest.mark.parametrize("name", sorted(set(OVERRIDES)))
+def test_a_recipe_is_checked_trained_stopped_resumed_and_evaluated(
+    name: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in places.items():
+        monkeypatch.setenv(variable, value)
+    overrides = [*SMALL, *family(name)]
+    file = RECIPES / f"{name}.yaml"
+    assert plain.check(file, overrides).errors == []
+    loaded = load(file, overrides)
+    run = Run.create(tmp_path / "run", recipe_keys(loaded), settings_keys(loaded))
+
+    def go(stop: Stop) -> Outcome:
+        attempt = run.claim("test", host="here", still_running=lambda job: False)
+        return train(run, attempt, ALONE, stop)
+
+    assert go(StopAfter(4)) is Outcome.STOPPED
+    assert go(Stop()) is Outcome.FINISHED
+    assert len(run.attempts()) == 2
+    lines = {line["step"]: line for line in merged_metrics(run)}
+    assert sorted(lines) == list(range(1, STEPS + 1))
+    assert all(line["loss"] > 0 for line in lines.values())
+    if any(loaded.recipe.evaluate.model_dump()[kind] for kind in ("retrieval", "zero_shot")):
+        assert evaluate(run)["metrics"]
