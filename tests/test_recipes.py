@@ -1,4 +1,4 @@
-"""Every recipe that comes with the project: checked, trained, stopped, resumed and evaluated, shrunk by overrides."""
+"""Every recipe of the project: checked, trained, stopped, resumed and evaluated, shrunk by overrides alone."""
 
 from __future__ import annotations
 
