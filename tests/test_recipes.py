@@ -1,4 +1,4 @@
-"""Every recipe of the project: checked, trained, stopped, resumed and evaluated, shrunk by overrides alone."""
+"""Every recipe of the project: checked, trained, stopped, resumed and evaluated, shrunk by overrides."""
 
 from __future__ import annotations
 
