@@ -134,9 +134,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     assert open_clip is not None
     name = "bpe_simple_vocab_16e6.txt.gz"
     (assets / name).symlink_to(Path(str(open_clip.origin)).parent / name)
-    image = timm.create_model("convnextv2_tiny", num_classes=0, depths=[1, 1, 1, 1], dims=[8, 16, 24, 32])
-    (weights / "convnextv2_tiny").mkdir(parents=True)
-    save_file(image.state_dict(), weights / "convnextv2_tiny" / "model.safetensors")
+    for name, classes in (("convnextv2_tiny", 0), ("convnext_base", 10)):
+        tower = timm.create_model(name, num_classes=classes, depths=[1, 1, 1, 1], dims=[8, 16, 24, 32])
+        (weights / name).mkdir(parents=True)
+        save_file(tower.state_dict(), weights / name / "model.safetensors")
     _save_models(weights)
     return {"DATA": str(root), "DIGITS": str(digits), "WEIGHTS": str(weights), "ASSETS": str(assets)}
 
