@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
-from clipcluster.model.distill import without_projections
 from clipcluster.model.task import Task
-from clipcluster.model.weight_files import shard_names
+from clipcluster.model.weight_files import shard_names, without_projections
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipcluster.build.model import build_model, load_weights
+from clipcluster.build.model import build_model
 from clipcluster.data.images.transforms import TrainTransform
 from clipcluster.data.loading.preparation import Preparation, Retokenized
 from clipcluster.data.loading.stored import StoredPreparation
@@ -18,9 +18,10 @@ from clipcluster.model.protocols import DualEncoder
 from clipcluster.model.task import build_contrastive
 from clipcluster.recipe.load import from_run
 from clipcluster.recipe.sections.distill import RunTeacher
+from clipcluster.recipe.sections.model import Model
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
-from clipcluster.runs.checkpoints import step_of, weights_file
+from clipcluster.runs.checkpoints import name_of, newest_complete, step_of
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.world import World
 
@@ -29,17 +30,14 @@ logger = logging.getLogger("clipcluster")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a teacher comes from: its recipe, its assets, and the run and checkpoint that its weights are of.
+    """A teacher's recipe, whose `model.weights` are its own, and its assets.
 
-    names: of its tokens and their mask in `batch.extras`, None where they are the student's.
+    names: of its tokens and their mask in `batch.extras`; None where they are the student's.
     """
 
-    number: int
     recipe: Recipe
     assets: Path | None
     names: tuple[str, str] | None
-    run: Run | None = None
-    checkpoint: Path | None = None
 
 
 def build_distill(recipe: Recipe, model: DualEncoder, ranks: World, assets: Path | None) -> DistillTask:
@@ -47,18 +45,18 @@ def build_distill(recipe: Recipe, model: DualEncoder, ranks: World, assets: Path
     assert recipe.distill is not None
     student = build_contrastive(recipe, model, ranks, assets)
     teachers, frozen = [], {}
-    for source, section in zip(_sources(recipe, assets), recipe.distill.teachers, strict=True):
-        taught, file = _loaded(source)
-        frozen[f"teacher {source.number}"] = file
-        image = source.recipe.data.image
+    for number, source in enumerate(_sources(recipe, assets)):
+        frozen_model, file = _loaded(source, ranks, f"distill.teachers.{number}")
+        frozen[f"teacher {number}"] = file
+        image, scale = source.recipe.data.image, recipe.distill.teachers[number].scale
         teachers.append(
             Teacher(
-                taught,
+                frozen_model,
                 size=image.size,
                 mean=image.mean,
                 std=image.std,
                 tokens=source.names,
-                scale=section.scale,
+                scale=scale,
             )
         )
     return DistillTask(student, recipe.distill, teachers, frozen, recipe.seed)
@@ -84,60 +82,53 @@ def _sources(recipe: Recipe, assets: Path | None) -> list[Source]:
     assert recipe.distill is not None
     given, found = recipe.teachers(), []
     for number, section in enumerate(recipe.distill.teachers):
-        run: Run | None = None
-        checkpoint: Path | None = None
         taught, of_it = given.get(number), assets
         if isinstance(section, RunTeacher):
-            run, checkpoint = _run_of(Path(section.run), number)
-            taught, of_it = from_run(run.recipe(), run.settings()), run.assets
-            if not TASKS[taught.task].captions:
-                raise UserError(
-                    f"distill.teachers.{number}.run: {run.name} is of task {taught.task}; a teacher "
-                    "needs images and captions"
-                )
+            taught, of_it = _of_run(Path(section.run), f"distill.teachers.{number}.run")
         assert taught is not None
         text, own = taught.data.text, recipe.data.text
         same = (text.tokenizer, text.context_length) == (own.tokenizer, own.context_length)
         names = None if same else (f"teacher-{number}-tokens", f"teacher-{number}-mask")
-        found.append(Source(number, taught, of_it, names, run, checkpoint))
+        found.append(Source(taught, of_it, names))
     return found
 
 
-def _run_of(folder: Path, number: int) -> tuple[Run, Path | None]:
-    """The run that a folder is, or whose checkpoint it is, and that checkpoint."""
-    if step_of(folder.name) is not None:
-        path, checkpoint = folder.parent.parent, folder
-    else:
-        path, checkpoint = folder, None
-    if not (path / "recipe.yaml").is_file():
+def _of_run(folder: Path, key: str) -> tuple[Recipe, Path]:
+    """The recipe and the assets of the run that a folder is, or whose checkpoint it is."""
+    run = Run(folder.parent.parent if step_of(folder.name) is not None else folder)
+    if not run.recipe_file.is_file():
         raise UserError(
-            f"distill.teachers.{number}.run: {folder} is neither the folder of a run nor of one of its "
-            "checkpoints (RUN/checkpoints/step-…); give one of these"
+            f"{key}: {folder} is neither the folder of a run nor of one of its checkpoints "
+            "(RUN/checkpoints/step-…); give one of these"
         )
-    return Run(path), checkpoint
+    recipe = from_run(run.recipe(), run.settings())
+    if not TASKS[recipe.task].captions:
+        raise UserError(f"{key}: {run.name} is of task {recipe.task}; a teacher needs images and captions")
+    return recipe.model_copy(update={"model": _starting_with(recipe.model, folder)}), run.assets
 
 
-def _loaded(source: Source) -> tuple[Any, Path]:
+def _starting_with(model: Model, weights: Path) -> Model:
+    """The same model, which starts with these weights and no others."""
+    parts = {name: getattr(model, name) for name in ("image", "text", "dual")}
+    bare = {name: own.model_copy(update={"weights": None}) for name, own in parts.items() if own is not None}
+    return model.model_copy(update={**bare, "weights": str(weights), "weights_from": None, "missing": ()})
+
+
+def _loaded(source: Source, ranks: World, key: str) -> tuple[Any, Path]:
     """A teacher's model with its weights, and the file or folder that they are from."""
-    key = f"distill.teachers.{source.number}"
-    tokenizer = load_tokenizer(source.recipe.data.text, source.assets)
-    model = build_model(source.recipe, tokenizer, source.assets, starting_weights=source.run is None)
-    if source.run is not None:
-        checkpoint, step, averaged = load_weights(source.run, model, source.checkpoint)
-        file, _ = weights_file(checkpoint)
-        logger.info(
-            "teacher %d: %s weights of %s, step %s",
-            source.number,
-            "averaged" if averaged else "raw",
-            source.run.name,
-            f"{step:,}",
-        )
-        return model, file
+    recipe, given = source.recipe, source.recipe.model.weights
+    if given is not None and (Path(given) / "checkpoints").is_dir():  # rank 0 chooses: it may be training
+        newest = ranks.broadcast(newest_complete(Path(given) / "checkpoints"))
+        if newest is None:
+            raise UserError(f"{key}: the run {given} has no checkpoint yet")
+        chosen = _starting_with(recipe.model, Path(given) / "checkpoints" / name_of(newest))
+        recipe = recipe.model_copy(update={"model": chosen})
+    model = build_model(recipe, load_tokenizer(recipe.data.text, source.assets), source.assets)
     whole = [coverage for coverage in model.starting_weights if coverage.tower == "model"]
     if not whole:
         raise UserError(
             f"{key}.model: a teacher needs weights of the whole model, its projections included; set "
             f"{key}.model.weights"
         )
-    logger.info("teacher %d: %s", source.number, whole[0])
+    logger.info("teacher %s: %s", key.rpartition(".")[2], whole[0])
     return model, Path(whole[0].file)

@@ -15,16 +15,13 @@ from clipcluster.data.loading import stored
 from clipcluster.data.loading.batch import normalise
 from clipcluster.model.losses import gather, widen
 from clipcluster.model.task import ContrastiveTask, Features, Report
+from clipcluster.model.weight_files import PROJECTIONS
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
     from clipcluster.model.protocols import DualEncoder
     from clipcluster.recipe.sections.distill import Distill
     from clipcluster.runtime.world import World
-
-
-PROJECTIONS = "teacher_projections"
-"""The student's attribute with the projections into its teachers' spaces; no other model has them."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +257,3 @@ def _projections(width: int, teachers: Sequence[int], sides: Sequence[str], seed
             nn.init.normal_(linear.weight, std=width**-0.5, generator=generator)
             found[f"{side}-{number}"] = linear
     return found
-
-
-def without_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A student's state without what only its distillation needs."""
-    return {name: value for name, value in state.items() if not name.startswith(f"{PROJECTIONS}.")}

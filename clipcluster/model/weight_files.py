@@ -48,6 +48,8 @@ _NESTED: Mapping[WeightsFrom, tuple[str, ...]] = {
     "ema": ("state_dict_ema", "model_ema", "ema"),
     "raw": ("state_dict", "model", "module"),
 }
+PROJECTIONS = "teacher_projections"
+"""A distilled student's attribute with its projections into its teachers' spaces; no other model has it."""
 _POINTER = b"version https://git-lfs"
 
 
@@ -145,7 +147,12 @@ def _of_checkpoint(folder: Path, prefer: WeightsFrom | None) -> Weights:
             f"The checkpoint {folder} does not verify: {reason}. Restore an intact copy, or name another."
         )
     several = all(path.exists() for path in both.values())
-    return Weights(file, _tensors(_read(file)), part if several else "")
+    return Weights(file, without_projections(_tensors(_read(file))), part if several else "")
+
+
+def without_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A student's tensors without what only its distillation needs."""
+    return {name: value for name, value in state.items() if not name.startswith(f"{PROJECTIONS}.")}
 
 
 def shard_names(file: Path) -> list[str]:

@@ -18,8 +18,9 @@ from tiny_model import tiny_batch, tiny_clip
 
 from clipcluster.data.loading import stored
 from clipcluster.data.loading.batch import Batch
-from clipcluster.model.distill import PROJECTIONS, DistillTask, Teacher
+from clipcluster.model.distill import DistillTask, Teacher
 from clipcluster.model.task import ContrastiveTask
+from clipcluster.model.weight_files import PROJECTIONS
 from clipcluster.recipe.sections.distill import Distill
 from clipcluster.runtime.world import World
 from clipcluster.train.backward import Cached, Whole

@@ -144,6 +144,15 @@ def test_a_student_of_a_run_and_of_a_model_with_weights(taught: Taught) -> None:
     first, last = merged_metrics(student)[0], merged_metrics(student)[-1]
     assert first["feature_mse"] != last["feature_mse"]
 
+    again = taught.run(
+        "again", "task=contrastive", "distill=null", "model.embed_dim=12", f"model.weights={student.path}",
+        "train.duration=1 step", "optim.lr=0",
+    )  # fmt: skip
+    started = load_file(again.checkpoints / "step-00000001" / "model.safetensors")
+    average = load_file(newest / "ema.safetensors")
+    assert set(started) == names - projections
+    assert all(torch.equal(tensor, average[name]) for name, tensor in started.items())
+
     taught.teacher.path.rename(taught.folder / "moved")
     results = evaluate(student, overrides=[f"evaluate.retrieval=[{taught.recipe.parent}/shards]"])
     assert results["metrics"]["shards/images"] == 36
