@@ -130,7 +130,7 @@ def build_classifier(
     )
     classifier = ImageClassifier(image, _classes(recipe), head_init_scale=recipe.model.head_init_scale)
     if coverage:
-        classifier.starting_weights = (load_head(classifier.head, coverage, recipe.model.weights_from),)
+        classifier.starting_weights = (load_head(classifier.head, coverage),)
     if recipe.model.weights and starting_weights:
         classifier.starting_weights = (load_weights_of(recipe.model, classifier),)
     return classifier

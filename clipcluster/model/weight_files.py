@@ -63,7 +63,7 @@ class Weights:
 
     file: Path
     state: dict[str, Tensor]
-    part: str = ""
+    part: WeightsFrom | Literal[""] = ""
 
 
 def read_weights(source: Path, prefer: WeightsFrom | None = None) -> Weights:

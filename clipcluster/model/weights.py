@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,18 @@ _HEADS = re.compile(
     r"^(head|head_dist|fc|classifier|head\.fc|head\.l|last_linear|lm_head|cls|score|pooler|pre_classifier"
     r"|vocab_[a-z_]+|discriminator_predictions|generator_[a-z_]+|qa_outputs)\.(weight|bias|.*\.(weight|bias)|bias)$"
 )
+# Never left out: a tower that lacks one computes something else.
+_BODY = {
+    "patch_embed",
+    "pos_embed",
+    "stem",
+    "blocks",
+    "stages",
+    "norm_pre",
+    "ln_pre",
+    "pre_layrnorm",
+    "reg_token",
+}
 _CLASSIFIERS = ("head", "head.fc", "fc", "classifier", "last_linear", "head.l")
 # What a module computes for itself: written by some versions, ignored by others.
 _COMPUTED = re.compile(
@@ -76,7 +88,7 @@ class Coverage:
     file: str
     prefix: str
     layout: str
-    part: str
+    part: WeightsFrom | Literal[""]
     loaded: int
     tensors: int
     fraction: float
@@ -105,10 +117,6 @@ class Coverage:
         if self.head:
             text += f"; {self.head}"
         return text
-
-    def covers(self, tower: str) -> bool:
-        """Whether a tower (`image`, `text`) has its starting weights from this file."""
-        return self.tower in (tower, "model")
 
 
 def load_weights(
@@ -159,12 +167,16 @@ def load_weights(
     return coverage
 
 
-def load_head(head: nn.Linear, coverage: Coverage, weights_from: WeightsFrom | None = None) -> Coverage:
+def load_head(head: nn.Linear, coverage: Coverage) -> Coverage:
     """A classifier's head takes that of the image tower's file, where their classes are equally many.
 
-    Returns the tower's coverage, with what was done. Raises UserError where the file cannot be read.
+    Returns the tower's coverage, with what was done. Raises UserError as `load_weights` does.
     """
-    state = read_weights(Path(coverage.file), weights_from).state
+    file = Path(coverage.file)
+    part = (
+        None if file.suffix == ".safetensors" else coverage.part or None
+    )  # a checkpoint has a file for each
+    state = read_weights(file, part).state
     names = (prefix + name for prefix in _prefixes(state, _PLACES["image"]) for name in _CLASSIFIERS)
     for name in names:
         weight, bias = (state.get(f"{name}.{kind}") for kind in ("weight", "bias"))
@@ -173,9 +185,11 @@ def load_head(head: nn.Linear, coverage: Coverage, weights_from: WeightsFrom | N
         if len(weight) != head.out_features:
             told = f"head of {len(weight):,} classes dropped, there are {head.out_features:,} here"
             return replace(coverage, head=told)
+        own, brought = dict(head.named_parameters()), {"weight": weight.flatten(1), "bias": bias}
+        _check_values(coverage, brought, own)
         with torch.no_grad():
-            head.weight.copy_(weight.flatten(1))
-            head.bias.copy_(bias)
+            for kind, value in brought.items():
+                own[kind].copy_(value)
         rest = tuple(key for key in coverage.unexpected if key.rpartition(".")[0] not in _CLASSIFIERS)
         return replace(coverage, head=f"head of {len(weight):,} classes loaded", unexpected=rest)
     return replace(coverage, head="no head in the file")
@@ -309,7 +323,7 @@ def _check_missing(
 
 def _check_larger(coverage: Coverage, own: Mapping[str, Tensor]) -> None:
     """Raises UserError where the file's tower has parts that the one built does not have."""
-    parts = {key.split(".")[0] for key in own}
+    parts = _BODY | {key.split(".")[0] for key in own}
     larger = [key for key in coverage.unexpected if key.split(".")[0] in parts and not _HEADS.match(key)]
     if coverage.tower == "model":
         larger = [key for key in coverage.unexpected if not _IDLE.fullmatch(key)]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from tiny_model import SIZE, image_section
 from torch.nn import functional
 
@@ -15,6 +16,8 @@ from clipcluster.model.task import Task
 from clipcluster.model.towers import build_image_tower
 from clipcluster.recipe.sections.data import Image
 from clipcluster.recipe.sections.model import Model
+from clipcluster.runs.checkpoints import file_entry
+from clipcluster.runs.files import file_sha256, write_json
 
 CLASSES = 7
 
@@ -81,5 +84,13 @@ def test_the_head_of_a_file_is_taken_where_the_classes_are_as_many(tmp_path: Pat
     torch.save(same.state_dict(), tmp_path / "run.pth")
     again = classifier(image=image_section("test_convnext", weights=str(tmp_path / "run.pth")))
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in same.state_dict().items())
+    (folder := tmp_path / "step-00000002").mkdir()
+    for name in ("model", "ema"):
+        save_file(same.state_dict(), folder / f"{name}.safetensors")
+    sizes = {f.name: file_entry(f.stat().st_size, file_sha256(f)) for f in sorted(folder.iterdir())}
+    write_json(folder / "manifest.json", {"files": sizes})
+    image = image_section("test_convnext", weights=str(folder))
+    averaged = classifier(image=image, weights_from="ema").starting_weights[0]
+    assert (averaged.part, averaged.head) == ("ema", "head of 7 classes loaded")
     whole = classifier(image=image_section("test_convnext"), weights=str(tmp_path / "run.pth"))
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in same.state_dict().items())

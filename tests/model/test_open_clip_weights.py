@@ -154,8 +154,11 @@ def test_a_whole_model_lacks_nothing_and_holds_no_more(tmp_path: Path) -> None:
     sizes = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save(state | sizes, tmp_path / "openai.pt")
     ours = whole(tmp_path / "openai.pt", OURS_VIT, NATIVE, missing=["text_projection.*"])
-    assert ours.starting_weights[0].covers("image")
-    assert ours.starting_weights[0].covers("text")
+    assert ours.starting_weights[0].missing == ()
+    # A tower without the norm before the blocks would take every one of its tensors, and compute otherwise.
+    plain = {**OURS_VIT, "timm": "vit_base_patch16_224", "weights": str(tmp_path / "openai.pt")}
+    with pytest.raises(UserError, match=r"larger tower than the image tower built: 2 .*\(norm_pre\.weight"):
+        tiny_clip(image={**plain, "missing": ["patch_embed.proj.bias"]})
 
 
 def test_a_model_starts_from_another_run_of_the_same_towers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
+from random import Random
 
 import pytest
 import timm
@@ -336,3 +337,38 @@ def test_a_parameter_with_the_name_of_a_computed_buffer_is_needed(tmp_path: Path
         UserError, match=r"brings 1 of the image tower's 2 (?s:.*)Missing from the file: attn\.bias\n"
     ):
         load_weights(Tower(), tmp_path / "w.pth", name="image")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["new.pth", "old.pth", "w.safetensors"])
+def test_no_damage_ends_in_another_exception(tmp_path: Path, name: str) -> None:
+    """Cut, changed and inserted bytes: refused, or (where a format has no checksums) other finite values."""
+    state = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict()
+    if name == "w.safetensors":
+        save_file(state, tmp_path / name)
+    else:
+        torch.save({"model": state}, tmp_path / name, _use_new_zipfile_serialization=name == "new.pth")
+    whole, generator, refused = (tmp_path / name).read_bytes(), Random(0), 0
+    for _ in range(1000):
+        content = bytearray(whole)
+        place = generator.randrange(len(content))
+        for kind in generator.choices(
+            ["cut", "change", "insert"], weights=[3, 5, 2], k=generator.choice([1, 3])
+        ):
+            if kind == "cut":
+                del content[place:]
+            elif kind == "change" and place < len(content):
+                content[place] = generator.randrange(256)
+            else:
+                content[place:place] = generator.randbytes(5)
+        (tmp_path / f"damaged{Path(name).suffix}").write_bytes(content)
+        tower = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        try:
+            load_weights(tower, tmp_path / f"damaged{Path(name).suffix}", name="image")
+        except UserError:
+            refused += 1
+        else:
+            same = all(torch.equal(value, state[key]) for key, value in tower.state_dict().items())
+            assert same or name != "new.pth"
+            assert all(value.isfinite().all() for value in tower.state_dict().values())
+    assert refused > 800
