@@ -368,6 +368,9 @@ def test_names_on_the_hub_are_looked_for_in_its_cache(
         "mean org/gpt2, which is in the cache?"
     )
     assert found.unchecked == [f"model.text.hf {reason}", f"data.text.tokenizer {reason}"]
+    vision = ("model.image.timm=null", "model.image.args=null")
+    assert checked(*vision, "model.image.hf=org/gpt2").unchecked == []
+    assert checked(*vision, "model.image.hf=org/gpt").unchecked == [f"model.image.hf {reason}"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert checked(*known).errors == []
     errors = checked(*unknown).errors
