@@ -133,9 +133,9 @@ def test_the_update_is_timm_s(name: str) -> None:
     model, reference = tower(), tower()
     optimizer = optimizer_of(model, name)
     decays = decaying(reference)
-    groups = [
-        {"params": [p for n, p in reference.named_parameters() if n in decays], "weight_decay": DECAY},
+    groups = [  # `scale` is the first parameter: LAMB adds norms up in the order of the groups
         {"params": [p for n, p in reference.named_parameters() if n not in decays], "weight_decay": 0.0},
+        {"params": [p for n, p in reference.named_parameters() if n in decays], "weight_decay": DECAY},
     ]
     theirs = create_optimizer_v2(groups, opt=name, lr=LR)
     train(model, optimizer, range(8))
