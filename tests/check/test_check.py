@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 from clipcluster.check import deep, names, plain
 from clipcluster.check.deep import examine
@@ -451,6 +453,24 @@ def test_a_process_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyP
 def test_what_only_the_deep_check_finds(folder: Path, override: str, said: str) -> None:
     assert plain.check("tiny.yaml", [override]).errors == []
     assert said in "\n".join(examined(override).errors)
+
+
+def test_what_freezes_is_counted_and_its_layers_are_named(folder: Path) -> None:
+    tower = timm.create_model("test_convnext", num_classes=0)
+    save_file(tower.state_dict(), folder / "tower.safetensors")
+    weights = "model.image.weights=tower.safetensors"
+    frozen = "freeze=[{tower: image, trainable: none}, {tower: image, trainable: last 2, at: 1 epochs}]"
+    (error,) = plain.check("tiny.yaml", [frozen]).errors
+    assert "freeze.0 (image: none from step 0) freezes layers that were never trained" in error
+    found = examined(frozen, weights)
+    size = sum(parameter.numel() for parameter in tower.parameters())
+    assert found.errors == []
+    stages = [line for line in found.summary if line.startswith("the stage from step")]
+    assert [f"(image 0 of {size:,})" in line for line in stages] == [True, False]
+    (error,) = examined(frozen, weights, "freeze.1.trainable=last 99").errors
+    assert error.startswith("freeze.1 (image: last 99 from step ")
+    assert "the image tower has" in error
+    assert "layers: stem, trunk.stages.0" in error
 
 
 def test_an_image_tower_that_gives_no_vector_is_found(folder: Path) -> None:

@@ -146,6 +146,8 @@ def test_what_an_attempt_does_before_its_first_step_is_told(run):
     assert event_text({"event": "note", "attempt": 2, "reason": "a\nb", "step": 1000}) == (
         "attempt 2: note at step 1,000 (a b)"
     )
+    stage = {"event": "stage", "attempt": 1, "step": 1541, "trainable": 42000, "parameters": 152000}
+    assert event_text(stage) == "attempt 1: 42,000 of 152,000 parameters train from step 1,541"
 
 
 def test_a_resumed_attempt_is_shown_at_its_step_at_once(run):
