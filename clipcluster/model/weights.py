@@ -222,7 +222,8 @@ def _best_match(
     Of equals the shortest prefix, and the tower's own names before others.
     """
     found = []
-    for prefix in _prefixes(state, _PLACES[name]):
+    named = getattr(tower, "base_model_prefix", "")  # transformers puts it before a network with a head
+    for prefix in _prefixes(state, [*_PLACES[name], *filter(None, [named])]):
         inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         found.append(_Match(prefix, "", inside))
         found += [

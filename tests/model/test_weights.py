@@ -163,6 +163,18 @@ def test_old_names_of_layer_norms_are_understood(tmp_path: Path) -> None:
     assert coverage.fraction == 1
 
 
+def test_the_name_that_transformers_puts_before_a_network_is_a_prefix(tmp_path: Path) -> None:
+    from transformers import AlbertConfig, AlbertForMaskedLM, AlbertModel
+
+    sizes = {"hidden_size": 16, "embedding_size": 8, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AlbertConfig(vocab_size=40, **sizes)
+    source, tower = AlbertForMaskedLM(config), AlbertModel(config, add_pooling_layer=False)
+    source.save_pretrained(tmp_path)
+    coverage = load_weights(tower, tmp_path, name="text")
+    assert (coverage.prefix, coverage.fraction) == ("albert.", 1.0)
+    assert all(torch.equal(value, source.albert.state_dict()[k]) for k, value in tower.state_dict().items())
+
+
 def test_a_sharded_folder_is_read_whole(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
