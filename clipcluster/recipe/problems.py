@@ -47,6 +47,7 @@ EXPECTED = {
     "string_too_long": "should have at most {max_length} characters",
     "string_too_short": "should not be empty",
     "string_type": "should be text; write it in quotes",
+    "too_short": "should have at least {min_length} entries",
     "tuple_type": "should be a list",
     "value_error": "{error}",
 }
