@@ -424,6 +424,10 @@ def test_only_result_keys_that_differ_name_a_run(small: Small) -> None:
         "data.train.0.index=/elsewhere",
         "data.bad_samples.limit=0.5",
         "train.non_finite={}",
+        "train.channels_last=true",
+        "train.compile=true",
+        "train.sync_batch_norm=false",
+        "checks.allow=[few-steps]",
     ],
 )
 def test_what_changes_no_name(small: Small, override: str) -> None:
@@ -444,10 +448,18 @@ def test_what_changes_no_name(small: Small, override: str) -> None:
         "data.order.window=7",
         "model.image.args={drop_path_rate: 0.1}",
         "train.precision=bf16",
+        "train.precision=tf32",
+        "train.sync_batch_norm=true",
     ],
 )
 def test_what_changes_a_name(small: Small, override: str) -> None:
     assert result_keys(small(override)) != result_keys(small())
+
+
+def test_where_the_average_is_kept_changes_no_name_and_how_it_begins_does(small: Small) -> None:
+    average = result_keys(small("train.ema={}"))
+    assert result_keys(small("train.ema={device: cpu}")) == average
+    assert result_keys(small("train.ema={warmup: true}")) != average
 
 
 def test_moving_the_data_changes_no_name(small: Small) -> None:
