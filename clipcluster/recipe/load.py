@@ -142,7 +142,7 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
             if keep(extra_of(field)["mark"]) and (full or not at_default):
                 chosen[name] = dumped[name]
         elif is_list_of_sections(field):
-            if value or full:  # a list that was left out, as a key at its default
+            if (value or full) and _decides(inner, keep):  # left out: as a key at its default
                 chosen[name] = [_select(entry, keep, full=full) for entry in value]
         else:
             below = None if value is None else _select(value, keep, full=full)

@@ -6,11 +6,12 @@ Messages are built from the type and context of pydantic's errors, not from its 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from clipcluster.errors import UserError
@@ -176,11 +177,23 @@ def _examples(key: Key, value: Any) -> list[str]:
         required = [[n for n, f in kind.model_fields.items() if f.is_required()] for kind in kinds]
         if isinstance(value, bool):  # whether to have the section at all
             return [] if any(required) or not value else ["{}"]
-        names = [keys or list(kind.model_fields) for keys, kind in zip(required, kinds, strict=True)]
+        names = [keys or _fitting(kind, value) for keys, kind in zip(required, kinds, strict=True)]
         single = [(kind, keys[0]) for keys, kind in zip(names, kinds, strict=True) if len(keys) == 1]
         shapes = [f"{{{n}: {shapes[0]}}}" for kind, n in single if not sections_of(kind.model_fields[n])]
     listed = not isinstance(key.loc[-1], int) and (not kinds or is_list_of_sections(key.field))
     return [f"[{shape}]" if listed else shape for shape in shapes]
+
+
+def _fitting(kind: type[Section], value: Any) -> list[str]:
+    """The keys of a section that a value could have been meant for: its only one, or those that take it."""
+    if len(kind.model_fields) == 1:
+        return list(kind.model_fields)
+    found = []
+    for name, field in kind.model_fields.items():
+        with suppress(ValidationError):
+            TypeAdapter(Annotated[field.annotation, field]).validate_python(value)  # type: ignore[arg-type]
+            found.append(name)
+    return found
 
 
 def _in_yaml(value: Any) -> str:
