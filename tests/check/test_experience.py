@@ -5,6 +5,7 @@ Each recipe is that of the run that failed, on as many samples as it had; its re
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from clipcluster.check.experience import findings
 from clipcluster.check.plain import Findings
 from clipcluster.errors import UserError
+from clipcluster.recipe.files import RECIPES
+from clipcluster.recipe.load import load
 from clipcluster.recipe.plan import plan
 from clipcluster.recipe.sections.recipe import Recipe
 
@@ -131,3 +134,29 @@ def test_starting_weights_and_other_tasks_need_less() -> None:
     assert found(50_000, **from_weights, train__duration="3 epochs", optim__warmup="20 steps") == {}
     supervised = {"task": "classify", "model": {"image": {"timm": "resnet50"}}, "optim__betas": [0.9, 0.999]}
     assert found(1_281_167, **supervised, optim__warmup="20 epochs", train__duration="300 epochs") == {}
+
+
+SAMPLES = {
+    "cc3m": CC3M,
+    "chinese-clip-muge": 250_000,
+    "chinese-clip-small": 20_000,
+    "coco": COCO,
+    "datacomp": 12_800_000,
+    "digits": 1437,
+    "imagenet1k": 1_281_167,
+    "imagenet22k": 14_197_122,
+    "siglip": 1_000_000_000,
+}
+"""What the recipes that come along are for, by the beginning of their names."""
+
+
+@pytest.mark.parametrize(
+    "file", sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "base.yaml"}), ids=lambda f: f.stem
+)
+def test_the_recipes_that_come_along_have_no_finding(file: Path) -> None:
+    places = {name: f"/{name.lower()}" for name in ("DATA", "WEIGHTS", "ASSETS")}
+    chosen = load(file, (), {"XDG_CONFIG_HOME": "/nowhere", **places}).recipe
+    samples = next(count for name, count in SAMPLES.items() if file.name.startswith(name))
+    ranks = chosen.cluster.nodes.most * chosen.cluster.ranks_per_node
+    names = {name for name, _ in findings(chosen, plan(chosen, samples, ranks), samples)}
+    assert names == set(chosen.checks.allow)
