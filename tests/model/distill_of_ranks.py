@@ -28,7 +28,7 @@ from clipcluster.train.precision import Precision
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.wrapping import WrappedTask
 
-BATCH, WIDTHS, SCALE = 12, (5, 7), 20.0
+BATCH, WIDTHS, SCALE = 6, (5, 7), 20.0
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 CPU = torch.device("cpu")
 STORED = {"widths": WIDTHS, "scale": SCALE}
@@ -37,9 +37,8 @@ FEATURES = {"contrastive": 1.0, "feature_mse": 20.0, "feature_cosine": 0.5}
 CASES: dict[str, tuple[dict[str, Any], bool, int]] = {
     # the section distill, whether there are synthetic captions, micro-batches
     "published": ({"stored": STORED}, True, 1),
-    "mixed": ({"stored": STORED, "weight": 0.75}, True, 1),
+    "mixed": ({"stored": STORED, "weight": 0.75}, True, 2),
     "drawn": ({"stored": STORED, "weight": 0.5, "contrastive": 2.0}, False, 1),
-    "cached": ({"stored": STORED, "weight": 0.75}, True, 2),
     "stored features": ({"stored": STORED, **FEATURES}, True, 2),
     "models": ({**TEACHERS, **FEATURES}, False, 1),
     "models, cached": ({**TEACHERS, **FEATURES}, False, 2),

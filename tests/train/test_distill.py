@@ -39,7 +39,7 @@ model:
   text: {{{{arch: gpt2, config: {{{{n_layer: 1, n_head: 2, n_embd: 32}}}}}}}}
   embed_dim: 16
 optim: {{{{lr: 1e-3, clip_norm: 1.0, warmup: 2 steps}}}}
-train: {{{{duration: 6 steps, micro_batch: 2, log_every: 1 step, ema: {{{{decay: 0.9}}}}}}}}
+train: {{{{duration: 4 steps, micro_batch: 2, log_every: 1 step, ema: {{{{decay: 0.9}}}}}}}}
 evaluate: {{{{retrieval: ["{{shards}}"]}}}}
 cluster: {{{{gpus_per_node: 0, cpus_per_task: 1}}}}
 """
@@ -61,24 +61,24 @@ def test_a_resume_in_the_middle_equals_the_uninterrupted_run(recipe: Path) -> No
         Run.create(recipe.parent / name, recipe_keys(loaded), settings_keys(loaded))
         for name in ("uninterrupted", "stopped")
     )
-    jobs = [f"{whole.path}:3", f"{stopped.path}:3:6"]
+    jobs = [f"{whole.path}:3", f"{stopped.path}:3:4"]
     done = subprocess.run([sys.executable, str(WORKER), *jobs], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     (resumed,) = [event["step"] for event in events(stopped) if event["event"] == "resume"]
-    assert 0 < resumed < 6
+    assert 0 < resumed < 4
     lines = [
         [(line["loss"], line["distill_loss"], line["contrastive_loss"]) for line in merged_metrics(run)]
         for run in (stopped, whole)
     ]
-    assert len(lines[0]) == 6
+    assert len(lines[0]) == 4
     assert lines[0] == lines[1]
     for file in ("model", "ema", "optimizer"):
         found, expected = (
-            load_file(run.checkpoints / "step-00000006" / f"{file}.safetensors") for run in (stopped, whole)
+            load_file(run.checkpoints / "step-00000004" / f"{file}.safetensors") for run in (stopped, whole)
         )
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    results = read_json(whole.path / "evals/step-00000006.json")
+    results = read_json(whole.path / "evals/step-00000004.json")
     assert results["metrics"]["shards/images"] == 36
 
 
