@@ -35,7 +35,7 @@ def _switch_on(module: nn.Module) -> bool:
         return True
     if hasattr(module, "supports_gradient_checkpointing"):  # a transformers model
         if module.supports_gradient_checkpointing:
-            # gradient_checkpointing_enable is the name before transformers 5.2x
+            # the second is its name in older versions of transformers
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             switch = next(getattr(module, name) for name in names if hasattr(module, name))
             switch({"use_reentrant": False})
