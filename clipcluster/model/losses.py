@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from clipcluster.runtime.world import World
@@ -78,23 +77,48 @@ def _cross_entropy(
     rows: Tensor, columns: Tensor, scale: Tensor, targets: Tensor, smoothing: float, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
     """The mean over rows of the cross-entropy of similarities, and the fraction of rows at their target."""
+    if chunk is not None and chunk < len(rows):
+        return _CrossEntropies.apply(rows, columns, scale, targets, smoothing, chunk)
+    logits = scale * rows @ columns.T
+    right = (logits.detach().argmax(dim=1) == targets).float().mean()
+    return functional.cross_entropy(logits, targets, label_smoothing=smoothing), right
 
-    def part(rows: Tensor, targets: Tensor, columns: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        logits = scale * rows @ columns.T
-        right = (logits.detach().argmax(dim=1) == targets).float().mean()
-        return functional.cross_entropy(logits, targets, label_smoothing=smoothing), right
 
-    if chunk is None or chunk >= len(rows):
-        return part(rows, targets, columns, scale)
-    found = []
-    for own, wanted in zip(rows.split(chunk), targets.split(chunk), strict=True):
-        # No logits are kept: the backward pass computes each chunk's again.
-        loss, right = checkpoint(
-            part, own, wanted, columns, scale, use_reentrant=False, preserve_rng_state=False
-        )
-        found.append(torch.stack([loss, right.to(loss.dtype)]) * len(own))
-    loss, right = torch.stack(found).sum(dim=0) / len(rows)
-    return loss, right.detach()
+class _CrossEntropies(torch.autograd.Function):
+    """The loss and its gradients together, a chunk of rows at a time: no logits are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        targets: Tensor,
+        smoothing: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        count, candidates = len(rows), len(columns)
+        loss, right, by_scale = torch.zeros(3, dtype=rows.dtype, device=rows.device)
+        by_rows, by_columns = torch.empty_like(rows), torch.zeros_like(columns)
+        for part in torch.arange(count, device=rows.device).split(chunk):
+            similarity, wanted = rows[part] @ columns.T, targets[part]
+            logits = scale * similarity
+            loss += functional.cross_entropy(logits, wanted, reduction="sum", label_smoothing=smoothing)
+            right += (logits.argmax(dim=1) == wanted).sum()
+            by_logits = logits.softmax(dim=1) - smoothing / candidates
+            by_logits[torch.arange(len(part), device=rows.device), wanted] -= 1 - smoothing
+            by_scale += (by_logits * similarity).sum()
+            by_logits *= scale
+            by_rows[part] = by_logits @ columns
+            by_columns.addmm_(by_logits.T, rows[part])
+        ctx.save_for_backward(*(gradient / count for gradient in (by_rows, by_columns, by_scale)))
+        accuracy = right.float() / count
+        ctx.mark_non_differentiable(accuracy)
+        return loss / count, accuracy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None, None)
 
 
 def siglip(

@@ -24,8 +24,7 @@ STEPS = [
     {"batch": 512, "micro_batch": 32},
     {"batch": 512, "micro_batch": 64},
     {"batch": 512, "micro_batch": 128},
-    {"batch": 512, "checkpointing": True},
-    {"batch": 512, "micro_batch": 128, "checkpointing": True},
+    {"batch": 256, "checkpointing": True},
 ]
 LOSSES = [
     {"loss": name, "rows": 8192, **({"chunk": chunk} if chunk else {})}

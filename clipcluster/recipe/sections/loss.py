@@ -28,8 +28,7 @@ class Loss(Section):
     )
     chunk: Int | None = key(
         "speed",
-        "Rows of a rank's logits that are in memory at a time; the others are computed again for the "
-        "gradients. Default: all.",
+        "Rows of a rank's logits that are in memory at a time. Default: all.",
         None,
         ge=1,
     )
