@@ -67,7 +67,6 @@ def refused(digits: Path, tmp_path: Path) -> Refused:
         ("data.train.0.shards=/nowhere/at/all", ["data.train.0.shards", "/nowhere/at/all"]),
         ("data.train.0.shards=${NOT_SET}/train", ["data.train.0.shards", "NOT_SET"]),
         ("data.batch_size=33", ["33 does not divide by 2 ranks", "32 or 34"]),
-        ("train.micro_batch=16", ["32 a rank, micro_batch 16 -> 2 micro-batches", "not supported yet"]),
     ],
 )
 def test_an_error_in_the_recipe(refused: Refused, override: str, parts: list[str]) -> None:

@@ -94,3 +94,10 @@ def test_the_head_of_a_file_is_taken_where_the_classes_are_as_many(tmp_path: Pat
     assert (averaged.part, averaged.head) == ("ema", "head of 7 classes loaded")
     whole = classifier(image=image_section("test_convnext"), weights=str(tmp_path / "run.pth"))
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in same.state_dict().items())
+
+
+def test_the_fresh_head_is_scaled() -> None:
+    whole, small = classifier(), classifier(head_init_scale=0.001)
+    assert torch.equal(small.head.weight, whole.head.weight * 0.001)
+    assert not small.head.bias.any()
+    assert 0.015 < whole.head.weight.std() < 0.025
