@@ -170,7 +170,8 @@ def check_counts(toy: ModuleType, entered: list[dict[str, Any]]) -> None:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     blocks = tuple(f"text.transformer.{part}." for part in ("h.1", "h.2", "ln_f"))
     deep = ("image.trunk.layer3.", "image.trunk.layer4.")
-    norms = {name for name in sizes if ".bn" in name or ".downsample.2." in name}
+    stem = ("image.trunk.conv1.1.", "image.trunk.conv1.4.")
+    norms = {name for name in sizes if ".bn" in name or ".downsample.2." in name or name.startswith(stem)}
 
     def trains(step: int, name: str) -> bool:
         if name.startswith("text."):
