@@ -335,4 +335,5 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
         * (plan.accumulation > 1),
         f"checkpoints: every {saves}; evaluations: " + (f"{often}at the end" if sets else "none"),
         f"learning rate: {describe_rates(recipe)}",
+        *(f"freeze: {freezing.said}" for freezing in plan.freezings),
     ]

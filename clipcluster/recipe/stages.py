@@ -33,8 +33,13 @@ class Freezing:
     norms_train: bool
 
     def __str__(self) -> str:
+        return f"{self.place} ({self.said})"
+
+    @property
+    def said(self) -> str:
+        """What it says, without its place."""
         what = {None: "all", 0: "none"}.get(self.layers, f"last {self.layers}")
-        return f"{self.place} ({self.tower}: {what} from step {self.step:,})"
+        return f"{self.tower}: {what} from step {self.step:,}"
 
     @property
     def what(self) -> tuple[int | None, bool, bool]:

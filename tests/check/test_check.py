@@ -462,6 +462,8 @@ def test_what_freezes_is_counted_and_its_layers_are_named(folder: Path) -> None:
     frozen = "freeze=[{tower: image, trainable: none}, {tower: image, trainable: last 2, at: 1 epochs}]"
     (error,) = plain.check("tiny.yaml", [frozen]).errors
     assert "freeze.0 (image: none from step 0) freezes layers that were never trained" in error
+    checked = plain.check("tiny.yaml", [frozen, weights])
+    assert "freeze: image: none from step 0" in checked.summary
     found = examined(frozen, weights)
     size = sum(parameter.numel() for parameter in tower.parameters())
     assert found.errors == []

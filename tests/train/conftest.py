@@ -14,6 +14,11 @@ import pytest
 import torch
 
 HERE = str(Path(__file__).parent)
+# What toy_training imports: a fork server of Python 3.11 does not know the path to that itself.
+PRELOADED = [
+    *("toy_training", "torch.utils.tensorboard", "timm", "transformers.models.gpt2.modeling_gpt2"),
+    *("clipcluster.build.stages", "clipcluster.train.trainer"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +46,7 @@ class Ranks:
     def __init__(self, toy: ModuleType, run: Any, size: int, attempts: tuple[dict[str, Any], ...]) -> None:
         # From a server that has torch loaded: ten seconds of imports a rank are saved.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["toy_training", "torch.utils.tensorboard"])
+        context.set_forkserver_preload(PRELOADED)
         self.logs = [run.path / f"rank-{rank}.log" for rank in range(size)]
         self.processes = [
             context.Process(target=toy.rank, args=(str(run.path), rank, size, str(log), list(attempts)))
