@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipcluster.model.norms import batch_norms
+
 
 def decay_at(step: int, decay: float, *, warmup: bool) -> float:
     """The decay of the update that follows optimizer step `step` (steps count from 0).
@@ -22,8 +24,9 @@ def decay_at(step: int, decay: float, *, warmup: bool) -> float:
 class Ema:
     """Tensors that follow the model's weights: `average += (1 - decay) * (weights - average)` after a step.
 
-    Buffers (running statistics) are the model's own and not averaged. The state has the model's names. The
-    decay is a function of the step: nothing but the tensors is saved.
+    The running statistics of batch norms are averaged too, as in timm's ModelEmaV3: those of the weights as
+    they are do not fit averaged weights. All other buffers are the model's own. The state has the model's
+    names. The decay is a function of the step: nothing but the tensors is saved.
 
     device: where the average is kept, by default with the weights. On another one (the CPU, to save a GPU's
     memory) an update copies all weights there and waits for them.
@@ -33,8 +36,10 @@ class Ema:
         self, model: nn.Module, decay: float, *, warmup: bool = False, device: torch.device | None = None
     ) -> None:
         self._model, self._decay, self._warmup, self._device = model, decay, warmup, device
-        self._parameters = list(model.parameters())
-        self._followed = [parameter.data for parameter in self._parameters]
+        statistics = [(norm.running_mean, norm.running_var) for norm in batch_norms(model)]
+        running = [buffer for pair in statistics for buffer in pair if isinstance(buffer, Tensor)]
+        self._tensors: list[Tensor] = [*model.parameters(), *running]
+        self._followed = [tensor.data for tensor in self._tensors]
         self._averaged = [weights.clone().to(device=device) for weights in self._followed]
 
     @torch.no_grad()
@@ -56,7 +61,7 @@ class Ema:
 
     @contextmanager
     def _pointed_at(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Inside, the model's parameters are these tensors."""
+        """Inside, the model's parameters and running statistics are these tensors."""
         self._point_at(tensors)
         try:
             yield
@@ -64,15 +69,15 @@ class Ema:
             self._point_at(self._followed)
 
     def _point_at(self, tensors: list[Tensor]) -> None:
-        for parameter, tensor in zip(self._parameters, tensors, strict=True):
-            parameter.data = tensor
+        for own, tensor in zip(self._tensors, tensors, strict=True):
+            own.data = tensor
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged weights and the model's buffers, by the model's names."""
+        """The averaged weights and statistics and the model's other buffers, by the model's names."""
         with self._pointed_at(self._averaged):
             return self._model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take averaged weights, all of them; buffers go to the model."""
+        """Take averaged weights and statistics, all of them; other buffers go to the model."""
         with self._pointed_at(self._averaged):
             self._model.load_state_dict(state)

@@ -27,20 +27,27 @@ def test_the_average_follows_the_weights() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     ema = Ema(model, 0.9)
-    expected = {name: value.clone().double() for name, value in model.named_parameters()}
+    expected = {name: value.clone().double() for name, value in model.state_dict().items()}
     for step in range(5):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         model(torch.randn(8, 3))
         ema.update(number(0.0), step)
-        for name, value in model.named_parameters():
-            expected[name] += 0.1 * (value.detach().double() - expected[name])
+        for name, value in model.state_dict().items():
+            expected[name] += 0.1 * (value.double() - expected[name])
+    counted = "1.num_batches_tracked"
     state = ema.state_dict()
+    assert state[counted] == model.state_dict()[counted] == 5
+    del expected[counted]
     for name, value in expected.items():
         torch.testing.assert_close(state[name].double(), value, rtol=1e-5, atol=1e-6)
     assert state.keys() == model.state_dict().keys()
-    assert torch.equal(state["1.running_mean"], model[1].running_mean)
+    trained = model[1].running_mean.clone()
+    with ema.applied():
+        assert torch.equal(model[1].running_mean, state["1.running_mean"])
+    assert torch.equal(model[1].running_mean, trained)
+    assert not torch.equal(trained, state["1.running_mean"])
 
 
 def test_the_average_is_applied_and_taken_away_without_a_copy() -> None:
@@ -81,11 +88,11 @@ def test_the_average_stays_at_a_skipped_step() -> None:
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_average_is_timms(warmup: bool) -> None:
-    """ModelEmaV3 without buffers, as timm's training script calls it: with the number of updates."""
+    """ModelEmaV3 as timm's training script calls it: with the number of updates."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).double()
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double()
     decay = 0.9 if warmup else 0.5
-    theirs = ModelEmaV3(model, decay=decay, use_warmup=warmup, exclude_buffers=True)
+    theirs = ModelEmaV3(model, decay=decay, use_warmup=warmup)
     # Without a warm-up timm's first update copies the weights; ours has the same decay at every step.
     theirs.update_after_step = 0 if warmup else -1
     ours = Ema(model, decay, warmup=warmup, device=CPU)
@@ -93,6 +100,7 @@ def test_the_average_is_timms(warmup: bool) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(4, 3, dtype=torch.float64))
         theirs.update(model, step=step + 1)
         ours.update(number(0.0), step)
         for name, value in ours.state_dict().items():
