@@ -33,7 +33,9 @@ def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optim
         args=_arguments(recipe),
         tunings=tunings(recipe, model),
         decay_at=lambda step, start: (
-            start if end is None else weight_decay(step, start=start, end=end, total=total_steps)
+            weight_decay(step, start=start, end=end, total=total_steps)
+            if end is not None and start > 0  # a tower without weight decay never gets any
+            else start
         ),
     )
 

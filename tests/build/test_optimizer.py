@@ -101,6 +101,13 @@ def test_the_weight_decay_and_the_rate_of_every_step() -> None:
     assert decays[10][1] == pytest.approx(0.15)
 
 
+def test_a_tower_without_weight_decay_gets_none_by_the_end() -> None:
+    optimizer = build_optimizer(recipe(weight_decay_end=0.1, text={"weight_decay": 0}), Model(), 20)
+    optimizer.step(1e-3, 10, divisor=torch.tensor(1.0), found_inf=torch.tensor(0.0))
+    decays = {group["weight_decay"] for group in optimizer._optimizer.param_groups}
+    assert sorted(decays) == [0.0, pytest.approx(0.15)]
+
+
 def test_muon_leaves_embeddings_and_its_fallback_list_to_adamw() -> None:
     given = recipe(name="muon", args={"fallback_list": ["head.*"], "momentum": 0.9})
     found = tunings(given, Model())
