@@ -65,6 +65,7 @@ def test_it_survives_the_run_folder_and_names_the_run(small: Small) -> None:
         (["optim.schedule=wsd"], "schedule wsd needs cooldown"),
         (["optim.cooldown=5%"], "schedule cosine has no cooldown; only wsd has"),
         (["optim.schedule=constant", "optim.min_lr=1e-6"], "constant has no min_lr"),
+        (["optim.weight_decay=0", "optim.weight_decay_end=0.1"], "weight_decay_end has no effect"),
         (["optim.name=lamb", "optim.eps=1e-8"], r"eps is adamw's; lamb takes it in args: \{eps: …\}"),
         (["optim.args={betas: [0.1, 0.2]}"], "adamw has betas and eps"),
         (["optim.layer_decay=0.7"], "unknown key"),

@@ -201,6 +201,10 @@ class Optim(Section):
             raise ValueError(f"schedule {self.schedule} {missing}")
         if self.min_lr and self.schedule == "constant":
             raise ValueError("schedule constant has no min_lr; linear, cosine and wsd fall to it")
+        if self.weight_decay_end is not None and not any(
+            (self.weight_decay, self.image.weight_decay, self.text.weight_decay)
+        ):
+            raise ValueError("weight_decay_end has no effect: weight_decay is 0 and stays; set it above 0")
         return self
 
     @model_validator(mode="after")
