@@ -159,8 +159,9 @@ class HuggingFaceTokenizer:
             )
         self.pad_id = int(pad)
         self.eos_id = int(pad if end is None else end)
-        empty = tokenizer("")["input_ids"]
-        closes = bool(empty) and empty[-1] in (end, tokenizer.sep_token_id)
+        # of an empty text the last token may be the one that begins it, which OPT also ends with
+        last = [tokenizer(text)["input_ids"][-1:] for text in ("", "a")]
+        closes = all(ids in ([end], [tokenizer.sep_token_id]) for ids in last)
         self._appended = [] if closes or end is None else [self.eos_id]
         tokenizer.model_max_length = int(1e9)  # longer texts are cut below, without a warning
 

@@ -73,6 +73,18 @@ def test_without_a_pad_token_the_end_pads_and_the_mask_tells(gpt_like: Path) -> 
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (3, 3, 10)
 
 
+def test_a_start_token_that_is_also_the_end_token_does_not_close_a_text(tmp_path: Path) -> None:
+    """OPT's, and GPT-2's with a start token: of an empty text the end token is all there is."""
+    fast = _fast(bos_token="<end>", eos_token="<end>")
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", 3)]
+    )
+    fast.save_pretrained(tmp_path)
+    tokens, mask = load_tokenizer(_text(tmp_path))(["a cat", "", "a cat sat on mats a cat"])
+    assert tokens.tolist() == [[3, 5, 6, 3, 3, 3], [3] * 6, [3, 5, 6, 7, 8, 3]]
+    assert mask.sum(1).tolist() == [4, 2, 6]
+
+
 def test_own_special_tokens_are_kept_when_cut(bert_like: Path) -> None:
     tokenizer = load_tokenizer(_text(bert_like))
     tokens, mask = tokenizer(["a cat", "", "a cat sat on mats a cat"])
