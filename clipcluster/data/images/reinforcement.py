@@ -18,7 +18,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 from torchvision.transforms.v2 import functional as F
 
+from clipcluster.data.images.decode import LARGEST
+
 _NEAREST = InterpolationMode.NEAREST
+_LARGEST_CROP = 2 * LARGEST  # pixels: of more Pillow, which the teachers read with, opens no image
 Operation = Callable[[Any, float], Any]
 
 
@@ -50,6 +53,14 @@ OPERATIONS: dict[str, Operation] = {
     "Equalize": lambda image, _: pil.equalize(image),
 }
 """RandAugment's operations as torchvision defines them (Cubuk et al. 2020), in the order of their numbers."""
+_POSTERIZE = list(OPERATIONS).index("Posterize")
+
+
+def _applicable(number: int, magnitude: float) -> bool:
+    """Whether there is such an operation, and takes the magnitude: what passes here does not raise."""
+    if not 0 <= number < len(OPERATIONS) or not math.isfinite(magnitude):
+        return False
+    return number != _POSTERIZE or 1 <= magnitude < 9  # bits, of 8
 
 
 class StoredAugmentation(NamedTuple):
@@ -69,9 +80,10 @@ class StoredAugmentation(NamedTuple):
             top, left, height, width = (int(value) for value in crop)
             written = rest[0] if rest else None
             operations = tuple((int(number), float(magnitude)) for number, magnitude in written or ())
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"no augmentation: {entry!r}"[:80]) from error
-        if height < 1 or width < 1 or any(not 0 <= number < len(OPERATIONS) for number, _ in operations):
+        sized = height >= 1 and width >= 1 and height * width <= _LARGEST_CROP
+        if not sized or not all(_applicable(number, magnitude) for number, magnitude in operations):
             raise ValueError(f"no augmentation: {entry!r}"[:80])
         return cls((top, left, height, width), operations)
 

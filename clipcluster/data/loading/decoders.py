@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
+import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -14,23 +16,45 @@ from torch import Tensor
 
 from clipcluster.data.images.reinforcement import StoredAugmentation
 
-_GZIP = b"\x1f\x8b"
+_GZIP, _ZIP = b"\x1f\x8b", b"PK"
+LARGEST = 1 << 26
+"""Bytes that a sample's arrays may have: some hundred times the published ones'."""
 
 
 def arrays(data: bytes) -> dict[str, Tensor]:
     """Named arrays: NumPy's `npz`, or a dictionary of tensors that torch saved, compressed by gzip or not.
 
-    Nothing is unpickled but tensors.
+    Nothing is unpickled but tensors. ValueError where it unpacks to more than `LARGEST`.
     """
     if data.startswith(_GZIP):
-        data = gzip.decompress(data)
-    elif data.startswith(b"PK") and b".npy" in data[:512]:  # torch's own files are zip archives, too
+        with gzip.open(io.BytesIO(data)) as packed:
+            data = packed.read(LARGEST + 1)
+        _check_size(len(data))
+    elif data.startswith(_ZIP) and b".npy" in data[:512]:  # torch's own files are zip archives, too
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            _check_size(sum(_declared(stored.zip.open(name)) for name in stored.zip.namelist()))
             return {name: torch.from_numpy(stored[name]) for name in stored.files}
+    if data.startswith(_ZIP):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _check_size(sum(file.file_size for file in archive.infolist()))
     found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError("no dictionary of tensors")
+    _check_size(sum(value.nbytes for value in found.values()))  # of one value repeated, all
     return found
+
+
+def _declared(file: IO[bytes]) -> int:
+    """The bytes of an array by its header, for which NumPy takes memory before it reads any."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = header(file)
+    return math.prod(shape) * kind.itemsize
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(f"unpacks to more than {LARGEST:,} bytes")
 
 
 def record(data: bytes) -> Mapping[str, Any]:

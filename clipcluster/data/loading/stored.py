@@ -51,6 +51,8 @@ class StoredPreparation(Preparation):
         for name, array in arrays.items():
             if name.endswith("_emb") and (array.ndim != 2 or array.shape[1] != self.width):
                 raise BadExtra(f"{name} has the shape {tuple(array.shape)}, not (…, {self.width})")
+            if name.endswith("_emb") and not array.isfinite().all():
+                raise BadExtra(f"{name} holds values that are not finite")
         images, augmentations = len(arrays[IMAGE]), len(values[AUGMENTATIONS])
         if images != augmentations:
             raise BadExtra(f"{images} rows of {IMAGE} for {augmentations} augmentations")
@@ -96,7 +98,7 @@ def _synthetic(values: Mapping[str, Any]) -> dict[str, list[tuple[int, str]]]:
     lists = {
         name: captions.numbered(captions.JSON, written, f"json:{name}")
         for name in written
-        if name.startswith("syn_text")
+        if name.startswith("syn_text") and isinstance(written[name], list)
     }
     return {name: found for name, found in lists.items() if found}
 
@@ -104,7 +106,8 @@ def _synthetic(values: Mapping[str, Any]) -> dict[str, list[tuple[int, str]]]:
 def _place(values: Mapping[str, Any], choice: str, number: int) -> tuple[str, int]:
     """The array and its row that belong to text `number` of a choice of captions; -1: there is none."""
     arrays, written = values[ARRAYS], values[SYNTHETIC]
-    inside = [name for name in written if name.startswith("syn_text") and f"{name}_emb" not in arrays]
+    lists = [name for name in written if name.startswith("syn_text") and isinstance(written[name], list)]
+    inside = [name for name in lists if f"{name}_emb" not in arrays]
     own = len(arrays[TEXT]) - sum(len(written[name]) for name in inside)  # rows of the image's own captions
     field = field_of(choice)
     if field is None or field[0] != SYNTHETIC:
@@ -122,4 +125,5 @@ def _embedding(values: Mapping[str, Any], choice: str, number: int) -> Tensor:
 def _original_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width of the image before it was shrunk for its shard, where the JSON tells them."""
     height, width = (record.get(f"original_{side}") for side in ("height", "width"))
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+    known = all(type(side) is int and side > 0 for side in (height, width))
+    return (height, width) if known else None  # type: ignore[return-value]

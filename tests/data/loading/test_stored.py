@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +26,7 @@ from clipcluster.data.images.reinforcement import OPERATIONS
 from clipcluster.data.images.transforms import train_transform
 from clipcluster.data.loading import stored
 from clipcluster.data.loading.batch import Batch
-from clipcluster.data.loading.decoders import arrays, augmentations
+from clipcluster.data.loading.decoders import LARGEST, arrays, augmentations
 from clipcluster.data.loading.extras import BadExtra
 from clipcluster.data.loading.loader import Loader
 from clipcluster.data.loading.stored import StoredPreparation
@@ -40,6 +42,7 @@ from tests.reinforced_shards import SYN, WIDTH, embeddings, members, npz, param_
 from tests.shard_writer import ShardWriter
 
 TOKENIZER = ByteTokenizer(40)
+SHAPE = (10**9, 12)
 MIXED = {"default": 0.5, SYN: 0.5}
 
 
@@ -202,6 +205,9 @@ def values(number: int = 0, **changes: Any) -> dict[str, Any]:
         (lambda v: v[stored.SYNTHETIC].update(syn_text=["", " "]), "no synthetic caption"),
         (lambda v: v[stored.SYNTHETIC].update(syn_text=["a"] * 6), "no embedding for text 0 of default"),
         (lambda v: v[stored.SYNTHETIC].update(syn_text_b=[]), "no embedding for text 0 of syn.json"),
+        (lambda v: v[stored.SYNTHETIC].update(syn_text=None), "no synthetic caption"),
+        (lambda v: v[stored.SYNTHETIC].update(syn_text=5), "no synthetic caption"),
+        (lambda v: v[stored.ARRAYS]["text_emb"][2].fill_(math.nan), "text_emb holds values that are not"),
     ],
 )
 def test_members_that_do_not_fit_each_other_make_a_bad_sample(
@@ -222,3 +228,31 @@ def test_nothing_but_tensors_is_unpickled() -> None:
     torch.save({"image_emb": Path("x")}, file)
     with pytest.raises(Exception, match=r"weights_only|Weights only"):
         arrays(gzip.compress(file.getvalue()))
+
+
+@pytest.mark.parametrize("kind", ["npz", "pth.gz", "pth"])
+def test_a_member_that_unpacks_to_more_than_embeddings_is_refused(kind: str) -> None:
+    """A few hundred kB of zeros would otherwise take all of a worker's memory."""
+    file = io.BytesIO()
+    if kind == "pth.gz":
+        with gzip.open(file, "wb") as packed:
+            packed.write(bytes(LARGEST + 1))
+    else:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": SHAPE})
+        content = header.getvalue() if kind == "npz" else bytes(LARGEST + 1)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("image_emb.npy" if kind == "npz" else "archive/data.pkl", content)
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        arrays(file.getvalue())
+    repeated = io.BytesIO()
+    torch.save({"image_emb": torch.zeros(1, 12).expand(10**9, 12)}, repeated)
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        arrays(repeated.getvalue())
+
+
+def test_sizes_that_cannot_be_an_images_are_not_used() -> None:
+    """A JSON with a side of 0 would end the run in a division."""
+    for height, width in ((0, 640), (-4, 640), (True, 640), ("480", 640)):
+        assert stored._original_size({"original_height": height, "original_width": width}) is None
+    assert stored._original_size({"original_height": 480, "original_width": 640}) == (480, 640)
