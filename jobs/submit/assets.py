@@ -19,10 +19,8 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "p
 def hub_names(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """What is to be fetched: the name on the hub -> patterns of its files. Local folders are not."""
     names: dict[str, tuple[str, ...]] = {}
-    if not TASKS[recipe.task].captions:
-        return names
     tokenizer = recipe.data.text.tokenizer
-    if tokenizer != "bytes" and not Path(tokenizer).exists():
+    if TASKS[recipe.task].captions and tokenizer != "bytes" and not Path(tokenizer).exists():
         names[tokenizer] = TOKENIZER
     for tower in (recipe.model.image, recipe.model.text, recipe.model.dual):
         if isinstance(tower, HfImageTower | HfTextTower | Dual) and not Path(tower.hf).exists():

@@ -9,6 +9,8 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.load import load
 from jobs.submit import assets
 
+CLASSIFY = ("task=classify", "model.text=null", "model.embed_dim=512", "evaluate={}")
+
 
 def loaded(recipe, *overrides):
     return load(recipe, list(overrides)).recipe
@@ -30,6 +32,8 @@ def test_names_and_folders(recipe, tmp_path):
     vision = ("model.image.timm=null", "model.image.args=null", "model.image.hf=org/vit")
     names = assets.hub_names(loaded(recipe, *vision, "model.image.weights=pretrained"))
     assert names == {"org/vit": ("config.json", *assets.WEIGHTS)}
+    classify = loaded(recipe, *vision, *CLASSIFY, "data.text.tokenizer=org/words")
+    assert assets.hub_names(classify) == {"org/vit": ("config.json",)}
     (tmp_path / "words").mkdir()
     (tmp_path / "bpe.txt.gz").touch()
     for there in ("words", "bpe.txt.gz"):
