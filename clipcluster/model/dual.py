@@ -64,6 +64,8 @@ def build_dual(
     siglip = settings.model_type == "siglip"
     if siglip:
         _check_padding(settings.text_config, tokenizer)
+    if settings.text_config.model_type == "clip_text_model":
+        _check_end(settings.text_config, tokenizer)
     network = _network(settings)
     image = HfImageTower(network.vision_model, settings.vision_config.hidden_size, "pooler")
     kind = SiglipText if siglip else TextTower
@@ -108,6 +110,19 @@ def _check_padding(text: Any, tokenizer: Tokenizer) -> None:
         raise UserError(
             f"data.text.context_length: {tokenizer.context_length}, but SigLIP's captions are padded to its "
             f"{text.max_position_embeddings} positions, and the last one is their vector: set it to that."
+        )
+
+
+def _check_end(text: Any, tokenizer: Tokenizer) -> None:
+    """CLIP takes a caption's vector at its first end token, by older files at its largest token.
+
+    Without one it is that of the token that begins all captions: the same for each.
+    """
+    end = tokenizer.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+    if tokenizer.eos_id != end:
+        raise UserError(
+            f"data.text.tokenizer: it ends captions with token {tokenizer.eos_id}, and CLIP's text tower takes "
+            f"their vectors at token {end}: name the tokenizer that the model was trained with."
         )
 
 

@@ -248,7 +248,7 @@ def test_open_clips_model_in_transformers(tmp_path: Path) -> None:
     CLIPConfig(
         text_config=sizes, vision_config=VISION | {"intermediate_size": 128}, projection_dim=8
     ).save_pretrained(tmp_path)
-    ours = built(tmp_path, weights=str(tmp_path / "w.pt"))
+    ours = built(tmp_path, tokens=Tokens(eos_id=39), weights=str(tmp_path / "w.pt"))
     tokens, mask = captions()
     tokens = tokens.clamp(max=38)
     tokens[torch.arange(6), mask.sum(dim=1) - 1] = 39
@@ -275,5 +275,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.dual\.hf: .* is neither a folder"):
         built(tmp_path / "nothing")
     model_of("clip").config.save_pretrained(tmp_path / "clip")
+    for end, eos in ((39, 39), (2, 39)):
+        CLIPConfig(text_config=TEXT | {"eos_token_id": end}, vision_config=VISION).save_pretrained(
+            tmp_path / "end"
+        )
+        with pytest.raises(UserError, match=rf"ends captions with token 1, .* vectors at token {eos}"):
+            built(tmp_path / "end")
+        assert built(tmp_path / "end", tokens=Tokens(eos_id=eos))
     with pytest.raises(UserError, match=r"model\.embed_dim: 16, but the embedding of .* has 8 dimensions"):
         built(tmp_path / "clip", embed_dim=16)
