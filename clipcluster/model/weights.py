@@ -237,7 +237,15 @@ def _best_match(
         there = [key for key in own if key in match.state]
         return sum(match.state[key].shape == own[key].shape for key in there), len(there)
 
-    return max(shaped, key=matches)
+    best = max(shaped, key=matches)
+    for other in shaped:
+        both_whole = matches(other)[0] == matches(best)[0] == len(own) > 0
+        if both_whole and any(not torch.equal(other.state[key], best.state[key]) for key in own):
+            raise UserError(
+                f"The weights hold the {name} tower twice, under the prefixes {best.prefix!r} and "
+                f"{other.prefix!r}: save a file with the one that is meant."
+            )
+    return best
 
 
 def _reshaped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,6 +42,21 @@ def test_every_prefix_is_found(tmp_path: Path, prefix: str) -> None:
         assert torch.equal(tower.state_dict()[key], value), key
 
 
+def test_a_file_that_holds_the_tower_twice_is_refused(tmp_path: Path) -> None:
+    """A student and its average, say: nothing tells which is meant."""
+    state = {
+        f"{prefix}.{k}": v for prefix in ("encoder", "backbone") for k, v in trunk().state_dict().items()
+    }
+    torch.save(state, tmp_path / "w.pth")
+    assert load_weights(trunk(1), tmp_path / "w.pth", name="image").prefix == "encoder."
+    other = {key: value + key.startswith("backbone.") for key, value in state.items()}
+    torch.save(other, tmp_path / "other.pth")
+    with pytest.raises(
+        UserError, match=r"image tower twice, under the prefixes 'encoder\.' and 'backbone\.'"
+    ):
+        load_weights(trunk(1), tmp_path / "other.pth", name="image")
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     wrappers=st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "base_model."]), max_size=3),
