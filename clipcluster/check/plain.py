@@ -245,9 +245,13 @@ def _check_evaluations(checked: Checked) -> None:
 
 
 def _check_same_classes(shards: Dataset, key: str, checked: Checked) -> None:
-    """A class number means the same class in training and in an evaluation, as far as both name them."""
+    """A class number is one of the model's and means the same in an evaluation, as far as both name them."""
+    from clipcluster.data.shards.classes import check_measured
+
     trained = open_indexed(checked.recipe.data.train[0], False).classnames
-    named = shards.classnames
+    named, count = shards.classnames, checked.recipe.model.classes or len(trained or ())
+    if count:  # else said of the training data
+        checked.attempt(key, check_measured, count, shards)
     if not trained or not named or trained == named:
         return
     pairs = [(n, a, b) for n, (a, b) in enumerate(zip(trained, named, strict=False)) if a != b]
@@ -260,6 +264,8 @@ def _check_same_classes(shards: Dataset, key: str, checked: Checked) -> None:
 
 
 def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
+    from clipcluster.data.shards.classes import check_measured
+
     for words, file in (
         (shards.classnames, "classnames.txt"),
         (shards.templates, "zeroshot_classification_templates.txt"),
@@ -268,6 +274,8 @@ def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
             findings.errors.append(f"{key}: zero-shot needs {file} beside the shards or in the folder above")
     if any("{c}" not in template for template in shards.templates or ()):
         findings.errors.append(f"{key}: every line of zeroshot_classification_templates.txt needs {{c}}")
+    if shards.classnames:
+        findings.attempt(key, check_measured, len(shards.classnames), shards)
 
 
 def _check_best(checked: Checked) -> None:

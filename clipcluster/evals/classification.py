@@ -22,7 +22,7 @@ def classification(
     class is not counted. Collective; raises UserError where none has one, or a class is not the model's.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=context.world.device)  # top-1, top-5, loss, images
-    classes = highest = 0
+    classes, highest = 0, -1
     for batch, pixels in evaluation_pixels(images, context, tick):
         logits = model.classify(pixels).float()
         classes, known = logits.shape[1], batch.classes >= 0

@@ -55,8 +55,11 @@ def png(seed: int) -> bytes:
     return out.getvalue()
 
 
-def write_shard(path: Path, count: int, broken: int = 0) -> None:
-    """`count` samples, two captions each (the last one none); the first `broken` of them are no images."""
+def write_shard(path: Path, count: int, broken: int = 0, classes: int = 2) -> None:
+    """`count` samples, two captions each (the last one none); the first `broken` of them are no images.
+
+    classes: 0 for samples without one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in range(count):
@@ -64,7 +67,7 @@ def write_shard(path: Path, count: int, broken: int = 0) -> None:
             members = {
                 "png": b"no image" if number < broken else png(number),
                 "json": json.dumps({"captions": captions}).encode(),
-                "cls": str(number % 2).encode(),
+                **({"cls": str(number % classes).encode()} if classes else {}),
             }
             for extension, content in members.items():
                 entry = tarfile.TarInfo(f"{number:04d}.{extension}")
@@ -264,8 +267,13 @@ def test_a_classifier_needs_classes_and_no_captions(checked: Callable[..., Check
     (error,) = checked(*CLASSIFIED, "checkpoint.keep.best={metric: test/raw_top1}").errors
     assert "nothing measures 'test/raw_top1'" in error
     assert checked(*CLASSIFIED, best.replace("top1", "raw_top1"), "train.ema={}").errors == []
-    (error,) = checked(*CLASSIFIED, "model.classes=1").errors
-    assert "has a sample of class 1, and the model 1 classes" in error
+    trained, measured = checked(*CLASSIFIED, "model.classes=1").errors
+    assert "has a sample of class 1, and the model 1 classes" in trained
+    assert "a sample has class 1, and the classes are 0 to 0" in measured
+    write_shard(folder / "data/other/00000.tar", 5, classes=3)
+    index_folder(folder / "data/other")
+    (error,) = checked(*CLASSIFIED, "evaluate.classification=[data/other]").errors
+    assert error.endswith("a sample has class 2, and the classes are 0 to 1")
     shutil.copy(folder / "data/classnames.txt", folder / "data/train")
     (folder / "data/test/classnames.txt").write_text("even\nuneven\n")
     (error,) = checked(*CLASSIFIED).errors
@@ -281,6 +289,14 @@ def test_zero_shot_needs_names_and_templates(checked: Callable[..., Checked], fo
     errors = checked().errors
     assert errors[0].startswith("tiny.yaml:15: evaluate.zero_shot.0: zero-shot needs classnames.txt")
     assert errors[1].endswith("needs {c}")
+    (folder / "data/zeroshot_classification_templates.txt").write_text("a {c} number\n")
+    (folder / "data/classnames.txt").write_text("even\n")
+    (error,) = checked().errors
+    assert error.endswith("evaluate.zero_shot.0: a sample has class 1, and the classes are 0 to 0")
+    write_shard(folder / "data/none/00000.tar", 5, classes=0)
+    index_folder(folder / "data/none")
+    (error,) = checked("evaluate={retrieval: [], zero_shot: [data/none]}").errors
+    assert error.endswith(": no sample has a class (KEY.cls)")
     (folder / "data/classnames.txt").write_text("even\n\nodd\n")
     assert "classnames.txt: line 2 is empty, and would be the name of class 1" in checked().errors[0]
 

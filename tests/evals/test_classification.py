@@ -54,6 +54,8 @@ def test_a_class_that_the_model_has_not_is_refused() -> None:
         measure(torch.ones(9, 4), [0, 1, 2, 3, 0, 1, 2, 3, 4])
     with pytest.raises(UserError, match="no image in data/val has a class"):
         measure(torch.ones(2, 4), [-1, -1])
+    with pytest.raises(UserError, match="no image in data/val has a class"):
+        measure(torch.ones(2, 4), [0, 1], left_out=[0, 1])
 
 
 def test_raw_weights_are_measured_beside_the_averaged_ones() -> None:

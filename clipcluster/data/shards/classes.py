@@ -36,15 +36,20 @@ def class_count(given: int | None, sources: Sequence[Metadata]) -> int:
     return len(named[0][1])
 
 
+def classes_of(source: Metadata) -> tuple[int, int]:
+    """The largest class of a source's samples (-1: none has one), and how many samples have none."""
+    highest, without = -1, 0
+    for low in range(0, source.n_samples, _SCAN):
+        classes = np.asarray(source.classes[low : low + _SCAN])
+        highest, without = max(highest, int(classes.max())), without + int((classes < 0).sum())
+    return highest, without
+
+
 def check_classes(count: int, sources: Sequence[Metadata]) -> None:
     """UserError unless every sample of the sources has a class from 0 to `count` - 1."""
     for number, source in enumerate(sources):
-        lowest, highest, without = 0, -1, 0
-        for low in range(0, source.n_samples, _SCAN):
-            classes = np.asarray(source.classes[low : low + _SCAN])
-            lowest, highest = min(lowest, int(classes.min())), max(highest, int(classes.max()))
-            without += int((classes < 0).sum())
-        if lowest < 0:
+        highest, without = classes_of(source)
+        if without:
             raise UserError(
                 f"data.train.{number} {source.name}: {without:,} of {source.n_samples:,} samples have no "
                 "class (KEY.cls), and task classify needs one of each"
@@ -55,3 +60,12 @@ def check_classes(count: int, sources: Sequence[Metadata]) -> None:
                 f"classes (0 to {count - 1}); set model.classes to at least {highest + 1}, and complete "
                 f"{CLASS_NAMES}"
             )
+
+
+def check_measured(count: int, source: Metadata) -> None:
+    """UserError unless an evaluation on `count` classes can measure a source: one without a class is not."""
+    highest, _ = classes_of(source)
+    if highest < 0:
+        raise UserError("no sample has a class (KEY.cls)")
+    if highest >= count:
+        raise UserError(f"a sample has class {highest}, and the classes are 0 to {count - 1}")
