@@ -27,6 +27,7 @@ from clipcluster.text import counted
 
 LOOKED_AT = 64  # samples whose images and captions are measured
 MOST_TOKENS, STEPS = 256, 3000  # bounds of what is written: bytes of a caption, steps of a small set
+LONGEST_NAME = 100
 TRAINING = ("train", "training")
 
 
@@ -82,8 +83,11 @@ def write_starter(name: str, *, parent: Path | None, data: str | Path | None) ->
     """
     file = Path(f"{name}.yaml")
     pattern = next(m.pattern for m in Recipe.model_fields["name"].metadata if hasattr(m, "pattern"))
-    if not re.fullmatch(pattern, name):
-        raise UserError(f"{name!r} cannot name a run; use letters, digits, '.', '_' and '-' (not first)")
+    if not re.fullmatch(pattern, name) or len(name) > LONGEST_NAME:
+        raise UserError(
+            f"{name!r} cannot name a run; use at most {LONGEST_NAME} letters, digits, '.', '_' and '-' (not "
+            "first)"
+        )
     if file.exists():
         raise UserError(f"{file} exists and is left as it is; choose another name, or remove it")
     if parent is None and data is None:
@@ -149,8 +153,9 @@ def _extending(name: str, parent: Path, splits: list[Shards]) -> Iterator[str]:
     found = shipped if not parent.is_file() and shipped.is_file() else existing(parent)
     tree = with_parents(found, os.environ).entries
     yield f"# {name}: {found.name} with what stands here instead of what it says."
-    yield f"extends: {found.name if found == shipped else json.dumps(str(found.resolve()))}"
-    yield f"name: {name}"
+    known = found == shipped and name != found.stem  # a file of its own name would extend itself
+    yield f"extends: {found.name if known else json.dumps(str(found.resolve()))}"
+    yield f"name: {json.dumps(name)}"
     if splits:
         yield "data:"
         yield "  train:"
@@ -173,7 +178,7 @@ def _starter(name: str, splits: list[Shards]) -> Iterator[str]:
     yield f"# {name}: a first recipe. Every key: docs/recipe.md; how to choose: docs/training.md."
     yield f"#   clipcluster check {name}.yaml --deep"
     yield f"#   clipcluster submit {name}.yaml"
-    yield f"name: {name}"
+    yield f"name: {json.dumps(name)}"
     yield _line(
         f"task: {task}", f"images {'and captions into one space' if train.captioned else 'into classes'}"
     )

@@ -121,8 +121,8 @@ def _check_end(text: Any, tokenizer: Tokenizer) -> None:
     end = tokenizer.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
     if tokenizer.eos_id != end:
         raise UserError(
-            f"data.text.tokenizer: it ends captions with token {tokenizer.eos_id}, and CLIP's text tower takes "
-            f"their vectors at token {end}: name the tokenizer that the model was trained with."
+            f"data.text.tokenizer: it ends captions with token {tokenizer.eos_id}, and CLIP's text tower "
+            f"takes their vectors at token {end}: name the tokenizer that the model was trained with."
         )
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from clipcluster.check import plain
 from clipcluster.errors import UserError
+from clipcluster.recipe.load import load
 from jobs.init import write_starter
 from tests.shard_writer import ShardWriter
 
@@ -69,6 +70,15 @@ def test_another_recipe_with_other_data(digits: Path, folder: Path) -> None:
     assert (recipe.name, recipe.seed, recipe.task) == ("b", 3, "classify")
 
 
+@pytest.mark.parametrize("name", ["2026", "1e3", "true", "digits"])
+def test_names_that_yaml_takes_for_numbers_or_that_the_parent_has(digits: Path, name: str) -> None:
+    for data in (digits, None):
+        file, _ = write_starter(name, parent=Path("digits.yaml"), data=data)
+        assert load(file, ["data.train.0.shards=x"]).recipe.name == name
+        file.unlink()
+    assert checked(write_starter(name, parent=None, data=digits)[0]).recipe.name == name
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_classes_alone_become_a_classifier(folder: Path, named: bool) -> None:
     with ShardWriter(folder / "set") as shards:
@@ -86,6 +96,7 @@ def test_classes_alone_become_a_classifier(folder: Path, named: bool) -> None:
     [
         ("x", None, "init needs --data, a folder of shards, or --from"),
         ("-x", "set", "'-x' cannot name a run"),
+        ("x" * 101, "set", "cannot name a run; use at most 100"),
         ("x", "none", "no such folder"),
         ("x", "s3://bucket/set", "give a folder on this machine"),
         ("x", "set", "clipcluster shards index"),
