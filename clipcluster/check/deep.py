@@ -21,12 +21,13 @@ from clipcluster.check.plain import Findings, open_indexed
 from clipcluster.errors import UserError
 from clipcluster.recipe.plan import accumulation_of
 from clipcluster.recipe.sections.data import Source
-from clipcluster.recipe.sections.model import ClipTextTower, HfTextTower, TimmImageTower
+from clipcluster.recipe.sections.model import ClipTextTower, Dual, HfImageTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.text import counted
 
 MEASURED_SAMPLES, LONGEST = 128, 4096  # samples whose captions are measured, in tokens up to a bound
+WHOLE_VOCABULARY = 0.9  # of a tower's tokens; some have rows for more than their tokenizer's
 CUT_CAPTIONS = 0.1  # more captions than this part are longer than the context: a warning
 DEEP_SECONDS = 900  # large towers take minutes to build on a busy login node
 
@@ -89,6 +90,8 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
         attempt("model.text", _check_text_tower, recipe, tokenizer, assets, findings)
     if not findings.errors and (recipe.model.weights or recipe.model.dual):
         attempt("model", _check_whole, recipe, tokenizer, assets, findings)
+    for place, own in {"data.image": recipe, **_teachers(recipe)}.items():
+        attempt(place, _check_pixels, place, own, assets, findings)
     examined: list[tuple[str, Sequence[Source], bool, Mapping[str, str]]]
     examined = [("data.train", recipe.data.train, needed.captions, needed.members(recipe))]
     for kind in needed.evaluations:
@@ -157,6 +160,8 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     else:
         name = text.hf if isinstance(text, HfTextTower) else text.arch
     findings.summary += _said(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
+    if coverage:
+        _check_vocabulary(tower, tokenizer, findings)
 
 
 def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
@@ -167,6 +172,49 @@ def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: 
     if recipe.model.dual:
         findings.summary += _said(f"dual encoder: {recipe.model.dual.hf}", model, None)
     findings.summary += [str(coverage) for coverage in model.starting_weights]
+    if not TASKS[recipe.task].captions or not any(own.tower == "model" for own in model.starting_weights):
+        return
+    _check_vocabulary(model.text, tokenizer, findings)
+    scale, bound = model.logit_scale.exp().item(), model.max_scale
+    if bound is not None and scale > 1.01 * bound:
+        findings.warnings.append(
+            f"model.logit_scale.max: the weights' scale is {scale:.4g}, and the first step lowers it to "
+            f"{bound:g}; set it to null for no bound"
+        )
+
+
+def _check_vocabulary(tower: Any, tokenizer: Any, findings: Findings) -> None:
+    """Weights for many more tokens than there are were trained with another tokenizer."""
+    embeddings = getattr(tower.transformer, "get_input_embeddings", None)
+    known = embeddings().num_embeddings if embeddings else tokenizer.vocab_size
+    if tokenizer.vocab_size < WHOLE_VOCABULARY * known:
+        findings.warnings.append(
+            f"data.text.tokenizer: it has {tokenizer.vocab_size:,} tokens, and the text tower's weights are "
+            f"for {known:,}; name the tokenizer that they were trained with"
+        )
+
+
+def _teachers(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes of the teachers that are given by their model, by the place of their `image`."""
+    return {f"distill.teachers.{number}.image": own for number, own in recipe.teachers().items()}
+
+
+def _check_pixels(place: str, recipe: Recipe, assets: Path | None, findings: Findings) -> None:
+    """Published weights take pixels by the mean and deviation that their folder says."""
+    from clipcluster.model.hugging_face import pixels_of
+
+    image = recipe.data.image
+    for tower in (recipe.model.image, recipe.model.dual):
+        if not isinstance(tower, HfImageTower | Dual) or not (tower.weights or recipe.model.weights):
+            continue
+        theirs = pixels_of(tower.hf, assets)
+        ours = [*image.mean, *image.std]
+        if theirs and any(abs(own - other) > 0.01 for own, other in zip(ours, theirs, strict=True)):
+            mean, std = ([round(value, 4) for value in part] for part in (theirs[:3], theirs[3:]))
+            findings.warnings.append(
+                f"{place}: {tower.hf} was trained with pixels of mean {mean} and std {std}; set mean and std "
+                "to these"
+            )
 
 
 def _said(name: str, tower: Any, coverage: Any, more: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,28 @@ def config_of(key: str, name: str, assets: Path | None) -> tuple[Any, Path | Non
     """The configuration of a local folder, of a folder fetched at submission, or of a name on the hub."""
     from transformers import AutoConfig
 
-    folders = [Path(name)] if assets is None else [asset_folder(assets, name), Path(name)]
-    folder = next((f for f in folders if (f / "config.json").is_file()), None)
+    folder = next((f for f in _folders(name, assets) if (f / "config.json").is_file()), None)
     reachable = "a folder with a config.json nor a name on the hub that can be reached from here"
     with refusing(f"{key}.hf: {name} is neither {reachable}"):
         return AutoConfig.from_pretrained(str(folder or name)), folder
+
+
+def pixels_of(name: str, assets: Path | None) -> list[float] | None:
+    """Mean of the three channels, then their deviation, by a folder's own words; None where it has none."""
+    for folder in _folders(name, assets):
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            if (folder / file).is_file():
+                written = json.loads((folder / file).read_text(encoding="utf-8"))
+                values = written.get("image_processor", written)
+                mean, std = values.get("image_mean"), values.get("image_std")
+                if mean and std:
+                    return [*mean, *std]
+    return None
+
+
+def _folders(name: str, assets: Path | None) -> list[Path]:
+    """Where the files of a name are looked for: among those fetched at submission, then in its folder."""
+    return [Path(name)] if assets is None else [asset_folder(assets, name), Path(name)]
 
 
 def pretrained(key: str, name: str, folder: Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,11 +19,13 @@ import pytest
 import timm
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
 
 from clipcluster.check import deep, names, plain
 from clipcluster.check.deep import examine
 from clipcluster.check.plain import Checked, Findings
 from clipcluster.data.shards.indexing import index_folder
+from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, result_keys
 from clipcluster.runs.names import run_name
@@ -489,6 +492,30 @@ def test_what_freezes_is_counted_and_its_layers_are_named(folder: Path) -> None:
     assert error.startswith("freeze.1 (image: last 99 from step ")
     assert "the image tower has" in error
     assert "layers: stem, trunk.stages.0" in error
+
+
+def test_what_pretrained_weights_expect_otherwise_is_said(folder: Path) -> None:
+    """Pixels, tokens, and a scale above the bound: each would silently make another model of them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 400, "max_position_embeddings": 16, "eos_token_id": ByteTokenizer.eos_id}
+    vision = sizes | {"image_size": 32, "patch_size": 16}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    model.logit_scale.data.fill_(math.log(200))
+    model.save_pretrained(folder / "clip")
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "clip/preprocessor_config.json").write_text(json.dumps(pixels))
+    dual = "model={dual: {hf: clip, weights: pretrained}, image: null, text: null, embed_dim: 512}"
+    found = examined(dual)
+    assert found.errors == []
+    for said in (
+        r"data\.image: .*clip was trained with pixels of mean \[0\.5, 0\.5, 0\.5\] and std",
+        r"data\.text\.tokenizer: it has 259 tokens, and the text tower's weights are for 400",
+        r"model\.logit_scale\.max: the weights' scale is 200, and the first step lowers it to 100",
+    ):
+        assert any(re.match(said, warning) for warning in found.warnings), (said, found.warnings)
+    pixels_alike = "data.image={size: 32, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}"
+    found = examined(dual, pixels_alike, "model.logit_scale={max: null}")
+    assert [warning[:19] for warning in found.warnings] == ["data.text.tokenizer"]
 
 
 def test_an_image_tower_that_gives_no_vector_is_found(folder: Path) -> None:
