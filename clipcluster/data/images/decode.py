@@ -31,11 +31,11 @@ class BadImage(Exception):
     """The bytes cannot be decoded; the message is the reason, in a few words."""
 
 
-def decode(data: bytes) -> torch.Tensor:
+def decode(data: bytes, *, turned: bool = True) -> torch.Tensor:
     """Decodes an image to (3, H, W) uint8.
 
     Grey becomes three equal channels, alpha is put on white, 16 bits become 8, of several frames the first
-    is taken (the others are not looked at), EXIF orientation is applied. BadImage for everything else:
+    is taken (the others are not looked at), EXIF orientation is applied if `turned`. BadImage for all else:
     truncated files, and images of more than `LARGEST` pixels, which are told by their header.
     """
     kind = kind_of(data)
@@ -45,10 +45,10 @@ def decode(data: bytes) -> torch.Tensor:
         if kind in ("JPEG", "WebP"):  # the others' is told by Pillow
             _refuse_too_large(size_of(data), kind)
         if kind == "JPEG":
-            return _jpeg(data)
+            return _jpeg(data, turned)
         if _is_plain_webp(data, kind):
             return _rgb(decode_webp(_writable(data), ImageReadMode.UNCHANGED))
-        return _rgb(_pillow(data, kind))
+        return _rgb(_pillow(data, kind, turned))
     except BadImage:
         raise
     except Exception as error:  # decoders raise RuntimeError, OSError, SyntaxError, struct.error and more
@@ -62,9 +62,9 @@ def _refuse_too_large(size: tuple[int, int] | None, kind: str) -> None:
         raise BadImage(f"{kind}: {size[0]} x {size[1]} pixels are too many (at most {LARGEST:,})")
 
 
-def _jpeg(data: bytes) -> torch.Tensor:
+def _jpeg(data: bytes, turned: bool) -> torch.Tensor:
     doubtful = jpeg.doubtful(data)
-    pixels = decode_jpeg(_writable(data), ImageReadMode.RGB, apply_exif_orientation=True)
+    pixels = decode_jpeg(_writable(data), ImageReadMode.RGB, apply_exif_orientation=turned)
     if (doubtful or _has_grey_corner(pixels)) and _plain(data) != _plain(jpeg.continued(data)):
         raise BadImage("truncated JPEG: the end marker comes before the last pixels")
     return pixels
@@ -92,7 +92,7 @@ def _writable(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch wants memory it may write to
 
 
-def _pillow(data: bytes, kind: str) -> torch.Tensor:
+def _pillow(data: bytes, kind: str, turned: bool) -> torch.Tensor:
     name = pillow_name(kind)
     if name is None or name not in Image.OPEN:
         raise BadImage(f"{kind}: no decoder for this kind is installed")
@@ -103,7 +103,8 @@ def _pillow(data: bytes, kind: str) -> torch.Tensor:
         with Image.open(io.BytesIO(data), formats=[name]) as image:
             _refuse_too_large(image.size, kind)
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            if turned:
+                ImageOps.exif_transpose(image, in_place=True)
             return _array(image)
 
 

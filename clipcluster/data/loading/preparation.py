@@ -43,7 +43,12 @@ class Row:
 
 
 class Preparation:
-    """A random crop of the image, the caption drawn, and the values of all members as they are."""
+    """A random crop of the image, the caption drawn, and the values of all members as they are.
+
+    turned: whether it takes images as their EXIF orientation says.
+    """
+
+    turned = True
 
     def __init__(self, transform: TrainTransform) -> None:
         self.transform = transform

@@ -39,6 +39,10 @@ class StoredPreparation(Preparation):
     each caption of a list.
     """
 
+    turned = (
+        False  # the teachers' images were not: crops and original sizes are those of the pixels as stored
+    )
+
     def __init__(self, transform: TrainTransform, tokenizer: Tokenizer, stored: Stored) -> None:
         super().__init__(transform)
         self.tokenizer, self.both, self.width = tokenizer, stored.captions == "both", sum(stored.widths)

@@ -78,6 +78,8 @@ def _rebuilt(data: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> torch.T
 class Reader:
     """Turns work items into partial batches; an unexpected error names shard and key."""
 
+    turned = True
+
     def __init__(
         self,
         sources: Sequence[Dataset],
@@ -135,7 +137,7 @@ class Reader:
             dataset = self.sources[source]
             sample = dataset.read(position, text=self.text)
             try:
-                pixels = decode(sample.image)
+                pixels = decode(sample.image, turned=self.turned)
                 members = dataset.read_members(position, self.decoders) if self.decoders else {}
                 values = decode_extras(self.decoders, members)
                 self.check(sample, values)
@@ -177,7 +179,7 @@ class TrainReader(Reader):
         decoders: Mapping[str, Decoder],
     ) -> None:
         super().__init__(sources, tokenizer, decoders, text=tokenizer is not None)
-        self.prepare = preparation
+        self.prepare, self.turned = preparation, preparation.turned
         self.seed = seed
         self._shown = shown
 

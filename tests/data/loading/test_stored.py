@@ -142,6 +142,20 @@ def test_both_captions_of_a_sample(shards: Path) -> None:
     assert set(rows) == {1, 2, 3, 4, 5}
 
 
+def test_images_are_not_turned(tmp_path: Path) -> None:
+    """Crops and sizes are those of the pixels as stored: neither teachers nor img2dataset turned them."""
+    with ShardWriter(tmp_path / "s") as writer:
+        for number in range(0, 24, 3):
+            turned, held = Image.Exif(), members(number)
+            turned[0x0112] = 6  # a quarter
+            file = io.BytesIO()
+            Image.fromarray(picture(number)).save(file, "PNG", exif=turned)
+            writer.add_members(f"{number:032x}", {**held, "png": file.getvalue()})
+    index_folder(tmp_path / "s", captions_choice=SYN)
+    for batch in batches(tmp_path / "s", 2, "both", "default"):
+        assert len(list(drawn_of(batch))) == 8
+
+
 def test_a_draw_does_not_depend_on_ranks_or_a_resume(shards: Path) -> None:
     whole = batches(shards, 5, "both", "default")
     (resumed,) = batches(shards, 1, "both", "default", start=4)
