@@ -103,9 +103,10 @@ def _folders(data: str | Path) -> list[Path]:
     """The folders of shards below `data`, that for training first."""
     if is_remote(str(data)):
         raise UserError(f"--data {data}: give a folder on this machine; an address belongs in data.train")
-    return sorted(
-        (path.resolve() for path in folders_of_shards(Path(data))), key=lambda p: p.name not in TRAINING
-    )
+    found = [path.resolve() for path in folders_of_shards(Path(data))]
+    if len(found) > 1 and not any(path.name in TRAINING for path in found):
+        raise UserError(f"--data {data}: there is no folder train; give the folder of shards to train on")
+    return sorted(found, key=lambda path: path.name not in TRAINING)
 
 
 def look_at(folder: Path) -> Shards:

@@ -153,6 +153,8 @@ def _clip_resnet(state: State, tower: nn.Module) -> State:
 
 def _open_clip(state: State, model: Any) -> State:
     """OpenCLIP's, OpenAI's and Chinese-CLIP's names of a whole model as `clipcluster.model.clip.Clip`'s."""
+    if not hasattr(model, "text"):  # a classifier, which takes its tower's weights by model.image.weights
+        return state
     image = {key.removeprefix("visual."): state[key] for key in state if key.startswith("visual.")}
     text = {key.removeprefix("text."): state[key] for key in state if not key.startswith("visual.")}
     found: State = {}

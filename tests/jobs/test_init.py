@@ -110,6 +110,13 @@ def test_what_cannot_be_written(folder: Path, name: str, data: str | None, said:
     assert list(folder.glob("*.yaml")) == []
 
 
+def test_sets_to_evaluate_on_are_not_trained_on(digits: Path, folder: Path) -> None:
+    for name in ("val", "test"):
+        shutil.copytree(digits / "test", folder / "only" / name)
+    with pytest.raises(UserError, match="there is no folder train; give the folder of shards to train on"):
+        write_starter("x", parent=None, data=folder / "only")
+
+
 def test_shards_to_train_on_need_captions_or_classes(folder: Path) -> None:
     with ShardWriter(folder / "set") as shards:
         shards.add_members("0", {"png": png(0)})

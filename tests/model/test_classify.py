@@ -11,6 +11,7 @@ from tiny_model import SIZE, image_section
 from torch.nn import functional
 
 from clipcluster.data.loading.batch import Batch, normalise
+from clipcluster.errors import UserError
 from clipcluster.model.classify import ClassifyTask, ImageClassifier, build_classifier
 from clipcluster.model.task import Task
 from clipcluster.model.towers import build_image_tower
@@ -94,6 +95,10 @@ def test_the_head_of_a_file_is_taken_where_the_classes_are_as_many(tmp_path: Pat
     assert (averaged.part, averaged.head) == ("ema", "head of 7 classes loaded")
     whole = classifier(image=image_section("test_convnext"), weights=str(tmp_path / "run.pth"))
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in same.state_dict().items())
+    # OpenCLIP's names are of a whole dual encoder; a classifier is none.
+    torch.save({f"visual.{key}": value for key, value in same.state_dict().items()}, tmp_path / "clip.pth")
+    with pytest.raises(UserError, match=r"brings 0 of the model's"):
+        classifier(image=image_section("test_convnext"), weights=str(tmp_path / "clip.pth"))
 
 
 def test_the_fresh_head_is_scaled() -> None:
