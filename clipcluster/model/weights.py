@@ -69,6 +69,7 @@ _COMPUTED = re.compile(
 )
 # What whole models hold that no feature depends on.
 _IDLE = re.compile(rf"{'|'.join(SIZES)}|logit_bias|text\.transformer\.pooler\..*")
+_EXACT_GELU = {"GELU", "GELUActivation", "gelu"}  # of torch and timm, of transformers, of CLIP's text tower
 _NEW_NAMES = {"gamma": "weight", "beta": "bias"}
 _OLD_LAYER_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 
@@ -160,6 +161,7 @@ def load_weights(
     )
     _check_missing(coverage, missing, state, inside, own)
     _check_larger(coverage, own)
+    _check_activation(coverage, state, tower)
     _check_values(coverage, fitting, own)
     with torch.no_grad():
         for key, value in fitting.items():
@@ -341,6 +343,24 @@ def _check_larger(coverage: Coverage, own: Mapping[str, Tensor]) -> None:
         raise UserError(
             f"{coverage.file} holds a larger {what} built: {len(larger)} of "
             f"its tensors do not fit ({some(tuple(larger))}). Describe the one the file was made for."
+        )
+
+
+def _check_activation(coverage: Coverage, state: Mapping[str, Tensor], tower: nn.Module) -> None:
+    """Raises UserError where OpenAI's weights, known by their sizes, meet another GELU than their own.
+
+    Every tensor would be there, and the features others.
+    """
+    kinds = {
+        name: getattr(getattr(module, "activation", None), "__name__", type(module).__name__)
+        for name, module in tower.named_modules()
+    }
+    exact = [name for name, kind in kinds.items() if kind in _EXACT_GELU]
+    if exact and any(key.rpartition(".")[2] in SIZES for key in state):
+        raise UserError(
+            f"{coverage.file} holds OpenAI's weights, which were trained with quick GELU, and {some(exact)} "
+            "have another: name a tower of timm with quickgelu in its name, and set quick_gelu: true in "
+            "model.text.clip."
         )
 
 

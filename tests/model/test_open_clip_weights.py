@@ -153,8 +153,14 @@ def test_a_whole_model_lacks_nothing_and_holds_no_more(tmp_path: Path) -> None:
         whole(tmp_path / "more.pt", OURS_VIT, NATIVE)
     sizes = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save(state | sizes, tmp_path / "openai.pt")
-    ours = whole(tmp_path / "openai.pt", OURS_VIT, NATIVE, missing=["text_projection.*"])
+    quick = {"clip": NATIVE["clip"] | {"quick_gelu": True}}
+    ours = whole(tmp_path / "openai.pt", OURS_VIT, quick, missing=["text_projection.*"])
     assert ours.starting_weights[0].missing == ()
+    # Nor is anything missing with another activation than OpenAI's.
+    exact = {**OURS_VIT, "timm": "vit_base_patch16_clip_224"}
+    for image, text, named in ((OURS_VIT, NATIVE, "text.transformer"), (exact, quick, "image.trunk")):
+        with pytest.raises(UserError, match=rf"trained with quick GELU, and {named}\.\S+ .*quick_gelu: true"):
+            whole(tmp_path / "openai.pt", image, text)
     # A tower without the norm before the blocks would take every one of its tensors, and compute otherwise.
     plain = {**OURS_VIT, "timm": "vit_base_patch16_224", "weights": str(tmp_path / "openai.pt")}
     with pytest.raises(UserError, match=r"larger tower than the image tower built: 2 .*\(norm_pre\.weight"):
