@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from clipcluster.check.names import store_timm_names
@@ -92,6 +93,9 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
         attempt("model", _check_whole, recipe, tokenizer, assets, findings)
     for place, own in {"data.image": recipe, **_teachers(recipe)}.items():
         attempt(place, _check_pixels, place, own, assets, findings)
+    prepare = None
+    if needed.preparation is not None and not findings.errors:
+        prepare = attempt("data.train", _preparation, needed.preparation, recipe, tokenizer, assets)
     examined: list[tuple[str, Sequence[Source], bool, Mapping[str, str]]]
     examined = [("data.train", recipe.data.train, needed.captions, needed.members(recipe))]
     for kind in needed.evaluations:
@@ -100,7 +104,8 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     for kind, sources, text, members in examined:
         for number, source in enumerate(sources):
             key = f"{kind}.{number}"
-            attempt(key, check_sample, key, source, text, members, tokenizer, findings)
+            own_prepare = prepare if kind == "data.train" else None
+            attempt(key, check_sample, key, source, text, members, tokenizer, findings, own_prepare)
     if findings.errors:  # what follows would fail for a reason that is known
         return findings
     for number, source in enumerate(recipe.data.train if tokenizer is not None else ()):
@@ -224,12 +229,26 @@ def _said(name: str, tower: Any, coverage: Any, more: str = "") -> list[str]:
     return [f"{name}, {size} parameters{more}", *([str(coverage)] if coverage else [])]
 
 
+def _preparation(name: str, recipe: Recipe, tokenizer: Any, assets: Path | None) -> Any:
+    """What the task makes of a drawn sample."""
+    from clipcluster.data.images.transforms import train_transform
+
+    return resolve_name(name)(recipe, train_transform(recipe.data.image), tokenizer, assets)
+
+
 def check_sample(
-    key: str, source: Source, text: bool, members: Mapping[str, str], tokenizer: Any, findings: Findings
+    key: str,
+    source: Source,
+    text: bool,
+    members: Mapping[str, str],
+    tokenizer: Any,
+    findings: Findings,
+    prepare: Any = None,
 ) -> None:
     """Shards and index fit; the first sample that decodes is decoded, and its caption tokenized.
 
-    members: what the task needs of a sample besides, name -> dotted name of the decoder.
+    members: what the task needs of a sample besides, name -> dotted name of the decoder. prepare: what it
+    makes of a sample, and says whether its members fit each other.
     """
     from clipcluster.data.images.decode import BadImage, decode
     from clipcluster.data.loading.extras import BadExtra, decode_extras, decoders_of
@@ -246,8 +265,9 @@ def check_sample(
         sample = shards.read(position, text=text)
         try:
             image = decode(sample.image)
-            if decoders:
-                decode_extras(decoders, shards.read_members(position, decoders))
+            values = decode_extras(decoders, shards.read_members(position, decoders)) if decoders else {}
+            if prepare is not None:
+                prepare.check(sample, values)
         except (BadImage, BadExtra) as error:
             reasons.append(f"{sample.shard} {sample.key}: {error}")
             continue

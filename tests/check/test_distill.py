@@ -54,6 +54,8 @@ def test_stored_embeddings_pass_both_checks(checked: Callable[..., Checked]) -> 
     assert plain.errors == []
     deep = examine(plain.recipe, 1, None)
     assert deep.errors == []
+    other = examine(checked(STORED.replace(f"{WIDTH}, {WIDTH}", "768, 768")).recipe, 1, None)
+    assert "image_emb has the shape (4, 12), not (…, 1536)" in other.errors[0]
 
 
 def test_shards_without_the_members_are_named(checked: Callable[..., Checked], tmp_path: Path) -> None:
