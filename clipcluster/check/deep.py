@@ -267,7 +267,7 @@ def check_sample(
             image = decode(sample.image)
             values = decode_extras(decoders, shards.read_members(position, decoders)) if decoders else {}
             if prepare is not None:
-                prepare.check(sample, values)
+                prepare.check(sample, image, values)
         except (BadImage, BadExtra) as error:
             reasons.append(f"{sample.shard} {sample.key}: {error}")
             continue

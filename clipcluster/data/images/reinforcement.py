@@ -18,10 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 from torchvision.transforms.v2 import functional as F
 
-from clipcluster.data.images.decode import LARGEST
-
 _NEAREST = InterpolationMode.NEAREST
-_LARGEST_CROP = 2 * LARGEST  # pixels: of more Pillow, which the teachers read with, opens no image
 Operation = Callable[[Any, float], Any]
 
 
@@ -82,10 +79,15 @@ class StoredAugmentation(NamedTuple):
             operations = tuple((int(number), float(magnitude)) for number, magnitude in written or ())
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"no augmentation: {entry!r}"[:80]) from error
-        sized = height >= 1 and width >= 1 and height * width <= _LARGEST_CROP
+        sized = height >= 1 and width >= 1
         if not sized or not all(_applicable(number, magnitude) for number, magnitude in operations):
             raise ValueError(f"no augmentation: {entry!r}"[:80])
         return cls((top, left, height, width), operations)
+
+    def fits(self, size: tuple[int, int], original: tuple[int, int] | None) -> bool:
+        """Whether the crop lies in an image of this size (height, width); `original` as of `apply`."""
+        top, left, height, width = _shrunk(self.crop, original, size) if original else self.crop
+        return top >= 0 and left >= 0 and top + height <= size[0] and left + width <= size[1]
 
     def apply(self, image: Tensor, size: int, original: tuple[int, int] | None = None) -> Tensor:
         """(3, H, W) uint8 to (3, size, size) uint8: cropped, resized bicubically, then the operations.

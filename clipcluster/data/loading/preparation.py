@@ -58,8 +58,8 @@ class Preparation:
         """Heavy imports, which the workers' server makes once for all of them."""
         return self.transform.modules
 
-    def check(self, sample: Sample, values: Mapping[str, Any]) -> None:
-        """BadExtra where a sample's members do not fit each other.
+    def check(self, sample: Sample, pixels: Tensor, values: Mapping[str, Any]) -> None:
+        """BadExtra where a sample's members do not fit each other, or its pixels (3, H, W).
 
         It must not depend on a draw: a sample is bad once and for all. What passes it can be drawn.
         """

@@ -47,7 +47,7 @@ class StoredPreparation(Preparation):
         super().__init__(transform)
         self.tokenizer, self.both, self.width = tokenizer, stored.captions == "both", sum(stored.widths)
 
-    def check(self, sample: Sample, values: Mapping[str, Any]) -> None:
+    def check(self, sample: Sample, pixels: Tensor, values: Mapping[str, Any]) -> None:
         arrays = values[ARRAYS]
         missing = {IMAGE, TEXT} - arrays.keys()
         if missing:
@@ -60,6 +60,14 @@ class StoredPreparation(Preparation):
         images, augmentations = len(arrays[IMAGE]), len(values[AUGMENTATIONS])
         if images != augmentations:
             raise BadExtra(f"{images} rows of {IMAGE} for {augmentations} augmentations")
+        size, original = (pixels.shape[1], pixels.shape[2]), _original_size(values[RECORD])
+        for own in values[AUGMENTATIONS]:
+            if not own.fits(size, original):
+                told = "unknown" if original is None else f"{original[1]} x {original[0]}"
+                raise BadExtra(
+                    f"the crop {list(own.crop)} (top, left, height, width) is not inside the image of "
+                    f"{size[1]} x {size[0]} pixels; original_width and original_height of its JSON: {told}"
+                )
         lists = _synthetic(values)
         if self.both and not lists:
             raise BadExtra("no synthetic caption in syn.json")
@@ -129,5 +137,7 @@ def _embedding(values: Mapping[str, Any], choice: str, number: int) -> Tensor:
 def _original_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width of the image before it was shrunk for its shard, where the JSON tells them."""
     height, width = (record.get(f"original_{side}") for side in ("height", "width"))
-    known = all(type(side) is int and side > 0 for side in (height, width))
-    return (height, width) if known else None  # type: ignore[return-value]
+    height, width = (
+        side if isinstance(side, int | float) and 1 <= side < 1e9 else 0 for side in (height, width)
+    )
+    return (int(height), int(width)) if height and width else None

@@ -119,8 +119,8 @@ class Reader:
     def load(self, item: WorkItem) -> PartialBatch:
         raise NotImplementedError
 
-    def check(self, sample: Sample, values: Mapping[str, Any]) -> None:
-        """BadExtra where a sample's members do not fit each other."""
+    def check(self, sample: Sample, pixels: torch.Tensor, values: Mapping[str, Any]) -> None:
+        """BadExtra where a sample's members do not fit each other, or its pixels."""
 
     def _announce(self, item: WorkItem) -> None:
         self._at = None
@@ -140,7 +140,7 @@ class Reader:
                 pixels = decode(sample.image, turned=self.turned)
                 members = dataset.read_members(position, self.decoders) if self.decoders else {}
                 values = decode_extras(self.decoders, members)
-                self.check(sample, values)
+                self.check(sample, pixels, values)
                 return sample, pixels, values
             except (BadImage, BadExtra) as error:
                 found = {"shard": sample.shard, "key": sample.key, "reason": str(error)}
@@ -183,8 +183,8 @@ class TrainReader(Reader):
         self.seed = seed
         self._shown = shown
 
-    def check(self, sample: Sample, values: Mapping[str, Any]) -> None:
-        self.prepare.check(sample, values)
+    def check(self, sample: Sample, pixels: torch.Tensor, values: Mapping[str, Any]) -> None:
+        self.prepare.check(sample, pixels, values)
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -219,6 +219,12 @@ def values(number: int = 0, **changes: Any) -> dict[str, Any]:
         (lambda v: v[stored.SYNTHETIC].update(syn_text=["", " "]), "no synthetic caption"),
         (lambda v: v[stored.SYNTHETIC].update(syn_text=["a"] * 6), "no embedding for text 0 of default"),
         (lambda v: v[stored.SYNTHETIC].update(syn_text_b=[]), "no embedding for text 0 of syn.json"),
+        (
+            lambda v: v[stored.AUGMENTATIONS].append(
+                v[stored.AUGMENTATIONS].pop()._replace(crop=(20, 0, 21, 9))
+            ),
+            "not inside the image of 56 x 40 pixels; original_width and original_height of its JSON: 56 x 40",
+        ),
         (lambda v: v[stored.SYNTHETIC].update(syn_text=None), "no synthetic caption"),
         (lambda v: v[stored.SYNTHETIC].update(syn_text=5), "no synthetic caption"),
         (lambda v: v[stored.ARRAYS]["text_emb"][2].fill_(math.nan), "text_emb holds values that are not"),
@@ -230,11 +236,12 @@ def test_members_that_do_not_fit_each_other_make_a_bad_sample(
     data = Data.model_validate({"train": [{"shards": "x"}], "batch_size": 1, "image": {"size": 32}})
     prepare = StoredPreparation(train_transform(data.image), TOKENIZER, Stored(widths=(WIDTH, WIDTH)))
     sample = Sample("key", "shard", b"", ["picture 0"], -1, [("default", 0)])
-    prepare.check(sample, values())
+    pixels = torch.from_numpy(picture(0)).permute(2, 0, 1)
+    prepare.check(sample, pixels, values())
     changed = values()
     change(changed)
     with pytest.raises(BadExtra, match=reason):
-        prepare.check(sample, changed)
+        prepare.check(sample, pixels, changed)
 
 
 def test_nothing_but_tensors_is_unpickled() -> None:
@@ -267,6 +274,6 @@ def test_a_member_that_unpacks_to_more_than_embeddings_is_refused(kind: str) -> 
 
 def test_sizes_that_cannot_be_an_images_are_not_used() -> None:
     """A JSON with a side of 0 would end the run in a division."""
-    for height, width in ((0, 640), (-4, 640), (True, 640), ("480", 640)):
+    for height, width in ((0, 640), (-4, 640), (None, 640), ("480", 640), (math.nan, 640), (math.inf, 640)):
         assert stored._original_size({"original_height": height, "original_width": width}) is None
-    assert stored._original_size({"original_height": 480, "original_width": 640}) == (480, 640)
+    assert stored._original_size({"original_height": 480.0, "original_width": 640}) == (480, 640)
