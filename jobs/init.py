@@ -137,7 +137,7 @@ def _measured(shards: Dataset) -> tuple[list[int], int]:
         longest = max([longest, *(len(text.encode()) for text in sample.captions)])
         try:
             sides.append(min(Image.open(io.BytesIO(sample.image)).size))
-        except (UnidentifiedImageError, OSError):
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
             continue  # the check names those that cannot be decoded
     return sides, longest
 

@@ -6,6 +6,7 @@ import io
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,17 @@ def test_what_cannot_be_written(folder: Path, name: str, data: str | None, said:
     with pytest.raises(UserError, match=said):
         write_starter(name, parent=None, data=data)
     assert list(folder.glob("*.yaml")) == []
+
+
+def test_images_that_cannot_be_opened_are_left_to_the_check(folder: Path) -> None:
+    """One of too many pixels among them, which Pillow refuses in its own way."""
+    huge = png(0)[:16] + (100_000).to_bytes(4, "big") * 2 + png(0)[24:29]
+    huge += zlib.crc32(huge[12:29]).to_bytes(4, "big") + png(0)[33:]
+    with ShardWriter(folder / "set") as shards:
+        for number, data in enumerate([b"no image", huge, png(1)]):
+            shards.add_members(f"{number}", {"png": data, "cls": b"0"})
+    _, (said,) = write_starter("x", parent=None, data=folder / "set")
+    assert said.endswith("3 samples, 1 class, about 7 pixels")
 
 
 def test_sets_to_evaluate_on_are_not_trained_on(digits: Path, folder: Path) -> None:
