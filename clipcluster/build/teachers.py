@@ -16,6 +16,7 @@ from clipcluster.errors import UserError
 from clipcluster.model.distill import DistillTask, Teacher
 from clipcluster.model.protocols import DualEncoder
 from clipcluster.model.task import build_contrastive
+from clipcluster.model.towers import foreign_tokenizer
 from clipcluster.recipe.load import from_run
 from clipcluster.recipe.sections.distill import RunTeacher
 from clipcluster.recipe.sections.model import Model
@@ -123,12 +124,16 @@ def _loaded(source: Source, ranks: World, key: str) -> tuple[Any, Path]:
             raise UserError(f"{key}: the run {given} has no checkpoint yet")
         chosen = _starting_with(recipe.model, Path(given) / "checkpoints" / name_of(newest))
         recipe = recipe.model_copy(update={"model": chosen})
-    model = build_model(recipe, load_tokenizer(recipe.data.text, source.assets), source.assets)
+    tokenizer = load_tokenizer(recipe.data.text, source.assets)
+    model = build_model(recipe, tokenizer, source.assets)
     whole = [coverage for coverage in model.starting_weights if coverage.tower == "model"]
     if not whole:
         raise UserError(
             f"{key}.model: a teacher needs weights of the whole model, its projections included; set "
             f"{key}.model.weights"
         )
+    foreign = foreign_tokenizer(model.text, tokenizer) if recipe.model.dual else ""
+    if foreign:
+        raise UserError(f"{key}.text.tokenizer: {foreign}")
     logger.info("teacher %s: %s", key.rpartition(".")[2], whole[0])
     return model, Path(whole[0].file)

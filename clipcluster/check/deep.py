@@ -28,7 +28,6 @@ from clipcluster.recipe.tasks import TASKS
 from clipcluster.text import counted
 
 MEASURED_SAMPLES, LONGEST = 128, 4096  # samples whose captions are measured, in tokens up to a bound
-WHOLE_VOCABULARY = 0.9  # of a tower's tokens; some have rows for more than their tokenizer's
 CUT_CAPTIONS = 0.1  # more captions than this part are longer than the context: a warning
 DEEP_SECONDS = 900  # large towers take minutes to build on a busy login node
 
@@ -153,7 +152,7 @@ def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, fin
 
 
 def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
-    from clipcluster.model.towers import build_text_tower
+    from clipcluster.model.towers import build_text_tower, foreign_tokenizer
 
     text = recipe.model.text
     assert text is not None
@@ -165,13 +164,14 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     else:
         name = text.hf if isinstance(text, HfTextTower) else text.arch
     findings.summary += _said(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
-    if coverage:
-        _check_vocabulary(tower, tokenizer, findings)
+    foreign = foreign_tokenizer(tower, tokenizer) if coverage else ""
+    findings.warnings += [f"data.text.tokenizer: {foreign}"] if foreign else []
 
 
 def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
     """A whole dual encoder, or weights of a whole model."""
     from clipcluster.build.model import build_model
+    from clipcluster.model.towers import foreign_tokenizer
 
     model = build_model(recipe, tokenizer, assets)
     if recipe.model.dual:
@@ -179,23 +179,13 @@ def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: 
     findings.summary += [str(coverage) for coverage in model.starting_weights]
     if not TASKS[recipe.task].captions or not any(own.tower == "model" for own in model.starting_weights):
         return
-    _check_vocabulary(model.text, tokenizer, findings)
+    foreign = foreign_tokenizer(model.text, tokenizer)
+    findings.warnings += [f"data.text.tokenizer: {foreign}"] if foreign else []
     scale, bound = model.logit_scale.exp().item(), model.max_scale
     if bound is not None and scale > 1.01 * bound:
         findings.warnings.append(
             f"model.logit_scale.max: the weights' scale is {scale:.4g}, and the first step lowers it to "
             f"{bound:g}; set it to null for no bound"
-        )
-
-
-def _check_vocabulary(tower: Any, tokenizer: Any, findings: Findings) -> None:
-    """Weights for many more tokens than there are were trained with another tokenizer."""
-    embeddings = getattr(tower.transformer, "get_input_embeddings", None)
-    known = embeddings().num_embeddings if embeddings else tokenizer.vocab_size
-    if tokenizer.vocab_size < WHOLE_VOCABULARY * known:
-        findings.warnings.append(
-            f"data.text.tokenizer: it has {tokenizer.vocab_size:,} tokens, and the text tower's weights are "
-            f"for {known:,}; name the tokenizer that they were trained with"
         )
 
 

@@ -42,6 +42,7 @@ _POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet", "rob
 # A longer context than theirs is given positions between those that they learned.
 _LEARNED_POSITIONS = {"gpt2", "opt", "bert", "distilbert", "electra", "albert", "ernie"}
 _LEARNED_POSITIONS |= _POSITIONS_AFTER_PADDING
+_WHOLE_VOCABULARY = 0.9  # of a tower's tokens: some have rows for more than their tokenizer's
 # Arguments of timm's that belong to other keys of the recipe.
 _OWN_IMAGE_ARGS = {
     "pretrained": "model.image.weights",
@@ -315,6 +316,18 @@ def check_fits(settings: Any, tokenizer: Tokenizer, *, longer: bool = False) -> 
             f"data.text.context_length: {tokenizer.context_length} is longer than the text tower's "
             f"{positions} positions; at most {positions} fit."
         )
+
+
+def foreign_tokenizer(tower: TextTower | ClipTextTower, tokenizer: Tokenizer) -> str:
+    """What speaks against a tokenizer for a tower with weights, if many fewer tokens than they are for."""
+    embeddings: Any = getattr(tower.transformer, "get_input_embeddings", None)
+    known = embeddings().num_embeddings if embeddings else tokenizer.vocab_size
+    if tokenizer.vocab_size >= _WHOLE_VOCABULARY * known:
+        return ""
+    return (
+        f"it has {tokenizer.vocab_size:,} tokens, and the text tower's weights are for {known:,}; name the "
+        "tokenizer that they were trained with"
+    )
 
 
 def _transformer(settings: Any, pool: str) -> nn.Module:

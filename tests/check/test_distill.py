@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import CLIPConfig, CLIPModel
 
 from clipcluster.check.deep import examine
 from clipcluster.check.plain import Checked, check
+from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
 from jobs.submit.assets import hub_names
 from tests.reinforced_shards import WIDTH, members, write
@@ -91,6 +94,21 @@ def test_a_teacher_that_is_not_there(checked: Callable[..., Checked]) -> None:
     (error,) = checked("{teachers: [{run: nowhere}]}").errors
     assert "distill.teachers.0.run" in error
     assert "does not exist" in error
+
+
+def test_a_teacher_that_takes_other_tokens_or_pixels(checked: Callable[..., Checked], tmp_path: Path) -> None:
+    """The student's are its own unless it is said, and a frozen teacher never learns them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 400, "max_position_embeddings": 40, "eos_token_id": ByteTokenizer.eos_id}
+    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16})
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    pixels = {"image_processor": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
+    (tmp_path / "clip/processor_config.json").write_text(json.dumps(pixels))
+    teacher = f"{{teachers: [{{model: {{dual: {{hf: {tmp_path}/clip, weights: pretrained}}}}}}]}}"
+    found = examine(checked(teacher).recipe, 1, None)
+    assert "distill.teachers.0.text.tokenizer: it has 259 tokens, and" in found.errors[0]
+    assert "distill.teachers.0.image: " in found.warnings[0]
+    assert "mean [0.5, 0.5, 0.5]" in found.warnings[0]
 
 
 def test_the_names_of_a_teacher_are_fetched_at_submission(
