@@ -240,9 +240,9 @@ def _best_match(
         return sum(match.state[key].shape == own[key].shape for key in there), len(there)
 
     best = max(shaped, key=matches)
-    for other in shaped:
-        both_whole = matches(other)[0] == matches(best)[0] == len(own) > 0
-        if both_whole and any(not torch.equal(other.state[key], best.state[key]) for key in own):
+    for other in shaped if matches(best)[0] == len(own) else ():
+        twice = other.prefix != best.prefix and matches(other)[0] == len(own)
+        if twice and any(not torch.equal(other.state[key], best.state[key]) for key in own):
             raise UserError(
                 f"The weights hold the {name} tower twice, under the prefixes {best.prefix!r} and "
                 f"{other.prefix!r}: save a file with the one that is meant."
