@@ -122,8 +122,10 @@ def _place(values: Mapping[str, Any], choice: str, number: int) -> tuple[str, in
     inside = [name for name in lists if f"{name}_emb" not in arrays]
     own = len(arrays[TEXT]) - sum(len(written[name]) for name in inside)  # rows of the image's own captions
     field = field_of(choice)
-    if field is None or field[0] != SYNTHETIC:
+    if field is None or field[0] == RECORD:
         return TEXT, number if number < own else -1
+    if field[0] != SYNTHETIC:  # texts of a member that the teachers did not see
+        return TEXT, -1
     if field[1] not in inside:
         return f"{field[1]}_emb", number
     return TEXT, own + number if own > 0 and len(inside) == 1 else -1

@@ -238,6 +238,8 @@ def test_members_that_do_not_fit_each_other_make_a_bad_sample(
     sample = Sample("key", "shard", b"", ["picture 0"], -1, [("default", 0)])
     pixels = torch.from_numpy(picture(0)).permute(2, 0, 1)
     prepare.check(sample, pixels, values())
+    with pytest.raises(BadExtra, match="no embedding for text 0 of alt"):
+        prepare.check(sample._replace(origins=[("alt.json:text", 0)]), pixels, values())
     changed = values()
     change(changed)
     with pytest.raises(BadExtra, match=reason):
