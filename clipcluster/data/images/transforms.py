@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from clipcluster.data.images.augment import Augmentation, ColorJitter, RandAugment, RandomErasing
 
 _TRIES = 10  # as torchvision's RandomResizedCrop
+_LONGEST = 64  # times the shorter side: of longer images evaluation takes the middle before resizing
 _DRAWN = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)  # as timm's `random`
 
 
@@ -73,6 +74,9 @@ class EvaluationTransform:
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """(3, H, W) uint8 to (3, size, size) uint8."""
         side = math.floor(self.size / self.crop_pct)
+        if not self.squash:  # a strip would be as long as it is thin; its middle is all that is seen
+            longest = _LONGEST * min(image.shape[1:])
+            image = F.center_crop(image, [min(longest, length) for length in image.shape[1:]])
         out = F.resize(image, [side, side] if self.squash else [side], self.interpolation, antialias=True)
         return F.center_crop(out, [self.size, self.size]).contiguous()
 

@@ -135,3 +135,14 @@ def test_evaluation_resizes_as_timm(size: tuple[int, int], rule: tuple[str, floa
     difference = (found.int() - expected.int()).abs()
     assert difference.float().mean() < 0.6
     assert difference.max() <= 4
+
+
+def test_the_middle_of_a_strip_is_all_that_is_resized() -> None:
+    """Resized whole, these 300 kB become 15 GB."""
+    transform = evaluation_transform(_section(size=224))
+    strip = torch.zeros(3, 1, 100_000, dtype=torch.uint8)
+    strip[:, :, 50_000:] = 200
+    found = transform(strip)
+    assert found.shape == (3, 224, 224)
+    assert found[:, :, :100].max() < 100 < found[:, :, 124:].min()
+    assert torch.equal(transform(strip.transpose(1, 2)), found.transpose(1, 2))
