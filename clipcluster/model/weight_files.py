@@ -76,7 +76,8 @@ def read_weights(source: Path, prefer: WeightsFrom | None = None) -> Weights:
     Raises UserError where nothing readable is there, a file is damaged, or it lacks what is preferred.
     """
     try:
-        return _weights_at(source, prefer)
+        found = _weights_at(source, prefer)
+        return replace(found, state=without_projections(found.state))
     except OSError as error:
         raise UserError(f"The weights {source} cannot be read: {error}.") from error
 
@@ -147,7 +148,7 @@ def _of_checkpoint(folder: Path, prefer: WeightsFrom | None) -> Weights:
             f"The checkpoint {folder} does not verify: {reason}. Restore an intact copy, or name another."
         )
     several = all(path.exists() for path in both.values())
-    return Weights(file, without_projections(_tensors(_read(file))), part if several else "")
+    return Weights(file, _tensors(_read(file)), part if several else "")
 
 
 def without_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
