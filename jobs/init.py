@@ -162,6 +162,8 @@ def _extending(name: str, parent: Path, splits: list[Shards]) -> Iterator[str]:
         yield "  train:"
         yield f"    - {{shards: {splits[0].quoted}}}"
         task = str(tree["task"].value) if "task" in tree else "contrastive"
+        if task not in TASKS:
+            raise UserError(tree["task"].origin.problem("task", f"{task} is none of {', '.join(TASKS)}"))
         yield "evaluate:"
         yield from _evaluate(TASKS[task].evaluations, splits)
         keep = tree["checkpoint"].entries.get("keep") if "checkpoint" in tree else None

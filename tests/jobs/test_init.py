@@ -69,6 +69,9 @@ def test_another_recipe_with_other_data(digits: Path, folder: Path) -> None:
     (folder / "own.yaml").write_text((folder / "a.yaml").read_text() + "seed: 3\n")
     recipe = checked(write_starter("b", parent=Path("own.yaml"), data=None)[0]).recipe
     assert (recipe.name, recipe.seed, recipe.task) == ("b", 3, "classify")
+    (folder / "own.yaml").write_text("extends: digits.yaml\ntask: classfy\n")
+    with pytest.raises(UserError, match=r"own\.yaml:2: task: classfy is none of contrastive, classify"):
+        write_starter("c", parent=Path("own.yaml"), data=folder / "mine")
 
 
 @pytest.mark.parametrize("name", ["2026", "1e3", "true", "digits"])
