@@ -25,6 +25,7 @@ from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import ClipTextTower, Dual, HfImageTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
+from clipcluster.runs.folder import Run
 from clipcluster.text import counted
 
 MEASURED_SAMPLES, LONGEST = 128, 4096  # samples whose captions are measured, in tokens up to a bound
@@ -195,21 +196,33 @@ def _teachers(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def _check_pixels(place: str, recipe: Recipe, assets: Path | None, findings: Findings) -> None:
-    """Published weights take pixels by the mean and deviation that their folder says."""
+    """Weights take pixels by the mean and deviation of their run, or that their published folder says."""
     from clipcluster.model.hugging_face import pixels_of
 
-    image = recipe.data.image
-    for tower in (recipe.model.image, recipe.model.dual):
-        if not isinstance(tower, HfImageTower | Dual) or not (tower.weights or recipe.model.weights):
+    image, model = recipe.data.image, recipe.model
+    for tower in (model.image, model.dual):
+        weights = (tower.weights if tower else None) or model.weights
+        if tower is None or weights is None:
             continue
-        theirs = pixels_of(tower.hf, assets)
+        whose, theirs = weights, _pixels_of_run(Path(weights))
+        if theirs is None and isinstance(tower, HfImageTower | Dual):
+            whose, theirs = tower.hf, pixels_of(tower.hf, assets)
         ours = [*image.mean, *image.std]
         if theirs and any(abs(own - other) > 0.01 for own, other in zip(ours, theirs, strict=True)):
             mean, std = ([round(value, 4) for value in part] for part in (theirs[:3], theirs[3:]))
             findings.warnings.append(
-                f"{place}: {tower.hf} was trained with pixels of mean {mean} and std {std}; set mean and std "
-                "to these"
+                f"{place}: {whose} was trained with pixels of mean {mean} and std {std}; set mean and std to "
+                "these"
             )
+
+
+def _pixels_of_run(weights: Path) -> list[float] | None:
+    """Mean and deviation of the run that weights are of: its folder, a checkpoint, or a file of one."""
+    for folder in (weights, *weights.parents[:3]):
+        if Run(folder).recipe_file.is_file():
+            image = Run(folder).recipe()["data"]["image"]
+            return [*image["mean"], *image["std"]]
+    return None
 
 
 def _said(name: str, tower: Any, coverage: Any, more: str = "") -> list[str]:

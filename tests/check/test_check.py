@@ -27,7 +27,8 @@ from clipcluster.check.plain import Checked, Findings
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import load, result_keys
+from clipcluster.recipe.load import load, recipe_keys, result_keys, settings_keys
+from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
 
 RECIPE = """\
@@ -516,6 +517,22 @@ def test_what_pretrained_weights_expect_otherwise_is_said(folder: Path) -> None:
     pixels_alike = "data.image={size: 32, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}"
     found = examined(dual, pixels_alike, "model.logit_scale={max: null}")
     assert [warning[:19] for warning in found.warnings] == ["data.text.tokenizer"]
+
+
+def test_weights_of_a_run_with_other_pixels_are_said(folder: Path) -> None:
+    """ImageNet's recipes and those of captions differ in them."""
+    imagenet = ("data.image.mean=imagenet", "data.image.std=imagenet")
+    loaded = load("tiny.yaml", imagenet)
+    run = Run.create(folder / "run", recipe_keys(loaded), settings_keys(loaded))
+    (run.path / "checkpoints/step-00000001").mkdir(parents=True)
+    file = run.path / "checkpoints/step-00000001/model.safetensors"
+    save_file(timm.create_model("test_convnext", num_classes=0).state_dict(), file)
+    found = examined(f"model.image.weights={file}")
+    assert found.errors == []
+    said = f"data.image: {file} was trained with pixels of mean [0.485, 0.456, 0.406] and std [0.229, 0.224, "
+    assert any(warning.startswith(said) for warning in found.warnings)
+    alike = examined(f"model.image.weights={file}", *imagenet)
+    assert not any("pixels" in warning for warning in alike.warnings)
 
 
 def test_an_image_tower_that_gives_no_vector_is_found(folder: Path) -> None:
