@@ -25,6 +25,7 @@ from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.model import ClipTextTower, Dual, HfImageTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
+from clipcluster.runs.checkpoints import step_of
 from clipcluster.runs.folder import Run
 from clipcluster.text import counted
 
@@ -218,11 +219,12 @@ def _check_pixels(place: str, recipe: Recipe, assets: Path | None, findings: Fin
 
 def _pixels_of_run(weights: Path) -> list[float] | None:
     """Mean and deviation of the run that weights are of: its folder, a checkpoint, or a file of one."""
-    for folder in (weights, *weights.parents[:3]):
-        if Run(folder).recipe_file.is_file():
-            image = Run(folder).recipe()["data"]["image"]
-            return [*image["mean"], *image["std"]]
-    return None
+    step = next((each for each in (weights, weights.parent) if step_of(each.name) is not None), None)
+    run = Run(step.parent.parent if step else weights)
+    if not run.recipe_file.is_file():
+        return None
+    image = run.recipe()["data"]["image"]
+    return [*image["mean"], *image["std"]]
 
 
 def _said(name: str, tower: Any, coverage: Any, more: str = "") -> list[str]:
