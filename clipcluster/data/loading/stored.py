@@ -39,9 +39,7 @@ class StoredPreparation(Preparation):
     each caption of a list.
     """
 
-    turned = (
-        False  # the teachers' images were not: crops and original sizes are those of the pixels as stored
-    )
+    turned = False  # nor were the teachers': crops and original sizes are those of the pixels as stored
 
     def __init__(self, transform: TrainTransform, tokenizer: Tokenizer, stored: Stored) -> None:
         super().__init__(transform)
