@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from dataclasses import dataclass, replace
-from math import isqrt
+from math import isqrt, lcm
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.rates import rates
@@ -64,7 +64,6 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
     batch = recipe.data.batch_size
     per_rank = samples_per_rank(batch, world_size)
     accumulation = accumulation_of(recipe, world_size)
-    _require_whole_pairs(recipe, per_rank // accumulation, world_size)
     epoch_samples = recipe.data.epoch_samples or source_samples
     steps_per_epoch = epoch_samples // batch
     total = recipe.train.duration.steps(steps_per_epoch, batch, 0)
@@ -144,12 +143,20 @@ def _small_micro_batches(recipe: Recipe, per_rank: int, count: int) -> tuple[str
 
 def _require_whole_pairs(recipe: Recipe, micro_batch: int, world_size: int) -> None:
     """UserError where data.mixup finds a pair of neighbouring samples in two micro-batches."""
-    if recipe.data.mixup and micro_batch % 2:
+    whole = _whole(recipe)
+    if micro_batch % whole:
+        twice = "twice" if whole == 2 else f"{whole} times"
         raise UserError(
             f"data.mixup mixes pairs of neighbouring samples, and data.batch_size {recipe.data.batch_size} "
             f"on {counted(world_size, 'rank')} makes micro-batches of {counted(micro_batch, 'sample')}; set "
-            "data.batch_size to a multiple of twice the ranks, and train.micro_batch, if any, to an even part"
+            f"data.batch_size to a multiple of {twice} the ranks, and train.micro_batch, if any, to at least "
+            f"{whole}"
         )
+
+
+def _whole(recipe: Recipe) -> int:
+    """What every micro-batch is a multiple of: a group of batch norms, and a pair of samples to mix."""
+    return lcm(recipe.train.batch_norm_group or 1, 2 if recipe.data.mixup else 1)
 
 
 def samples_per_rank(batch: int, world_size: int) -> int:
@@ -177,13 +184,16 @@ def _near(values: list[int], wanted: int) -> list[int]:
 def accumulation_of(recipe: Recipe, world_size: int) -> int:
     """The smallest count of equal micro-batches within train.micro_batch and of whole train.batch_norm_group.
 
-    Raises UserError where the batch does not divide so, with values that work.
+    With data.mixup they cut no pair either. Raises UserError where the batch does not divide so, with values
+    that work.
     """
     per_rank = samples_per_rank(recipe.data.batch_size, world_size)
     bound, group = recipe.train.micro_batch, recipe.train.batch_norm_group
-    count = micro_batches(per_rank, bound, group or 1)
+    count = micro_batches(per_rank, bound, _whole(recipe))
     if count is not None:
         return count
+    if cutting := micro_batches(per_rank, bound, group or 1):
+        _require_whole_pairs(recipe, per_rank // cutting, world_size)
     assert group is not None, "micro-batches of one sample always divide"
     fit = [size for size in _divisors(per_rank) if 2 <= size <= (bound or per_rank)]
     if not fit:
@@ -201,7 +211,7 @@ def memory_advice(recipe: Recipe, world_size: int) -> str:
     """What a recipe whose step does not fit into memory may change, with values; only what it does not do."""
     per_rank = samples_per_rank(recipe.data.batch_size, world_size)
     size = per_rank // accumulation_of(recipe, world_size)
-    count = micro_batches(per_rank, size // 2, recipe.train.batch_norm_group or 1) if size > 1 else None
+    count = micro_batches(per_rank, size // 2, _whole(recipe)) if size > 1 else None
     logits = 4 * per_rank * recipe.data.batch_size  # bytes
     changes = []
     if count:

@@ -18,6 +18,7 @@ from clipcluster.recipe.plan import (
     samples_per_rank,
     usable_nodes,
 )
+from clipcluster.recipe.sections.data import Mixup
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.units import Duration
 
@@ -187,20 +188,23 @@ def test_advice_about_memory_names_what_the_recipe_does_not_do_yet(small: Small)
     assert advice == "Use more ranks, or smaller towers or images; then submit again."
 
 
-@given(st.integers(1, 600), st.integers(1, 600) | st.none(), st.integers(2, 16) | st.none())
+@given(st.integers(1, 600), st.integers(1, 600) | st.none(), st.integers(2, 16) | st.none(), st.booleans())
 def test_the_micro_batch_to_try_next_is_smaller_and_fits(
-    per_rank: int, bound: int | None, group: int | None
+    per_rank: int, bound: int | None, group: int | None, mixed: bool
 ) -> None:
     def with_bound(bound: int | None) -> Recipe:
         changes = {"micro_batch": bound, "batch_norm_group": group}
         return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
     recipe = recipe_of(per_rank)
-    assume(group is None or (per_rank % group == 0 and group <= (bound or per_rank)))
+    data = recipe.data.model_copy(update={"mixup": Mixup() if mixed else None})
+    recipe = recipe.model_copy(update={"data": data})
+    whole = math.lcm(group or 1, 2 if mixed else 1)
+    assume(per_rank % whole == 0 and whole <= (bound or per_rank))
     now = plan(with_bound(bound), 10**6, 1).micro_batch
     found = re.search(r"train.micro_batch to (\d+) ", memory_advice(with_bound(bound), 1))
     if found is None:
-        assert now < 2 * (group or 1)
+        assert now < 2 * whole
         return
     assert plan(with_bound(int(found[1])), 10**6, 1).micro_batch == int(found[1]) <= now / 2
 
@@ -298,13 +302,22 @@ def test_a_plan_is_instant_for_any_size() -> None:
         samples_per_rank(10**12, 7)
 
 
-def test_pairs_that_are_mixed_are_not_cut() -> None:
-    given = recipe_of(12).model_dump()
+def mixed_recipe(batch: int, **train: object) -> Recipe:
+    given = recipe_of(batch).model_dump()
     given["data"]["mixup"], given["task"], given["model"] = {}, "classify", {"image": given["model"]["image"]}
-    recipe = Recipe.model_validate(given)
-    assert plan(recipe, 100, 3).micro_batch == 4
-    with pytest.raises(UserError, match="on 4 ranks makes micro-batches of 3 samples"):
-        plan(recipe, 100, 4)
-    given["train"]["micro_batch"] = 3
-    with pytest.raises(UserError, match="on 2 ranks makes micro-batches of 3 samples"):
-        plan(Recipe.model_validate(given), 100, 2)
+    given["train"] |= train
+    return Recipe.model_validate(given)
+
+
+def test_pairs_that_are_mixed_are_not_cut() -> None:
+    assert plan(mixed_recipe(12), 100, 3).micro_batch == 4
+    assert plan(mixed_recipe(90, micro_batch=50), 100, 1).micro_batch == 30  # not 45
+    assert memory_advice(mixed_recipe(6), 1).startswith("Set train.micro_batch to 2 (6 samples")
+    for ranks, recipe, said in (
+        (4, mixed_recipe(12), "on 4 ranks makes micro-batches of 3 samples; .* twice the ranks, .* least 2$"),
+        (1, mixed_recipe(12, micro_batch=1), "micro-batches of 1 sample; .* at least 2$"),
+        (2, mixed_recipe(12, micro_batch=5, batch_norm_group=3), "of 3 samples; .* 6 times the ranks, .* 6$"),
+        (1, mixed_recipe(10, micro_batch=5, batch_norm_group=3), "batch_norm_group 3 does not divide"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plan(recipe, 100, ranks)
