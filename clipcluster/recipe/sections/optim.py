@@ -140,7 +140,11 @@ class Optim(Section):
         "result", "Learning rate at the end of the run, for cosine, linear and wsd.", 0.0, ge=0
     )
     weight_decay: Float = key(
-        "result", "Decoupled weight decay, not applied to norms, biases and the logit scale.", 0.2, ge=0
+        "result",
+        "Weight decay, decoupled with adamw (sgd, adam and others add it to the gradient), not applied to "
+        "norms, biases and the logit scale.",
+        0.2,
+        ge=0,
     )
     weight_decay_end: Float | None = key(
         "result",
