@@ -114,6 +114,7 @@ def check(
     _check_best(checked)
     if samples is not None:
         _check_plans(checked, samples)
+    _check_optimizer(checked)
     workers, cores = checked.recipe.data.workers, checked.recipe.cluster.cpus_per_task
     if workers > cores:
         checked.warnings.append(
@@ -121,6 +122,17 @@ def check(
             f"set it to at least {workers}"
         )
     return checked
+
+
+def _check_optimizer(checked: Checked) -> None:
+    """AdamW's keys, written with their defaults beside an optimizer that does not read them."""
+    optim = checked.recipe.optim
+    for name in ("betas", "eps") if optim.name != "adamw" else ():
+        if name in optim.model_fields_set:
+            checked.warnings.append(
+                f"{checked.loaded.place(f'optim.{name}')}: it is adamw's, and {optim.name} does not read it; "
+                f"remove it, or give args: {{{name}: …}}"
+            )
 
 
 def _check_files(checked: Checked) -> None:

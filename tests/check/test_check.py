@@ -313,6 +313,18 @@ def test_warnings_do_not_stop(checked: Callable[..., Checked]) -> None:
     assert "does not run on the CPU" in checked("train.sync_batch_norm=true").errors[0]
 
 
+def test_what_only_adamw_reads_is_said_of_another_optimizer(
+    checked: Callable[..., Checked],
+) -> None:
+    found = checked("optim.name=lamb", "optim.betas=[0.9, 0.98]")
+    (warning,) = [text for text in found.warnings if "adamw" in text]
+    assert warning == (
+        "from the command line: optim.betas=[0.9, 0.98]: it is adamw's, and lamb does not read it; remove "
+        "it, or give args: {betas: …}"
+    )
+    assert not any("adamw" in text for text in checked("optim.name=lamb").warnings)
+
+
 def test_a_recipe_that_cannot_be_read_raises(checked: Callable[..., Checked]) -> None:
     with pytest.raises(UserError, match=r"did you mean optim\.lr\?"):
         checked("optim.lrr=3")
