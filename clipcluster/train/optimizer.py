@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipcluster.errors import UserError
 from clipcluster.model.weight_files import some
 from clipcluster.train.timm_optimizers import timm_optimizer
 from clipcluster.train.undo import Undo, Values, copied, counters
@@ -109,7 +110,7 @@ class Optimizer:
             tunings: by parameter name, all of them.
 
         Raises:
-            UserError: as `timm_optimizer`.
+            UserError: as `timm_optimizer`, and for a weight decay that the installed timm computes wrongly.
         """
         self.name = name
         self._model, self._peak, self._decay_at = model, lr, decay_at
@@ -160,8 +161,7 @@ class Optimizer:
         )
         self._given = frozenset(key for group in self._optimizer.param_groups for key in group)
         for group, names in zip(self._optimizer.param_groups, groups.values(), strict=True):
-            if "max_lr_snapshot" in group:  # what timm's corrected weight decay measures the rate by
-                group["max_lr_snapshot"] = self._peak * group["factor"] * group["rate"].scale
+            _measure_decay(group, self._peak)
             group.update(copied(kept[names[0]][1]) if names[0] in kept else {})
         for name, parameter in self._named.items():
             state = kept[name][0] if name in kept else self._fresh(parameter)
@@ -303,6 +303,21 @@ class Optimizer:
         optimizer.step()
         held = {key: value for key, value in optimizer.state[parameter].items() if value is not None}
         return held, counters(optimizer.param_groups[0], given)
+
+
+def _measure_decay(group: Values, peak: float) -> None:
+    """Let timm's corrected weight decay measure the learning rate of a group by the group's own peak.
+
+    Raises UserError where the installed timm measures every group's by that of the schedule, and they differ.
+    """
+    share = group["factor"] * group["rate"].scale
+    if "max_lr_snapshot" in group:
+        group["max_lr_snapshot"] = peak * share
+    elif group.get("corrected_weight_decay") and share != 1.0:
+        raise UserError(
+            "optim.name: this optimizer's corrected weight decay is wrong before timm 1.0.31 where parts, "
+            "layers or stages have rates of their own; update timm, or choose another optimizer"
+        )
 
 
 def _has_no_dimension(value: Any) -> bool:

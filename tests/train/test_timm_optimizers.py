@@ -18,7 +18,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.train import undo
-from clipcluster.train.optimizer import Optimizer, Rate, Tuning, decaying
+from clipcluster.train.optimizer import Optimizer, Rate, Tuning, _measure_decay, decaying
 from clipcluster.train.timm_optimizers import check_optimizer, timm_optimizer, usable_optimizers
 
 USABLE = [name for name in usable_optimizers() if name != "adamw"]  # which is fused here
@@ -289,6 +289,10 @@ def test_corrected_weight_decay_is_measured_by_each_group_s_own_peak() -> None:
         optimizer.step(LR, 0, divisor=number(1.0), found_inf=number(0.0))
         decayed.append(1 - model.weight[0, 0].item())
     assert decayed == pytest.approx([LR * DECAY, LR * DECAY / 2], rel=1e-3)
+    older = {"corrected_weight_decay": True, "rate": Rate()}  # a group of timm's before 1.0.31
+    _measure_decay({**older, "factor": 1.0}, LR)
+    with pytest.raises(UserError, match=r"wrong before timm 1\.0\.31 where parts"):
+        _measure_decay({**older, "factor": 0.5}, LR)
 
 
 @pytest.mark.parametrize("name", ["lamb", "muon", "laprop", "adafactorbv"])
