@@ -15,7 +15,7 @@ from clipcluster.build.stages import build_stages, check_loaded
 from clipcluster.data.loading.loader import Loader
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.activation_checkpointing import checkpoint_activations
-from clipcluster.model.norms import group_batch_norms, synchronise
+from clipcluster.model.norms import group_batch_norms, require_a_row_a_sample, synchronise
 from clipcluster.recipe.plan import Plan, accumulation_of, memory_advice, plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
@@ -140,6 +140,8 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Pa
 def prepare_towers(recipe: Recipe, model: Any) -> None:
     """Let the towers train as the recipe says: what batch norms see, and which activations are kept."""
     if recipe.train.batch_norm_group:
+        size = recipe.data.image.size
+        require_a_row_a_sample(model.image, torch.zeros(2, 3, size, size))
         group_batch_norms(model, recipe.train.batch_norm_group)
     if recipe.train.activation_checkpointing:
         checkpoint_activations(model)

@@ -82,6 +82,36 @@ def group_batch_norms(model: nn.Module, group: int) -> None:
         norm.__class__ = type(f"{kind.__name__}InGroups", (_InGroups, kind), {"group": group})
 
 
+@torch.no_grad()
+def require_a_row_a_sample(tower: nn.Module, images: Tensor) -> None:
+    """Refuse a tower with a batch norm whose rows are no samples but tokens or windows, as in LeViT.
+
+    images: (b, 3, S, S) float, for one forward pass as in evaluation; the modules' modes stay.
+    Raises UserError.
+    """
+    rows: dict[str, int] = {}
+    modes = [(module, module.training) for module in tower.modules()]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: rows.update({name: len(given[0])}))
+        for name, module in tower.named_modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    try:
+        tower.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    for name, count in rows.items():
+        if count != len(images):
+            raise UserError(
+                f"train.batch_norm_group: the batch norm {name} sees {count} rows for {len(images)} images "
+                "(tokens, or windows), and cannot group them by samples; remove the key, or choose another "
+                "tower"
+            )
+
+
 def synchronise(model: Any, world: World) -> None:
     """Let the statistics of every batch norm be those of all ranks' samples (torch's SyncBatchNorm).
 

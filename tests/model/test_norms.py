@@ -8,11 +8,18 @@ import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d
+from timm.models.levit import LinearNorm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipcluster.errors import UserError
-from clipcluster.model.norms import batch_norms, group_batch_norms, keep_in_float32, synchronise
+from clipcluster.model.norms import (
+    batch_norms,
+    group_batch_norms,
+    keep_in_float32,
+    require_a_row_a_sample,
+    synchronise,
+)
 from clipcluster.runtime.world import World
 
 CPU = torch.device("cpu")
@@ -159,6 +166,18 @@ def test_groups_are_normalised_as_if_each_came_alone(norm: nn.Module) -> None:
     torch.testing.assert_close(norm(x), norm[0].act(plain(x)) if dropped is not None else plain(x))
     assert keep_in_float32(norm) == 1  # around it
     assert norm.float().train()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_norm_over_tokens_is_refused() -> None:
+    """Its groups would be parts of one image."""
+    images = torch.rand(2, 3, 4, 4)
+    tower = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten(2), LinearNorm(16, 5))
+    tower[1].eval()
+    with pytest.raises(UserError, match=r"batch_norm_group: the batch norm 3\.bn sees 6 rows for 2 images"):
+        require_a_row_a_sample(tower, images)
+    assert [module.training for module in tower] == [True, False, True, True]
+    assert tower[0].num_batches_tracked == 0
+    require_a_row_a_sample(tower[:3], images)
 
 
 def test_a_norm_that_cannot_group_is_refused() -> None:
