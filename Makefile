@@ -1,9 +1,11 @@
 # make demo       set everything up and train on handwritten digits, on this machine
 # make test       set everything up and pass the tests, on a real SLURM cluster of one machine where possible
 # make test-all   the same with the long repetitions and the whole matrix of endings
+#                 JOBS=4: in so many processes; the tests of a cluster mostly wait
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -30,10 +32,10 @@ lint: $(INSTALLED)
 	lint-imports
 
 test: $(INSTALLED) slurm
-	python -m pytest -m "not long" -n 2 --dist loadfile --cov --cov-report=
+	python -m pytest -m "not long" -n $(JOBS) --dist loadfile --cov --cov-report=
 
 test-all: $(INSTALLED) slurm
-	python -m pytest --hypothesis-profile searching -n 2 --dist loadfile --cov --cov-report=
+	python -m pytest --hypothesis-profile searching -n $(JOBS) --dist loadfile --cov --cov-report=
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

@@ -116,10 +116,14 @@ def test_out_of_time(bench, nodes):
 def test_ranks_that_outlive_the_limit_are_a_timeout(bench):
     """SLURM kills ranks and script in one moment: on a busy machine the verdict may come just before."""
     run, job = bench.submit({"steps": 5000, "deaf": {}}, time="1 min")
-    attempt = run.attempt(1)
-    bench.until(lambda: history.last_verdict(attempt) or not bench.slurm.queue(job_ids=[job]), 180)
-    verdict = history.last_verdict(attempt)
-    if verdict is None:
+    newest = run.attempts_dir / "1"
+
+    def ended():
+        verdict = newest.exists() and history.last_verdict(run.attempt(1))
+        return verdict or not bench.slurm.queue(job_ids=[job])
+
+    verdict = bench.until(ended, 180)
+    if verdict is True:
         assert bench.gone(job) == "TIMEOUT"
         assert bench.state(run).name == "TIMEOUT"
     else:
