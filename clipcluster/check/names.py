@@ -26,11 +26,9 @@ def check_image_tower(name: str) -> str:
 
 def check_optimizer(name: str) -> str:
     """The same for the name of an optimizer; UserError also for one that cannot be used here."""
-    return (
-        ""
-        if name == "adamw"
-        else _check_timm(name, "optimizers", f"optimizer {name!r} that can be used here")
-    )
+    if name == "adamw":
+        return ""
+    return _check_timm(name, "optimizers", f"optimizer {name!r} that can be used here")
 
 
 def _check_timm(name: str, kind: str, called: str) -> str:
@@ -39,7 +37,7 @@ def _check_timm(name: str, kind: str, called: str) -> str:
         return f"{name!r}: the first check with --deep stores timm's list of names"
     if name in known:
         return ""
-    raise UserError(f"timm {metadata.version('timm')} has no {called}{did_you_mean(name, known)}")
+    raise UserError(f"timm {metadata.version('timm')} has no {called}{did_you_mean(name.lower(), known)}")
 
 
 def store_timm_names() -> None:

@@ -127,7 +127,9 @@ def _check_schedule(recipe: Recipe, warmup: int, cooldown: int, total: int) -> N
             f"{counted(total, 'step')} ({recipe.train.duration.shown}); shorten one, or train longer"
         )
     if recipe.optim.cooldown and not cooldown:
-        raise UserError(f"optim.cooldown {recipe.optim.cooldown} rounds to zero steps")
+        raise UserError(
+            f"optim.cooldown {recipe.optim.cooldown} rounds to zero steps; should be more, such as 20%"
+        )
 
 
 def _small_micro_batches(recipe: Recipe, per_rank: int, count: int) -> tuple[str, ...]:

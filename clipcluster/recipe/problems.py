@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from clipcluster.errors import UserError
 from clipcluster.recipe.environment import values
 from clipcluster.recipe.sections.base import (
+    KeyProblem,
     Section,
     is_list_of_sections,
     kinds_of,
@@ -24,7 +25,7 @@ from clipcluster.recipe.sections.base import (
     sections_of,
     walk,
 )
-from clipcluster.recipe.tree import Entry, Loc, Origin, Variable, dotted, find, origin_of
+from clipcluster.recipe.tree import Entry, Loc, Origin, Variable, dotted, find, loc_of, origin_of
 from clipcluster.text import did_you_mean, nearest
 
 S = TypeVar("S", bound=Section)
@@ -48,7 +49,7 @@ EXPECTED = {
     "string_too_long": "should have at most {max_length} characters",
     "string_too_short": "should not be empty",
     "string_type": "should be text; write it in quotes",
-    "too_short": "should have at least {min_length} entries",
+    "too_short": "should not be empty",
     "tuple_type": "should be a list",
     "value_error": "{error}",
 }
@@ -76,8 +77,12 @@ def validated(
             return recipe
     except ValidationError as error:
         for entry in error.errors(include_url=False):
-            key = Key.of(entry["loc"], model)
-            if not any(key.loc[: len(failed)] == failed for failed in problems):
+            problem = entry.get("ctx", {}).get("error")
+            about = loc_of(problem.key) if isinstance(problem, KeyProblem) else ()
+            key = Key.of((*entry["loc"], *about), model)
+            # pydantic counts the entries of a list without those that are wrong
+            inside = entry["type"] == "too_short" and any(at[: len(key.loc)] == key.loc for at in problems)
+            if not inside and not any(key.loc[: len(failed)] == failed for failed in problems):
                 problems[key.loc] = _message(key, entry, tree, model)
     lines = [problems[loc] for loc in sorted(problems, key=lambda loc: _line_order(origin_of(tree, loc)))]
     if len(lines) == 1:
@@ -142,8 +147,8 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
         return _two_kinds(key, value, tree)
     if kind == "kind_missing":
         return origin.problem(key.path, _no_kind(key, value))
+    keys = ", or ".join(", ".join(section.model_fields) for section in sections_of(key.field))
     if kind in ("model_type", "kind_type"):
-        keys = ", or ".join(", ".join(section.model_fields) for section in sections_of(key.field))
         expected = f"should be a section with the keys {keys}"
     elif kind == "literal_error":
         literals = [part for part in parts_of(key.field) if get_origin(part) is Literal]
@@ -151,7 +156,10 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
         word = str(value).lower().replace("bfloat", "bf").replace("float", "fp")  # FP16, float16
         expected = f"should be {' or '.join(choices)}{did_you_mean(word, choices)}"
     elif kind in EXPECTED:
-        expected = EXPECTED[kind].format(**entry.get("ctx", {}))
+        context = dict(entry.get("ctx", {}))
+        if isinstance(context.get("error"), KeyProblem):
+            context["error"] = context["error"].problem
+        expected = EXPECTED[kind].format(**context)
     else:  # a type that no key had when this was written: pydantic's own words
         expected = entry["msg"]
     examples = []
@@ -159,7 +167,10 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
         in_file = "{1}" if isinstance(key.loc[-1], int) else "{0}: {1}"
         form = in_file if origin.override is None else "'{0}={1}'"
         examples = [form.format(key.path, shape) for shape in _examples(key, _written(key.loc, value, tree))]
-        expected += f"; write {' or '.join(examples)}" if examples else ""
+        if examples:
+            expected += f"; write {' or '.join(examples)}"
+        elif kind == "tuple_type" and keys:
+            expected += f" of sections with the keys {keys}"
     if isinstance(value, dict) and not examples:
         return origin.problem(key.path, expected)
     return origin.problem(key.path, f"got {_given(key.loc, value, tree)}; {expected}")
@@ -181,6 +192,8 @@ def _examples(key: Key, value: Any) -> list[str]:
         single = [(kind, keys[0]) for keys, kind in zip(names, kinds, strict=True) if len(keys) == 1]
         shapes = [f"{{{n}: {shapes[0]}}}" for kind, n in single if not sections_of(kind.model_fields[n])]
     listed = not isinstance(key.loc[-1], int) and (not kinds or is_list_of_sections(key.field))
+    if listed and isinstance(value, dict) and any(str(name).isdecimal() for name in value):
+        return []  # a position in a list that is not there
     return [f"[{shape}]" if listed else shape for shape in shapes]
 
 
@@ -250,7 +263,8 @@ def _unknown(key: Key, root: type[Section]) -> str:
             return f"belongs to {around} with the key {name}; here it has the keys {', '.join(known)}"
     prefix = f"{around}." if around else ""
     everywhere = {path[-1]: ".".join(path).replace("*", "0") for path, _ in reversed(list(walk(root)))}
-    near = nearest(word, known)
+    below = next((path for path, _ in walk(key.around) if path[-1] == word), None)
+    near = ".".join(below).replace("*", "0") if below else nearest(word, known)
     meant = f"{prefix}{near}" if near else everywhere.get(word)
     if meant:
         return f"unknown key; did you mean {meant}?"

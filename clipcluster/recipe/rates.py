@@ -31,7 +31,9 @@ def rates(recipe: Recipe) -> Rates:
     optim = recipe.optim
     peak = _resolved(recipe, optim.lr)
     if optim.min_lr and optim.min_lr >= peak:
-        raise UserError(f"optim.min_lr {optim.min_lr:g} is not below optim.lr {_shown(recipe, optim.lr)}")
+        raise UserError(
+            f"optim.min_lr {optim.min_lr:g} is not below optim.lr {_shown(recipe, optim.lr)}; set it lower"
+        )
     factors = {}
     for name, given in _own(recipe).items():
         if given is not None and peak == 0:

@@ -89,12 +89,16 @@ def _check(own: Sequence[Freezing], total_steps: int) -> None:
     before = Freezing("", own[0].tower, -1, None, 1.0, 0, False, False)  # everything trains
     for freezing in own:
         if freezing.step >= total_steps:
-            raise UserError(f"{freezing} begins after the run's end: it has {counted(total_steps, 'step')}")
+            raise UserError(
+                f"{freezing} begins after the run's end: the run has {counted(total_steps, 'step')}; set "
+                f"{freezing.place}.at earlier, or train longer"
+            )
         if freezing.step + freezing.warmup > total_steps:
             raise UserError(
                 f"{freezing} would still warm up at the run's end: its warm-up takes "
                 f"{counted(freezing.warmup, 'step')}, after it the run has "
-                f"{counted(total_steps - freezing.step, 'step')}"
+                f"{counted(total_steps - freezing.step, 'step')}; shorten {freezing.place}.warmup, or train "
+                "longer"
             )
         if freezing.step == before.step:
             raise UserError(f"{before} and {freezing} begin at the same step; remove one of them")
@@ -102,7 +106,8 @@ def _check(own: Sequence[Freezing], total_steps: int) -> None:
         if freezing.what == before.what and not slow:
             held = f"says what {before} says" if before.place else "says what holds without it"
             raise UserError(
-                f"{freezing} changes nothing: it {held} (lr_scale and warmup are of what begins to train)"
+                f"{freezing} changes nothing: it {held} (lr_scale and warmup are for what begins to train); "
+                "remove it"
             )
         before = freezing
 

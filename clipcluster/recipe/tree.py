@@ -47,7 +47,10 @@ class Origin:
 
     def problem(self, dotted: str, message: str) -> str:
         """A message of one line: the place, the key, what is wrong with it."""
-        return ": ".join(filter(None, (self.place, self.override or dotted, message)))
+        written = (self.override or "").partition("=")[0]
+        return ": ".join(
+            filter(None, (self.place, self.override, dotted if dotted != written else "", message))
+        )
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def test_a_bias_belongs_to_siglip() -> None:
         task_of({"name": "siglip"}, None)
     with pytest.raises(UserError, match=r"model.logit_bias: the loss clip is the same with any bias"):
         task_of({}, {})
-    with pytest.raises(ValidationError, match="label_smoothing is not defined for siglip"):
+    with pytest.raises(ValidationError, match=r"label_smoothing: not defined for loss\.name siglip"):
         Loss(name="siglip", label_smoothing=0.1)
     # A model made with siglip trains on with clip, its bias fixed.
     assert not task_of({}, None, tiny_clip(logit_bias={})).model.logit_bias.requires_grad

@@ -137,7 +137,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
             "model.text={hf: gpt2, config: {n_layer: 2}}",
             "belongs to model.text with the key arch",
         ),
-        ("model.text={clip: {width: 10, heads: 3}}", "heads 3 does not divide width 10"),
+        ("model.text={clip: {width: 10, heads: 3}}", "3 does not divide width 10"),
         ("model.text.wieghts=x", "unknown key; did you mean model.text.weights?"),
         ("model.projection_bias=[words]", "should be image or text"),
         ("model.text.pool=men", "should be last or first or mean or pooler; did you mean mean?"),
@@ -181,12 +181,15 @@ def test_an_override_that_is_wrong(small: Small, override: str, said: str) -> No
 
 
 def test_a_model_is_of_towers_or_whole(small: Small) -> None:
-    assert "dual has both towers: leave out image and text, or" in message_of(small, "model.dual={hf: org/x}")
-    assert "image is missing: write image (and text), or dual" in message_of(small, "model.image=null")
+    assert "has both towers; remove image and text, or" in message_of(small, "model.dual={hf: org/x}")
+    assert "image is missing; write image (and text), or dual" in message_of(small, "model.image=null")
     whole = ("model.image=null", "model.text=null", "model.dual={hf: org/x, weights: pretrained}")
     assert small(*whole).recipe.model.dual == Dual(hf="org/x", weights="pretrained")
-    assert "dual.weights names others" in message_of(small, *whole, "model.weights=w.pt")
-    assert "image.weights names others" in message_of(small, "model.image.weights=a", "model.weights=w.pt")
+    both = "has other weights than model.weights, which are those of the whole model; remove one"
+    assert f"model.dual.weights: {both}" in message_of(small, *whole, "model.weights=w.pt")
+    assert f"model.image.weights=a: {both}" in message_of(
+        small, "model.image.weights=a", "model.weights=w.pt"
+    )
 
 
 def test_a_wrong_shape_in_a_file_is_answered_as_a_file_has_it(small: Small, recipe_file: Path) -> None:
@@ -256,7 +259,7 @@ def test_a_percentage_is_of_the_run(small: Small) -> None:
 
 
 def test_a_wrong_type_is_said_once(small: Small) -> None:
-    assert message_of(small, "optim.lr=high").endswith("got 'high'; should be a number")
+    assert message_of(small, "optim.lr=high").endswith("sqrt}, scaled to the global batch")
     assert message_of(small, "data.batch_size=1.5").endswith("got 1.5; should be a whole number")
 
 
@@ -661,3 +664,44 @@ def test_reading_a_recipe_loads_nothing_heavy() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "said"),
+    [
+        (
+            "loss:\n  name: siglip\n  label_smoothing: 0.1\n",
+            3,
+            "loss.label_smoothing: not defined for loss.name",
+        ),
+        ("\ndata:\n  mixup: {}\n", 3, "data.mixup: task contrastive does not use it; remove it, or set task"),
+        ("optim:\n  betas: [0.9, 0.99]\n  cooldown: 5%\n", 3, "optim.cooldown: schedule cosine has none"),
+    ],
+)
+def test_what_a_section_refuses_is_named_at_the_line_of_its_key(
+    recipe_file: Path, tmp_path: Path, lines: str, line: int, said: str
+) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"{lines}extends: {recipe_file}\n")
+    with pytest.raises(UserError) as caught:
+        load(child)
+    assert f"child.yaml:{line}: {said}" in str(caught.value)
+
+
+def test_a_section_on_the_command_line_has_its_keys_named(small: Small) -> None:
+    given = "optim={lr: 1, lrr: 3}"
+    message = message_of(small, given)
+    assert message == f"from the command line: {given}: optim.lrr: unknown key; did you mean optim.lr?"
+
+
+def test_a_list_with_a_wrong_entry_has_one_error(small: Small) -> None:
+    message = message_of(small, "task=distill", "distill={stored: {widths: [0]}}")
+    assert message.endswith("distill.stored.widths.0: got 0; should be at least 1")
+
+
+def test_an_entry_of_a_list_that_is_not_there(small: Small) -> None:
+    message = message_of(small, "freeze.0.tower=text")
+    assert message.endswith(
+        "freeze: should be a list of sections with the keys at, tower, trainable, lr_scale, "
+        "warmup, batch_norm, norms"
+    )

@@ -42,20 +42,29 @@ CLASSIFIER = {"image": {"timm": "convnext_atto"}}
     ("changes", "said"),
     [
         ({"model": CLASSIFIER}, "the key model.text is missing: task contrastive needs a text tower"),
-        ({"task": "classify"}, "model.text belongs to task contrastive"),
+        (
+            {"task": "classify"},
+            "model.text: task classify does not use it; remove it, or set task to contrastive or distill",
+        ),
         (
             {"task": "classify", "model": {**CLASSIFIER, "embed_dim": 8}},
-            "model.embed_dim belongs to task contr",
+            "model.embed_dim: task classify does not use it",
         ),
         (
             {"task": "classify", "model": {**CLASSIFIER, "logit_scale": {"init": 2.0}}},
-            "model.logit_scale belo",
+            "model.logit_scale: task classify does not use it",
         ),
-        ({"model": {**recipe_of()["model"], "classes": 3}}, "model.classes belongs to task classify"),
-        ({"evaluate": {"classification": ["x"]}}, "evaluate.classification cannot measure task contrastive"),
+        (
+            {"model": {**recipe_of()["model"], "classes": 3}},
+            "model.classes: task contrastive does not use it",
+        ),
+        (
+            {"evaluate": {"classification": ["x"]}},
+            "evaluate.classification: task contrastive cannot be measured so; use evaluate.retr",
+        ),
         (
             {"task": "classify", "model": CLASSIFIER, "evaluate": {"zero_shot": ["x"]}},
-            "evaluate.zero_shot cannot measure task classify; use evaluate.classification",
+            "evaluate.zero_shot: task classify cannot be measured so; use evaluate.classification",
         ),
     ],
 )

@@ -49,7 +49,7 @@ def test_durations_become_steps_and_each_towers_entries_are_in_order(small: Smal
     [
         (
             ["tower: text, trainable: none, at: 2 epochs"],
-            r"from step 20\) begins after the run's end: it has 20",
+            r"from step 20\) begins after the run's end: the run has 20",
         ),
         (
             ["tower: text, trainable: none", "tower: text, trainable: all, at: 19 steps, warmup: 2 steps"],
@@ -77,8 +77,8 @@ def test_an_entry_without_effect_is_refused(small: Small, given: list[str], mess
     [
         ("tower: text, trainable: last 0", "got 'last 0'; should be none, all or 'last N'"),
         ("tower: text, trainable: null", "got nothing; should be none, all or 'last N'"),
-        ("tower: text, trainable: none, lr_scale: 0.1", "lr_scale is of what begins to train"),
-        ("tower: text, trainable: none, warmup: 5 steps", "warmup is of what begins to train"),
+        ("tower: text, trainable: none, lr_scale: 0.1", "lr_scale: is for what begins to train"),
+        ("tower: text, trainable: none, warmup: 5 steps", "warmup: is for what begins to train"),
         ("tower: texts, trainable: none", "should be image or text"),
     ],
 )

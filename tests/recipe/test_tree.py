@@ -146,7 +146,9 @@ def test_an_override_is_a_path_and_a_value(text: str, path: list[str], value: ob
     keys, entry = parse_override(text)
     assert keys == path
     assert entry.value == value
-    assert entry.origin.problem("a", "wrong") == f"from the command line: {text}: wrong"
+    key = ".".join(path)
+    assert entry.origin.problem(key, "wrong") == f"from the command line: {text}: wrong"
+    assert entry.origin.problem(f"{key}.b", "wrong") == f"from the command line: {text}: {key}.b: wrong"
 
 
 @pytest.mark.parametrize("text", ["a", "=3", "a..b=3", ".a=1", "a=[1", "a=*x"])

@@ -51,13 +51,13 @@ def check_classes(count: int, sources: Sequence[Metadata]) -> None:
         highest, without = classes_of(source)
         if without:
             raise UserError(
-                f"data.train.{number} {source.name}: {without:,} of {source.n_samples:,} samples have no "
+                f"data.train.{number} ({source.name}): {without:,} of {source.n_samples:,} samples have no "
                 "class (KEY.cls), and task classify needs one of each"
             )
         if highest >= count:
             raise UserError(
-                f"data.train.{number} {source.name} has a sample of class {highest}, and the model {count:,} "
-                f"classes (0 to {count - 1}); set model.classes to at least {highest + 1}, and complete "
+                f"data.train.{number} ({source.name}) has a sample of class {highest}, and the model "
+                f"{count:,} classes (0 to {count - 1}); set model.classes to at least {highest + 1}, and complete "
                 f"{CLASS_NAMES}"
             )
 

@@ -28,6 +28,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
+class KeyProblem(ValueError):
+    """A validator's error about one key of its section, so that the message names the key and its line.
+
+    key: the key's path from the section, dotted. problem: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key, self.problem = key, problem
+
+
 def key(
     mark: Mark,
     description: str,

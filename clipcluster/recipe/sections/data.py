@@ -44,7 +44,7 @@ def _strengths(value: object) -> object:
 
 def _small_hue(value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
     if min(value) < 0 or value[3] > 0.5:
-        raise ValueError("should be numbers from 0, the fourth (hue) at most 0.5")
+        raise ValueError("should be numbers of at least 0, the fourth (hue) at most 0.5")
     return value
 
 
@@ -253,7 +253,7 @@ class Mixup(Section):
     @model_validator(mode="after")
     def _one_at_least(self) -> Mixup:
         if self.alpha == self.cutmix == 0:
-            raise ValueError("alpha and cutmix are both 0: remove mixup, or give one of them")
+            raise ValueError("alpha and cutmix are both 0; set one of them above 0, or remove mixup")
         return self
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from clipcluster.recipe.sections.base import Kinds, Section, key, section
+from clipcluster.recipe.sections.base import KeyProblem, Kinds, Section, key, section
 from clipcluster.recipe.sections.model import Model
 from clipcluster.recipe.sections.values import Deviation, Float, Int, Mean
 
@@ -111,11 +111,13 @@ class Distill(Section):
     @model_validator(mode="after")
     def _one_kind(self) -> Distill:
         if (self.stored is None) == (not self.teachers):
-            raise ValueError("should have either stored or teachers")
-        weights = (self.weight, self.feature_mse, self.feature_cosine)
-        if not any(weights):
-            raise ValueError(
-                "weight, feature_mse and feature_cosine are all 0: nothing is learned from teachers"
+            both = "not both" if self.teachers else "and has neither"
+            raise ValueError(f"needs stored: {{}}, or teachers, such as [{{run: FOLDER}}], {both}")
+        if not any((self.weight, self.feature_mse, self.feature_cosine)):
+            raise KeyProblem(
+                "weight",
+                "feature_mse and feature_cosine are 0 too, so that nothing is learned from teachers; set one "
+                "of the three above 0",
             )
         return self
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema, model_validator
 
-from clipcluster.recipe.sections.base import Section, key
+from clipcluster.recipe.sections.base import KeyProblem, Section, key
 from clipcluster.recipe.sections.values import Float
 from clipcluster.recipe.units import Duration
 
@@ -63,5 +63,7 @@ class Freeze(Section):
     def _something_begins(self) -> Freeze:
         if self.trainable == "none" and self.norms == "frozen" and (self.lr_scale != 1 or self.warmup.count):
             name = "lr_scale" if self.lr_scale != 1 else "warmup"
-            raise ValueError(f"{name} is of what begins to train, and with trainable: none nothing does")
+            raise KeyProblem(
+                name, "is for what begins to train, and with trainable: none nothing does; remove it"
+            )
         return self

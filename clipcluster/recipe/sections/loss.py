@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from clipcluster.recipe.sections.base import Section, key
+from clipcluster.recipe.sections.base import KeyProblem, Section, key
 from clipcluster.recipe.sections.values import Float, Int
 
 
@@ -36,5 +36,5 @@ class Loss(Section):
     @model_validator(mode="after")
     def _smoothed(self) -> Loss:
         if self.name == "siglip" and self.label_smoothing:
-            raise ValueError("label_smoothing is not defined for siglip; remove it, or set name to clip")
+            raise KeyProblem("label_smoothing", "not defined for loss.name siglip; remove it, or set clip")
         return self

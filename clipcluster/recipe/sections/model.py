@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from clipcluster.recipe.sections.base import Kinds, Section, key, section
+from clipcluster.recipe.sections.base import KeyProblem, Kinds, Section, key, section
 from clipcluster.recipe.sections.values import Float, Int
 
 
@@ -126,7 +126,7 @@ class ClipText(Section):
     @model_validator(mode="after")
     def _whole_heads(self) -> ClipText:
         if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+            raise KeyProblem("heads", f"{self.heads} does not divide width {self.width}; change one of them")
         return self
 
 
@@ -171,7 +171,7 @@ class LogitScale(Section):
     @model_validator(mode="after")
     def _below_the_bound(self) -> LogitScale:
         if self.max is not None and self.init > self.max:
-            raise ValueError(f"init {self.init:g} is above max {self.max:g}")
+            raise KeyProblem("init", f"{self.init:g} is above max {self.max:g}; lower it, or raise max")
         return self
 
 
@@ -219,13 +219,14 @@ class Model(Section):
     def _one_start(self) -> Model:
         parts = [name for name in ("image", "text", "dual") if getattr(self, name) is not None]
         if self.dual is not None and len(parts) > 1:
-            raise ValueError(f"dual has both towers: leave out {' and '.join(parts[:-1])}, or dual")
+            raise KeyProblem("dual", f"has both towers; remove {' and '.join(parts[:-1])}, or dual")
         if not parts or parts == ["text"]:
-            raise ValueError("the key image is missing: write image (and text), or dual")
+            raise ValueError("the key image is missing; write image (and text), or dual")
         started = [name for name in parts if getattr(self, name).weights]
         if self.weights and started:
-            raise ValueError(
-                f"weights are those of the whole model, and {started[0]}.weights names others: leave one out"
+            raise KeyProblem(
+                f"{started[0]}.weights",
+                "has other weights than model.weights, which are those of the whole model; remove one",
             )
         return self
 

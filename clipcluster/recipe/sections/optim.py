@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic import (
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
-from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.base import KeyProblem, Section, key, section
 from clipcluster.recipe.sections.values import Float, Pair
 from clipcluster.recipe.units import Duration
 from clipcluster.text import did_you_mean
@@ -46,14 +53,16 @@ class PerBatch:
             if name not in allowed:
                 hint = did_you_mean(name, allowed)
                 raise ValueError(f"has the key {name}; should have {', '.join(allowed)}{hint}")
-        found = {"per": 256, "scaling": "linear", **value}
-        base, per = found.get("base"), found["per"]
+        found = {"base": "missing", "per": 256, "scaling": "linear", **value}
+        base, per = found["base"], found["per"]
         if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 <= base < float("inf"):
-            raise ValueError("needs base, a number that is at least 0, such as {base: 5e-4, per: 256}")
+            raise ValueError(
+                f"base is {base}; should be a number, at least 0, as in {{base: 5e-4, per: 256}}"
+            )
         if isinstance(per, bool) or not isinstance(per, int) or per < 1:
-            raise ValueError("per should be a whole number of samples, at least 1")
+            raise ValueError(f"per is {per}; should be a whole number of samples, at least 1")
         if found["scaling"] not in ("linear", "sqrt"):
-            raise ValueError("scaling should be linear or sqrt")
+            raise ValueError(f"scaling is {found['scaling']}; should be linear or sqrt")
         return cls(float(base), per, found["scaling"])
 
 
@@ -64,7 +73,12 @@ class _NumberOrPerBatch:
         def read(value: Any, number: Any) -> Any:
             if isinstance(value, Mapping):
                 return PerBatch.parse(value)
-            return value if isinstance(value, PerBatch) else number(value)
+            try:
+                return value if isinstance(value, PerBatch) else number(value)
+            except ValidationError as error:
+                if error.errors()[0]["type"] in ("float_parsing", "float_type"):
+                    raise ValueError(f"should be {_PER_BATCH}") from None
+                raise
 
         return core_schema.no_info_wrap_validator_function(
             read,
@@ -119,7 +133,7 @@ class ImageTowerOptim(TowerOptim):
     @model_validator(mode="after")
     def _needs_layer_decay(self) -> ImageTowerOptim:
         if self.layer_ids == "groups" and self.layer_decay is None:
-            raise ValueError("layer_ids groups has no effect without layer_decay")
+            raise KeyProblem("layer_ids", "has no effect without layer_decay; set it, or remove layer_ids")
         return self
 
 
@@ -199,23 +213,27 @@ class Optim(Section):
     @model_validator(mode="after")
     def _belongs_to_the_schedule(self) -> Optim:
         if (self.cooldown is None) == (self.schedule == "wsd"):
-            missing = (
-                "needs cooldown, such as 20%" if self.cooldown is None else "has no cooldown; only wsd has"
+            if self.cooldown is None:
+                raise KeyProblem("schedule", "wsd needs optim.cooldown, such as 20%")
+            raise KeyProblem(
+                "cooldown", f"schedule {self.schedule} has none; remove it, or set schedule to wsd"
             )
-            raise ValueError(f"schedule {self.schedule} {missing}")
         if self.min_lr and self.schedule == "constant":
-            raise ValueError("schedule constant has no min_lr; linear, cosine and wsd fall to it")
+            raise KeyProblem("min_lr", "schedule constant has none; remove it, or use linear, cosine or wsd")
         if self.weight_decay_end is not None and not any(
             (self.weight_decay, self.image.weight_decay, self.text.weight_decay)
         ):
-            raise ValueError("weight_decay_end has no effect: weight_decay is 0 and stays; set it above 0")
+            raise KeyProblem(
+                "weight_decay_end",
+                "has no effect: weight_decay is 0 and stays 0; remove it, or set that above 0",
+            )
         return self
 
     @model_validator(mode="after")
     def _belongs_to_the_optimizer(self) -> Optim:
         if self.name == "adamw" and self.args:
-            raise ValueError("args are for other optimizers; adamw has betas and eps")
+            raise KeyProblem("args", "not for adamw, which has optim.betas and optim.eps; remove it")
         for name in ("betas", "eps") if self.name != "adamw" else ():
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is adamw's; {self.name} takes it in args: {{{name}: …}}")
+                raise KeyProblem(name, f"for adamw; {self.name} takes it in optim.args: {{{name}: …}}")
         return self

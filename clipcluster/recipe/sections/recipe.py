@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import WithJsonSchema, model_validator
 
-from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.base import KeyProblem, Section, key, section
 from clipcluster.recipe.sections.checkpoint import Checkpoint
 from clipcluster.recipe.sections.checks import Checks
 from clipcluster.recipe.sections.cluster import Cluster
@@ -57,17 +57,19 @@ class Recipe(Section):
             raise ValueError(f"the key model.text is missing: task {self.task} needs a text tower")
         for number, entry in enumerate(self.freeze):
             if entry.tower == "text" and not spec.captions:
-                raise ValueError(f"freeze.{number}.tower: task {self.task} has no text tower")
+                raise KeyProblem(f"freeze.{number}.tower", f"task {self.task} has no text tower; remove it")
         for needed, keys in KEYS.items():
-            others = ", ".join(name for name, other in TASKS.items() if getattr(other, needed))
+            others = " or ".join(name for name, other in TASKS.items() if getattr(other, needed))
             for path in () if getattr(spec, needed) else keys:
                 section_name, name = path.split(".")
                 if not _at_default(getattr(self, section_name), name):
-                    raise ValueError(f"{path} belongs to task {others}; remove it, or set task")
+                    raise KeyProblem(
+                        path, f"task {self.task} does not use it; remove it, or set task to {others}"
+                    )
         for kind in METRICS.keys() - set(spec.evaluations):
             if getattr(self.evaluate, kind):
-                fitting = ", ".join(f"evaluate.{own}" for own in spec.evaluations)
-                raise ValueError(f"evaluate.{kind} cannot measure task {self.task}; use {fitting}")
+                fitting = " or ".join(f"evaluate.{own}" for own in spec.evaluations)
+                raise KeyProblem(f"evaluate.{kind}", f"task {self.task} cannot be measured so; use {fitting}")
         return self
 
     @model_validator(mode="after")
@@ -77,14 +79,16 @@ class Recipe(Section):
                 "task distill needs the section distill, such as distill: {teachers: [{run: FOLDER}]}"
             )
         if self.task != "distill" and self.distill is not None:
-            raise ValueError(f"distill belongs to task distill, and the task is {self.task}; remove it")
+            raise KeyProblem(
+                "distill", f"task {self.task} does not use it; remove it, or set task to distill"
+            )
         if self.distill is not None and self.distill.stored is not None:
             drawn = ("crop_scale", "crop_ratio", "flip", "augment", "color_jitter", "random_erasing")
             for name in drawn:
                 if not _at_default(self.data.image, name):
-                    raise ValueError(
-                        f"data.image.{name} changes nothing: with distill.stored the images are augmented as "
-                        "the teachers saw them; remove it"
+                    raise KeyProblem(
+                        f"data.image.{name}",
+                        "has no effect with distill.stored, whose augmentations are applied; remove it",
                     )
         return self
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.base import KeyProblem, Section, key, section
 from clipcluster.recipe.sections.values import Float, Int
 from clipcluster.recipe.units import Duration, Length
 
@@ -100,8 +100,9 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_kind_of_statistics(self) -> Train:
         if self.sync_batch_norm and self.batch_norm_group:
-            raise ValueError(
-                "sync_batch_norm takes statistics over all ranks and batch_norm_group over parts of one's "
-                "samples; set one of them"
+            raise KeyProblem(
+                "sync_batch_norm",
+                "takes statistics over all ranks, and batch_norm_group over parts of each rank's samples; "
+                "remove one of them",
             )
         return self

@@ -35,7 +35,7 @@ def test_the_number_of_classes_is_the_given_one_or_that_of_the_names() -> None:
 
 def test_every_sample_has_a_class_that_the_model_has() -> None:
     check_classes(3, [labelled(0, 1, 2), labelled()])
-    with pytest.raises(UserError, match=r"data.train.1 train: 2 of 4 samples have no class \(KEY.cls\)"):
+    with pytest.raises(UserError, match=r"data.train.1 \(train\): 2 of 4 samples have no class \(KEY.cls\)"):
         check_classes(3, [labelled(0), labelled(0, -1, 2, -1)])
     with pytest.raises(UserError, match=r"a sample of class 3, and the model 3 classes \(0 to 2\)"):
         check_classes(3, [labelled(0, 3)])
