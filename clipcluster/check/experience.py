@@ -26,7 +26,7 @@ _RESNET = re.compile(r"resne[xs]?t|res2net")
 
 
 def findings(recipe: Recipe, plan: Plan, samples: int) -> Iterator[Finding]:
-    """What experience speaks against, (name, text) each; `samples` as the sampler counts them."""
+    """The settings that are known to train badly, (name, text) each; `samples` as the sampler counts them."""
     for check in (_warmup, _steps, _beta2, _text, _augmentation, _learning_rate):
         text = check(recipe, plan, samples)
         if text is not None:
@@ -101,7 +101,7 @@ def _augmentation(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
     return (
         "weak-augmentation",
         f"data.image.crop_scale begins at {image.crop_scale[0]:g}: an image tower from scratch sees "
-        f"{samples:,} samples {passes:.0f} times, hardly changed, and learns them by heart; [0.4, 1.0] is "
+        f"{samples:,} samples {passes:.0f} times, hardly changed, and memorises them; [0.4, 1.0] is "
         "usual at this size",
     )
 

@@ -297,7 +297,7 @@ def check_fits(settings: Any, tokenizer: Tokenizer, *, longer: bool = False) -> 
         )
     if settings.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.text: the tower knows {settings.vocab_size} tokens, "
+            f"model.text: the tower's vocabulary has {settings.vocab_size} tokens, "
             f"the tokenizer has {tokenizer.vocab_size}. Set data.text.tokenizer to the tokenizer that "
             "the tower was trained with, or remove vocab_size."
         )

@@ -79,12 +79,14 @@ def page() -> str:
     made = _made()
     introduction = (DOCS / PAGE).read_text(encoding="utf-8").partition(_KEYS)[0]
     parts = [introduction, _KEYS, "\n", _table(Recipe, made["properties"])]
-    parts += _sections(Recipe, made["$defs"], "")
+    parts += _sections(Recipe, made["$defs"], "", {})
     return "".join(parts).rstrip() + "\n"
 
 
-def _sections(model: type[Section], definitions: dict[str, Any], prefix: str) -> list[str]:
-    """The parts of the page for the sections below one."""
+def _sections(
+    model: type[Section], definitions: dict[str, Any], prefix: str, shown: dict[type[Section], str]
+) -> list[str]:
+    """The parts of the page for the sections below one; `shown`: the titles of those that had such parts."""
     parts = []
     for name, field in model.model_fields.items():
         if not sections_of(field):
@@ -95,14 +97,21 @@ def _sections(model: type[Section], definitions: dict[str, Any], prefix: str) ->
             kind = "Absent unless written."
         parts.append(f"\n### {title}\n\n{(field.description or '').rstrip('.')}. {kind}".rstrip() + "\n\n")
         kinds = kinds_of(field)
+        same = next((shown[inner] for inner in sections_of(field) if inner in shown), None)
+        if same:
+            parts.append(f"The keys are those of [`{same}`](#{same}).\n")
+            continue
         if kinds:
             parts.append(f"One of {len(kinds)} kinds, each recognised by a key that only it has.\n")
         for inner in sections_of(field):
             about = next((f"\nWith `{name}`:\n\n" for name, kind in kinds.items() if kind is inner), "")
             parts += [about, _table(inner, definitions[inner.__name__]["properties"])]
-            parts += _sections(
-                inner, definitions, f"{title}.N." if is_list_of_sections(field) else f"{title}."
+            below = _sections(
+                inner, definitions, f"{title}.N." if is_list_of_sections(field) else f"{title}.", shown
             )
+            if below:
+                shown[inner] = title
+            parts += below
     return parts
 
 
@@ -138,7 +147,7 @@ def _type(value: dict[str, Any]) -> str:
     if kind == "array":
         if value.get("minItems") and value.get("minItems") == value.get("maxItems"):
             return f"{value['minItems']} numbers"
-        return f"list of {_WORDS[value['items']['type']]}"
+        return f"list of {_type(value['items'])}"
     if kind == "object":
         return "mapping"
     return _WORDS[str(kind)] + _bounds(value)

@@ -68,13 +68,10 @@ def loader(
 
     from tools.bench.loader import Settings, measure, synthetic_photographs
 
-    numbers = workers.split(",")
-    if not all(number.isdecimal() and int(number) for number in numbers):
-        raise UserError(f"--workers {workers}: give one or more numbers from 1, such as 1,2")
+    counts = _worker_counts(workers)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     with synthetic_photographs() if shards is None else nullcontext(shards) as folder:
-        counts = tuple(map(int, numbers))
         settings = Settings(
             folder, index, counts, size, batch_size, seconds, repetitions, peer, normalise, augmented
         )
@@ -86,6 +83,13 @@ def loader(
         return
     for result in document["results"]:
         _say_result(result)
+
+
+def _worker_counts(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise UserError(f"--workers {text}: give one or more numbers from 1, such as 1,2")
+    return tuple(map(int, numbers))
 
 
 def _say_result(result: dict[str, Any]) -> None:

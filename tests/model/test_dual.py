@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.text\.context_length: 10, but SigLIP.* 12 positions"):
         built(tmp_path / "siglip", tokens=shorter)
     larger = SimpleNamespace(vocab_size=50, pad_id=0, eos_id=1, context_length=12)
-    with pytest.raises(UserError, match=r"the tower knows 40 tokens"):
+    with pytest.raises(UserError, match=r"the tower's vocabulary has 40 tokens"):
         built(tmp_path / "siglip", tokens=larger)
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(

@@ -277,6 +277,23 @@ class Unrehearsed(Step):
     needs_rehearsal = False
 
 
+def saver_of(script: Script, attempt: Any, world: World, records: Records) -> Saver:
+    constants = {
+        "index": [{"name": "toy", "fingerprint": script.index, "shards": {"shard-0": script.index}}],
+        "starting_weights": {"image": script.weights},
+        "plan": {"total_steps": script.steps},
+    }
+    checkpoints = SlowDisk(attempt, about={"world_size": world.size})
+    checkpoints.seconds, checkpoints.blind = script.slow_disk, script.blind == world.rank
+    return Saver(
+        checkpoints,
+        records,
+        keep=Keep(last=script.keep_last, best=Best(metric=script.keep_best) if script.keep_best else None),
+        constants=constants,
+        every_steps=script.save_every,
+    )
+
+
 def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> Trainer:
     torch.manual_seed(7)
     model = Towers() if script.freeze is None else RealTowers()
@@ -299,21 +316,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         parts["seen"] = task.seen
     if script.replicas:
         parts["replica"] = Replica(model)
-    constants = {
-        "index": [{"name": "toy", "fingerprint": script.index, "shards": {"shard-0": script.index}}],
-        "starting_weights": {"image": script.weights},
-        "plan": {"total_steps": script.steps},
-    }
-    checkpoints = SlowDisk(attempt, about={"world_size": world.size})
-    checkpoints.seconds, checkpoints.blind = script.slow_disk, script.blind == world.rank
     records = Records(attempt, world, samples=100, limit=0.002)
-    saver = Saver(
-        checkpoints,
-        records,
-        keep=Keep(last=script.keep_last, best=Best(metric=script.keep_best) if script.keep_best else None),
-        constants=constants,
-        every_steps=script.save_every,
-    )
     slot = world.rank * (BATCH // world.size)
     statistics = RunningStatistics(task, world)
     strategy = BACKWARD[script.backward]
@@ -340,7 +343,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         step=step,
         feed=Feed(lambda at: ToyBatches(script, world, stop, at), world.device, metrics.waited),
         parts=parts,
-        saver=saver,
+        saver=saver_of(script, attempt, world, records),
         evaluations=evaluations,
         metrics=metrics,
         records=records,

@@ -57,8 +57,8 @@ def check_classes(count: int, sources: Sequence[Metadata]) -> None:
         if highest >= count:
             raise UserError(
                 f"data.train.{number} ({source.name}) has a sample of class {highest}, and the model "
-                f"{count:,} classes (0 to {count - 1}); set model.classes to at least {highest + 1}, and complete "
-                f"{CLASS_NAMES}"
+                f"{count:,} classes (0 to {count - 1}); set model.classes to at least {highest + 1}, and "
+                f"complete {CLASS_NAMES}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The section `checks`: what the check warns of and a recipe means nevertheless. No torch."""
+"""The section `checks`: findings of the check that are intended. No torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ CheckName = Literal[
 
 
 class Checks(Section):
-    """What the check warns of and the recipe means nevertheless."""
+    """Findings of the check that are intended."""
 
     allow: tuple[CheckName, ...] = key(
-        "record", "Checks by name whose finding is intended: it is then reported and is no warning.", ()
+        "record",
+        "Names of checks whose findings are intended: these are then part of the summary and no warnings.",
+        (),
     )

@@ -111,13 +111,16 @@ class Source(Section):
 class RandomErasing(Section):
     """Rectangles of training images that are erased."""
 
-    probability: Float = key("result", "Of erasing at all.", 0.25, gt=0, le=1)
+    probability: Float = key("result", "Probability of erasing, for each image.", 0.25, gt=0, le=1)
     mode: Literal["pixel", "rand", "const"] = key(
         "result",
-        "What the rectangles become: random pixels, one random colour each, or the mean colour.",
+        "What the rectangles become: pixel (random pixels), rand (one random colour each) or const (the mean "
+        "colour).",
         "pixel",
     )
-    count: Int = key("result", "Most rectangles of an image; they share the erased area.", 1, ge=1)
+    count: Int = key(
+        "result", "Upper bound of the rectangles of an image; they share the erased area.", 1, ge=1
+    )
 
 
 class EvaluationImage(Section):
@@ -131,8 +134,8 @@ class EvaluationImage(Section):
     )
     crop_pct: Float = key(
         "record",
-        "Part of the resized side that the centre square keeps: it is resized to size / crop_pct, rounded "
-        "down (0.875: 256 for 224).",
+        "Fraction of the resized side that the centre square keeps: it is resized to size / crop_pct, "
+        "rounded down (0.875: 256 for 224).",
         1.0,
         gt=0,
         le=1,
@@ -242,12 +245,17 @@ class Text(Section):
 class Mixup(Section):
     """Training images and their classes mixed in pairs: mixup or cutmix."""
 
-    alpha: Float = key("result", "Of mixup's beta distribution; 0: no mixup.", 0.8, ge=0)
-    cutmix: Float = key("result", "Of cutmix's beta distribution; 0: no cutmix.", 1.0, ge=0)
-    probability: Float = key("result", "Of mixing at all, at each draw.", 1.0, gt=0, le=1)
-    switch: Float = key("result", "Probability of cutmix where there are both.", 0.5, ge=0, le=1)
+    alpha: Float = key("result", "Parameter of mixup's beta distribution; 0: no mixup.", 0.8, ge=0)
+    cutmix: Float = key("result", "Parameter of cutmix's beta distribution; 0: no cutmix.", 1.0, ge=0)
+    probability: Float = key("result", "Probability of mixing, at each draw.", 1.0, gt=0, le=1)
+    switch: Float = key(
+        "result", "Probability of cutmix instead of mixup, where there are both.", 0.5, ge=0, le=1
+    )
     mode: Literal["batch", "pair", "elem"] = key(
-        "result", "What is drawn for: the global batch, each pair of samples, or each sample.", "batch"
+        "result",
+        "What a draw is made for: batch (the global batch), pair (each pair of samples) or elem (each "
+        "sample).",
+        "batch",
     )
 
     @model_validator(mode="after")

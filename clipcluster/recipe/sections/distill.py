@@ -26,11 +26,11 @@ class Stored(Section):
         (768, 768),
         min_length=1,
     )
-    scale: Float = key("result", "Factor of the teachers' similarities (1 / temperature).", 100.0, gt=0)
+    scale: Float = key("result", "Logit scale of the teachers (1 / temperature).", 100.0, gt=0)
 
 
 def _scale() -> Any:
-    return key("result", "Factor of its similarities (1 / temperature). Default: its own.", None, gt=0)
+    return key("result", "Logit scale of the teacher (1 / temperature). Default: its own.", None, gt=0)
 
 
 class RunTeacher(Section):
@@ -38,8 +38,8 @@ class RunTeacher(Section):
 
     run: str = key(
         "result",
-        "Folder of its run (the newest checkpoint is taken), or of one of its checkpoints. The moving "
-        "average is taken where there is one.",
+        "Folder of the teacher's run (its newest checkpoint is taken), or of one of its checkpoints. The "
+        "moving average is taken where there is one.",
         path="path",
         min_length=1,
     )
@@ -49,26 +49,38 @@ class RunTeacher(Section):
 class TeacherImage(Section):
     """The images as a teacher takes them."""
 
-    size: Int | None = key("result", "Side in pixels. Default: the student's.", None, ge=1)
-    mean: Mean | None = key("result", "Mean of each channel. Default: the student's.", None)
-    std: Deviation | None = key("result", "Deviation of each channel. Default: the student's.", None)
+    size: Int | None = key(
+        "result", "Side of the square input, in pixels. Default: the student's.", None, ge=1
+    )
+    mean: Mean | None = key(
+        "result", "Mean of each channel, as data.image.mean. Default: the student's.", None
+    )
+    std: Deviation | None = key(
+        "result", "Standard deviation of each channel, as data.image.std. Default: the student's.", None
+    )
 
 
 class TeacherText(Section):
     """The captions as a teacher takes them."""
 
     tokenizer: str | None = key(
-        "result", "As data.text.tokenizer. Default: the student's.", None, path="name", min_length=1
+        "result",
+        "Tokenizer, as data.text.tokenizer. Default: the student's.",
+        None,
+        path="name",
+        min_length=1,
     )
-    context_length: Int | None = key("result", "Number of tokens. Default: the student's.", None, ge=2)
+    context_length: Int | None = key(
+        "result", "Number of tokens, as data.text.context_length. Default: the student's.", None, ge=2
+    )
 
 
 class ModelTeacher(Section):
     """A teacher by its model, as the section `model` of a recipe has it."""
 
-    model: Model = section("Its towers and its weights, which are needed.")
-    image: TeacherImage = section("Its images.", {})
-    text: TeacherText = section("Its captions.", {})
+    model: Model = section("The teacher's towers and weights; all of its weights are needed.")
+    image: TeacherImage = section("How the teacher takes images, where it differs.", {})
+    text: TeacherText = section("How the teacher takes captions, where it differs.", {})
     scale: Float | None = _scale()
 
 

@@ -34,7 +34,7 @@ class Freeze(Section):
     """What of a tower trains from a step on."""
 
     at: Duration = key("result", "From when on the entry holds, until the tower's next.", "0 steps")
-    tower: Literal["image", "text"] = key("result", "The tower that it is about.")
+    tower: Literal["image", "text"] = key("result", "The tower of the entry.")
     trainable: Trainable = key(
         "result",
         "What of the tower trains: none, all, or 'last N', its last N layers (a final norm belongs to the "
@@ -42,21 +42,27 @@ class Freeze(Section):
     )
     lr_scale: Float = key(
         "result",
-        "Factor of the learning rate of what begins to train with the entry; what trained before keeps its.",
+        "Factor of the learning rate of what begins to train with the entry; what trained before keeps its "
+        "own.",
         1.0,
         gt=0,
     )
     warmup: Duration = key(
-        "result", "Linear rise of the learning rate of what begins to train with the entry.", "0 steps"
+        "result",
+        "Length of the linear rise of the learning rate, from nearly zero, of what begins to train with the "
+        "entry.",
+        "0 steps",
     )
     batch_norm: Literal["fixed", "moving"] = key(
         "result",
-        "Running statistics of batch norms in frozen layers: fixed, and what the layers normalise with, or "
-        "moving as in training.",
+        "Running statistics of batch norms in frozen layers: fixed (the layers normalise with them) or "
+        "moving (as in training).",
         "fixed",
     )
     norms: Literal["frozen", "trainable"] = key(
-        "result", "Weights and biases of norms in frozen layers: frozen with them, or trainable.", "frozen"
+        "result",
+        "Weights and biases of norms in frozen layers: frozen (as the layers) or trainable.",
+        "frozen",
     )
 
     @model_validator(mode="after")

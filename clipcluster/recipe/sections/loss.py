@@ -15,13 +15,13 @@ class Loss(Section):
 
     name: Literal["clip", "siglip"] = key(
         "result",
-        "Of the contrastive task: clip (cross-entropy over all samples of the batch, both ways) or siglip "
+        "The contrastive loss: clip (cross-entropy over all samples of the batch, both ways) or siglip "
         "(a sigmoid for every pair, with model.logit_bias).",
         "clip",
     )
     label_smoothing: Float = key(
         "result",
-        "Part of each target that is spread evenly over all candidates. Not with siglip.",
+        "Fraction of each target that is spread evenly over all candidates. Not with siglip.",
         0.0,
         ge=0,
         lt=1,

@@ -18,6 +18,14 @@ def _weights(more: str = "", what: str = "tower") -> Any:
     return key("result", text, None, path="path", min_length=1)
 
 
+_PRETRAINED = ", or 'pretrained' for those that belong to `hf`"
+
+
+def _hf() -> Any:
+    text = "Folder with a transformers model's configuration, or its name on the hub."
+    return key("result", text, path="name", min_length=1)
+
+
 def _missing(what: str = "tower") -> Any:
     return key(
         "result",
@@ -36,7 +44,8 @@ def _a_file(value: str | None) -> str | None:
 def _mask_ratio() -> Any:
     return key(
         "result",
-        "Part of an image's patches that a vision transformer leaves out in training (FLIP), such as 0.5.",
+        "Fraction of an image's patches that a vision transformer leaves out in training (FLIP), such as "
+        "0.5.",
         0.0,
         ge=0,
         lt=1,
@@ -57,18 +66,13 @@ class TimmImageTower(Section):
 class HfImageTower(Section):
     """An image tower by the configuration of a published vision model, or of a dual encoder that has one."""
 
-    hf: str = key(
-        "result",
-        "Folder with a transformers model's configuration, or its name on the hub.",
-        path="name",
-        min_length=1,
-    )
-    weights: str | None = _weights(", or 'pretrained' for those that belong to `hf`")
+    hf: str = _hf()
+    weights: str | None = _weights(_PRETRAINED)
     missing: tuple[str, ...] = _missing()
     pool: Literal["pooler", "first", "mean"] = key(
         "result",
-        "The network's own pooler (of ViT a layer and tanh, of CLIP the class token after its norm), its "
-        "first token, or the mean over its tokens.",
+        "Pooling over the tokens: the network's own pooler (of ViT a layer and tanh, of CLIP the class token "
+        "after its norm), the first, or their mean.",
         "pooler",
     )
     mask_ratio: Float = _mask_ratio()
@@ -90,13 +94,8 @@ def _pool() -> Any:
 class HfTextTower(Section):
     """A text tower by the configuration of a published model."""
 
-    hf: str = key(
-        "result",
-        "Folder with a transformers model's configuration, or its name on the hub.",
-        path="name",
-        min_length=1,
-    )
-    weights: str | None = _weights(", or 'pretrained' for those that belong to `hf`")
+    hf: str = _hf()
+    weights: str | None = _weights(_PRETRAINED)
     missing: tuple[str, ...] = _missing()
     pool: Literal["last", "first", "mean", "pooler"] | None = _pool()
 
@@ -117,10 +116,10 @@ class ClipText(Section):
 
     width: Int = key("result", "Width of a token's vector.", 512, ge=1)
     layers: Int = key("result", "Number of layers.", 12, ge=1)
-    heads: Int = key("result", "Attention heads of a layer; they divide the width.", 8, ge=1)
-    mlp_ratio: Float = key("result", "Width of a layer's MLP, in widths.", 4.0, gt=0)
+    heads: Int = key("result", "Number of attention heads of a layer; it divides width.", 8, ge=1)
+    mlp_ratio: Float = key("result", "Width of a layer's MLP, as a multiple of width.", 4.0, gt=0)
     quick_gelu: bool = key(
-        "result", "x * sigmoid(1.702 x) for GELU, as OpenAI's weights were trained with.", False
+        "result", "x * sigmoid(1.702 x) instead of GELU, as OpenAI's weights were trained with.", False
     )
 
     @model_validator(mode="after")
@@ -133,7 +132,7 @@ class ClipText(Section):
 class ClipTextTower(Section):
     """CLIP's own text transformer: causal, pooled at the token that ends the caption."""
 
-    clip: ClipText = section("Its sizes; {} gives those of ViT-B/32 and ViT-B/16.")
+    clip: ClipText = section("The tower's sizes; {} gives those of CLIP's ViT-B/32 and ViT-B/16.")
     weights: str | None = _weights()
     missing: tuple[str, ...] = _missing()
     _file = field_validator("weights")(_a_file)
@@ -151,13 +150,8 @@ class Dual(Section):
     Known are CLIP, Chinese-CLIP, SigLIP (and SigLIP 2 of a fixed resolution) and VisionTextDualEncoder.
     """
 
-    hf: str = key(
-        "result",
-        "Folder with a transformers model's configuration, or its name on the hub.",
-        path="name",
-        min_length=1,
-    )
-    weights: str | None = _weights(", or 'pretrained' for those that belong to `hf`", "model")
+    hf: str = _hf()
+    weights: str | None = _weights(_PRETRAINED, "model")
 
 
 class LogitScale(Section):
@@ -209,10 +203,13 @@ class Model(Section):
         ge=1,
     )
     head_init_scale: Float = key(
-        "result", "Factor of a classifier's fresh head (task: classify); 0.001 for fine-tuning.", 1.0, gt=0
+        "result",
+        "Factor of the fresh weights of a classifier's head (task: classify); 0.001 for fine-tuning.",
+        1.0,
+        gt=0,
     )
     logit_bias: LogitBias | None = section(
-        "The learned bias of the similarities, which loss.name siglip needs. {} starts it at -10.", None
+        "The learned bias of the similarities, which loss.name siglip needs; {} starts it at -10.", None
     )
 
     @model_validator(mode="after")

@@ -147,7 +147,7 @@ class Optim(Section):
         min_length=1,
     )
     args: dict[str, Any] = key(
-        "result", "Arguments of another optimizer than adamw, such as {betas: [0.9, 0.99]}.", {}
+        "result", "Arguments of an optimizer of timm's, such as {betas: [0.9, 0.99]}.", {}
     )
     lr: LearningRate = key("result", f"Learning rate after the warm-up: {_PER_BATCH}.")
     min_lr: Float = key(
@@ -174,16 +174,17 @@ class Optim(Section):
         (),
     )
     betas: Pair = key("result", "AdamW's decay rates of the two moments.", (0.9, 0.98))
-    eps: Float = key("result", "AdamW's addition to the square root of the second moment.", 1e-6, gt=0)
+    eps: Float = key("result", "AdamW's epsilon, added to the square root of the second moment.", 1e-6, gt=0)
     clip_norm: Float | None = key(
         "result",
-        "Largest norm of the whole gradient; larger ones are scaled down. Default: no clipping.",
+        "Upper bound of the norm of the whole gradient, which is scaled down to it. Default: no clipping.",
         None,
         gt=0,
     )
     clip_value: Float | None = key(
         "result",
-        "Largest absolute value of an entry of the gradient, after clip_norm. Default: no clipping.",
+        "Upper bound of the absolute value of each entry of the gradient, after clip_norm. Default: no "
+        "clipping.",
         None,
         gt=0,
     )

@@ -48,7 +48,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = section("When to save, and what to keep.", {})
     evaluate: Evaluate = section("What is measured, and when.", {})
     cluster: Cluster = section("Where the run takes place.", {})
-    checks: Checks = section("What the check warns of and the recipe means nevertheless.", {})
+    checks: Checks = section("Findings of the check that are intended.", {})
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Recipe:

@@ -14,7 +14,7 @@ from clipcluster.recipe.units import Duration, Length
 class Ema(Section):
     """A moving average of the weights, evaluated and saved beside them."""
 
-    decay: Float = key("result", "Part of the average that is kept at each step.", 0.9999, gt=0, lt=1)
+    decay: Float = key("result", "Fraction of the average that is kept at each step.", 0.9999, gt=0, lt=1)
     warmup: bool = key(
         "result",
         "Begin with small decays, so that the start is forgotten: at most 1 - n^(-2/3) at the n-th step "
@@ -55,15 +55,15 @@ class Train(Section):
     )
     batch_norm_group: Int | None = key(
         "result",
-        "Samples over which batch norms take their statistics; it divides every micro-batch, so that the "
-        "weights depend on neither ranks nor micro-batches. Default: each micro-batch.",
+        "Number of samples over which batch norms take their statistics; it divides every micro-batch, so "
+        "that the weights depend on neither ranks nor micro-batches. Default: each micro-batch.",
         None,
         ge=2,
     )
     activation_checkpointing: bool = key(
         "speed",
-        "The towers' activations computed again in the backward pass instead of kept: less memory for about "
-        "a third more time.",
+        "Compute the towers' activations again in the backward pass instead of keeping them: less memory for "
+        "about a third more time.",
         False,
     )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = key(
@@ -74,22 +74,22 @@ class Train(Section):
     )
     channels_last: bool = key(
         "speed",
-        "Convolutions with the channels last in memory, often faster on a GPU in bf16 or fp16.",
+        "Keep the channels of convolutions last in memory, often faster on a GPU in bf16 or fp16.",
         False,
     )
     compile: bool = key(
-        "speed", "Towers compiled by torch.compile: minutes at every start, faster steps.", False
+        "speed", "Compile the towers by torch.compile: minutes at every start, faster steps.", False
     )
     sync_batch_norm: bool = key(
         "result",
-        "Batch norms take their statistics over the samples of all ranks (GPUs only). Default: over each "
-        "rank's own.",
+        "Batch norms take their statistics over the micro-batches of all ranks together (GPUs only). "
+        "Default: over each micro-batch.",
         False,
     )
     deterministic: bool | None = key(
         "speed",
-        "Kernels that give the same bits in every run, slower on a GPU. Default: on for the CPU, off on a "
-        "GPU, where a resumed run still has the same batches, negatives and schedule.",
+        "Use kernels that give the same bits in every run, slower on a GPU. Default: on for the CPU, off on "
+        "a GPU, where a resumed run still has the same batches, negatives and schedule.",
         None,
     )
     ema: Ema | None = section("A moving average of the weights, evaluated and saved beside them.", None)
