@@ -196,7 +196,7 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
         (["evaluate.retrieval=[data/none]"], "evaluate.retrieval=[data/none]: "),
         (
             ["checkpoint.keep.best={metric: test/t2i_r2}"],
-            "{metric: test/t2i_r2}: nothing measures 'test/t2i_r2'; did you mean test/t2i_r5?",
+            "checkpoint.keep.best.metric: nothing measures 'test/t2i_r2'; did you mean test/t2i_r5?",
         ),
         (["checkpoint.keep.best={metric: loss}", "evaluate={}"], "measured: nothing (see evaluate)"),
     ],
