@@ -18,6 +18,7 @@ from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import Stop
+from tests.stop_after import StopAfter
 from tools.convert.convert import convert
 
 RECIPE = """
@@ -69,20 +70,6 @@ def go(run: Run, stop: Stop | None = None) -> Outcome:
 
 def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
     return load_file(run.checkpoints / f"step-{step:08d}" / "model.safetensors")
-
-
-class StopAfter(Stop):
-    """Asks to stop at the n-th question."""
-
-    def __init__(self, questions: int) -> None:
-        super().__init__()
-        self.questions = questions
-
-    def wishes(self) -> Any:
-        self.questions -= 1
-        if self.questions == 0:
-            self.request("the test's wish")
-        return super().wishes()
 
 
 def test_the_accuracy_rises_and_that_of_the_average_stands_beside_it(made: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -31,6 +30,7 @@ from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import Stop
 from tests import reinforced_shards
+from tests.stop_after import StopAfter
 from tools.convert.convert import convert
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -89,20 +89,6 @@ OVERRIDES: dict[str, list[str]] = {
     "datacompdr12m-vit-b16": ["distill.stored.widths=[6,6]"],
     "siglip-vit-b16": [*VIT, *CLIP_TEXT, "data.image.size=32", "model.embed_dim=32"],
 }
-
-
-class StopAfter(Stop):
-    """Asks to stop at the n-th question."""
-
-    def __init__(self, questions: int) -> None:
-        super().__init__()
-        self.questions = questions
-
-    def wishes(self) -> Any:
-        self.questions -= 1
-        if self.questions == 0:
-            self.request("the test's wish")
-        return super().wishes()
 
 
 def family(name: str) -> Iterable[str]:

@@ -29,6 +29,7 @@ from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import DataError, Outcome, RecipeFailure
 from clipcluster.runtime.stop import Stop
 from tests.consumed import merged_samples
+from tests.stop_after import StopAfter
 from tools.convert.convert import convert
 
 RECIPE = """
@@ -83,20 +84,6 @@ class Tiny:
 @pytest.fixture
 def tiny(digits: Path, tmp_path: Path) -> Tiny:
     return Tiny(digits, tmp_path)
-
-
-class StopAfter(Stop):
-    """Asks to stop at the n-th question."""
-
-    def __init__(self, questions: int) -> None:
-        super().__init__()
-        self.questions = questions
-
-    def wishes(self) -> Any:
-        self.questions -= 1
-        if self.questions == 0:
-            self.request("the test's wish")
-        return super().wishes()
 
 
 def logged(run: Run) -> list[dict[str, Any]]:

@@ -6,15 +6,16 @@ many of them it took until a stop was noticed. The processes are forked after th
 
 import datetime
 import json
-import multiprocessing
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-sys.path.append(str(Path(__file__).parent.parent / "model"))
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "model"))
 
+from forked import exit_codes
 from tiny_model import model_section
 
 from clipcluster.data.tokenizer import load_tokenizer
@@ -104,14 +105,8 @@ def measure(out: Path, shards: Path, rank: int, size: int) -> None:
 
 def main() -> int:
     out, shards, sizes = Path(sys.argv[1]), Path(sys.argv[2]), [int(size) for size in sys.argv[3:]]
-    fork = multiprocessing.get_context("fork")
     for size in sizes:
-        ranks = [fork.Process(target=measure, args=(out, shards, rank, size)) for rank in range(size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
+        if any(exit_codes(measure, [(out, shards, rank, size) for rank in range(size)])):
             return 1
     return 0
 

@@ -7,13 +7,16 @@ The processes are forked after the imports, before any backward pass.
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from forked import exit_codes
 from tiny_model import tiny_batch, tiny_clip
 
 from clipcluster.data.loading import stored
@@ -135,14 +138,8 @@ def run(out: Path, rank: int, size: int) -> None:
 
 def main() -> int:
     out, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2:]]
-    fork = multiprocessing.get_context("fork")
     for size in sizes:
-        ranks = [fork.Process(target=run, args=(out, rank, size)) for rank in range(size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
+        if any(exit_codes(run, [(out, rank, size) for rank in range(size)])):
             return 1
     return 0
 

@@ -5,7 +5,6 @@ python losses_of_ranks.py OUT SIZE  writes OUT/RANK.pt: case -> loss, accuracy a
 
 import datetime
 import importlib.util
-import multiprocessing
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.functional import normalize
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from forked import exit_codes
 
 from clipcluster.model.losses import contrastive, siglip
 from clipcluster.runtime.world import World
@@ -92,13 +95,8 @@ def rank(out: Path, number: int, size: int) -> None:
 
 
 def main() -> int:
-    out, size, fork = Path(sys.argv[1]), int(sys.argv[2]), multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank, args=(out, number, size)) for number in range(size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    return int(any(process.exitcode for process in ranks))
+    out, size = Path(sys.argv[1]), int(sys.argv[2])
+    return int(any(exit_codes(rank, [(out, number, size) for number in range(size)])))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ The processes are forked after the imports, before any backward, which is the on
 """
 
 import datetime
-import multiprocessing
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from tiny_model import Ranks, tiny_batch, tiny_clip
 from torch.nn.parallel import DistributedDataParallel
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from forked import exit_codes
+from tiny_model import Ranks, tiny_batch, tiny_clip
 
 from clipcluster.model.task import ContrastiveTask, Task
 
@@ -50,14 +53,8 @@ def step(out: Path, rank: int, size: int) -> None:
 
 def main() -> int:
     out, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2:]]
-    fork = multiprocessing.get_context("fork")
     for size in sizes:
-        ranks = [fork.Process(target=step, args=(out, rank, size)) for rank in range(size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
+        if any(exit_codes(step, [(out, rank, size) for rank in range(size)])):
             return 1
     return 0
 

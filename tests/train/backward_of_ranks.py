@@ -7,7 +7,6 @@ The processes are forked after the imports, before any backward pass.
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from forked import exit_codes
 
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
@@ -305,18 +308,10 @@ def rank(out: Path, number: int, size: int, cases: list[str]) -> None:
 
 
 def main() -> int:
-    out, fork = Path(sys.argv[1]), multiprocessing.get_context("fork")
+    out = Path(sys.argv[1])
     for world in sys.argv[2:]:
         size, _, cases = world.partition(":")
-        ranks = [
-            fork.Process(target=rank, args=(out, number, int(size), cases.split(",")))
-            for number in range(int(size))
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
+        if any(exit_codes(rank, [(out, number, int(size), cases.split(",")) for number in range(int(size))])):
             return 1
     return 0
 

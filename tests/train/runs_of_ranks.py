@@ -7,34 +7,23 @@ The processes are forked after the imports, before any backward pass.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch._dynamo  # an optimizer loads it: once here, not once a rank
 import torch.utils.tensorboard
 from transformers import AutoConfig, AutoModel
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from forked import exit_codes
+from stop_after import StopAfter
+
 import clipcluster.build.training  # noqa: F401
 from clipcluster.run import train
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
-from clipcluster.runtime.stop import Stop
-
-
-class StopAfter(Stop):
-    """Asks to stop at the n-th question."""
-
-    def __init__(self, questions: int) -> None:
-        super().__init__()
-        self.questions = questions
-
-    def wishes(self) -> Any:
-        self.questions -= 1
-        if self.questions == 0:
-            self.request("the test's wish")
-        return super().wishes()
 
 
 def rank(path: str, number: int, size: int, questions: int) -> None:
@@ -48,13 +37,8 @@ def rank(path: str, number: int, size: int, questions: int) -> None:
 
 def attempt(path: str, size: int, questions: int, expected: int) -> None:
     Run(path).claim("test", host="here", still_running=lambda job: False)
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank, args=(path, number, size, questions)) for number in range(size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    assert [process.exitcode for process in ranks] == [expected] * size
+    codes = exit_codes(rank, [(path, number, size, questions) for number in range(size)])
+    assert codes == [expected] * size
 
 
 def main() -> None:
