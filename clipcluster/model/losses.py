@@ -159,9 +159,9 @@ class _Sigmoids(torch.autograd.Function):
         by_image = torch.zeros_like(image)
         own = torch.einsum("be,be->b", image, text)
         others = torch.full_like(own, -torch.inf)  # the best similarity with a text of another image
-        visitors = torch.cat([text, torch.zeros_like(text)], dim=1)
+        passing = torch.cat([text, torch.zeros_like(text)], dim=1)
         for hop in range(ranks.size):
-            texts, by_text = visitors[:, :embed_dim], visitors[:, embed_dim:]
+            texts, by_text = passing[:, :embed_dim], passing[:, embed_dim:]
             for rows in torch.arange(count, device=image.device).split(chunk):
                 similarity = image[rows] @ texts.T
                 signs = torch.full_like(similarity, -1.0)
@@ -177,9 +177,9 @@ class _Sigmoids(torch.autograd.Function):
                 by_bias += by_logits.sum()
                 negatives = similarity.masked_fill(signs > 0, -torch.inf)
                 others[rows] = torch.maximum(others[rows], negatives.amax(dim=1))
-            visitors = _to_the_next(visitors, ranks)
-        # After as many hops as there are ranks the own texts are home, with what all ranks added.
-        gradients = (by_image, visitors[:, embed_dim:], by_scale, by_bias)
+            passing = _to_the_next(passing, ranks)
+        # After `size` hops a rank's own texts are back, with the gradients that all ranks added.
+        gradients = (by_image, passing[:, embed_dim:], by_scale, by_bias)
         ctx.save_for_backward(*(gradient / count for gradient in gradients))
         accuracy = (own > others).float().mean()
         ctx.mark_non_differentiable(accuracy)
