@@ -153,7 +153,7 @@ def _extending(name: str, parent: Path, splits: list[Shards]) -> Iterator[str]:
     shipped = RECIPES / parent.name
     found = shipped if not parent.is_file() and shipped.is_file() else existing(parent)
     tree = with_parents(found, os.environ).entries
-    yield f"# {name}: {found.name} with what stands here instead of what it says."
+    yield f"# {name}: {found.name} with the keys below replaced."
     known = found == shipped and name != found.stem  # a file of its own name would extend itself
     yield f"extends: {found.name if known else json.dumps(str(found.resolve()))}"
     yield f"name: {json.dumps(name)}"

@@ -72,7 +72,7 @@ def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
     return load_file(run.checkpoints / f"step-{step:08d}" / "model.safetensors")
 
 
-def test_the_accuracy_rises_and_that_of_the_average_stands_beside_it(made: Any) -> None:
+def test_the_accuracy_rises_and_the_average_is_measured_too(made: Any) -> None:
     run = made("whole")
     assert go(run) is Outcome.FINISHED
     found = [read_json(path)["metrics"] for path in sorted(run.evals.glob("step-*.json"))]

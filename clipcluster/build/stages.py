@@ -60,7 +60,7 @@ class Tower:
         owners = {name: self.module.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         return {name for name, owner in owners.items() if "norm" in type(owner).__name__.lower()}
 
-    def resting(self, frozen: set[str], *, moving_statistics: bool) -> frozenset[str]:
+    def eval_modules(self, frozen: set[str], *, moving_statistics: bool) -> frozenset[str]:
         """The modules that run as in evaluation: all of whose parameters are in frozen layers.
 
         One without parameters (dropout, drop path) does so with the module around it.
@@ -77,7 +77,7 @@ class Tower:
             found[name] = every[name] == still[name] if every[name] else outer
             if moving_statistics and isinstance(module, _BatchNorm):
                 found[name] = False
-        return frozenset(f"{self.prefix}{name}".rstrip(".") for name, rests in found.items() if rests)
+        return frozenset(f"{self.prefix}{name}".rstrip(".") for name, whole in found.items() if whole)
 
 
 def build_stages(model: nn.Module, freezings: Sequence[Freezing]) -> list[Stage]:
@@ -93,13 +93,13 @@ def build_stages(model: nn.Module, freezings: Sequence[Freezing]) -> list[Stage]
     stages = []
     for start in sorted({0, *(freezing.step for freezing in freezings)}):
         rates: dict[str, Rate | None] = {}
-        resting: frozenset[str] = frozenset()
+        eval_modules: frozenset[str] = frozenset()
         for of_tower in by_tower:
-            in_force = [(own_rates, rests) for step, own_rates, rests in of_tower if step <= start]
+            in_force = [(own_rates, modules) for step, own_rates, modules in of_tower if step <= start]
             if in_force:
                 rates.update(in_force[-1][0])
-                resting |= in_force[-1][1]
-        stages.append(Stage(start, partial(_rate_of, rates), resting))
+                eval_modules |= in_force[-1][1]
+        stages.append(Stage(start, partial(_rate_of, rates), eval_modules))
     return stages
 
 
@@ -118,7 +118,7 @@ def _towers(model: nn.Module, freezings: Sequence[Freezing]) -> Iterator[Tower]:
 
 
 def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, Rates, frozenset[str]]]:
-    """What each of its entries puts in force: step, rates of its parameters, modules that rest.
+    """What each of its entries puts in force: step, rates of its parameters, modules as in evaluation.
 
     Rates are by names in the model. What begins to train has the entry's; what trained before keeps its own.
     """
@@ -130,7 +130,7 @@ def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, Rate
         frozen = layers - tower.norms() if freezing.norms_train else layers
         begins = Rate(freezing.lr_scale, freezing.step, freezing.warmup)
         rates = {name: None if name in frozen else rates[name] or begins for name in rates}
-        after = rates, tower.resting(layers, moving_statistics=freezing.moving_statistics)
+        after = rates, tower.eval_modules(layers, moving_statistics=freezing.moving_statistics)
         if after == before:
             sizes = {name: parameter.numel() for name, parameter in tower.parameters.items()}
             train = sum(size for name, size in sizes.items() if rates[name])
@@ -143,15 +143,15 @@ def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, Rate
 
 
 def check_loaded(model: Any, stage: Stage) -> None:
-    """Refuse a first stage that freezes what no file brought: it would stay random for ever.
+    """Refuse a first stage that freezes what no file of weights has: it would stay random.
 
-    `model.starting_weights` says what the files brought. Raises UserError.
+    `model.starting_weights` says what the files have. Raises UserError.
     """
     frozen = {name for name, _ in model.named_parameters() if stage.rate_of(name) is None}
     frozen |= {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if path in stage.resting
+        if path in stage.eval_modules
         for name, _ in module.named_buffers(recurse=False)
     }
     for tower in sorted({name.partition(".")[0] for name in frozen}):

@@ -30,7 +30,7 @@ logger = logging.getLogger("clipcluster")
 
 
 @dataclass(frozen=True)
-class Source:
+class TeacherSource:
     """A teacher's recipe, whose `model.weights` are its own, and its assets.
 
     names: of its tokens and their mask in `batch.extras`; None where they are the student's.
@@ -78,19 +78,19 @@ def build_preparation(
     return Retokenized(transform, own)
 
 
-def _sources(recipe: Recipe, assets: Path | None) -> list[Source]:
+def _sources(recipe: Recipe, assets: Path | None) -> list[TeacherSource]:
     """The teachers in the order of the recipe. UserError where a folder is neither a run nor a checkpoint."""
     assert recipe.distill is not None
     given, found = recipe.teachers(), []
     for number, section in enumerate(recipe.distill.teachers):
-        taught, of_it = given.get(number), assets
+        teacher, teacher_assets = given.get(number), assets
         if isinstance(section, RunTeacher):
-            taught, of_it = _of_run(Path(section.run), f"distill.teachers.{number}.run")
-        assert taught is not None
-        text, own = taught.data.text, recipe.data.text
+            teacher, teacher_assets = _of_run(Path(section.run), f"distill.teachers.{number}.run")
+        assert teacher is not None
+        text, own = teacher.data.text, recipe.data.text
         same = (text.tokenizer, text.context_length) == (own.tokenizer, own.context_length)
         names = None if same else (f"teacher-{number}-tokens", f"teacher-{number}-mask")
-        found.append(Source(taught, of_it, names))
+        found.append(TeacherSource(teacher, teacher_assets, names))
     return found
 
 
@@ -115,7 +115,7 @@ def _starting_with(model: Model, weights: Path) -> Model:
     return model.model_copy(update={**bare, "weights": str(weights), "weights_from": None, "missing": ()})
 
 
-def _loaded(source: Source, ranks: World, key: str) -> tuple[Any, Path]:
+def _loaded(source: TeacherSource, ranks: World, key: str) -> tuple[Any, Path]:
     """A teacher's model with its weights, and the file or folder that they are from."""
     recipe, given = source.recipe, source.recipe.model.weights
     if given is not None and (Path(given) / "checkpoints").is_dir():  # rank 0 chooses: it may be training

@@ -56,7 +56,7 @@ def build_trainer(
     attempt.phase(world.rank, "model")
     model = build_model(recipe, sources.tokenizer, run.assets)
     weights = world.while_main(lambda: describe_start(model, plan_, attempt))
-    if not steps_in(run.checkpoints):  # a checkpoint brings everything
+    if not steps_in(run.checkpoints):  # a checkpoint has everything
         check_loaded(model, build_stages(model, plan_.freezings)[0])
     step = build_step(recipe, plan_, model, world, run.assets)
     frozen = step.backward.task.task.frozen
@@ -118,7 +118,7 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Pa
     precision.prepare(model)
     task = build_task(recipe, model, world, assets).to(world.device)
     if recipe.train.channels_last:
-        model.to(memory_format=torch.channels_last)  # the first convolution brings the images into it
+        model.to(memory_format=torch.channels_last)  # the first convolution converts the images to it
     if recipe.train.compile:
         compile_towers(model, world.device)
     wrapped = WrappedTask(task, world)

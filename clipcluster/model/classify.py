@@ -35,7 +35,7 @@ class ImageClassifier(nn.Module):
     """An image tower and a linear head: (B, 3, S, S) float -> (B, classes).
 
     The tower is called `image` as in a dual encoder, which can therefore start from a classifier's weights.
-    `starting_weights` says what the files brought, one entry a file. head_init_scale: factor of the fresh
+    `starting_weights` says what was loaded, one entry a file. head_init_scale: factor of the fresh
     head's weights.
     """
 

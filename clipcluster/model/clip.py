@@ -28,7 +28,7 @@ class Clip(nn.Module):
     if any. bias: what is added to the logits at the start; None for a model without a bias.
     projection_bias: the towers (`image`, `text`) whose projection has one; CLIP's have none, but its ResNets'
     image. projected: whether there are projections; SigLIP's towers end in the common space.
-    `starting_weights` says what the files brought, one entry a file.
+    `starting_weights` says what was loaded, one entry a file.
     """
 
     def __init__(

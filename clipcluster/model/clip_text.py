@@ -64,7 +64,7 @@ class _Layers(nn.Module):
         *early, final = self.resblocks
         for layer in early:
             states = checkpoint(layer, states, use_reentrant=False) if self.checkpointing else layer(states)
-        return final(states, last)  # nobody sees what it makes of the other tokens
+        return final(states, last)  # the other tokens of the last layer are not used
 
 
 class _Layer(nn.Module):

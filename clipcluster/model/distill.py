@@ -1,4 +1,4 @@
-"""Distillation: a student learns from what teachers make of the same images and captions."""
+"""Distillation: a student learns from teachers' features of the same images and captions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherFeatures:
     """What a teacher makes of a rank's samples: image and text (B, D) of length one, and its scale."""
 
     image: Tensor
@@ -83,7 +83,7 @@ class Teacher:
 
 
 def relational(
-    image: Tensor, text: Tensor, scale: Tensor, teachers: Sequence[Taught], ranks: World
+    image: Tensor, text: Tensor, scale: Tensor, teachers: Sequence[TeacherFeatures], ranks: World
 ) -> Tensor:
     """How far the student's similarities over the batch of all ranks are from the teachers'.
 
@@ -114,7 +114,7 @@ def _logits(image: Tensor, text: Tensor, scale: Any, ranks: World) -> tuple[Tens
 
 
 @torch.no_grad()
-def _distributions(teachers: Sequence[Taught], ranks: World) -> tuple[list[Tensor], list[Tensor]]:
+def _distributions(teachers: Sequence[TeacherFeatures], ranks: World) -> tuple[list[Tensor], list[Tensor]]:
     """Each teacher's distributions from image to text and from text to image, (B, size x B)."""
     logits = [_logits(widen(own.image), widen(own.text), own.scale, ranks) for own in teachers]
     return [to_text.softmax(dim=1) for to_text, _ in logits], [
@@ -217,17 +217,22 @@ class DistillTask(ContrastiveTask):
         metrics |= {name: value.detach() for name, value in {"loss": loss, **sums}.items()}
         return Report(loss, metrics)
 
-    def _taught(self, features: Features, text: str) -> list[Taught]:
+    def _taught(self, features: Features, text: str) -> list[TeacherFeatures]:
         """What each teacher says of the images and of a set of captions."""
         if self.settings.stored is None:
             numbered = enumerate(self.teachers)
-            return [Taught(features[f"image-{n}"], features[f"text-{n}"], own.scale) for n, own in numbered]
+            return [
+                TeacherFeatures(features[f"image-{n}"], features[f"text-{n}"], own.scale)
+                for n, own in numbered
+            ]
         widths, scale = self.settings.stored.widths, self.settings.stored.scale
         of_text = features[stored.TEXT if text == "text" else stored.SYNTHETIC_TEXT]
         parts = zip(features[stored.IMAGE].split(widths, dim=1), of_text.split(widths, dim=1), strict=True)
-        return [Taught(*pair, scale) for pair in parts]
+        return [TeacherFeatures(*pair, scale) for pair in parts]
 
-    def _of_features(self, number: int, pairs: Sequence[Tensor], teacher: Taught) -> dict[str, Tensor]:
+    def _of_features(
+        self, number: int, pairs: Sequence[Tensor], teacher: TeacherFeatures
+    ) -> dict[str, Tensor]:
         """The losses of features in use, of one teacher; its features carry no gradient."""
         settings, found = self.settings, {}
         given = teacher.image.detach(), teacher.text.detach()

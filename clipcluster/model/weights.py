@@ -294,7 +294,7 @@ def _check_missing(
     inside: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
 ) -> None:
-    """Raises UserError where a tensor of the tower is not brought that the recipe does not list."""
+    """Raises UserError where the file lacks a tensor of the tower that the recipe does not list."""
     name, file = coverage.tower, coverage.file
     key_of = "model" if name == "model" else f"model.{name}"
     idle = [pattern for pattern in listed if not any(fnmatchcase(key, pattern) for key in own)]
@@ -321,7 +321,7 @@ def _check_missing(
             "file without it"
         )
     raise UserError(
-        f"{file} brings {coverage.loaded} of the {what}'s {coverage.tensors} tensors "
+        f"{file} has {coverage.loaded} of the {what}'s {coverage.tensors} tensors "
         f"({coverage.fraction:.1%} of its elements), and every one is needed.\n"
         f"  Names: {likeliest}\n"
         f"  Missing from the file: {some(absent)}\n"

@@ -18,12 +18,13 @@ class Stage:
     """What trains from step `start` on.
 
     rate_of: parameter name -> its rate, or None where it is frozen.
-    resting: names of the modules that run as in evaluation: no dropout, running statistics that do not move.
+    eval_modules: names of the modules that run as in evaluation: no dropout, running statistics that do not
+        move.
     """
 
     start: int = 0
     rate_of: Callable[[str], Rate | None] = full_rate
-    resting: frozenset[str] = frozenset()
+    eval_modules: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Stages:
             if not parameter.requires_grad:
                 parameter.grad = None
         for name, module in self._model.named_modules():
-            module.training = name not in stage.resting
+            module.training = name not in stage.eval_modules
         self._optimizer.regroup(stage.rate_of)
         self._task.wrap()
         self._current = stage

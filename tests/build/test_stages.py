@@ -82,7 +82,7 @@ def test_a_tower_that_trains_at_another_rate_from_the_start(clip: Clip) -> None:
     (stage,) = build_stages(clip, [entry(0, "image", 0, None, lr_scale=0.1, warmup=7)])
     assert stage.rate_of("image.trunk.stem.0.weight") == Rate(0.1, 0, 7)
     assert stage.rate_of("text.transformer.wte.weight") == Rate()
-    assert stage.resting == frozenset()
+    assert stage.eval_modules == frozenset()
 
 
 def test_norms_of_frozen_layers_may_train(clip: Clip) -> None:
@@ -92,7 +92,7 @@ def test_norms_of_frozen_layers_may_train(clip: Clip) -> None:
         for norm in ("ln_f", *(f"h.{block}.ln_{number}" for block in range(3) for number in (1, 2)))
         for kind in ("weight", "bias")
     }
-    assert "text.transformer.h.0" in stage.resting  # its dropout too
+    assert "text.transformer.h.0" in stage.eval_modules  # its dropout too
 
 
 def test_more_layers_than_there_are(clip: Clip) -> None:

@@ -63,11 +63,11 @@ def relational(image: Tensor, text: Tensor, scale: Tensor, taught: tuple[Tensor,
     return total
 
 
-Taught = tuple[tuple[Tensor, Tensor], Any]
+TeacherFeatures = tuple[tuple[Tensor, Tensor], Any]
 
 
-def taught_by_models(batch: Any) -> list[Taught]:
-    found: list[Taught] = []
+def taught_by_models(batch: Any) -> list[TeacherFeatures]:
+    found: list[TeacherFeatures] = []
     for number, (size, mean, std) in enumerate(cases.PIXELS):
         model = cases.teacher(number).eval()
         images = normalised(batch.images, mean, std)
@@ -80,7 +80,7 @@ def taught_by_models(batch: Any) -> list[Taught]:
     return found
 
 
-def taught_by_stored(batch: Any, embedding: str) -> list[Taught]:
+def taught_by_stored(batch: Any, embedding: str) -> list[TeacherFeatures]:
     ends = [0, *torch.tensor(cases.WIDTHS).cumsum(0).tolist()]
     parts = [slice(*ends[number : number + 2]) for number in range(len(cases.WIDTHS))]
     image, text = batch.tensor(stored.IMAGE), batch.tensor(embedding)

@@ -105,7 +105,7 @@ def test_a_file_of_other_names_is_refused_and_nothing_loaded(tmp_path: Path) -> 
     before = {key: value.clone() for key, value in tower.state_dict().items()}
     with pytest.raises(
         UserError,
-        match=r"brings 0 of the image tower's 99 (?s:.*)99 names would match without 'some\.wrapper\.', "
+        match=r"has 0 of the image tower's 99 (?s:.*)99 names would match without 'some\.wrapper\.', "
         r"which is none of (?s:.*)The file holds: some\.wrapper\.",
     ):
         load_weights(tower, tmp_path / "w.safetensors", name="image")
@@ -135,7 +135,7 @@ def test_one_missing_norm_is_refused_unless_the_recipe_lists_it(tmp_path: Path) 
     state, file = contiguous(trunk(1).state_dict()), tmp_path / "w.safetensors"
     save_file({k: v for k, v in state.items() if not k.startswith("head.norm")}, file)
     with pytest.raises(
-        UserError, match=r"brings 97 of (?s:.*)head\.norm\.weight, head\.norm\.bias\n(?s:.*)image\.missing"
+        UserError, match=r"has 97 of (?s:.*)head\.norm\.weight, head\.norm\.bias\n(?s:.*)image\.missing"
     ):
         load_weights(trunk(), file, name="image")
     with pytest.raises(UserError, match=r"Missing from the file: head\.norm\.bias\n"):
@@ -249,7 +249,7 @@ def test_files_whose_names_all_differ_by_a_prefix_never_pass_for_loaded(tmp_path
     wrapped = {f"wrapped.{tower}_tower.{key}": value for key, value in module.state_dict().items()}
     torch.save(wrapped, tmp_path / "w.pth")
     assert len(target.load_state_dict(wrapped, strict=False).missing_keys) == len(target.state_dict())
-    with pytest.raises(UserError, match=rf"brings 0 of the {tower} tower's"):
+    with pytest.raises(UserError, match=rf"has 0 of the {tower} tower's"):
         load_weights(target, tmp_path / "w.pth", name=tower)
     torch.save(
         {f"module.model.{key}": value for key, value in module.state_dict().items()}, tmp_path / "w.pth"
@@ -361,7 +361,7 @@ def test_a_parameter_with_the_name_of_a_computed_buffer_is_needed(tmp_path: Path
 
     torch.save({"attn.weight": torch.zeros(2, 2)}, tmp_path / "w.pth")
     with pytest.raises(
-        UserError, match=r"brings 1 of the image tower's 2 (?s:.*)Missing from the file: attn\.bias\n"
+        UserError, match=r"has 1 of the image tower's 2 (?s:.*)Missing from the file: attn\.bias\n"
     ):
         load_weights(Tower(), tmp_path / "w.pth", name="image")
 

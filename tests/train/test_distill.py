@@ -82,7 +82,7 @@ def test_a_resume_in_the_middle_equals_the_uninterrupted_run(recipe: Path) -> No
     assert results["metrics"]["shards/images"] == 36
 
 
-class Taught:
+class Distilled:
     """A teacher's run, and a student's of another width, pixels and context."""
 
     def __init__(self, recipe: Path, folder: Path) -> None:
@@ -110,11 +110,11 @@ class Taught:
 
 
 @pytest.fixture(scope="module")
-def taught(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Taught:
-    return Taught(recipe, tmp_path_factory.mktemp("taught"))
+def taught(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Distilled:
+    return Distilled(recipe, tmp_path_factory.mktemp("taught"))
 
 
-def test_a_student_of_a_run_and_of_a_model_with_weights(taught: Taught) -> None:
+def test_a_student_of_a_run_and_of_a_model_with_weights(taught: Distilled) -> None:
     """Teachers are in no checkpoint, and neither they nor projections are needed to measure the student."""
     weights = taught.teacher.checkpoints / "step-00000001" / "ema.safetensors"
     before = weights.read_bytes()

@@ -149,7 +149,7 @@ def test_the_update_is_timm_s(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_skipped_step_changes_nothing_and_a_resume_goes_on_bit_for_bit(name: str) -> None:
+def test_a_skipped_step_changes_nothing_and_a_resume_continues_bit_for_bit(name: str) -> None:
     """Steps 0 and 5 are skipped: a state that would begin there, and one that has begun."""
     model = tower()
     optimizer = optimizer_of(model, name)
@@ -181,7 +181,7 @@ def test_a_skipped_step_changes_nothing_and_a_resume_goes_on_bit_for_bit(name: s
 
 
 @pytest.mark.parametrize("name", ["lamb", "laprop", "muon", "nadam", "adopt"])
-def test_what_an_optimizer_keeps_on_the_host_is_put_back_when_the_verdict_is_there(
+def test_what_an_optimizer_keeps_on_the_host_is_put_back_when_the_flag_has_arrived(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """On a GPU counts stay on the host. Here they are, as far as `Undo` knows."""
@@ -235,7 +235,7 @@ def thaw(optimizer: Optimizer, model: Tower, step: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["lamb", "adan", "muon", "adafactor", "sgd", "madgrad"])
-def test_stages_keep_what_goes_on_training_and_resume_exactly(name: str) -> None:
+def test_stages_keep_the_state_of_what_trains_and_resume_exactly(name: str) -> None:
     """LAMB and Adan count a group's steps: what begins later has its own count."""
     model = tower()
     optimizer = optimizer_of(model, name)

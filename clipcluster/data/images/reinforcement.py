@@ -1,6 +1,6 @@
 """Augmentations that are stored with a sample instead of drawn: a crop, then two operations of RandAugment.
 
-They are DataCompDR's: its teachers saw the image so, and their embeddings are stored beside it. They were
+They are DataCompDR's: its teachers' embeddings, stored with the image, are of these views. They were
 applied to a Pillow image, by torchvision, and are here; its functions for tensors round differently.
 """
 

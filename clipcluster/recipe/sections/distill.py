@@ -118,7 +118,7 @@ class Distill(Section):
         ge=0,
     )
     stored: Stored | None = section("Teachers' embeddings stored in the shards; instead of teachers.", None)
-    teachers: tuple[Teacher, ...] = section("Teachers that see each batch, frozen; instead of stored.", ())
+    teachers: tuple[Teacher, ...] = section("Frozen teachers that process each batch; instead of stored.", ())
 
     @model_validator(mode="after")
     def _one_kind(self) -> Distill:

@@ -29,8 +29,8 @@ def _hf() -> Any:
 def _missing(what: str = "tower") -> Any:
     return key(
         "result",
-        f"Patterns, such as head.norm.*, of the {what}'s tensors that the file with starting weights need "
-        "not bring: they start from random values. Every other one is needed.",
+        f"Patterns, such as head.norm.*, of the {what}'s tensors that the file with starting weights may "
+        "lack: they start from random values. Every other tensor is needed.",
         (),
     )
 
@@ -178,7 +178,7 @@ class LogitBias(Section):
 class Model(Section):
     """The towers and what joins them."""
 
-    image: ImageTower | None = section("The image tower; a whole dual encoder (dual) brings its own.", None)
+    image: ImageTower | None = section("The image tower; a whole dual encoder (dual) has its own.", None)
     text: TextTower | None = section("The text tower, of tasks with captions.", None)
     dual: Dual | None = section("A whole dual encoder, instead of image and text.", None)
     weights: str | None = _weights(" (both towers, projections and logit scale)", "whole model")

@@ -17,8 +17,8 @@ class Ema(Section):
     decay: Float = key("result", "Fraction of the average that is kept at each step.", 0.9999, gt=0, lt=1)
     warmup: bool = key(
         "result",
-        "Begin with small decays, so that the start is forgotten: at most 1 - n^(-2/3) at the n-th step "
-        "(0.99 after 1,000 steps, 0.9999 after a million).",
+        "Begin with small decays, so that the starting weights leave the average soon: at most 1 - n^(-2/3) "
+        "at the n-th step (0.99 after 1,000 steps, 0.9999 after a million).",
         False,
     )
     device: Literal["model", "cpu"] = key(
