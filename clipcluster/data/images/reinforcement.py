@@ -1,7 +1,7 @@
 """Augmentations that are stored with a sample instead of drawn: a crop, then two operations of RandAugment.
 
-They are DataCompDR's: its teachers' embeddings, stored with the image, are of these views. They were
-applied to a Pillow image, by torchvision, and are here; its functions for tensors round differently.
+They are DataCompDR's: the teachers' embeddings stored with an image are those of its augmented views. As
+there, torchvision applies them to a Pillow image; its functions for tensors round differently.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samples that teachers saw before: their stored augmentations and embeddings, and their synthetic captions.
+"""Samples with stored augmentations, teachers' embeddings and synthetic captions.
 
 The layout is DataCompDR's: `image_emb` (augmentations, width), a row for each entry of `param_aug`;
 `text_emb` (captions, width), the image's own captions first. The synthetic captions are the lists `syn_text…`

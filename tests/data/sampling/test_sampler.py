@@ -344,7 +344,7 @@ def test_lanes_divide_the_batch_unless_that_leaves_too_few(batch_size, most, lan
     assert count_lanes(batch_size, most) == lanes
 
 
-def test_mistakes_in_the_recipe_are_named():
+def test_errors_in_the_recipe_are_named():
     ten = sampler_source(np.array([10]))
     with pytest.raises(UserError, match=r"training data hold 10 samples, less than one batch of 11"):
         Sampler([ten], batch_size=11, seed=0)

@@ -272,7 +272,7 @@ def test_a_line_of_many_portions_finds_the_same_samples(monkeypatch):
         assert list(drawn(many.batch(t), "first")) == list(drawn(plain.batch(t), "first"))
 
 
-def test_mistakes_are_named():
+def test_errors_are_named():
     classes = np.zeros(80, dtype=np.int32)
 
     def sampler(*repeats, batch_size=4):

@@ -223,7 +223,7 @@ def test_logs_of_a_run_whose_ranks_never_started(run):
         (["shards", "index", "/nowhere"], ["/nowhere"]),
     ],
 )
-def test_one_message_for_a_mistake(words, parts, tmp_path):
+def test_one_message_for_an_error(words, parts, tmp_path):
     fails(clipcluster(*words, env={**os.environ, "CLIPCLUSTER_RUNS": str(tmp_path)}), *parts)
 
 
