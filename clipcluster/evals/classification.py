@@ -41,12 +41,12 @@ def classification(
     if highest >= classes:
         raise UserError(
             f"evaluate.classification: {images.folder} has an image of class {highest}, and the model "
-            f"{classes:,} classes (0 to {classes - 1}). Convert both data sets with one list of classes."
+            f"{classes:,} classes (0 to {classes - 1}). Convert both datasets with one list of classes."
         )
     if not count:
         raise UserError(
-            f"evaluate.classification: no image in {images.folder} has a class (KEY.cls in its shards). Convert it with "
-            "classes, or remove it."
+            f"evaluate.classification: no image in {images.folder} has a class (KEY.cls in its shards). "
+            "Convert it with classes, or remove it."
         )
     yield "top1", top1 / count
     if classes >= 5:

@@ -33,7 +33,7 @@ S = TypeVar("S", bound=Section)
 EXPECTED = {
     "bool_parsing": "should be true or false",
     "bool_type": "should be true or false",
-    "dict_type": "should be a mapping",
+    "dict_type": "should be a mapping, {{NAME: VALUE}}",
     "finite_number": "should be a finite number",
     "float_parsing": "should be a number",
     "float_type": "should be a number",
@@ -48,7 +48,7 @@ EXPECTED = {
     "string_pattern_mismatch": "should be letters, digits, '.', '_' and '-', a letter or digit first",
     "string_too_long": "should have at most {max_length} characters",
     "string_too_short": "should not be empty",
-    "string_type": "should be text; write it in quotes",
+    "string_type": "should be text{quoted}",
     "too_short": "should not be empty",
     "tuple_type": "should be a list",
     "value_error": "{error}",
@@ -151,12 +151,12 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
     if kind in ("model_type", "kind_type"):
         expected = f"should be a section with the keys {keys}"
     elif kind == "literal_error":
-        literals = [part for part in parts_of(key.field) if get_origin(part) is Literal]
-        choices = [str(choice) for literal in literals for choice in get_args(literal)]
+        choices = _choices(key)
         word = str(value).lower().replace("bfloat", "bf").replace("float", "fp")  # FP16, float16
         expected = f"should be {' or '.join(choices)}{did_you_mean(word, choices)}"
     elif kind in EXPECTED:
-        context = dict(entry.get("ctx", {}))
+        plain = isinstance(value, (bool, int, float))
+        context = {"quoted": "; write it in quotes" if plain else "", **entry.get("ctx", {})}
         if isinstance(context.get("error"), KeyProblem):
             context["error"] = context["error"].problem
         expected = EXPECTED[kind].format(**context)
@@ -171,9 +171,17 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
             expected += f"; write {' or '.join(examples)}"
         elif kind == "tuple_type" and keys:
             expected += f" of sections with the keys {keys}"
+        elif kind == "tuple_type" and _choices(key):
+            expected += f" of {', '.join(_choices(key))}"
     if isinstance(value, dict) and not examples:
         return origin.problem(key.path, expected)
     return origin.problem(key.path, f"got {_given(key.loc, value, tree)}; {expected}")
+
+
+def _choices(key: Key) -> list[str]:
+    """The words that a key, or an entry of its list, may be; [] where it may be others."""
+    literals = [part for part in parts_of(key.field) if get_origin(part) is Literal]
+    return [str(choice) for literal in literals for choice in get_args(literal)]
 
 
 def _examples(key: Key, value: Any) -> list[str]:
@@ -182,6 +190,8 @@ def _examples(key: Key, value: Any) -> list[str]:
         return []
     shapes = [_in_yaml(value)]
     kinds = sections_of(key.field)
+    if not kinds and _choices(key) and value not in _choices(key):
+        return []
     if kinds and not isinstance(value, dict):
         if isinstance(value, (list, tuple)) or value is None:
             return []
@@ -265,7 +275,9 @@ def _unknown(key: Key, root: type[Section]) -> str:
     everywhere = {path[-1]: ".".join(path).replace("*", "0") for path, _ in reversed(list(walk(root)))}
     below = next((path for path, _ in walk(key.around) if path[-1] == word), None)
     near = ".".join(below).replace("*", "0") if below else nearest(word, known)
-    meant = f"{prefix}{near}" if near else everywhere.get(word)
-    if meant:
-        return f"unknown key; did you mean {meant}?"
-    return f"unknown key; {around or 'a recipe'} has the keys {', '.join(known)}"
+    if near:
+        return f"unknown key; did you mean {prefix}{near}?"
+    meant = f"did you mean {everywhere[word]}? " if word in everywhere else ""
+    if meant and not around:
+        return f"unknown key; {meant.strip()}"
+    return f"unknown key; {meant}{around or 'a recipe'} has the keys {', '.join(known)}"
