@@ -24,7 +24,7 @@ from clipcluster.train.optimizer import Rate
 from clipcluster.train.stages import Stage, counts_of
 
 NAMED_LAYERS = 40  # in a message
-Rates = Mapping[str, Rate | None]
+RatesByName = Mapping[str, Rate | None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def build_stages(model: nn.Module, freezings: Sequence[Freezing]) -> list[Stage]
     return stages
 
 
-def _rate_of(rates: Rates, name: str) -> Rate | None:
+def _rate_of(rates: RatesByName, name: str) -> Rate | None:
     """Of what is in no tower: as the schedule says."""
     return rates.get(name, Rate())
 
@@ -117,14 +117,14 @@ def _towers(model: nn.Module, freezings: Sequence[Freezing]) -> Iterator[Tower]:
         yield Tower(first.tower, module, f"{names[id(module)]}.")
 
 
-def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, Rates, frozenset[str]]]:
+def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, RatesByName, frozenset[str]]]:
     """What each of its entries puts in force: step, rates of its parameters, modules as in evaluation.
 
-    Rates are by names in the model. What begins to train has the entry's; what trained before keeps its own.
+    RatesByName are by names in the model. What begins to train has the entry's; what trained before keeps its own.
     """
     everything = dict.fromkeys(tower.parameters, Rate())
-    before: tuple[Rates, frozenset[str]] = everything, frozenset()
-    rates: Rates = everything if own[0].step else dict.fromkeys(tower.parameters)
+    before: tuple[RatesByName, frozenset[str]] = everything, frozenset()
+    rates: RatesByName = everything if own[0].step else dict.fromkeys(tower.parameters)
     for freezing in own:
         layers = tower.frozen_layers(freezing)
         frozen = layers - tower.norms() if freezing.norms_train else layers

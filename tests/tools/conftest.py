@@ -1,4 +1,4 @@
-"""Small data sets in the layouts in which they are published, with real images, and what is in them."""
+"""Small datasets in the layouts in which they are published, with real images, and what is in them."""
 
 import base64
 import gzip
