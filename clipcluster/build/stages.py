@@ -120,7 +120,7 @@ def _towers(model: nn.Module, freezings: Sequence[Freezing]) -> Iterator[Tower]:
 def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, RatesByName, frozenset[str]]]:
     """What each of its entries puts in force: step, rates of its parameters, modules as in evaluation.
 
-    RatesByName are by names in the model. What begins to train has the entry's; what trained before keeps its own.
+    Rates are by names in the model. What begins to train has the entry's; what trained before keeps its own.
     """
     everything = dict.fromkeys(tower.parameters, Rate())
     before: tuple[RatesByName, frozenset[str]] = everything, frozenset()
