@@ -97,7 +97,7 @@ def test_the_head_of_a_file_is_taken_where_the_classes_are_as_many(tmp_path: Pat
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in same.state_dict().items())
     # OpenCLIP's names are of a whole dual encoder; a classifier is none.
     torch.save({f"visual.{key}": value for key, value in same.state_dict().items()}, tmp_path / "clip.pth")
-    with pytest.raises(UserError, match=r"brings 0 of the model's"):
+    with pytest.raises(UserError, match=r"has 0 of the model's"):
         classifier(image=image_section("test_convnext"), weights=str(tmp_path / "clip.pth"))
 
 
