@@ -331,9 +331,9 @@ class TestStartAndStop:
     def test_a_daemon_that_dies_shows_the_end_of_its_log(
         self, room: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            monkeypatch.setattr(sandboxes, "free_ports", lambda count: port - 1)
+        port = sandboxes.free_ports(2)
+        with socket.create_server(("127.0.0.1", port + 1)):
+            monkeypatch.setattr(sandboxes, "free_ports", lambda count: port)
             with pytest.raises(UserError, match=r"(?s)daemon of n1 ended.*n1\.log.*in use"):
                 sandboxes.start(room, nodes=1)
         assert not room.exists()
