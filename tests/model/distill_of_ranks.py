@@ -6,17 +6,15 @@ The processes are forked after the imports, before any backward pass.
 
 from __future__ import annotations
 
-import datetime
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from forked import exit_codes
+from forked import run_worlds, world_over_gloo
 from tiny_model import tiny_batch, tiny_clip
 
 from clipcluster.data.loading import stored
@@ -117,32 +115,12 @@ def step(world: World, settings: dict[str, Any], synthetic: bool, micro_batches:
 
 
 def run(out: Path, rank: int, size: int) -> None:
-    torch.set_num_threads(1)
-    if size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{out}/store-{size}",
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=60),
-        )
-    world = World(rank, size, rank, CPU)
-    for name, case in CASES.items():
-        answer = step(world, *case)
-        if rank == 0:
-            torch.save(answer, out / f"{size}-{name}.pt")
-    if size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def main() -> int:
-    out, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2:]]
-    for size in sizes:
-        if any(exit_codes(run, [(out, rank, size) for rank in range(size)])):
-            return 1
-    return 0
+    with world_over_gloo(out, rank, size) as world:
+        for name, case in CASES.items():
+            answer = step(world, *case)
+            if rank == 0:
+                torch.save(answer, out / f"{size}-{name}.pt")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_worlds(run, Path(sys.argv[1]), [int(size) for size in sys.argv[2:]]))

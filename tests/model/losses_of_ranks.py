@@ -3,7 +3,6 @@
 python losses_of_ranks.py OUT SIZE  writes OUT/RANK.pt: case -> loss, accuracy and gradients of that rank.
 """
 
-import datetime
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,12 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.functional import normalize
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from forked import exit_codes
+from forked import run_worlds, world_over_gloo
 
 from clipcluster.model.losses import contrastive, siglip
 from clipcluster.runtime.world import World
@@ -79,25 +77,13 @@ def theirs(case: str, module: ModuleType, world: World) -> dict[str, Any]:
 
 
 def rank(out: Path, number: int, size: int) -> None:
-    torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{out}/store", rank=number, world_size=size, timeout=wait
-    )
-    world = World(number, size, number, torch.device("cpu"))
-    answers = {case: answer(case, world) for case in CASES}
-    module = open_clip_losses()
-    if module is not None:
-        answers |= {f"open_clip {case}": theirs(case, module, world) for case in ("clip", "siglip")}
-    torch.save(answers, out / f"{number}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def main() -> int:
-    out, size = Path(sys.argv[1]), int(sys.argv[2])
-    return int(any(exit_codes(rank, [(out, number, size) for number in range(size)])))
+    with world_over_gloo(out, number, size) as world:
+        answers = {case: answer(case, world) for case in CASES}
+        module = open_clip_losses()
+        if module is not None:
+            answers |= {f"open_clip {case}": theirs(case, module, world) for case in ("clip", "siglip")}
+        torch.save(answers, out / f"{number}.pt")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_worlds(rank, Path(sys.argv[1]), [int(sys.argv[2])]))

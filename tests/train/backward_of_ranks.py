@@ -6,20 +6,18 @@ The processes are forked after the imports, before any backward pass.
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from forked import exit_codes
+from forked import run_worlds, world_over_gloo
 
 from clipcluster.data.loading.batch import Batch
 from clipcluster.model.losses import contrastive
@@ -295,25 +293,16 @@ CASES: dict[str, Callable[[World], Answer]] = {
 
 
 def rank(out: Path, number: int, size: int, cases: list[str]) -> None:
-    torch.set_num_threads(1)
-    if size > 1:
-        store, wait = f"file://{out}/store-{size}", datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=store, rank=number, world_size=size, timeout=wait)
-    world = World(number, size, number, CPU)
-    answers = {case: CASES[case](world) for case in cases}
-    torch.save(answers, out / f"{size}-{number}.pt")
-    if size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    with world_over_gloo(out, number, size) as world:
+        answers = {case: CASES[case](world) for case in cases}
+        torch.save(answers, out / f"{size}-{number}.pt")
 
 
 def main() -> int:
-    out = Path(sys.argv[1])
-    for world in sys.argv[2:]:
-        size, _, cases = world.partition(":")
-        if any(exit_codes(rank, [(out, number, int(size), cases.split(",")) for number in range(int(size))])):
-            return 1
-    return 0
+    worlds = [world.partition(":") for world in sys.argv[2:]]
+    return max(
+        run_worlds(rank, Path(sys.argv[1]), [int(size)], cases.split(",")) for size, _, cases in worlds
+    )
 
 
 if __name__ == "__main__":
