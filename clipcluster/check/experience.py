@@ -107,8 +107,8 @@ def _augmentation(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
 
 
 def _learning_rate(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
-    lr = recipe.optim.lr
-    if not isinstance(lr, float) or lr == 0 or recipe.optim.name != "adamw":
+    lr = plan.lr
+    if lr == 0 or recipe.optim.name != "adamw":
         return None
     batch = max(plan.batch_size, SMALL_BATCH)
     rule = LR * (batch / LR_BATCH) ** 0.5

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from clipcluster.data.loading.batch import normalise
-from clipcluster.errors import UserError
 from clipcluster.model.losses import contrastive, siglip
 from clipcluster.recipe.sections.loss import Loss
 
@@ -142,15 +141,7 @@ class ContrastiveTask(Task):
 def build_contrastive(
     recipe: Recipe, model: DualEncoder, ranks: World, assets: Path | None = None
 ) -> ContrastiveTask:
-    """`task: contrastive`. UserError where the loss and the model's bias do not fit together."""
-    bias = model.logit_bias
-    if recipe.loss.name == "siglip":
-        if bias is None:
-            raise UserError("loss.name is siglip, which needs a bias: set model.logit_bias to {init: -10}")
-    elif recipe.model.logit_bias is not None:
-        raise UserError(
-            "model.logit_bias: the loss clip is the same with any bias; remove it, or set loss.name to siglip"
-        )
-    elif bias is not None:  # of a model made with siglip: constant now
-        bias.requires_grad_(False)
+    """`task: contrastive`. A bias of the model, which only the loss siglip needs, is fixed without it."""
+    if recipe.loss.name != "siglip" and model.logit_bias is not None:
+        model.logit_bias.requires_grad_(False)
     return ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, ranks, recipe.loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.freeze import Freeze
@@ -24,7 +24,7 @@ class Freezing:
     """
 
     place: str
-    tower: str
+    tower: Literal["image", "text"]
     step: int
     layers: int | None
     lr_scale: float
@@ -76,7 +76,7 @@ def freezings(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> tuple[F
     for tower in dict.fromkeys(freezing.tower for freezing in found):
         own = [freezing for freezing in found if freezing.tower == tower]
         _check(own, total_steps)
-        if own[0].step == 0 and own[0].layers is not None and not _has_weights(recipe, tower):
+        if own[0].step == 0 and own[0].layers is not None and not recipe.model.weights_of(own[0].tower):
             raise UserError(
                 f"{own[0]} freezes layers that were never trained: model.{tower} has no weights, so they "
                 f"would stay random. Set model.{tower}.weights, or let the tower train first"
@@ -110,10 +110,3 @@ def _check(own: Sequence[Freezing], total_steps: int) -> None:
                 "remove it"
             )
         before = freezing
-
-
-def _has_weights(recipe: Recipe, tower: str) -> bool:
-    """Whether a recipe names starting weights of a tower, or of the whole model."""
-    model = recipe.model
-    parts = (model, getattr(model, tower), getattr(model, "dual", None))
-    return any(getattr(part, "weights", None) for part in parts)

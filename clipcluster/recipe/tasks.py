@@ -80,15 +80,14 @@ TASKS: Mapping[str, TaskSpec] = {
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "captions": (
-        *(
-            "model.text",
-            "model.dual",
-            "model.embed_dim",
-            "model.projection_bias",
-            "model.logit_scale",
-            "model.logit_bias",
-        ),
-        *("loss.name", "loss.chunk"),
+        "model.text",
+        "model.dual",
+        "model.embed_dim",
+        "model.projection_bias",
+        "model.logit_scale",
+        "model.logit_bias",
+        "loss.name",
+        "loss.chunk",
     ),
     "classes": ("model.classes", "model.head_init_scale", "data.mixup"),
 }

@@ -66,9 +66,14 @@ CLASSIFIER = {"image": {"timm": "convnext_atto"}}
             {"task": "classify", "model": CLASSIFIER, "evaluate": {"zero_shot": ["x"]}},
             "evaluate.zero_shot: task classify cannot be measured so; use evaluate.classification",
         ),
+        ({"loss": {"name": "siglip"}}, "loss.name: siglip needs a bias: set model.logit_bias to {init: -10}"),
+        (
+            {"model": {**recipe_of()["model"], "logit_bias": {}}},
+            "model.logit_bias: the loss clip is the same with any bias; remove it",
+        ),
     ],
 )
-def test_keys_of_another_task_are_refused(changes: dict[str, Any], said: str) -> None:
+def test_keys_that_do_not_fit_together_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(said)):
         Recipe.model_validate(recipe_of(**changes))
 

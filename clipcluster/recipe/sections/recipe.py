@@ -73,6 +73,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _bias_for_siglip(self) -> Recipe:
+        biased = self.model.logit_bias is not None
+        if self.loss.name == "siglip" and not biased:
+            raise KeyProblem("loss.name", "siglip needs a bias: set model.logit_bias to {init: -10}")
+        if biased and self.loss.name != "siglip":
+            raise KeyProblem(
+                "model.logit_bias",
+                f"the loss {self.loss.name} is the same with any bias; remove it, or set loss.name to siglip",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _teachers_for_distillation(self) -> Recipe:
         if self.task == "distill" and self.distill is None:
             raise ValueError(
