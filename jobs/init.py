@@ -27,7 +27,6 @@ from clipcluster.text import counted
 
 LOOKED_AT = 64  # samples whose images and captions are measured
 MOST_TOKENS, STEPS = 256, 3000  # bounds of what is written: bytes of a caption, steps of a small set
-LONGEST_NAME = 100
 TRAINING = ("train", "training")
 
 
@@ -82,11 +81,12 @@ def write_starter(name: str, *, parent: Path | None, data: str | Path | None) ->
         UserError: the file exists, the name cannot be one, or there are no indexed shards to train on.
     """
     file = Path(f"{name}.yaml")
-    pattern = next(m.pattern for m in Recipe.model_fields["name"].metadata if hasattr(m, "pattern"))
-    if not re.fullmatch(pattern, name) or len(name) > LONGEST_NAME:
+    limits = Recipe.model_fields["name"].metadata
+    pattern = next(limit.pattern for limit in limits if hasattr(limit, "pattern"))
+    longest = next(limit.max_length for limit in limits if hasattr(limit, "max_length"))
+    if not re.fullmatch(pattern, name) or len(name) > longest:
         raise UserError(
-            f"{name!r} cannot name a run; use at most {LONGEST_NAME} letters, digits, '.', '_' and '-' (not "
-            "first)"
+            f"{name!r} cannot name a run; use at most {longest} letters, digits, '.', '_' and '-' (not first)"
         )
     if file.exists():
         raise UserError(f"{file} exists and is left as it is; choose another name, or remove it")

@@ -56,9 +56,9 @@ def build_trainer(
     attempt.phase(world.rank, "model")
     model = build_model(recipe, sources.tokenizer, run.assets)
     weights = world.while_main(lambda: describe_start(model, plan_, attempt))
-    if not steps_in(run.checkpoints):  # a checkpoint has everything
-        check_loaded(model, build_stages(model, plan_.freezings)[0])
     step = build_step(recipe, plan_, model, world, run.assets)
+    if not steps_in(run.checkpoints):  # a checkpoint has everything
+        check_loaded(model, step.stages.stages[0])
     frozen = step.backward.task.task.frozen
     weights |= world.while_main(lambda: {name: hash_of(file) for name, file in frozen.items()})
     parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.backward.precision}

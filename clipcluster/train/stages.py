@@ -72,7 +72,7 @@ class Stages:
         starts = [stage.start for stage in stages]
         if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
             raise ValueError(f"stages begin at rising steps, the first at 0, not at {starts}")
-        self._model, self._task, self._optimizer, self._stages = model, task, optimizer, tuple(stages)
+        self._model, self._task, self._optimizer, self.stages = model, task, optimizer, tuple(stages)
         self._current: Stage | None = None
         self._trainable = [pair for pair in model.named_parameters() if pair[1].requires_grad]
 
@@ -83,7 +83,7 @@ class Stages:
         nothing changed, and in a run of one stage that freezes nothing.
         Raises RuntimeError where other parameters train than the stage says.
         """
-        stage = [stage for stage in self._stages if stage.start <= step][-1]
+        stage = [stage for stage in self.stages if stage.start <= step][-1]
         if stage is self._current:
             return None
         for name, parameter in self._trainable:
@@ -97,7 +97,7 @@ class Stages:
         self._current = stage
         counts = counts_of(self._trainable, stage)
         self._check(counts)
-        return counts if len(self._stages) > 1 or counts.trainable < counts.parameters else None
+        return counts if len(self.stages) > 1 or counts.trainable < counts.parameters else None
 
     def _check(self, counts: Counts) -> None:
         """What the stage says is what autograd will see and what the optimizer has."""
