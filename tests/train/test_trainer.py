@@ -466,6 +466,7 @@ def test_curves_are_written_for_others_to_read(toy: ModuleType, run: Any) -> Non
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     toy.go(run, stop_at=5, evaluate_every=4)
+    time.sleep(1 - time.time() % 1)  # files of one second are read by name: the tenth before the ninth
     toy.go(run, evaluate_every=4)
     curves = EventAccumulator(str(run.tensorboard)).Reload()
     losses = [(point.step, point.value) for point in curves.Scalars("train/loss")]
