@@ -74,7 +74,7 @@ class ClipTokenizer:
 
         self.context_length = context_length
         self._words = regex.compile(_CLIP_WORDS, regex.IGNORECASE)
-        self._letters = _letters_of_bytes()
+        self._letters = letters_of_bytes()
         order = [*range(33, 127), *range(161, 173), *range(174, 256)]
         order += sorted(set(range(256)) - set(order))
         alphabet = [self._letters[byte] for byte in order]
@@ -87,6 +87,10 @@ class ClipTokenizer:
         limit = self.context_length - 2
         rows = [[self.bos_id, *self._encode(text)[:limit], self.eos_id] for text in texts]
         return _padded(rows, self.context_length, self.pad_id)
+
+    def save_vocabulary(self, folder: Path) -> None:
+        """Write `vocab.json` (without the two special tokens) and `merges.txt` into a folder."""
+        self._bpe.save(str(folder))
 
     def _encode(self, text: str) -> list[int]:
         return [token for word in self._words.findall(cleaned(text)) for token in self._tokens_of(word)]
@@ -110,7 +114,7 @@ def cleaned(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def _letters_of_bytes() -> list[str]:
+def letters_of_bytes() -> list[str]:
     """A printable letter for every byte: itself where it is one, else the next from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
@@ -142,7 +146,7 @@ def _no_vocabulary(file: Path, why: str) -> str:
 class HuggingFaceTokenizer:
     """A tokenizer of transformers, with its own special tokens.
 
-    One that closes its texts with no end token (GPT-2) gets it appended; one without a pad token pads with
+    One that closes its texts with no end token (GPT-2) gets it `appended`; one without a pad token pads with
     the end token, and the mask tells which tokens are real.
     """
 
@@ -162,14 +166,14 @@ class HuggingFaceTokenizer:
         # of an empty text the last token may be the one that begins it, which OPT also ends with
         last = [tokenizer(text)["input_ids"][-1:] for text in ("", "a")]
         closes = all(ids in ([end], [tokenizer.sep_token_id]) for ids in last)
-        self._appended = [] if closes or end is None else [self.eos_id]
+        self.appended = [] if closes or end is None else [self.eos_id]
         tokenizer.model_max_length = int(1e9)  # longer texts are cut below, without a warning
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        limit = self.context_length - len(self._appended)
+        limit = self.context_length - len(self.appended)
         rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         return _padded(
-            [(row + self._appended) or [self.pad_id] for row in rows], self.context_length, self.pad_id
+            [(row + self.appended) or [self.pad_id] for row in rows], self.context_length, self.pad_id
         )
 
 

@@ -7,13 +7,16 @@ dimensions of size one are brought together in `clipcluster.model.weights`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
+import torch
 from timm.models import byobnet
 from torch import Tensor, nn
+
+from clipcluster.model.hugging_face import names_in
 
 State = dict[str, Tensor]
 
@@ -77,54 +80,148 @@ def _dense(kernel: Tensor) -> Tensor:
     return kernel.permute(2, 1, 0).unflatten(2, (size, size)).transpose(2, 3)
 
 
-_CLIP_VIT = [
-    (re.compile(r"^conv1\."), "patch_embed.proj."),
-    (re.compile(r"^positional_embedding$"), "pos_embed"),
-    (re.compile(r"^class_embedding$"), "cls_token"),
-    (re.compile(r"^ln_pre\."), "norm_pre."),
-    (re.compile(r"^ln_post\."), "norm."),
-    (re.compile(r"^transformer\.resblocks\."), "blocks."),
-    (re.compile(r"\.ln_([12])\."), r".norm\1."),
-    (re.compile(r"\.ls_([12])\."), r".ls\1."),
-    (re.compile(r"\.attn\.in_proj_"), ".attn.qkv."),
-    (re.compile(r"\.attn\.out_proj\."), ".attn.proj."),
-    (re.compile(r"\.mlp\.c_fc\."), ".mlp.fc1."),
-    (re.compile(r"\.mlp\.c_proj\."), ".mlp.fc2."),
-]
-
-
-_CLIP_HF = [
-    (re.compile(r"^conv1\."), "embeddings.patch_embedding."),
-    (re.compile(r"^class_embedding$"), "embeddings.class_embedding"),
-    (re.compile(r"^positional_embedding$"), "embeddings.position_embedding.weight"),
-    (re.compile(r"^token_embedding\."), "embeddings.token_embedding."),
-    (re.compile(r"^ln_pre\."), "pre_layrnorm."),  # as transformers writes it
-    (re.compile(r"^ln_post\."), "post_layernorm."),
-    (re.compile(r"^ln_final\."), "final_layer_norm."),
-    (re.compile(r"^transformer\.resblocks\."), "encoder.layers."),
-    (re.compile(r"\.ln_([12])\."), r".layer_norm\1."),
-    (re.compile(r"\.attn\."), ".self_attn."),
-    (re.compile(r"\.mlp\.c_fc\."), ".mlp.fc1."),
-    (re.compile(r"\.mlp\.c_proj\."), ".mlp.fc2."),
-]
+# Two programs' names for the same tensors, as they are replaced one after another, in either direction; ^ and
+# $ stand for the beginning and the end of a name. OpenAI's and OpenCLIP's are on the left.
+_CLIP_VIT = (  # timm's
+    ("^conv1.", "^patch_embed.proj."),
+    ("^positional_embedding$", "^pos_embed$"),
+    ("^class_embedding$", "^cls_token$"),
+    ("^ln_pre.", "^norm_pre."),
+    ("^ln_post.", "^norm."),
+    ("^transformer.resblocks.", "^blocks."),
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".ls_1.", ".ls1."),
+    (".ls_2.", ".ls2."),
+    (".attn.in_proj_", ".attn.qkv."),
+    (".attn.out_proj.", ".attn.proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+_CLIP_HF = (  # transformers', queries, keys and values apart
+    ("^conv1.", "^embeddings.patch_embedding."),
+    ("^class_embedding$", "^embeddings.class_embedding$"),
+    ("^positional_embedding$", "^embeddings.position_embedding.weight$"),
+    ("^token_embedding.", "^embeddings.token_embedding."),
+    ("^ln_pre.", "^pre_layrnorm."),  # as transformers writes it
+    ("^ln_post.", "^post_layernorm."),
+    ("^ln_final.", "^final_layer_norm."),
+    ("^transformer.resblocks.", "^encoder.layers."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".attn.", ".self_attn."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+_SIGLIP_HF = (  # SigLIP's ViT: timm's on the left, transformers' on the right, queries, keys and values apart
+    ("^patch_embed.proj.", "^embeddings.patch_embedding."),
+    ("^pos_embed$", "^embeddings.position_embedding.weight$"),
+    ("^blocks.", "^encoder.layers."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.proj.", ".self_attn.out_proj."),
+    (".attn.", ".self_attn."),
+    ("^norm.", "^post_layernorm."),
+    ("^attn_pool.latent$", "^head.probe$"),
+    ("^attn_pool.proj.", "^head.attention.out_proj."),
+    ("^attn_pool.norm.", "^head.layernorm."),
+    ("^attn_pool.mlp.", "^head.mlp."),
+)
 _IN_PROJ = re.compile(r"\.attn\.(?:in_proj_|Wqkv\.)(weight|bias)$")
 _BERT_IN_PROJ = re.compile(r"\.attention\.self\.Wqkv\.(weight|bias)$")
+_TIMM_QKV = re.compile(r"\.attn\.qkv\.(weight|bias)$")
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def _rules(pairs: Iterable[tuple[str, str]], *, back: bool = False) -> list[tuple[re.Pattern[str], str]]:
+    """What replaces the names on the left by those on the right, or `back`."""
+
+    def pattern(text: str) -> re.Pattern[str]:
+        return re.compile(re.escape(text).replace(r"\^", "^").replace(r"\$", "$"))
+
+    ways = ((right, left) if back else (left, right) for left, right in pairs)
+    return [(pattern(old), new.strip("^$")) for old, new in ways]
 
 
 def _clip_vit(state: State, tower: nn.Module) -> State:
     """The names of OpenAI's and OpenCLIP's own ViT as timm's, or as transformers' where the tower is its."""
     if _of_transformers(tower):
-        return _clip_hf(state)
-    found = {_renamed(_IN_PROJ.sub(r".attn.in_proj_\1", key), _CLIP_VIT): v for key, v in state.items()}
+        return clip_in_transformers(state)
+    rules = _rules(_CLIP_VIT)
+    found = {_renamed(_IN_PROJ.sub(r".attn.in_proj_\1", key), rules): v for key, v in state.items()}
     if "pos_embed" in found:
         found["pos_embed"] = found["pos_embed"].unsqueeze(0)
     return found
 
 
-def _clip_hf(state: State) -> State:
+def clip_vit_of_timm(state: State) -> State:
+    """timm's names of CLIP's ViT as OpenAI's and OpenCLIP's own: the way back of what reads these."""
+    rules = _rules(_CLIP_VIT, back=True)
+    found = {_renamed(key, rules): value for key, value in state.items()}
+    if "positional_embedding" in found:
+        found["positional_embedding"] = found["positional_embedding"].squeeze(0)
+    if "class_embedding" in found:
+        found["class_embedding"] = found["class_embedding"].flatten()
+    return found
+
+
+def clip_in_transformers(state: State) -> State:
     """The names of OpenAI's and OpenCLIP's own transformers, of images or text, as transformers' CLIP's."""
-    separate = _split(state, _IN_PROJ, ".attn", ("q_proj", "k_proj", "v_proj"))
-    return {_renamed(key, _CLIP_HF): value for key, value in separate.items()}
+    rules = _rules(_CLIP_HF)
+    return {_renamed(key, rules): value for key, value in _split(state, _IN_PROJ, ".attn", _QKV).items()}
+
+
+def _clip_of_transformers(state: State) -> State:
+    """transformers' names of CLIP's own transformers as OpenAI's and OpenCLIP's: the way back."""
+    rules = _rules(_CLIP_HF, back=True)
+    return _joined({_renamed(key, rules): value for key, value in state.items()}, "in_proj_")
+
+
+def _joined(state: State, name: str) -> State:
+    """Queries, keys and values in three tensors as one, called `name`; where one is missing, as they are."""
+    found = dict(state)
+    for key in state:
+        block, apart, kind = key.rpartition(".q_proj.")
+        names = [f"{block}.{each}.{kind}" for each in _QKV]
+        if apart and len({state[each].shape if each in state else None for each in names}) == 1:
+            found[f"{block}.{name}{kind}"] = torch.cat([found.pop(each) for each in names])
+    return found
+
+
+def siglip_vit_in_transformers(state: State) -> State:
+    """timm's names of SigLIP's ViT as transformers'."""
+    found = _split(state, _TIMM_QKV, ".attn", _QKV)
+    for kind in ("weight", "bias"):
+        parts = [found.pop(f"attn_pool.{name}.{kind}") for name in ("q", "kv")]
+        found[f"head.attention.in_proj_{kind}"] = torch.cat(parts)
+    found["pos_embed"] = found["pos_embed"].squeeze(0)
+    rules = _rules(_SIGLIP_HF)
+    return {_renamed(key, rules): value for key, value in found.items()}
+
+
+def _siglip_vit_of_transformers(state: State) -> State:
+    """transformers' names of SigLIP's ViT as timm's: the way back."""
+    rules = _rules(_SIGLIP_HF, back=True)
+    found = _joined({_renamed(key, rules): value for key, value in state.items()}, "qkv.")
+    for kind in ("weight", "bias"):
+        if f"head.attention.in_proj_{kind}" in found:
+            query, *others = found.pop(f"head.attention.in_proj_{kind}").chunk(3)
+            found |= {f"attn_pool.q.{kind}": query, f"attn_pool.kv.{kind}": torch.cat(others)}
+    if "pos_embed" in found:
+        found["pos_embed"] = found["pos_embed"].unsqueeze(0)
+    return found
+
+
+def _hf_tower(state: State, tower: Any) -> State:
+    """A tower by the names in transformers' files as it is: one of the installed transformers, timm's ViT of
+    CLIP or SigLIP, or CLIP's text transformer.
+    """
+    if _of_transformers(tower):
+        return {now: state[key] for key, now in names_in(tower, [*state]).items()}
+    if "head.probe" in state:
+        return _siglip_vit_of_transformers(state)
+    names = _clip_of_transformers(state)
+    return names if hasattr(tower, "token_embedding") else _clip_vit(names, tower)
 
 
 def _split(state: State, pattern: re.Pattern[str], place: str, names: Iterable[str]) -> State:
@@ -196,7 +293,7 @@ def _text_of(text: State, tower: Any) -> State:
         own = {key.replace(".attention.self.out_proj.", ".attention.output.dense."): key for key in inside}
         return {f"transformer.{name}": inside[key] for name, key in own.items()}
     if "token_embedding.weight" in text and _of_transformers(tower.transformer):
-        return {f"transformer.{key}": value for key, value in _clip_hf(text).items()}
+        return {f"transformer.{key}": value for key, value in clip_in_transformers(text).items()}
     return text
 
 
@@ -210,6 +307,34 @@ def _transformers(state: State, model: Any) -> State:
                 inner = key.removeprefix(theirs).removeprefix(theirs)
                 nested = f"{ours}{theirs}" if f"{ours}{theirs}{inner}" in known else ours
                 key = f"{nested}{inner}"
+        found[key] = value
+    if not hasattr(model, "text"):
+        return found
+    found = _within(found, "image.trunk.", "image.trunk.", model.image.trunk)
+    if _of_transformers(model.text.transformer):
+        return _within(found, "text.transformer.", "text.transformer.", model.text.transformer)
+    head = "text.transformer.head."  # SigLIP's, which is its projection
+    found = {key.replace(head, "text_projection.", 1): value for key, value in found.items()}
+    return _within(found, "text.transformer.", "text.", model.text)
+
+
+def _within(state: State, place: str, into: str, tower: Any) -> State:
+    """A state dict in which the part at `place`, of transformers, has a tower's own names, at `into`."""
+    inside = {key.removeprefix(place): value for key, value in state.items() if key.startswith(place)}
+    rest = {key: value for key, value in state.items() if not key.startswith(place)}
+    return rest | {f"{into}{key}": value for key, value in _hf_tower(inside, tower).items()}
+
+
+def in_transformers(state: State, known: Collection[str]) -> State:
+    """The names of a `Clip` whose towers have transformers' names as those of its whole model, `known`."""
+    found = {}
+    for key, value in state.items():
+        for theirs, ours in _PARTS.items():
+            if key.startswith(ours):
+                inner = key.removeprefix(ours)
+                nested = f"{theirs}{theirs}{inner}"
+                key = nested if nested in known else f"{theirs}{inner}"
+                break
         found[key] = value
     return found
 
@@ -227,8 +352,10 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
         Layout("the original ConvNeXt's", "downsample_layers.0.", _convnext),
         Layout("CLIP's ViT's", "class_embedding", _clip_vit),
         Layout("CLIP's ResNet's", "attnpool.", _clip_resnet),
+        Layout("transformers' CLIP's", "embeddings.class_embedding", _hf_tower),
+        Layout("transformers' SigLIP's", "head.probe", _hf_tower),
     ),
-    "text": (),
+    "text": (Layout("transformers' CLIP's", "embeddings.token_embedding.", _hf_tower),),
     "model": (
         Layout("OpenCLIP's", "visual.", _open_clip),
         Layout("transformers'", "vision_model.", _transformers),
