@@ -21,6 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	clipcluster shards convert digits --out data/digits
 	clipcluster submit recipes/digits.yaml --executor local --follow
+	clipcluster report "$$(ls -dt "$${CLIPCLUSTER_RUNS:-runs}"/digits-???????? | head -n 1)" --out report.html
 
 slurm:
 	@tests/install-slurm

@@ -40,10 +40,12 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
 
     Raises what `Trainer.run` raises, and UserError or DataError where a part cannot be built.
     """
+    from clipcluster.runtime.devices import describe
     from clipcluster.runtime.world import World
 
     recipe = from_run(run.recipe(), attempt.settings())
     device = use_processors(recipe, launch)
+    attempt.event("device", writer=f"rank-{launch.rank}", device=describe(device))
     attempt.phase(launch.rank, "rendezvous")
     world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
     began = time.monotonic()

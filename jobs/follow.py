@@ -172,6 +172,7 @@ def show_end(run: Run, state: State, console: Console) -> None:
         following = [
             f"  clipcluster metrics {name} --plot    # the loss; --columns, --csv and more",
             f"  clipcluster evaluate {name}          # evaluate the last checkpoint again",
+            f"  clipcluster report {name} --out report.html    # curves, figures and pictures, for a browser",
             f"  tensorboard --logdir {run.tensorboard}",
         ]
     for line in filter(None, [state.advice, f"run folder: {run.path}", *following]):

@@ -37,6 +37,7 @@ TORCH_FREE = [
     "jobs.endings.__main__",
     "jobs.state",
     "jobs.init",
+    "jobs.report.report",
 ]
 
 

@@ -7,6 +7,7 @@ checkpoint repeats steps that the one before had already logged.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from clipcluster.runs import files
@@ -20,9 +21,10 @@ def lines(run: Run, pattern: str, **types: type) -> Iterator[dict[str, Any]]:
     """
     for attempt in run.attempts():
         for path in sorted(attempt.path.glob(pattern)):
-            for line in files.read_lines(path):
+            for line in chain.from_iterable(files.line_chunks(path)):
                 if all(isinstance(line.get(name), kind) for name, kind in types.items()):
-                    yield {**line, "attempt": attempt.number}
+                    line["attempt"] = attempt.number
+                    yield line
 
 
 def merged_metrics(run: Run) -> list[dict[str, Any]]:

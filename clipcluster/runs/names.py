@@ -34,7 +34,7 @@ def run_name(name: str, result: Mapping[str, Any]) -> str:
     return f"{name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested value by dotted path, numbers stepping into lists."""
     if isinstance(value, Mapping) and (value or not prefix):
         items = [(str(key), inner) for key, inner in value.items()]
@@ -44,7 +44,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, inner in items:
-        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else key))
+        flat.update(flat(inner, f"{prefix}.{key}" if prefix else key))
     return flat
 
 
@@ -65,13 +65,13 @@ def similar_runs(
     `recipe` is the mapping that `recipe.yaml` would hold; the key `name` is not compared. The nearest first,
     each with its differences: key -> (here, there), None for a key that is not given.
     """
-    here = _flat({key: value for key, value in recipe.items() if key != "name"})
+    here = flat({key: value for key, value in recipe.items() if key != "name"})
     found = []
     for run in all_runs(folder):
         match = _RUN_NAME.fullmatch(run.name)
         if match is None or match["name"] != name:
             continue
-        there = _flat({key: value for key, value in run.recipe().items() if key != "name"})
+        there = flat({key: value for key, value in run.recipe().items() if key != "name"})
         pairs = {key: (here.get(key), there.get(key)) for key in sorted({*here, *there})}
         differences = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
         if 1 <= len(differences) <= at_most:

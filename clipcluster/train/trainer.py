@@ -173,6 +173,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         advice = "Lower evaluate.batch_size, then submit again."
+        began = time.monotonic()
         try:
             with advising_on_memory("an evaluation", advice):
                 results = self.evaluations.measure(self.progress, self._stop_evaluating)
@@ -181,6 +182,7 @@ class Trainer:
         self.progress.evaluated_step, self.results = self.progress.step, results
         with self.records.keeping():
             self.metrics.write_results(self.progress, results, averaged=self.step.ema is not None)
+        self.records.event("evaluation", seconds=round(time.monotonic() - began, 3))
         self.saver.record_evaluation(self.progress.step, results)
         self.metrics.restart_clock(self.progress.samples)
 

@@ -1,4 +1,4 @@
-"""The verbs of runs: check, submit, status, logs, metrics, cancel, evaluate and train."""
+"""The verbs of runs: check, submit, status, logs, metrics, cancel, evaluate, report and train."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ def status(
     runs: Runs = None,
 ) -> None:
     """Show the state of runs."""
-    from jobs.state import Queue, report
+    from jobs import state
 
     folder = runs_folder(runs)
 
     def look() -> list[dict[str, Any]]:
         chosen = [find_run(name, folder) for name in names] if names else all_runs(folder)
-        queue = Queue()
-        return [report(run, queue) for run in chosen]
+        queue = state.Queue()
+        return [state.report(run, queue) for run in chosen]
 
     if as_json:
         print_document(look())
@@ -282,6 +282,23 @@ def evaluate(
     show(shown(document))
 
 
+def report(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders, names, or unique beginnings.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The file to write, or to replace.")],
+    runs: Runs = None,
+) -> None:
+    """Write a page about one run, or several beside each other, as one file for a browser."""
+    from jobs.report.report import write
+    from jobs.state import Queue
+
+    folder = runs_folder(runs)
+    chosen = {found.path.resolve(): found for found in (find_run(name, folder) for name in names)}
+    size = write(list(chosen.values()), out, Queue())
+    say(f"wrote {out} ({max(1, size // 1000):,} kB): open it in a browser")
+
+
 def train(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder.")],
 ) -> None:
@@ -296,4 +313,4 @@ def train(
     leave(serve(run_dir, "clipcluster.run:train", stop))
 
 
-VERBS = (init, check, submit, status, logs, metrics, cancel, evaluate, train)
+VERBS = (init, check, submit, status, logs, metrics, cancel, evaluate, report, train)

@@ -1,0 +1,209 @@
+"""Reports as a reader meets them, in Chromium: on a phone and a desk, dark and light, with and without scripts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clipcluster.errors import UserError
+from clipcluster.runs import files
+from jobs.report.report import write
+from jobs.state import Queue
+from tests.jobs.report.conftest import DESKTOP, PHONE, overflowing
+from tests.jobs.report.example_runs import HOSTILE, claimed, made, preempted, sweep, told, trained
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The report of the preempted run, with a hostile caption, class, shard and half a surrogate pair."""
+    folder = tmp_path_factory.mktemp("one")
+    run = preempted(folder, caption=f"{HOSTILE} \ud800")
+    write([run], folder / "one.html", Queue())
+    return folder / "one.html"
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    """The report of the sweep."""
+    folder = tmp_path_factory.mktemp("six")
+    write(sweep(folder), folder / "six.html", Queue())
+    return folder / "six.html"
+
+
+def test_a_preempted_run(one, opened):
+    with opened(one, PHONE) as page:
+        assert page.title() == "preempted-0a1b2c3d"
+        assert page.locator("header .state").inner_text() == "FINISHED"
+        assert page.locator("h2").all_inner_texts() == [
+            "Curves",
+            "Evaluation",
+            "Gallery",
+            "Where the time went",
+            "What was skipped",
+            "Recipe",
+            "Environment and provenance",
+        ]
+        assert overflowing(page) == []
+        assert "preempted 1 ×, crashed 1 ×" in page.locator("header").inner_text()
+        titles = page.locator("figcaption").all_inner_texts()
+        assert titles[:6] == [
+            "loss",
+            "learning rate",
+            "logit scale",
+            "gradient norm",
+            "throughput, samples/s",
+            "wait for data, seconds a line",
+        ]
+        assert "colours/zero_shot_top1, %" in titles
+        marks = page.locator("#curves .plots").first.locator("figure").first.locator("path")
+        strokes = [mark.evaluate("path => path.style.stroke") for mark in marks.all()]
+        assert strokes.count("var(--bad)") == 1, "one attempt began after a preemption"
+        assert strokes.count("var(--mark)") == 1, "one after a crash"
+        tiles = page.locator(".tiles").inner_text()
+        assert "74.44 %" in tiles, "0.8 (1 - exp(-400/150))"
+        ends = page.locator("#time tbody tr td:nth-child(4)").all_inner_texts()
+        assert ends == ["preempted", "crashed", "finished"]
+        widths = page.locator("#time .bar span").evaluate_all("parts => parts.map(part => parseFloat(part.style.width))")
+        assert sum(widths) == pytest.approx(100, abs=0.01)
+        skipped = page.locator("#skipped").inner_text()
+        assert "3 bad samples" in skipped
+        assert re.search(r"JPEG: truncated\s+2", skipped)
+        assert "roll back" in skipped
+        assert "commit 0123abcd, with uncommitted changes" in page.locator("#provenance").inner_text()
+        assert "cuda:0 (NVIDIA H200)" in page.locator("#provenance").inner_text()
+
+
+def test_other_peoples_texts_stay_texts(one, opened):
+    with opened(one) as page:
+        page.locator("details").evaluate_all("parts => parts.forEach(part => { part.open = true })")
+        assert page.evaluate("window.pwned") is None
+        assert page.locator("script").count() == 1
+        assert page.locator("img:not([src^='data:image/jpeg'])").count() == 0
+        caption = page.locator("#gallery .query p").first
+        assert caption.inner_text().startswith(HOSTILE.replace("  ", " "))
+        assert HOSTILE in page.locator("#gallery .errors").inner_text()
+        assert HOSTILE in page.locator("#skipped").inner_text()
+        policy = page.locator("meta[http-equiv]").get_attribute("content")
+        assert policy.startswith("default-src 'none'")
+
+
+def test_pictures_values_and_the_page_without_scripts(one, opened):
+    with opened(one) as page:
+        images = page.locator("#gallery img")
+        assert images.count() == 7
+        assert all(images.evaluate_all("all => all.map(image => image.complete && image.naturalWidth > 0)"))
+        rights = page.locator("#gallery .row").first.locator(".picture")
+        assert [("right" in one.get_attribute("class"), "✓" in one.inner_text()) for one in rights.all()] == [
+            (False, False),
+            (False, False),
+            (True, True),
+        ]
+        plot = page.locator(".plot").first
+        box = plot.bounding_box()
+        page.mouse.move(box["x"] + 0.95 * box["width"], box["y"] + box["height"] / 2)
+        reading = plot.locator(".reading").inner_text().split("\n")
+        step = int(reading[0].removeprefix("step ").replace(",", ""))
+        assert 300 < step <= 400
+        assert float(reading[1]) == pytest.approx(0.6, abs=0.3)
+    with opened(one, javascript=False) as page:
+        assert page.locator(".plot svg").count() >= 9
+        assert page.locator(".plot svg path").first.bounding_box()["width"] > 100
+        page.locator("summary", has_text="recipe.yaml").click()
+        assert "embed_dim: 64" in page.locator("#recipe pre").first.inner_text()
+
+
+def test_six_runs(six, opened):
+    with opened(six, PHONE) as page:
+        assert page.title() == "6 runs"
+        assert overflowing(page) == []
+        table = page.locator("#runs table")
+        heads = [head.strip() for head in table.locator("th").all_inner_texts()]
+        assert heads[:4] == ["run", "state", "optim.lr", "model.image.timm"]
+        assert "colours/zero_shot_top1" in heads
+        column = heads.index("colours/zero_shot_top1")
+        head = table.locator("th").nth(column)
+        values = table.locator(f"tbody td:nth-child({column + 1})")
+        head.locator("button").click()
+        assert head.get_attribute("aria-sort") == "ascending"
+        head.locator("button").click()
+        shown = [float(text.removesuffix(" %")) for text in values.all_inner_texts()]
+        assert shown == sorted(shown, reverse=True)
+        assert len(set(shown)) == 6
+        assert page.locator("#runs-legend li").count() == 6
+        assert page.locator(".plot").first.locator("[data-run]").count() == 6
+        keys = page.locator("#differences tbody td:first-child").all_inner_texts()
+        assert keys == ["optim.lr", "model.image.timm"]
+        table.locator("a", has_text="sweep-00000002").click()
+        assert page.locator("details.run", has=page.locator("#run-3")).evaluate("part => part.open")
+
+
+def test_runs_that_have_nothing_yet_and_files_that_cannot_be_written(tmp_path):
+    run = made(tmp_path / "runs" / "new-00000000", {})
+    started = made(tmp_path / "runs" / "started-00000000", {})
+    told(claimed(started, 0), "rank-0", ("start", 1, {"rank": 0}))
+    assert write([run], tmp_path / "new.html", Queue()) == (tmp_path / "new.html").stat().st_size
+    assert "NEW" in (tmp_path / "new.html").read_text()
+    write([run, started], tmp_path / "new.html", Queue())
+    assert "<svg" not in (tmp_path / "new.html").read_text()
+    with pytest.raises(UserError, match="ends in .html"):
+        write([run], tmp_path / "recipe.yaml", Queue())
+    with pytest.raises(UserError, match="no folder"):
+        write([run], tmp_path / "absent" / "x.html", Queue())
+
+
+def test_batches_of_different_sizes_are_drawn_over_samples(tmp_path, opened):
+    runs = sweep(tmp_path)[:2]
+    path = runs[1].attempts()[0].path / "metrics.jsonl"
+    lines = [{**line, "samples": 2 * line["samples"]} for line in files.read_lines(path)]
+    path.unlink()
+    files.append_lines(path, lines)
+    write(runs, tmp_path / "two.html", Queue())
+    text = (tmp_path / "two.html").read_text()
+    assert "Over samples" in text
+    assert 'data-axis="samples"' in text
+
+
+@pytest.mark.long
+def test_screens_on_a_phone_and_a_desk_dark_and_light(one, six, opened, tmp_path):
+    for file in (one, six):
+        for width in (PHONE, DESKTOP):
+            for scheme in ("light", "dark"):
+                with opened(file, width, scheme) as page:
+                    page.locator("details").evaluate_all("parts => parts.forEach(part => { part.open = true })")
+                    assert overflowing(page) == []
+                    picture = tmp_path / f"{file.stem}-{width}-{scheme}.png"
+                    page.screenshot(path=picture, full_page=True)
+                with Image.open(picture) as screen:
+                    assert screen.width == width
+                    corner = sum(screen.convert("RGB").getpixel((3, 3)))
+                    assert (corner > 700) if scheme == "light" else (corner < 100)
+                    assert len(screen.convert("RGB").getcolors(1 << 24)) > 200
+    with opened(one, DESKTOP, "dark") as page:
+        page.emulate_media(media="print", color_scheme="dark")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+@pytest.mark.long
+def test_a_million_steps(tmp_path):
+    run = made(tmp_path / "runs" / "long-00000000", {"optim": {"lr": 1e-3}}, {"plan": {"total_steps": 1_000_000}})
+    attempt = claimed(run, 0)
+    for begin in range(0, 1_000_000, 100_000):
+        trained(attempt, range(begin + 1, begin + 100_001), 10 + begin, lr=1e-6)
+    command = [sys.executable, "-m", "jobs.cli", "report", str(run.path), "--out", str(tmp_path / "long.html")]
+    seconds = []
+    for _ in range(2):
+        began = time.monotonic()
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        seconds.append(time.monotonic() - began)
+    assert (tmp_path / "long.html").stat().st_size < 3_000_000
+    print(f"a million steps: {min(seconds):.1f} s")
+    assert min(seconds) < 5
