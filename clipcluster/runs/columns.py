@@ -1,4 +1,4 @@
-"""The metrics of a long run as arrays: a million lines in seconds, and never all of them in memory. No torch."""
+"""The metrics of a long run as arrays: a million lines in seconds, never all in memory. No torch."""
 
 from __future__ import annotations
 

@@ -42,10 +42,10 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         items = [(str(number), inner) for number, inner in enumerate(value)]
     else:
         return {prefix: value}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, inner in items:
-        flat.update(flat(inner, f"{prefix}.{key}" if prefix else key))
-    return flat
+        found.update(flat(inner, f"{prefix}.{key}" if prefix else key))
+    return found
 
 
 def _nested(value: Any) -> Any:

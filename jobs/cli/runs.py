@@ -286,7 +286,9 @@ def report(
     names: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Folders, names, or unique beginnings.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The file to write, or to replace.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.html", help="The file to write, or to replace.")
+    ],
     runs: Runs = None,
 ) -> None:
     """Write a page about one run, or several beside each other, as one file for a browser."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ def finite(x: np.ndarray, y: np.ndarray) -> Curve:
 
 
 def extremes(curve: Curve, points: int) -> Curve:
-    """The least and the greatest value of each of `points` / 2 stretches, besides the first and the last point.
+    """The least and the greatest value of each of `points` / 2 stretches, and the first and the last point.
 
     A curve of no more than `points` is returned as it is.
     """
@@ -53,4 +54,4 @@ def means(curve: Curve, points: int) -> Curve:
 def _stretches(length: int, count: int) -> Iterator[tuple[int, int]]:
     """`count` ranges [begin, end) of about the same length, which together are [0, length)."""
     edges = np.linspace(0, length, count + 1).astype(int).tolist()
-    yield from zip(edges, edges[1:], strict=False)
+    return pairwise(edges)

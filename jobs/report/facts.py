@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from clipcluster.data.storage.urls import redacted_within
@@ -87,13 +88,13 @@ class Facts:
     @property
     def step(self) -> int:
         """The last step done."""
-        return max([0, *self.logged["step"][-1:].tolist(), *(one.last_step for one in self.attempts)])
+        return max((one.last_step for one in self.attempts), default=0)
 
     def last(self, name: str) -> float | None:
         """The last finite value of a metric; None where there is none."""
         values = self.logged.get(name)
-        known = values[values == values] if values is not None else ()
-        return float(known[-1]) if len(known) else None
+        known = [] if values is None else values[np.isfinite(values)][-1:].tolist()
+        return float(known[0]) if known else None
 
     def spent(self, kind: str) -> float:
         """Seconds of all attempts on one of `timeline.KINDS`."""
@@ -220,7 +221,9 @@ def _provenance(
     versions = manifest.get("versions") or {}
     rows += [(str(program), str(version)) for program, version in versions.items()]
     if checkpoint is not None:
-        rows.append(("newest checkpoint", f"{checkpoint.name}, written by {manifest.get('world_size')} ranks"))
+        rows.append(
+            ("newest checkpoint", f"{checkpoint.name}, written by {manifest.get('world_size')} ranks")
+        )
     rows.append(("hosts", _counted(one.host for one in attempts if one.host)))
     devices = attempts[-1].devices if attempts else ()
     rows.append(("devices of the last attempt", _counted(devices)))

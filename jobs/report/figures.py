@@ -22,6 +22,7 @@ TITLES = {
     "data_wait_seconds": "wait for data, seconds a line",
 }
 """The metrics that every page shows, in this order; a task's others follow."""
+FROM_ZERO = ("samples_per_second", "data_wait_seconds")
 NO_CURVES = ("step", "samples", "epoch", "time", "skipped_steps")
 OTHERS = 6  # metrics of a task besides these that are shown
 EVALUATED = 12  # evaluation figures that are shown as curves
@@ -49,11 +50,14 @@ class Figures:
 
 def figures_of(runs: Sequence[Facts]) -> Figures:
     """The curves of these runs, overlaid; over samples where their batches have different sizes."""
-    x_axis = "samples" if len({_batch_size(facts) for facts in runs if len(facts.logged["step"])}) > 1 else "step"
+    x_axis = (
+        "samples" if len({_batch_size(facts) for facts in runs if len(facts.logged["step"])}) > 1 else "step"
+    )
     logged = dict.fromkeys(name for facts in runs for name in facts.logged)
     others = sorted(name for name in logged if name not in (*TITLES, *NO_CURVES))
     shown = [*(name for name in TITLES if name in logged), *others[:OTHERS]]
     points = max(60, min(POINTS, PAGE_POINTS // max(1, len(shown) * len(runs))))
+    end = max((_end(facts, x_axis) for facts in runs), default=1.0)
     marks = _marks(runs[0].attempts) if len(runs) == 1 else []
     training = []
     for number, name in enumerate(shown):
@@ -61,11 +65,12 @@ def figures_of(runs: Sequence[Facts]) -> Figures:
         if lines:
             title = TITLES.get(name, name.replace("_", " "))
             averaged = any(line.pale is not None for line in lines)
-            training.append(Figure(title, plot(lines, marks=marks, number=number), averaged))
+            drawn = plot(lines, end=end, from_zero=name in FROM_ZERO, marks=marks, number=number)
+            training.append(Figure(title, drawn, averaged))
     evaluations = []
     for number, name in enumerate(_evaluated(runs)):
         lines = list(_measured(runs, name, x_axis, points))
-        drawn = plot(lines, marks=marks, number=len(shown) + number)
+        drawn = plot(lines, end=end, from_zero=False, marks=marks, number=len(shown) + number)
         evaluations.append(Figure(f"{name}, %", drawn))
     return Figures(x_axis, training, evaluations)
 
@@ -78,7 +83,12 @@ def _marks(attempts: Sequence[Lived]) -> list[Mark]:
 def _batch_size(facts: Facts) -> float:
     """Samples of a step."""
     samples, steps = facts.logged.get("samples"), facts.logged["step"]
-    return float(samples[-1] / steps[-1]) if samples is not None and steps[-1] else 0.0
+    return float(samples[-1] / steps[-1]) if samples is not None and len(steps) and steps[-1] else 0.0
+
+
+def _end(facts: Facts, x_axis: str) -> float:
+    """The last step done, or its samples."""
+    return max(1, facts.step) * (_batch_size(facts) if x_axis == "samples" else 1.0)
 
 
 def _training(runs: Sequence[Facts], name: str, x_axis: str, points: int) -> Iterator[Line]:
@@ -112,7 +122,7 @@ def _measured(runs: Sequence[Facts], name: str, x_axis: str, points: int) -> Ite
     for number, facts in enumerate(runs):
         values = _values(facts, name)
         if values:
-            scale = _batch_size(facts) if x_axis == "samples" and len(facts.logged["step"]) else 1.0
+            scale = _batch_size(facts) if x_axis == "samples" else 1.0
             x, y = np.array(values, dtype=np.float64).T
             curve = extremes(Curve(x * scale, 100 * y), points)
             yield Line(number, curve, dots=len(curve.x) <= 100)

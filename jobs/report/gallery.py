@@ -1,6 +1,6 @@
 """The pictures of an evaluation: what `evals/details-….json` says, with the images from the run's shards.
 
-Images are found by shard and key, made small, and put into the page as data URLs, bounded in number and bytes.
+Images are found by shard and key, made small, and put into the page as data URLs, bounded in bytes.
 Where the shards are not on this machine, or changed, the page says so and shows the texts alone.
 """
 
@@ -128,7 +128,7 @@ class Details(BaseModel):
 
 @dataclass
 class Gallery:
-    """The details of a run's last evaluation. `images`: data URLs by set and place; `notes`: what is missing."""
+    """The details of the last evaluation. `images`: data URLs by set and place; `notes`: what is absent."""
 
     details: Details | None = None
     images: dict[str, dict[Place, str]] = field(default_factory=dict)
@@ -213,7 +213,7 @@ def _read(dataset: Dataset, places: Iterable[Place]) -> Iterable[tuple[Place, by
 
 
 def _keys(dataset: Dataset, shard: int) -> Iterable[tuple[str, int]]:
-    """Key and number of every sample of a shard: an index knows where samples are, not what they are called."""
+    """Key and number of every sample of a shard: an index knows where samples are, not their keys."""
     end = int(dataset.sample_ends[shard])
     for position in range(end - int(dataset.sample_counts[shard]), end):
         handle, begin = dataset.begin(position)

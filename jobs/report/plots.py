@@ -1,9 +1,7 @@
 """Curves as SVG inside the page.
 
 Drawn by matplotlib, with placeholders for colours that the page's style sheet fills in: so a plot follows the
-reader's dark or light mode, scales to a phone, prints, and needs no program in the page (vega, bokeh and plotly
-are one to five megabytes of it, and show nothing where it may not run). A few lines of script add the values
-under the pointer, which they read from the paths. Only numbers are written into it, no text of a user's.
+X
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -26,7 +25,7 @@ WIDTH, HEIGHT = 360, 180  # of the drawing, in its own units, which are pixels o
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 350, 8, 154  # of the axes in it, y downwards
 _INK, _RULE, _MARK, _PREEMPTED = "#010203", "#040506", "#070809", "#0a0b0c"  # the placeholders
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
     "path.simplify": False,
@@ -42,7 +41,8 @@ _STYLE = {
 _INHERITED = re.compile(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL)
 _SERIES = re.compile(r'id="series-(\d+)"')
 _GROUP = re.compile(r' id="[a-zA-Z.0-9]+_\d+"')
-_DECIMALS = re.compile(r"(\d\.\d{3})\d+")
+_PATH = re.compile(r' d="[^"]*"')
+_DECIMALS = re.compile(r"(\.\d{3})\d+")
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,17 @@ def short(value: float, _: object = None) -> str:
     return f"{value:.4g}"
 
 
-def plot(lines: Sequence[Line], *, marks: Sequence[Mark] = (), number: int = 0) -> Plot:
-    """The curves in one drawing. `marks`: where attempts began. `number`: of the drawing, for its ids.
+def plot(
+    lines: Sequence[Line], *, end: float, from_zero: bool, marks: Sequence[Mark] = (), number: int = 0
+) -> Plot:
+    """The curves in one drawing, from 0 to `end`. `number`: of the drawing, for its ids.
 
-    The scale is logarithmic where all values are positive and the greatest is over 100 times the least.
+    The scale begins at zero if `from_zero`, else with the least value; it is logarithmic where the greatest
+    is over 100 times the least and that is positive.
     """
     low = min(float(line.curve.y.min()) for line in lines)
     high = max(float(line.curve.y.max()) for line in lines)
-    log = low > 0 and high > 100 * low
+    log = not from_zero and high > 100 * low > 0
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"plot-{number}"}):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = figure.add_axes(
@@ -108,14 +111,15 @@ def plot(lines: Sequence[Line], *, marks: Sequence[Mark] = (), number: int = 0) 
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(short))
-        limits = axes.get_xlim(), axes.get_ylim()
+        bottom, top = axes.get_ylim()
+        limits = (-0.02 * end, 1.02 * end), (min(0.0, bottom) if from_zero else bottom, top)
         for mark in marks:
             colour, dashes = (_PREEMPTED, (4, 2)) if mark.preempted else (_MARK, (1.5, 2.5))
             axes.axvline(mark.x, color=colour, linewidth=0.9, linestyle=(0, dashes), zorder=1, clip_on=False)
         axes.set(xlim=limits[0], ylim=limits[1])
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True)
-    (left, right), (bottom, top) = limits
+    left, right, bottom, top = (float(limit) for pair in limits for limit in pair)
     return Plot(
         _for_the_page(text.getvalue()),
         f"{_LEFT} {_TOP} {_RIGHT} {_BOTTOM}",
@@ -126,12 +130,16 @@ def plot(lines: Sequence[Line], *, marks: Sequence[Mark] = (), number: int = 0) 
 
 
 def _draw(axes: matplotlib.axes.Axes, line: Line) -> None:
-    # Not clipped: the path of a clip is found by an id, which must not be in a part of the page that is folded.
-    style = {"color": _colour(line.run), "linestyle": "-" if line.run < COLOURS else "--", "clip_on": False}
+    # Not clipped: a clip is found by its id, which must not be in a part of the page that is folded.
+    style: Any = {
+        "color": _colour(line.run),
+        "linestyle": "-" if line.run < COLOURS else "--",
+        "clip_on": False,
+    }
     if line.pale is not None:
         axes.plot(*line.pale, linewidth=0.7, alpha=0.35, **style)
-    size = {"marker": "o", "markersize": 3} if line.dots else {}
-    (drawn,) = axes.plot(*line.curve, linewidth=1.5, **size, **style)
+    dots: Any = {"marker": "o", "markersize": 3} if line.dots else {}
+    (drawn,) = axes.plot(*line.curve, linewidth=1.5, **dots, **style)
     drawn.set_gid(f"series-{line.run}")
 
 
@@ -143,8 +151,8 @@ def _for_the_page(svg: str) -> Markup:
     """matplotlib's file as an element of the page, coloured by its style sheet."""
     svg = _INHERITED.sub("", svg[svg.index("<svg") :])
     svg = _GROUP.sub("", _SERIES.sub(r'data-run="\1"', svg))
-    svg = re.sub(r'<svg [^>]*?viewBox', '<svg aria-hidden="true" viewBox', svg, count=1)
-    svg = _DECIMALS.sub(r"\1", svg)
+    svg = re.sub(r"<svg [^>]*?viewBox", '<svg aria-hidden="true" viewBox', svg, count=1)
+    svg = _PATH.sub(lambda path: _DECIMALS.sub(r"\1", path[0]), svg)
     for colour, name in ((_INK, "muted"), (_RULE, "rule"), (_MARK, "mark"), (_PREEMPTED, "bad")):
         svg = svg.replace(colour, f"var(--{name})")
     for run in range(COLOURS):

@@ -19,7 +19,7 @@ from jobs.report.facts import differences, facts_of
 from jobs.report.figures import figures_of
 from jobs.report.gallery import IMAGE_BYTES, gallery_of
 from jobs.report.plots import COLOURS
-from jobs.report.timeline import KINDS
+from jobs.report.timeline import KINDS, SHORT
 from jobs.state import Queue
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +56,11 @@ def page(runs: Sequence[Run], queue: Queue) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        count=words.count, figure=words.figure, duration=words.duration, moment=words.moment
+        breakable=words.breakable,
+        count=words.count,
+        duration=words.duration,
+        figure=words.figure,
+        moment=words.moment,
     )
     return environment.get_template("page.html").render(
         runs=facts,
@@ -65,6 +69,7 @@ def page(runs: Sequence[Run], queue: Queue) -> str:
         differences=differences(facts),
         headline=list(dict.fromkeys(n for one in facts for e in one.evaluations[-1:] for n in e.headline)),
         kinds=KINDS,
+        short_kinds=SHORT,
         colours=COLOURS,
         policy=policy,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),

@@ -21,6 +21,15 @@ KINDS = {
     "end": "ending",
 }
 """What the time between two endings is spent on, in this order."""
+SHORT = {
+    "queue": "queue",
+    "start": "start",
+    "train": "training",
+    "data": "data",
+    "evaluate": "evaluation",
+    "end": "ending",
+}
+"""The same, as heads of columns."""
 PREEMPTED = "preempted"
 
 
@@ -29,9 +38,9 @@ class Lived:
     """One attempt. Times are seconds since 1970, durations seconds; None is not known.
 
     first_step, last_step: where it resumed, and the last step that it is known to have done. repeated: steps
-    of the attempt before that it did again. spent: by the names of `KINDS`. idle: before the run was submitted
-    again. saves: how long each checkpoint took, written beside the training. skipped_steps: those that were not
-    finite. happened: its roll-backs and failed saves.
+    of the attempt before that it did again. spent: by the names of `KINDS`. idle: before the run was
+    submitted again. saves: how long each checkpoint took, written beside the training. skipped_steps: those
+    that were not finite. happened: its roll-backs and failed saves.
     """
 
     number: int
@@ -145,7 +154,7 @@ def _times(events: Sequence[Mapping[str, Any]]) -> list[float]:
 def _spent(
     began: float, ended: float, events: Sequence[Mapping[str, Any]], logged: Columns, first_step: int
 ) -> dict[str, float]:
-    """The seconds from the claim to the end, by kind. Saves are written beside the training and are no kind."""
+    """The seconds from the claim to the end, by kind. Saves, beside the training, are no kind."""
     trained = _training_began(events, logged, first_step)
     if trained is None:
         return {"start": max(0.0, ended - began)}
@@ -173,9 +182,7 @@ def _spent(
     }
 
 
-def _training_began(
-    events: Sequence[Mapping[str, Any]], logged: Columns, first_step: int
-) -> float | None:
+def _training_began(events: Sequence[Mapping[str, Any]], logged: Columns, first_step: int) -> float | None:
     """When the first step began: its line's time less what its rate says its samples took.
 
     Where no line was written: when the first batch was waited for; None where it never came to that.

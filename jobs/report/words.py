@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
+
+from markupsafe import Markup
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
@@ -25,7 +28,7 @@ def duration(seconds: float | None) -> str:
         return ""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    whole, parts = round(seconds), []
+    whole, parts = round(seconds), list[str]()
     for unit, size in (*_UNITS, ("s", 1)):
         if whole >= size or parts:
             parts.append(f"{whole // size} {unit}")
@@ -38,3 +41,8 @@ def duration(seconds: float | None) -> str:
 def moment(seconds: float | None) -> str:
     """A time (seconds since 1970) in UTC, to the minute; empty for None."""
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def breakable(name: str) -> Markup:
+    """A name of a key or metric, escaped, that may be broken behind its dots, slashes and underscores."""
+    return Markup("<wbr>").join(re.split(r"(?<=[./_])", name))

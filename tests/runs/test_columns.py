@@ -34,7 +34,11 @@ def test_columns_are_the_merged_lines(tmp_path_factory, attempts):
 
 def test_a_metric_of_some_lines_is_unknown_in_the_others(run, claim):
     attempt = claim()
-    for line in ({"step": 1, "loss": 1.0}, {"step": 2, "loss": "?"}, {"step": 3, "loss": 3.0, "skipped_steps": 2}):
+    for line in (
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": "?"},
+        {"step": 3, "loss": 3.0, "skipped_steps": 2},
+    ):
         attempt.metrics(line)
     claim().metrics({"step": 4, "loss": 4.0, "text": "x"})
     table = merged([columns_of(one) for one in run.attempts()])
@@ -44,8 +48,17 @@ def test_a_metric_of_some_lines_is_unknown_in_the_others(run, claim):
 
 
 def test_large_files_are_read_as_small_ones(tmp_path):
-    good = ['{"step":%d,"loss":%r,"name":"é\\ud83d\\ude00"}' % (step, step / 7) for step in range(5000)]
-    odd = ['{"step":1,"lo', "", '{"a":NaN,"b":1e999}', "[1]", '{"x":1},{"y":2}', '{"t":"\\ud800"}', "7", '{"k":1,"k":2}']
+    good = [json.dumps({"step": step, "loss": step / 7, "name": "é😀"}) for step in range(5000)]
+    odd = [
+        '{"step":1,"lo',
+        "",
+        '{"a":NaN,"b":1e999}',
+        "[1]",
+        '{"x":1},{"y":2}',
+        '{"t":"\\ud800"}',
+        "7",
+        '{"k":1,"k":2}',
+    ]
     path = tmp_path / "lines.jsonl"
     for lines in (good, [*good, *odd], [*odd, *good, *odd], [*good, '{"torn":']):
         path.write_text("\n".join(lines))

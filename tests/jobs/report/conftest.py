@@ -15,8 +15,9 @@ PHONE, DESKTOP = 390, 1280
 OVERFLOWING = """() => {
     const inside = (element) => element.closest(".scroll, pre, .bar, .reading");
     return [...document.body.querySelectorAll("*")]
-        .filter((element) => !inside(element) && element.getBoundingClientRect().right > innerWidth + 0.5)
-        .map((element) => `${element.tagName}.${element.className} ${element.textContent.trim().slice(0, 40)}`);
+        .filter((element) => !inside(element))
+        .filter((element) => element.getBoundingClientRect().right > innerWidth + 0.5)
+        .map((element) => `${element.tagName} ${element.className} ${element.textContent.slice(0, 40)}`);
 }"""
 
 
@@ -34,7 +35,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(chromium: Any) -> Callable[..., Any]:
-    """opened(file, width, scheme, javascript): the page; on leaving, nothing may have been fetched or failed."""
+    """opened(file, width, scheme, javascript): the page, which may fetch nothing and fail nowhere."""
 
     @contextmanager
     def open_page(

@@ -16,7 +16,9 @@ from clipcluster.runs.folder import Run
 from tests.shard_writer import ShardWriter
 
 BEGIN = 1_790_000_000.0
-HOSTILE = "</script><script>window.pwned = 1</script><img src=https://example.invalid/x onerror=window.pwned=1>"
+HOSTILE = (
+    "</script><script>window.pwned = 1</script><img src=https://example.invalid/x onerror=window.pwned=1>"
+)
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
 BATCH = 64
 
@@ -98,7 +100,13 @@ def evaluated(run: Run, attempt: int, steps: Sequence[int], *, best: float = 0.8
             "colours/i2t_r1": 0.95 * value,
             "colours/paired_t2i_r1": None if step == steps[0] else value / 2,
         }
-        document = {"step": step, "samples": step * BATCH, "attempt": attempt, "ema": False, "metrics": metrics}
+        document = {
+            "step": step,
+            "samples": step * BATCH,
+            "attempt": attempt,
+            "ema": False,
+            "metrics": metrics,
+        }
         files.write_json(run.evals / f"step-{step:08d}.json", document)
 
 
@@ -127,7 +135,11 @@ def details(run: Run, step: int, *, caption: str = "a red field", shard: str = "
         "i2t": [{"query": red, "place": 3, "top": failed}],
     }
     run.evals.mkdir(exist_ok=True)
-    document = {"step": step, "attempt": 1, "sets": {"colours": {"retrieval": retrieval, "zero_shot": zero_shot}}}
+    document = {
+        "step": step,
+        "attempt": 1,
+        "sets": {"colours": {"retrieval": retrieval, "zero_shot": zero_shot}},
+    }
     files.write_json(run.evals / f"details-{step:08d}.json", document)
 
 
@@ -139,11 +151,15 @@ def preempted(folder: Path, *, caption: str = "a red field") -> Run:
         "code": "code-1",
     }
     shards(folder / "colours")
-    run = made(folder / "runs" / "preempted-0a1b2c3d", {"optim": {"lr": 1e-3}, "model": {"embed_dim": 64}}, settings)
+    run = made(
+        folder / "runs" / "preempted-0a1b2c3d", {"optim": {"lr": 1e-3}, "model": {"embed_dim": 64}}, settings
+    )
     run.submitit.mkdir()
     files.append_lines(run.submitit / "jobs.jsonl", [{"job": "4711", "time": BEGIN - 90}])
     (run.path / "code-1").mkdir()
-    files.write_json(run.path / "code-1" / "snapshot.json", {"commit": "0123abcd", "dirty": True, "digest": "ff"})
+    files.write_json(
+        run.path / "code-1" / "snapshot.json", {"commit": "0123abcd", "dirty": True, "digest": "ff"}
+    )
 
     first = claimed(run, 0)
     for rank in range(2):
@@ -162,7 +178,12 @@ def preempted(folder: Path, *, caption: str = "a red field") -> Run:
 
     second = claimed(run, 200, host="node-2")
     told(second, "rank-0", ("start", 204, {"rank": 0}), ("phase", 215, {"phase": "first batch"}))
-    told(second, "rank-0", ("resume", 210, {"step": 101}), ("roll_back", 240, {"step": 110, "reason": "3 steps"}))
+    told(
+        second,
+        "rank-0",
+        ("resume", 210, {"step": 101}),
+        ("roll_back", 240, {"step": 110, "reason": "3 steps"}),
+    )
     trained(second, range(110, 141, 10), 216)
     second.bad_sample(0, "00001.tar", "x", "JPEG: truncated")
     second.bad_sample(0, "00001.tar", "y", "JPEG: truncated")

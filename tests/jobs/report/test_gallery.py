@@ -45,7 +45,9 @@ def test_images_keep_within_the_bytes_of_a_page(tmp_path):
 def test_what_cannot_be_shown_is_said(tmp_path):
     run = preempted(tmp_path)
     details(run, 500, shard="gone.tar")
-    assert set(gallery_of(run).images["colours"]) >= {("00000.tar", "red-0")}, "another sample's shard is gone"
+    assert set(gallery_of(run).images["colours"]) >= {("00000.tar", "red-0")}, (
+        "another sample's shard is gone"
+    )
     tar = tmp_path / "colours" / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:-1024] + bytes(2048))
     gallery = gallery_of(run)
@@ -57,8 +59,13 @@ def test_what_cannot_be_shown_is_said(tmp_path):
     assert f"there is no folder {tmp_path / 'colours'} on this machine" in gallery.notes[0]
     run.update_settings({})
     assert "the run's settings name no folder of the set colours" in gallery_of(run).notes[0]
-    files.write_json(run.evals / "details-00000600.json", {"step": 600, "sets": {"colours": {"retrieval": 3}}})
-    assert "details-00000600.json is not what this version reads: sets.colours.retrieval" in gallery_of(run).notes[0]
+    files.write_json(
+        run.evals / "details-00000600.json", {"step": 600, "sets": {"colours": {"retrieval": 3}}}
+    )
+    assert (
+        "details-00000600.json is not what this version reads: sets.colours.retrieval"
+        in gallery_of(run).notes[0]
+    )
 
 
 def test_a_damaged_image_is_named_in_its_place(tmp_path):

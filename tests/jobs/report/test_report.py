@@ -1,4 +1,4 @@
-"""Reports as a reader meets them, in Chromium: on a phone and a desk, dark and light, with and without scripts."""
+"""Reports as a reader meets them, in Chromium: phone and desk, dark and light, with and without scripts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_a_preempted_run(one, opened):
         assert "74.44 %" in tiles, "0.8 (1 - exp(-400/150))"
         ends = page.locator("#time tbody tr td:nth-child(4)").all_inner_texts()
         assert ends == ["preempted", "crashed", "finished"]
-        widths = page.locator("#time .bar span").evaluate_all("parts => parts.map(part => parseFloat(part.style.width))")
+        widths = page.locator("#time .bar span").evaluate_all(
+            "parts => parts.map(part => parseFloat(part.style.width))"
+        )
         assert sum(widths) == pytest.approx(100, abs=0.01)
         skipped = page.locator("#skipped").inner_text()
         assert "3 bad samples" in skipped
@@ -154,7 +156,7 @@ def test_runs_that_have_nothing_yet_and_files_that_cannot_be_written(tmp_path):
     assert "NEW" in (tmp_path / "new.html").read_text()
     write([run, started], tmp_path / "new.html", Queue())
     assert "<svg" not in (tmp_path / "new.html").read_text()
-    with pytest.raises(UserError, match="ends in .html"):
+    with pytest.raises(UserError, match=r"ends in \.html"):
         write([run], tmp_path / "recipe.yaml", Queue())
     with pytest.raises(UserError, match="no folder"):
         write([run], tmp_path / "absent" / "x.html", Queue())
@@ -178,7 +180,9 @@ def test_screens_on_a_phone_and_a_desk_dark_and_light(one, six, opened, tmp_path
         for width in (PHONE, DESKTOP):
             for scheme in ("light", "dark"):
                 with opened(file, width, scheme) as page:
-                    page.locator("details").evaluate_all("parts => parts.forEach(part => { part.open = true })")
+                    page.locator("details").evaluate_all(
+                        "parts => parts.forEach(part => { part.open = true })"
+                    )
                     assert overflowing(page) == []
                     picture = tmp_path / f"{file.stem}-{width}-{scheme}.png"
                     page.screenshot(path=picture, full_page=True)
@@ -194,11 +198,21 @@ def test_screens_on_a_phone_and_a_desk_dark_and_light(one, six, opened, tmp_path
 
 @pytest.mark.long
 def test_a_million_steps(tmp_path):
-    run = made(tmp_path / "runs" / "long-00000000", {"optim": {"lr": 1e-3}}, {"plan": {"total_steps": 1_000_000}})
+    run = made(
+        tmp_path / "runs" / "long-00000000", {"optim": {"lr": 1e-3}}, {"plan": {"total_steps": 1_000_000}}
+    )
     attempt = claimed(run, 0)
     for begin in range(0, 1_000_000, 100_000):
         trained(attempt, range(begin + 1, begin + 100_001), 10 + begin, lr=1e-6)
-    command = [sys.executable, "-m", "jobs.cli", "report", str(run.path), "--out", str(tmp_path / "long.html")]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.cli",
+        "report",
+        str(run.path),
+        "--out",
+        str(tmp_path / "long.html"),
+    ]
     seconds = []
     for _ in range(2):
         began = time.monotonic()
