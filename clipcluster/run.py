@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from clipcluster.build.opened import find_model
 from clipcluster.errors import UserError
 from clipcluster.evals.headline import ordered
 from clipcluster.recipe.load import from_run, override
@@ -18,7 +20,6 @@ from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import Outcome
@@ -98,44 +99,54 @@ def use_processors(recipe: Recipe, launch: Launch) -> torch.device:
     return device
 
 
-def evaluate(run: Run, *, overrides: Sequence[str] = (), checkpoint: Path | None = None) -> dict[str, Any]:
-    """Measure a checkpoint of a run, also of one that is training, in this process; nothing is written.
+def evaluate(
+    what: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    weights: Literal["ema", "raw"] | None = None,
+    runs: Path | None = None,
+) -> dict[str, Any]:
+    """Measure a model, also of a run that is training, in this process; nothing is written.
 
-    `checkpoint`: its folder, default the newest that verifies. `overrides`: `key=value` over the run's recipe
-    and its settings as last submitted; the `evaluate` section says what is measured. Averaged weights where
-    there are any. Returns `run`, `checkpoint`, `step`, `ema` and `metrics` (SET/METRIC -> value). Raises
-    UserError where there is nothing to measure, before torch is loaded where that can be known.
+    `what`: a run, of which the newest checkpoint that verifies is taken, a checkpoint, or another program's
+    model (`clipcluster.build.opened`). `overrides`: `key=value` over its recipe, of a run with its settings as
+    last submitted; the `evaluate` section says what is measured. `weights`: the moving average or the weights
+    themselves; default the average where there is one. `runs`: where runs are looked for by name.
+
+    Returns `run` (its name; None for another program's model), `checkpoint` (the folder), `step` (or None),
+    `ema` (whether averaged weights were measured) and `metrics` (SET/METRIC -> value). Raises UserError where
+    there is nothing to measure, of a run before torch is loaded.
     """
-    recipe = override(from_run(run.recipe(), run.settings()), overrides)
-    _require_measurable(run, recipe, checkpoint)
+    found = find_model(what, runs)
+    recipe = override(found.recipe, overrides)
+    _require_measurable(recipe)
     import torch
 
-    from clipcluster.build.model import build_model, load_weights
-    from clipcluster.data.tokenizer import load_tokenizer
     from clipcluster.evals.suite import build_suite
     from clipcluster.runtime.devices import pick_device
     from clipcluster.runtime.world import World
     from clipcluster.train.precision import Precision
 
     world = World(0, 1, 0, pick_device(0))
-    tokenizer = load_tokenizer(recipe.data.text, run.assets) if TASKS[recipe.task].captions else None
-    suite = build_suite(recipe, world=world, tokenizer=tokenizer)
-    model = build_model(recipe, tokenizer, run.assets, starting_weights=False)
-    found, step, averaged = load_weights(run, model, checkpoint)
-    model.to(world.device)
+    opened = replace(found, recipe=recipe).open(weights=weights, device=world.device)
+    suite = build_suite(recipe, world=world, tokenizer=opened.tokenizer)
     precision = Precision(recipe.train.precision, world.device)
-    precision.prepare(model)
+    precision.prepare(opened.model)
     with torch.no_grad(), precision.autocast():
-        metrics = suite.run(model)
-    return {"run": run.name, "checkpoint": str(found), "step": step, "ema": averaged, "metrics": metrics}
+        metrics = suite.run(opened.model)
+    return {
+        "run": opened.name if opened.step is not None else None,
+        "checkpoint": str(opened.path),
+        "step": opened.step,
+        "ema": opened.averaged,
+        "metrics": metrics,
+    }
 
 
-def _require_measurable(run: Run, recipe: Recipe, checkpoint: Path | None) -> None:
-    """UserError where the run has no checkpoint, or the recipe no evaluation whose shards can be opened."""
+def _require_measurable(recipe: Recipe) -> None:
+    """UserError where the recipe has no evaluation whose shards can be opened."""
     from clipcluster.data.shards.open import open_source
 
-    if checkpoint is None and not steps_in(run.checkpoints):
-        raise UserError(f"{run.name} has no checkpoint to measure: none was written yet.")
     kinds = TASKS[recipe.task].evaluations
     named = [folder for kind in kinds for folder in getattr(recipe.evaluate, kind)]
     if not named:

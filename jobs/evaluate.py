@@ -4,42 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from clipcluster.errors import UserError
 from clipcluster.evals.headline import ordered
 from clipcluster.runs import files
-from clipcluster.runs.checkpoints import MANIFEST, is_complete, name_of, steps_in
 from clipcluster.runs.folder import Run
-from clipcluster.runs.names import find_run
 from clipcluster.runtime.environment import share_cores
 
 
-def evaluate(what: str, overrides: Sequence[str], runs: Path) -> dict[str, Any]:
-    """The results document of a run's newest checkpoint, or of the one named by its folder.
+def evaluate(
+    what: str, overrides: Sequence[str], runs: Path, weights: Literal["ema", "raw"] | None = None
+) -> dict[str, Any]:
+    """The results document of a run's newest checkpoint, of the one named by its folder, or of another model.
 
-    Measured in this process. Raises UserError where there is none.
+    Measured in this process, as `clipcluster.run.evaluate`. Raises UserError where there is none.
     """
-    folder = Path(what).absolute()
-    run, checkpoint = Run(folder.parent.parent), folder if (folder / MANIFEST).is_file() else None
-    if checkpoint is not None:
-        if not run.exists():
-            raise UserError(f"{what} lies in no run folder: {run.path} has no recipe.yaml")
-    elif run.exists():
-        names = [name_of(step) for step in steps_in(run.checkpoints)]
-        whole = [name for name in names if is_complete(run.checkpoints / name)]
-        raise UserError(f"{what} is not a complete checkpoint; {run.name} has {', '.join(whole) or 'none'}.")
-    else:
-        run = find_run(what, runs)
     from clipcluster import run as running
 
     share_cores()
-    return running.evaluate(run, overrides=overrides, checkpoint=checkpoint)
+    return running.evaluate(what, overrides=overrides, weights=weights, runs=runs)
 
 
 def latest(run: Run) -> dict[str, Any] | None:
@@ -50,7 +38,9 @@ def latest(run: Run) -> dict[str, Any] | None:
 
 def shown(document: Mapping[str, Any]) -> Group:
     """A document's results (SET/METRIC -> value) by kind, each with what it means; the headline first."""
-    parts: list[Any] = [Text(f"evaluation at step {document['step']:,}", style="bold")]
+    step = document["step"]
+    of = f"at step {step:,}" if step is not None else f"of {document['checkpoint']}"
+    parts: list[Any] = [Text(f"evaluation {of}", style="bold")]
     for kind, results in ordered(document["metrics"]).items():
         explanation = f" ({kind.explanation})" if kind.explanation else ""
         parts.append(Text.assemble((kind.title, "bold"), explanation))

@@ -89,7 +89,7 @@ def test_the_accuracy_rises_and_the_average_is_measured_too(made: Any) -> None:
     names = set(weights(run, 88))
     assert {"head.weight", "head.bias"} < names
     assert all(name.startswith(("image.trunk.", "head.")) for name in names)
-    again = evaluate(run)
+    again = evaluate(run.path)
     assert again["ema"]
     assert again["metrics"]["test/top1"] == found[-1]["test/top1"]
 

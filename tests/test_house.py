@@ -11,6 +11,7 @@ BIN = Path(sys.executable).parent
 
 TORCH_FREE = [
     "clipcluster.errors",
+    "clipcluster.build.opened",
     "clipcluster.recipe.load",
     "clipcluster.recipe.plan",
     "clipcluster.runs.folder",
@@ -25,6 +26,7 @@ TORCH_FREE = [
     "clipcluster.check.deep",
     "clipcluster.run",
     "tools.shards.repair",
+    "tools.search.search",
     "tools.slurm",
     "tools.shards.stats",
     "tools.shards.verify",
@@ -71,4 +73,4 @@ def test_init_files_are_empty():
         for path in (ROOT / room).rglob("__init__.py")
         if path.read_text()
     ]
-    assert filled == []
+    assert filled == ["clipcluster/__init__.py"]  # offers what Python users call, and imports it at the call

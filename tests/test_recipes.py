@@ -167,7 +167,7 @@ def test_a_recipe_is_checked_trained_stopped_resumed_and_evaluated(
     assert sorted(lines) == list(range(1, STEPS + 1))
     assert all(line["loss"] > 0 for line in lines.values())
     if any(getattr(loaded.recipe.evaluate, kind) for kind in METRICS):
-        assert evaluate(run)["metrics"]
+        assert evaluate(run.path)["metrics"]
 
 
 def test_no_recipe_is_left_out() -> None:

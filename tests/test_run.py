@@ -119,23 +119,29 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
     assert {"image_projection.weight", "logit_scale"} <= load_file(newest / "model.safetensors").keys()
     assert read_json(newest / "manifest.json")["versions"]["torch"] == torch.__version__
     assert run.newest().outcome()["outcome"] == "finished"  # type: ignore[union-attr, index]
-    document = evaluate(run)
+    document = evaluate(run.path)
     assert (document["step"], document["ema"], document["run"]) == (8, True, "whole")
     assert document["metrics"] == pytest.approx(results, rel=1e-6)
     assert not list(run.checkpoints.glob("*/pinned-*"))
-    older = evaluate(run, checkpoint=run.checkpoints / "step-00000003", overrides=["evaluate.zero_shot=[]"])
+    older = evaluate(run.checkpoints / "step-00000003", overrides=["evaluate.zero_shot=[]"])
     assert older["step"] == 3
     shutil.copytree(run.checkpoints / "step-00000003", tiny.folder / "a copy")
-    copied = evaluate(run, checkpoint=tiny.folder / "a copy", overrides=["evaluate.zero_shot=[]"])
+    copied = evaluate(tiny.folder / "a copy", overrides=["evaluate.zero_shot=[]"])
     assert (copied["step"], copied["metrics"]) == (3, older["metrics"])
     assert "test/t2i_r1" in older["metrics"]
     assert "test/zero_shot_top1" not in older["metrics"]
-    with pytest.raises(
-        UserError, match=r"no checkpoint to measure \(step-00000005.*Its checkpoints: step-00000008"
-    ):
-        evaluate(run, checkpoint=run.checkpoints / "step-00000005")
+    raw = evaluate("who", weights="raw", runs=run.path.parent)  # the beginning of its name
+    assert (raw["step"], raw["ema"]) == (8, False)
+    assert raw["metrics"]["test/pairs"] == results["test/pairs"]
+    assert raw["metrics"] != pytest.approx(results, rel=1e-6)
+    with pytest.raises(UserError, match=r"step-00000005 is not a complete checkpoint; whole has step-00000008"):
+        evaluate(run.checkpoints / "step-00000005")
     with pytest.raises(UserError, match="do not fit the recipe"):
-        evaluate(run, overrides=["model.embed_dim=8"])
+        evaluate(run.path, overrides=["model.embed_dim=8"])
+    manifest = tiny.folder / "a copy" / "manifest.json"
+    write_json(manifest, {key: value for key, value in read_json(manifest).items() if key != "recipe"})
+    with pytest.raises(UserError, match=r"lies in no run folder .* holds no recipe"):
+        evaluate(tiny.folder / "a copy")
 
 
 def differing(*runs: Run) -> list[str]:
@@ -377,9 +383,9 @@ def test_a_checkpoint_of_format_1_is_resumed_and_measured(tiny: Tiny) -> None:
     assert tiny.go(older, StopAfter(6)) is Outcome.STOPPED
     step = older.newest().outcome()["step"]  # type: ignore[union-attr, index]
     assert 0 < step < 8
-    expected = evaluate(older)
+    expected = evaluate(older.path)
     as_format_1(older.checkpoints / f"step-{step:08d}")
-    assert evaluate(older) == expected
+    assert evaluate(older.path) == expected
     assert tiny.go(older) is Outcome.FINISHED
     assert logged(older) == logged(whole)
     assert differing(whole, older) == []

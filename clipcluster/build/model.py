@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,14 +16,13 @@ from safetensors.torch import load_file
 from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
 from clipcluster.model.task import Task
-from clipcluster.model.weight_files import shard_names, without_projections
+from clipcluster.model.weight_files import WeightsFrom, shard_names, without_projections
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runs.checkpoints import name_of, steps_in, weights_file
+from clipcluster.runs.checkpoints import STATE, weights_file
 from clipcluster.runs.files import file_sha256, write_json
-from clipcluster.runs.folder import Run
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import Broken, reading, verify
 
@@ -80,15 +80,21 @@ def hash_of(path: Path) -> str:
     return file_sha256(path)
 
 
-def load_weights(run: Run, model: Any, checkpoint: Path | None) -> tuple[Path, int, bool]:
-    """Load a checkpoint's weights, by default the newest that verifies; folder, step, whether averaged."""
-    newest_first = [run.checkpoints / name_of(step) for step in reversed(steps_in(run.checkpoints))]
+def load_checkpoint(
+    model: Any, newest_first: Sequence[Path], weights: WeightsFrom | None = None
+) -> tuple[Path, int, bool]:
+    """Give a model the weights of the first of these checkpoints that verifies.
+
+    weights: the moving average or the weights themselves; default the average where there is one. Returns the
+    checkpoint, its step, and whether the weights are averaged. Raises UserError where none of them has these
+    weights whole, and where they are of another model.
+    """
     reasons = []
-    for path in [checkpoint] if checkpoint else newest_first:
+    for path in newest_first:
+        file, averaged = weights_file(path, weights)
         try:
             with reading(path):
-                step = int(verify(path)["step"])
-                file, averaged = weights_file(path)
+                step = int(verify(path, [STATE, file.name])["step"])
                 model.load_state_dict(without_projections(load_file(file)))
         except (Broken, FileNotFoundError) as error:
             reasons.append(f"{path.name}: {error}")
@@ -96,8 +102,6 @@ def load_weights(run: Run, model: Any, checkpoint: Path | None) -> tuple[Path, i
         except RuntimeError as error:
             raise UserError(f"The weights of {path} do not fit the recipe: {error}") from error
         return path, step, averaged
-    there = ", ".join(path.name for path in newest_first) or "none"
-    raise UserError(
-        f"{run.name} has no checkpoint to measure ({'; '.join(reasons) or 'none was written yet'}). "
-        f"Its checkpoints: {there}."
-    )
+    what = {"ema": "averaged weights", "raw": "raw weights", None: "weights"}[weights]
+    hint = " Averaged weights are kept by train.ema." if weights == "ema" else ""
+    raise UserError(f"No checkpoint here has {what} that verify ({'; '.join(reasons)}).{hint}")

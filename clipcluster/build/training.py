@@ -13,6 +13,7 @@ from clipcluster.build.model import build_model, build_task, describe_start, has
 from clipcluster.build.optimizer import build_optimizer, build_schedule, try_optimizer
 from clipcluster.build.stages import build_stages, check_loaded
 from clipcluster.data.loading.loader import Loader
+from clipcluster.data.storage.urls import redacted_within
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.activation_checkpointing import checkpoint_activations
 from clipcluster.model.norms import group_batch_norms, require_a_row_a_sample, synchronise
@@ -65,7 +66,12 @@ def build_trainer(
     if step.ema:
         parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
-    about = {"versions": versions(), "commit": _commit(run, attempt), "world_size": world.size}
+    about = {
+        "versions": versions(),
+        "commit": _commit(run, attempt),
+        "world_size": world.size,
+        "recipe": redacted_within(recipe.model_dump(mode="json")),  # for a checkpoint copied out of its run
+    }
     checkpoints = CheckpointFolder(attempt, about)
     records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
     metrics = Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps)

@@ -301,21 +301,26 @@ def check_fits(settings: Any, tokenizer: Tokenizer, *, longer: bool = False) -> 
             f"the tokenizer has {tokenizer.vocab_size}. Set data.text.tokenizer to the tokenizer that "
             "the tower was trained with, or remove vocab_size."
         )
-    positions = getattr(settings, "max_position_embeddings", None)
-    if positions is None or positions < 0:  # no limit: XLNet says -1
-        return
-    before = settings.pad_token_id + 1 if settings.model_type in _POSITIONS_AFTER_PADDING else 0
-    positions -= before
-    if tokenizer.context_length <= positions:
+    positions = text_positions(settings)
+    if positions is None or tokenizer.context_length <= positions:
         return
     sinusoidal = getattr(settings, "sinusoidal_pos_embds", False)  # of DistilBERT, as an option
     if longer and settings.model_type in _LEARNED_POSITIONS and not sinusoidal:
-        settings.max_position_embeddings = tokenizer.context_length + before
+        settings.max_position_embeddings += tokenizer.context_length - positions
     else:
         raise UserError(
             f"data.text.context_length: {tokenizer.context_length} is longer than the text tower's "
             f"{positions} positions; at most {positions} fit."
         )
+
+
+def text_positions(settings: Any) -> int | None:
+    """The tokens that a text network of this configuration takes at most; None where it sets no limit."""
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is None or positions < 0:  # XLNet says -1
+        return None
+    before = settings.pad_token_id + 1 if settings.model_type in _POSITIONS_AFTER_PADDING else 0
+    return int(positions) - before
 
 
 def foreign_tokenizer(tower: TextTower | ClipTextTower, tokenizer: Tokenizer) -> str:

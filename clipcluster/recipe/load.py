@@ -101,6 +101,15 @@ def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str
     return validated(tree, environ, name, Recipe, {})
 
 
+def from_mapping(mapping: Mapping[str, Any], name: str) -> Recipe:
+    """A whole recipe that stands in another file, with absolute paths; `name` is that file in messages.
+
+    Raises:
+        UserError: it is no valid recipe, or of a newer version.
+    """
+    return validated(tree_of(mapping, Origin(name)), {}, name, Recipe)
+
+
 def _with_overrides(tree: Entry, overrides: Sequence[str], section: Sequence[str] = ()) -> Entry:
     """A tree with each ``key=value`` in it, below `section`."""
     for text in overrides:

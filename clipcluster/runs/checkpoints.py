@@ -3,7 +3,7 @@
 step-00001234/
   PART.safetensors    the tensors of a part that all ranks hold alike (model, ema, optimizer)
   state.json          format, step, samples, epoch, …, the parts' plain values, what the run is made of
-  manifest.json       bytes and SHA-256 of every file above, versions, commit, world size; written last
+  manifest.json       bytes and SHA-256 of every file above, versions, commit, recipe, …; written last
   evaluation.json     added once the step was evaluated; not in the manifest
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from clipcluster.runs.files import file_sha256, read_json
 
@@ -73,9 +73,12 @@ def file_entry(size: int, sha256: str) -> dict[str, Any]:
     return {"bytes": size, "sha256": sha256}
 
 
-def weights_file(checkpoint: Path) -> tuple[Path, bool]:
-    """The file of the weights to measure or export (the average where there is one); whether averaged."""
-    averaged = (checkpoint / tensors_file(AVERAGE)).exists()
+def weights_file(checkpoint: Path, weights: Literal["ema", "raw"] | None = None) -> tuple[Path, bool]:
+    """The file of the weights to measure or export, and whether they are averaged.
+
+    weights: the moving average or the weights themselves; default the average where there is one.
+    """
+    averaged = weights == "ema" if weights else (checkpoint / tensors_file(AVERAGE)).exists()
     return checkpoint / tensors_file(AVERAGE if averaged else MODEL), averaged
 
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +53,7 @@ class Broken(Exception):
 class CheckpointFolder:
     """The checkpoints of one run, as an attempt sees them; before every change it asks whether it is stale.
 
-    about: goes into every manifest: versions, commit, world size.
+    about: goes into every manifest: versions, commit, world size, the recipe.
     """
 
     def __init__(self, attempt: Attempt, about: Mapping[str, Any]) -> None:
@@ -225,16 +225,17 @@ def load_parts(
             ) from error
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, names: Collection[str] | None = None) -> dict[str, Any]:
     """Read every byte of a checkpoint and return its state.json. Raises Broken with the reason.
 
+    names: of its files, with state.json among them, these alone.
     A file system that refuses to read (not: a file that is absent) raises its own OSError: such a checkpoint
     may be intact. CheckpointError for a newer format.
     """
     try:
         if STATE not in read_manifest(folder):
             raise Broken(f"{MANIFEST} does not list {STATE}")
-        reason = unverified(folder)
+        reason = unverified(folder, names)
         if reason:
             raise Broken(reason)
         return _read_state(folder)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,17 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 Runs = Annotated[
     Path | None,
     typer.Option("--runs", metavar="DIR", help="Where runs are. Default: $CLIPCLUSTER_RUNS, else ./runs"),
+]
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|CHECKPOINT|FOLDER",
+        help="A run, a checkpoint's folder, or a model's in Hugging Face's layout.",
+    ),
+]
+Weights = Annotated[
+    Literal["ema", "raw"] | None,
+    typer.Option("--weights", help="The moving average, or the weights themselves. Default: ema if there."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 

@@ -12,7 +12,8 @@ import typer
 
 from clipcluster.errors import UserError
 from clipcluster.runs.names import all_runs, as_typed, find_run, runs_folder
-from jobs.cli.options import AsJson, Runs, console, print_document, say, show
+from jobs.cli.options import AnyModel, AsJson, Runs, Weights, console, print_document, say, show
+from jobs.cli.search import search
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -265,15 +266,19 @@ def cancel(
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or a checkpoint's folder.")],
+    what: AnyModel,
     overrides: Overrides = None,
+    weights: Weights = None,
     as_json: AsJson = False,
     runs: Runs = None,
 ) -> None:
-    """Measure a checkpoint with the run's evaluations, in this process."""
+    """Measure a model in this process: a checkpoint with its run's evaluations, or another program's model.
+
+    For a model of another program evaluate.zero_shot=[FOLDER] and evaluate.retrieval=[FOLDER] name the shards.
+    """
     from jobs.evaluate import evaluate as measure
 
-    document = measure(what, overrides or [], runs_folder(runs))
+    document = measure(what, overrides or [], runs_folder(runs), weights)
     if as_json:
         print_document(document)
         return
@@ -315,4 +320,4 @@ def train(
     leave(serve(run_dir, "clipcluster.run:train", stop))
 
 
-VERBS = (init, check, submit, status, logs, metrics, cancel, evaluate, report, train)
+VERBS = (init, check, submit, status, logs, metrics, cancel, evaluate, report, search, train)

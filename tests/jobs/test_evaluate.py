@@ -47,7 +47,7 @@ def test_refusals_come_before_torch(recipe, tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 6, done.stderr
     assert "There is no run 'nothing'" in lines[0]
-    assert "has no checkpoint to measure: none was written yet" in lines[1]
+    assert "has no checkpoint: none was written yet" in lines[1]
     assert "evaluate.zero_shotz" in lines[2]
     assert "There is nothing to measure" in lines[3]
     assert "/nowhere" in lines[4]

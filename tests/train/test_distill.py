@@ -154,7 +154,7 @@ def test_a_student_of_a_run_and_of_a_model_with_weights(taught: Distilled) -> No
     assert all(torch.equal(tensor, average[name]) for name, tensor in started.items())
 
     taught.teacher.path.rename(taught.folder / "moved")
-    results = evaluate(student, overrides=[f"evaluate.retrieval=[{taught.recipe.parent}/shards]"])
+    results = evaluate(student.path, overrides=[f"evaluate.retrieval=[{taught.recipe.parent}/shards]"])
     assert results["metrics"]["shards/images"] == 36
     with pytest.raises(UserError, match="neither the folder of a run nor of one of its checkpoints"):
         taught.run("other", f"distill={json.dumps({'teachers': teachers[:1]})}")

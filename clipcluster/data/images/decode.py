@@ -108,6 +108,18 @@ def _pillow(data: bytes, kind: str, turned: bool) -> torch.Tensor:
             return _array(image)
 
 
+def from_pillow(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) uint8 of an image that is open in Pillow, by the rules of `decode`. BadImage as there."""
+    try:
+        upright = ImageOps.exif_transpose(image)
+        upright.format = image.format  # a copy has none, and 16 bits are told by it
+        return _rgb(_array(upright))
+    except BadImage:
+        raise
+    except Exception as error:  # what is open may still have to be decoded
+        raise BadImage(_reason(image.format or "image", error)) from None
+
+
 def _array(image: Image.Image) -> torch.Tensor:
     """(1, 3 or 4, H, W) uint8; of 16 bits 65,535 becomes 255, rounded."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # in older Pillows

@@ -30,6 +30,43 @@ class Sample(NamedTuple):
     origins: list[tuple[str, int]]
 
 
+def read_row(opened: OpenShard, row: int, shard: str, choices: Sequence[str]) -> Sample | None:
+    """The sample of a row of an open shard, with its captions by each choice, one after the other.
+
+    None where the shard is not as it was indexed. BrokenTar, BrokenColumns and OSError as reading raises them.
+    """
+    member = next(scan(opened.fd, opened.begin(row)), None)
+    if member is None:
+        return None
+    name = shard_index.sample_name(member.name)
+    image = read_at(opened.fd, *opened.image(row))
+    texts: list[str] = []
+    origins: list[tuple[str, int]] = []
+    for choice in choices:
+        kind = opened.columns[f"text_kind/{choice}"].item(row)
+        if kind == captions.NO_TEXT:
+            continue
+        content = captions.parsed(kind, read_at(opened.fd, *opened.text(row, choice)))
+        found = captions.numbered(kind, content, choice)
+        if len(found) != opened.columns[f"captions/{choice}"].item(row):
+            return None
+        texts += [text for _, text in found]
+        origins += [(choice, number) for number, _ in found]
+    key = name[0] if name else member.name
+    return Sample(key, shard, image, texts, opened.columns["class"].item(row), origins)
+
+def read_members(opened: OpenShard, row: int, names: Collection[str]) -> dict[str, bytes]:
+    """The bytes of further members of a row's sample; `names` and errors as of `Dataset.read_members`."""
+    _, found = next(shard_index.samples(opened.fd, opened.begin(row)), ("", {}))
+    there = {name for name in found if found[name].size != NO_BYTES}
+    chosen = {name: [own for own in name.split("|") if own in there][:1] for name in names}
+    return {
+        name: read_at(opened.fd, found[own].offset, found[own].size)
+        for name, extensions in chosen.items()
+        for own in extensions
+    }
+
+
 class Dataset(OpenShards):
     """A source of samples that can be read: numbered 0 … n_samples - 1 in the order of the shards' names."""
 
@@ -42,31 +79,11 @@ class Dataset(OpenShards):
         return self._with_open(position, partial(self._read, text))
 
     def _read(self, text: bool, shard: int, row: int, opened: OpenShard) -> Sample:
-        member = next(scan(opened.fd, opened.begin(row)), None)
-        if member is None:
+        choices = self._choices_at(shard) if text else ()
+        sample = read_row(opened, row, self.shard_name(shard), choices)
+        if sample is None:
             raise self._changed(shard)
-        name = shard_index.sample_name(member.name)
-        image = read_at(opened.fd, *opened.image(row))
-        texts, origins = self._captions(shard, opened, row) if text else ([], [])
-        return Sample(
-            name[0] if name else member.name, self.shard_name(shard), image, texts,
-            opened.columns["class"].item(row), origins,
-        )  # fmt: skip
-
-    def _captions(self, shard: int, opened: OpenShard, row: int) -> tuple[list[str], list[tuple[str, int]]]:
-        """The captions of all fields, one field after the other, and where each comes from."""
-        found: list[str] = []
-        origins: list[tuple[str, int]] = []
-        for choice in self._choices_at(shard):
-            kind = opened.columns[f"text_kind/{choice}"].item(row)
-            if kind != captions.NO_TEXT:
-                data = read_at(opened.fd, *opened.text(row, choice))
-                texts = captions.numbered(kind, captions.parsed(kind, data), choice)
-                if len(texts) != opened.columns[f"captions/{choice}"].item(row):
-                    raise self._changed(shard)
-                found += [text for _, text in texts]
-                origins += [(choice, number) for number, _ in texts]
-        return found, origins
+        return sample
 
     def read_members(self, position: int, names: Collection[str]) -> dict[str, bytes]:
         """The bytes of further members of a sample by name, without those that it does not have.
@@ -74,18 +91,7 @@ class Dataset(OpenShards):
         A name is an extension, what follows the key's first dot, in lower case (`npz`, `paug.json`), or
         several of which the first that is there is taken (`npz|pth.gz`). Raises as `read`.
         """
-
-        def members(shard: int, row: int, opened: OpenShard) -> dict[str, bytes]:
-            _, found = next(shard_index.samples(opened.fd, opened.begin(row)), ("", {}))
-            there = {name for name in found if found[name].size != NO_BYTES}
-            chosen = {name: [own for own in name.split("|") if own in there][:1] for name in names}
-            return {
-                name: read_at(opened.fd, found[own].offset, found[own].size)
-                for name, extensions in chosen.items()
-                for own in extensions
-            }
-
-        return self._with_open(position, members)
+        return self._with_open(position, lambda shard, row, opened: read_members(opened, row, names))
 
     def begin(self, position: int) -> tuple[int, int]:
         """A handle on the shard of a sample, which stays this source's, and the byte where the sample begins.

@@ -95,6 +95,12 @@ def _folders_of(
         raise UserError(
             f"index {redacted(index)!r}: the shards {entry!r} are on this machine; their index must be too"
         )
+    for path, tars in folders_here(entry).items():
+        yield _taking(IndexedFolder(path, Path(index or path), _choices(path, asked)), tars)
+
+
+def folders_here(entry: str) -> dict[Path, list[str] | None]:
+    """The folders of this machine that an entry names, each with the tars named of it; None: all of them."""
     # a folder that is there is itself, whatever its name
     patterns = [glob.escape(entry)] if os.path.isdir(entry) else braces(entry)
     taken: dict[Path, list[str] | None] = {}
@@ -103,8 +109,7 @@ def _folders_of(
             taken[path] = None
         elif (tars := taken.setdefault(path.parent, [])) is not None:
             tars.append(path.name)
-    for path, tars in taken.items():
-        yield _taking(IndexedFolder(path, Path(index or path), _choices(path, asked)), tars)
+    return taken
 
 
 def _choices(folder: Path, asked: Asked | None) -> tuple[str, ...] | None:

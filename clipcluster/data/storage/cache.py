@@ -1,6 +1,7 @@
 """A bounded folder of remote shards, shared by the processes of a node. Imports no torch.
 
-    SHA256.tar, KEY.idx     whole files, named by what they hold; the last use is their mtime
+    SHA256.tar, KEY.idx     whole files, named by what they hold, or by address and state; the last use is
+                            their mtime
     NAME.TOKEN.part         a file on its way; at its full length from the start, so that it counts
     lists/KEY/index.bin     indexes; never evicted while somebody holds them (`hold`), or has lately
 
@@ -98,6 +99,17 @@ class Cache:
     def unnamed(self, address: str) -> tuple[int, Got]:
         """A handle on a file whose hash is not known yet, and what was fetched; it is kept as a shard."""
         return self._fetched(address, "unnamed", lambda got: self.root / f"{got.sha256}.tar")
+
+    def current(self, address: str) -> int:
+        """A handle on a file as its server has it now, fetched unless that is here.
+
+        A file of which the server tells neither a time nor a tag is fetched every time.
+        """
+        state = state_of(address)
+        if not state.stamp:
+            return self.unnamed(address)[0]
+        name = hashlib.sha256(f"{address} {state.size} {state.stamp}".encode()).hexdigest()
+        return self._open(address, f"{name}.tar", False, state.size)
 
     def index(self, folder: RemoteFolder, table: str, words: str) -> Path | None:
         """A local folder with the list `table` of a remote folder, as it is there now, and the text `words`.

@@ -1,0 +1,99 @@
+"""The images of a folder, its own files and those in its shards, found without decoding any. No torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from clipcluster.data.images.format import kind_of, no_image
+from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name, scan_shard
+from clipcluster.data.shards.tar import read_at, scan
+from clipcluster.errors import UserError
+
+_HEAD = 64  # bytes that tell the kind of an image
+
+
+class File(NamedTuple):
+    """A file below the folder: its name from there, bytes, and time of modification (ns)."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+class Place(NamedTuple):
+    """Where the bytes of an image are: a file, and in a shard its key; from `offset` on, `size` bytes."""
+
+    file: str
+    key: str
+    offset: int
+    size: int
+
+    @property
+    def shown(self) -> str:
+        return f"{self.file} {self.key}".rstrip()
+
+
+class Bad(NamedTuple):
+    """An image that cannot be used, or a file of them (key ""), and why."""
+
+    file: str
+    key: str
+    reason: str
+
+
+def files_of(folder: Path) -> list[File]:
+    """Every file below a folder by name, but hidden ones. UserError where there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name one with image files or shards.")
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.is_file():
+                state = path.stat()
+                found.append(File(path.relative_to(folder).as_posix(), state.st_size, state.st_mtime_ns))
+    return sorted(found)
+
+
+def images_in(folder: Path, name: str) -> tuple[list[Place], list[Bad]]:
+    """The images of one file: itself, or those of a shard; a file of another kind has none, and is not bad.
+
+    An image is told by its content. OSError where the file cannot be read.
+    """
+    path = folder / name
+    if name.endswith(".tar"):
+        return _in_shard(path, name)
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if kind_of(head) is not None:
+        return [Place(name, "", 0, path.stat().st_size)], []
+    named_so = path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+    return [], [Bad(name, "", no_image(head))] if named_so else []
+
+
+def _in_shard(path: Path, name: str) -> tuple[list[Place], list[Bad]]:
+    try:
+        scanned = scan_shard(path, ())
+    except UserError as error:  # compressed
+        return [], [Bad(name, "", str(error))]
+    columns, places = scanned.columns, []
+    with open(path, "rb") as file:
+        for begin, offset, size in zip(
+            *(columns[column].tolist() for column in ("offset", "image_offset", "image_size")), strict=True
+        ):
+            member = next(scan(file.fileno(), begin)).name
+            key, _ = sample_name(member) or (member, "")
+            places.append(Place(name, key, offset, size))
+    return places, [] if scanned.broken is None else [Bad(name, "", scanned.broken)]
+
+
+def bytes_at(folder: Path, place: Place) -> bytes:
+    """The bytes of an image. OSError where the file is gone or shorter."""
+    fd = os.open(folder / place.file, os.O_RDONLY)
+    try:
+        return read_at(fd, place.offset, place.size)
+    finally:
+        os.close(fd)
