@@ -9,6 +9,7 @@ from typing import Any
 from clipcluster.errors import UserError
 from clipcluster.model.hugging_face import config_of, refusing
 from clipcluster.model.towers import text_positions
+from clipcluster.runs.files import read_object
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
@@ -16,23 +17,23 @@ _LONGEST = 128
 """Tokens of a caption; a text tower may take more, of which nearly all would be padding."""
 _CHINESE_CLIP = 52
 """Tokens that Chinese-CLIP was trained with; its configuration has the 512 positions of BERT."""
+_NO_LIMIT = 1_000_000  # transformers writes a number above it where a tokenizer has none
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:
     """The sections `data`, `model` and `loss` of a recipe for the model of a folder.
 
     Image size, resizing and normalisation are those of its preprocessor_config.json (or
-    processor_config.json), with the defaults of its class; the tokenizer is the folder's own, its context the
-    tower's positions, at most 128. Raises UserError where a file is missing, and for preprocessing that has
-    no form here.
+    processor_config.json), with the defaults of its class; the tokenizer is the folder's own, its context as
+    long as tower and tokenizer allow, at most 128 tokens. Raises UserError where a file is missing, and for
+    preprocessing that has no form here.
     """
     settings, _ = config_of("model.dual", str(folder), None)
-    text = getattr(settings, "text_config", None)
     siglip = settings.model_type == "siglip"
     return {
         "data": {
             "image": _image(folder),
-            "text": {"tokenizer": str(folder), "context_length": _context_length(settings.model_type, text)},
+            "text": {"tokenizer": str(folder), "context_length": _context_length(settings, folder)},
         },
         "model": {
             "dual": {"hf": str(folder), "weights": "pretrained"},
@@ -42,12 +43,16 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def _context_length(kind: str, text: Any) -> int:
-    if kind == "chinese_clip":
-        return _CHINESE_CLIP
-    positions = text_positions(text)
+def _context_length(settings: Any, folder: Path) -> int:
+    """The tokens of a caption: the text tower's positions, or fewer where the tokenizer's limit is lower."""
+    kind, positions = settings.model_type, text_positions(getattr(settings, "text_config", None))
     if kind == "siglip" and positions:  # its captions are padded to all of them
         return positions
+    limit = (read_object(folder / "tokenizer_config.json") or {}).get("model_max_length")
+    if isinstance(limit, int) and 2 <= limit < (positions or _NO_LIMIT):
+        return limit
+    if kind == "chinese_clip":
+        return _CHINESE_CLIP
     return min(positions or _LONGEST, _LONGEST)
 
 
