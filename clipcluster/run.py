@@ -109,9 +109,9 @@ def evaluate(
     """Measure a model, also of a run that is training, in this process; nothing is written.
 
     `what`: a run, of which the newest checkpoint that verifies is taken, a checkpoint, or another program's
-    model (`clipcluster.build.opened`). `overrides`: `key=value` over its recipe, of a run with its settings as
-    last submitted; the `evaluate` section says what is measured. `weights`: the moving average or the weights
-    themselves; default the average where there is one. `runs`: where runs are looked for by name.
+    model (`clipcluster.build.opened`). `overrides`: `key=value` over its recipe, of a run with its settings
+    as last submitted; the `evaluate` section says what is measured. `weights`: the moving average or the
+    weights themselves; default the average where there is one. `runs`: where runs are looked for by name.
 
     Returns `run` (its name; None for another program's model), `checkpoint` (the folder), `step` (or None),
     `ema` (whether averaged weights were measured) and `metrics` (SET/METRIC -> value). Raises UserError where

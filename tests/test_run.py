@@ -134,7 +134,9 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
     assert (raw["step"], raw["ema"]) == (8, False)
     assert raw["metrics"]["test/pairs"] == results["test/pairs"]
     assert raw["metrics"] != pytest.approx(results, rel=1e-6)
-    with pytest.raises(UserError, match=r"step-00000005 is not a complete checkpoint; whole has step-00000008"):
+    with pytest.raises(
+        UserError, match=r"step-00000005 is not a complete checkpoint; whole has step-00000008"
+    ):
         evaluate(run.checkpoints / "step-00000005")
     with pytest.raises(UserError, match="do not fit the recipe"):
         evaluate(run.path, overrides=["model.embed_dim=8"])

@@ -76,15 +76,17 @@ def _image(folder: Path) -> dict[str, Any]:
     if not getattr(does, "do_rescale", True) or not math.isclose(does.rescale_factor, 1 / 255):
         raise refuse("does not bring pixels to 0 … 1")
     if int(does.resample) not in _INTERPOLATION:
-        raise refuse(f"resizes by Pillow's interpolation {int(does.resample)} (bilinear and bicubic are known)")
+        raise refuse(
+            f"resizes by Pillow's interpolation {int(does.resample)} (bilinear and bicubic are known)"
+        )
     resized = dict(does.size)
     crop = dict(does.crop_size) if getattr(does, "do_center_crop", False) else {}
-    sides = {resized.get("height"), resized.get("width")} - {None} or {resized.get("shortest_edge")}
-    kept = set(crop.values()) or sides
     squash = "height" in resized
-    if len(sides) > 1 or len(kept) > 1 or None in sides or not (squash or crop) or "longest_edge" in resized:
+    sides = {resized.get(name, 0) for name in (("height", "width") if squash else ("shortest_edge",))}
+    (side, *others), kept = sides, set(crop.values()) or sides
+    (size, *more) = kept
+    if others or more or not side or not (squash or crop) or "longest_edge" in resized:
         raise refuse(f"makes images of {resized}{f', cropped to {crop}' if crop else ''}, no square")
-    (side,), (size,) = sides, kept
     if size > side:
         raise refuse(f"pads images from {side} to {size} pixels")
     normal = getattr(does, "do_normalize", False)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,9 +48,9 @@ def load(
     """The dual encoder of a run, of a checkpoint's folder, or of another program's model folder, for use.
 
     what: a folder, or a run's name or a unique beginning of it, looked for in `runs` (default
-    $CLIPCLUSTER_RUNS, else ./runs). weights: the moving average or the weights themselves; default the average
-    where there is one. device: default an accelerator where there is one. precision: fp32, tf32, bf16 or fp16;
-    features are float32 in any case.
+    $CLIPCLUSTER_RUNS, else ./runs). weights: the moving average or the weights themselves; default the
+    average where there is one. device: default an accelerator where there is one. precision: fp32, tf32, bf16
+    or fp16; features are float32 in any case.
 
     Raises UserError where there is no such model, for a classifier, and where the device lacks the precision.
     """
@@ -100,8 +100,8 @@ class DualEncoderModel:
     """Images and texts into one space, in evaluation mode and without gradients.
 
     transform: an image to (3, S, S) float32. tokenizer: a list of B texts to tokens (B, L) int64 and a mask
-    (B, L) bool. embed_dim: width E of the space. logit_scale: the factor of the similarities; logit_bias: what
-    is added to them, or None. `opened` has the module itself, its recipe, step and folder.
+    (B, L) bool. embed_dim: width E of the space. logit_scale: the factor of the similarities; logit_bias:
+    what is added to them, or None. `opened` has the module itself, its recipe, step and folder.
     """
 
     def __init__(self, opened: Opened, precision: PrecisionName = "fp32") -> None:
@@ -122,9 +122,7 @@ class DualEncoderModel:
         at = "" if self.opened.step is None else f", step {self.opened.step:,}"
         return f"{type(self).__name__}({self.opened.name!r}{at}, {self.embed_dim} dimensions, {self.device})"
 
-    def encode_image(
-        self, images: AnyImage | Iterable[AnyImage], *, batch_size: int = BATCH
-    ) -> Tensor:
+    def encode_image(self, images: AnyImage | Iterable[AnyImage], *, batch_size: int = BATCH) -> Tensor:
         """(N, E) float32 of length one, on the model's device.
 
         images: what `transform` takes, one or many; or a batch (N, 3, S, S) float that went through it.
@@ -137,7 +135,7 @@ class DualEncoderModel:
             return self._encoded(images.split(batch_size), self.model.encode_image)
         pixels = isinstance(images, Tensor) and images.ndim == 3
         if pixels or isinstance(images, str | bytes | PathLike) or not isinstance(images, Iterable):
-            images = [images]
+            images = [images]  # type: ignore[list-item]
         with ThreadPoolExecutor(usable_cores(1)) as threads:
             batches = (torch.stack([*threads.map(self.transform, own)]) for own in cut(images, batch_size))
             return self._encoded(batches, self.model.encode_image)
@@ -179,7 +177,7 @@ class DualEncoderModel:
         return logits.softmax(dim=1) if self.logit_bias is None else logits.sigmoid()
 
     @torch.no_grad()
-    def _encoded(self, batches: Iterable[T], encode: Callable[[T], Tensor]) -> Tensor:
+    def _encoded(self, batches: Iterable[Any], encode: Callable[[Any], Tensor]) -> Tensor:
         found = [torch.empty(0, self.embed_dim, device=self.device)]
         with self._precision.autocast():
             for batch in batches:

@@ -274,7 +274,7 @@ def evaluate(
 ) -> None:
     """Measure a model in this process: a checkpoint with its run's evaluations, or another program's model.
 
-    For a model of another program evaluate.zero_shot=[FOLDER] and evaluate.retrieval=[FOLDER] name the shards.
+    For another program's model evaluate.zero_shot=[FOLDER] and evaluate.retrieval=[FOLDER] name the shards.
     """
     from jobs.evaluate import evaluate as measure
 

@@ -34,7 +34,9 @@ def search(
     ] = None,
     index: Annotated[
         Path | None,
-        typer.Option("--index", metavar="FOLDER", help="Where features are kept. Default: beside the images."),
+        typer.Option(
+            "--index", metavar="FOLDER", help="Where features are kept. Default: beside the images."
+        ),
     ] = None,
     weights: Weights = None,
     as_json: AsJson = False,

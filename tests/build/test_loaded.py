@@ -92,7 +92,9 @@ def test_a_model_with_a_bias_asks_each_class_alone(run: Run, tmp_path: Path) -> 
     assert model.logit_bias == -3
     image, text = model.encode_image(picture(0)), model.encode_text(["cat", "dog"])
     expected = torch.sigmoid(model.logit_scale * image.double() @ text.double().T - 3)
-    torch.testing.assert_close(model.classify(picture(0), ["cat", "dog"]).double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model.classify(picture(0), ["cat", "dog"]).double(), expected, atol=1e-6, rtol=0
+    )
 
 
 def test_a_picture_lies_as_its_file_says(run: Run) -> None:

@@ -46,7 +46,7 @@ from clipcluster.run import evaluate
 from clipcluster.runs.folder import Run
 from tests.tiny_run import NAMES, captions, picture, write_run, write_shards
 
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "number", "picture", "photo", "of", *NAMES]
+WORDS = ["[PAD]", "[CLS]", "[UNK]", "[SEP]", "a", "number", "picture", "photo", "of", *NAMES]
 WORDS += [str(number) for number in range(10)]
 SIZE, LENGTH = 32, 12
 VISION = {
@@ -66,7 +66,7 @@ TEXT = {
     "max_position_embeddings": LENGTH,
     "pad_token_id": 0,
     "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": 3,
 }
 
 
@@ -103,7 +103,10 @@ def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path) -> None:
     assert (alone.step, alone.averaged, alone.name) == (3, True, "tiny elsewhere")
     assert holds(alone, older / "ema.safetensors")
     # Only what is read has to be whole: of a damaged average the checkpoint before is taken.
-    with open(shutil.copytree(run.path, tmp_path / "damaged") / newest.relative_to(run.path) / "ema.safetensors", "r+b") as file:
+    with open(
+        shutil.copytree(run.path, tmp_path / "damaged") / newest.relative_to(run.path) / "ema.safetensors",
+        "r+b",
+    ) as file:
         file.seek(-1, 2)
         file.write(b"\x55")
     assert open_model(tmp_path / "damaged", device="cpu").step == 3
@@ -120,7 +123,9 @@ def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -
     empty = write_run(tmp_path / "runs" / "empty", shards, "train.ema=null", steps=())
     with pytest.raises(UserError, match="empty has no checkpoint: none was written yet"):
         open_model(empty.path)
-    with pytest.raises(UserError, match=r"step-00000004 is not a complete checkpoint; .* has step-00000008, step"):
+    with pytest.raises(
+        UserError, match=r"step-00000004 is not a complete checkpoint; .* has step-00000008, step"
+    ):
         open_model(run.checkpoints / "step-00000004")
     bare = shutil.copytree(run.checkpoints / "step-00000003", tmp_path / "bare")
     manifest = json.loads((bare / "manifest.json").read_text())
@@ -144,7 +149,9 @@ def save_clip(folder: Path) -> Any:
 
 def save_chinese(folder: Path) -> Any:
     text = TEXT | {"max_position_embeddings": 60}
-    ChineseCLIPImageProcessor(size={"height": SIZE, "width": SIZE}, do_center_crop=False).save_pretrained(folder)
+    ChineseCLIPImageProcessor(size={"height": SIZE, "width": SIZE}, do_center_crop=False).save_pretrained(
+        folder
+    )
     return ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=8))
 
 
@@ -156,7 +163,9 @@ def save_siglip(folder: Path) -> Any:
 
 def save_pair(folder: Path) -> Any:
     text = RobertaConfig(**TEXT | {"max_position_embeddings": LENGTH + 1})
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(CLIPVisionConfig(**VISION), text, projection_dim=8)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        CLIPVisionConfig(**VISION), text, projection_dim=8
+    )
     ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
     return VisionTextDualEncoderModel(config)
 
@@ -172,7 +181,7 @@ def saved(folder: Path, save: Callable[[Path], Any]) -> Any:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 3)]
     )
     special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "eos_token": "[SEP]"}
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **special)
@@ -184,7 +193,9 @@ def saved(folder: Path, save: Callable[[Path], Any]) -> Any:
 def features_of(model: Any, folder: Path, files: list[Path], texts: list[str]) -> tuple[Tensor, Tensor]:
     """transformers' own features of files and texts, with its own preprocessing, of length one."""
     processor = AutoImageProcessor.from_pretrained(folder)
-    pixels = [processor(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"] for file in files]
+    pixels = [
+        processor(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"] for file in files
+    ]
     tokens = AutoTokenizer.from_pretrained(folder)(
         texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
     )
@@ -234,7 +245,9 @@ def test_a_model_of_transformers_is_measured_as_its_own_code_measures(tmp_path: 
     texts = [text for number in range(10) for text in captions(number)]
     prompts = [template.format(name) for name in NAMES for template in ("a {}", "a photo of a {}.")]
     image, text = features_of(theirs, folder, files, texts)
-    classes = functional.normalize(features_of(theirs, folder, files[:1], prompts)[1].unflatten(0, (4, 2)).mean(1), dim=-1)
+    classes = functional.normalize(
+        features_of(theirs, folder, files[:1], prompts)[1].unflatten(0, (4, 2)).mean(1), dim=-1
+    )
     similar = image @ text.T
     i2t = (similar.argmax(dim=1) // 2 == torch.arange(10)).double().mean().item()
     t2i = (similar.argmax(dim=0) == torch.arange(20) // 2).double().mean().item()

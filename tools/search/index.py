@@ -126,8 +126,8 @@ def up_to_date(
 ) -> tuple[ImageIndex, int]:
     """The index of a folder as it is now, and how many images were encoded for it; `file` is brought along.
 
-    identity: that of the model. A file that cannot be read now is told as bad, and tried again the next time. `progress(done, total)` counts
-    files. Raises OSError where the index cannot be written.
+    identity: that of the model. A file that cannot be read now is told as bad, and tried again the next time.
+    `progress(done, total)` counts files. Raises OSError where the index cannot be written.
     """
     try:
         known = read_index(file, identity)
@@ -231,7 +231,11 @@ def _encoded(folder: Path, model: DualEncoderModel, group: _Group) -> ImageIndex
                 pixels = torch.stack([pixels for _, pixels in good])
                 features.append(model.encode_image(pixels).cpu().numpy())
                 places += [place for place, _ in good]
-            bad += [Bad(place.file, place.key, str(error)) for place, error in made if isinstance(error, Exception)]
+            bad += [
+                Bad(place.file, place.key, str(error))
+                for place, error in made
+                if isinstance(error, Exception)
+            ]
             unread |= {place.file for place, error in made if isinstance(error, OSError)}
     whole = ImageIndex(np.concatenate(features), places, group.files, bad)
     if not unread:

@@ -26,7 +26,9 @@ def page(answers: Answers) -> str:
         asked = thumbnail(Path(query.value).read_bytes()) if query.kind == "image" else None
         hits = [(hit, thumbnail(bytes_at(answers.folder, hit.place))) for hit in query.hits]
         shown.append((query, asked, hits))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(answers=answers, queries=shown)
 

@@ -103,10 +103,13 @@ def search(
         features = [model.encode_text(texts), model.encode_image(images)]
     except BadImage as error:
         raise UserError(f"--image {error}") from None
-    asked = [("text", text) for text in texts] + [("image", str(path)) for path in images]
+    asked: list[tuple[Literal["text", "image"], str]] = [("text", text) for text in texts]
+    asked += [("image", str(path)) for path in images]
     queries = [
         Query(kind, value, nearest(found.features, vector, found.places, count))
-        for (kind, value), vector in zip(asked, np.concatenate([own.cpu().numpy() for own in features]), strict=True)
+        for (kind, value), vector in zip(
+            asked, np.concatenate([own.cpu().numpy() for own in features]), strict=True
+        )
     ]
     return Answers(
         model.opened.name, model.opened.step, folder, file, len(found.places), encoded, found.bad, queries

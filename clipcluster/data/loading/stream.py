@@ -53,8 +53,8 @@ def webdataset(
 ) -> wds.WebDataset:
     """The samples of a source of a recipe, as webdataset hands them out.
 
-    A sample is a dict: `__key__`, `__url__` (its shard), `image` (3, H, W) uint8, `captions` (a list of all of
-    them), `cls` (-1: none), and the bytes of further `members` by extension (`json`, `npz`) where it has them.
+    A sample is a dict: `__key__`, `__url__` (its shard), `image` (3, H, W) uint8, `captions` (a list of all
+    of them), `cls` (-1: none), and the bytes of further `members` by extension (`json`) where it has them.
 
     shards, index, captions_in: as of a source in a recipe, but that shards need no index: one without is
     scanned when it is opened. cache: folder for remote shards; default $CLIPCLUSTER_CACHE, else
@@ -127,10 +127,10 @@ class _Unindexed:
     def samples(self, shard: int, members: Collection[str]) -> Iterator[tuple[Sample, dict[str, bytes]]]:
         """Raises DataError, behind its last sample, for a shard that is no tar to its end."""
         place = self.shards[shard]
-        local = isinstance(place, Path)
         fd = os.open(place, os.O_RDONLY) if isinstance(place, Path) else self.cache.current(place.address)
         try:
-            scanned = shard_index.scan_shard(place if local else Path(f"/dev/fd/{fd}"), self.choices)
+            path = place if isinstance(place, Path) else Path(f"/dev/fd/{fd}")
+            scanned = shard_index.scan_shard(path, self.choices)
             opened = OpenShard(fd, scanned.columns, os.fstat(fd).st_size)
             name = place.name if isinstance(place, Path) else str(place).rpartition("/")[2]
             for row in range(len(scanned.columns["offset"])):
@@ -200,9 +200,9 @@ def _readers(
         return
     asked = list(probabilities_of(captions_in))
     if is_remote(entry):
-        for folder, tars in named(entry):
-            names = tars_of(folder) if tars is None or _has_globs(tars) else list(tars)
-            taken = chosen(folder, tars, names) if tars is not None else names
+        for folder, wanted in named(entry):
+            names = tars_of(folder) if wanted is None or _has_globs(wanted) else list(wanted)
+            taken = chosen(folder, wanted, names) if wanted is not None else names
             yield _Unindexed([folder / name for name in taken], _choices_there(folder, asked), cache)
         return
     for here, tars in folders_here(entry).items():

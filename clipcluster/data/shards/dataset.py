@@ -33,7 +33,7 @@ class Sample(NamedTuple):
 def read_row(opened: OpenShard, row: int, shard: str, choices: Sequence[str]) -> Sample | None:
     """The sample of a row of an open shard, with its captions by each choice, one after the other.
 
-    None where the shard is not as it was indexed. BrokenTar, BrokenColumns and OSError as reading raises them.
+    None where the shard is not as it was indexed. Raises BrokenTar, BrokenColumns and OSError.
     """
     member = next(scan(opened.fd, opened.begin(row)), None)
     if member is None:
@@ -54,6 +54,7 @@ def read_row(opened: OpenShard, row: int, shard: str, choices: Sequence[str]) ->
         origins += [(choice, number) for number, _ in found]
     key = name[0] if name else member.name
     return Sample(key, shard, image, texts, opened.columns["class"].item(row), origins)
+
 
 def read_members(opened: OpenShard, row: int, names: Collection[str]) -> dict[str, bytes]:
     """The bytes of further members of a row's sample; `names` and errors as of `Dataset.read_members`."""
