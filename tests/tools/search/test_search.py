@@ -113,7 +113,7 @@ def test_the_index_is_brought_up_to_date(
     assert (again.encoded, [bad.file for bad in again.bad]) == (1, ["page.jpg"])
     shutil.rmtree(photos / module.BESIDE)
     fresh = find(count=100)
-    assert fresh.encoded == fresh.searched == again.searched == 15
+    assert fresh.encoded == fresh.searched == again.searched == 16
     assert [hit.place for hit in fresh.queries[0].hits] == [hit.place for hit in again.queries[0].hits]
     scores = [[hit.score for hit in answers.queries[0].hits] for answers in (fresh, again)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
