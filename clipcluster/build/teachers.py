@@ -88,7 +88,8 @@ def _sources(recipe: Recipe, assets: Path | None) -> list[TeacherSource]:
             teacher, teacher_assets = _of_run(Path(section.run), f"distill.teachers.{number}.run")
         assert teacher is not None
         text, own = teacher.data.text, recipe.data.text
-        same = (text.tokenizer, text.context_length) == (own.tokenizer, own.context_length)
+        keys = ("tokenizer", "context_length", "clean")
+        same = all(getattr(text, key) == getattr(own, key) for key in keys)
         names = None if same else (f"teacher-{number}-tokens", f"teacher-{number}-mask")
         found.append(TeacherSource(teacher, teacher_assets, names))
     return found

@@ -3,7 +3,8 @@
 import gzip
 import html
 import os
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +53,7 @@ class ByteTokenizer:
 CLIP_MERGES = 49152 - 256 - 2
 # Words as CLIP takes them apart; the two special tokens may stand in a caption.
 _CLIP_WORDS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_GZIP = b"\x1f\x8b"
 _CLIP_REMEMBERED = 100_000  # words whose tokens are kept
 
 
@@ -59,7 +61,8 @@ class ClipTokenizer:
     """CLIP's byte-level BPE over cleaned, lower-cased text (Radford et al. 2021, section 2.4).
 
     merges: the vocabulary file's pairs, best first (`read_clip_merges`). Ids are OpenCLIP's: 49406 begins,
-    49407 ends; the padding's id, 0, is also that of "!", so the mask alone tells what is real.
+    49407 ends; the padding's id, 0, is also that of "!", so the mask alone tells what is real. clean: a name
+    of `CLEANING`.
     """
 
     vocab_size = CLIP_MERGES + 514
@@ -68,11 +71,12 @@ class ClipTokenizer:
     pad_id = 0
     modules = ("ftfy", "regex", "tokenizers")  # loaded once for all of the loader's workers
 
-    def __init__(self, merges: Sequence[tuple[str, str]], context_length: int) -> None:
+    def __init__(self, merges: Sequence[tuple[str, str]], context_length: int, clean: str = "lower") -> None:
         import regex
         from tokenizers.models import BPE
 
         self.context_length = context_length
+        self.clean = clean
         self._words = regex.compile(_CLIP_WORDS, regex.IGNORECASE)
         self._letters = letters_of_bytes()
         order = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -93,7 +97,8 @@ class ClipTokenizer:
         self._bpe.save(str(folder))
 
     def _encode(self, text: str) -> list[int]:
-        return [token for word in self._words.findall(cleaned(text)) for token in self._tokens_of(word)]
+        text = CLEANING[self.clean](text)
+        return [token for word in self._words.findall(text) for token in self._tokens_of(word)]
 
     def _tokens_of(self, word: str) -> list[int]:
         tokens = self._known.get(word)
@@ -105,13 +110,34 @@ class ClipTokenizer:
         return tokens
 
 
-def cleaned(text: str) -> str:
-    """Broken Unicode repaired, HTML entities resolved, white space single, lower case; OpenCLIP's default."""
+def _repaired(text: str) -> str:
+    """Broken Unicode repaired, HTML entities resolved, white space single."""
     if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to repair
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
+
+
+def cleaned(text: str) -> str:
+    """Broken Unicode repaired, HTML entities resolved, white space single, lower case; OpenCLIP's default."""
+    return _repaired(text).lower()
+
+
+def _canonical(text: str) -> str:
+    """`cleaned`, without punctuation; an underscore separates words (of big_vision, for SigLIP)."""
+    bare = _repaired(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    return " ".join(bare.lower().split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+CLEANING: Mapping[str, Callable[[str], str]] = {
+    "none": str,
+    "whitespace": _repaired,
+    "lower": cleaned,
+    "canonicalize": _canonical,
+}
+"""What a caption goes through before it is taken apart, by OpenCLIP's names."""
 
 
 def letters_of_bytes() -> list[str]:
@@ -124,10 +150,13 @@ def letters_of_bytes() -> list[str]:
 def read_clip_merges(file: Path) -> list[tuple[str, str]]:
     """The merges of `bpe_simple_vocab_16e6.txt.gz`, which holds a line about itself and then more than used.
 
-    Raises UserError where the file is another.
+    Or of the `merges.txt` of a folder of CLIP's on the hub, the same without compression. Raises UserError
+    where the file is another.
     """
     try:
-        lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : CLIP_MERGES + 1]
+        content = file.read_bytes()
+        content = gzip.decompress(content) if content.startswith(_GZIP) else content
+        lines = content.decode("utf-8").split("\n")[1 : CLIP_MERGES + 1]
     except (OSError, EOFError, ValueError) as error:
         raise UserError(_no_vocabulary(file, str(error))) from None
     pairs = [tuple(line.split()) for line in lines]
@@ -147,12 +176,13 @@ class HuggingFaceTokenizer:
     """A tokenizer of transformers, with its own special tokens.
 
     One that closes its texts with no end token (GPT-2) gets it `appended`; one without a pad token pads with
-    the end token, and the mask tells which tokens are real.
+    the end token, and the mask tells which tokens are real. clean: a name of `CLEANING`.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int) -> None:
+    def __init__(self, tokenizer: Any, context_length: int, clean: str = "none") -> None:
         self.tokenizer = tokenizer
         self.context_length = context_length
+        self.clean = clean
         self.modules = (type(tokenizer).__module__,)  # heavy: loaded once for all of the loader's workers
         self.vocab_size = len(tokenizer)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
@@ -171,7 +201,8 @@ class HuggingFaceTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         limit = self.context_length - len(self.appended)
-        rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+        texts = [CLEANING[self.clean](text) for text in texts]
+        rows = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
         return _padded(
             [(row + self.appended) or [self.pad_id] for row in rows], self.context_length, self.pad_id
         )
@@ -181,14 +212,14 @@ def load_tokenizer(text: Any, assets: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a recipe's `data.text` section.
 
     `text.tokenizer` is `bytes`, CLIP's vocabulary file, a folder, or a name on a hub: then
-    `asset_folder(assets, name)` is read if it is there, else Hugging Face's own cache. UserError if there is
-    no such tokenizer.
+    `asset_folder(assets, name)` is read if it is there, else Hugging Face's own cache. `text.clean` is a name
+    of `CLEANING`, or None for the tokenizer's own. UserError if there is no such tokenizer.
     """
     name = str(text.tokenizer)
     if name == "bytes":
         return ByteTokenizer(text.context_length)
     if Path(name).is_file():
-        return ClipTokenizer(read_clip_merges(Path(name)), text.context_length)
+        return ClipTokenizer(read_clip_merges(Path(name)), text.context_length, text.clean or "lower")
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallel part
@@ -202,7 +233,7 @@ def load_tokenizer(text: Any, assets: str | Path | None = None) -> Tokenizer:
             "folder with tokenizer files, CLIP's vocabulary file, or a name on the Hugging Face hub that was "
             "fetched before"
         ) from None
-    return HuggingFaceTokenizer(tokenizer, text.context_length)
+    return HuggingFaceTokenizer(tokenizer, text.context_length, text.clean or "none")
 
 
 def asset_folder(assets: str | Path, name: str) -> Path:

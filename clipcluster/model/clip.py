@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipcluster.errors import UserError
 from clipcluster.model.clip_text import ClipTextTower
 from clipcluster.model.losses import widen
 from clipcluster.model.towers import ImageTower, TextTower, build_image_tower, build_text_tower
@@ -27,7 +29,8 @@ class Clip(nn.Module):
     embed_dim: width of the common space. scale: the factor of the logits at the start; max_scale: its bound,
     if any. bias: what is added to the logits at the start; None for a model without a bias.
     projection_bias: the towers (`image`, `text`) whose projection has one; CLIP's have none, but its ResNets'
-    image. projected: whether there are projections; SigLIP's towers end in the common space.
+    image. projections: of images and of text, each `linear`, `mlp` (of OpenCLIP's forms) or `none`, as
+    SigLIP's image towers end in the common space.
     `starting_weights` says what was loaded, one entry a file.
     """
 
@@ -41,16 +44,16 @@ class Clip(nn.Module):
         max_scale: float | None,
         bias: float | None = None,
         projection_bias: Collection[str] = (),
-        projected: bool = True,
+        projections: tuple[str, str] = ("linear", "linear"),
     ) -> None:
         super().__init__()
         self.image = image
         self.text = text
-        self.image_projection: nn.Module = nn.Identity()
-        self.text_projection: nn.Module = nn.Identity()
-        if projected:
-            self.image_projection = _projection(image.width, embed_dim, "image" in projection_bias)
-            self.text_projection = _projection(text.width, embed_dim, "text" in projection_bias)
+        of_image, of_text = projections
+        widths, last = (image.width, 2 * embed_dim, embed_dim), "image" in projection_bias
+        self.image_projection = _projection(of_image, widths, (True, last))
+        widths = (text.width, (text.width + embed_dim) // 2, embed_dim)
+        self.text_projection = _projection(of_text, widths, (False, "text" in projection_bias))
         self.logit_scale = nn.Parameter(torch.tensor([math.log(scale)]))  # (1,): FSDP2 shards no scalar
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
         self.embed_dim = embed_dim
@@ -98,6 +101,13 @@ def build_clip(
     text, text_coverage = build_text_tower(
         of_text, tokenizer=tokenizer, assets=assets, weights_from=config.weights_from
     )
+    projections = config.projections
+    for name, kind, tower in (("image", projections.image, image), ("text", projections.text, text)):
+        if kind == "none" and tower.width != config.embed_dim:
+            raise UserError(
+                f"model.projections.{name}: none, but the {name} tower's vectors have {tower.width} "
+                f"dimensions and model.embed_dim is {config.embed_dim}; make them equal, or project."
+            )
     clip = Clip(
         image,
         text,
@@ -106,6 +116,7 @@ def build_clip(
         max_scale=config.logit_scale.max,
         bias=config.logit_bias.init if config.logit_bias else None,
         projection_bias=config.projection_bias,
+        projections=(projections.image, projections.text),
     )
     clip.starting_weights = tuple(coverage for coverage in (image_coverage, text_coverage) if coverage)
     if config.weights and starting_weights:
@@ -120,9 +131,24 @@ def _read_scalars(clip: nn.Module, state: dict[str, Tensor], prefix: str, *_: ob
             state[name] = state[name].reshape(1)
 
 
-def _projection(width: int, embed_dim: int, bias: bool) -> nn.Linear:
-    projection = nn.Linear(width, embed_dim, bias=bias)
-    nn.init.normal_(projection.weight, std=width**-0.5)
+def _projection(kind: str, widths: tuple[int, int, int], biases: tuple[bool, bool]) -> nn.Module:
+    """From a tower's width to the embedding's; an mlp over the width between them."""
+    width, hidden, embed_dim = widths
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return _linear(width, embed_dim, biases[1])
+    layers = {
+        "fc1": _linear(width, hidden, biases[0]),
+        "act": nn.GELU(),
+        "fc2": _linear(hidden, embed_dim, biases[1]),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _linear(width: int, out: int, bias: bool) -> nn.Linear:
+    linear = nn.Linear(width, out, bias=bias)
+    nn.init.normal_(linear.weight, std=width**-0.5)
     if bias:
-        nn.init.zeros_(projection.bias)
-    return projection
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -1,6 +1,14 @@
-"""CLIP's text transformer (Radford et al. 2021, section 2.4), with the parameter names of OpenCLIP's."""
+"""CLIP's text transformer (Radford et al. 2021, section 2.4), with the parameter names of OpenCLIP's.
+
+SigLIP's (Zhai et al. 2023) is the same but for its options: every token attends to all places, padding
+included, and a caption's vector is that of the last one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +19,12 @@ from clipcluster.model.pooling import at, last_of
 
 
 class ClipTextTower(nn.Module):
-    """A causal, pre-norm transformer: (B, L) int64 tokens, (B, L) bool mask -> (B, width).
+    """A pre-norm transformer: (B, L) int64 tokens, (B, L) bool mask -> (B, width).
 
-    The vector of a caption is that of its last real token, which ends it; L is at most `positions`.
+    The vector of a caption is that of its `last` real token, which ends it, of its `first` token, or of the
+    `last_place`, padding or not. L is at most `positions`; where the attention is not `causal`, padding is
+    attended to, so that L has to be what the tower was trained with.
     """
-
-    pool = "last"
 
     def __init__(
         self,
@@ -27,14 +35,28 @@ class ClipTextTower(nn.Module):
         layers: int,
         heads: int,
         mlp_ratio: float,
-        quick_gelu: bool,
+        quick_gelu: bool = False,
+        tanh_gelu: bool = False,
+        causal: bool = True,
+        pool: Literal["last", "first", "last_place"] = "last",
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.width = width
+        self.pool = pool
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(positions, width))
-        self.transformer = _Layers(width, layers, heads, int(width * mlp_ratio), quick_gelu)
-        self.ln_final = nn.LayerNorm(width)
+        layer = partial(
+            _Layer,
+            width,
+            heads,
+            int(width * mlp_ratio),
+            activation=_activation(quick_gelu, tanh_gelu),
+            causal=causal,
+            norm_eps=norm_eps,
+        )
+        self.transformer = _Layers([layer() for _ in range(layers)], width)
+        self.ln_final = nn.LayerNorm(width, eps=norm_eps)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
 
@@ -44,27 +66,32 @@ class ClipTextTower(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        # Causal: what follows the last real token never reaches it.
-        return self.ln_final(self.transformer(states, last_of(mask)))
+        return self.ln_final(self.transformer(states, self._places(mask)))
+
+    def _places(self, mask: Tensor) -> Tensor:
+        """(B, L) bool -> (B,) int64: where each caption's vector is taken."""
+        if self.pool == "last":  # with causal attention what follows it never reaches it
+            return last_of(mask)
+        place = 0 if self.pool == "first" else mask.shape[1] - 1
+        return torch.full((len(mask),), place, device=mask.device)
 
 
 class _Layers(nn.Module):
     """The layers, one after another: (B, L, width) and the place of a token in each row -> (B, width)."""
 
-    def __init__(self, width: int, layers: int, heads: int, hidden: int, quick_gelu: bool) -> None:
+    def __init__(self, blocks: list[_Layer], width: int) -> None:
         super().__init__()
-        blocks = [_Layer(width, heads, hidden, quick_gelu) for _ in range(layers)]
         self.resblocks = nn.ModuleList(blocks)
         self.checkpointing = False
         for layer in blocks:  # what writes into the residual stream shrinks with depth
-            nn.init.normal_(layer.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
-            nn.init.normal_(layer.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
+            nn.init.normal_(layer.attn.out_proj.weight, std=(2 * len(blocks) * width) ** -0.5)
+            nn.init.normal_(layer.mlp.c_proj.weight, std=(2 * len(blocks) * width) ** -0.5)
 
-    def forward(self, states: Tensor, last: Tensor) -> Tensor:
+    def forward(self, states: Tensor, places: Tensor) -> Tensor:
         *early, final = self.resblocks
         for layer in early:
             states = checkpoint(layer, states, use_reentrant=False) if self.checkpointing else layer(states)
-        return final(states, last)  # the other tokens of the last layer are not used
+        return final(states, places)  # the other tokens of the last layer are not used
 
 
 class _Layer(nn.Module):
@@ -73,29 +100,40 @@ class _Layer(nn.Module):
     With the place of a token in each row, (B,): the vectors of these alone, (B, width).
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, quick_gelu: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, activation: _Activation, causal: bool, norm_eps: float
+    ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = _CausalAttention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = _Mlp(width, hidden, quick_gelu)
+        self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = _Attention(width, heads, causal)
+        self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = _Mlp(width, hidden, activation)
 
-    def forward(self, states: Tensor, last: Tensor | None = None) -> Tensor:
-        attended = self.attn(self.ln_1(states), last)
-        states = (states if last is None else at(states, last)) + attended
+    def forward(self, states: Tensor, places: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.ln_1(states), places)
+        states = (states if places is None else at(states, places)) + attended
         return states + self.mlp(self.ln_2(states))
 
 
 class _Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, hidden: int, activation: _Activation) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
         self.c_proj = nn.Linear(hidden, width)
-        self.activation = _quick_gelu if quick_gelu else functional.gelu
+        self.activation = activation
         nn.init.normal_(self.c_fc.weight, std=(2 * width) ** -0.5)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.c_proj(self.activation(self.c_fc(states)))
+
+
+_Activation = Callable[[Tensor], Tensor]
+
+
+def _activation(quick: bool, tanh: bool) -> _Activation:
+    if tanh:
+        return _tanh_gelu
+    return _quick_gelu if quick else functional.gelu
 
 
 def _quick_gelu(values: Tensor) -> Tensor:
@@ -103,33 +141,39 @@ def _quick_gelu(values: Tensor) -> Tensor:
     return values * torch.sigmoid(1.702 * values)
 
 
-class _CausalAttention(nn.Module):
-    """Each token attends to itself and those before it; queries, keys and values are one matrix."""
+def _tanh_gelu(values: Tensor) -> Tensor:
+    return functional.gelu(values, approximate="tanh")
 
-    def __init__(self, width: int, heads: int) -> None:
+
+class _Attention(nn.Module):
+    """Each token attends to itself and those before it (`causal`), or to all; one matrix for q, k and v."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, states: Tensor, last: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, places: Tensor | None = None) -> Tensor:
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if last is None:
+        mask = None
+        if places is None:
             query, key, value = functional.linear(states, weight, bias).chunk(3, -1)
-            mask = None
         else:
             width = states.shape[-1]
-            query = functional.linear(at(states, last).unsqueeze(1), weight[:width], bias[:width])
+            query = functional.linear(at(states, places).unsqueeze(1), weight[:width], bias[:width])
             key, value = functional.linear(states, weight[width:], bias[width:]).chunk(2, -1)
-            mask = (torch.arange(states.shape[1], device=last.device) <= last[:, None])[:, None, None]
+            if self.causal:
+                mask = (torch.arange(states.shape[1], device=places.device) <= places[:, None])[:, None, None]
         query, key, value = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (query, key, value)
         )
         attended = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None
+            query, key, value, attn_mask=mask, is_causal=self.causal and places is None
         )
         joined = self.out_proj(attended.transpose(1, 2).flatten(2))
-        return joined if last is None else joined.squeeze(1)
+        return joined if places is None else joined.squeeze(1)

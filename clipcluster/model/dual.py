@@ -83,7 +83,7 @@ def build_dual(
         scale=config.logit_scale.init,
         max_scale=config.logit_scale.max,
         bias=config.logit_bias.init if config.logit_bias else None,
-        projected=not siglip,
+        projections=("none", "none") if siglip else ("linear", "linear"),
     )
     named = dual.weights if dual.weights is not None else config.weights
     if named and starting_weights:

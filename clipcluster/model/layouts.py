@@ -260,14 +260,10 @@ def _open_clip(state: State, model: Any) -> State:
     if "text_projection" in text:
         found["text_projection.weight"] = text.pop("text_projection").T
     trunk = model.image.trunk
-    for part, module, names in (
-        (image, "image_projection", _image_projections(image, trunk)),
-        (text, "text_projection", ["proj", "text_projection"]),
-    ):
-        for name in names:
-            for kind in ("weight", "bias"):
-                if f"{name}.{kind}" in part:
-                    found[f"{module}.{kind}"] = part.pop(f"{name}.{kind}")
+    for part, pairs in ((image, _image_projections(image, trunk)), (text, _TEXT_PROJECTIONS)):
+        for theirs, ours in pairs:
+            for key in [key for key in part if key.startswith(theirs)]:
+                found[ours + key.removeprefix(theirs)] = part.pop(key)
     found |= {key: text.pop(key) for key in ("logit_scale", "logit_bias", *SIZES) if key in text}
     if not any(key.startswith("trunk.") for key in image):
         layouts = (layout for layout in LAYOUTS["image"] if layout.recognises(image))
@@ -277,12 +273,66 @@ def _open_clip(state: State, model: Any) -> State:
     return found | {f"text.{key}": value for key, value in _text_of(text, model.text).items()}
 
 
-def _image_projections(image: State, trunk: Any) -> list[str]:
-    """What a linear layer that is the projection of images may be called."""
-    names = ["attnpool.c_proj", "head.proj"]
-    if not any(key.startswith("head.") for key in image):  # the network's own classifier is the projection
-        names.append(f"trunk.{getattr(trunk, 'pretrained_cfg', {}).get('classifier')}")
-    return names
+# Where OpenCLIP's models have a projection that is a layer, or layers; as a matrix it is transposed.
+_IMAGE_PROJECTIONS = (
+    ("attnpool.c_proj.", "image_projection."),
+    ("head.proj.", "image_projection."),
+    ("head.mlp.", "image_projection."),
+)
+_TEXT_PROJECTIONS = (
+    ("proj.0.", "text_projection.fc1."),
+    ("proj.2.", "text_projection.fc2."),
+    ("proj.", "text_projection."),
+    ("text_projection.", "text_projection."),
+)
+
+
+def _image_projections(image: State, trunk: Any) -> tuple[tuple[str, str], ...]:
+    """Where the projection of images may be."""
+    if any(key.startswith("head.") for key in image):
+        return _IMAGE_PROJECTIONS
+    return (*_IMAGE_PROJECTIONS, (f"trunk.{classifier_of(trunk)}.", "image_projection."))
+
+
+def classifier_of(trunk: Any) -> str | None:
+    """The name of a timm network's classifier, which is the projection of some of OpenCLIP's models."""
+    name = getattr(trunk, "pretrained_cfg", {}).get("classifier")
+    return name if isinstance(name, str) else None
+
+
+def as_open_clip(model: Any, config: Mapping[str, Any]) -> State:
+    """The tensors of a `clipcluster.model.clip.Clip` by OpenCLIP's names, for a model of this `model_cfg`.
+
+    The inverse of what is read: its image tower is one of timm's (`timm_model_name`) or OpenCLIP's own ViT,
+    which is one of timm's here too; its text tower is CLIP's or one of transformers.
+    """
+    vision, text, state = config["vision_cfg"], config["text_cfg"], model.state_dict()
+    image, of_image = _inside(state, "image.trunk."), _inside(state, "image_projection.")
+    words, of_text = _inside(state, "text."), _inside(state, "text_projection.")
+    if "timm_model_name" in vision:
+        visual = {f"trunk.{key}": value for key, value in image.items()}
+        place = {"linear": "head.proj.", "mlp": "head.mlp."}.get(vision["timm_proj"])
+        visual |= _placed(of_image, place or f"trunk.{classifier_of(model.image.trunk)}.")
+    else:
+        visual = clip_vit_of_timm(image) | {"proj": of_image["weight"].T}
+    if "hf_model_name" in text:
+        layers = {key.replace("fc1.", "0.").replace("fc2.", "2."): value for key, value in of_text.items()}
+        words |= _placed(layers, "proj.")
+    elif "bias" in of_text:
+        words |= _placed(of_text, "text_projection.")
+    elif of_text:
+        words["text_projection"] = of_text["weight"].T
+    inside = "text." if config.get("custom_text") else ""
+    scalars = {key: state[key].reshape(()) for key in ("logit_scale", "logit_bias") if key in state}
+    return _placed(visual, "visual.") | _placed(words, inside) | scalars
+
+
+def _inside(state: State, prefix: str) -> State:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _placed(state: State, prefix: str) -> State:
+    return {prefix + key: value for key, value in state.items()}
 
 
 def _text_of(text: State, tower: Any) -> State:

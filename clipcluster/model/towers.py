@@ -220,8 +220,15 @@ def build_text_tower(
     context longer than the tower's positions, and for weights that do not match.
     """
     if isinstance(config, sections.ClipTextTower):
+        sizes = config.clip.model_dump()
+        rows = sizes.pop("vocab_size")
+        if rows is not None and rows < tokenizer.vocab_size:
+            raise UserError(
+                f"model.text.clip.vocab_size: {rows} rows are fewer than the tokenizer's "
+                f"{tokenizer.vocab_size} tokens; remove it, or name the tokenizer the tower was trained with."
+            )
         clip = ClipTextTower(
-            vocab_size=tokenizer.vocab_size, positions=tokenizer.context_length, **config.clip.model_dump()
+            vocab_size=rows or tokenizer.vocab_size, positions=tokenizer.context_length, **sizes
         )
         return clip, _started(clip, config, "text", weights_from)
     folder = None

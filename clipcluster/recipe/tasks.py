@@ -84,6 +84,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "model.dual",
         "model.embed_dim",
         "model.projection_bias",
+        "model.projections",
         "model.logit_scale",
         "model.logit_bias",
         "loss.name",

@@ -1,7 +1,6 @@
 """Captions to tokens, with and without files."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcluster.data.tokenizer import ByteTokenizer, asset_folder, load_tokenizer
 from clipcluster.errors import UserError
+from clipcluster.recipe.sections.data import Text
 
 
-def _text(tokenizer: object, length: int = 6) -> SimpleNamespace:
-    return SimpleNamespace(tokenizer=str(tokenizer), context_length=length)
+def _text(tokenizer: object, length: int = 6) -> Text:
+    return Text(tokenizer=str(tokenizer), context_length=length)
 
 
 def _fast(**special: str) -> PreTrainedTokenizerFast:

@@ -2,7 +2,6 @@
 
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from tiny_model import Tokens, text_section
 from clipcluster.data.tokenizer import cleaned, load_tokenizer
 from clipcluster.errors import UserError
 from clipcluster.model.towers import build_text_tower
+from clipcluster.recipe.sections.data import Text
 
 transformer = pytest.importorskip("open_clip.transformer")
 tokenizer = pytest.importorskip("open_clip.tokenizer")
@@ -80,7 +80,7 @@ def test_what_follows_the_end_changes_nothing() -> None:
 
 
 def clip_tokenizer(length: int = 77):
-    return load_tokenizer(SimpleNamespace(tokenizer=str(VOCABULARY), context_length=length))
+    return load_tokenizer(Text(tokenizer=str(VOCABULARY), context_length=length))
 
 
 OWN = clip_tokenizer()
@@ -117,4 +117,4 @@ def test_another_file_is_no_vocabulary(tmp_path: Path) -> None:
     for content in (b"words", gzip.compress(b"version\na b\n")):
         (tmp_path / "vocabulary.txt.gz").write_bytes(content)
         with pytest.raises(UserError, match=r"is not CLIP's vocabulary.*bpe_simple_vocab_16e6"):
-            load_tokenizer(SimpleNamespace(tokenizer=str(tmp_path / "vocabulary.txt.gz"), context_length=8))
+            load_tokenizer(Text(tokenizer=str(tmp_path / "vocabulary.txt.gz"), context_length=8))

@@ -64,7 +64,11 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """The shortest side (squash: both) to floor(size / crop_pct), then the centre square of `size`."""
+    """The shortest side (squash: both) to floor(size / crop_pct), then the centre square of `size`.
+
+    Pillow resizes, as for the figures that others publish (OpenCLIP, CLIP_benchmark, timm): torch's resizing
+    of uint8 has coarser weights, and differs by a level or two.
+    """
 
     size: int
     interpolation: InterpolationMode
@@ -77,8 +81,9 @@ class EvaluationTransform:
         if not self.squash:  # a strip would be as long as it is thin; its middle is all that is seen
             longest = _LONGEST * min(image.shape[1:])
             image = F.center_crop(image, [min(longest, length) for length in image.shape[1:]])
-        out = F.resize(image, [side, side] if self.squash else [side], self.interpolation, antialias=True)
-        return F.center_crop(out, [self.size, self.size]).contiguous()
+        picture = F.to_pil_image(image)
+        picture = F.resize(picture, [side, side] if self.squash else [side], self.interpolation)
+        return F.pil_to_tensor(F.center_crop(picture, [self.size, self.size])).contiguous()
 
 
 def train_transform(image: Any) -> TrainTransform:

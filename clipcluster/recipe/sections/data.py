@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from clipcluster.recipe import captions
-from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.base import KeyProblem, Section, key, section
 from clipcluster.recipe.sections.values import DEVIATIONS, MEANS, Deviation, Float, Int, Mean, Pair, Paths
 from clipcluster.recipe.units import Memory
 
@@ -234,12 +234,25 @@ class Text(Section):
     context_length: Int = key(
         "result", "Number of tokens; longer captions are truncated, shorter ones padded.", 77, ge=2
     )
+    clean: Literal["none", "whitespace", "lower", "canonicalize"] | None = key(
+        "result",
+        "What is done to captions first: none; whitespace (broken Unicode and HTML entities repaired, white "
+        "space single); lower (and lower case); canonicalize (and without punctuation: SigLIP). Default: "
+        "lower for CLIP's vocabulary, else none. Not with bytes.",
+        None,
+    )
     captions: Literal["all", "random", "first"] = key(
         "result",
         "all: every pair of image and caption is a sample (an epoch counts pairs); random: one caption of "
         "the image at each draw; first: always the first.",
         "random",
     )
+
+    @model_validator(mode="after")
+    def _cleaned_words(self) -> Text:
+        if self.tokenizer == "bytes" and self.clean not in (None, "none"):
+            raise KeyProblem("clean", "has no effect on bytes; remove it, or name another tokenizer")
+        return self
 
 
 class Mixup(Section):

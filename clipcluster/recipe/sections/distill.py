@@ -73,6 +73,9 @@ class TeacherText(Section):
     context_length: Int | None = key(
         "result", "Number of tokens, as data.text.context_length. Default: the student's.", None, ge=2
     )
+    clean: Literal["none", "whitespace", "lower", "canonicalize"] | None = key(
+        "result", "What is done to captions first, as data.text.clean. Default: the student's.", None
+    )
 
 
 class ModelTeacher(Section):

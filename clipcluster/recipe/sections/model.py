@@ -112,7 +112,7 @@ class ArchTextTower(Section):
 
 
 class ClipText(Section):
-    """The sizes of CLIP's text transformer; vocabulary and positions are the tokenizer's."""
+    """CLIP's text transformer: its sizes, and what SigLIP's has otherwise; positions are the tokenizer's."""
 
     width: Int = key("result", "Width of a token's vector.", 512, ge=1)
     layers: Int = key("result", "Number of layers.", 12, ge=1)
@@ -121,6 +121,24 @@ class ClipText(Section):
     quick_gelu: bool = key(
         "result", "x * sigmoid(1.702 x) instead of GELU, as OpenAI's weights were trained with.", False
     )
+    tanh_gelu: bool = key("result", "GELU in its tanh approximation, as SigLIP 2 was trained with.", False)
+    causal: bool = key(
+        "result",
+        "Whether a token attends only to itself and those before it. false: to all places, padding included, "
+        "as SigLIP was trained.",
+        True,
+    )
+    pool: Literal["last", "first", "last_place"] = key(
+        "result",
+        "Pooling: the last token that is not padding, the first, or the last place, padding or not (SigLIP).",
+        "last",
+    )
+    norm_eps: Float = key(
+        "result", "What layer norms add to the variance; 1e-6 as SigLIP has it.", 1e-5, gt=0
+    )
+    vocab_size: Int | None = key(
+        "result", "Rows of the token embedding. Default: the tokenizer's vocabulary.", None, ge=1
+    )
 
     @model_validator(mode="after")
     def _whole_heads(self) -> ClipText:
@@ -128,9 +146,15 @@ class ClipText(Section):
             raise KeyProblem("heads", f"{self.heads} does not divide width {self.width}; change one of them")
         return self
 
+    @model_validator(mode="after")
+    def _one_gelu(self) -> ClipText:
+        if self.quick_gelu and self.tanh_gelu:
+            raise KeyProblem("tanh_gelu", "is another activation than quick_gelu; remove one of them")
+        return self
+
 
 class ClipTextTower(Section):
-    """CLIP's own text transformer: causal, pooled at the token that ends the caption."""
+    """CLIP's own text transformer: by default causal, pooled at the token that ends the caption."""
 
     clip: ClipText = section("The tower's sizes; {} gives those of CLIP's ViT-B/32 and ViT-B/16.")
     weights: str | None = _weights()
@@ -152,6 +176,26 @@ class Dual(Section):
 
     hf: str = _hf()
     weights: str | None = _weights(_PRETRAINED, "model")
+
+
+Projection = Literal["linear", "mlp", "none"]
+
+
+class Projections(Section):
+    """What takes each tower's vector into the embedding."""
+
+    image: Projection = key(
+        "result",
+        "linear; mlp: a hidden layer of 2 x embed_dim and GELU (the form of OpenCLIP's image towers); none: "
+        "the tower's width is embed_dim (SigLIP).",
+        "linear",
+    )
+    text: Projection = key(
+        "result",
+        "linear; mlp: a hidden layer of half the sum of the tower's width and embed_dim, and GELU, without "
+        "biases (the form of OpenCLIP's text towers); none: the tower's width is embed_dim.",
+        "linear",
+    )
 
 
 class LogitScale(Section):
@@ -195,6 +239,7 @@ class Model(Section):
         "The towers whose projection into the embedding has a bias; CLIP's ResNets have one for images.",
         (),
     )
+    projections: Projections = section("What takes each tower's vector into the embedding.", {})
     logit_scale: LogitScale = section("The learned scale of the similarities.", {})
     classes: Int | None = key(
         "result",
@@ -225,6 +270,20 @@ class Model(Section):
                 f"{started[0]}.weights",
                 "has other weights than model.weights, which are those of the whole model; remove one",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _biased_projections(self) -> Model:
+        kinds = {"image": self.projections.image, "text": self.projections.text}
+        for name in self.projection_bias:
+            if kinds[name] == "none":
+                raise KeyProblem(
+                    "projection_bias", f"{name} has no projection (projections.{name}); remove it"
+                )
+        if kinds["text"] == "mlp" and "text" in self.projection_bias:
+            raise KeyProblem("projection_bias", "the mlp of text has no biases; remove text")
+        if self.dual is not None and set(kinds.values()) != {"linear"}:
+            raise KeyProblem("projections", "a whole dual encoder (dual) has its own; remove it")
         return self
 
     def weights_of(self, tower: Literal["image", "text"]) -> str | None:

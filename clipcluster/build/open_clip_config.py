@@ -1,0 +1,662 @@
+"""OpenCLIP's models as recipes, and recipes as OpenCLIP's models: what `open_clip_config.json` says.
+
+Keys and defaults are those of open_clip 3.3.0 (CLIPVisionCfg, CLIPTextCfg, PreprocessCfg). A key without a
+counterpart here is refused, unless it has the value that changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import QuickGELU
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from clipcluster.data.tokenizer import ClipTokenizer, Tokenizer
+from clipcluster.errors import UserError
+from clipcluster.model.clip_text import ClipTextTower
+from clipcluster.model.hugging_face import config_of as settings_of
+from clipcluster.model.hugging_face import refusing
+from clipcluster.model.layouts import classifier_of
+from clipcluster.model.towers import HfImageTower, build_image_tower
+from clipcluster.model.weight_files import some
+from clipcluster.recipe.sections.model import ClipTextTower as ClipTextSection
+from clipcluster.recipe.sections.model import TimmImageTower
+from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.sections.values import DEVIATIONS, MEANS
+
+CONFIG = "open_clip_config.json"
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+"""CLIP's vocabulary, as OpenAI and OpenCLIP name it."""
+
+_BLOCKS = {
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+}
+_MODEL = {
+    "embed_dim": None,
+    "vision_cfg": None,
+    "text_cfg": None,
+    "multimodal_cfg": None,
+    "quick_gelu": False,
+    "custom_text": False,
+    "init_logit_scale": math.log(1 / 0.07),
+    "init_logit_bias": None,
+    "nonscalar_logit_scale": False,
+    "output_dict": False,
+}
+_TIMM = {
+    "timm_model_name": None,
+    "timm_model_pretrained": False,
+    "timm_pool": "avg",
+    "timm_proj": "linear",
+    "timm_proj_bias": False,
+    "timm_drop": 0.0,
+    "timm_drop_path": None,
+}
+_VISION = {
+    "image_size": 224,
+    "patch_dropout": 0.0,
+    "layers": 12,
+    "width": 768,
+    "head_width": 64,
+    "mlp_ratio": 4.0,
+    "patch_size": 16,
+    "ls_init_value": None,
+    "attentional_pool": False,
+    "attn_pooler_queries": 256,
+    "attn_pooler_heads": 8,
+    "no_ln_pre": False,
+    "pos_embed_type": "learnable",
+    "final_ln_after_pool": False,
+    "pool_type": "tok",
+    "output_tokens": False,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    **_BLOCKS,
+    **_TIMM,
+}
+_HF = {
+    "hf_model_name": None,
+    "hf_model_pretrained": True,
+    "hf_proj_type": "mlp",
+    "hf_pooler_type": "mean_pooler",
+}
+_TEXT = {
+    "context_length": 77,
+    "vocab_size": ClipTokenizer.vocab_size,
+    "hf_tokenizer_name": None,
+    "tokenizer_mode": None,
+    "tokenizer_kwargs": None,
+    "width": 512,
+    "heads": 8,
+    "layers": 12,
+    "mlp_ratio": 4.0,
+    "ls_init_value": None,
+    "embed_cls": False,
+    "pad_id": 0,
+    "eos_id": 2,
+    "no_causal_mask": False,
+    "final_ln_after_pool": False,
+    "pool_type": "argmax",
+    "proj_bias": False,
+    "proj_type": "linear",
+    "output_tokens": False,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    **_BLOCKS,
+    **_HF,
+}
+_PREPROCESS = {
+    "size": None,
+    "mode": "RGB",
+    "mean": MEANS["openai"],
+    "std": DEVIATIONS["openai"],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+
+_VIT = "vit_base_patch16_clip"
+_VIT_SIZES = {
+    "patch_size": 16,
+    "embed_dim": 768,
+    "depth": 12,
+    "num_heads": 12,
+    "mlp_ratio": 4.0,
+    "init_values": None,
+}
+_RESNETS = {
+    ((3, 4, 6, 3), 64): "resnet50_clip",
+    ((3, 4, 23, 3), 64): "resnet101_clip",
+    ((4, 6, 10, 6), 80): "resnet50x4_clip",
+    ((6, 8, 18, 8), 96): "resnet50x16_clip",
+    ((3, 15, 36, 10), 128): "resnet50x64_clip",
+}
+"""OpenCLIP's ModifiedResNets in timm, by layers and width."""
+_TEXT_POOLS = {"argmax": "last", "eos": "last", "first": "first", "last": "last_place"}
+_HF_POOLS = {"mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "first"}
+_HF_TYPES = ("roberta", "xlm-roberta", "bert")
+
+
+class _Part:
+    """A section of a configuration, which notes the keys that are read."""
+
+    def __init__(self, name: str, given: Any, defaults: Mapping[str, Any]) -> None:
+        if not isinstance(given, Mapping):
+            raise UserError(f"{name}: {given!r}; expected a section.")
+        unknown = [key for key in given if key not in defaults]
+        if unknown:
+            raise UserError(f"{name}: unknown key {some(unknown)}; known are {', '.join(defaults)}.")
+        self.name, self.given, self.defaults = name, given, defaults
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return self.given.get(key, self.defaults[key])
+
+    def refuse(self, key: str, allowed: str) -> UserError:
+        """The error of a key's value."""
+        return UserError(f"{self.name}.{key}: {self[key]!r} has no counterpart here; allowed: {allowed}.")
+
+    def check_rest(self, idle: Collection[str] = ()) -> None:
+        """UserError where a key was not read, is not `idle`, and has not its default."""
+        for key in self.given.keys() - self.read - {*idle}:
+            if self.given[key] != self.defaults[key]:
+                raise self.refuse(key, repr(self.defaults[key]))
+
+    def square(self, key: str) -> int:
+        """A size in pixels, or a pair of equal ones."""
+        value = self[key]
+        sides = set(value) if isinstance(value, (list, tuple)) else {value}
+        if len(sides) != 1 or not all(isinstance(side, int) for side in sides):
+            raise self.refuse(key, "one number of pixels: images are square")
+        return int(sides.pop())
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """A model folder of OpenCLIP's as sections of a recipe: `model` with its weights, `data`, `loss`.
+
+    The folder holds `open_clip_config.json`, the weights (open_clip_model.safetensors or
+    open_clip_pytorch_model.bin) and, where the configuration names a tokenizer of Hugging Face's, its files;
+    else CLIP's vocabulary is taken from the folder or from an installed open_clip.
+
+    Raises UserError where the configuration cannot be read, or names what no recipe can.
+    """
+    file = folder / CONFIG
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+    if not isinstance(document, dict) or not isinstance(document.get("model_cfg"), dict):
+        raise UserError(f"{file} holds no section model_cfg; expected what OpenCLIP saves with a model.")
+    try:
+        sections = sections_of(document["model_cfg"], document.get("preprocess_cfg") or {}, folder)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    sections["model"]["weights"] = str(folder)
+    return sections
+
+
+def sections_of(
+    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """The sections of a recipe for a configuration, without weights. Raises UserError as `recipe_of`.
+
+    folder: where the tokenizer's files are looked for, and the `config.json` of a tower of transformers.
+    """
+    whole = _Part("model_cfg", model_cfg, _MODEL)
+    if whole["multimodal_cfg"] is not None:
+        raise UserError(
+            "model_cfg.multimodal_cfg: a generative text decoder (CoCa) has no counterpart here; allowed: "
+            "models of an image tower and a text tower."
+        )
+    vision = _Part("model_cfg.vision_cfg", whole["vision_cfg"], _VISION)
+    text = _Part("model_cfg.text_cfg", whole["text_cfg"], _TEXT)
+    quick, embed_dim = bool(whole["quick_gelu"]), whole["embed_dim"]
+    if not isinstance(embed_dim, int):
+        raise whole.refuse("embed_dim", "a whole number")
+    image_tower, image_projection, image_bias = _image(vision, quick, embed_dim)
+    text_tower, text_projection, text_bias = _text(text, quick, folder)
+    model: dict[str, Any] = {"image": image_tower, "text": text_tower, "embed_dim": embed_dim}
+    biased = [name for name, bias in (("image", image_bias), ("text", text_bias)) if bias]
+    if biased:
+        model["projection_bias"] = biased
+    if (image_projection, text_projection) != ("linear", "linear"):
+        model["projections"] = {"image": image_projection, "text": text_projection}
+    scale, bias = whole["init_logit_scale"], whole["init_logit_bias"]
+    if bias is not None:
+        model["logit_bias"] = {"init": float(bias)}
+    if bias is not None or not math.isclose(scale, _MODEL["init_logit_scale"]):  # type: ignore[arg-type]
+        model["logit_scale"] = {"init": math.exp(scale), "max": None}
+    whole.check_rest(idle=("custom_text", "nonscalar_logit_scale", "output_dict"))
+    images = _preprocessing(_Part("preprocess_cfg", preprocess_cfg, _PREPROCESS), vision.square("image_size"))
+    return {
+        "model": model,
+        "data": {"image": images, "text": _tokenization(text, folder)},
+        "loss": {"name": "clip" if bias is None else "siglip"},
+    }
+
+
+_Tower = tuple[dict[str, Any], str, bool]
+"""The section of a tower, its kind of projection, and whether that has a bias."""
+
+
+def _image(vision: _Part, quick: bool, embed_dim: int) -> _Tower:
+    if vision["timm_model_name"]:
+        return _timm(vision, embed_dim)
+    if isinstance(vision["layers"], (list, tuple)):
+        return _resnet(vision)
+    sizes = {
+        "patch_size": vision.square("patch_size"),
+        "embed_dim": vision["width"],
+        "depth": vision["layers"],
+        "num_heads": vision["width"] // vision["head_width"],
+        "mlp_ratio": vision["mlp_ratio"],
+        "init_values": vision["ls_init_value"],
+    }
+    args = {key: value for key, value in sizes.items() if value != _VIT_SIZES[key]}
+    section: dict[str, Any] = {"timm": f"{_VIT}_quickgelu_224" if quick else f"{_VIT}_224"}
+    section |= {"args": args} if args else {}
+    section |= {"mask_ratio": vision["patch_dropout"]} if vision["patch_dropout"] else {}
+    vision.square("image_size")
+    # Of the class token alone the norm is the same before and after pooling.
+    vision.check_rest(idle=(*_TIMM, "attn_pooler_queries", "attn_pooler_heads", "final_ln_after_pool"))
+    return section, "linear", False
+
+
+def _resnet(vision: _Part) -> _Tower:
+    known = (tuple(vision["layers"]), vision["width"])
+    if known not in _RESNETS:
+        shown = ", ".join(f"{[*layers]} with width {width}" for layers, width in _RESNETS)
+        raise vision.refuse("layers", f"those of OpenAI's ResNets ({shown})")
+    vision.square("image_size")
+    vision.check_rest(idle=(*_TIMM, "patch_size", "mlp_ratio", "attn_pooler_queries", "attn_pooler_heads"))
+    return {"timm": _RESNETS[known]}, "linear", True
+
+
+def _timm(vision: _Part, embed_dim: int) -> _Tower:
+    name, pool, proj = vision["timm_model_name"], vision["timm_pool"], vision["timm_proj"] or ""
+    if not timm.is_model(name):
+        raise vision.refuse("timm_model_name", f"the networks of timm {timm.__version__}")
+    if pool in ("abs_attn", "rot_attn"):
+        raise vision.refuse("timm_pool", "'' and the poolings of timm's own networks")
+    args = {"global_pool": pool} if pool else {}
+    if vision["timm_drop_path"]:
+        args["drop_path_rate"] = vision["timm_drop_path"]
+    section: dict[str, Any] = {"timm": name} | ({"args": args} if args else {})
+    section |= {"mask_ratio": vision["patch_dropout"]} if vision["patch_dropout"] else {}
+    theirs = _their_trunk(name, pool, proj, embed_dim)
+    with torch.device("meta"):
+        ours, _ = build_image_tower(TimmImageTower(**section), image_size=vision.square("image_size"))
+    difference = _difference(theirs, ours.trunk, vision.square("image_size"))
+    if difference:
+        raise vision.refuse(
+            "timm_model_name", f"networks that OpenCLIP builds as timm does: here {difference}"
+        )
+    biased = bool(vision["timm_proj_bias"])
+    if not proj:  # the network's own classifier is the projection
+        biased = f"{classifier_of(theirs)}.bias" in theirs.state_dict()
+    vision.check_rest(idle=_VISION.keys() - {"output_tokens", "timm_drop"})
+    return section, {"": "linear", "none": "none"}.get(proj, proj), biased and proj != "none"
+
+
+def _their_trunk(name: str, pool: str, proj: str, embed_dim: int) -> nn.Module:
+    """timm's network as OpenCLIP's TimmModel builds it, without values (meta device)."""
+    with torch.device("meta"), refusing(f"timm cannot build {name} with pooling {pool!r}"):
+        if proj in ("linear", "mlp"):
+            trunk: Any = timm.create_model(name, pretrained=False)
+            trunk.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+            return trunk
+        classes = 0 if proj == "none" else embed_dim
+        return timm.create_model(name, pretrained=False, num_classes=classes, global_pool=pool)
+
+
+def _difference(theirs: Any, ours: nn.Module, image_size: int) -> str:
+    """What tells OpenCLIP's network of timm's from the one here, but for a classifier; "" for nothing."""
+    cfg = theirs.pretrained_cfg
+    if cfg.get("fixed_input_size") and cfg["input_size"][-1] != image_size:
+        return f"it is for images of {cfg['input_size'][-1]} pixels, and image_size is {image_size}"
+    place = f"{classifier_of(theirs)}."
+    shapes = [
+        {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        for network in (theirs, ours)
+    ]
+    differing = [
+        name
+        for name in dict.fromkeys([*shapes[0], *shapes[1]])
+        if shapes[0].get(name) != shapes[1].get(name) and not name.startswith(place)
+    ]
+    return f"{some(differing)} differ" if differing else ""
+
+
+def _text(text: _Part, quick: bool, folder: Path) -> _Tower:
+    if text["hf_model_name"]:
+        return _hf_text(text, folder)
+    norm, act = text["norm_kwargs"] or {}, text["act_kwargs"] or {}
+    if norm.keys() - {"eps"}:
+        raise text.refuse("norm_kwargs", "{'eps': a number}")
+    if act not in ({}, {"approximate": "tanh"}) or (act and quick):
+        raise text.refuse("act_kwargs", "none, or {'approximate': 'tanh'} without quick_gelu")
+    if text["pool_type"] not in _TEXT_POOLS:
+        raise text.refuse("pool_type", ", ".join(_TEXT_POOLS))
+    if text["proj_type"] not in ("linear", "none"):
+        raise text.refuse("proj_type", "linear, none")
+    section = {
+        "width": text["width"],
+        "layers": text["layers"],
+        "heads": text["heads"],
+        "mlp_ratio": text["mlp_ratio"],
+        "quick_gelu": quick,
+        "tanh_gelu": bool(act),
+        "causal": not text["no_causal_mask"],
+        "pool": _TEXT_POOLS[text["pool_type"]],
+        "norm_eps": norm.get("eps", 1e-5),
+        "vocab_size": text["vocab_size"],
+    }
+    projected = text["proj_type"] == "linear"
+    biased = bool(text["proj_bias"]) and projected
+    _tokenization_keys(text)
+    text.check_rest(idle=("context_length", "hf_tokenizer_name", "pad_id", "eos_id", *_HF))
+    defaults = {**ClipTextSection(clip={}).clip.model_dump(), "vocab_size": ClipTokenizer.vocab_size}  # type: ignore[arg-type]
+    if text["hf_tokenizer_name"]:
+        defaults["vocab_size"] = None
+    changed = {key: value for key, value in section.items() if value != defaults[key]}
+    return {"clip": changed}, "linear" if projected else "none", biased
+
+
+def _hf_text(text: _Part, folder: Path) -> _Tower:
+    name = str(folder) if (folder / "config.json").is_file() else text["hf_model_name"]
+    settings, _ = settings_of("model_cfg.text_cfg.hf_model_name", name, None)
+    if settings.model_type not in _HF_TYPES:
+        raise text.refuse("hf_model_name", f"{', '.join(_HF_TYPES)}, and this is {settings.model_type}")
+    if text["hf_pooler_type"] not in _HF_POOLS:
+        raise text.refuse("hf_pooler_type", ", ".join(_HF_POOLS))
+    projections = {"linear": "linear", "mlp": "mlp", None: "none"}
+    if text["hf_proj_type"] not in projections:
+        raise text.refuse("hf_proj_type", "linear, mlp, null")
+    _tokenization_keys(text)
+    text.check_rest(idle=_TEXT.keys() - {"output_tokens"})
+    section = {"hf": name, "pool": _HF_POOLS[text["hf_pooler_type"]]}
+    return section, projections[text["hf_proj_type"]], False
+
+
+def _tokenization_keys(text: _Part) -> dict[str, Any]:
+    """The options of the tokenizer, all of which have to be known here."""
+    options = dict(text["tokenizer_kwargs"] or {})
+    if options.keys() - {"clean"}:
+        raise text.refuse("tokenizer_kwargs", "{'clean': whitespace, lower or canonicalize}")
+    if text["tokenizer_mode"]:
+        raise text.refuse("tokenizer_mode", "null")
+    return options
+
+
+def _tokenization(text: _Part, folder: Path) -> dict[str, Any]:
+    hf = bool(text["hf_tokenizer_name"])
+    clean = _tokenization_keys(text).get("clean", "whitespace" if hf else "lower")
+    found = {
+        "tokenizer": str(folder) if hf else str(_vocabulary(folder)),
+        "context_length": text["context_length"],
+    }
+    return found if clean == "lower" and not hf else {**found, "clean": clean}
+
+
+def _vocabulary(folder: Path) -> Path:
+    """CLIP's vocabulary: in the folder, or the installed open_clip's."""
+    known = [folder / VOCABULARY, folder / "merges.txt"]
+    installed = find_spec("open_clip")
+    if installed is not None and installed.origin:
+        known.append(Path(installed.origin).parent / VOCABULARY)
+    for file in known:
+        if file.is_file():
+            return file
+    raise UserError(
+        f"model_cfg.text_cfg: without hf_tokenizer_name the tokenizer is CLIP's: put {VOCABULARY} (of "
+        "OpenAI's or OpenCLIP's package) into the folder, or install open_clip_torch."
+    )
+
+
+def _preprocessing(given: _Part, image_size: int) -> dict[str, Any]:
+    if given["resize_mode"] not in ("shortest", "squash"):
+        raise given.refuse("resize_mode", "shortest, squash")
+    if given["interpolation"] not in ("bicubic", "bilinear", "random"):
+        raise given.refuse("interpolation", "bicubic, bilinear, random")
+    mean, std = (
+        [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * 3
+        for value in (given["mean"], given["std"])
+    )
+    given.check_rest(idle=("size", "fill_color"))
+    return {
+        "size": image_size,
+        "mean": mean,
+        "std": std,
+        "interpolation": given["interpolation"],
+        "evaluation": {"resize": given["resize_mode"]},
+    }
+
+
+def config_of(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The document of `open_clip_config.json` for a dual encoder: `model_cfg` and `preprocess_cfg`.
+
+    model: the recipe's, of `clipcluster.model.clip.Clip`. `hf_model_name` and `hf_tokenizer_name` are the
+    recipe's own names. Raises UserError, by key, for what OpenCLIP has not.
+    """
+    if recipe.model.dual is not None or isinstance(model.image, HfImageTower):
+        key = "model.dual" if recipe.model.dual is not None else "model.image.hf"
+        raise UserError(
+            f"{key}: a network of transformers, and OpenCLIP's image towers are timm's and its own: name a "
+            "tower in model.image.timm, or choose --format hf."
+        )
+    if recipe.data.image.evaluation.crop_pct != 1:
+        raise UserError(
+            f"data.image.evaluation.crop_pct: {recipe.data.image.evaluation.crop_pct:g}, and OpenCLIP crops "
+            "nothing but the longer side (1.0)."
+        )
+    text, text_quick = _text_cfg(recipe, model.text, tokenizer)
+    vision, image_quick = _vision_cfg(recipe, model, text_quick)
+    found: dict[str, Any] = {"embed_dim": model.embed_dim}
+    if (image_quick if text_quick is None else text_quick) is True:
+        found["quick_gelu"] = True
+    if "timm_model_name" in vision or "hf_model_name" in text:
+        found["custom_text"] = True
+    if model.logit_bias is not None:
+        found["init_logit_bias"] = recipe.model.logit_bias.init if recipe.model.logit_bias else 0.0
+    image = recipe.data.image
+    preprocess = {
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "interpolation": image.interpolation,
+        "resize_mode": image.evaluation.resize,
+    }
+    return {"model_cfg": {**found, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": preprocess}
+
+
+def _vision_cfg(recipe: Recipe, model: Any, text_quick: bool | None) -> tuple[dict[str, Any], bool | None]:
+    """`vision_cfg`, and whether it needs quick_gelu to be set, or unset; None where it does not matter.
+
+    OpenCLIP's own ViT where the network is one and the text tower has the same activation; else timm's.
+    """
+    trunk, image, size = model.image.trunk, recipe.model.image, recipe.data.image.size
+    assert isinstance(image, TimmImageTower)
+    bare = recipe.model.projections.image == "linear" and "image" not in recipe.model.projection_bias
+    quick = _quick_of_own_vit(trunk)
+    own = bare and quick is not None and text_quick in (None, quick)
+    vision = _own_vit(trunk, size, image.args) if own else _timm_cfg(recipe, trunk, image, size)
+    if image.mask_ratio:
+        vision["patch_dropout"] = image.mask_ratio
+    return vision, quick if own else None
+
+
+_OWN_VIT = re.compile(
+    r"cls_token|pos_embed|patch_embed\.proj\.weight|(norm_pre|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))"
+    r"\.(weight|bias)|blocks\.\d+\.ls[12]\.gamma"
+)
+
+
+def _quick_of_own_vit(trunk: Any) -> bool | None:
+    """Whether a network of timm's that is OpenCLIP's own ViT has quick GELU; None for any other network."""
+    if type(trunk) is not VisionTransformer or trunk.global_pool != "token":
+        return None
+    names = trunk.state_dict()
+    same = (
+        all(_OWN_VIT.fullmatch(name) for name in names)
+        and "norm_pre.bias" in names
+        and trunk.norm.eps == 1e-5
+    )
+    first: Any = trunk.blocks[0]
+    act = first.mlp.act
+    if same and isinstance(act, QuickGELU):
+        return True
+    return False if same and type(act) is nn.GELU and act.approximate == "none" else None
+
+
+def _own_vit(trunk: Any, size: int, args: Mapping[str, Any]) -> dict[str, Any]:
+    width, first = trunk.embed_dim, trunk.blocks[0]
+    found = {
+        "image_size": size,
+        "layers": len(trunk.blocks),
+        "width": width,
+        "head_width": width // first.attn.num_heads,
+        "patch_size": trunk.patch_embed.patch_size[0],
+    }
+    hidden = first.mlp.fc1.out_features
+    if hidden != 4 * width:
+        exact = args.get("mlp_ratio", hidden / width)
+        found["mlp_ratio"] = exact if int(width * exact) == hidden else (hidden + 0.5) / width
+    if "blocks.0.ls1.gamma" in trunk.state_dict():
+        found["ls_init_value"] = args.get("init_values", 1e-5)
+    return found if found["head_width"] != _VISION["head_width"] else _without(found, "head_width")
+
+
+def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
+
+
+# Of timm's arguments those that OpenCLIP passes on, and those of training alone.
+_PASSED = {"drop_path_rate", "global_pool"}
+_OF_TRAINING = {"drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate"}
+
+
+def _timm_cfg(recipe: Recipe, trunk: Any, image: TimmImageTower, size: int) -> dict[str, Any]:
+    unknown = sorted(image.args.keys() - _PASSED - _OF_TRAINING)
+    if unknown:
+        raise UserError(
+            f"model.image.args.{unknown[0]}: {image.args[unknown[0]]}, but OpenCLIP builds {image.timm} as "
+            f"timm does by its name; allowed are {', '.join(sorted(_PASSED | _OF_TRAINING))}."
+        )
+    kind, biased = recipe.model.projections.image, "image" in recipe.model.projection_bias
+    pool = image.args.get("global_pool", getattr(trunk, "global_pool", "") if kind == "none" else "")
+    forms = [kind] if kind != "linear" or not pool or not biased else ["linear", ""]
+    for proj in forms:  # "": the network's classifier, built with the pooling, not given it afterwards
+        difference = _difference(_their_trunk(image.timm, pool, proj, recipe.model.embed_dim), trunk, size)
+        if not difference and (proj != "linear" or trunk.num_features == _width_of(trunk)):
+            break
+    else:
+        raise UserError(
+            f"model.image.timm: OpenCLIP builds {image.timm} otherwise than it was trained: "
+            f"{difference or 'its vectors have another width'}; choose --format safetensors or onnx."
+        )
+    found = {"timm_model_name": image.timm, "timm_pool": pool, "timm_proj": proj, "image_size": size}
+    if biased and proj in ("linear", "mlp"):
+        found["timm_proj_bias"] = True
+    if image.args.get("drop_path_rate"):
+        found["timm_drop_path"] = image.args["drop_path_rate"]
+    return found
+
+
+def _width_of(trunk: Any) -> int:
+    return int(getattr(trunk, "head_hidden_size", None) or trunk.num_features)
+
+
+def _text_cfg(recipe: Recipe, tower: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], bool | None]:
+    """`text_cfg`, and whether it needs quick_gelu to be set, or unset; None where it does not matter."""
+    own_bpe = isinstance(tokenizer, ClipTokenizer)
+    found: dict[str, Any] = {"context_length": tokenizer.context_length}
+    clean = getattr(tokenizer, "clean", "none")
+    if not own_bpe:
+        found["hf_tokenizer_name"] = recipe.data.text.tokenizer
+    if clean not in ("none", "lower" if own_bpe else "whitespace"):
+        found["tokenizer_kwargs"] = {"clean": clean}
+    if isinstance(tower, ClipTextTower):
+        return {**found, **_own_text(recipe, tower, tokenizer)}, _clip_section(recipe).quick_gelu
+    return {**found, **_hf_cfg(recipe, tower, tokenizer)}, None
+
+
+def _clip_section(recipe: Recipe) -> Any:
+    text = recipe.model.text
+    assert isinstance(text, ClipTextSection)
+    return text.clip
+
+
+def _own_text(recipe: Recipe, tower: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    clip, projection = _clip_section(recipe), recipe.model.projections.text
+    if projection == "mlp":
+        raise UserError(
+            "model.projections.text: mlp, and OpenCLIP has one only after towers of transformers; allowed "
+            "with model.text.clip: linear, none."
+        )
+    found = {
+        "vocab_size": tower.token_embedding.num_embeddings,
+        "width": clip.width,
+        "heads": clip.heads,
+        "layers": clip.layers,
+    }
+    changed = {
+        "mlp_ratio": (clip.mlp_ratio, 4.0),
+        "no_causal_mask": (not clip.causal, False),
+        "proj_type": (projection, "linear"),
+        "proj_bias": ("text" in recipe.model.projection_bias, False),
+        "norm_kwargs": ({"eps": clip.norm_eps}, {"eps": 1e-5}),
+        "act_kwargs": ({"approximate": "tanh"} if clip.tanh_gelu else None, None),
+    }
+    found |= {key: value for key, (value, default) in changed.items() if value != default}
+    if clip.pool != "last":
+        return {**found, "pool_type": {"last_place": "last", "first": "first"}[clip.pool]}
+    if isinstance(tokenizer, ClipTokenizer):  # its end token has the largest id, which is OpenCLIP's default
+        return found
+    return {**found, "pool_type": "eos", "eos_id": tokenizer.eos_id}
+
+
+def _hf_cfg(recipe: Recipe, tower: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    settings, section = tower.transformer.config, recipe.model.text
+    if settings.model_type not in _HF_TYPES:
+        raise UserError(
+            f"model.text: {settings.model_type}, and OpenCLIP takes of transformers {', '.join(_HF_TYPES)} "
+            "alone; choose --format hf, safetensors or onnx."
+        )
+    poolers = {ours: theirs for theirs, ours in _HF_POOLS.items()}
+    if tower.pool not in poolers:
+        raise UserError(
+            f"model.text.pool: {tower.pool}, and OpenCLIP pools a tower of transformers by "
+            f"{', '.join(poolers)}; choose --format safetensors or onnx."
+        )
+    if "text" in recipe.model.projection_bias:
+        raise UserError(
+            "model.projection_bias: text, and OpenCLIP's projection of a tower of transformers has none; "
+            "remove it."
+        )
+    if settings.pad_token_id != tokenizer.pad_id:
+        raise UserError(
+            f"data.text.tokenizer: it pads with token {tokenizer.pad_id}, and OpenCLIP attends to all tokens "
+            f"but the configuration's pad_token_id {settings.pad_token_id}; choose --format hf or "
+            "onnx."
+        )
+    kinds = {"linear": "linear", "mlp": "mlp", "none": None}
+    return {
+        "hf_model_name": getattr(section, "hf", settings.model_type),
+        "hf_pooler_type": poolers[tower.pool],
+        "hf_proj_type": kinds[recipe.model.projections.text],
+    }
