@@ -69,6 +69,7 @@ class Ema:
             self._point_at(self._followed)
 
     def _point_at(self, tensors: list[Tensor]) -> None:
+        torch.clear_autocast_cache()  # it keeps casts by parameter, whatever data that points at
         for own, tensor in zip(self._tensors, tensors, strict=True):
             own.data = tensor
 

@@ -65,6 +65,23 @@ def test_the_average_is_applied_and_taken_away_without_a_copy() -> None:
     assert not torch.equal(averaged, trained)
 
 
+def test_autocast_computes_with_the_weights_in_force() -> None:
+    """Within one context, as an evaluation measures the average and then the weights themselves."""
+    model = nn.Linear(3, 3, bias=False)
+    ema = Ema(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    x = torch.eye(3)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        with ema.applied():
+            averaged = model(x)
+        after = model(x)
+    assert torch.equal(before, model.weight.T.bfloat16())
+    assert torch.equal(averaged, ema.state_dict()["weight"].T.bfloat16())
+    assert torch.equal(after, before)
+
+
 def test_an_average_is_taken_from_a_state_whole_or_not_at_all() -> None:
     model, other = nn.Linear(3, 3), nn.Linear(3, 3)
     weights = model.weight.detach().clone()
