@@ -15,10 +15,12 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
 
 from clipcluster.data.images import truncation as jpeg
 from clipcluster.data.images.format import kind_of, no_image, pillow_name, size_of
+from clipcluster.runtime.outcome import is_out_of_memory
 
 LARGEST = 89_478_485  # pixels; as Pillow: 256 MiB of RGB
 _ANIMATION, _EXIF = 0x02, 0x08  # flags of a WebP's header
 _GREY = 128  # what a JPEG decoder fills with where the bits end early
+_LITTLE = 64 << 20  # bytes; a damaged image may ask for any number
 
 Image.init()  # all kinds of this installation, not only the usual ones
 if "AVIF" in Image.OPEN:
@@ -36,7 +38,8 @@ def decode(data: bytes, *, turned: bool = True) -> torch.Tensor:
 
     Grey becomes three equal channels, alpha is put on white, 16 bits become 8, of several frames the first
     is taken (the others are not looked at), EXIF orientation is applied if `turned`. BadImage for all else:
-    truncated files, and images of more than `LARGEST` pixels, which are told by their header.
+    truncated files, and images of more than `LARGEST` pixels, which are told by their header. MemoryError
+    where there is no memory for the pixels: that says nothing of the image.
     """
     kind = kind_of(data)
     if kind is None:
@@ -52,7 +55,17 @@ def decode(data: bytes, *, turned: bool = True) -> torch.Tensor:
     except BadImage:
         raise
     except Exception as error:  # decoders raise RuntimeError, OSError, SyntaxError, struct.error and more
+        if is_out_of_memory(error) and _memory_is_short():
+            raise MemoryError(str(error)) from error
         raise BadImage(_reason(kind, error)) from None
+
+
+def _memory_is_short() -> bool:
+    try:
+        bytearray(_LITTLE)
+    except MemoryError:
+        return True
+    return False
 
 
 def _refuse_too_large(size: tuple[int, int] | None, kind: str) -> None:

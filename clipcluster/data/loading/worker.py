@@ -17,7 +17,7 @@ from clipcluster.data.loading.shared_buffer import BufferSlice
 from clipcluster.data.sampling.oversampling import ShownClasses
 from clipcluster.data.shards.dataset import Dataset, Sample
 from clipcluster.data.tokenizer import Tokenizer
-from clipcluster.runtime.outcome import DataError, OutOfMemory
+from clipcluster.runtime.outcome import DataError, OutOfMemory, is_out_of_memory
 
 _SMALL = 1 << 20  # bytes
 
@@ -102,12 +102,12 @@ class Reader:
             return self.load(item)
         except DataError as error:
             return error
-        except MemoryError:
-            reason = f"{self._where()}: no memory left in a loader worker"
-            return OutOfMemory(reason, "fewer workers, or more memory")
         except OSError as error:
             return OSError(error.errno, f"{self._where(key=False)}: {error}")
         except Exception as error:
+            if is_out_of_memory(error):
+                reason = f"{self._where()}: no memory left in a loader worker"
+                return OutOfMemory(reason, "fewer workers, or more memory")
             lines = "".join(traceback.format_exception(error)[-3:])
             return DataError(f"{self._where()}: {type(error).__name__}: {error}\n{lines}")
 

@@ -1,6 +1,8 @@
 """Every kind of image people have, by content."""
 
 import io
+import multiprocessing
+import resource
 import struct
 import subprocess
 import sys
@@ -254,6 +256,29 @@ def test_a_frame_larger_than_its_gif_is_measured_too() -> None:
     struct.pack_into("<HH", data, at + 5, 16_000, 16_000)
     with pytest.raises(BadImage, match="too many"):
         decode(bytes(data))
+
+
+def decode_in(megabytes: int, data: bytes, results: "multiprocessing.SimpleQueue[str]") -> None:
+    """Decode with so much memory left to the process."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
+    try:
+        results.put(str(decode(data).shape[1:]))
+    except (MemoryError, BadImage) as error:
+        results.put(type(error).__name__)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_for_which_there_is_no_memory_is_not_called_bad(kind: str) -> None:
+    """It would be replaced by another sample, and the run would not be the same."""
+    fork = multiprocessing.get_context("fork")
+    results = fork.SimpleQueue()
+    data = saved(Image.new("RGB", (6000, 3000)), kind)  # 54 MB of pixels
+    for megabytes, expected_ in ((20, "MemoryError"), (2000, "torch.Size([3000, 6000])")):
+        process = fork.Process(target=decode_in, args=(megabytes, data, results))
+        process.start()
+        assert results.get() == expected_
+        process.join()
 
 
 @pytest.mark.parametrize(
