@@ -123,10 +123,12 @@ def build_classifier(
     """
     tower = recipe.model.image
     assert tower is not None
-    if not starting_weights:
-        tower = tower.model_copy(update={"weights": None})
     image, coverage = build_image_tower(
-        tower, image_size=recipe.data.image.size, assets=assets, weights_from=recipe.model.weights_from
+        tower,
+        image_size=recipe.data.image.size,
+        assets=assets,
+        weights_from=recipe.model.weights_from,
+        starting_weights=starting_weights,
     )
     classifier = ImageClassifier(image, _classes(recipe), head_init_scale=recipe.model.head_init_scale)
     if coverage:

@@ -92,14 +92,20 @@ def build_clip(
     assert of_image is not None
     assert of_text is not None
     assert tokenizer is not None
-    if not starting_weights:
-        of_image = of_image.model_copy(update={"weights": None})
-        of_text = of_text.model_copy(update={"weights": None})
     image, image_coverage = build_image_tower(
-        of_image, image_size=recipe.data.image.size, assets=assets, weights_from=config.weights_from
+        of_image,
+        image_size=recipe.data.image.size,
+        assets=assets,
+        weights_from=config.weights_from,
+        starting_weights=starting_weights,
     )
     text, text_coverage = build_text_tower(
-        of_text, tokenizer=tokenizer, assets=assets, weights_from=config.weights_from
+        of_text,
+        tokenizer=tokenizer,
+        assets=assets,
+        weights_from=config.weights_from,
+        starting_weights=starting_weights,
+        longer=bool(config.weights),
     )
     projections = config.projections
     for name, kind, tower in (("image", projections.image, image), ("text", projections.text, text)):

@@ -118,17 +118,22 @@ def build_image_tower(
     image_size: int,
     assets: Path | None = None,
     weights_from: WeightsFrom | None = None,
+    starting_weights: bool = True,
 ) -> tuple[ImageTower, Coverage | None]:
     """The tower of `model.image`: by `timm` and `args`, or by `hf`; with its weights and masking.
+
+    starting_weights: whether they are read; the tower is the same without.
 
     Raises UserError for a name that timm does not know (with the nearest), for arguments the tower does not
     take, a mask_ratio where there are no patches to leave out, and for weights that do not match.
     """
     if isinstance(config, sections.TimmImageTower):
-        tower, source = _timm_tower(config, image_size), None
+        tower, folder = _timm_tower(config, image_size), None
     else:
-        tower, source = _hf_image_tower(config, image_size, assets)
-    return tower, _started(tower.trunk, config, "image", weights_from, source)
+        tower, folder = _hf_image_tower(config, image_size, assets)
+    if not starting_weights:
+        return tower, None
+    return tower, _started(tower.trunk, config, "image", weights_from, folder)
 
 
 def _timm_tower(config: sections.TimmImageTower, image_size: int) -> ImageTower:
@@ -178,7 +183,7 @@ def _no_patches(name: str) -> str:
 def _hf_image_tower(
     config: sections.HfImageTower, image_size: int, assets: Path | None
 ) -> tuple[HfImageTower, Path | None]:
-    """The tower, and the file of its weights where they are `pretrained`."""
+    """The tower, and the folder of its configuration, if it has one here."""
     key = "model.image"
     settings, folder = config_of(key, config.hf, assets)
     settings = getattr(settings, "vision_config", settings)  # of a dual encoder: its image tower
@@ -194,8 +199,7 @@ def _hf_image_tower(
     width = sizes[-1] if sizes else settings.hidden_size
     if config.mask_ratio:
         mask_patches(trunk, settings, config.mask_ratio)
-    source = pretrained(key, config.hf, folder) if config.weights == "pretrained" else None
-    return HfImageTower(trunk, int(width), config.pool), source
+    return HfImageTower(trunk, int(width), config.pool), folder
 
 
 def _without_mask_tokens(trunk: nn.Module) -> None:
@@ -213,8 +217,13 @@ def build_text_tower(
     tokenizer: Tokenizer,
     assets: Path | None = None,
     weights_from: WeightsFrom | None = None,
+    starting_weights: bool = True,
+    longer: bool = False,
 ) -> tuple[TextTower | ClipTextTower, Coverage | None]:
     """The tower of `model.text`: by `hf`, by `arch` and `config`, or `clip`; with its weights and pooling.
+
+    starting_weights: whether they are read; the tower is the same without. longer: as of `check_fits`, for
+    weights of the whole model.
 
     Raises UserError for an unknown architecture or setting, a vocabulary smaller than the tokenizer's, a
     context longer than the tower's positions, and for weights that do not match.
@@ -230,14 +239,14 @@ def build_text_tower(
         clip = ClipTextTower(
             vocab_size=rows or tokenizer.vocab_size, positions=tokenizer.context_length, **sizes
         )
-        return clip, _started(clip, config, "text", weights_from)
+        return clip, _started(clip, config, "text", weights_from) if starting_weights else None
     folder = None
     if isinstance(config, sections.HfTextTower):
         settings, folder = config_of("model.text", config.hf, assets)
     else:
         settings = _config_from_arch(config.arch, dict(config.config), tokenizer)
     settings.use_cache = False
-    check_fits(settings, tokenizer, longer=bool(config.weights))
+    check_fits(settings, tokenizer, longer=longer or bool(config.weights))
     pool = config.pool or POOL_OF_ARCH.get(settings.model_type)
     transformer = _transformer(settings, pool or "")
     if pool is None:
@@ -245,22 +254,23 @@ def build_text_tower(
             f"model.text.pool: the pooling of {settings.model_type} is unknown; "
             "set it to last, first or mean."
         )
-    source = None
-    if isinstance(config, sections.HfTextTower) and config.weights == "pretrained":
-        source = pretrained("model.text", config.hf, folder)
-    coverage = _started(transformer, config, "text", weights_from, source)
+    coverage = _started(transformer, config, "text", weights_from, folder) if starting_weights else None
     return TextTower(transformer, int(settings.hidden_size), pool), coverage
 
 
 def _started(
-    tower: nn.Module, config: Any, name: str, weights_from: WeightsFrom | None, source: Path | None = None
+    tower: nn.Module, config: Any, name: str, weights_from: WeightsFrom | None, folder: Path | None = None
 ) -> Coverage | None:
-    """The tower takes the weights that its section names (or those of `source`), where it names any."""
+    """The tower takes the weights that its section names, where it names any.
+
+    folder: of its configuration, for `pretrained` ones.
+    """
     if not config.weights:
         return None
+    belong = config.weights == "pretrained"
     return load_weights(
         tower,
-        source or Path(config.weights),
+        pretrained(f"model.{name}", config.hf, folder) if belong else Path(config.weights),
         name=name,
         missing=config.missing,
         weights_from=weights_from,

@@ -82,18 +82,32 @@ def read_weights(source: Path, prefer: WeightsFrom | None = None) -> Weights:
         raise UserError(f"The weights {source} cannot be read: {error}.") from error
 
 
+def weights_at(source: Path, prefer: WeightsFrom | None = None) -> Path:
+    """What `read_weights` reads: a file, a model's folder, or the file of a run's checkpoint.
+
+    No tensor is read. Raises UserError where there is no such file.
+    """
+    if not source.is_dir():
+        if not source.is_file():
+            raise UserError(
+                f"No weights at {source}: name a .safetensors, .pt, .pth or .bin file, a model's folder, or "
+                "a run's checkpoint."
+            )
+        return source
+    if (source / "checkpoints").is_dir():
+        source = _newest(source)
+    if step_of(source.name) is not None or (source / MANIFEST).is_file():
+        return _file_of_checkpoint(source, prefer)
+    _of_folder(source)
+    return source
+
+
 def _weights_at(source: Path, prefer: WeightsFrom | None) -> Weights:
+    file = weights_at(source, prefer)
+    if file.is_dir():
+        return replace(_weights_at(_of_folder(file), prefer), file=file)
     if source.is_dir():
-        if (source / "checkpoints").is_dir():
-            source = _newest(source)
-        if step_of(source.name) is not None or (source / MANIFEST).is_file():
-            return _of_checkpoint(source, prefer)
-        return replace(_weights_at(_of_folder(source), prefer), file=source)
-    if not source.is_file():
-        raise UserError(
-            f"No weights at {source}: name a .safetensors, .pt, .pth or .bin file, a model's folder, or a "
-            "run's checkpoint."
-        )
+        return _of_checkpoint(file)
     shards = shard_names(source)
     if shards:
         state: dict[str, Tensor] = {}
@@ -133,20 +147,31 @@ def _newest(run: Path) -> Path:
     )
 
 
-def _of_checkpoint(folder: Path, prefer: WeightsFrom | None) -> Weights:
-    """The averaged or raw weights of one checkpoint of a run, verified by its manifest."""
-    both = {"ema": folder / tensors_file(AVERAGE), "raw": folder / tensors_file(MODEL)}
+def _both(checkpoint: Path) -> dict[WeightsFrom, Path]:
+    """Where the averaged and the raw weights of a checkpoint of a run lie, if it has them."""
+    return {"ema": checkpoint / tensors_file(AVERAGE), "raw": checkpoint / tensors_file(MODEL)}
+
+
+def _file_of_checkpoint(folder: Path, prefer: WeightsFrom | None) -> Path:
+    both = _both(folder)
     part = prefer or ("ema" if both["ema"].exists() else "raw")
     file = both[part]
     if not file.exists():
         what = "no averaged weights" if part == "ema" else f"no {file.name}"
         hint = "; set model.weights_from: raw" if part == "ema" and both["raw"].exists() else ""
         raise UserError(f"The checkpoint {folder} holds {what}{hint}.")
-    reason = unverified(folder, [file.name])
+    return file
+
+
+def _of_checkpoint(file: Path) -> Weights:
+    """The averaged or raw weights of one checkpoint of a run, verified by its manifest."""
+    reason = unverified(file.parent, [file.name])
     if reason:
         raise UserError(
-            f"The checkpoint {folder} does not verify: {reason}. Restore an intact copy, or name another."
+            f"The checkpoint {file.parent} does not verify: {reason}. Restore an intact copy, or name another."
         )
+    both = _both(file.parent)
+    part = next(part for part, path in both.items() if path == file)
     several = all(path.exists() for path in both.values())
     return Weights(file, _tensors(_read(file)), part if several else "")
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
-from tiny_model import Tokens, image_section, text_section
+from tiny_model import Tokens, image_section, text_section, tiny_recipe
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel
 
 from clipcluster.errors import UserError
+from clipcluster.model.clip import build_clip
 from clipcluster.model.positions import fit_positions
 from clipcluster.model.towers import build_image_tower, build_text_tower
 from clipcluster.recipe.sections import model as sections
@@ -142,6 +143,25 @@ def test_a_context_of_another_length(arch: str, rows: int, length: int, tmp_path
         assert torch.equal(own[rows:], expected)
         assert torch.equal(own[:rows], file[:rows])
         assert "interpolated from 12 to 20 positions" in str(coverage)
+
+
+def test_a_longer_context_needs_no_weights_to_be_built_again(tmp_path: Path) -> None:
+    """For a checkpoint, which has its positions, and for weights of a whole model that has them."""
+    config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=12)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "gpt2")
+    started = {"hf": str(tmp_path / "gpt2"), "weights": "pretrained"}
+    clip = build_clip(tiny_recipe(text=text_section(None, **started)), Tokens(context_length=20))
+    again = build_clip(
+        tiny_recipe(text=text_section(None, **started)), Tokens(context_length=20), starting_weights=False
+    )
+    assert again.starting_weights == ()
+    assert again.load_state_dict(clip.state_dict()).missing_keys == []
+    save_file(clip.state_dict(), tmp_path / "clip.safetensors")
+    whole = {"text": text_section(None, **started | {"weights": None})}
+    other = build_clip(
+        tiny_recipe(**whole, weights=str(tmp_path / "clip.safetensors")), Tokens(context_length=20)
+    )
+    assert torch.equal(other.text.transformer.wpe.weight, clip.text.transformer.wpe.weight)
 
 
 def test_a_published_network_takes_a_longer_context_where_it_learned_positions(tmp_path: Path) -> None:
