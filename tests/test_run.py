@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipcluster.build.model import hash_of
+from clipcluster.build.model import hash_of, hashes_at_resume
 from clipcluster.build.training import seconds_of_a_save, try_task
 from clipcluster.data.storage import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import from_run, load, recipe_keys, settings_keys
 from clipcluster.run import evaluate, train, use_processors
-from clipcluster.runs.files import read_json, write_json
+from clipcluster.runs.files import file_sha256, read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics
 from clipcluster.runtime.launch import Launch
@@ -393,7 +393,9 @@ def test_a_checkpoint_of_format_1_is_resumed_and_measured(tiny: Tiny) -> None:
     assert differing(whole, older) == []
 
 
-def test_other_starting_weights_are_refused_at_a_resume(tiny: Tiny, tmp_path: Path) -> None:
+def test_other_starting_weights_are_refused_at_a_resume(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = tiny.make("first", "evaluate.zero_shot=[]", "evaluate.retrieval=[]", "train.duration=3 steps")
     assert tiny.go(first) is Outcome.FINISHED
     weights = tmp_path / "weights.safetensors"
@@ -411,9 +413,35 @@ def test_other_starting_weights_are_refused_at_a_resume(tiny: Tiny, tmp_path: Pa
     assert image["sha256"] == hash_of(weights)
     assert (text["tower"], text["prefix"], text["missing"]) == ("text", "text.transformer.", [])
     assert text["file"].startswith(f"{first.path}/checkpoints/step-00000003/")
+    weights.unlink()  # the checkpoint has all that it brought
+    assert tiny.go(run, StopAfter(5)) is Outcome.STOPPED
+    assert "the starting weights of image cannot be compared any more" in caplog.text
+    attempt = run.newest()
+    assert attempt is not None
+    assert not (attempt.path / "weights.json").exists()
+    (resumed,) = [event["checkpoint"] for event in events(run) if event["event"] == "resume"]
+    newest = sorted(run.checkpoints.glob("step-*"))[-1]
+    assert newest.name > resumed
+    assert read_json(newest / "state.json")["starting_weights"]["image"] == image["sha256"]
     save_file({key: value + 1 for key, value in tower.items()}, weights)
     with pytest.raises(RecipeFailure, match="starting weights of image"):
         tiny.go(run)
+
+
+def test_an_index_of_weights_is_known_by_the_hash_that_earlier_versions_took(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    write_json(index, {"weight_map": {"a": "one.safetensors"}})
+    (tmp_path / "one.safetensors").write_bytes(b"one")
+    run = tiny.make("sharded", f"model.image.weights={index}")
+    folder = run.checkpoints / "step-00000001"
+    folder.mkdir(parents=True)
+    state = {"format": 2, "step": 1, "samples": 1, "batches_drawn": 1, "evaluated_step": -1, "skipped": []}
+    recipe = from_run(run.recipe(), run.settings())
+    for recorded, expected in (("another", hash_of(index)), (file_sha256(index), file_sha256(index))):
+        write_json(folder / "state.json", {**state, "parts": [], "starting_weights": {"image": recorded}})
+        assert hashes_at_resume(recipe, run) == {"image": expected}
 
 
 def test_the_duration_of_a_save_is_known_to_later_attempts(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from clipcluster.build.data import Sources, open_batches, open_sources
-from clipcluster.build.model import build_model, build_task, describe_start, hash_of
+from clipcluster.build.model import build_model, build_start, build_task, describe_plan, hash_of
 from clipcluster.build.optimizer import build_optimizer, build_schedule, try_optimizer
 from clipcluster.build.stages import build_stages, check_loaded
 from clipcluster.data.loading.loader import Loader
@@ -22,7 +22,6 @@ from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.recipe.units import Time
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events
@@ -55,10 +54,10 @@ def build_trainer(
     """All parts of a run, put together; every rank builds the same."""
     plan_ = plan(recipe, sources.sampler.samples, world.size)
     attempt.phase(world.rank, "model")
-    model = build_model(recipe, sources.tokenizer, run.assets)
-    weights = world.while_main(lambda: describe_start(model, plan_, attempt))
+    model, weights, resumes = build_start(recipe, sources.tokenizer, run, attempt, world)
+    world.while_main(lambda: describe_plan(plan_))
     step = build_step(recipe, plan_, model, world, run.assets)
-    if not steps_in(run.checkpoints):  # a checkpoint has everything
+    if not resumes:
         check_loaded(model, step.stages.stages[0])
     frozen = step.backward.task.task.frozen
     weights |= world.while_main(lambda: {name: hash_of(file) for name, file in frozen.items()})
@@ -84,6 +83,7 @@ def build_trainer(
         world=world,
         attempt=attempt,
         stop=stop,
+        resumes=resumes,
         progress=Progress(steps_per_epoch=plan_.steps_per_epoch, batch_size=plan_.batch_size),
         total_steps=plan_.total_steps,
         step=step,

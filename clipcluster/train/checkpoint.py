@@ -238,7 +238,7 @@ def verify(folder: Path, names: Collection[str] | None = None) -> dict[str, Any]
         reason = unverified(folder, names)
         if reason:
             raise Broken(reason)
-        return _read_state(folder)
+        return read_state(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Broken(f"{Path(error.filename).name} is missing") from error
     except ValueError as error:
@@ -268,8 +268,11 @@ class _State(BaseModel, strict=True):
     starting_weights: dict[str, str] = {}
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """Raises ValueError where it is not the state of a run, and CheckpointError for a newer format."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, not verified by its manifest.
+
+    Raises OSError, ValueError where it is not the state of a run, and CheckpointError for a newer format.
+    """
     state = read_json(folder / STATE)
     version = state.get("format") if isinstance(state, dict) else None
     if not isinstance(version, int):

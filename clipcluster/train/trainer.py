@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import Parts
-from clipcluster.runtime.outcome import Failure, LostPeers, Outcome, advising_on_memory
+from clipcluster.runtime.outcome import CheckpointError, Failure, LostPeers, Outcome, advising_on_memory
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
 from clipcluster.train.evaluations import Evaluations, Interrupted
@@ -34,6 +34,7 @@ class Trainer:
 
     Args:
         parts: what a checkpoint holds, by name.
+        resumes: the parts wait for a checkpoint: the model has none of its starting weights.
         grace_seconds: time between the request to stop and the kill.
         memory_advice: what to do where a step does not fit into memory.
         results: of the last evaluation in this attempt.
@@ -51,6 +52,7 @@ class Trainer:
     evaluations: Evaluations
     metrics: Metrics
     records: Records
+    resumes: bool = False
     record_samples: bool = False
     grace_seconds: float = GRACE_SECONDS
     memory_advice: str = ""
@@ -121,6 +123,11 @@ class Trainer:
     def _resume(self) -> Path | None:
         """Continue from the newest checkpoint, on all ranks; None where there is none."""
         found = restore(self.world, self.saver, self.progress, self.parts, self._enter)
+        if self.resumes and found is None:
+            raise CheckpointError(
+                f"The checkpoints in {self.saver.folder.folder} were moved away while this attempt started.",
+                "Put them back, or leave them away to begin from the first step, and submit again.",
+            )
         self.attempt.step = self.progress.step
         if self.progress.step < self.total_steps:  # after the last one only an evaluation may be owed
             self.feed.open(self.progress)

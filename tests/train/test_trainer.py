@@ -526,6 +526,14 @@ def test_a_run_never_starts_from_scratch_over_checkpoints(toy: ModuleType, run: 
     assert len(list(run.checkpoints.glob("step-*"))) == 3
 
 
+def test_a_model_without_its_starting_weights_never_starts_from_scratch(toy: ModuleType, run: Any) -> None:
+    """Somebody moves the checkpoints away while an attempt that saw them starts."""
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script())
+    trainer.resumes = True
+    with pytest.raises(CheckpointError, match="moved away while this attempt started"):
+        trainer.run()
+
+
 def test_a_save_that_fails_twice_ends_the_run_and_rotates_nothing(
     toy: ModuleType, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
