@@ -240,16 +240,24 @@ def micro_batches(per_rank: int, bound: int | None, multiple: int = 1) -> int | 
 
 
 def usable_nodes(recipe: Recipe, granted: int) -> int:
-    """How many of the granted nodes are used: the largest count by which the batch divides; the rest idle.
+    """How many of the granted nodes are used: the largest count that divides the batch; the rest idle.
+
+    It divides where every rank has equally many samples, and they make whole micro-batches: of groups of
+    batch norms, and of pairs that are mixed.
 
     Raises:
-        UserError: with none of the counts from cluster.nodes' least to `granted` the batch divides.
+        UserError: none of the counts from cluster.nodes' least to `granted` divides the batch.
     """
     least, tasks = recipe.cluster.nodes.least, recipe.cluster.ranks_per_node
     for nodes in range(granted, min(least, granted) - 1, -1):
-        if recipe.data.batch_size % (nodes * tasks) == 0:
+        if _divides(recipe, nodes * tasks):
             return nodes
-    return samples_per_rank(recipe.data.batch_size, granted * tasks)  # raises
+    return accumulation_of(recipe, granted * tasks)  # raises
+
+
+def _divides(recipe: Recipe, ranks: int) -> bool:
+    per_rank, rest = divmod(recipe.data.batch_size, ranks)
+    return not rest and micro_batches(per_rank, recipe.train.micro_batch, _whole(recipe)) is not None
 
 
 def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int) -> Plan:
@@ -261,8 +269,11 @@ def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int) -> Plan:
     found = plan(recipe, source_samples, nodes * recipe.cluster.ranks_per_node)
     if nodes == granted:
         return found
-    idle = (
-        f"of {granted} nodes {nodes} are used and {granted - nodes} idle: data.batch_size "
-        f"{recipe.data.batch_size} does not divide by {granted * recipe.cluster.ranks_per_node} ranks"
-    )
+    batch, ranks = recipe.data.batch_size, granted * recipe.cluster.ranks_per_node
+    why = f"does not divide by {ranks} ranks"
+    if batch % ranks == 0:
+        parts = {"groups of train.batch_norm_group": recipe.train.batch_norm_group, "pairs": recipe.data.mixup}
+        named = " and ".join(part for part, wanted in parts.items() if wanted)
+        why = f"on {ranks} ranks makes no micro-batches of whole {named}"
+    idle = f"of {granted} nodes {nodes} are used and {granted - nodes} idle: data.batch_size {batch} {why}"
     return replace(found, warnings=(*found.warnings, idle))

@@ -295,6 +295,25 @@ def test_idle_nodes_are_said() -> None:
     assert plan_for_nodes(recipe_of(128, nodes="2-4", tasks_per_node=2), 1437, granted=4).nodes == 4
 
 
+def test_nodes_that_would_cut_a_group_or_a_pair_idle() -> None:
+    """128 samples are 32 a rank on 4 nodes and 64 on 2: a group of 64 fits on 2 alone."""
+    recipe = recipe_of(128, nodes="2-4")
+    grouped = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_norm_group": 64})})
+    found = plan_for_nodes(grouped, 1437, granted=4)
+    assert (found.nodes, found.per_rank_batch) == (2, 64)
+    assert found.warnings == (
+        "of 4 nodes 2 are used and 2 idle: data.batch_size 128 on 4 ranks makes no micro-batches of whole "
+        "groups of train.batch_norm_group",
+    )
+    data = recipe.data.model_copy(update={"batch_size": 12, "mixup": Mixup()})
+    found = plan_for_nodes(recipe.model_copy(update={"data": data}), 1437, granted=4)
+    assert (found.nodes, found.per_rank_batch) == (3, 4)
+    assert found.warnings[0].endswith("12 on 4 ranks makes no micro-batches of whole pairs")
+    with pytest.raises(UserError, match="train.batch_norm_group 48 does not divide 32 samples a rank"):
+        train = recipe.train.model_copy(update={"batch_norm_group": 48})
+        usable_nodes(recipe.model_copy(update={"train": train}), 4)
+
+
 def test_a_plan_is_instant_for_any_size() -> None:
     found = plan(recipe_of(65_536, "12_800_000_000 samples"), 12_800_000_000, 1024)
     assert found.total_steps == math.floor(12_800_000_000 / 65_536 + 0.5)
