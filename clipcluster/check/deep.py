@@ -120,7 +120,6 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
 
 def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:
     import torch
-    from torch.nn.modules.batchnorm import _BatchNorm
 
     from clipcluster.model.hugging_face import refusing
     from clipcluster.model.towers import build_image_tower
@@ -140,17 +139,40 @@ def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, fin
         if features.shape != (1, tower.width):
             raise ValueError(f"it gives {tuple(features.shape)} for one, and not one vector of {tower.width}")
     findings.summary += _said(f"image tower: {name}", tower, coverage)
-    if not any(isinstance(module, _BatchNorm) for module in tower.modules()):
+    if not _has_batch_norms(tower):
+        findings.warnings += _idle_norms(recipe, "image", name)
         return
     micro_batch = recipe.data.batch_size // world_size // accumulation_of(recipe, world_size)
-    if micro_batch < recipe.data.batch_size and not recipe.train.batch_norm_group:
+    together = recipe.train.sync_batch_norm
+    samples = micro_batch * world_size if together else micro_batch
+    if samples < recipe.data.batch_size and not recipe.train.batch_norm_group:
+        whose = "all ranks' micro-batches" if together else "a rank's micro-batch"
         findings.warnings.append(
-            f"model.image: {name} has batch norms, whose statistics are over {micro_batch} samples, a rank's "
-            "micro-batch: with other ranks or micro-batches the weights differ; train.batch_norm_group "
+            f"model.image: {name} has batch norms, whose statistics are over {samples} samples, {whose}: "
+            "with other ranks or micro-batches the weights differ; train.batch_norm_group "
             f"{micro_batch}, or a divisor of it, makes them the same"
         )
     if recipe.train.precision in ("bf16", "fp16"):
         findings.summary.append(f"batch norms of {name}: kept in fp32 under {recipe.train.precision}")
+
+
+def _has_batch_norms(tower: Any) -> bool:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(module, _BatchNorm) for module in tower.modules())
+
+
+def _idle_norms(recipe: Recipe, tower: str, name: str) -> list[str]:
+    """A warning where the recipe has keys for batch norms and a tower has none."""
+    keys = [
+        f"freeze.{number}.batch_norm"
+        for number, entry in enumerate(recipe.freeze)
+        if entry.tower == tower and entry.batch_norm == "moving"
+    ]
+    if tower == "image":  # no text tower has any
+        keys += [f"train.{key}" for key in ("batch_norm_group", "sync_batch_norm") if getattr(recipe.train, key)]
+    said = f"{name} has no batch norms, so that this changes nothing but the run's name; remove it"
+    return [f"{', '.join(keys)}: {said}"] if keys else []
 
 
 def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: Findings) -> None:
@@ -166,6 +188,8 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
     else:
         name = text.hf if isinstance(text, HfTextTower) else text.arch
     findings.summary += _said(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
+    if not _has_batch_norms(tower):
+        findings.warnings += _idle_norms(recipe, "text", name)
     foreign = foreign_tokenizer(tower, tokenizer) if coverage else ""
     findings.warnings += [f"data.text.tokenizer: {foreign}"] if foreign else []
 
@@ -178,6 +202,8 @@ def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: 
     model = build_model(recipe, tokenizer, assets)
     if recipe.model.dual:
         findings.summary += _said(f"dual encoder: {recipe.model.dual.hf}", model, None)
+        if not _has_batch_norms(model.image):
+            findings.warnings += _idle_norms(recipe, "image", recipe.model.dual.hf)
     findings.summary += [str(coverage) for coverage in model.starting_weights]
     if not TASKS[recipe.task].captions or not any(own.tower == "model" for own in model.starting_weights):
         return

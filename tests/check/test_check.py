@@ -575,6 +575,17 @@ def test_batch_norms_over_ranks_are_warned_of(folder: Path) -> None:
     assert examined("model.image.timm=test_resnet", world_size=1).warnings == []
     grouped = ("model.image.timm=test_resnet", "train.batch_norm_group=2")
     assert examined(*grouped, "train.activation_checkpointing=true").warnings == []
+    together = examined("model.image.timm=test_resnet", "train.sync_batch_norm=true")
+    assert together.warnings == []  # over the whole batch, however many ranks
+    idle = examined(
+        "train.batch_norm_group=2",
+        "freeze=[{at: 1 epochs, tower: text, trainable: last 1, batch_norm: moving}]",
+    )
+    assert idle.errors == []
+    assert [warning.partition(" has no")[0] for warning in idle.warnings] == [
+        "train.batch_norm_group: test_convnext",
+        "freeze.0.batch_norm: gpt2",
+    ]
 
 
 def test_captions_longer_than_the_context_are_counted(folder: Path) -> None:
