@@ -28,6 +28,8 @@ ARRAYS, AUGMENTATIONS, SYNTHETIC, RECORD = "npz|pth.gz", "paug.json", "syn.json"
 """The members of a sample, by the names that the table of tasks gives them."""
 IMAGE, TEXT, SYNTHETIC_TEXT = "image_emb", "text_emb", "synthetic_emb"
 """The extras of a batch: the teachers' embeddings (b, width) float32 of image, caption, synthetic caption."""
+_OWN = ((RECORD, "captions"), (RECORD, "caption"))
+"""Where a JSON has the image's own captions: as the shards here, and as img2dataset has its one."""
 TOKENS, MASK = "synthetic_tokens", "synthetic_mask"
 """The synthetic caption's tokens (b, L) int64 and mask (b, L) bool."""
 
@@ -120,9 +122,9 @@ def _place(values: Mapping[str, Any], choice: str, number: int) -> tuple[str, in
     inside = [name for name in lists if f"{name}_emb" not in arrays]
     own = len(arrays[TEXT]) - sum(len(written[name]) for name in inside)  # rows of the image's own captions
     field = field_of(choice)
-    if field is None or field[0] == RECORD:
+    if field is None or field in _OWN:
         return TEXT, number if number < own else -1
-    if field[0] != SYNTHETIC:  # texts of a member that the teachers did not see
+    if field[0] != SYNTHETIC:  # texts that the teachers did not see
         return TEXT, -1
     if field[1] not in inside:
         return f"{field[1]}_emb", number

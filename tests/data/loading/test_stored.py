@@ -238,8 +238,11 @@ def test_members_that_do_not_fit_each_other_make_a_bad_sample(
     sample = Sample("key", "shard", b"", ["picture 0"], -1, [("default", 0)])
     pixels = torch.from_numpy(picture(0)).permute(2, 0, 1)
     prepare.check(sample, pixels, values())
-    with pytest.raises(BadExtra, match="no embedding for text 0 of alt"):
-        prepare.check(sample._replace(origins=[("alt.json:text", 0)]), pixels, values())
+    for own in ("lines", "txt", "json:captions", "json:caption"):
+        prepare.check(sample._replace(origins=[(own, 0)]), pixels, values())
+    for other in ("alt.json:text", "json:blip"):  # texts that the teachers did not see
+        with pytest.raises(BadExtra, match=f"no embedding for text 0 of {other}"):
+            prepare.check(sample._replace(origins=[(other, 0)]), pixels, values())
     changed = values()
     change(changed)
     with pytest.raises(BadExtra, match=reason):
