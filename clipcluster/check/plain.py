@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.rates import describe_rates
 from clipcluster.recipe.sections.checks import CheckName, Checks
 from clipcluster.recipe.sections.data import Source
-from clipcluster.recipe.sections.model import Dual, HfImageTower, HfTextTower, TimmImageTower
+from clipcluster.recipe.sections.model import Dual, HfImageTower, HfTextTower, Model, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import METRICS, RAW, TASKS
+from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
 from clipcluster.runtime.outcome import Failure
@@ -108,6 +109,7 @@ def check(
     """
     checked = Checked(loaded=load(path, overrides, site=site))
     _check_files(checked)
+    _check_starts(checked)
     _check_names(checked, runs or Path())
     samples = _check_sources(checked)
     _check_evaluations(checked)
@@ -143,6 +145,42 @@ def _check_files(checked: Checked) -> None:
             near = nearest(Path(path).name, (entry.name for entry in folder.glob("*")))
             hint = f"; did you mean {folder / near}?" if near else ""
             checked.errors.append(f"{checked.loaded.place(key)}: {path} does not exist{hint}")
+
+
+def _check_starts(checked: Checked) -> None:
+    """Keys about starting weights where there are none, teachers without any, and runs that still train."""
+    loaded = checked.loaded
+    models = {"model": checked.recipe.model}
+    for number, teacher in checked.recipe.teachers().items():
+        place = f"distill.teachers.{number}.model"
+        models[place] = teacher.model
+        if not (teacher.model.weights or (teacher.model.dual and teacher.model.dual.weights)):
+            checked.errors.append(
+                f"{loaded.place(place)}: a teacher needs weights of the whole model, its projections "
+                f"included; set {place}.weights"
+            )
+    for place, model in models.items():
+        checked.warnings += [f"{loaded.place(f'{place}.{key}')}: {said}" for key, said in _idle_keys(model)]
+    for key, path in loaded.paths.items():
+        run = Run(Path(path))
+        if key.startswith(("model.", "distill.")) and steps_in(run.checkpoints) and not run.finished():
+            checked.warnings.append(
+                f"{loaded.place(key)}: the run {path} has not finished: once it has a newer checkpoint, a resume "
+                "finds other weights and is refused; name one of its checkpoints"
+            )
+
+
+def _idle_keys(model: Model) -> Iterator[tuple[str, str]]:
+    """The keys of a section `model` that have no effect without weights."""
+    parts = {"image": model.image, "text": model.text, "dual": model.dual}
+    of = {name: part.weights for name, part in parts.items() if part is not None} | {"": model.weights}
+    if model.weights_from and not any(of.values()):
+        yield "weights_from", "has no effect without weights; set weights, or remove it"
+    for name in ("image", "text"):
+        if getattr(parts[name], "missing", ()) and not of[name]:
+            yield f"{name}.missing", f"has no effect without model.{name}.weights; set these, or remove it"
+    if model.missing and not (model.weights or of.get("dual")):
+        yield "missing", "has no effect without weights of the whole model; set weights, or remove it"
 
 
 def _check_names(checked: Checked, runs: Path) -> None:

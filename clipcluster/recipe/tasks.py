@@ -89,6 +89,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "model.logit_bias",
         "loss.name",
         "loss.chunk",
+        "optim.text",
+        "optim.logit_scale",
     ),
     "classes": ("model.classes", "model.head_init_scale", "data.mixup"),
 }

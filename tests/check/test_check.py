@@ -30,6 +30,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.load import load, recipe_keys, result_keys, settings_keys
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
+from clipcluster.runtime.outcome import Outcome
 
 RECIPE = """\
 name: tiny
@@ -323,6 +324,27 @@ def test_what_only_adamw_reads_is_said_of_another_optimizer(
         "it, or give args: {betas: …}"
     )
     assert not any("adamw" in text for text in checked("optim.name=lamb").warnings)
+
+
+def test_what_is_said_of_weights_that_are_not_there(checked: Callable[..., Checked], folder: Path) -> None:
+    without = checked("model.weights_from=raw", "model.missing=[a]", "model.image.missing=[b]").warnings
+    assert ["has no effect without" in warning for warning in without] == [True] * 3
+    for warning, key in zip(without, ("weights_from", "image.missing", "missing"), strict=True):
+        assert warning.startswith(f"from the command line: model.{key}=")
+    save_file(timm.create_model("test_convnext", num_classes=0).state_dict(), folder / "tower.safetensors")
+    tower = ("model.image.weights=tower.safetensors", "model.image.missing=[b]", "model.weights_from=raw")
+    assert checked(*tower).warnings == []
+    loaded = load("tiny.yaml", ())
+    run = Run.create(folder / "run", recipe_keys(loaded), settings_keys(loaded))
+    assert checked("model.weights=run").warnings == []
+    (run.path / "checkpoints/step-00000001").mkdir(parents=True)
+    (warning,) = checked("model.weights=run").warnings
+    assert "run has not finished: once it has a newer checkpoint, a resume finds other weights" in warning
+    run.claim("test", host="here", still_running=lambda job: False).end("finished", Outcome.FINISHED, "")
+    assert checked("model.weights=run").warnings == []
+    for key in ("optim.text.lr=1e-4", "optim.logit_scale.lr=1e-4"):
+        with pytest.raises(UserError, match="task classify does not use it"):
+            checked(*CLASSIFIED, key)
 
 
 def test_a_recipe_that_cannot_be_read_raises(checked: Callable[..., Checked]) -> None:

@@ -101,6 +101,14 @@ def test_a_teacher_that_is_not_there(checked: Callable[..., Checked]) -> None:
     assert "does not exist" in error
 
 
+def test_a_teacher_needs_weights_of_its_whole_model(checked: Callable[..., Checked]) -> None:
+    """A tower's own are not enough: its projection would be random."""
+    for weights in ("", ", weights: r.yaml"):
+        model = f"{{image: {{timm: test_vit{weights}}}, text: {{arch: gpt2}}}}"
+        (error,) = checked(f"{{teachers: [{{model: {model}}}]}}").errors
+        assert "distill.teachers.0.model: a teacher needs weights of the whole model" in error
+
+
 def test_a_teacher_that_takes_other_tokens_or_pixels(checked: Callable[..., Checked], tmp_path: Path) -> None:
     """The student's are its own unless it is said, and a frozen teacher never learns them."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
