@@ -226,7 +226,8 @@ def load_tokenizer(text: Any, assets: str | Path | None = None) -> Tokenizer:
     stored = asset_folder(assets, name) if assets is not None else None
     source = str(stored) if stored is not None and stored.is_dir() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+        local = Path(source).is_dir()
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and the hub's own
         raise UserError(
             f"tokenizer {name!r} cannot be loaded ({' '.join(str(error).split())[:200]}); give bytes, a "

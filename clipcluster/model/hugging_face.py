@@ -27,7 +27,8 @@ def config_of(key: str, name: str, assets: Path | None) -> tuple[Any, Path | Non
     folder = next((f for f in _folders(name, assets) if (f / "config.json").is_file()), None)
     reachable = "a folder with a config.json nor a name on the hub that can be reached from here"
     with refusing(f"{key}.hf: {name} is neither {reachable}"):
-        return AutoConfig.from_pretrained(str(folder or name)), folder
+        # else transformers asks on a terminal whether to run the code that a folder brings
+        return AutoConfig.from_pretrained(str(folder or name), trust_remote_code=False), folder
 
 
 def pixels_of(name: str, assets: Path | None) -> list[float] | None:

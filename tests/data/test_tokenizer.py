@@ -1,5 +1,6 @@
 """Captions to tokens, with and without files."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clipcluster.data.tokenizer import ByteTokenizer, asset_folder, load_tokenizer
 from clipcluster.errors import UserError
+from clipcluster.model.hugging_face import config_of
 from clipcluster.recipe.sections.data import Text
 
 
@@ -105,3 +107,23 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     for name in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match="give bytes, a folder"):
             load_tokenizer(_text(name))
+
+
+def test_code_that_a_folder_brings_is_never_run(
+    tmp_path: Path, bert_like: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where somebody sits at the terminal, whom transformers would ask."""
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    marker = tmp_path / "ran"
+    (bert_like / "code.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    settings = bert_like / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", "code.Own"]}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
+    (bert_like / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.Own", "AutoTokenizer": "code.Own"}})
+    )
+    with pytest.raises(UserError, match="custom code"):
+        load_tokenizer(_text(bert_like))
+    with pytest.raises(UserError, match="custom code"):
+        config_of("model.text", str(bert_like), None)
+    assert not marker.exists()
