@@ -37,11 +37,18 @@ def pixels_of(name: str, assets: Path | None) -> list[float] | None:
         for file in ("preprocessor_config.json", "processor_config.json"):
             if (folder / file).is_file():
                 written = json.loads((folder / file).read_text(encoding="utf-8"))
-                values = written.get("image_processor", written)
-                mean, std = values.get("image_mean"), values.get("image_std")
-                if mean and std:
-                    return [*mean, *std]
+                values = written.get("image_processor", written) if isinstance(written, dict) else None
+                if isinstance(values, dict):
+                    pixels = _three(values.get("image_mean")) + _three(values.get("image_std"))
+                    if len(pixels) == 6:
+                        return pixels
     return None
+
+
+def _three(value: Any) -> list[float]:
+    """A number for each colour; none where the file has anything else, such as one for grey images."""
+    numbers = value if isinstance(value, list) and len(value) == 3 else []
+    return [float(number) for number in numbers if isinstance(number, int | float)]
 
 
 def _folders(name: str, assets: Path | None) -> list[Path]:

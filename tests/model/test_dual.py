@@ -1,5 +1,6 @@
 """Whole dual encoders of transformers: the features, weights and refusals."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from transformers import (
 from clipcluster.errors import UserError
 from clipcluster.model.clip import Clip
 from clipcluster.model.dual import build_dual
+from clipcluster.model.hugging_face import pixels_of
 from clipcluster.recipe.sections.data import Image
 from clipcluster.recipe.sections.model import Model
 
@@ -284,3 +286,20 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert built(tmp_path / "end", tokens=Tokens(eos_id=eos))
     with pytest.raises(UserError, match=r"model\.embed_dim: 16, but the embedding of .* has 8 dimensions"):
         built(tmp_path / "clip", embed_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("written", "pixels"),
+    [
+        ({"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 1, 1]}, [0.5, 0.4, 0.3, 1, 1, 1]),
+        ({"image_processor": {"image_mean": [0] * 3, "image_std": [1] * 3}}, [0, 0, 0, 1, 1, 1]),
+        ({"image_mean": [0.5], "image_std": [0.5]}, None),  # of grey images
+        ({"image_mean": 0.5, "image_std": 0.5}, None),
+        ({"image_mean": ["a", "b", "c"], "image_std": [0.5] * 3}, None),
+        ({"image_processor": None}, None),
+        ([], None),
+    ],
+)
+def test_what_a_folder_says_of_pixels(written: object, pixels: list[float] | None, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    assert pixels_of(str(tmp_path), None) == pixels
