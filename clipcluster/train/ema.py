@@ -42,6 +42,11 @@ class Ema:
         self._followed = [tensor.data for tensor in self._tensors]
         self._averaged = [weights.clone().to(device=device) for weights in self._followed]
 
+    def restart(self) -> None:
+        """Begin with the weights as they are now."""
+        for average, weights in zip(self._averaged, self._followed, strict=True):
+            average.copy_(weights)
+
     @torch.no_grad()
     def update(self, found_inf: Tensor, step: int) -> None:
         """Follow optimizer step `step`, or stay where `found_inf` (0-dimensional, on the device) is 1."""

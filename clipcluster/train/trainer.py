@@ -128,6 +128,8 @@ class Trainer:
                 f"The checkpoints in {self.saver.folder.folder} were moved away while this attempt started.",
                 "Put them back, or leave them away to begin from the first step, and submit again.",
             )
+        if found is None and self.step.ema:
+            self.step.ema.restart()  # wrapping has just given every rank the weights of rank 0
         self.attempt.step = self.progress.step
         if self.progress.step < self.total_steps:  # after the last one only an evaluation may be owed
             self.feed.open(self.progress)
