@@ -125,7 +125,7 @@ def _started(recipe: Recipe) -> dict[str, Any]:
     """The sections of the recipe that name weights, by the tower that these are for."""
     config = recipe.model
     whole = config.dual if config.dual and config.dual.weights else config
-    sections = {"image": config.image, "text": config.text, "model": whole}
+    sections: dict[str, Any] = {"image": config.image, "text": config.text, "model": whole}
     return {tower: section for tower, section in sections.items() if section and section.weights}
 
 
