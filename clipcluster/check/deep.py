@@ -162,7 +162,7 @@ def _has_batch_norms(tower: Any) -> bool:
     return any(isinstance(module, _BatchNorm) for module in tower.modules())
 
 
-def _idle_norms(recipe: Recipe, tower: str, name: str) -> list[str]:
+def _idle_norms(recipe: Recipe, tower: str, called: str) -> list[str]:
     """A warning where the recipe has keys for batch norms and a tower has none."""
     keys = [
         f"freeze.{number}.batch_norm"
@@ -170,8 +170,10 @@ def _idle_norms(recipe: Recipe, tower: str, name: str) -> list[str]:
         if entry.tower == tower and entry.batch_norm == "moving"
     ]
     if tower == "image":  # no text tower has any
-        keys += [f"train.{key}" for key in ("batch_norm_group", "sync_batch_norm") if getattr(recipe.train, key)]
-    said = f"{name} has no batch norms, so that this changes nothing but the run's name; remove it"
+        keys += [
+            f"train.{key}" for key in ("batch_norm_group", "sync_batch_norm") if getattr(recipe.train, key)
+        ]
+    said = f"{called} has no batch norms, so that this changes nothing but the run's name; remove it"
     return [f"{', '.join(keys)}: {said}"] if keys else []
 
 

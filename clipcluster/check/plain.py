@@ -165,8 +165,8 @@ def _check_starts(checked: Checked) -> None:
         run = Run(Path(path))
         if key.startswith(("model.", "distill.")) and steps_in(run.checkpoints) and not run.finished():
             checked.warnings.append(
-                f"{loaded.place(key)}: the run {path} has not finished: once it has a newer checkpoint, a resume "
-                "finds other weights and is refused; name one of its checkpoints"
+                f"{loaded.place(key)}: the run {path} has not finished: once it has a newer checkpoint, a "
+                "resume finds other weights and is refused; name one of its checkpoints"
             )
 
 

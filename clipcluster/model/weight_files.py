@@ -168,7 +168,8 @@ def _of_checkpoint(file: Path) -> Weights:
     reason = unverified(file.parent, [file.name])
     if reason:
         raise UserError(
-            f"The checkpoint {file.parent} does not verify: {reason}. Restore an intact copy, or name another."
+            f"The checkpoint {file.parent} does not verify: {reason}. Restore an intact copy, or name "
+            "another."
         )
     both = _both(file.parent)
     part = next(part for part, path in both.items() if path == file)

@@ -272,7 +272,10 @@ def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int) -> Plan:
     batch, ranks = recipe.data.batch_size, granted * recipe.cluster.ranks_per_node
     why = f"does not divide by {ranks} ranks"
     if batch % ranks == 0:
-        parts = {"groups of train.batch_norm_group": recipe.train.batch_norm_group, "pairs": recipe.data.mixup}
+        parts = {
+            "groups of train.batch_norm_group": recipe.train.batch_norm_group,
+            "pairs": recipe.data.mixup,
+        }
         named = " and ".join(part for part, wanted in parts.items() if wanted)
         why = f"on {ranks} ranks makes no micro-batches of whole {named}"
     idle = f"of {granted} nodes {nodes} are used and {granted - nodes} idle: data.batch_size {batch} {why}"

@@ -309,8 +309,8 @@ def test_nodes_that_would_cut_a_group_or_a_pair_idle() -> None:
     found = plan_for_nodes(recipe.model_copy(update={"data": data}), 1437, granted=4)
     assert (found.nodes, found.per_rank_batch) == (3, 4)
     assert found.warnings[0].endswith("12 on 4 ranks makes no micro-batches of whole pairs")
-    with pytest.raises(UserError, match="train.batch_norm_group 48 does not divide 32 samples a rank"):
-        train = recipe.train.model_copy(update={"batch_norm_group": 48})
+    train = recipe.train.model_copy(update={"batch_norm_group": 48})
+    with pytest.raises(UserError, match=r"train\.batch_norm_group 48 does not divide 32 samples a rank"):
         usable_nodes(recipe.model_copy(update={"train": train}), 4)
 
 

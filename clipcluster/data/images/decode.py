@@ -20,7 +20,6 @@ from clipcluster.runtime.outcome import is_out_of_memory
 LARGEST = 89_478_485  # pixels; as Pillow: 256 MiB of RGB
 _ANIMATION, _EXIF = 0x02, 0x08  # flags of a WebP's header
 _GREY = 128  # what a JPEG decoder fills with where the bits end early
-_LITTLE = 64 << 20  # bytes; a damaged image may ask for any number
 
 Image.init()  # all kinds of this installation, not only the usual ones
 if "AVIF" in Image.OPEN:
@@ -61,8 +60,9 @@ def decode(data: bytes, *, turned: bool = True) -> torch.Tensor:
 
 
 def _memory_is_short() -> bool:
+    """Whether there is less than the largest image takes: a damaged one may ask for any number of bytes."""
     try:
-        bytearray(_LITTLE)
+        bytearray(3 * LARGEST)
     except MemoryError:
         return True
     return False

@@ -273,8 +273,8 @@ def test_an_image_for_which_there_is_no_memory_is_not_called_bad(kind: str) -> N
     """It would be replaced by another sample, and the run would not be the same."""
     fork = multiprocessing.get_context("fork")
     results = fork.SimpleQueue()
-    data = saved(Image.new("RGB", (6000, 3000)), kind)  # 54 MB of pixels
-    for megabytes, expected_ in ((20, "MemoryError"), (2000, "torch.Size([3000, 6000])")):
+    data = saved(Image.new("RGB", (8000, 5000)), kind)  # 120 MB of pixels
+    for megabytes, expected_ in ((20, "MemoryError"), (2000, "torch.Size([5000, 8000])")):
         process = fork.Process(target=decode_in, args=(megabytes, data, results))
         process.start()
         assert results.get() == expected_
