@@ -101,9 +101,9 @@ def test_a_teacher_that_is_not_there(checked: Callable[..., Checked]) -> None:
     assert "does not exist" in error
 
 
-def test_a_teacher_needs_weights_of_its_whole_model(checked: Callable[..., Checked]) -> None:
+def test_a_teacher_needs_weights_of_its_whole_model(checked: Callable[..., Checked], tmp_path: Path) -> None:
     """A tower's own are not enough: its projection would be random."""
-    for weights in ("", ", weights: r.yaml"):
+    for weights in ("", f", weights: {tmp_path}/r.yaml"):
         model = f"{{image: {{timm: test_vit{weights}}}, text: {{arch: gpt2}}}}"
         (error,) = checked(f"{{teachers: [{{model: {model}}}]}}").errors
         assert "distill.teachers.0.model: a teacher needs weights of the whole model" in error
