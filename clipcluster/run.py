@@ -17,6 +17,7 @@ from clipcluster.errors import UserError
 from clipcluster.evals.headline import ordered
 from clipcluster.recipe.load import from_run, override
 from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.evaluate import folders_of
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.attempts import Attempt
@@ -133,7 +134,7 @@ def evaluate(
     precision = Precision(recipe.train.precision, world.device)
     precision.prepare(opened.model)
     with torch.no_grad(), precision.autocast():
-        metrics = suite.run(opened.model)
+        metrics = suite.run(opened.model).metrics
     return {
         "run": opened.name if opened.step is not None else None,
         "checkpoint": str(opened.path),
@@ -148,7 +149,7 @@ def _require_measurable(recipe: Recipe) -> None:
     from clipcluster.data.shards.open import open_source
 
     kinds = TASKS[recipe.task].evaluations
-    named = [folder for kind in kinds for folder in getattr(recipe.evaluate, kind)]
+    named = [own for kind in kinds for entry in recipe.evaluate.entries(kind) for own in folders_of(entry)]
     if not named:
         keys = " or ".join(f"evaluate.{kind}" for kind in kinds)
         raise UserError(f"There is nothing to measure: name shard folders in {keys}.")

@@ -111,6 +111,12 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
         "test/paired_i2t_r1",
         "test/distinct_captions",
     } <= results.keys()
+    details = read_json(run.evals / "details-00000008.json")
+    assert (details["step"], details["attempt"], list(details["sets"])) == (8, 1, ["test"])
+    assert {kind: list(own) for kind, own in details["sets"]["test"].items()} == {
+        "zero_shot": ["classes", "confused", "confident_errors"],
+        "retrieval": ["t2i", "i2t"],
+    }
     newest = run.checkpoints / "step-00000008"
     state = read_json(newest / "state.json")
     assert state["plan"]["total_steps"] == 8

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from clipcluster.check.plain import Findings, open_indexed
 from clipcluster.errors import UserError
 from clipcluster.recipe.plan import accumulation_of
 from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.evaluate import folders_of
 from clipcluster.recipe.sections.model import ClipTextTower, Dual, HfImageTower, HfTextTower, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
@@ -97,16 +98,16 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
     prepare = None
     if needed.preparation is not None and not findings.errors:
         prepare = attempt("data.train", _preparation, needed.preparation, recipe, tokenizer, assets)
-    examined: list[tuple[str, Sequence[Source], bool, Mapping[str, str]]]
-    examined = [("data.train", recipe.data.train, needed.captions, needed.members(recipe))]
+    members = needed.members(recipe)
+    for number, source in enumerate(recipe.data.train):
+        key, text = f"data.train.{number}", needed.captions
+        attempt(key, check_sample, key, source, text, members, tokenizer, findings, prepare)
     for kind in needed.evaluations:
-        folders = [Source(shards=path) for path in getattr(recipe.evaluate, kind)]
-        examined.append((f"evaluate.{kind}", folders, kind == "retrieval", {}))
-    for kind, sources, text, members in examined:
-        for number, source in enumerate(sources):
-            key = f"{kind}.{number}"
-            own_prepare = prepare if kind == "data.train" else None
-            attempt(key, check_sample, key, source, text, members, tokenizer, findings, own_prepare)
+        for number, entry in enumerate(getattr(recipe.evaluate, kind)):
+            key, text = f"evaluate.{kind}.{number}", kind == "retrieval"
+            for folder in folders_of(entry):
+                source = Source(shards=folder)
+                attempt(key, check_sample, key, source, text, {}, tokenizer, findings)
     if findings.errors:  # what follows would fail for a reason that is known
         return findings
     for number, source in enumerate(recipe.data.train if tokenizer is not None else ()):

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipcluster.check import experience, names
 from clipcluster.errors import UserError
-from clipcluster.evals.headline import set_names
+from clipcluster.evals import prompts
+from clipcluster.evals.headline import named_sets
 from clipcluster.recipe.load import Loaded, load, result_keys
 from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.rates import describe_rates
 from clipcluster.recipe.sections.checks import CheckName, Checks
 from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.evaluate import ZeroShot, folders_of
 from clipcluster.recipe.sections.model import Dual, HfImageTower, HfTextTower, Model, TimmImageTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import METRICS, RAW, TASKS
@@ -283,15 +285,20 @@ def open_indexed(source: Source, text: bool) -> Dataset:
 
 def _check_evaluations(checked: Checked) -> None:
     """The evaluation sets open; class names and templates are there, or the classes are the trained ones."""
+    from clipcluster.data.shards.classes import check_measured
+
     evaluate, loaded = checked.recipe.evaluate, checked.loaded
     for kind in METRICS:
-        for number, folder in enumerate(getattr(evaluate, kind)):
+        for number, entry in enumerate(getattr(evaluate, kind)):
             key = loaded.place(f"evaluate.{kind}.{number}")
-            shards = checked.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
-            if shards is not None and kind == "zero_shot":
-                checked.attempt(key, _check_classes, shards, key, checked)
-            if shards is not None and kind == "classification":
-                checked.attempt(key, _check_same_classes, shards, key, checked)
+            for folder in folders_of(entry):
+                shards = checked.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
+                if shards is not None and kind == "zero_shot":
+                    checked.attempt(key, _check_classes, shards, key, entry, checked)
+                if shards is not None and kind == "classification":
+                    checked.attempt(key, _check_same_classes, shards, key, checked)
+                if shards is not None and kind == "probe":
+                    checked.attempt(key, check_measured, None, shards)
 
 
 def _check_same_classes(shards: Dataset, key: str, checked: Checked) -> None:
@@ -313,29 +320,37 @@ def _check_same_classes(shards: Dataset, key: str, checked: Checked) -> None:
     )
 
 
-def _check_classes(shards: Dataset, key: str, findings: Findings) -> None:
+def _check_classes(shards: Dataset, key: str, entry: ZeroShot, findings: Findings) -> None:
+    """The classes of a set for zero-shot classification have names, and there are templates."""
     from clipcluster.data.shards.classes import check_measured
 
-    for words, file in (
-        (shards.classnames, "classnames.txt"),
-        (shards.templates, "zeroshot_classification_templates.txt"),
-    ):
-        if not words:
-            findings.errors.append(f"{key}: zero-shot needs {file} beside the shards or in the folder above")
-    if any("{c}" not in template for template in shards.templates or ()):
-        findings.errors.append(f"{key}: every line of zeroshot_classification_templates.txt needs {{c}}")
-    if shards.classnames:
-        findings.attempt(key, check_measured, len(shards.classnames), shards)
+    count = prompts.count_of(entry.classnames) if entry.classnames else len(shards.classnames or ())
+    if count == 0:
+        findings.errors.append(
+            f"{key}: zero-shot needs classnames.txt beside the shards or in the folder above, or "
+            "{shards: …, classnames: FILE}"
+        )
+    if entry.templates:
+        prompts.check_named(entry.templates)
+    elif not shards.templates:
+        findings.errors.append(
+            f"{key}: zero-shot needs zeroshot_classification_templates.txt beside the shards or in the folder "
+            "above, or {shards: …, templates: FILE}"
+        )
+    elif any(prompts.PLACEHOLDER not in template for template in shards.templates):
+        findings.errors.append(
+            f"{key}: every line of zeroshot_classification_templates.txt needs {prompts.PLACEHOLDER}"
+        )
+    if count != 0:
+        findings.attempt(key, check_measured, count, shards)
 
 
 def _check_best(checked: Checked) -> None:
     """The metric that keeps checkpoints is one that the evaluations measure."""
     recipe, best = checked.recipe, checked.recipe.checkpoint.keep.best
-    sets = [(kind, folder) for kind in METRICS for folder in getattr(recipe.evaluate, kind)]
-    names = set_names(folder for _, folder in sets)
     known = [
-        f"{names[folder]}/{metric}"
-        for kind, folder in sets
+        f"{name}/{metric}"
+        for kind, _, name in checked.attempt("", named_sets, recipe.evaluate) or ()
         for metric in METRICS[kind]
         if recipe.train.ema or not metric.startswith(RAW)
     ]

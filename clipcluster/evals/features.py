@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipcluster.data.loading.batch import normalise
-from clipcluster.model.protocols import DualEncoder
+from clipcluster.model.protocols import DualEncoder, ImageEncoder
 from clipcluster.runtime.world import World
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("clipcluster")
 _BAD = ("key", "shard", "reason")
+EXAMPLES = 24
+"""Entries of one list of details at most."""
 
 Tick = Callable[[], None]
 """Called between batches on all ranks equally often: there they agree, and raise when they are to stop."""
@@ -27,7 +29,7 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A folder of shards to evaluate on.
+    """A folder of shards to evaluate on, and for a probe the one that it trains on.
 
     `batches()` gives this rank's part of the `samples`, in equally many batches on every rank, some of them
     empty. An image that cannot be decoded is absent from them.
@@ -39,6 +41,15 @@ class EvaluationSet:
     batches: Callable[[], Generator[EvaluationBatch, None, None]]
     classnames: Sequence[str] | None = None
     templates: Sequence[str] | None = None
+    train: EvaluationSet | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found: figures by name; and what stands behind them, JSON-able and bounded in size."""
+
+    metrics: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,15 +69,19 @@ class Context:
 
 @dataclass
 class ImageFeatures:
-    """Features (n, E) and which are `present` (n,), of all ranks; this rank's own captions and classes."""
+    """Features (n, E) and which are `present` (n,), of all ranks.
+
+    captions, classes, keys (shard and key): by position, of the images that this rank encoded.
+    """
 
     features: Tensor
     present: Tensor
     captions: dict[int, list[str]] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
+    keys: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
-def encode_images(model: DualEncoder, images: EvaluationSet, context: Context, tick: Tick) -> ImageFeatures:
+def encode_images(model: ImageEncoder, images: EvaluationSet, context: Context, tick: Tick) -> ImageFeatures:
     """Every rank encodes its part; `features` and `present` are then those of all. Collective."""
     world = context.world
     features = torch.zeros(images.samples, model.embed_dim, device=world.device)
@@ -78,6 +93,7 @@ def encode_images(model: DualEncoder, images: EvaluationSet, context: Context, t
         positions = batch.positions.tolist()
         known.captions.update(zip(positions, batch.captions, strict=True))
         known.classes.update(zip(positions, batch.classes.tolist(), strict=True))
+        known.keys.update(zip(positions, batch.keys, strict=True))
     # Rows of other ranks are zero here: the sum is their union, exact for any number of ranks.
     world.all_reduce_sum(known.features)
     known.present = world.all_reduce_sum(known.present) > 0

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipcluster.data.storage.urls import redacted
+from clipcluster.errors import UserError
+from clipcluster.recipe.sections.evaluate import Entry, Evaluate, folders_of
+from clipcluster.recipe.tasks import METRICS
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,25 @@ class Kind:
 COUNTS = Kind("counts", "what the fractions are taken of", ("",), ("images", "pairs", "captions", "classes"))
 CLASSIFICATION = Kind(
     "classification",
-    "fraction of the images whose class scores best, or among five, and the cross entropy; raw: without the "
-    "moving average of the weights",
-    ("top1", "top5", "loss", "raw_"),
+    "fraction of the images whose class scores best, or among five; mean_per_class: the mean of its classes; "
+    "raw: without the moving average of the weights",
+    ("top1", "top5", "mean_per_class", "raw_top", "raw_mean"),
 )
-ZERO_SHOT = Kind("zero-shot", "fraction of the images whose class is nearest, or among five", ("zero_shot_",))
+ZERO_SHOT = Kind(
+    "zero-shot",
+    "fraction of the images whose class is nearest, or among five; mean_per_class: the mean of its classes",
+    ("zero_shot_",),
+)
+PROBE = Kind(
+    "probe",
+    "fraction of the images whose class nearest neighbours, or a linear classifier, give on frozen features",
+    ("knn_", "linear_"),
+)
 GROUPED = Kind(
     "retrieval",
-    "rK: fraction of the queries with a match among the first K; any caption of an image is a match",
-    ("i2t_", "t2i_"),
+    "rK: fraction of the queries with a match among the first K; any caption of an image is a match; "
+    "mean_recall: the mean of the six",
+    ("i2t_", "t2i_", "mean_recall"),
 )
 PAIRED = Kind(
     "retrieval, paired",
@@ -44,8 +57,13 @@ PAIRED = Kind(
     "with five captions an image a perfect model has r1 0.2",
     ("paired_",),
 )
+LOSS = Kind(
+    "loss",
+    "of pairs, in fixed groups of at most 1,024; of a classifier the cross-entropy; without label smoothing",
+    ("loss", "raw_loss"),
+)
 OTHER = Kind("other", "", ("",))
-ORDER = (CLASSIFICATION, ZERO_SHOT, GROUPED, PAIRED, COUNTS, OTHER)
+ORDER = (CLASSIFICATION, ZERO_SHOT, PROBE, GROUPED, LOSS, PAIRED, COUNTS, OTHER)
 HEADLINE = ("top1", "raw_top1", "zero_shot_top1", "i2t_r1", "t2i_r1")
 
 
@@ -88,7 +106,7 @@ class Result:
 
 
 def ordered(results: Mapping[str, float | None]) -> dict[Kind, list[Result]]:
-    """SET/METRIC -> value by kind: classification, zero-shot, grouped and paired retrieval, counts, others.
+    """SET/METRIC -> value by kind, in `ORDER`: the headline first, counts and others last.
 
     Within a kind the sets and metrics keep their order; kinds without a result are absent.
     """
@@ -103,6 +121,25 @@ def headline_text(results: Mapping[str, float | None]) -> str:
     chosen = [result for result in every if result.name.rpartition("/")[2] in HEADLINE] or every[:3]
     shown = ", ".join(f"{result.name} {result.text}" for result in chosen)
     return shown + (f" ({len(results)} results in all)" if len(results) > len(chosen) else "")
+
+
+def named_sets(evaluate: Evaluate) -> list[tuple[str, Entry, str]]:
+    """Every evaluation of a recipe's section: its kind, its entry, the name of its set (SET of its metrics).
+
+    Raises UserError where two of one kind have one name.
+    """
+    chosen = [(kind, entry) for kind in METRICS for entry in evaluate.entries(kind)]
+    names = set_names(folders_of(entry)[0] for _, entry in chosen)
+    found = [
+        (kind, entry, getattr(entry, "name", None) or names[folders_of(entry)[0]]) for kind, entry in chosen
+    ]
+    counts = Counter((kind, name) for kind, _, name in found)
+    for kind, name in (own for own, count in counts.items() if count > 1):
+        raise UserError(
+            f"evaluate.{kind}: two sets are called {name}, and so are their metrics; "
+            + ("give one a name of its own (name: …)" if kind == "zero_shot" else "remove one")
+        )
+    return found
 
 
 def set_names(folders: Iterable[str]) -> dict[str, str]:

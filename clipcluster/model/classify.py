@@ -47,7 +47,12 @@ class ImageClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
             self.head.weight.mul_(head_init_scale)
+        self.embed_dim = image.width
         self.starting_weights: tuple[Coverage, ...] = ()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) float, normalised pixels -> the tower's features (B, width), of length one."""
+        return functional.normalize(widen(self.image(images)), dim=-1)
 
     def classify(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalised pixels -> logits (B, classes), float32 or wider."""

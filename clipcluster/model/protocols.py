@@ -20,23 +20,27 @@ class Model(Protocol):
     def modules(self) -> Iterator[Any]: ...
 
 
-class DualEncoder(Model, Protocol):
-    """Images and texts into one space.
-
-    embed_dim: width E of the space. logit_scale: (1,), the logarithm of the factor of the similarities.
-    logit_bias: (1,), what is added to the scaled similarities, or None.
-    """
+class ImageEncoder(Model, Protocol):
+    """Images into a space of width `embed_dim`."""
 
     embed_dim: int
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
+
+
+class DualEncoder(ImageEncoder, Protocol):
+    """Images and texts into one space.
+
+    logit_scale: (1,), the logarithm of the factor of the similarities. logit_bias: (1,), what is added to the
+    scaled similarities, or None.
+    """
 
     @property
     def logit_scale(self) -> Tensor: ...
 
     @property
     def logit_bias(self) -> Tensor | None: ...
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(B, L) int64 and (B, L) bool, true on real tokens -> (B, E) of length one, float32 or wider."""
@@ -45,8 +49,8 @@ class DualEncoder(Model, Protocol):
         """Keep the factor at or below its bound."""
 
 
-class Classifier(Model, Protocol):
-    """Images into scores of a fixed list of classes."""
+class Classifier(ImageEncoder, Protocol):
+    """Images into scores of a fixed list of classes; its space is that of the tower's features."""
 
     def classify(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalised pixels -> logits (B, classes), float32 or wider."""

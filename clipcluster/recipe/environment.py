@@ -107,5 +107,5 @@ def _location(text: str, kind: str) -> str | None:
     if kind == "path":
         is_path = text not in ("", "pretrained")
     else:
-        is_path = text.startswith((".", "/", "~")) or os.path.isdir(text)
+        is_path = text.startswith((".", "/", "~")) or os.path.exists(text)
     return os.path.abspath(os.path.expanduser(text)) if is_path else None

@@ -58,14 +58,14 @@ TASKS: Mapping[str, TaskSpec] = {
         model="clipcluster.model.dual:build_dual_encoder",
         loss_over="batch",
         captions=True,
-        evaluations=("retrieval", "zero_shot"),
+        evaluations=("retrieval", "zero_shot", "probe"),
     ),
     "classify": TaskSpec(
         builder="clipcluster.model.classify:build_classify",
         model="clipcluster.model.classify:build_classifier",
         loss_over="sample",
         classes=True,
-        evaluations=("classification",),
+        evaluations=("classification", "probe"),
     ),
     "distill": TaskSpec(
         builder="clipcluster.build.teachers:build_distill",
@@ -74,7 +74,7 @@ TASKS: Mapping[str, TaskSpec] = {
         captions=True,
         members=_stored_members,
         preparation="clipcluster.build.teachers:build_preparation",
-        evaluations=("retrieval", "zero_shot"),
+        evaluations=("retrieval", "zero_shot", "probe"),
     ),
 }
 
@@ -98,16 +98,22 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 
 RAW = "raw_"
 METRICS: Mapping[str, tuple[str, ...]] = {
-    "zero_shot": ("zero_shot_top1", "zero_shot_top5"),
-    "retrieval": tuple(
-        f"{prefix}{direction}_{figure}"
-        for prefix in ("", "paired_")
-        for direction in ("i2t", "t2i")
-        for figure in ("r1", "r5", "r10", "mean_rank", "median_rank")
+    "zero_shot": ("zero_shot_top1", "zero_shot_top5", "zero_shot_mean_per_class"),
+    "retrieval": (
+        *(
+            f"{prefix}{direction}_{figure}"
+            for prefix in ("", "paired_")
+            for direction in ("i2t", "t2i")
+            for figure in ("r1", "r5", "r10", "mean_rank", "median_rank")
+        ),
+        "mean_recall",
+        "paired_mean_recall",
+        "loss",
     ),
     "classification": tuple(
-        f"{prefix}{figure}" for prefix in ("", RAW) for figure in ("top1", "top5", "loss")
+        f"{prefix}{figure}" for prefix in ("", RAW) for figure in ("top1", "top5", "mean_per_class", "loss")
     ),
+    "probe": ("knn_top1", "linear_top1"),
 }
 """The metrics of each key of the `evaluate` section, without the counts (`images`, `pairs`, ...).
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from clipcluster.evals.features import Measured
 from clipcluster.evals.suite import Suite
 from clipcluster.train.compiling import uncompiled
 from clipcluster.train.ema import Ema
@@ -38,7 +39,7 @@ class Evaluations:
             return False
         return step == self.total_steps or (self.every is not None and step % self.every == 0)
 
-    def measure(self, progress: Progress, wishes: Callable[[], None]) -> dict[str, float]:
+    def measure(self, progress: Progress, wishes: Callable[[], None]) -> Measured:
         """Evaluate; every rank calls it. `wishes` runs between batches and may raise Interrupted."""
         averaged = self.ema.applied if self.ema else None
         with uncompiled(), self.precision.autocast():

@@ -20,6 +20,7 @@ from clipcluster.runtime.world import World
 from clipcluster.train.progress import Progress
 
 if TYPE_CHECKING:
+    from clipcluster.evals.features import Measured
     from clipcluster.model.task import Report
 
 logger = logging.getLogger("clipcluster")
@@ -80,9 +81,10 @@ class Metrics:
         self.restart_clock(progress.samples)
         return round(all_bad * self._world.size)
 
-    def write_results(self, progress: Progress, results: dict[str, float], *, averaged: bool) -> None:
+    def write_results(self, progress: Progress, measured: Measured, *, averaged: bool) -> None:
         """Write `evals/step-….json`, and the results into the line of their step. Raises StaleAttempt.
 
+        `evals/details-….json` has what stands behind the results (`clipcluster.evals.features.Measured`).
         The later line of a step wins, so it repeats what training wrote there, perhaps in an earlier attempt.
         """
         if not self._world.is_main:
@@ -90,6 +92,9 @@ class Metrics:
         self._attempt.check()
         self._run.evals.mkdir(exist_ok=True)
         about = {**progress.counts(), "attempt": self._attempt.number, "ema": averaged}
+        details = {"step": progress.step, "attempt": self._attempt.number, "sets": measured.details}
+        write_json(self._run.evals / f"details-{progress.step:08d}.json", details)
+        results = measured.metrics
         write_json(self._run.evals / f"{name_of(progress.step)}.json", {**about, "metrics": results})
         line = self._last_line
         if line.get("step") != progress.step:

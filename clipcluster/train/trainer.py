@@ -185,14 +185,14 @@ class Trainer:
         began = time.monotonic()
         try:
             with advising_on_memory("an evaluation", advice):
-                results = self.evaluations.measure(self.progress, self._stop_evaluating)
+                measured = self.evaluations.measure(self.progress, self._stop_evaluating)
         except Interrupted:
             return  # still owed; the boundary that follows agrees on the stop again
-        self.progress.evaluated_step, self.results = self.progress.step, results
+        self.progress.evaluated_step, self.results = self.progress.step, measured.metrics
         with self.records.keeping():
-            self.metrics.write_results(self.progress, results, averaged=self.step.ema is not None)
+            self.metrics.write_results(self.progress, measured, averaged=self.step.ema is not None)
         self.records.event("evaluation", seconds=round(time.monotonic() - began, 3))
-        self.saver.record_evaluation(self.progress.step, results)
+        self.saver.record_evaluation(self.progress.step, self.results)
         self.metrics.restart_clock(self.progress.samples)
 
     def _stop_evaluating(self) -> None:

@@ -306,6 +306,41 @@ def test_zero_shot_needs_names_and_templates(checked: Callable[..., Checked], fo
     assert "classnames.txt: line 2 is empty, and would be the name of class 1" in checked().errors[0]
 
 
+def test_zero_shot_takes_names_and_templates_of_the_recipe(
+    checked: Callable[..., Checked], folder: Path
+) -> None:
+    (folder / "data/classnames.txt").unlink()
+    (folder / "data/zeroshot_classification_templates.txt").unlink()
+    (folder / "names.txt").write_text("偶数\n奇数\n", encoding="utf-8")
+    (folder / "lines.txt").write_text("{c}\n")
+    given = "shards: data/test, classnames: names.txt, templates: lines.txt"
+    found = checked(f"evaluate.zero_shot=[{{{given}}}]")
+    assert found.errors == []
+    assert found.loaded.paths["evaluate.zero_shot.0.classnames"] == str(folder / "names.txt")
+    best = "checkpoint.keep.best={metric: cn/zero_shot_mean_per_class}"
+    assert checked(f"evaluate.zero_shot=[{{{given}, name: cn}}]", best).errors == []
+    assert checked(f"evaluate.zero_shot=[{{{given}, name: cn}}]").recipe.evaluate.zero_shot[0].name == "cn"
+    (error,) = checked(f"evaluate.zero_shot=[{{{given}}}, {{shards: data/test, classnames: imagenet-1k, templates: lines.txt}}]").errors
+    assert "evaluate.zero_shot: two sets are called test" in error
+    (folder / "names.txt").write_text("even\n")
+    (error,) = checked(f"evaluate.zero_shot=[{{{given}}}]").errors
+    assert error.endswith("a sample has class 1, and the classes are 0 to 0")
+    (error,) = checked("evaluate.zero_shot=[{shards: data/test, classnames: x, templates: lines.txt}]").errors
+    assert "evaluate.zero_shot.0: x: no such file of class names; give a file with one a line, or" in error
+
+
+def test_a_probe_needs_two_sets_with_classes(checked: Callable[..., Checked], folder: Path) -> None:
+    probe = "evaluate.probe=[{train: data/train, test: data/test}]"
+    best = "checkpoint.keep.best={metric: test/linear_top1}"
+    assert checked(probe, best).errors == []
+    write_shard(folder / "data/none/00000.tar", 5, classes=0)
+    index_folder(folder / "data/none")
+    (error,) = checked("evaluate.probe=[{train: data/none, test: data/test}]").errors
+    assert error.endswith("evaluate.probe.0: no sample has a class (KEY.cls)")
+    with pytest.raises(UserError, match=r"evaluate\.probe\.0.*the key .*train is missing"):
+        checked("evaluate.probe=[{test: data/test}]")
+
+
 def test_warnings_do_not_stop(checked: Callable[..., Checked]) -> None:
     found = checked("optim.warmup=5 epochs", "data.workers=9")
     assert found.errors == []

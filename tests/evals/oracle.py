@@ -1,6 +1,8 @@
 """A model that knows the answer: image and caption numbers stand in the pixels and tokens."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,12 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 class Oracle(nn.Module):
     """Gives image i row i of `images` (n, E), and caption "… c" row c of `texts` (m, E)."""
 
-    def __init__(self, images: Tensor, texts: Tensor) -> None:
+    def __init__(self, images: Tensor, texts: Tensor, bias: float | None = None) -> None:
         super().__init__()
         self.images, self.texts = images, texts
         self.embed_dim = images.shape[1]
+        self.logit_scale = torch.tensor([math.log(10.0)])
+        self.logit_bias = None if bias is None else torch.tensor([bias])
 
     def encode_image(self, images: Tensor) -> Tensor:
         return self.images[(images[:, 0, 0, 0] * 255).round().long()]
@@ -45,7 +49,7 @@ def oracle_set(
     *,
     batch_size: int = 4,
     left_out: Sequence[int] = (),
-    **beside: list[str],
+    **beside: Any,
 ) -> EvaluationSet:
     """Up to 256 images of one pixel, whose value is their number."""
     classes = classes or [-1] * len(captions)
@@ -63,6 +67,7 @@ def oracle_set(
                     images=pixels,
                     classes=torch.tensor([classes[number] for number in numbers], dtype=torch.int64),
                     captions=[captions[number] for number in numbers],
+                    keys=[("00000.tar", f"{number:04d}") for number in numbers],
                     bad=bad,
                 )
             )

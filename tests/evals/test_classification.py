@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from clipcluster.errors import UserError
 from clipcluster.evals.classification import classification
+from clipcluster.evals.features import EXAMPLES
 from clipcluster.evals.suite import Suite
 
 
@@ -25,7 +26,7 @@ class Known(nn.Module):
 def measure(logits: Tensor, classes: list[int], **keys: object) -> dict[str, float]:
     images = oracle_set([[] for _ in classes], classes, **keys)
     with torch.no_grad():
-        return dict(classification(Known(logits), images, context(), lambda: None))
+        return classification(Known(logits), images, context(), lambda: None).metrics
 
 
 def test_accuracies_and_loss_are_those_of_the_images_with_a_class() -> None:
@@ -38,6 +39,8 @@ def test_accuracies_and_loss_are_those_of_the_images_with_a_class() -> None:
     assert found["classified_images"] == len(rows) == 9
     assert found["top1"] == pytest.approx((order[:, 0] == labels).double().mean().item())
     assert found["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).double().mean().item())
+    each = [(order[labels == own, 0] == own).double().mean().item() for own in labels.unique()]
+    assert found["mean_per_class"] == pytest.approx(sum(each) / len(each))
     assert found["loss"] == pytest.approx(functional.cross_entropy(logits[rows].double(), labels).item())
 
 
@@ -49,7 +52,7 @@ def test_a_collapsed_model_scores_as_chance_does_and_few_classes_have_no_top_5()
 
 def test_a_class_that_the_model_has_not_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"data/val has an image of class 4, and the model 4 classes \(0 to 3\)"
+        UserError, match=r"data/val has an image of class 4, and there are 4 classes \(0 to 3\)"
     ):
         measure(torch.ones(9, 4), [0, 1, 2, 3, 0, 1, 2, 3, 4])
     with pytest.raises(UserError, match="no image in data/val has a class"):
@@ -72,9 +75,50 @@ def test_raw_weights_are_measured_beside_the_averaged_ones() -> None:
 
     images = oracle_set([[] for _ in range(6)], list(range(6)))
     suite = Suite([("classification", images)], context())
-    results = suite.run(model, averaged=applied)
+    results = suite.run(model, averaged=applied).metrics
     assert results["val/top1"] == 0.0
     assert results["val/raw_top1"] == 1.0
-    assert {"val/raw_top5", "val/raw_loss", "val/classified_images"} < set(results)
+    expected = {"val/raw_top5", "val/raw_mean_per_class", "val/raw_loss", "val/classified_images"}
+    assert expected < set(results)
     assert "val/raw_classified_images" not in results
-    assert "val/raw_top1" not in suite.run(model)
+    assert "val/raw_top1" not in suite.run(model).metrics
+
+
+def test_the_details_name_worst_classes_confusions_and_confident_errors() -> None:
+    """40 classes with two images each; of class c >= 30 one image, of class 0 both, are taken for another."""
+    labels = [number // 2 for number in range(80)]
+    logits = functional.one_hot(torch.tensor(labels), 40).float()
+    wrong = {0: 7, 1: 7, **{2 * own: own - 1 for own in range(30, 40)}}
+    for number, given in wrong.items():
+        logits[number] = 0
+        logits[number, given] = 2 + number / 100
+    names = [f"class {own}" for own in range(30)]
+    images = oracle_set([[] for _ in labels], labels, batch_size=7, classnames=names)
+    with torch.no_grad():
+        found = classification(Known(logits), images, context(), lambda: None).details
+    assert len(found["classes"]) == EXAMPLES
+    assert found["classes"][0] == {"class": 0, "name": "class 0", "images": 2, "top1": 0.0}
+    assert found["classes"][1] == {"class": 30, "name": None, "images": 2, "top1": 0.5}
+    assert [own["class"] for own in found["classes"][11:]] == list(range(1, 14))
+    assert found["confused"][0] == {
+        "class": 0,
+        "name": "class 0",
+        "as": 7,
+        "as_name": "class 7",
+        "images": 2,
+    }
+    assert [(own["class"], own["as"], own["images"]) for own in found["confused"][1:]] == [
+        (own, own - 1, 1) for own in range(30, 40)
+    ]
+    errors = found["confident_errors"]
+    assert [own["key"] for own in errors] == [f"{number:04d}" for number in sorted(wrong, reverse=True)]
+    probability = logits[78].softmax(dim=0)[38].item()
+    assert errors[0] == {
+        "shard": "00000.tar",
+        "key": "0078",
+        "class": 39,
+        "name": None,
+        "as": 38,
+        "as_name": None,
+        "score": pytest.approx(probability, abs=1e-4),
+    }

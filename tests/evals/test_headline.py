@@ -12,7 +12,9 @@ from clipcluster.evals.headline import (
     CLASSIFICATION,
     COUNTS,
     GROUPED,
+    LOSS,
     PAIRED,
+    PROBE,
     ZERO_SHOT,
     headline_text,
     ordered,
@@ -61,17 +63,13 @@ def test_a_line_has_the_headline_alone() -> None:
 
 def test_every_metric_of_the_tasks_has_a_kind() -> None:
     names = {f"set/{metric}": 0.5 for metrics in METRICS.values() for metric in metrics}
-    assert list(ordered(names)) == [CLASSIFICATION, ZERO_SHOT, GROUPED, PAIRED]
+    assert list(ordered(names)) == [CLASSIFICATION, ZERO_SHOT, PROBE, GROUPED, LOSS, PAIRED]
 
 
 def test_accuracies_are_percentages_and_a_loss_is_none() -> None:
     results: dict[str, float | None] = {"val/top1": 0.5, "val/loss": 0.25, "val/raw_top1": 0.25}
-    (own,) = ordered(results).values()
-    assert [(result.metric, result.text) for result in own] == [
-        ("top1", "50.00 %"),
-        ("loss", "0.2500"),
-        ("raw_top1", "25.00 %"),
-    ]
+    found = [(own.metric, own.text) for kind in ordered(results).values() for own in kind]
+    assert found == [("top1", "50.00 %"), ("raw_top1", "25.00 %"), ("loss", "0.2500")]
     assert headline_text(results) == "val/top1 50.00 %, val/raw_top1 25.00 % (3 results in all)"
 
 

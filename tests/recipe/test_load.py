@@ -163,7 +163,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ("optim.name=[lamb]", "got ['lamb']; should be text"),
         ("distill={alpha: 1}", "unknown key; did you mean data.mixup.alpha? distill has the keys weight,"),
         ("data.image.crop_pct=0.9", "unknown key; did you mean data.image.evaluation.crop_pct?"),
-        ("evaluate.zero_shot=abc", "got 'abc'; should be a list; write 'evaluate.zero_shot=[abc]'"),
+        ("evaluate.zero_shot=abc", "got 'abc'; should be a list; write 'evaluate.zero_shot=[{shards: abc}]'"),
         ("optim.betas=[0.9]", "got [0.9]; should be a list of 2 numbers"),
         ("optim.betas=[0.9, x]", "got 'x'; should be a number"),
         ("train.precision=FP16", "should be fp32 or tf32 or bf16 or fp16; did you mean fp16?"),
@@ -364,8 +364,8 @@ def test_a_reference_that_is_not_understood(small: Small, text: str) -> None:
 
 def test_a_wrong_value_from_the_environment_names_the_variable(small: Small) -> None:
     assert "got 'many' (from ${BATCH})" in message_of(small, "data.batch_size=${BATCH}", BATCH="many")
-    said = "got 7 (from ${N}); should be a list; write 'evaluate.zero_shot=['${N}']'"
-    assert said in message_of(small, "evaluate.zero_shot=${N}", N="7")
+    said = "got 7 (from ${N}); should be a list; write 'evaluate.retrieval=['${N}']'"
+    assert said in message_of(small, "evaluate.retrieval=${N}", N="7")
 
 
 # Paths.
@@ -492,7 +492,8 @@ RICH = (
     "model.image.weights=${DATA}/w",
     "train={duration: 0.5 epochs, ema: {}, micro_batch: 6, log_every: 1 epoch}",
     "checkpoint={every: 90 s, keep: {best: {metric: test/t2i_r1}}}",
-    "evaluate={every: 1 epoch, retrieval: ['${DATA}/test'], zero_shot: [z]}",
+    "evaluate={every: 1 epoch, retrieval: ['${DATA}/test'], probe: [{train: '${DATA}/a', test: b}],"
+    " zero_shot: [z, {shards: '${DATA}/q', classnames: ./names.txt, templates: openai}]}",
     "cluster={nodes: 2-4, mem: 1.5 GB, environment: {A: 1}, setup: ['echo ${X}'], grace: 60 s}",
 )
 
@@ -557,7 +558,7 @@ def test_an_override_of_a_loaded_recipe(small: Small, tmp_path: Path) -> None:
         ["evaluate.zero_shot=['${DATA}/z', z]", "train.ema=null", "data.train.0.weight=2"],
         {"DATA": "/d"},
     )
-    assert changed.evaluate.zero_shot == ("/d/z", str(tmp_path / "z"))
+    assert [own.shards for own in changed.evaluate.zero_shot] == ["/d/z", str(tmp_path / "z")]
     assert changed.train.ema is None
     assert changed.data.train[0].weight == 2
     assert changed.cluster.setup == ("echo ${X}",)

@@ -164,7 +164,13 @@ def test_a_result_that_is_not_finite_is_null_and_named(toy: ModuleType, run: Any
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(evaluate_every=6))
     suite = trainer.evaluations.suite
     measure = suite.run
-    suite.run = lambda *given, **named: {**measure(*given, **named), "toy/size": math.nan}
+
+    def broken(*given: Any, **named: Any) -> Any:
+        measured = measure(*given, **named)
+        measured.metrics["toy/size"] = math.nan
+        return measured
+
+    suite.run = broken
     assert trainer.run() is Outcome.FINISHED
     assert read_json(run.evals / "step-00000006.json")["metrics"]["toy/size"] is None
     assert read_json(run.evals / "step-00000006.json")["non_finite"] == ["metrics.toy/size"]

@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2Model
 
 from clipcluster.build.stages import build_stages
 from clipcluster.data.loading.batch import Batch
+from clipcluster.evals.features import Measured
 from clipcluster.model.losses import contrastive
 from clipcluster.model.task import Features, Report, Task
 from clipcluster.model.towers import ImageTower, TextTower
@@ -231,7 +232,7 @@ class ToySuite:
         self.script, self.stop = script, stop
         self.steps: list[int] = []
 
-    def run(self, model: Any, progress: Progress, *, wishes: Any, averaged: Any) -> dict[str, float]:
+    def run(self, model: Any, progress: Progress, *, wishes: Any, averaged: Any) -> Measured:
         if self.script.stop_in_evaluation:
             self.stop.request("the test's wish in an evaluation")
         for _ in range(3):
@@ -239,7 +240,7 @@ class ToySuite:
         self.steps.append(progress.step)
         with averaged() if averaged else nullcontext():
             size = float(model.first.weight.detach().abs().sum())
-        return {"toy/size": size, "toy/step": float(progress.step)}
+        return Measured({"toy/size": size, "toy/step": float(progress.step)})
 
 
 class SlowDisk(CheckpointFolder):

@@ -79,14 +79,16 @@ class Batch:
 class EvaluationBatch:
     """One rank's part of an evaluation batch: b samples, with all their captions.
 
-    `positions` (b,) int64: which sample of the source; `images` (b, 3, S, S) uint8; `classes` (b,) int64, -1
-    for none; `captions`: b lists. A sample that cannot be decoded is left out and is listed in `bad`.
+    `positions` (b,) int64: which sample of the source; `keys`: b pairs (shard, key); `images` (b, 3, S, S)
+    uint8; `classes` (b,) int64, -1 for none; `captions`: b lists. A sample that cannot be decoded is left out
+    and is listed in `bad`.
     """
 
     positions: torch.Tensor
     images: torch.Tensor
     classes: torch.Tensor
     captions: list[list[str]]
+    keys: list[tuple[str, str]]
     bad: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:

@@ -125,8 +125,8 @@ def evaluation_batches(
     """Every sample of a dataset once over all ranks, in order: ceil(n_samples / batch_size) batches.
 
     `batch_size` is global; every rank gets the same number of batches, the last of which may hold no sample
-    for it. Each batch tells the samples' positions and has all their captions. Raises what Loader raises; a
-    sample that cannot be decoded is left out and reported. `close` ends the workers.
+    for it. Each batch tells the samples' positions, shards and keys, and has all their captions. Raises what
+    Loader raises; a sample that cannot be decoded is left out and reported. `close` ends the workers.
     """
     begins, items_per_batch = range(0, dataset.n_samples, batch_size), max(1, workers)
 
@@ -142,11 +142,13 @@ def evaluation_batches(
     try:
         for _ in begins:
             parts = pool.take(items_per_batch)
+            keys = [key for part in parts for key in part.keys]
             yield EvaluationBatch(
-                positions=torch.tensor([p for part in parts for p in part.positions], dtype=torch.int64),
+                positions=torch.tensor([position for position, _, _ in keys], dtype=torch.int64),
                 images=_concatenated([part.images for part in parts]),
                 classes=torch.tensor([c for part in parts for c in part.classes], dtype=torch.int64),
                 captions=[texts for part in parts for texts in part.captions],
+                keys=[(shard, key) for _, shard, key in keys],
                 bad=[entry for part in parts for entry in part.bad],
             )
     finally:

@@ -46,8 +46,9 @@ class WorkItem:
 class PartialBatch:
     """The samples of one work item, in the order of its draws.
 
-    `images` is None where they were written into a shared buffer. `positions` and `captions` are left empty
-    for training; `tokens`, `mask`, `keys` and `extras` for evaluation.
+    `images` is None where they were written into a shared buffer. `keys` begin with the slot of the global
+    batch, for evaluation with the position in the source. `captions` are left empty for training; `tokens`,
+    `mask` and `extras` for evaluation.
     """
 
     index: int
@@ -58,7 +59,6 @@ class PartialBatch:
     keys: list[tuple[int, str, str]] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
     extras: dict[str, torch.Tensor | list[Any]] = field(default_factory=dict)
-    positions: list[int] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
 
 
@@ -253,7 +253,7 @@ class EvaluationReader(Reader):
                 sample, pixels, _ = decoded
                 images.append(self.transform(pixels))
                 part.classes.append(sample.cls)
-                part.positions.append(position)
+                part.keys.append((position, sample.shard, sample.key))
                 part.captions.append(sample.captions)
         size = self.transform.size
         part.images = torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)

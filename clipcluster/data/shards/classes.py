@@ -62,10 +62,13 @@ def check_classes(count: int, sources: Sequence[Metadata]) -> None:
             )
 
 
-def check_measured(count: int, source: Metadata) -> None:
-    """UserError unless an evaluation on `count` classes can measure a source: one without a class is not."""
+def check_measured(count: int | None, source: Metadata) -> None:
+    """UserError unless an evaluation on `count` classes (None: any) can measure a source.
+
+    Samples without a class are not measured; one at least has to have one.
+    """
     highest, _ = classes_of(source)
     if highest < 0:
         raise UserError("no sample has a class (KEY.cls)")
-    if highest >= count:
+    if count is not None and highest >= count:
         raise UserError(f"a sample has class {highest}, and the classes are 0 to {count - 1}")

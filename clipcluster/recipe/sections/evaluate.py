@@ -2,9 +2,77 @@
 
 from __future__ import annotations
 
-from clipcluster.recipe.sections.base import Section, key
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.values import Int
 from clipcluster.recipe.units import Duration
+
+
+class ZeroShot(Section):
+    """One set for zero-shot classification; a folder alone is short for {shards: FOLDER}."""
+
+    shards: str = key("record", "Shard folder with a class for each image.", path="path", min_length=1)
+    classnames: str | None = key(
+        "record",
+        "Names of the classes: a file with one a line (line N + 1 names class N), imagenet-1k, imagenet-12k "
+        "or imagenet-22k (timm's, the first of WordNet's words), or openai (ImageNet-1K's as CLIP was "
+        "published with; needs open_clip_torch). Default: classnames.txt beside the shards or in the folder "
+        "above.",
+        None,
+        path="name",
+        min_length=1,
+    )
+    templates: str | None = key(
+        "record",
+        "Templates of the prompts: a file with one a line, {c} where the class name goes, openai (the 80 for "
+        "ImageNet) or openai-7 (both need open_clip_torch). Default: zeroshot_classification_templates.txt "
+        "beside the shards or in the folder above.",
+        None,
+        path="name",
+        min_length=1,
+    )
+    name: str | None = key(
+        "record",
+        "Name of the set in its metrics, for one that is measured more than once. Default: the last "
+        "component of shards.",
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+
+
+class Probe(Section):
+    """Classifiers fitted to frozen features of one set and measured on another."""
+
+    train: str = key(
+        "record", "Shard folder with a class for each image, to fit to.", path="path", min_length=1
+    )
+    test: str = key(
+        "record",
+        "Shard folder to measure on; metrics are named by its last component.",
+        path="path",
+        min_length=1,
+    )
+
+
+class OrFolder:
+    """Annotates a section that may be written as its folder of shards alone."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(
+            lambda value: {"shards": value} if isinstance(value, str) else value, handler(source)
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
+
+
+Entry = str | ZeroShot | Probe
 
 
 class Evaluate(Section):
@@ -19,9 +87,10 @@ class Evaluate(Section):
         (),
         path="path",
     )
-    zero_shot: tuple[str, ...] = key(
+    zero_shot: tuple[Annotated[ZeroShot, OrFolder()], ...] = key(
         "record",
-        "Shard folders for zero-shot classification (class names and templates beside the shards).",
+        "Sets for zero-shot classification, each a shard folder or a section; metrics are named by the last "
+        "component of the folder.",
         (),
         path="path",
     )
@@ -32,4 +101,19 @@ class Evaluate(Section):
         (),
         path="path",
     )
+    probe: tuple[Probe, ...] = section(
+        "Sets for nearest neighbours and a linear probe on frozen features.", ()
+    )
     batch_size: Int = key("record", "Samples of one forward pass, over all ranks.", 256, ge=1)
+
+    def entries(self, kind: str) -> tuple[Entry, ...]:
+        """The entries of one of the keys that name sets, each once."""
+        found: tuple[Entry, ...] = getattr(self, kind)
+        return tuple(dict.fromkeys(found))
+
+
+def folders_of(entry: Entry) -> tuple[str, ...]:
+    """The folders of shards that an entry names, the one that is measured first."""
+    if isinstance(entry, str):
+        return (entry,)
+    return (entry.shards,) if isinstance(entry, ZeroShot) else (entry.test, entry.train)
