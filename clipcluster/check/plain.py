@@ -334,8 +334,8 @@ def _check_classes(shards: Dataset, key: str, entry: ZeroShot, findings: Finding
         prompts.check_named(entry.templates)
     elif not shards.templates:
         findings.errors.append(
-            f"{key}: zero-shot needs zeroshot_classification_templates.txt beside the shards or in the folder "
-            "above, or {shards: …, templates: FILE}"
+            f"{key}: zero-shot needs zeroshot_classification_templates.txt beside the shards or in the "
+            "folder above, or {shards: …, templates: FILE}"
         )
     elif any(prompts.PLACEHOLDER not in template for template in shards.templates):
         findings.errors.append(

@@ -7,9 +7,7 @@ from clipcluster.evals.features import Context, EvaluationSet, Measured, Tick
 from clipcluster.model.protocols import Classifier
 
 
-def classification(
-    model: Classifier, images: EvaluationSet, context: Context, tick: Tick
-) -> Measured:
+def classification(model: Classifier, images: EvaluationSet, context: Context, tick: Tick) -> Measured:
     """`accuracies` over the `classified_images`, and `loss`, the mean cross-entropy without label smoothing.
 
     Ties go to the lower class. An image without a class is not counted. Collective; raises as `classified`.

@@ -46,7 +46,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation found: figures by name; and what stands behind them, JSON-able and bounded in size."""
+    """What an evaluation found: figures by name, and what stands behind them, as JSON of bounded size."""
 
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)

@@ -31,7 +31,7 @@ class _Labelled:
 
 
 def probe(model: ImageEncoder, images: EvaluationSet, context: Context, tick: Tick) -> Measured:
-    """`knn_top1` and `linear_top1` over the `probe_images`: classifiers fitted to the features of `images.train`.
+    """`knn_top1` and `linear_top1` over the `probe_images`: of classifiers fitted to `images.train`.
 
     The features are the model's embeddings. knn: 20 nearest neighbours, weighted by exp(cosine / 0.07), as
     DINO measures (Caron et al. 2021, appendix). linear: logistic regression by L-BFGS, C = 30, at most 500

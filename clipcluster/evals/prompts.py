@@ -73,7 +73,9 @@ def check_named(given: str) -> None:
 
 def _file(what: str, given: str, names: Sequence[str] | dict[str, str]) -> bytes:
     if not Path(given).is_file():
-        raise UserError(f"{given}: no such file of {what}; give a file with one a line, or {', '.join(names)}")
+        raise UserError(
+            f"{given}: no such file of {what}; give a file with one a line, or {', '.join(names)}"
+        )
     return Path(given).read_bytes()
 
 

@@ -168,7 +168,7 @@ def rank_pairs(
 
 
 def best_of(scores: Tensor, count: int) -> Tensor:
-    """The numbers of the `count` best candidates of every query, (Q, at most count): equals in their order."""
+    """The numbers of every query's `count` best candidates, (Q, at most count): equals in their order."""
     grid = (scores / TIE).round()
     return grid.argsort(dim=1, descending=True, stable=True)[:, :count]
 

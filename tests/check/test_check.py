@@ -320,7 +320,8 @@ def test_zero_shot_takes_names_and_templates_of_the_recipe(
     best = "checkpoint.keep.best={metric: cn/zero_shot_mean_per_class}"
     assert checked(f"evaluate.zero_shot=[{{{given}, name: cn}}]", best).errors == []
     assert checked(f"evaluate.zero_shot=[{{{given}, name: cn}}]").recipe.evaluate.zero_shot[0].name == "cn"
-    (error,) = checked(f"evaluate.zero_shot=[{{{given}}}, {{shards: data/test, classnames: imagenet-1k, templates: lines.txt}}]").errors
+    other = "{shards: data/test, classnames: imagenet-1k, templates: lines.txt}"
+    (error,) = checked(f"evaluate.zero_shot=[{{{given}}}, {other}]").errors
     assert "evaluate.zero_shot: two sets are called test" in error
     (folder / "names.txt").write_text("even\n")
     (error,) = checked(f"evaluate.zero_shot=[{{{given}}}]").errors

@@ -1,4 +1,4 @@
-"""Time and memory of retrieval beside OpenCLIP's own computation on the same features. Prints JSON, a line each.
+"""Time and memory of retrieval beside OpenCLIP's own computation on the same features. Prints lines of JSON.
 
     python tests/evals/measure_retrieval.py [--images 5000] [--captions 25000] [--width 512] [--threads 2]
 

@@ -21,7 +21,7 @@ def test_the_lines_of_files_in_any_language(tmp_path: Path) -> None:
         prompts.check_named(str(lines))
     with pytest.raises(UserError, match="one a line, or openai, imagenet-1k, imagenet-12k, imagenet-22k"):
         prompts.class_names("imagenet")
-    with pytest.raises(UserError, match="no such file of templates; give a file .* or openai, openai-7"):
+    with pytest.raises(UserError, match=r"no such file of templates; give a file .* or openai, openai-7"):
         prompts.templates(str(tmp_path / "none"))
 
 

@@ -66,7 +66,11 @@ def test_a_collapsed_model_scores_as_chance_does() -> None:
         ([0], {"templates": TEMPLATES}, r"data/val has no classnames\.txt"),
         ([0], {"classnames": ["0"]}, r"data/val has no zeroshot_classification_templates\.txt"),
         ([0], {"classnames": ["0"], "templates": ["a photo 0"]}, r"no \{c\} for the class name: 'a photo 0'"),
-        ([2], {"classnames": ["0", "1"], "templates": TEMPLATES}, r"class 2, and there are 2 classes \(0 to 1\)"),
+        (
+            [2],
+            {"classnames": ["0", "1"], "templates": TEMPLATES},
+            r"there are 2 classes \(0 to 1\)",
+        ),
         ([-1], {"classnames": ["0"], "templates": TEMPLATES}, r"no image in data/val has a class"),
     ],
 )

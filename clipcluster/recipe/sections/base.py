@@ -54,7 +54,8 @@ def key(
         mark: what the key decides.
         description: one sentence or two for the reference page.
         default: the value when the key is left out; none makes the key required.
-        path: ``"path"`` when the string is always a path, ``"name"`` when it is a file or folder, or else a name.
+        path: ``"path"`` when the string is always a path, ``"name"`` when it is a file or folder or else a
+            name.
         shell: the text is left to the shell, ``${NAME}`` included.
         limits: pydantic's (``ge``, ``le``, ``min_length``, …).
     """
