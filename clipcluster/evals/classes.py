@@ -135,11 +135,12 @@ def _per_class(found: Classified) -> tuple[np.ndarray, np.ndarray]:
 def class_details(found: Classified, names: Sequence[str] | None) -> dict[str, Any]:
     """What people look at: the worst classes, the most confused pairs, the most confident errors.
 
-    names: of the classes, by number; None where nothing names them. Each list has at most EXAMPLES entries.
+    names: of the classes, by number; where nothing names one it is called by its number. Each list has at
+    most EXAMPLES entries.
     """
 
-    def named(number: int) -> str | None:
-        return names[number] if names and number < len(names) else None
+    def named(number: int) -> str:
+        return names[number] if names and number < len(names) else str(number)
 
     images, right = _per_class(found)
     top1 = right / np.maximum(images, 1)

@@ -30,7 +30,8 @@ from clipcluster.runtime.outcome import DataError
 SIDE = 112  # pixels of the longer side of an image in the page
 IMAGE_BYTES = 1_200_000  # of all images of a page, as they stand in it
 QUALITY = 72
-KINDS = ("zero_shot", "retrieval", "classification")  # in the order in which a suite names its sets
+# In the order in which a suite names its sets; the key of an entry that names the set's folder.
+KINDS = {"zero_shot": "shards", "retrieval": "shards", "classification": "shards", "probe": "test"}
 
 Place = tuple[str, str]
 """Shard and key of a sample."""
@@ -82,7 +83,9 @@ class Confused(BaseModel):
     """So many images of a class are taken for another one."""
 
     of: Class = Field(alias="class")
+    name: str | None = None
     taken_for: Class = Field(alias="as")
+    as_name: str | None = None
     images: int
 
 
@@ -92,7 +95,9 @@ class ConfidentError(BaseModel):
     shard: str
     key: str
     of: Class = Field(alias="class")
+    name: str | None = None
     taken_for: Class = Field(alias="as")
+    as_name: str | None = None
     score: float
 
 
@@ -108,7 +113,10 @@ class Classes(BaseModel):
 
     def name(self, of: Class) -> str:
         """The name of a class."""
-        return next((one.name for one in self.classes if one.of == of), str(of))
+        pairs = [*self.confused, *self.confident_errors]
+        known = [(one.of, one.name) for one in (*self.classes, *pairs)]
+        known += [(one.taken_for, one.as_name) for one in pairs]
+        return next((name for number, name in known if number == of and name), str(of))
 
 
 class OfSet(BaseModel):
@@ -169,12 +177,15 @@ def gallery_of(run: Run, *, image_bytes: int = IMAGE_BYTES) -> Gallery:
 def set_folders(settings: Mapping[str, Any]) -> dict[str, str]:
     """The folder of each evaluated set, by the name that its results have."""
     section, paths = settings.get("evaluate") or {}, settings.get("paths") or {}
-    folders = [
-        str(paths.get(f"evaluate.{kind}.{number}", folder))
-        for kind in KINDS
-        for number, folder in enumerate(section.get(kind) or ())
-    ]
-    return {name: folder for folder, name in set_names(folders).items()}
+    sets: list[tuple[str, str | None]] = []
+    for kind, key in KINDS.items():
+        for number, entry in enumerate(section.get(kind) or ()):
+            place = f"evaluate.{kind}.{number}"
+            own = entry if isinstance(entry, Mapping) else {}
+            folder = paths.get(place) or paths.get(f"{place}.{key}") or own.get(key) or entry
+            sets.append((str(folder), own.get("name")))
+    names = set_names(folder for folder, _ in sets)
+    return {name or names[folder]: folder for folder, name in sets}
 
 
 def _places(shown: OfSet) -> list[Place]:

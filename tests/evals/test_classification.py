@@ -98,7 +98,7 @@ def test_the_details_name_worst_classes_confusions_and_confident_errors() -> Non
         found = classification(Known(logits), images, context(), lambda: None).details
     assert len(found["classes"]) == EXAMPLES
     assert found["classes"][0] == {"class": 0, "name": "class 0", "images": 2, "top1": 0.0}
-    assert found["classes"][1] == {"class": 30, "name": None, "images": 2, "top1": 0.5}
+    assert found["classes"][1] == {"class": 30, "name": "30", "images": 2, "top1": 0.5}
     assert [own["class"] for own in found["classes"][11:]] == list(range(1, 14))
     assert found["confused"][0] == {
         "class": 0,
@@ -117,8 +117,8 @@ def test_the_details_name_worst_classes_confusions_and_confident_errors() -> Non
         "shard": "00000.tar",
         "key": "0078",
         "class": 39,
-        "name": None,
+        "name": "39",
         "as": 38,
-        "as_name": None,
+        "as_name": "38",
         "score": pytest.approx(probability, abs=1e-4),
     }

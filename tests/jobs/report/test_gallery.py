@@ -97,3 +97,17 @@ def test_sets_have_the_names_of_their_results():
         "coco-val": "/d/coco/val",
         "flickr-val": "/d/flickr/val",
     }
+    # As a submission stores them: entries with keys of their own.
+    given = {"shards": "${D}/cifar/test", "classnames": "zh.txt"}
+    settings = {
+        "evaluate": {
+            "zero_shot": [{**given, "name": None}, {**given, "name": "zh"}],
+            "probe": [{"train": "a", "test": "pets/test"}],
+        },
+        "paths": {"evaluate.zero_shot.0": "/d/cifar/test", "evaluate.zero_shot.1.shards": "/d/cifar/test"},
+    }
+    assert set_folders(settings) == {
+        "cifar-test": "/d/cifar/test",
+        "zh": "/d/cifar/test",
+        "pets-test": "pets/test",
+    }
