@@ -113,7 +113,7 @@ class Classes(BaseModel):
 
     def name(self, of: Class) -> str:
         """The name of a class."""
-        pairs = [*self.confused, *self.confident_errors]
+        pairs: list[Confused | ConfidentError] = [*self.confused, *self.confident_errors]
         known = [(one.of, one.name) for one in (*self.classes, *pairs)]
         known += [(one.taken_for, one.as_name) for one in pairs]
         return next((name for number, name in known if number == of and name), str(of))
