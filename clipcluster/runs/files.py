@@ -293,7 +293,6 @@ _AT_ONCE = 64 << 10  # bytes from which a faster parser is worth its import
 
 def _objects(content: bytes) -> list[dict[str, Any]]:
     """The JSON objects among lines: not those that are empty, torn by a kill, or cut where reading began."""
-    texts = content.split(b"\n")
     if len(content) >= _AT_ONCE:
         from pydantic_core import from_json
 
@@ -301,10 +300,10 @@ def _objects(content: bytes) -> list[dict[str, Any]]:
             at_once = from_json(b"[" + content.replace(b"\n", b",") + b"]", cache_strings="keys")
         except ValueError:  # some line is none: each for itself, below
             at_once = []
-        if len(at_once) == len(texts) and all(type(line) is dict for line in at_once):
+        if len(at_once) == content.count(b"\n") + 1 and set(map(type, at_once)) == {dict}:
             return list(at_once)
     lines = []
-    for text in texts:
+    for text in content.split(b"\n"):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):

@@ -24,6 +24,7 @@ COLOURS = 8
 WIDTH, HEIGHT = 360, 180  # of the drawing, in its own units, which are pixels on a phone
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 350, 8, 154  # of the axes in it, y downwards
 _INK, _RULE, _MARK, _PREEMPTED = "#010203", "#040506", "#070809", "#0a0b0c"  # the placeholders
+_STEPS = (1, 2, 2.5, 5, 10)  # between ticks, and these times powers of ten
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -107,8 +108,8 @@ def plot(
             axes.yaxis.set_major_locator(LogLocator(numticks=5))
             axes.yaxis.set_minor_locator(NullLocator())
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=_STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=True))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(short))
         bottom, top = axes.get_ylim()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcluster.runs import files
@@ -16,6 +16,7 @@ number = st.one_of(st.integers(-5, 5), st.floats(allow_nan=True), st.none())
 written = st.lists(st.lists(st.tuples(st.integers(0, 12), number), max_size=8), min_size=1, max_size=4)
 
 
+@settings(max_examples=25)  # each writes files durably
 @given(attempts=written)
 def test_columns_are_the_merged_lines(tmp_path_factory, attempts):
     run = Run.create(Path(tmp_path_factory.mktemp("columns")) / "a", {}, {})
