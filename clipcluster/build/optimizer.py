@@ -14,7 +14,7 @@ from clipcluster.model.layer_decay import layer_scales
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.rates import rates
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.train.optimizer import Optimizer, Tuning, decaying
+from clipcluster.train.optimizer import Hyperparameters, Optimizer, decaying
 from clipcluster.train.schedule import Schedule, learning_rate, weight_decay
 from clipcluster.train.timm_optimizers import timm_optimizer, trains_matrices
 
@@ -31,7 +31,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optim
         eps=optim.eps,
         name=optim.name,
         args=_arguments(recipe),
-        tunings=tunings(recipe, model),
+        hyperparameters=hyperparameters(recipe, model),
         decay_at=lambda step, start: (
             weight_decay(step, start=start, end=end, total=total_steps)
             if end is not None and start > 0  # a tower without weight decay never gets any
@@ -46,7 +46,7 @@ def try_optimizer(recipe: Recipe, model: nn.Module) -> None:
     Raises UserError for an optimizer that is unknown or cannot be used, arguments that it does not take, and
     patterns that fit no parameter.
     """
-    tunings(recipe, model)
+    hyperparameters(recipe, model)
     if recipe.optim.name != "adamw":
         timm_optimizer(recipe.optim.name, _arguments(recipe), rates(recipe).peak)
 
@@ -72,8 +72,8 @@ def build_schedule(recipe: Recipe, plan: Plan) -> Schedule:
     )
 
 
-def tunings(recipe: Recipe, model: nn.Module) -> dict[str, Tuning]:
-    """What each parameter of a model has for the whole run, by name."""
+def hyperparameters(recipe: Recipe, model: nn.Module) -> dict[str, Hyperparameters]:
+    """The hyperparameters of each parameter of a model, by name. Raises UserError as `try_optimizer`."""
     optim, factors, decays = recipe.optim, rates(recipe), decaying(model, recipe.optim.no_decay)
     names = [name for name, _ in model.named_parameters()]
     _check_patterns("optim.no_decay", optim.no_decay, names)
@@ -86,8 +86,8 @@ def tunings(recipe: Recipe, model: nn.Module) -> dict[str, Tuning]:
         part = part_of(name)
         own = getattr(optim, part).weight_decay if part in ("image", "text") else None
         decay = optim.weight_decay if own is None else own
-        found[name] = Tuning(
-            factor=(getattr(factors, part) if part else 1.0) * scales.get(name, 1.0),
+        found[name] = Hyperparameters(
+            lr_factor=(getattr(factors, part) if part else 1.0) * scales.get(name, 1.0),
             weight_decay=decay if name in decays else None,
             fallback=name in fallback,
         )

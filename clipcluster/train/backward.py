@@ -1,8 +1,9 @@
 """How a batch becomes gradients: in one pass, in independent micro-batches, or with cached features.
 
-All of it runs through the wrapped task. Forms that look right and are not: a loss parameter differentiated in
-every micro-batch counts once a micro-batch too often; a call beside the wrapper is not reduced; a second pass
-with other random numbers differentiates another function than the one whose loss was taken.
+All of it runs through the wrapped task. Three errors that show in no message are avoided here: a parameter of
+the loss that is differentiated in every micro-batch counts too often; the gradients of a call beside the
+wrapper are not reduced; a second pass with other random numbers differentiates another function than the one
+whose loss was computed.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from clipcluster.train.wrapping import WrappedTask
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
 
-REHEARSED_SAMPLES = 2  # a batch norm needs more than one
+REHEARSED_SAMPLES = 2  # a batch norm in training needs more than one
 
 
 class Backward(ABC):
-    """Leaves in every trained parameter's `grad` the gradient of the loss of the batch of all ranks.
+    """Leaves in every trained parameter's `grad` the gradient of the loss over the batch of all ranks.
 
-    It is scaled by the precision's loss scale, and NaN where the loss of any rank is not finite.
+    It is multiplied by the precision's loss scale, and NaN where the loss of any rank is not finite.
 
     Args:
-        statistics: of the task; `begin` and `commit` around a call belong to the caller.
-        seed, slot: with the step they seed dropout and drop path; `slot` is this rank's first of the batch.
-        micro_batches: equal parts that a rank's part of the batch is cut into.
+        statistics: the task's running statistics; the caller calls their `begin` before and `commit` after.
+        seed, slot: with the step they seed dropout and drop path; `slot` is this rank's first in the batch.
+        micro_batches: the number of equal micro-batches into which a rank's part of the batch is cut.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class Backward(ABC):
 
     @abstractmethod
     def __call__(self, batch: Batch, step: int) -> Report:
-        """Differentiate a rank's part of the batch, on the device; what the task reports, detached."""
+        """Differentiate a rank's part of the batch, on the device. Returns the task's report, detached."""
 
     def rehearse(self, batch: Batch) -> None:
-        """One reduced pass over a few samples, to be thrown away, as `WrappedTask.needs_rehearsal` asks."""
+        """One reduced pass over a few samples, to be discarded (see `WrappedTask.needs_rehearsal`)."""
         few = batch.cut(0, min(REHEARSED_SAMPLES, len(batch)))
         with uncompiled(), self.precision.autocast():
             report = self.task(Task.report, few)
@@ -64,7 +65,7 @@ class Backward(ABC):
         self.task.needs_rehearsal = False
 
     def _micro_batches(self, batch: Batch, step: int) -> Iterator[Batch]:
-        """The micro-batches, each with its random numbers seeded when it comes."""
+        """The micro-batches; torch's random generators are seeded for each before it is yielded."""
         slot = self._slot
         for micro_batch in batch.micro_batches(self._count):
             seed_step(self._seed, step, slot)
@@ -86,9 +87,9 @@ class Whole(Backward):
 
 
 class Independent(Backward):
-    """One pass a micro-batch, for a loss that is a mean over samples: so are its gradients.
+    """One pass per micro-batch, for a loss that is a mean over samples: its gradient is the mean of theirs.
 
-    A loss over the batch would see only a micro-batch's negatives: use `Cached`.
+    A loss over the batch would see only the negatives of a micro-batch: use `Cached`.
     """
 
     def __call__(self, batch: Batch, step: int) -> Report:
@@ -106,12 +107,14 @@ class Independent(Backward):
 
 
 class Cached(Backward):
-    """The loss of the whole batch with the memory of a micro-batch (Gao et al. 2021, GradCache).
+    """The loss of the whole batch with the memory of a micro-batch (GradCache, Gao et al. 2021).
 
-    First the features of all micro-batches without gradients; then the loss on all of them, differentiated by
-    the features and by the loss's own parameters; then each micro-batch again with the same random numbers,
-    taking its features' gradients back into the towers. The loss's own parameters join the last one, and only
-    its backward pass is reduced. Where nothing but they trains there is no second pass.
+    First the features of all micro-batches are computed without gradients; then the loss on all of them is
+    differentiated with respect to the features and to the parameters that the loss itself uses (logit scale,
+    bias); then each micro-batch is computed again with the same random numbers, and the gradients of its
+    features are propagated into the towers. The gradients of the loss's own parameters are added in the last
+    micro-batch, whose backward pass alone is reduced over the ranks. Where only those parameters train there
+    is no second pass.
     """
 
     def __call__(self, batch: Batch, step: int) -> Report:
@@ -138,7 +141,7 @@ class Cached(Backward):
         return {name for name, value in self.task.task.named_parameters() if value.requires_grad}
 
     def _features(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The features of the whole of a rank's part, without gradients."""
+        """The features of all samples of this rank, without gradients."""
         parts: list[Features] = []
         for micro_batch in self._micro_batches(batch, step):
             with torch.no_grad(), self.precision.autocast():
@@ -151,7 +154,7 @@ class Cached(Backward):
 def _differentiate(
     task: Task, features: Features, precision: Precision
 ) -> tuple[Report, dict[str, Tensor], dict[str, Tensor]]:
-    """The loss, and its gradients by each feature and by each parameter that it uses itself."""
+    """The loss, and its gradients with respect to features and to parameters that the loss itself uses."""
     leaves = {
         name: value.detach().requires_grad_() for name, value in features.items() if value.is_floating_point()
     }
@@ -177,7 +180,7 @@ def _differentiate(
 def _product(
     task: Task, micro_batch: Batch, by_feature: Mapping[str, Tensor], by_parameter: Mapping[str, Tensor]
 ) -> Tensor:
-    """What has these gradients: the sum of features and loss parameters, each times its gradient."""
+    """A scalar with these gradients: the sum of features and parameters, each times its own gradient."""
     features, parameters = task.encode(micro_batch) if by_feature else {}, dict(task.named_parameters())
     terms = [
         (features[name] * gradient).sum()
@@ -189,7 +192,7 @@ def _product(
 
 
 def _mean(reports: Sequence[Report]) -> Report:
-    """The mean of micro-batches of equal size."""
+    """The mean over the reports of micro-batches of equal size."""
     metrics = {
         name: torch.stack([report.metrics[name] for report in reports]).mean() for name in reports[0].metrics
     }

@@ -42,7 +42,7 @@ WRITING, DELETING, BROKEN, PINNED = ".writing-", ".deleting-", "broken-", "pinne
 PIN_SECONDS = 3600.0
 """A pin older than this was left by a reader that died."""
 FORMATS = (1, 2)
-"""Those that can be read. In 1 the logit scale has no dimension, and no part differs by rank."""
+"""The formats that can be read. In format 1 the logit scale is 0-dimensional, and no part differs by rank."""
 logger = logging.getLogger("clipcluster")
 
 
@@ -51,9 +51,9 @@ class Broken(Exception):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, as an attempt sees them; before every change it asks whether it is stale.
+    """The checkpoints of one run, for one attempt; before every change it checks that it is not stale.
 
-    about: goes into every manifest: versions, commit, world size, the recipe.
+    about: what every manifest has beside its files: versions, commit, world size, the recipe.
     """
 
     def __init__(self, attempt: Attempt, about: Mapping[str, Any]) -> None:
@@ -78,9 +78,9 @@ class CheckpointFolder:
     def newest(self, unusable: Callable[[Mapping[str, Any]], str] = lambda state: "") -> Path | None:
         """The newest checkpoint that verifies and can be used, or None where there is none.
 
-        `unusable` says of a state.json why not, if so. Those newer than it are set aside with the reason.
-        Where none is found they stay where they are and CheckpointError says what to do: a run never starts
-        from scratch over checkpoints.
+        unusable: from a state.json to the reason why the checkpoint cannot be used, "" where it can. Newer
+        checkpoints that were passed over are set aside with the reason. Where there are checkpoints and none
+        can be used, none is moved and CheckpointError says what to do: such a run never starts from scratch.
         """
         reasons: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -93,11 +93,11 @@ class CheckpointFolder:
                     self.set_aside(newer, why)
                 return self.path(step)
             reasons[step] = reason
-        told = [f"{name_of(step)}: {reason}" for step, reason in reasons.items()]
-        told += [f"{path.name}: set aside before" for path in sorted(self.folder.glob(f"{BROKEN}*"))]
-        if told:
+        all_reasons = [f"{name_of(step)}: {reason}" for step, reason in reasons.items()]
+        all_reasons += [f"{path.name}: set aside before" for path in sorted(self.folder.glob(f"{BROKEN}*"))]
+        if all_reasons:
             raise CheckpointError(
-                f"No checkpoint in {self.folder} can be used ({'; '.join(told)}).",
+                f"No checkpoint in {self.folder} can be used ({'; '.join(all_reasons)}).",
                 "Restore an intact copy of one of them, or, to begin from the first step, move the folder "
                 f"{self.folder} away.",
             )
@@ -117,15 +117,15 @@ class CheckpointFolder:
     def write(self, contents: Contents, tell: Tell = lambda size: None) -> None:
         """Write a checkpoint durably; one that exists already and verifies stays.
 
-        On rank 0. On another rank: write its files for rank 0 to complete. Raises OSError (nothing is left
-        behind), what `tell` raises, StaleAttempt.
+        Rank 0 writes the checkpoint; any other rank writes its own files, which rank 0 adds. Raises OSError
+        (nothing is left behind), StaleAttempt, and what `tell` raises.
         """
         final = self.path(contents.step)
         aside = self.folder / f"{WRITING}{final.name}-{self.attempt.number}-{contents.number}"
         self.attempt.check()
 
         def telling(size: int) -> None:
-            if size == 0:  # a peer that found itself stale brings nothing
+            if size == 0:  # a peer that is stale writes no receipt
                 self.attempt.check()
             tell(size)
 
@@ -179,7 +179,7 @@ class CheckpointFolder:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Keep the rotation of a running run from deleting this checkpoint meanwhile, where it can be pinned."""
+    """Inside, the rotation of a running run does not delete this checkpoint, where it can be pinned."""
     pin = folder / f"{PINNED}{secrets.token_hex(4)}"
     with suppress(OSError):  # another user's run, or a read-only disk: the rotation may delete it meanwhile
         pin.touch()
@@ -226,11 +226,11 @@ def load_parts(
 
 
 def verify(folder: Path, names: Collection[str] | None = None) -> dict[str, Any]:
-    """Read every byte of a checkpoint and return its state.json. Raises Broken with the reason.
+    """Read every byte of a checkpoint and return its state.json.
 
-    names: of its files, with state.json among them, these alone.
-    A file system that refuses to read (not: a file that is absent) raises its own OSError: such a checkpoint
-    may be intact. CheckpointError for a newer format.
+    names: read only these of its files, state.json among them; None: all.
+    Raises Broken with the reason; OSError where a file exists and cannot be read, since such a checkpoint may
+    be intact; CheckpointError for a newer format.
     """
     try:
         if STATE not in read_manifest(folder):

@@ -1,8 +1,8 @@
-"""Writing a checkpoint: a copy in memory, then files aside, the manifest over all of them last.
+"""Writing a checkpoint: a copy in memory, then its files in a temporary folder, the manifest last.
 
-Rank 0 writes what all ranks hold alike. Where a part differs by rank, every rank writes its own file into the
-same folder and leaves a receipt with its size and SHA-256; rank 0 waits for the receipts, and writes the
-manifest over all files. Nothing here is a collective: it runs in a thread, beside the training.
+Rank 0 writes what is equal on all ranks. Where a part differs by rank, every rank writes its own file into
+the same folder and a receipt with size and SHA-256; rank 0 waits for the receipts and writes the manifest of
+all files. Nothing here is a collective: it runs in a thread, beside the training.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ DTYPES = {
 CHUNK = 4 << 20
 
 Files = dict[str, dict[str, Any]]
-"""As the manifest lists them: name -> `bytes` and `sha256`."""
+"""The files of a checkpoint as its manifest lists them: name -> `bytes` and `sha256`."""
 Tell = Callable[[int], None]
-"""Called with the size of every chunk that was written (0: still waiting); raises Dropped to give up."""
+"""Called with the bytes of every chunk written (0: still waiting for a rank); raises Dropped to give up."""
 
 
 class Dropped(Exception):
@@ -56,10 +56,10 @@ class Dropped(Exception):
 
 @dataclass(frozen=True)
 class Contents:
-    """What one rank brings to a checkpoint, in memory on the CPU: tensors by file, and plain values.
+    """What one rank writes of a checkpoint, in memory on the CPU: tensors by file, and plain values.
 
-    number: how many checkpoints this process began before; with the attempt it names the folder aside, the
-        same on all ranks. ranks: how many bring files.
+    number: how many checkpoints this process began before; with the attempt it names the temporary folder,
+        which is the same on all ranks. ranks: how many ranks write files.
     """
 
     step: int
@@ -71,14 +71,14 @@ class Contents:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """The size of all tensors."""
         return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
 
 
 def take_copy(
     step: int, state: Mapping[str, Any], parts: Parts, *, rank: int = 0, ranks: int = 1, number: int = 0
 ) -> Contents:
-    """Copy what `rank` brings to the CPU. Later steps change nothing in the copy.
+    """Copy what `rank` writes to the CPU. Later steps do not change the copy.
 
     Tensors of a part go to PART.safetensors, its other values into state.json under the part's name. A part
     that differs by rank holds tensors alone, each rank's in a file of its own; raises TypeError otherwise.
@@ -133,7 +133,7 @@ def _receipt(aside: Path, rank: int) -> Path:
 
 
 def _await_receipt(aside: Path, rank: int, step: int, tell: Tell) -> Files:
-    """What a rank wrote, as it says itself; the receipt is removed."""
+    """The files that a rank wrote, by its receipt, which is removed. Raises OSError as `write_complete`."""
     path, deadline = _receipt(aside, rank), time.monotonic() + PEER_SECONDS
     while not path.exists():
         tell(0)
@@ -173,9 +173,10 @@ def _write_file(path: Path, chunks: Iterable[bytes | memoryview], tell: Tell) ->
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
     """The bytes of a safetensors file in chunks of at most 4 MiB; the tensors are on the CPU.
 
-    Streamed: the library's writer needs a second copy of all tensors in memory.
-    Format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}` padded
-    with spaces to a multiple of 8, the tensors' bytes without gaps. Raises KeyError for another dtype.
+    It is streamed because the library's own writer needs a second copy of all tensors in memory.
+    Format (safetensors' README): 8 bytes little-endian header length, a JSON header `{name: {dtype, shape,
+    data_offsets}}` padded with spaces to a multiple of 8, the tensors' bytes without gaps. Raises KeyError
+    for a dtype that is not in `DTYPES`.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -204,7 +205,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """The versions a manifest names."""
+    """The versions of Python, torch and clipcluster, for the manifest."""
     try:
         own = version("clipcluster")
     except PackageNotFoundError:  # run from a folder, never installed

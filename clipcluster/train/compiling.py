@@ -14,7 +14,7 @@ GRAPHS = 64  # of one function: one for each shape, stage and mode; torch stops 
 
 
 def compile_towers(model: nn.Module, device: torch.device) -> None:
-    """Compile the direct children of a model where they are, for training; names stay as they were.
+    """Compile the direct children of a model in place, for training; parameter names stay.
 
     Each shape gets a graph of its own, so that a resume computes with the same graphs as before the stop,
     whichever shape came first. Dropout draws from torch's own generators, as without compilation.
@@ -32,12 +32,12 @@ def compile_towers(model: nn.Module, device: torch.device) -> None:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Inside, compiled towers compute as they are written: for passes whose shapes training does not have."""
+    """Inside, compiled towers run eagerly: for passes with shapes that training does not have."""
     return torch.compiler.set_stance("force_eager")
 
 
 def _try(device: torch.device) -> None:
-    """Compile the smallest function: what is missing (a C++ compiler, Triton) shows here, not in a step."""
+    """Compile the smallest function: a missing C++ compiler or Triton is found before the first step."""
 
     def double(x: torch.Tensor) -> torch.Tensor:
         return x + x

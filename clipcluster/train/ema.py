@@ -15,21 +15,21 @@ from clipcluster.model.norms import batch_norms
 def decay_at(step: int, decay: float, *, warmup: bool) -> float:
     """The decay of the update that follows optimizer step `step` (steps count from 0).
 
-    With `warmup` it is at most `1 - n^(-2/3)` for the n-th update, n = step + 1: 0 at the first, which takes
-    the weights as they are (timm's ModelEmaV3 with use_warmup, its gamma 1 and power 2/3).
+    With `warmup` it is at most `1 - n^(-2/3)` for the n-th update, n = step + 1 (timm's ModelEmaV3 with
+    use_warmup, gamma 1 and power 2/3): 0 at the first update, which copies the weights.
     """
     return min(decay, 1.0 - (step + 1) ** (-2 / 3)) if warmup else decay
 
 
 class Ema:
-    """Tensors that follow the model's weights: `average += (1 - decay) * (weights - average)` after a step.
+    """The moving average of a model's weights: `average += (1 - decay) * (weights - average)` at each step.
 
-    The running statistics of batch norms are averaged too, as in timm's ModelEmaV3: those of the weights as
-    they are do not fit averaged weights. All other buffers are the model's own. The state has the model's
-    names. The decay is a function of the step: nothing but the tensors is saved.
+    The running statistics of batch norms are averaged too, as in timm's ModelEmaV3: those of the raw weights
+    do not fit averaged weights. All other buffers are the model's own. The state dict has the model's names.
+    The decay is a function of the step, so that nothing but the tensors is saved.
 
-    device: where the average is kept, by default with the weights. On another one (the CPU, to save a GPU's
-    memory) an update copies all weights there and waits for them.
+    device: where the average is kept, by default with the weights. On another device (the CPU, to save a
+    GPU's memory) an update copies all weights there and waits for them.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, found_inf: Tensor, step: int) -> None:
-        """Follow optimizer step `step`, or stay where `found_inf` (0-dimensional, on the device) is 1."""
+        """Average the weights after optimizer step `step`; nothing where `found_inf` (() float32) is 1."""
         # lerp written out: its foreach form takes no weight that lives on the device.
         rate = (1.0 - decay_at(step, self._decay, warmup=self._warmup)) * (1.0 - found_inf)
         followed = [weights.to(device=self._device) for weights in self._followed]
@@ -59,7 +59,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model computes with the averaged weights, copied only from another device."""
+        """Inside, the model computes with the averaged weights; they are copied only from another device."""
         pairs = zip(self._averaged, self._followed, strict=True)
         with self._pointed_at([average.to(weights.device) for average, weights in pairs]):
             yield
@@ -84,6 +84,6 @@ class Ema:
             return self._model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take averaged weights and statistics, all of them; other buffers go to the model."""
+        """Load averaged weights and statistics, all of them; other buffers go to the model."""
         with self._pointed_at(self._averaged):
             self._model.load_state_dict(state)

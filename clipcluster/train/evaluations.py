@@ -20,9 +20,9 @@ class Interrupted(Exception):
 
 @dataclass
 class Evaluations:
-    """Owed at every `every` steps and at the end; never where `suite` is empty.
+    """Runs `suite` every `every` steps and at the end of the run; never where the suite is empty.
 
-    `model` is measured, with the averaged weights where there is an `ema`.
+    model: what is measured, with the averaged weights where there is an `ema`.
     """
 
     suite: Suite
@@ -33,7 +33,7 @@ class Evaluations:
     ema: Ema | None
 
     def owed(self, progress: Progress) -> bool:
-        """Whether this step is to be evaluated and was not yet."""
+        """Whether this step has to be evaluated and has not been yet."""
         step = progress.step
         if not self.suite or step in (0, progress.evaluated_step):
             return False

@@ -1,4 +1,4 @@
-"""Metrics of a run: one line of JSON a log step first, TensorBoard and the rank's log after it."""
+"""Metrics of a run: a line of `metrics.jsonl` per log step, then TensorBoard and the rank's log."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ logger = logging.getLogger("clipcluster")
 class Metrics:
     """Averages what the ranks report at log steps and writes it, on rank 0, into `metrics.jsonl`.
 
-    The loss is that of the step itself, not a mean since the last line: a resumed run logs the same numbers.
-    Rates are measured since the last line.
+    The loss is that of the step, not a mean since the last line, so that a resumed run logs the same numbers.
+    `samples_per_second` and `data_wait_seconds` are measured since the last line.
 
     Args:
-        every: steps between two lines; the first and the last step have one too.
+        every: steps between two lines; the first and the last step of the run have one too.
     """
 
     def __init__(self, attempt: Attempt, world: World, *, every: int, total_steps: int) -> None:
@@ -50,22 +50,22 @@ class Metrics:
             self._board = Board(self._run, self._attempt, progress.step)
 
     def restart_clock(self, samples: int) -> None:
-        """Measure rates from here on: what happened between (an evaluation, a roll-back) is not training."""
+        """Measure rates from here on: the time of an evaluation or a roll-back is not training."""
         self._since, self._samples_before, self._waited = time.monotonic(), samples, 0.0
 
     def waited(self, seconds: float) -> None:
-        """Count time that this rank spent waiting for a batch."""
+        """Add seconds that this rank spent waiting for a batch."""
         self._waited += seconds
 
     def due(self, progress: Progress) -> bool:
-        """Whether this step has a line."""
+        """Whether this step has a line of metrics."""
         return progress.step % self._every == 0 or progress.step in (1, self._total)
 
     def write(self, progress: Progress, report: Report, *, lr: float, bad: int, **extra: float) -> int:
         """Reduce over the ranks and write a line. Every rank calls it at the same step.
 
-        `bad`: samples this rank found bad since the last line; returns the sum over the ranks.
-        Raises StaleAttempt.
+        lr: the schedule's learning rate at the step. bad: samples that this rank found bad since the last
+        line. Returns their sum over the ranks. Raises StaleAttempt.
         """
         names = sorted(report.metrics)
         values = torch.stack([report.metrics[name].detach().reshape(()).double() for name in names])
@@ -111,7 +111,7 @@ class Metrics:
             self._board.add(group, curves)
 
     def say(self, text: str) -> None:
-        """A message beside the metrics, from rank 0."""
+        """Log a message on rank 0."""
         if self._world.is_main:
             logger.info("%s", text)
 
@@ -122,13 +122,13 @@ class Metrics:
 
 
 class Board:
-    """TensorBoard's curves, one file an attempt; later points of an earlier attempt are hidden.
+    """TensorBoard's curves, one file per attempt; points of an earlier attempt past the resume are hidden.
 
-    Where they cannot be written (a full disk), one warning says so and they stop; nothing depends on them.
+    Where they cannot be written (a full disk), one warning says so and the rest of the attempt has none.
     """
 
     def __init__(self, run: Run, attempt: Attempt, step: int) -> None:
-        """`step`: where they begin."""
+        """`step`: the step that the run has reached."""
         self._writer: Any = None
         with self._giving_up():
             from torch.utils.tensorboard import SummaryWriter
@@ -138,7 +138,7 @@ class Board:
             self._writer = SummaryWriter(str(run.tensorboard), filename_suffix=suffix, purge_step=purge)
 
     def add(self, group: str, line: Mapping[str, Any]) -> None:
-        """Points GROUP/NAME at the line's step; the caller has just checked that the attempt is not stale."""
+        """Add points GROUP/NAME at the line's step; the caller has checked that the attempt is not stale."""
         with self._giving_up():
             for name, value in line.items():
                 counted = name in ("step", "samples", "epoch")
@@ -146,7 +146,7 @@ class Board:
                     self._writer.add_scalar(f"{group}/{name}", value, line["step"])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is buffered, and close the file."""
         with self._giving_up():
             if self._writer:
                 self._writer.close()
@@ -162,7 +162,7 @@ class Board:
 
 
 def _summary(line: Mapping[str, Any]) -> str:
-    """The few numbers of a line of metrics that a person follows."""
+    """A line of metrics as the log has it: epoch, loss, learning rate and speed."""
     parts = [f"epoch {line['epoch']:.2f}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}"]
     parts.append(f"{line['samples_per_second']:,.0f} samples/s")
     parts.append(f"waited {line['data_wait_seconds']:.2f} s for data")

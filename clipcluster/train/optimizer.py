@@ -22,10 +22,10 @@ WeightDecay = Callable[[int, float], float]
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast a parameter trains, beside the schedule.
+    """The learning rate of a parameter in a stage, as a multiple of the schedule's.
 
-    scale: factor of the schedule's learning rate. warmup: steps over which it rises linearly from `start`
-    on, for what has just begun to train; never zero, as with the schedule.
+    scale: the factor after the warm-up. start: the step at which the parameter begins to train. warmup: steps
+    over which the factor rises linearly to `scale` from `start` on; it is never zero, as in the schedule.
     """
 
     scale: float = 1.0
@@ -33,37 +33,37 @@ class Rate:
     warmup: int = 0
 
     def factor(self, step: int) -> float:
-        """Of the schedule's learning rate at the update that leads from step `step` to `step + 1`."""
+        """The factor at the update that leads from step `step` to `step + 1`."""
         return self.scale * (min(1.0, (step - self.start + 1) / self.warmup) if self.warmup else 1.0)
 
 
 def full_rate(name: str) -> Rate | None:
-    """Every parameter trains, at the schedule's learning rate."""
+    """The rate of a stage in which every parameter trains at the schedule's learning rate."""
     return Rate()
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """What a parameter has for the whole run.
+class Hyperparameters:
+    """The hyperparameters of one parameter, constant over the run.
 
-    factor: of the schedule's learning rate. weight_decay: at step 0; None where none ever applies. fallback:
-    with an optimizer of Muon's family, AdamW trains the parameter whatever its shape.
+    lr_factor: multiplies the schedule's learning rate. weight_decay: at step 0; None where none ever applies.
+    fallback: with an optimizer of Muon's family, AdamW trains the parameter whatever its shape.
     """
 
-    factor: float = 1.0
+    lr_factor: float = 1.0
     weight_decay: float | None = None
     fallback: bool = False
 
     def __str__(self) -> str:
         decay = "no weight decay" if self.weight_decay is None else f"weight decay {self.weight_decay:g}"
-        return f"learning rate x {self.factor:.6g}, {decay}" + ", AdamW" * self.fallback
+        return f"learning rate x {self.lr_factor:.6g}, {decay}" + ", AdamW" * self.fallback
 
 
 def decaying(model: nn.Module, no_decay: Iterable[str] = ()) -> set[str]:
     """The names of the parameters to which weight decay applies.
 
-    It does not apply to biases, norms, nor anything with fewer than two dimensions (the last covers
-    `logit_scale` and every per-channel gain), and not to names that a pattern of `no_decay` fits (`*`, `?`).
+    It applies neither to biases and norms, nor to anything with fewer than two dimensions (`logit_scale`,
+    every gain per channel), nor to names that a pattern of `no_decay` matches (`*`, `?`).
     """
     found = set()
     for name, parameter in model.named_parameters():
@@ -75,15 +75,15 @@ def decaying(model: nn.Module, no_decay: Iterable[str] = ()) -> set[str]:
 
 
 class Optimizer:
-    """AdamW, or one of timm's optimizers, skippable on the device.
+    """AdamW, or one of timm's optimizers, whose update can be skipped on the device.
 
-    AdamW (Loshchilov and Hutter 2019, algorithm 2) is one fused kernel a step, which skips by itself; the
+    AdamW (Loshchilov and Hutter 2019, algorithm 2) is one fused kernel per step, which skips by itself; the
     others go through `Undo`.
 
-    The state is flat, `PARAMETER.exp_avg`, `PARAMETER.step`, …, so that it outlives a change of the
-    parameters' order. Of AdamW it is complete: every parameter that trains has one from the beginning. The
-    others make theirs at a parameter's first update; `PARAMETER.began` says whether that was. What an
-    optimizer counts for a whole group (LAMB, Adan) is kept for each of its parameters, and parameters with
+    The state dict is flat, `PARAMETER.exp_avg`, `PARAMETER.step`, …, and so independent of the order of the
+    parameters. AdamW's is complete: every parameter that trains has a state from the beginning. The others
+    create a parameter's state at its first update; `PARAMETER.began` says whether there was one. What an
+    optimizer counts per group (LAMB, Adan) is stored for each parameter of the group, and parameters with
     different counts are in different groups. Hyperparameters come from the recipe and are not in the state.
     """
 
@@ -97,17 +97,17 @@ class Optimizer:
         eps: float = 1e-6,
         name: str = "adamw",
         args: Mapping[str, Any] | None = None,
-        tunings: Mapping[str, Tuning] | None = None,
+        hyperparameters: Mapping[str, Hyperparameters] | None = None,
         decay_at: WeightDecay = lambda step, start: start,
     ) -> None:
-        """The optimizer `name`, over what trains now.
+        """The optimizer `name` over the parameters that require a gradient now.
 
         Args:
             lr: the schedule's peak.
-            weight_decay: of what `decaying` names, where there are no `tunings`.
+            weight_decay: of what `decaying` names, where `hyperparameters` is not given.
             betas, eps: AdamW's.
             args: of another optimizer than AdamW.
-            tunings: by parameter name, all of them.
+            hyperparameters: by parameter name, all of them; default: `weight_decay` alone.
 
         Raises:
             UserError: as `timm_optimizer`, and for a weight decay that the installed timm computes wrongly.
@@ -115,8 +115,8 @@ class Optimizer:
         self.name = name
         self._model, self._peak, self._decay_at = model, lr, decay_at
         decays = decaying(model)
-        self._tunings = tunings or {
-            name: Tuning(weight_decay=weight_decay if name in decays else None)
+        self._hyperparameters = hyperparameters or {
+            name: Hyperparameters(weight_decay=weight_decay if name in decays else None)
             for name, _ in model.named_parameters()
         }
         self._fused = name == "adamw"
@@ -132,10 +132,10 @@ class Optimizer:
         self.regroup(full_rate)
 
     def regroup(self, rate_of: Callable[[str], Rate | None]) -> None:
-        """Take the parameters that train now, each at its rate (not asked of what is frozen).
+        """Take the parameters that require a gradient now, each at its rate.
 
-        Those that trained before keep their state, the others begin with none: what is frozen again and
-        trains once more starts afresh.
+        Those that trained before keep their state, the others begin without one, also those that trained
+        earlier and were frozen since. Raises ValueError where `rate_of` says of one that it is frozen.
         """
         kept = self._states()
         self._rate_of = rate_of
@@ -148,11 +148,14 @@ class Optimizer:
         self._build(kept)
 
     def _build(self, kept: Mapping[str, tuple[Values, Values]]) -> None:
-        """Groups of parameters with equal settings and counts, and their states: name -> state, counts."""
+        """Make the optimizer: a group for each set of equal settings and counts, with the states in `kept`.
+
+        kept: name -> state, and the counts of its group.
+        """
         groups: dict[tuple[Any, ...], list[str]] = {}
         for name in self._named:
             counts = kept[name][1] if name in kept else {}
-            key = (self._tunings[name], self._rate_of(name))
+            key = (self._hyperparameters[name], self._rate_of(name))
             groups.setdefault((*key, *((k, float(v)) for k, v in counts.items())), []).append(name)
         given = [self._settings(names[0]) for names in groups.values()]
         members = [[self._named[name] for name in names] for names in groups.values()]
@@ -169,10 +172,10 @@ class Optimizer:
                 self._optimizer.state[parameter] = state
 
     def _settings(self, name: str) -> Values:
-        """What a parameter's group is made with."""
-        tuning, rate = self._tunings[name], self._rate_of(name)
-        own = {"weight_decay": tuning.weight_decay or 0.0, "factor": tuning.factor, "rate": rate}
-        return {**own, "tuning": tuning, **({"use_fallback": True} if tuning.fallback else {})}
+        """The settings with which the group of a parameter is made."""
+        own, rate = self._hyperparameters[name], self._rate_of(name)
+        settings = {"weight_decay": own.weight_decay or 0.0, "hyperparameters": own, "rate": rate}
+        return {**settings, **({"use_fallback": True} if own.fallback else {})}
 
     def _fresh(self, parameter: nn.Parameter) -> Values:
         if not self._fused:
@@ -184,7 +187,7 @@ class Optimizer:
         }
 
     def _states(self) -> dict[str, tuple[Values, Values]]:
-        """Name -> the state of each parameter, and what is counted for its group."""
+        """Parameter name -> its state, and the counts of its group."""
         if not self._named:
             return {}
         self._undo.settle()
@@ -198,20 +201,20 @@ class Optimizer:
         return {name: found[name] for name in self._named}
 
     def describe(self) -> list[str]:
-        """One line for each set of settings: how many parameters have it."""
-        counts: dict[Tuning, int] = {}
+        """One line for each set of hyperparameters: how many parameters (numbers) have it."""
+        counts: dict[Hyperparameters, int] = {}
         for name, parameter in self._named.items():
-            tuning = self._tunings[name]
-            counts[tuning] = counts.get(tuning, 0) + parameter.numel()
-        return [f"{self.name}: {count:,} parameters: {tuning}" for tuning, count in counts.items()]
+            own = self._hyperparameters[name]
+            counts[own] = counts.get(own, 0) + parameter.numel()
+        return [f"{self.name}: {count:,} parameters: {own}" for own, count in counts.items()]
 
     @property
     def size(self) -> int:
-        """The parameters it updates, counted as numbers."""
+        """How many parameters (numbers, not tensors) it updates."""
         return sum(p.numel() for group in self._optimizer.param_groups for p in group["params"])
 
     def gradients(self) -> list[Tensor]:
-        """The gradients there are; a parameter that took no part in the loss has None, not zero."""
+        """All gradients; a parameter that the loss does not depend on has None, not zero, and is left out."""
         return [p.grad for p in self._named.values() if p.grad is not None]
 
     def clear(self) -> None:
@@ -225,9 +228,10 @@ class Optimizer:
         float32 on the device, so nothing waits for it.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["factor"] * group["rate"].factor(at)
-            if group["tuning"].weight_decay is not None:
-                group["weight_decay"] = self._decay_at(at, group["tuning"].weight_decay)
+            own: Hyperparameters = group["hyperparameters"]
+            group["lr"] = lr * own.lr_factor * group["rate"].factor(at)
+            if own.weight_decay is not None:
+                group["weight_decay"] = self._decay_at(at, own.weight_decay)
         if self._fused:
             # The two attributes a gradient scaler hands to a fused optimizer; its kernel reads them.
             self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
@@ -250,7 +254,7 @@ class Optimizer:
         return flat
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state from `state_dict`, all of it.
+        """Load a state dict, all of it.
 
         Raises RuntimeError, naming them, for entries that are missing, belong to no parameter that trains
         here, or have another shape or type; nothing is changed then.
@@ -279,13 +283,13 @@ class Optimizer:
         self._build(layout)
 
     def _layout(self, state: Mapping[str, Any]) -> dict[str, tuple[Values, Values]]:
-        """Name -> state and counts as `state` should have them: tensors to copy into, numbers of the type."""
+        """Parameter name -> state and counts as `state` should have them, to be filled from it."""
         if self._fused:
             return self._states()
         layout: dict[str, tuple[Values, Values]] = {}
         probed: dict[tuple[Any, ...], tuple[Values, Values]] = {}
         for name, parameter in self._named.items():
-            about = (parameter.shape, parameter.stride(), parameter.dtype, self._tunings[name])
+            about = (parameter.shape, parameter.stride(), parameter.dtype, self._hyperparameters[name])
             if about not in probed:
                 probed[about] = self._probe(name)
             held, counts = probed[about]
@@ -295,7 +299,7 @@ class Optimizer:
         return layout
 
     def _probe(self, name: str) -> tuple[Values, Values]:
-        """What the optimizer keeps for a parameter and counts for its group, tried on one of zeros."""
+        """The state of a parameter and the counts of its group after an update, tried on a copy of zeros."""
         parameter = nn.Parameter(torch.zeros_like(self._named[name]))
         parameter.grad = torch.zeros_like(parameter)
         optimizer = self._make([{"params": [parameter], **self._settings(name)}])
@@ -306,14 +310,14 @@ class Optimizer:
 
 
 def _measure_decay(group: Values, peak: float) -> None:
-    """Let timm's corrected weight decay measure the learning rate of a group by the group's own peak.
+    """Let timm's corrected weight decay compare a group's learning rate with the group's own peak.
 
-    Raises UserError where the installed timm measures every group's by that of the schedule, and they differ.
+    Raises UserError where the installed timm compares it with the schedule's peak, and the two differ.
     """
-    share = group["factor"] * group["rate"].scale
+    scale = group["hyperparameters"].lr_factor * group["rate"].scale
     if "max_lr_snapshot" in group:
-        group["max_lr_snapshot"] = peak * share
-    elif group.get("corrected_weight_decay") and share != 1.0:
+        group["max_lr_snapshot"] = peak * scale
+    elif group.get("corrected_weight_decay") and scale != 1.0:
         raise UserError(
             "optim.name: this optimizer's corrected weight decay is wrong before timm 1.0.31 where parts, "
             "layers or stages have rates of their own; update timm, or choose another optimizer"
@@ -325,5 +329,5 @@ def _has_no_dimension(value: Any) -> bool:
 
 
 def _kind(value: Any) -> tuple[Any, ...]:
-    """What two entries have alike where one can take the other's place."""
+    """Shape and dtype of a tensor, or the type of a number: equal where one can replace the other."""
     return (value.shape, value.dtype) if isinstance(value, Tensor) else (type(value),)

@@ -22,17 +22,17 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 
 
 class Precision:
-    """Autocast and loss scale; the loss scale is what a checkpoint keeps (empty without one).
+    """Autocast, and for float16 the loss scale, which is the part of it that a checkpoint holds.
 
-    The scale follows Micikevicius et al. 2018, section 3.2, as torch's GradScaler does (start 65,536,
-    halved at an overflow, doubled after 2,000 steps without one), with a floor: at `SMALLEST` the
-    scale cannot be the cause of an overflow. Everything stays on the device.
+    The scale follows Micikevicius et al. 2018, section 3.2, as torch's GradScaler has it (65,536 at first,
+    halved at an overflow, doubled after 2,000 steps without one), bounded to `SMALLEST` and `LARGEST`: at
+    `SMALLEST` an overflow has another cause. Everything stays on the device.
     """
 
     START, SMALLEST, LARGEST, GROWTH_INTERVAL = 65536.0, 1.0, 2.0**24, 2000
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
-        """Raises UserError where the device cannot compute in that format."""
+        """Raises UserError where the device cannot compute in this format."""
         self.name, self.device, self.dtype = name, device, DTYPES[name]
         self._check_device()
         self.scales = name == "fp16"
@@ -56,9 +56,10 @@ class Precision:
             )
 
     def prepare(self, model: nn.Module) -> None:
-        """Let this process and a model compute in this format, and log how: before training or measuring.
+        """Set this process and a model to compute in this format, and log it; call it before any computation.
 
-        Float32 products on an accelerator are TF32 or not; batch norms stay in float32 under autocast.
+        It decides whether float32 products on an accelerator use TF32, and keeps batch norms in float32
+        under autocast.
         """
         used = choose_float32(self.device, tf32=self.name == "tf32")
         norms = 0 if self.dtype is torch.float32 else keep_in_float32(model)
@@ -73,18 +74,18 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def seed_gradient(self, loss: Tensor) -> Tensor:
-        """What `loss.backward` starts from: the scale, or NaN where the loss itself is not finite.
+        """The gradient that `loss.backward` starts from: the scale, or NaN where the loss is not finite. ().
 
-        NaN times anything is NaN, so a bad loss on one rank shows in the reduced gradients of all.
+        A product with NaN is NaN, so a loss that is not finite on one rank shows in the gradients of all.
         """
         return torch.where(torch.isfinite(loss), self.scale, torch.nan).to(loss.dtype)
 
     def counts(self) -> Tensor:
-        """Whether a non-finite step counts against the run: not while the scale can still fall. () bool."""
+        """Whether a non-finite step counts towards the limit, () bool: not while the scale can still fall."""
         return self.scale <= self.SMALLEST
 
     def update(self, found_inf: Tensor) -> None:
-        """Move the scale after a step whose gradients were (1) or were not (0) all finite."""
+        """Change the scale after a step; found_inf, (), is 1 where a gradient was not finite, else 0."""
         if self.scales:
             tracker, interval = self._good_steps, self.GROWTH_INTERVAL
             torch._amp_update_scale_(self.scale, tracker, found_inf, 2.0, 0.5, interval)

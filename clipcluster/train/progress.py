@@ -1,4 +1,4 @@
-"""How far a run is, which is all that decides its next step, and its batches from there on."""
+"""The progress of a run, which alone decides its next step, and the batches from there on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Counts of what was consumed. The whole state of the data is `batches_drawn` and `skipped`.
+    """Counts of what was consumed. `batches_drawn` and `skipped` are the whole state of the data.
 
-    step: optimizer steps done (skipped ones included). samples: samples consumed by them.
+    step: optimizer steps done, those that changed nothing included. samples: samples consumed by them.
     batches_drawn: index of the next batch. evaluated_step: the last step that was evaluated, -1 before.
-    skipped: ranges [first, past the last) of batches that a roll-back skips.
+    skipped: half-open ranges (first, past the last) of batches that a roll-back skips.
     """
 
     def __init__(self, *, steps_per_epoch: int, batch_size: int) -> None:
@@ -29,7 +29,7 @@ class Progress:
 
     @property
     def epoch(self) -> float:
-        """Epochs done, with decimals."""
+        """Epochs done, a fraction."""
         return self.step / self.steps_per_epoch
 
     def advance(self, batch: Batch) -> None:
@@ -59,11 +59,11 @@ class Progress:
 
 
 class Feed:
-    """Batches from the next one of a progress on, without the ranges that it skips, onto the device.
+    """The batches from a given progress on, without the ranges that it skips, moved to the device.
 
     Args:
-        open_batches: opens them.
-        waited: called with the seconds that each batch was waited for.
+        open_batches: opens the loader at a progress.
+        waited: called with the seconds spent waiting for each batch.
     """
 
     def __init__(

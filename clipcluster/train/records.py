@@ -1,4 +1,4 @@
-"""What a rank records between two boundaries, and the failure it found until all ranks can act on it."""
+"""What a rank records between two step boundaries, and a failure that it keeps until all ranks can act."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
 
 LEAST_SAMPLES = 1000
-"""The limit is a fraction of at least so many samples, so that one bad image does not end a small run."""
+"""The limit of bad samples is a fraction of at least this many, so that one does not end a small run."""
 logger = logging.getLogger("clipcluster")
 
 
 class Records:
-    """The records of one rank. `failure` is what it found since the last boundary, None as a rule.
+    """The records of one rank. `failure` is what it found since the last boundary, usually None.
 
     Args:
-        samples: of all sources.
-        limit: fraction of them that may be bad.
+        samples: the number of samples of all sources.
+        limit: the fraction of them that may be bad.
     """
 
     def __init__(self, attempt: Attempt, world: World, *, samples: int, limit: float) -> None:
@@ -38,10 +38,10 @@ class Records:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Keep a failure of what is done inside for the next boundary, where all ranks raise it together.
+        """Keep a failure that is raised inside for the next boundary, where all ranks raise it together.
 
-        What cannot be written (a full disk) is logged and does not end the run; a checkpoint that cannot be
-        written does, by the saver's count.
+        A record that cannot be written (a full disk) is logged and does not end the run; checkpoints that
+        cannot be written do (see `Saver`).
         """
         try:
             yield
@@ -55,23 +55,23 @@ class Records:
         return Wish.ABORT if self.failure else Wish.NONE
 
     def event(self, kind: str, **fields: Any) -> None:
-        """An event of rank 0; the other ranks write nothing."""
+        """Record an event on rank 0; the other ranks write nothing."""
         if self.world.is_main:
             self.own_event(kind, **fields)
 
     def own_event(self, kind: str, **fields: Any) -> None:
-        """An event of this rank."""
+        """Record an event of this rank."""
         with self.keeping():
             self.attempt.event(kind, writer=f"rank-{self.world.rank}", **fields)
 
     def samples(self, step: int, keys: Iterable[tuple[int, str, str]]) -> None:
-        """The samples (slot, shard, key) that a step consumed."""
+        """Record the samples (slot, shard, key) that a step consumed."""
         with self.keeping():
             lines = [{"step": step, "slot": slot, "shard": shard, "key": key} for slot, shard, key in keys]
             self.attempt.samples(self.world.rank, lines)
 
     def bad_samples(self, bad: Iterable[Mapping[str, Any]]) -> None:
-        """Those of a batch that could not be decoded (`shard`, `key`, `reason`), each once an attempt."""
+        """Record samples that could not be decoded (`shard`, `key`, `reason`), each once per attempt."""
         for sample in bad:
             identity = (str(sample["shard"]), str(sample["key"]))
             if identity not in self._known:
@@ -79,7 +79,7 @@ class Records:
                 line = {**sample, "shard": identity[0], "key": identity[1]}
                 with self.keeping():
                     self.attempt.bad_sample(self.world.rank, **line)
-                    self._known.add(identity)  # one that could not be written is tried again
+                    self._known.add(identity)  # not reached where the write failed: tried again
 
     def take_bad(self) -> int:
         """How many bad samples this rank found since it was last asked."""
@@ -87,7 +87,7 @@ class Records:
         return new
 
     def judge_bad(self) -> None:
-        """Count the bad samples of all ranks and attempts: a failure, naming the shards, above the limit."""
+        """Count the bad samples of all ranks and attempts; a failure, with the shards, above the limit."""
         found = bad_samples(Run(self.attempt.run))
         if len(found) <= self._limit * self._samples:
             return

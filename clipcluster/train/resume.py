@@ -1,7 +1,8 @@
-"""Where a run continues: the newest checkpoint that fits it, or the one before a row of non-finite steps.
+"""Where a run continues: the newest checkpoint that fits it, or the one before a streak of non-finite steps.
 
-It goes back so once in a run. `attempts/N/roll_back.json` is durable before the run continues: a resume skips
-the same batches, takes no checkpoint that was saved within the row, and does not go back a second time.
+A run is rolled back so only once. `attempts/N/roll_back.json` is durable before training continues: a later
+resume skips the same batches, takes no checkpoint that was saved within the streak, and does not roll back
+again.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ def restore(
 ) -> Path | None:
     """Load the newest checkpoint into `progress` and `parts` on every rank; None where there is none.
 
-    `enter(step)` comes before the loading and puts the stage of that step in force (0 without a checkpoint).
-    Rank 0 looks, verifies and tells the others; all load what it found. The progress skips the batches that
+    `enter(step)` is called before the loading and enters the stage of that step (0 without a checkpoint).
+    Rank 0 chooses and verifies the checkpoint, and all ranks load it. The progress skips the batches that
     the run's roll-backs recorded, and checkpoints that were saved within them are set aside.
-    Raises, on all ranks together, CheckpointError where none can be used or a record is damaged, DataError
-    for another index, RecipeFailure for other starting weights.
+    Raises, on all ranks together, CheckpointError where no checkpoint can be used or a record is damaged,
+    DataError for another index, RecipeFailure for other starting weights.
     """
     folder = saver.folder
 
     def look() -> dict[str, Any]:
         attempts = Run(folder.attempt.run).attempts()
-        skipped = [row for attempt in attempts for row in _skipped_by(attempt.path / ROLL_BACK)]
+        skipped = [pair for attempt in attempts for pair in _skipped_by(attempt.path / ROLL_BACK)]
         newest = folder.newest(lambda state: _saved_within(skipped, state))
         if newest is None:
             return {"skipped": skipped, "name": None, "state": {"step": 0}}
@@ -62,7 +63,7 @@ def restore(
 
 
 def _saved_within(skipped: Iterable[tuple[int, int]], state: Mapping[str, Any]) -> str:
-    """Which of these batches a checkpoint was trained on; empty where on none, or where it skips them."""
+    """Why a checkpoint that was saved within these ranges of batches is unusable; "" for any other."""
     for first, past in skipped:
         if state["batches_drawn"] > first and [first, past] not in state["skipped"]:
             return (
@@ -95,7 +96,7 @@ def _check_same(state: Mapping[str, Any], constants: Mapping[str, Any], folder: 
 
 
 def _difference(before: list[Mapping[str, Any]], now: list[Mapping[str, Any]]) -> str:
-    """What differs, as precisely as the checkpoint can tell."""
+    """What differs between two indexes, down to the shard where the checkpoint lists the shards' hashes."""
     if len(before) != len(now):
         return f"there were {len(before)} sources, now there are {len(now)}"
     pairs = zip(before, now, strict=True)
@@ -109,10 +110,10 @@ def _difference(before: list[Mapping[str, Any]], now: list[Mapping[str, Any]]) -
 
 
 def record_roll_back(folder: CheckpointFolder, progress: Progress, streak: Streak) -> None:
-    """Record durably that the run goes back before a row of non-finite steps and skips its batches.
+    """Record durably that the run rolls back to before a streak of non-finite steps and skips its batches.
 
-    Raises NonFiniteError where it went back before or no checkpoint is older than the row, StaleAttempt, and
-    CheckpointError where the record cannot be written.
+    Raises NonFiniteError where it was rolled back before or no checkpoint is older than the streak,
+    StaleAttempt, and CheckpointError where the record cannot be written.
     """
     older = any(step <= streak.first_batch for step in folder.steps())
     if progress.skipped or not older:
@@ -135,6 +136,7 @@ def record_roll_back(folder: CheckpointFolder, progress: Progress, streak: Strea
 
 
 def _skipped_by(path: Path) -> list[tuple[int, int]]:
+    """The ranges of batches that a record of a roll-back skips; none where there is no such file."""
     try:
         return [(int(first), int(past)) for first, past in read_json(path)["skipped"]]
     except FileNotFoundError:

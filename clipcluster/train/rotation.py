@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Checkpoint rotation: which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from clipcluster.recipe.sections.checkpoint import Keep
 def kept(
     keep: Keep, every: int | None, steps: Iterable[int], values: Mapping[int, float], pinned: Iterable[int]
 ) -> set[int]:
-    """The steps out of `steps` that stay: the last, one in `every` steps, the best, and those `pinned`.
+    """The steps out of `steps` whose checkpoints stay: the last, one in `every` steps, the best, the pinned.
 
-    `values` are those of the metric of `keep.best`, for the steps that have one.
+    values: the metric of `keep.best` at the steps where it was measured.
     """
     ordered = sorted(steps)
     stay = {*ordered[-keep.last :], *pinned}
@@ -26,5 +26,5 @@ def kept(
 
 
 def smaller_is_better(metric: str) -> bool:
-    """Ranks, losses and errors are better small (`val/t2i_mean_rank`); everything else is better large."""
+    """Whether a metric is a rank, a loss or an error (`val/t2i_mean_rank`); all others are better large."""
     return metric.endswith(("rank", "loss", "error"))

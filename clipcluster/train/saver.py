@@ -19,12 +19,12 @@ from clipcluster.train.records import Records
 from clipcluster.train.rotation import kept
 
 logger = logging.getLogger("clipcluster")
-ATTEMPTS = 2
-"""Failed saves in a row that end the run."""
+FAILED_SAVES = 2
+"""The number of consecutive failed saves that ends the run."""
 
 
 class _Write(threading.Thread):
-    """One checkpoint on its way to the disk."""
+    """The thread that writes one checkpoint."""
 
     def __init__(self, folder: CheckpointFolder, contents: Contents) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -50,33 +50,34 @@ class _Write(threading.Thread):
             raise Dropped
 
     def expected_seconds(self) -> tuple[float, float]:
-        """How long this write has taken, and how long it takes in all at its pace, once that is known."""
+        """Seconds that this write has taken so far, and that it takes in all at its speed so far."""
         passed = time.monotonic() - self.began
-        times = self._contents.bytes / self._written if self._written else 1.0
-        return passed, passed * max(1.0, times)
+        ratio = self._contents.bytes / self._written if self._written else 1.0
+        return passed, passed * max(1.0, ratio)
 
 
 def to_drop(passed: float, whole: float, seconds_left: float) -> bool:
-    """Whether a write under way is given up for the one that is to follow it.
+    """Whether a write under way is dropped in favour of a newer checkpoint.
 
-    It is where only the new one fits into the time left: both take `whole` seconds, of which the one under
-    way has had `passed`. Where the new one alone does not fit either, the older has the better chance.
+    Each write takes `whole` seconds, and the one under way has run for `passed`. It is dropped where the
+    newer one fits into the time left and both do not. Where not even the newer one fits, the one under way
+    is more likely to complete.
     """
     return whole <= seconds_left < max(0.0, whole - passed) + whole
 
 
 class Saver:
-    """Saves: a copy between steps, then a thread writes. Rank 0 decides, and the others do as it says.
+    """Saves checkpoints: a copy is taken between steps, and a thread writes it. Rank 0 decides when.
 
-    A rank other than 0 writes only where a part differs by rank; every rank calls the methods alike.
+    Other ranks write only where a part differs by rank; every rank calls the methods at the same steps.
 
     Args:
         keep: the rotation policy; keep_every: its `every`, in steps.
-        constants: what state.json says besides the progress: index, starting weights (a resume with others is
-            refused), plan.
-        every_steps, every_seconds: when to save; one of them. Steps that `keep` keeps for good, and with a
-            best metric those that were evaluated, are saved besides.
-        last_seconds: how long a save of this run took last, where an earlier attempt saved.
+        constants: what state.json holds besides the progress: index, starting weights (a resume with others
+            is refused), plan.
+        every_steps, every_seconds: the interval between saves; one of them. Steps that `keep.every` keeps,
+            and with `keep.best` evaluated steps, are saved too.
+        last_seconds: how long the last save of this run took, where an earlier attempt saved.
     """
 
     def __init__(
@@ -104,12 +105,12 @@ class Saver:
         self.last_seconds = last_seconds
 
     def resumed_from(self, step: int) -> None:
-        """The checkpoint of `step` exists: it need not be written again."""
+        """Note that the checkpoint of `step` exists, and need not be written again."""
         self.durable_step = self._asked_at = step
         self._evaluations.clear()  # of steps that a roll-back undid
 
     def wishes(self, progress: Progress) -> Wish:
-        """SAVE when a save is due or must be repeated; what failed for good is a failure of the records."""
+        """SAVE where a save is due or has to be repeated; after `FAILED_SAVES`, `records.failure` is set."""
         if self._write and not self._write.is_alive():
             self.finish()
         repeated = bool(self._failures) and self._write is None
@@ -122,26 +123,26 @@ class Saver:
         if progress.step == progress.evaluated_step and self._keep.best:
             return True
         if self._keep_every and progress.step % self._keep_every == 0:
-            return True  # else there would be none to keep
+            return True  # rotation can only keep what was saved
         if self._every_steps:
             return progress.step % self._every_steps == 0
         if self._every_seconds is None or self._write:
-            return False  # by the clock no save waits for the one before it
+            return False  # a save that is due by the clock does not wait for the one under way
         return time.monotonic() - self._clock >= self._every_seconds
 
     def save(self, progress: Progress, parts: Parts, sound: int | None = None) -> None:
         """Copy the parts now and let a thread write them. Collective.
 
-        The write before it, if there is one, is finished first; the other ranks wait, however long it takes.
-        `sound`: batches before those that a roll-back may still skip (all where None): the newest checkpoint
-        of no more of them stays.
+        A write under way is finished first; the other ranks wait for it, however long it takes.
+        sound: the number of batches before an unread streak of non-finite steps, None where there is none.
+        The newest checkpoint of at most so many batches is kept for a roll-back.
         """
         if self._world.while_main(lambda: self._wanted(progress.step)):
             self._start(progress, parts)
             self._sound = progress.step if sound is None else sound
 
     def _wanted(self, step: int) -> bool:
-        """On rank 0: whether a step is still to be written, once the write under way is done."""
+        """On rank 0: whether a step still has to be written, once the write under way is done."""
         self.finish()
         return self.records.failure is None and self.durable_step != step
 
@@ -157,10 +158,10 @@ class Saver:
             self._write.start()
 
     def save_and_wait(self, progress: Progress, parts: Parts, seconds_left: float | None = None) -> None:
-        """Have this step durable on return, or a failure kept after the second try. Collective.
+        """Make this step durable; after `FAILED_SAVES` tries `records.failure` is set instead. Collective.
 
-        A write under way is finished first, unless only this step's fits into `seconds_left`: then it is
-        dropped. How long a save takes is known from the last one, and from the pace of the one under way.
+        A write under way is finished first, or dropped where only this step's fits into `seconds_left`. The
+        length of a save is estimated from the last one, and from the speed of the one under way.
         """
         self._world.while_main(lambda: self._finish_or_drop(progress.step, seconds_left))
         while self._world.while_main(lambda: self._wanted(progress.step)):
@@ -178,12 +179,12 @@ class Saver:
         self.finish()
 
     def peers_lost(self) -> None:
-        """A write under way no longer waits for files of the other ranks."""
+        """Let a write under way no longer wait for files of the other ranks."""
         if self._write:
             self._write.peers_lost.set()
 
     def finish(self) -> None:
-        """Wait for the write under way on this rank, if any, and take its result."""
+        """Wait for the write under way on this rank, if any, and record its result."""
         write, self._write = self._write, None
         if write is None:
             return
@@ -199,7 +200,7 @@ class Saver:
             self.records.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
 
     def _settle(self) -> None:
-        """Record what was measured of the newest checkpoint, then rotate; both can wait for the next one."""
+        """Record the newest checkpoint's evaluation, then rotate; what fails here does not end the run."""
         with self.records.keeping():
             if self.durable_step in self._evaluations:
                 self.folder.record_evaluation(self.durable_step, self._evaluations.pop(self.durable_step))
@@ -208,11 +209,11 @@ class Saver:
     def _note_failure(self, step: int, error: OSError) -> None:
         if not self._world.is_main:
             logger.error("this rank's files of step %d could not be written: %s", step, error)
-            return  # rank 0 is told by the receipt, and counts
+            return  # rank 0 learns of it from the receipt, and counts it
         self._failures += 1
-        logger.error("the save of step %d failed (%d of %d): %s", step, self._failures, ATTEMPTS, error)
+        logger.error("the save of step %d failed (%d of %d): %s", step, self._failures, FAILED_SAVES, error)
         self.records.event("checkpoint_failed", step=step, reason=str(error))
-        if self._failures >= ATTEMPTS and not self.records.failure:
+        if self._failures >= FAILED_SAVES and not self.records.failure:
             self.records.failure = CheckpointError(
                 f"{self._failures} saves in a row failed, the last at step {step}: {error}",
                 "Free space on the disk of the run folder, or repair it, and submit again: the run resumes "
@@ -220,7 +221,7 @@ class Saver:
             )
 
     def record_evaluation(self, step: int, results: Mapping[str, float]) -> None:
-        """Keep the results of an evaluation with the checkpoint of its step, there or to come."""
+        """Record the results of an evaluation with the checkpoint of its step, now or once it is written."""
         if not self._world.is_main:
             return
         self._evaluations = {step: dict(results)}

@@ -22,8 +22,9 @@ def learning_rate(
 ) -> float:
     """The learning rate of the update that leads from step `step` to `step + 1` (steps count from 0).
 
-    The warm-up is linear and never zero: `peak * (step + 1) / warmup` for `step < warmup`. What follows, with
-    `done` from 0 to 1 over what it names, reaches its end one update past the last:
+    The warm-up is linear and never zero: `peak * (step + 1) / warmup` for `step < warmup` (Goyal et al. 2017,
+    section 2.2). Then, with `done` rising linearly from 0 at the first step of the named interval to 1 at
+    `total`, which is one step past the last update:
 
     - constant: `peak`;
     - cosine: `minimum + (peak - minimum) * (1 + cos(pi * done)) / 2` from the warm-up to `total` (Loshchilov
@@ -43,8 +44,9 @@ def learning_rate(
 
 
 def weight_decay(step: int, *, start: float, end: float, total: int) -> float:
-    """The weight decay of the update from `step`: half a cosine from `start` at step 0 to `end` at `total`.
+    """The weight decay of the update that leads from step `step` to `step + 1`.
 
-    `end + (start - end) * (1 + cos(pi * step / total)) / 2`, as in DINO and ConvNeXt.
+    Half a cosine from `start` at step 0 to `end` at `total`: `end + (start - end) * (1 + cos(pi * step /
+    total)) / 2`, as in the code of DINO (Caron et al. 2021) and ConvNeXt (Liu et al. 2022).
     """
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))

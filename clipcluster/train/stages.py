@@ -1,4 +1,4 @@
-"""Stages: what trains, and how fast, as a function of the step."""
+"""Stages: which parameters train, and at which learning rate, as a function of the step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ class Stage:
     """What trains from step `start` on.
 
     rate_of: parameter name -> its rate, or None where it is frozen.
-    eval_modules: names of the modules that run as in evaluation: no dropout, running statistics that do not
-        move.
+    eval_modules: names of the modules in evaluation mode: without dropout, with fixed running statistics.
     """
 
     start: int = 0
@@ -29,7 +28,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many parameters (numbers, not tensors) train, of how many; by the model's parts and in all."""
+    """How many parameters (numbers, not tensors) train from step `start` on, in all and by part of the model.
+
+    parts: part of the model -> (trainable, all).
+    """
 
     start: int
     trainable: int
@@ -47,28 +49,27 @@ class Counts:
 
 
 def counts_of(parameters: Iterable[tuple[str, nn.Parameter]], stage: Stage) -> Counts:
-    """What a stage says of parameters by their names in the model."""
-    said, every = Counter[str](), Counter[str]()
+    """The counts of a stage, for parameters by their names in the model."""
+    trainable, every = Counter[str](), Counter[str]()
     for name, parameter in parameters:
         part, size = name.partition(".")[0], parameter.numel()
         every[part] += size
-        said[part] += size if stage.rate_of(name) is not None else 0
-    return Counts(
-        stage.start, said.total(), every.total(), {part: (said[part], every[part]) for part in every}
-    )
+        trainable[part] += size if stage.rate_of(name) is not None else 0
+    parts = {part: (trainable[part], every[part]) for part in every}
+    return Counts(stage.start, trainable.total(), every.total(), parts)
 
 
 class Stages:
-    """The stages of a run; the one in force follows from the step alone, at a resume too.
+    """The stages of a run. The current one follows from the step alone, after a resume too.
 
-    A frozen parameter has no gradient (None: zero would let weight decay move it). What a tower holds fixed
-    itself (sinusoidal positions) trains in no stage.
+    A frozen parameter has no gradient (None: with zero, weight decay would move it). Parameters that a tower
+    itself holds fixed (sinusoidal positions) train in no stage.
     """
 
     def __init__(
         self, model: nn.Module, task: WrappedTask, optimizer: Optimizer, stages: Sequence[Stage] = (Stage(),)
     ) -> None:
-        """Raises ValueError unless the stages begin with step 0, in rising order."""
+        """Raises ValueError unless the first stage begins at step 0, and each later than the one before."""
         starts = [stage.start for stage in stages]
         if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
             raise ValueError(f"stages begin at rising steps, the first at 0, not at {starts}")
@@ -77,10 +78,10 @@ class Stages:
         self._trainable = [pair for pair in model.named_parameters() if pair[1].requires_grad]
 
     def enter(self, step: int) -> Counts | None:
-        """Put the stage of `step` in force. Called before a checkpoint of it is loaded.
+        """Enter the stage of `step`; called before a checkpoint of that step is loaded.
 
-        A change wraps the task again, so that a rehearsal has to follow. Returns what trains then; None where
-        nothing changed, and in a run of one stage that freezes nothing.
+        A change of stage wraps the task again, and a rehearsal has to follow. Returns the counts of the new
+        stage; None where the stage stays, and in a run of one stage that freezes nothing.
         Raises RuntimeError where other parameters train than the stage says.
         """
         stage = [stage for stage in self.stages if stage.start <= step][-1]
@@ -100,7 +101,7 @@ class Stages:
         return counts if len(self.stages) > 1 or counts.trainable < counts.parameters else None
 
     def _check(self, counts: Counts) -> None:
-        """What the stage says is what autograd will see and what the optimizer has."""
+        """Raises RuntimeError unless autograd and the optimizer have as many parameters as the stage says."""
         seen = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
         if not counts.trainable == seen == self._optimizer.size:
             raise RuntimeError(

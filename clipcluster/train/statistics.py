@@ -1,4 +1,4 @@
-"""Running statistics (BatchNorm's), which move once a step, and alike on all ranks."""
+"""Running statistics (of batch norms), which change once per step and equally on all ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from clipcluster.runtime.world import World
 
 
 class RunningStatistics:
-    """The buffers that a forward pass may move.
+    """The buffers of a module that a forward pass in training may change.
 
-    A step's new values are the mean of what its micro-batches on all ranks made of the old ones, each having
-    started from them; with equal micro-batches they do not depend on the number of ranks. Integer buffers
-    (the count of batches) move as in the first micro-batch. Constant buffers stay exactly as they are.
+    The new values of a step are the mean, over its micro-batches on all ranks, of what each made of the old
+    values; with equal micro-batches they do not depend on the number of ranks. Integer buffers (the count of
+    batches) change as in the first micro-batch. Buffers that are constant stay exactly as they are.
     """
 
     def __init__(self, module: nn.Module, world: World) -> None:
@@ -31,16 +31,16 @@ class RunningStatistics:
         self._passes = []
 
     def take(self) -> None:
-        """Count what the forward pass of a micro-batch left."""
+        """Keep the values that the forward pass of a micro-batch left."""
         self._passes.append([buffer.clone() for buffer in self._buffers])
 
     def put_back(self) -> None:
-        """Put the values of `begin` back, once the backward pass is over: until then it may need them."""
+        """Restore the values of `begin`; not before the backward pass, which may need the new ones."""
         for buffer, old in zip(self._buffers, self._before, strict=True):
             buffer.copy_(old)
 
     def commit(self, found_inf: Tensor) -> None:
-        """Move to the step's new values; stay where `found_inf` (0-dimensional, on the device) is 1.
+        """Set the step's new values; the old ones where `found_inf` (0-dimensional, on the device) is 1.
 
         Collective where there are buffers.
         """

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Streak:
-    """The longest row of non-finite steps since the last reading: its length, first and last batch."""
+    """The longest streak of consecutive non-finite steps since the last reading, with its batches."""
 
     length: int
     first_batch: int
     last_batch: int
     total: int
-    """All counted non-finite steps of this process so far."""
+    """All counted non-finite steps of this process so far, in and outside the streak."""
 
     def __str__(self) -> str:
         batches = f"batches {self.first_batch} to {self.last_batch}"
@@ -36,55 +36,55 @@ class Streak:
 
 
 class Guard:
-    """Tests the reduced gradient norm of every step, and counts, without waiting for the device."""
+    """Tests the reduced gradient norm of every step, and counts non-finite ones, all on the device."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
         """`limit`: the number of counted non-finite steps in a row that a run survives."""
         self.limit = limit
-        self._row = torch.zeros(3, dtype=torch.int64, device=device)  # length, first batch, last batch
-        self._longest = torch.zeros_like(self._row)
+        self._streak = torch.zeros(3, dtype=torch.int64, device=device)  # length, first batch, last batch
+        self._longest = torch.zeros_like(self._streak)
         self._total = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(self, norm: Tensor, counts: Tensor, batch_index: int) -> Tensor:
         """`found_inf` of a step: 1.0 where the norm of its reduced gradients is not finite, else 0.0.
 
-        Where `counts` is False a non-finite step neither lengthens nor ends a row.
+        Where `counts` (0-dimensional bool) is False a non-finite step neither lengthens nor ends a streak.
         """
         found = ~torch.isfinite(norm)
         bad = found & counts
-        length, first, last = self._row
+        length, first, last = self._streak
         first = torch.where(bad & (length == 0), batch_index, first)
         last = torch.where(bad, batch_index, last)
         length = torch.where(found, length + bad, 0)
-        self._row = torch.stack((length, first, last))
-        self._longest = torch.where(length > self._longest[0], self._row, self._longest)
+        self._streak = torch.stack((length, first, last))
+        self._longest = torch.where(length > self._longest[0], self._streak, self._longest)
         self._total += bad
         return found.float()
 
     def read(self) -> Streak:
-        """The longest row since the last reading, or the one that has not ended. Waits for the device."""
+        """The longest streak since the last reading, or the unfinished one. Waits for the device."""
         length, first, last, total = torch.cat((self._longest, self._total[None])).tolist()
-        self._longest = self._row.clone()
+        self._longest = self._streak.clone()
         return Streak(length, first, last, total)
 
     def first_unread(self) -> int | None:
-        """The first batch of the row that a reading would return, if there is one. Waits for the device."""
+        """The first batch of the streak that `read` would return, if there is one. Waits for the device."""
         length, first, _ = self._longest.tolist()
         return first if length else None
 
     def reset(self) -> None:
-        """Forget the rows, after a roll-back."""
-        self._row.zero_()
+        """Forget the streaks, after a roll-back."""
+        self._streak.zero_()
         self._longest.zero_()
 
 
 @dataclass
 class Step:
-    """What happens to the weights between two boundaries.
+    """One optimizer step, from a batch to updated weights.
 
-    backward: turns a batch into gradients; it brings the task, its precision and running statistics.
-    clip_norm: largest norm of the whole gradient, or None. clip_value: largest absolute value of an entry,
-    after it, or None.
+    backward: turns a batch into gradients; it holds the task, the precision and the running statistics.
+    clip_norm: upper bound of the norm of the whole gradient, or None. clip_value: upper bound of the absolute
+    value of each entry of the gradient, applied after `clip_norm`, or None.
     """
 
     backward: Backward
@@ -97,7 +97,7 @@ class Step:
     clip_value: float | None = None
 
     def __call__(self, batch: Batch, progress: Progress) -> Report:
-        """Train on a batch, which lies on the device; returns what the task reports, still on the device."""
+        """Train on a batch, which is on the device. Returns the task's report, on the device too."""
         precision, statistics = self.backward.precision, self.backward.statistics
         self.optimizer.clear()
         statistics.begin()
@@ -123,7 +123,7 @@ class Step:
         return self.backward.task.needs_rehearsal
 
     def rehearse(self, batch: Batch) -> None:
-        """One forward and backward pass that changes nothing; it follows every wrapping."""
+        """One discarded forward and backward pass, which follows every wrapping and changes nothing."""
         self.optimizer.clear()
         self.backward.statistics.begin()
         self.backward.rehearse(batch)

@@ -1,4 +1,4 @@
-"""timm's optimizers by name: which can be used here, and why the others cannot."""
+"""timm's optimizers by name: those that can be used here, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OWN_ARGS = {  # arguments that other keys of the recipe decide
 
 
 def usable_optimizers() -> list[str]:
-    """The names of those whose state a checkpoint can hold exactly."""
+    """The names of the optimizers whose whole state a checkpoint can hold."""
     return [name for name in _known() if not _why_not(name)]
 
 
@@ -33,7 +33,7 @@ def _known() -> list[str]:
 
 
 def check_optimizer(name: str) -> None:
-    """Raises UserError for a name that timm does not know, and for an optimizer that cannot be used here."""
+    """UserError for a name that timm does not know, and for an optimizer that cannot be used here."""
     known = _known()
     why = _why_not(name) if name in known or name.startswith("lookahead_") else ""
     if name not in known and not why:
@@ -89,7 +89,7 @@ def timm_optimizer(
         made: torch.optim.Optimizer = kind(groups, lr=lr, **own)
         return made
 
-    try:  # some values are found wrong only by an update
+    try:  # some optimizers check their arguments only at an update
         parameter = nn.Parameter(torch.ones(8, 8))
         parameter.grad = torch.ones(8, 8)
         make([{"params": [parameter]}]).step()

@@ -1,4 +1,4 @@
-"""The loop: fetch, step, log, save, evaluate, stop. It receives finished parts and knows no cluster."""
+"""The training loop: fetch, step, log, save, evaluate, stop. It receives built parts and knows no cluster."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 class Trainer:
     """Trains until the last step, or until all ranks agree to stop.
 
-    Ranks act together: whatever one of them wishes is reduced at every step boundary before anyone acts.
+    Ranks act together: the wishes of all ranks (save, stop, abort) are reduced at every step boundary before
+    any of them acts.
 
     Args:
         parts: what a checkpoint holds, by name.
         resumes: the parts wait for a checkpoint: the model has none of its starting weights.
         grace_seconds: time between the request to stop and the kill.
-        memory_advice: what to do where a step does not fit into memory.
-        results: of the last evaluation in this attempt.
+        memory_advice: advice for a step that does not fit into memory.
+        results: metrics of the last evaluation in this attempt, by name.
     """
 
     world: World
@@ -59,10 +60,10 @@ class Trainer:
     results: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> Outcome:
-        """Train. Returns FINISHED or STOPPED, `outcome.json` written and everything durable.
+        """Train. Returns FINISHED or STOPPED once `outcome.json` is written and everything is durable.
 
-        Raises a Failure (on all ranks together, `agreed`, where it was found at a boundary), StaleAttempt,
-        LostPeers.
+        Raises a Failure (on all ranks together, and marked `agreed`, where it was found at a step boundary),
+        StaleAttempt, LostPeers.
         """
         try:
             return self._run()
@@ -136,7 +137,7 @@ class Trainer:
         return found
 
     def _enter(self, step: int) -> None:
-        """Put the stage of a step in force, and record what trains where it is another."""
+        """Enter the stage of a step, and record what trains where the stage changes."""
         if counts := self.step.stages.enter(step):
             by_part = {name: {"trainable": part[0], "of": part[1]} for name, part in counts.parts.items()}
             self.records.event("stage", **{**vars(counts), "step": step, "parts": by_part})
@@ -151,7 +152,7 @@ class Trainer:
             self.records.samples(self.progress.step, batch.keys)
 
     def _log(self, report: Report) -> None:
-        """A line of metrics, and the tests that wait for the device."""
+        """Write a line of metrics, and make the tests that wait for the device."""
         streak = self.step.guard.read()
         lr = self.step.schedule(self.progress.step - 1)
         skipped = {"skipped_steps": streak.total} if streak.total else {}
@@ -165,7 +166,7 @@ class Trainer:
             self._roll_back(streak)
 
     def _roll_back(self, streak: Streak) -> None:
-        """Continue from the last checkpoint before a row of non-finite steps, without the row; only once."""
+        """Roll back to the last checkpoint before a streak of non-finite steps, and skip its batches."""
         self.world.while_main(self.saver.finish)
         try:
             record = partial(record_roll_back, self.saver.folder, self.progress, streak)

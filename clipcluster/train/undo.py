@@ -1,4 +1,4 @@
-"""Taking back an update of any optimizer, without waiting for the device."""
+"""Undoing an update of any optimizer, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor, nn
 
 Values = dict[str, Any]
-"""What an optimizer keeps for a parameter, or counts for a group of them: tensors and numbers."""
+"""The state that an optimizer keeps for a parameter, or counts for a group: tensors and numbers."""
 
 
 def counters(group: Values, given: frozenset[str]) -> Values:
-    """What an optimizer itself keeps in a parameter group: not the settings `given` to it."""
+    """What an optimizer itself counts in a parameter group: all but the settings `given` to it."""
     return {key: value for key, value in group.items() if key not in given}
 
 
 class Undo:
-    """Makes updates that are taken back where they should not have been made.
+    """Makes updates, and undoes those of steps that have to be skipped.
 
-    Most optimizers cannot be told on the device to skip an update. So the update is made, and where
-    `found_inf` is 1 its parameters and state are put back: tensors on the parameters' device at once, by a
-    copy from before; numbers, and tensors that an optimizer keeps on the host, before the next update (or
-    reading of the state), when `found_inf` has long arrived. The host waits only until the device has
-    computed the previous step's gradients, with a whole step queued behind them.
+    Most optimizers have no way to skip an update on the device. So the update is made, and where `found_inf`
+    is 1 parameters and state are restored: tensors on the parameters' device at once, from a copy; numbers,
+    and tensors that an optimizer keeps on the host, before the next update (or reading of the state), when
+    the host has `found_inf`. It waits for no more than the gradients of the previous step, with a whole step
+    queued behind them.
 
-    The cost is a copy of parameters and state while the update is made, when activations are gone, and
-    reading and writing each of them once more.
+    The cost is a copy of parameters and state during the update, when the activations are already freed, and
+    one more read and write of each.
     """
 
     def __init__(self) -> None:
@@ -56,22 +56,22 @@ class Undo:
                 torch.where(skip, before[key], state[key], out=state[key])
             rest = {key: old for key, old in before.items() if key not in on_device}
             on_host.append((parameter, rest if before else None))
-        self._late = flag, partial(_put_back, optimizer, given, on_host, counted)
+        self._late = flag, partial(_restore, optimizer, given, on_host, counted)
 
     def settle(self) -> None:
-        """Put back what the last update changed on the host, if it is to be taken back."""
+        """Restore what the last update changed on the host, if that update has to be undone."""
         late, self._late = self._late, None
         if late is not None and late[0].read():
             late[1]()
 
 
-def _put_back(
+def _restore(
     optimizer: torch.optim.Optimizer,
     given: frozenset[str],
     on_host: list[tuple[nn.Parameter, Values | None]],
     counted: list[Values],
 ) -> None:
-    """What was on the host as it was; a state that began with the update (None before it) is dropped."""
+    """Restore state and counts on the host; a state that the update created (None before) is removed."""
     for parameter, before in on_host:
         if before is None:
             optimizer.state.pop(parameter, None)
@@ -84,7 +84,7 @@ def _put_back(
 
 
 class _Flag:
-    """A number of the device, on its way to the host."""
+    """A number on the device that is being copied to the host."""
 
     def __init__(self, value: Tensor) -> None:
         self._value = value.clone()
@@ -103,7 +103,7 @@ class _Flag:
 
 
 def copied(values: Values) -> Values:
-    """The same values, no tensor shared."""
+    """A copy of the values that shares no tensor with them."""
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
 
 

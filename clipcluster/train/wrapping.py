@@ -1,4 +1,4 @@
-"""A task as the ranks train it together: the one way into it, and the switch of gradient reduction."""
+"""A task wrapped in DDP or FSDP2: the one way to call it, and the switch of gradient reduction."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ Wrapper = Callable[[Task], nn.Module]
 
 def data_parallel(task: Task) -> nn.Module:
     """DDP around a task. Running statistics are not broadcast: `RunningStatistics` averages them."""
-    # Said of 1x1 convolutions whose gradient has another stride: it is copied, which no user has to know.
+    # It concerns 1x1 convolutions whose gradient has another stride and is copied: no user has to act on it.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # Its successor does not exist before torch 2.15.
+    # The argument that replaces it does not exist before torch 2.15.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     return DistributedDataParallel(task, broadcast_buffers=False)
 
 
 class WrappedTask:
-    """A task under what reduces its gradients over the ranks; by default DDP, or nothing on a single rank.
+    """A task in the wrapper that reduces its gradients over the ranks: DDP by default, none on one rank.
 
-    `wrapped(call, *args)` is `call(task, *args)` run inside the wrapper's `forward`, the only method that it
-    watches. Nothing else knows DDP from FSDP2.
+    `wrapped(call, *args)` runs `call(task, *args)` inside the wrapper's `forward`, the only method for which
+    a wrapper reduces gradients. Nothing outside this file distinguishes DDP from FSDP2.
 
-    `needs_rehearsal`: DDP puts its buckets into another order after its first backward pass that reduces, so
-    that sums over ranks round differently from then on. A discarded pass after every wrapping makes all real
-    steps alike.
+    needs_rehearsal: DDP rebuilds its buckets after the first backward pass that it reduces, and from then on
+    sums over ranks round differently. One discarded pass after every wrapping makes all real steps alike.
     """
 
     def __init__(self, task: Task, world: World, wrapper: Wrapper | None = None) -> None:
@@ -46,7 +45,7 @@ class WrappedTask:
         self.needs_rehearsal = False
 
     def wrap(self) -> None:
-        """Wrap the task, again where it was: DDP reduces what was trainable when it was made."""
+        """Wrap the task, or wrap it again: DDP reduces the parameters that were trainable when it was made."""
         if self._wrapper is None or isinstance(self.task, FSDPModule):
             return
         if self._outer is not self.task:
@@ -56,12 +55,12 @@ class WrappedTask:
         self.needs_rehearsal = isinstance(self._outer, DistributedDataParallel)
 
     def __call__(self, call: Callable[..., T], *args: Any) -> T:
-        """`call(task, *args)`, seen by the wrapper."""
+        """`call(task, *args)`, run by the wrapper's `forward`."""
         return self._outer(call, *args)
 
     @contextmanager
     def reduction(self, on: bool) -> Iterator[None]:
-        """Whether backward passes reduce gradients over the ranks; forward and backward go inside."""
+        """Inside, where a forward and its backward pass belong, gradients are reduced over the ranks or not."""
         outer = self._outer
         if isinstance(outer, FSDPModule):
             outer.set_requires_gradient_sync(on)

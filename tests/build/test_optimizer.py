@@ -9,11 +9,11 @@ import timm
 import torch
 from torch import nn
 
-from clipcluster.build.optimizer import build_optimizer, build_schedule, tunings
+from clipcluster.build.optimizer import build_optimizer, build_schedule, hyperparameters
 from clipcluster.errors import UserError
 from clipcluster.recipe.plan import plan
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.train.optimizer import Tuning
+from clipcluster.train.optimizer import Hyperparameters
 
 
 class Model(nn.Module):
@@ -43,19 +43,19 @@ def recipe(**optim: Any) -> Recipe:
 
 def test_parts_have_their_own_rates_and_decays() -> None:
     own = {"image": {"lr": 1e-4, "weight_decay": 0.05}, "logit_scale": {"lr": {"base": 1e-2, "per": 100}}}
-    found = tunings(recipe(text={"weight_decay": 0.0}, no_decay=["head.*"], **own), Model())
+    found = hyperparameters(recipe(text={"weight_decay": 0.0}, no_decay=["head.*"], **own), Model())
     image, scale = pytest.approx(0.1), pytest.approx(1.0)
     assert found == {
-        "image.linear.weight": Tuning(image, 0.05),  # type: ignore[arg-type]
-        "image.linear.bias": Tuning(image),  # type: ignore[arg-type]
-        "image.norm.weight": Tuning(image),  # type: ignore[arg-type]
-        "image.norm.bias": Tuning(image),  # type: ignore[arg-type]
-        "text.words.weight": Tuning(1.0, 0.0),
-        "image_projection.weight": Tuning(image, 0.05),  # type: ignore[arg-type]
-        "logit_scale": Tuning(scale),  # type: ignore[arg-type]
-        "logit_bias": Tuning(scale),  # type: ignore[arg-type]
-        "head.weight": Tuning(1.0),
-        "head.bias": Tuning(1.0),
+        "image.linear.weight": Hyperparameters(image, 0.05),  # type: ignore[arg-type]
+        "image.linear.bias": Hyperparameters(image),  # type: ignore[arg-type]
+        "image.norm.weight": Hyperparameters(image),  # type: ignore[arg-type]
+        "image.norm.bias": Hyperparameters(image),  # type: ignore[arg-type]
+        "text.words.weight": Hyperparameters(1.0, 0.0),
+        "image_projection.weight": Hyperparameters(image, 0.05),  # type: ignore[arg-type]
+        "logit_scale": Hyperparameters(scale),  # type: ignore[arg-type]
+        "logit_bias": Hyperparameters(scale),  # type: ignore[arg-type]
+        "head.weight": Hyperparameters(1.0),
+        "head.bias": Hyperparameters(1.0),
     }
 
 
@@ -64,8 +64,8 @@ def test_a_tower_s_layers_decay_and_its_projection_does_not() -> None:
     model.image = timm.create_model("convnext_atto", depths=(1, 1, 4, 1), dims=(4, 4, 4, 4), num_classes=0)
     for ids, last in (("blocks", 8), ("groups", 13)):
         own = {"lr": 5e-4, "layer_decay": 0.5, "layer_ids": ids}
-        found = tunings(recipe(image=own), model)
-        factors = {name: tuning.factor for name, tuning in found.items()}
+        found = hyperparameters(recipe(image=own), model)
+        factors = {name: each.lr_factor for name, each in found.items()}
         fourth = 1 + 2 + 3 if ids == "blocks" else 4
         assert factors["image.stages.2.blocks.3.mlp.fc1.weight"] == pytest.approx(
             0.5 * 0.5 ** (last - fourth)
@@ -74,13 +74,13 @@ def test_a_tower_s_layers_decay_and_its_projection_does_not() -> None:
         assert factors["text.words.weight"] == factors["head.weight"] == 1.0
         assert found["image.stages.2.blocks.3.mlp.fc1.weight"].weight_decay == 0.2
     with pytest.raises(UserError, match=r"optim\.text\.layer_decay: the tower has no layers"):
-        tunings(recipe(text={"layer_decay": 0.5}), model)
+        hyperparameters(recipe(text={"layer_decay": 0.5}), model)
 
 
 def test_nothing_changes_by_default() -> None:
-    found = tunings(recipe(), Model())
-    assert set(found.values()) == {Tuning(1.0, 0.2), Tuning(1.0)}
-    decaying = {name for name, tuning in found.items() if tuning.weight_decay is not None}
+    found = hyperparameters(recipe(), Model())
+    assert set(found.values()) == {Hyperparameters(1.0, 0.2), Hyperparameters(1.0)}
+    decaying = {name for name, own in found.items() if own.weight_decay is not None}
     assert decaying == {"image.linear.weight", "text.words.weight", "image_projection.weight", "head.weight"}
 
 
@@ -110,8 +110,8 @@ def test_a_tower_without_weight_decay_gets_none_by_the_end() -> None:
 
 def test_muon_leaves_embeddings_and_its_fallback_list_to_adamw() -> None:
     given = recipe(name="muon", args={"fallback_list": ["head.*"], "momentum": 0.9})
-    found = tunings(given, Model())
-    assert {name for name, tuning in found.items() if tuning.fallback} == {
+    found = hyperparameters(given, Model())
+    assert {name for name, own in found.items() if own.fallback} == {
         "text.words.weight",
         "head.weight",
         "head.bias",
@@ -145,4 +145,4 @@ def test_a_part_that_the_model_does_not_have_is_refused() -> None:
     del model.text
     for own in ({"lr": 1e-3}, {"layer_decay": 0.5}, {"weight_decay": 0.0}):
         with pytest.raises(UserError, match=r"optim\.text has no effect: .* no such part"):
-            tunings(recipe(text=own), model)
+            hyperparameters(recipe(text=own), model)

@@ -18,7 +18,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.train import undo
-from clipcluster.train.optimizer import Optimizer, Rate, Tuning, _measure_decay, decaying
+from clipcluster.train.optimizer import Hyperparameters, Optimizer, Rate, _measure_decay, decaying
 from clipcluster.train.timm_optimizers import check_optimizer, timm_optimizer, usable_optimizers
 
 USABLE = [name for name in usable_optimizers() if name != "adamw"]  # which is fused here
@@ -267,8 +267,8 @@ def test_stages_keep_the_state_of_what_trains_and_resume_exactly(name: str) -> N
 def test_muon_leaves_embeddings_and_what_is_listed_to_adamw() -> None:
     model = tower()
     listed = {name: name.startswith(("words", "wide")) for name, _ in model.named_parameters()}
-    tunings = {name: Tuning(fallback=fallback) for name, fallback in listed.items()}
-    optimizer = Optimizer(model, lr=LR, name="muon", tunings=tunings)
+    hyperparameters = {name: Hyperparameters(fallback=fallback) for name, fallback in listed.items()}
+    optimizer = Optimizer(model, lr=LR, name="muon", hyperparameters=hyperparameters)
     train(model, optimizer, range(1))
     state = optimizer.state_dict()
     by_muon = {key for key, value in state.items() if key.endswith("use_muon") and value}
@@ -283,16 +283,16 @@ def test_corrected_weight_decay_is_measured_by_each_group_s_own_peak() -> None:
     for factor in (1.0, 0.5):
         model = nn.Linear(4, 4, bias=False)
         nn.init.ones_(model.weight)
-        tunings = {"weight": Tuning(factor, weight_decay=DECAY)}
-        optimizer = Optimizer(model, lr=LR, name="lionc", tunings=tunings)
+        hyperparameters = {"weight": Hyperparameters(factor, weight_decay=DECAY)}
+        optimizer = Optimizer(model, lr=LR, name="lionc", hyperparameters=hyperparameters)
         model.weight.grad = torch.zeros_like(model.weight)
         optimizer.step(LR, 0, divisor=number(1.0), found_inf=number(0.0))
         decayed.append(1 - model.weight[0, 0].item())
     assert decayed == pytest.approx([LR * DECAY, LR * DECAY / 2], rel=1e-3)
     older = {"corrected_weight_decay": True, "rate": Rate()}  # a group of timm's before 1.0.31
-    _measure_decay({**older, "factor": 1.0}, LR)
+    _measure_decay({**older, "hyperparameters": Hyperparameters(1.0)}, LR)
     with pytest.raises(UserError, match=r"wrong before timm 1\.0\.31 where parts"):
-        _measure_decay({**older, "factor": 0.5}, LR)
+        _measure_decay({**older, "hyperparameters": Hyperparameters(0.5)}, LR)
 
 
 @pytest.mark.parametrize("name", ["lamb", "muon", "laprop", "adafactorbv"])
