@@ -24,12 +24,12 @@ from clipcluster.runtime.world import World
 
 logger = logging.getLogger("clipcluster")
 NAMED_SHARDS = 1000
-"""Sources of at most so many shards have their hashes in every checkpoint, so that a refusal names one."""
+"""The hashes of sources of at most this many shards are in every checkpoint, so that a refusal names one."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What is trained on: shards, the order of their samples, the tokenizer; and the run's assets."""
+    """The training data: shards, the order of their samples, the tokenizer; and the run's assets."""
 
     shards: Sequence[Dataset]
     sampler: Sampler
@@ -38,11 +38,11 @@ class Sources:
 
     @property
     def samples(self) -> int:
-        """Of all sources."""
+        """The number of samples of all sources."""
         return sum(source.n_samples for source in self.shards)
 
     def index(self) -> list[dict[str, Any]]:
-        """What a checkpoint remembers of them: names, fingerprints, and hashes where there are few shards."""
+        """What a checkpoint holds of the sources: names, fingerprints, and hashes where there are few shards."""
         return [
             {
                 "name": source.name,
@@ -72,10 +72,10 @@ def open_sources(recipe: Recipe, assets: Path | None) -> Sources:
 
 
 def check_shards(sources: Sequence[Dataset], world: World, stop: Stop) -> Wish:
-    """Compare shards with their index; the ranks divide those that only their hash can tell of.
+    """Compare shards with their index; the ranks divide those whose content has to be hashed.
 
-    They agree after each, so that none is taken for lost meanwhile; returns STOP where one was asked to.
-    Raises DataError on the rank that finds a changed shard, and on all where one is missing.
+    They agree after each shard, so that none is taken for lost meanwhile. Returns STOP where a rank was asked
+    to stop. Raises DataError on the rank that finds a changed shard, and on all where one is missing.
     """
     modified = world.while_main(lambda: [list(source.modified_shards().items()) for source in sources])
     found = [dict(shards) for shards in modified]

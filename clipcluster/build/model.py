@@ -35,9 +35,10 @@ logger = logging.getLogger("clipcluster")
 def build_model(
     recipe: Recipe, tokenizer: Tokenizer | None, assets: Path | None, *, starting_weights: bool = True
 ) -> Any:
-    """The model of the recipe's task at its start, on the CPU; fresh weights are a function of the seed.
+    """The model of the recipe's task with its starting weights, in float32 on the CPU.
 
-    `starting_weights=False` reads no weight file: for a model that is about to take a checkpoint's.
+    Random weights are a function of the seed. `starting_weights=False` reads no weight file: for a model that
+    is about to load a checkpoint.
     """
     torch.manual_seed(recipe.seed)
     return resolve_name(TASKS[recipe.task].model)(recipe, tokenizer, assets, starting_weights)
@@ -59,7 +60,7 @@ def build_start(
 
 
 def build_task(recipe: Recipe, model: Any, ranks: World, assets: Path | None) -> Task:
-    """The recipe's task, which turns its batches into a loss, around its model."""
+    """The recipe's task, which turns batches into a loss, around its model."""
     task: Task = resolve_name(TASKS[recipe.task].builder)(recipe, model, ranks, assets)
     return task
 
@@ -139,7 +140,7 @@ def _file_of(tower: str, section: Any, recipe: Recipe, assets: Path | None) -> P
 
 
 def hash_of(path: Path) -> str:
-    """SHA-256 in hex of a file, or of a folder's (an index's) weight files, names included."""
+    """SHA-256 (hexadecimal) of a file, or of names and hashes of the weight files of a folder or index."""
     shards = [path.parent / name for name in shard_names(path)]
     if path.is_dir() or shards:
         files = shards or sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))

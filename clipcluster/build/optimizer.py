@@ -1,4 +1,4 @@
-"""The optimizer of a recipe and its schedule."""
+"""The optimizer and the schedule of a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipcluster.train.optimizer import Hyperparameters, Optimizer, decaying
 from clipcluster.train.schedule import Schedule, learning_rate, weight_decay
 from clipcluster.train.timm_optimizers import timm_optimizer, trains_matrices
 
-FALLBACK = "fallback_list"  # of optim.args, as timm calls it
+FALLBACK = "fallback_list"  # in optim.args; timm's name for it
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optimizer:
@@ -41,10 +41,10 @@ def build_optimizer(recipe: Recipe, model: nn.Module, total_steps: int) -> Optim
 
 
 def try_optimizer(recipe: Recipe, model: nn.Module) -> None:
-    """All that can be wrong with the optimizer of a recipe, without the memory of its state.
+    """Check the optimizer of a recipe without allocating its state.
 
-    Raises UserError for an optimizer that is unknown or cannot be used, arguments that it does not take, and
-    patterns that fit no parameter.
+    Raises UserError for an optimizer that is unknown or cannot be used, arguments that it does not take,
+    patterns that match no parameter, and keys for a part that the model does not have.
     """
     hyperparameters(recipe, model)
     if recipe.optim.name != "adamw":
@@ -52,7 +52,7 @@ def try_optimizer(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:
-    """`optim.args` without what is not timm's class's own."""
+    """`optim.args` without `fallback_list`, which is no argument of the optimizer's class."""
     args = dict(recipe.optim.args)
     if _has_fallback(recipe):
         args.pop(FALLBACK, None)
@@ -95,7 +95,7 @@ def hyperparameters(recipe: Recipe, model: nn.Module) -> dict[str, Hyperparamete
 
 
 def _layer_scales(recipe: Recipe, model: nn.Module) -> dict[str, float]:
-    """The factors by layer, for the towers that have them; a projection or head is not among them."""
+    """Parameter name -> its factor by layer, in towers with `layer_decay`; not for projections and heads."""
     found = {}
     for part, own in (("image", recipe.optim.image), ("text", recipe.optim.text)):
         if own.layer_decay is None:
@@ -110,13 +110,13 @@ def _layer_scales(recipe: Recipe, model: nn.Module) -> dict[str, float]:
 
 
 def part_of(name: str) -> str | None:
-    """The section of `optim` that a parameter belongs to: image, text, logit_scale, or none (a head)."""
+    """The section of `optim` that a parameter belongs to: image, text or logit_scale; None for a head."""
     parts = {"image": "image", "text": "text", "logit": "logit_scale"}
     return next((part for start, part in parts.items() if name.startswith(start)), None)
 
 
 def _fallback(recipe: Recipe, model: nn.Module, names: Sequence[str]) -> set[str]:
-    """What AdamW trains under an optimizer of Muon's family, beside what is no matrix."""
+    """The matrices that AdamW trains with an optimizer of Muon's family: embeddings, and those listed."""
     optim = recipe.optim
     if not _has_fallback(recipe):
         return set()

@@ -1,4 +1,4 @@
-"""The stages of a run: the recipe's `freeze` put to the layers of the model's towers."""
+"""The stages of a run: the recipe's `freeze`, applied to the layers of the model's towers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RatesByName = Mapping[str, Rate | None]
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower of a model, `image` or `text`, and what its parameters' names begin with in the model."""
+    """A tower of a model, `image` or `text`; `prefix` begins the names of its parameters in the model."""
 
     name: str
     module: nn.Module
@@ -37,17 +37,17 @@ class Tower:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """From the first to the last, those without a parameter left out."""
+        """The layers with parameters, from the first to the last."""
         return [layer for layer in layers_of(self.module) if layer.parameters]
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By name in the tower, without what it holds fixed itself."""
+        """The parameters by name in the tower, without those that the tower itself holds fixed."""
         named = self.module.named_parameters()
         return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def frozen_layers(self, freezing: Freezing) -> set[str]:
-        """The parameters of the layers that do not train; UserError where it has fewer layers."""
+        """The names of the parameters in frozen layers; UserError where the tower has fewer layers."""
         count = len(self.layers)
         if freezing.layers is not None and freezing.layers > count:
             names = some([layer.name for layer in self.layers], NAMED_LAYERS)
@@ -56,32 +56,33 @@ class Tower:
         return {name for layer in self.layers[: count - trained] for name in layer.parameters}
 
     def norms(self) -> set[str]:
-        """The parameters of its norms."""
+        """The names of the parameters of norms."""
         owners = {name: self.module.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         return {name for name, owner in owners.items() if "norm" in type(owner).__name__.lower()}
 
     def eval_modules(self, frozen: set[str], *, moving_statistics: bool) -> frozenset[str]:
-        """The modules that run as in evaluation: all of whose parameters are in frozen layers.
+        """The modules in evaluation mode: those all of whose parameters are in frozen layers.
 
-        One without parameters (dropout, drop path) does so with the module around it.
+        A module without parameters (dropout, drop path) has the mode of the module around it. With
+        `moving_statistics` batch norms stay in training mode.
         """
-        every, still = Counter[str](), Counter[str]()
+        every, fixed = Counter[str](), Counter[str]()
         for name, _ in self.module.named_parameters():
             parts = name.split(".")
             around = [".".join(parts[:depth]) for depth in range(len(parts))]
             every.update(around)
-            still.update(around if name in frozen else ())
+            fixed.update(around if name in frozen else ())
         found: dict[str, bool] = {}
         for name, module in self.module.named_modules():
             outer = found.get(name.rpartition(".")[0], False)
-            found[name] = every[name] == still[name] if every[name] else outer
+            found[name] = every[name] == fixed[name] if every[name] else outer
             if moving_statistics and isinstance(module, _BatchNorm):
                 found[name] = False
         return frozenset(f"{self.prefix}{name}".rstrip(".") for name, whole in found.items() if whole)
 
 
 def build_stages(model: nn.Module, freezings: Sequence[Freezing]) -> list[Stage]:
-    """The stages of the recipe's `freeze`; a single one, in which everything trains, where it has none.
+    """The stages of the recipe's `freeze`; without entries a single one, in which everything trains.
 
     Raises UserError where the model has no such tower or it has fewer layers, and for an entry that changes
     nothing.
@@ -95,16 +96,16 @@ def build_stages(model: nn.Module, freezings: Sequence[Freezing]) -> list[Stage]
         rates: dict[str, Rate | None] = {}
         eval_modules: frozenset[str] = frozenset()
         for of_tower in by_tower:
-            in_force = [(own_rates, modules) for step, own_rates, modules in of_tower if step <= start]
-            if in_force:
-                rates.update(in_force[-1][0])
-                eval_modules |= in_force[-1][1]
+            begun = [(own_rates, modules) for step, own_rates, modules in of_tower if step <= start]
+            if begun:
+                rates.update(begun[-1][0])
+                eval_modules |= begun[-1][1]
         stages.append(Stage(start, partial(_rate_of, rates), eval_modules))
     return stages
 
 
 def _rate_of(rates: RatesByName, name: str) -> Rate | None:
-    """Of what is in no tower: as the schedule says."""
+    """The rate of a parameter; one that belongs to no frozen tower trains at the schedule's."""
     return rates.get(name, Rate())
 
 
@@ -118,7 +119,7 @@ def _towers(model: nn.Module, freezings: Sequence[Freezing]) -> Iterator[Tower]:
 
 
 def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, RatesByName, frozenset[str]]]:
-    """What each of its entries puts in force: step, rates of its parameters, modules as in evaluation.
+    """Each entry of a tower: its step, the rates of the tower's parameters, the modules in evaluation mode.
 
     Rates are by names in the model. What begins to train has the entry's; what trained before keeps its own.
     """
@@ -143,9 +144,9 @@ def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, Rate
 
 
 def check_loaded(model: Any, stage: Stage) -> None:
-    """Refuse a first stage that freezes what no file of weights has: it would stay random.
+    """UserError for a first stage that freezes parameters which no weight file has: they would stay random.
 
-    `model.starting_weights` says what the files have. Raises UserError.
+    `model.starting_weights` lists what the files have.
     """
     frozen = {name for name, _ in model.named_parameters() if stage.rate_of(name) is None}
     frozen |= {
@@ -172,7 +173,7 @@ def check_loaded(model: Any, stage: Stage) -> None:
 
 
 def try_stages(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[str]:
-    """Build the stages of a recipe around its model with its starting weights; a line on each.
+    """Build the stages of a recipe for its model with its starting weights. Returns a line for each.
 
     Raises UserError as `build_stages`, `check_loaded`, building and reading do.
     """

@@ -1,4 +1,4 @@
-"""The task `distill` with its teachers, and the samples as they take them."""
+"""The task `distill` with its teachers, and the preparation of samples for them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ logger = logging.getLogger("clipcluster")
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher's recipe, whose `model.weights` are its own, and its assets.
+    """A teacher's recipe, whose `model.weights` are the teacher's, and its assets.
 
-    names: of its tokens and their mask in `batch.extras`; None where they are the student's.
+    names: the names of the teacher's tokens and their mask in `batch.extras`; None where the tokens are the
+    student's.
     """
 
     recipe: Recipe
@@ -66,7 +67,7 @@ def build_distill(recipe: Recipe, model: DualEncoder, ranks: World, assets: Path
 def build_preparation(
     recipe: Recipe, transform: TrainTransform, tokenizer: Tokenizer, assets: Path | None
 ) -> Preparation:
-    """The preparation of `task: distill`: stored augmentations, or what the teachers' tokenizers make."""
+    """The preparation of `task: distill`: stored augmentations, or captions for the teachers' tokenizers."""
     assert recipe.distill is not None
     if recipe.distill.stored is not None:
         return StoredPreparation(transform, tokenizer, recipe.distill.stored)
@@ -96,7 +97,7 @@ def _sources(recipe: Recipe, assets: Path | None) -> list[TeacherSource]:
 
 
 def _of_run(folder: Path, key: str) -> tuple[Recipe, Path]:
-    """The recipe and the assets of the run that a folder is, or whose checkpoint it is."""
+    """The recipe and the assets of a run, by its folder or by that of one of its checkpoints."""
     run = Run(folder.parent.parent if step_of(folder.name) is not None else folder)
     if not run.recipe_file.is_file():
         raise UserError(
@@ -110,14 +111,14 @@ def _of_run(folder: Path, key: str) -> tuple[Recipe, Path]:
 
 
 def _starting_with(model: Model, weights: Path) -> Model:
-    """The same model, which starts with these weights and no others."""
+    """The same model section, with these weights and no others."""
     parts = {name: getattr(model, name) for name in ("image", "text", "dual")}
     bare = {name: own.model_copy(update={"weights": None}) for name, own in parts.items() if own is not None}
     return model.model_copy(update={**bare, "weights": str(weights), "weights_from": None, "missing": ()})
 
 
 def _loaded(source: TeacherSource, ranks: World, key: str) -> tuple[Any, Path]:
-    """A teacher's model with its weights, and the file or folder that they are from."""
+    """A teacher's model with its weights, and their file or folder."""
     recipe, given = source.recipe, source.recipe.model.weights
     if given is not None and (Path(given) / "checkpoints").is_dir():  # rank 0 chooses: it may be training
         newest = ranks.broadcast(newest_complete(Path(given) / "checkpoints"))

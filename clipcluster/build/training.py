@@ -1,4 +1,4 @@
-"""The trainer of a run: every part of it, put together."""
+"""Building the trainer of a run from its recipe."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ from clipcluster.train.step import Guard, Step
 from clipcluster.train.trainer import Trainer
 from clipcluster.train.wrapping import WrappedTask
 
-TRIED_SAMPLES = 2  # of each micro-batch; a batch norm needs more than one
+TRIED_SAMPLES = 2  # of each micro-batch; a batch norm in training needs more than one
 
 
 def build_trainer(
     run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe, sources: Sources
 ) -> Trainer:
-    """All parts of a run, put together; every rank builds the same."""
+    """The trainer of a run; every rank builds the same."""
     plan_ = plan(recipe, sources.sampler.samples, world.size)
     attempt.phase(world.rank, "model")
     model, weights, resumes = build_start(recipe, sources.tokenizer, run, attempt, world)
@@ -116,7 +116,7 @@ def build_trainer(
 
 
 def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Path | None) -> Step:
-    """What happens to the weights at a step; the model moves to the world's device."""
+    """The optimizer step of a recipe; the model moves to the world's device."""
     precision = Precision(recipe.train.precision, world.device)
     prepare_towers(recipe, model)
     if recipe.train.sync_batch_norm:
@@ -144,7 +144,10 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Pa
 
 
 def prepare_towers(recipe: Recipe, model: Any) -> None:
-    """Let the towers train as the recipe says: what batch norms see, and which activations are kept."""
+    """Apply `train.batch_norm_group` and `train.activation_checkpointing` to a model.
+
+    Raises UserError for a tower that cannot.
+    """
     if recipe.train.batch_norm_group:
         size = recipe.data.image.size
         require_a_row_a_sample(model.image, torch.zeros(2, 3, size, size))
@@ -156,7 +159,7 @@ def prepare_towers(recipe: Recipe, model: Any) -> None:
 def build_backward(
     recipe: Recipe, task: WrappedTask, precision: Precision, world: World, *, slot: int, micro_batches: int
 ) -> Backward:
-    """How a rank's part of a batch, from slot `slot` on, becomes gradients."""
+    """The backward strategy of a recipe, for the rank whose part of each batch begins at slot `slot`."""
     accumulating = Cached if TASKS[recipe.task].loss_over == "batch" else Independent
     return (Whole if micro_batches == 1 else accumulating)(
         task,
@@ -180,9 +183,9 @@ def build_ema(recipe: Recipe, model: Any) -> Ema | None:
 def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[str]:
     """One forward and backward pass of the recipe's task on a few of its samples, on the CPU in float32.
 
-    Where the run on `world_size` ranks accumulates, the samples come in two micro-batches. Shows what only
-    running shows: shapes that do not fit, what a tower does not take. Starting weights are not read. Returns
-    the names of the parameters without a gradient, which several ranks cannot train.
+    Where the run on `world_size` ranks accumulates, the samples come in two micro-batches. It finds what only
+    running finds: shapes that do not fit, inputs that a tower does not take. Starting weights are not read.
+    Returns the names of the parameters without a gradient, which several ranks cannot train.
 
     Raises UserError and DataError as building and reading do (`try_optimizer` among it), NonFiniteError, and
     whatever the towers raise.
@@ -215,13 +218,13 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
 
 
 def seconds_of_a_save(run: Run) -> float:
-    """How long the slowest of the run's last three saves took; 0.0 before the first."""
+    """Seconds that the slowest of the run's last three saves took; 0.0 before the first."""
     saves = [event["seconds"] for event in events(run) if event["event"] == "checkpoint"]
     return max(saves[-3:], default=0.0)
 
 
 def _commit(run: Run, attempt: Attempt) -> str | None:
-    """The commit of the code that this attempt runs, as its snapshot knows it."""
+    """The commit of the code that this attempt runs, from its snapshot; None where there is none."""
     try:
         facts = read_json(run.path / str(attempt.settings().get("code")) / "snapshot.json")
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ Wrapper = Callable[[Task], nn.Module]
 
 def data_parallel(task: Task) -> nn.Module:
     """DDP around a task. Running statistics are not broadcast: `RunningStatistics` averages them."""
-    # It concerns 1x1 convolutions whose gradient has another stride and is copied: no user has to act on it.
+    # It concerns 1x1 convolutions, whose gradients have other strides; no user has to act on it.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # The argument that replaces it does not exist before torch 2.15.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
@@ -45,7 +45,7 @@ class WrappedTask:
         self.needs_rehearsal = False
 
     def wrap(self) -> None:
-        """Wrap the task, or wrap it again: DDP reduces the parameters that were trainable when it was made."""
+        """Wrap the task anew: DDP reduces the parameters that were trainable when it was made."""
         if self._wrapper is None or isinstance(self.task, FSDPModule):
             return
         if self._outer is not self.task:
@@ -60,7 +60,7 @@ class WrappedTask:
 
     @contextmanager
     def reduction(self, on: bool) -> Iterator[None]:
-        """Inside, where a forward and its backward pass belong, gradients are reduced over the ranks or not."""
+        """Whether gradients are reduced over the ranks; a forward and its backward pass go inside."""
         outer = self._outer
         if isinstance(outer, FSDPModule):
             outer.set_requires_gradient_sync(on)
