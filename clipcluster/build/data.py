@@ -42,7 +42,7 @@ class Sources:
         return sum(source.n_samples for source in self.shards)
 
     def index(self) -> list[dict[str, Any]]:
-        """What a checkpoint holds of the sources: names, fingerprints, and hashes where there are few shards."""
+        """The sources in a checkpoint: names, fingerprints, and hashes where there are few shards."""
         return [
             {
                 "name": source.name,

@@ -1,4 +1,4 @@
-"""Two towers into one space."""
+"""The CLIP model: an image tower and a text tower, projected into one embedding space."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Clip(nn.Module):
-    """An image tower, a text tower, a linear projection of each, scale and bias of the logits.
+    """An image tower and a text tower, a linear projection of each, and scale and bias of the logits.
 
     embed_dim: width of the common space. scale: the factor of the logits at the start; max_scale: its bound,
     if any. bias: what is added to the logits at the start; None for a model without a bias.
@@ -62,16 +62,16 @@ class Clip(nn.Module):
         self.register_load_state_dict_pre_hook(_read_scalars)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
+        """(B, 3, S, S) float, normalised pixels -> (B, E) L2-normalised, float32 or wider."""
         return functional.normalize(widen(self.image_projection(self.image(images))), dim=-1)
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) int64 and (B, L) bool, true on real tokens -> (B, E) of length one, float32 or wider."""
+        """(B, L) int64 tokens, (B, L) bool mask of real tokens -> (B, E) L2-normalised, float32 or wider."""
         return functional.normalize(widen(self.text_projection(self.text(tokens, mask))), dim=-1)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the scale at or below its bound, after every step (Radford et al. 2021, section 2.5)."""
+        """Clamp the logit scale to its bound, after every step (Radford et al. 2021, section 2.5)."""
         if self.max_scale is not None:
             self.logit_scale.clamp_(max=math.log(self.max_scale))
 
@@ -81,16 +81,16 @@ def build_clip(
 ) -> Clip:
     """The model of a recipe's `model` section, in float32 on the CPU.
 
-    Fresh weights are drawn from torch's default generator: seed it first. With `starting_weights=False` no
-    weight file is read: for a model that is about to take a checkpoint's.
+    Random weights are drawn from torch's default generator: seed it first. With `starting_weights=False` no
+    weight file is read: for a model that is about to load a checkpoint.
     `assets` is the run's folder of tokenizers and configurations fetched at submission.
 
     Raises UserError for an unknown tower, a setting it does not take, or weights that do not match.
     """
     config = recipe.model
-    of_image, of_text = config.image, config.text
-    assert of_image is not None
-    assert of_text is not None
+    image_section, text_section = config.image, config.text
+    assert image_section is not None
+    assert text_section is not None
     assert tokenizer is not None
     image, image_coverage = build_image_tower(
         of_image,
@@ -131,7 +131,7 @@ def build_clip(
 
 
 def _read_scalars(clip: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Weights of other programs, and checkpoints of format 1, hold scale and bias without a dimension."""
+    """Weights of other programs, and checkpoints of format 1, have 0-dimensional scale and bias."""
     for name in (f"{prefix}logit_scale", f"{prefix}logit_bias"):
         if name in state and state[name].ndim == 0:
             state[name] = state[name].reshape(1)

@@ -61,7 +61,7 @@ class ClipTextTower(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a layer's activations are computed again in the backward pass, as timm's towers have it."""
+        """Whether the backward pass recomputes the activations of layers; named as in timm's towers."""
         self.transformer.checkpointing = enable
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class ClipTextTower(nn.Module):
 
 
 class _Layers(nn.Module):
-    """The layers, one after another: (B, L, width) and the place of a token in each row -> (B, width)."""
+    """The layers in sequence: (B, L, width) and (B,) int64, the position of a token per row -> (B, width)."""
 
     def __init__(self, blocks: list[_Layer], width: int) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class _Layers(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention and MLP, each after a norm and added to what came in: (B, L, width) -> (B, L, width).
+    """Attention and MLP, each after a norm and with a residual connection: (B, L, width) -> (B, L, width).
 
-    With the place of a token in each row, (B,): the vectors of these alone, (B, width).
+    With `last` (B,) int64, the position of a token per row, only these are computed: (B, width).
     """
 
     def __init__(
@@ -137,7 +137,7 @@ def _activation(quick: bool, tanh: bool) -> _Activation:
 
 
 def _quick_gelu(values: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the GELU of OpenAI's models."""
+    """x * sigmoid(1.702 x), the approximate GELU of OpenAI's models."""
     return values * torch.sigmoid(1.702 * values)
 
 

@@ -1,4 +1,4 @@
-"""Whole dual encoders of transformers, by folder or name, as a `Clip` of their towers."""
+"""Whole dual encoders of transformers, by folder or hub name, as a `Clip` of their towers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _POOLS = {
     "siglip": "pooler",
     "vision-text-dual-encoder": "pooler",
 }
-"""What each kind takes of its text tower, by its model type."""
-_EMBED_DIM = 512  # of a recipe that says none
+"""The pooling of each kind's text tower, by model type."""
+_EMBED_DIM = 512  # the recipe's default
 
 
 class SiglipText(TextTower):
-    """SigLIP's text tower: it attends to padding, and a caption's vector is that of the last place."""
+    """SigLIP's text tower: it attends to padding, and a caption's features are those of the last position."""
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.transformer(input_ids=tokens).pooler_output
@@ -38,7 +38,7 @@ class SiglipText(TextTower):
 def build_dual_encoder(
     recipe: Recipe, tokenizer: Tokenizer, assets: Path | None = None, starting_weights: bool = True
 ) -> Clip:
-    """The dual encoder of a recipe, whole or of its towers. Raises as `build_dual` and `build_clip`."""
+    """The dual encoder of a recipe, whole or from two towers. Raises as `build_dual` and `build_clip`."""
     build = build_dual if recipe.model.dual is not None else build_clip
     return build(recipe, tokenizer, assets, starting_weights)
 
@@ -46,12 +46,12 @@ def build_dual_encoder(
 def build_dual(
     recipe: Recipe, tokenizer: Tokenizer, assets: Path | None = None, starting_weights: bool = True
 ) -> Clip:
-    """The dual encoder of `model.dual`, in float32 on the CPU; its features are those of transformers.
+    """The dual encoder of `model.dual`, in float32 on the CPU; its features equal those of transformers.
 
-    Fresh weights are drawn from torch's default generator. `starting_weights` and `assets`: as of
+    Random weights are drawn from torch's default generator. `starting_weights` and `assets`: as in
     `clipcluster.model.clip.build_clip`.
 
-    Raises UserError for what is no dual encoder known here, for a tokenizer or context that does not fit,
+    Raises UserError for a model that is no known dual encoder, for a tokenizer or context that does not fit,
     and for weights that do not match.
     """
     config = recipe.model
@@ -105,24 +105,26 @@ def _check_kind(settings: Any) -> None:
 
 
 def _check_padding(text: Any, tokenizer: Tokenizer) -> None:
-    """SigLIP takes a caption's vector from the last of its positions: captions are padded to all of them."""
+    """UserError unless captions are padded to all of SigLIP's positions: it pools at the last one."""
     if tokenizer.context_length != text.max_position_embeddings:
         raise UserError(
-            f"data.text.context_length: {tokenizer.context_length}, but SigLIP's captions are padded to its "
-            f"{text.max_position_embeddings} positions, and the last one is their vector: set it to that."
+            f"data.text.context_length: {tokenizer.context_length}, but SigLIP pools at the last of its "
+            f"{text.max_position_embeddings} positions, to which captions are padded: set it to "
+            f"{text.max_position_embeddings}."
         )
 
 
 def _check_end(text: Any, tokenizer: Tokenizer) -> None:
-    """CLIP takes a caption's vector at its first end token, by older files at its largest token.
+    """UserError where the tokenizer's end token is not that of CLIP's text tower, which pools there.
 
-    Without one it is that of the token that begins all captions: the same for each.
+    Configurations with eos_token_id 2 are older files, which pool at the largest token. Without an end token
+    the tower pools at the token that begins all captions, whose features are the same for each.
     """
     end = tokenizer.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
     if tokenizer.eos_id != end:
         raise UserError(
             f"data.text.tokenizer: it ends captions with token {tokenizer.eos_id}, and CLIP's text tower "
-            f"takes their vectors at token {end}: name the tokenizer that the model was trained with."
+            f"pools at token {end}: name the tokenizer that the model was trained with."
         )
 
 

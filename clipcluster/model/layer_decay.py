@@ -1,4 +1,4 @@
-"""Learning rates that fall from a tower's last layer to its first."""
+"""Layer-wise learning-rate decay: rates that fall from a tower's last layer to its first."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from torch import nn
 from clipcluster.errors import UserError
 from clipcluster.model.layers import layers_of
 
-_GROUPED = 27  # blocks of ConvNeXt's third stage at most: the layers 3 to 11 hold three each
+_GROUPED = 27  # the most blocks of ConvNeXt's third stage: ids 3 to 11 have three each
 
 
 def layer_scales(tower: nn.Module, decay: float, *, groups: bool = False) -> dict[str, float]:
     """Parameter name in the tower -> `decay ** (last - id)`, its factor of the learning rate.
 
-    The ids (Bao et al. 2022, BEiT's fine-tuning): 0 for what comes before the first of D blocks (embeddings,
-    stem), 1 to D for the blocks, D + 1 for what follows them, as for a projection or a head outside the tower
-    (factor 1). ConvNeXt's stem has the id 1 of the first block (ConvNeXt V2's `single`).
+    The ids (as in the fine-tuning code of BEiT, Bao et al. 2022): 0 for parameters before the first of D
+    blocks (embeddings, stem), 1 to D for the blocks, D + 1 for parameters after them, like a projection or a
+    head outside the tower (factor 1). ConvNeXt's stem has the id 1 of the first block (ConvNeXt V2's code,
+    `single`).
 
-    groups: ConvNeXt's 14 ids instead (Liu et al. 2022): stem 0, stages 1 and 2 one id each, the third stage
-    three blocks an id from 3 on, the last stage 12, the final norm 13.
+    groups: ConvNeXt's 14 ids instead (Liu et al. 2022): stem 0, the first two stages 1 and 2, the third stage
+    three blocks per id from 3 on, the last stage 12, the final norm 13.
 
     Raises UserError for a tower without layers, and for `groups` where the tower is not such a ConvNeXt.
     """

@@ -1,7 +1,7 @@
-"""The layers of a tower in the order of their depth, found in its structure.
+"""The layers of a tower in the order of depth, found in its structure.
 
-Layer 0 is what comes before the first block (stem, embeddings); each block is a layer; what follows the last
-block (a final norm, a pooling by attention) belongs to the last block's layer.
+Layer 0 holds the parameters before the first block (stem, embeddings); each block is a layer; parameters
+after the last block (a final norm, an attention pool) belong to the last block's layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from timm.models import group_parameters
 from torch import nn
 
 STEM = "stem"
-# Of OPT: registered before the blocks, used after them. Of ConvNeXt in transformers: the other way round.
+# OPT's are registered before the blocks and used after them; those of transformers' ConvNeXt the reverse.
 _LATE, _EARLY = re.compile(r"(^|\.)(final_|project_out)"), re.compile(r"(^|\.)downsampling_layer\.")
 
 
@@ -26,7 +26,7 @@ class Layer:
 
     name: path of its block in the tower (`trunk.stages.2.blocks.8`), or `stem`, before the first block.
     parameters: their names in the tower. after: those among them that follow the last block.
-    stage, block: where the block is, both from 0: in which list of blocks, and at which place there.
+    stage, block: the number of the list of blocks, and the block's number in it, both from 0.
     """
 
     name: str
@@ -47,8 +47,8 @@ class _Depths(NamedTuple):
 def layers_of(tower: nn.Module) -> list[Layer]:
     """The layers from the first to the last; every parameter is in one, a shared one by its first name.
 
-    A timm network's own groups are taken where it has them (`group_matcher`). Else the blocks are the members
-    of the largest list of modules, or, where these are stages, of the lists inside them.
+    The groups of a timm network are its own (`group_matcher`). In any other network the blocks are the
+    members of the largest list of modules, or, where these are stages, of the lists inside them.
     """
     before, blocks, after = _by_timm(tower) or _by_structure(tower)
     layers = [Layer(STEM, tuple(before))]
@@ -68,10 +68,10 @@ def layer_ids(tower: nn.Module) -> dict[str, int]:
 
 
 def _by_timm(tower: nn.Module) -> _Depths | None:
-    """By the groups of the timm network inside; None where it says none.
+    """By the groups of the timm network inside; None where it has none.
 
-    Parameters that its rules do not know, which timm puts into a group of their own at the end, are before or
-    after the blocks, as they are registered.
+    Parameters that no rule of it matches, which timm puts into a group of their own at the end, come before
+    or after the blocks by the order of registration.
     """
     found = [(name, module) for name, module in tower.named_modules() if hasattr(module, "group_matcher")]
     if not found:
@@ -103,7 +103,7 @@ def _by_timm(tower: nn.Module) -> _Depths | None:
 
 
 def _matched(matcher: Any, name: str) -> str | None:
-    """The part of a parameter's name that a timm network's rules match; None where they do not know it."""
+    """The part of a parameter's name that a rule of a timm network matches; None where none matches."""
     if callable(matcher):
         return None if matcher(name) == math.inf else ".".join(name.split(".")[:2])
     rules = [rule for rule in matcher.values() if rule is not None]
@@ -114,7 +114,7 @@ def _matched(matcher: Any, name: str) -> str | None:
 
 
 def _by_structure(module: nn.Module, path: str = "", *, inside_a_stage: bool = False) -> _Depths:
-    """By the largest list of modules; embeddings are before the blocks wherever they are registered."""
+    """By the largest list of modules; embeddings come before the blocks wherever they are registered."""
     names = [path + name for name, _ in module.named_parameters()]
     blocks: list[tuple[str, list[str]]] = []
     for prefixes, block in _blocks(module, path):
@@ -144,9 +144,9 @@ def _by_structure(module: nn.Module, path: str = "", *, inside_a_stage: bool = F
 
 
 def _blocks(module: nn.Module, path: str) -> list[tuple[tuple[str, ...], nn.Module]]:
-    """The members of the largest list of blocks, each with its prefix, and those of lists parallel to it.
+    """The members of the largest list of blocks, each with its prefixes: its own and those of parallel lists.
 
-    XLM keeps attentions, norms and feed-forward networks in a list each.
+    XLM has separate lists of attentions, norms and feed-forward networks.
     """
     lists = {name: part for name, part in module.named_modules() if _is_list(part)}
     if not lists:
@@ -164,7 +164,7 @@ def _blocks(module: nn.Module, path: str) -> list[tuple[tuple[str, ...], nn.Modu
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Whether this is a list of blocks, not of single operations as a multi-layer perceptron is one."""
+    """Whether this is a list of blocks, and not of single operations as in a multi-layer perceptron."""
     members = [member for member in module.children() if _size(member)]
     return (
         isinstance(module, (nn.ModuleList, nn.Sequential))
@@ -174,7 +174,7 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _is_stage(block: nn.Module) -> bool:
-    """Whether most of a block is a list of blocks of one kind."""
+    """Whether most parameters of a block are in a list of blocks of one kind."""
     lists = [part for part in block.modules() if _is_list(part) and len({*map(type, part.children())}) == 1]
     return 2 * max(map(_size, lists), default=0) > _size(block)
 

@@ -1,6 +1,6 @@
-"""Part of an image's patches left out in training (FLIP, Li et al. 2023), in networks of transformers.
+"""Random masking of image patches in training (FLIP, Li et al. 2023), for networks of transformers.
 
-timm's networks do it themselves (`patch_drop_rate`).
+timm's networks have it themselves (`patch_drop_rate`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clipcluster.errors import UserError
 
-# Their embeddings are (B, prefix + patches, width), positions added; nothing later counts places.
+# Their embeddings are (B, prefix + patches, width), positions added; no later layer depends on positions.
 MASKABLE = {
     *("clip_vision_model", "chinese_clip_vision_model", "siglip_vision_model"),
     *("vit", "deit", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers"),
@@ -21,9 +21,9 @@ MASKABLE = {
 
 
 class _DropPatches:
-    """A forward hook: in training, a random part of the tokens after the first `prefix` is left out.
+    """A forward hook that drops a random part of the tokens after the first `prefix`, in training only.
 
-    An object, and the module it hooks tells whether it trains: a deep copy of the network has its own.
+    It is an object and asks its module for the mode, so that a deep copy of the network has its own hook.
     """
 
     def __init__(self, ratio: float, prefix: int) -> None:
@@ -35,7 +35,7 @@ class _DropPatches:
 
 
 def mask_patches(network: nn.Module, settings: Any, ratio: float) -> None:
-    """Leave out `ratio` of the patch tokens of a network in training; its class token stays.
+    """Drop `ratio` of the patch tokens of a network in training; its class token stays.
 
     Raises UserError for a network without patch tokens.
     """

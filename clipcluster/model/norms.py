@@ -1,4 +1,4 @@
-"""Batch norms: kept in float32 under autocast, over groups of samples, or over the batch of all ranks."""
+"""Batch norms: in float32 under autocast, over groups of samples, or over the micro-batches of all ranks."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from clipcluster.runtime.world import World
 
 
 class _InFloat32:
-    """Put before a batch norm's class: its input is cast to float32, its output back to the input's dtype."""
+    """A mixin for a class of batch norms: the input is cast to float32, the output to the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(widen(x)).to(x.dtype)  # type: ignore[misc]
 
 
 class _InGroups:
-    """Put before a batch norm's class: in training its statistics are those of `group` rows at a time.
+    """A mixin for a class of batch norms: in training the statistics are those of `group` rows at a time.
 
-    The running statistics move to the mean of what each group alone would have made of the old ones. In
-    evaluation nothing differs. timm's norm has dropout and activation in it, which see all rows at once.
+    The new running statistics are the mean of what each group alone would have made of the old ones. In
+    evaluation nothing differs. timm's class includes dropout and activation, which see all rows at once.
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)  # type: ignore[misc]
         parts = x.split(self.group)
-        # A copy for each group: it starts from the old values, and its backward pass refuses changed ones.
+        # A copy for each group, which starts from the old values and is unchanged until its backward pass.
         old = (self.running_mean, self.running_var)
         moved = [(old[0].clone(), old[1].clone()) for _ in parts]
         x = torch.cat(
@@ -49,14 +49,14 @@ class _InGroups:
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The batch norms of a model, of whatever kind."""
+    """The batch norms of a model, of every class."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def keep_in_float32(model: nn.Module) -> int:
-    """Let every batch norm compute in float32 under autocast, whatever kernel it has; returns how many.
+    """Make every batch norm compute in float32 under autocast, whatever its kernel. Returns how many.
 
-    Names, parameters and kinds stay: only `forward` is wrapped, by a subclass of each norm's own class.
+    Names and parameters stay: each norm gets a subclass of its own class, which wraps `forward`.
     """
     found = batch_norms(model)
     for norm in found:
@@ -67,9 +67,9 @@ def keep_in_float32(model: nn.Module) -> int:
 
 
 def group_batch_norms(model: nn.Module, group: int) -> None:
-    """Let every batch norm normalise `group` samples at a time in training; names and parameters stay.
+    """Make every batch norm normalise `group` samples at a time in training; names and parameters stay.
 
-    Call it before `keep_in_float32`. Raises UserError for a kind of batch norm that cannot.
+    Call it before `keep_in_float32`. Raises UserError for a class of batch norms that cannot.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
     for norm in batch_norms(model):
@@ -84,10 +84,9 @@ def group_batch_norms(model: nn.Module, group: int) -> None:
 
 @torch.no_grad()
 def require_a_row_a_sample(tower: nn.Module, images: Tensor) -> None:
-    """Refuse a tower with a batch norm whose rows are no samples but tokens or windows, as in LeViT.
+    """UserError for a tower with a batch norm whose rows are not samples but tokens or windows (LeViT).
 
-    images: (b, 3, S, S) float, for one forward pass as in evaluation; the modules' modes stay.
-    Raises UserError.
+    images: (b, 3, S, S) float, for one forward pass in evaluation mode; the modules' modes are restored.
     """
     rows: dict[str, int] = {}
     modes = [(module, module.training) for module in tower.modules()]
@@ -113,7 +112,7 @@ def require_a_row_a_sample(tower: nn.Module, images: Tensor) -> None:
 
 
 def synchronise(model: Any, world: World) -> None:
-    """Let the statistics of every batch norm be those of all ranks' samples (torch's SyncBatchNorm).
+    """Make the statistics of every batch norm those of the samples of all ranks (torch's SyncBatchNorm).
 
     Names and parameters stay. On one rank nothing changes. Raises UserError for several ranks on the CPU,
     where torch has no such kernel.

@@ -1,4 +1,4 @@
-"""A caption's vector from its tokens' vectors."""
+"""Pooling: the features of a caption from those of its tokens."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def last_of(mask: Tensor) -> Tensor:
-    """(B, L) bool -> (B,) int64: the place of the last real token, 0 where there is none."""
+    """(B, L) bool mask -> (B,) int64: the position of the last real token, 0 where there is none."""
     return (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
 
 
-def at(states: Tensor, places: Tensor) -> Tensor:
-    """(B, L, width) and (B,) -> (B, width): of each row the vector at its place."""
-    return states[torch.arange(len(states), device=states.device), places]
+def at(states: Tensor, positions: Tensor) -> Tensor:
+    """(B, L, width) and (B,) int64 -> (B, width): the features at one position of each row."""
+    return states[torch.arange(len(states), device=states.device), positions]
 
 
 def mean_of_real(states: Tensor, mask: Tensor) -> Tensor:
-    """(B, L, width) and (B, L) bool, true at least once a row -> (B, width)."""
+    """(B, L, width) and (B, L) bool mask, True at least once per row -> (B, width): the mean over tokens."""
     weights = mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(dim=1) / weights.sum(dim=1)

@@ -1,4 +1,4 @@
-"""What tasks, evaluations and exports ask of a model; any module with these members will do."""
+"""What tasks and evaluations need of a model; any module with these members will do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Model(Protocol):
-    """What every `torch.nn.Module` brings."""
+    """The members of every `torch.nn.Module` that are used."""
 
     training: bool
 
@@ -43,10 +43,10 @@ class DualEncoder(ImageEncoder, Protocol):
     def logit_bias(self) -> Tensor | None: ...
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) int64 and (B, L) bool, true on real tokens -> (B, E) of length one, float32 or wider."""
+        """(B, L) int64 tokens, (B, L) bool mask of real tokens -> (B, E) L2-normalised, float32 or wider."""
 
     def clamp_logit_scale(self) -> None:
-        """Keep the factor at or below its bound."""
+        """Clamp the logit scale to its upper bound."""
 
 
 class Classifier(ImageEncoder, Protocol):

@@ -1,4 +1,4 @@
-"""A task: what turns a batch into a loss. Nothing else in a step depends on it."""
+"""A task turns a batch into a loss; it is the only part of a step that depends on what is trained."""
 
 from __future__ import annotations
 
@@ -22,30 +22,33 @@ if TYPE_CHECKING:
     from clipcluster.runtime.world import World
 
 Features = Mapping[str, Tensor]
-"""What a task makes of a batch, by name: tensors with one row a sample.
+"""The input of a task's loss, by name: tensors with one row per sample.
 
-Floating-point tensors carry gradients back to the towers where they have any; others (targets, a teacher's
-features) only travel to the loss.
+Floating-point tensors may carry gradients back to the towers; others (targets, a teacher's features) do not.
 """
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Report:
-    """The loss to differentiate and what to log, on the device: a rank's own, the batch's is their mean."""
+    """A rank's loss, to be differentiated, and metrics to log, all () on the device.
+
+    Those of the whole batch are the mean over the ranks.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Task(nn.Module, ABC):
-    """Base of all tasks. DDP or FSDP2 wraps it, so everything of it runs through `forward`.
+    """Base of all tasks. DDP or FSDP2 wraps it, so all of its methods run through `forward`.
 
-    frozen: files or folders of weights that it uses and never trains, by what they are; a checkpoint has
-    their hashes.
+    frozen: name -> file or folder of weights that the task uses and never trains; a checkpoint has their
+    hashes.
 
-    A wrapper watches its own `forward` and nothing else: a method called beside it reduces no gradient and
-    says nothing. Callers therefore write `wrapped(Task.report, batch)`, never `wrapped.module.report(batch)`.
+    A wrapper reduces gradients for its own `forward` only: those of a method that is called on the wrapped
+    module directly are not reduced, without an error. Callers therefore write `wrapped(Task.report, batch)`,
+    never `wrapped.module.report(batch)`.
     """
 
     frozen: Mapping[str, Path] = {}
@@ -56,25 +59,25 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, batch: Batch) -> Features:
-        """The features of a rank's part of the batch, or of any cut of it; the batch is on the device."""
+        """The features of b samples: a rank's part of the batch, or a micro-batch; it is on the device."""
 
     def targets(self, batch: Batch) -> Features:
-        """What else the loss needs of the batch (a teacher's features): no gradient passes through it.
+        """What else the loss needs of the batch (a teacher's features); it has no gradient.
 
-        Where features are made twice, to save memory, this is made once.
+        Where features are computed twice, to save memory, this is computed once.
         """
         return {}
 
     @final
     def features(self, batch: Batch) -> Features:
-        """All that the loss takes."""
+        """The whole input of the loss."""
         return {**self.encode(batch), **self.targets(batch)}
 
     @abstractmethod
     def loss(self, features: Features) -> Report:
-        """This rank's part of the loss over the features of all ranks: the ranks' mean is the batch's.
+        """This rank's part of the loss over the features of all ranks; the mean over ranks is the batch's.
 
-        It may use parameters of the task itself (a scale of the logits), and need not declare them.
+        It may use parameters of the model directly (the logit scale), without declaring them.
         """
 
     @final
@@ -83,14 +86,14 @@ class Task(nn.Module, ABC):
         return self.loss(self.features(batch))
 
     def after_step(self) -> None:
-        """What follows every optimizer step."""
+        """Called after every optimizer step."""
 
 
 class ContrastiveTask(Task):
-    """Images and captions of one batch into the contrastive loss over all ranks.
+    """The contrastive loss of images and captions over the batch of all ranks.
 
-    mean, std: of the pixels in 0..1, one a channel. choice: which loss, and how; siglip needs a model with a
-    bias.
+    mean, std: of the pixels in 0..1, one value per channel. choice: the recipe's `loss`; siglip needs a model
+    with a bias.
     """
 
     mean: Tensor
@@ -112,7 +115,7 @@ class ContrastiveTask(Task):
         self.register_buffer("std", torch.tensor(tuple(std)), persistent=False)
 
     def encode(self, batch: Batch) -> Features:
-        """`image` and `text`, (b, E) of length one each."""
+        """`image` and `text`, (b, E) float32 or wider, L2-normalised."""
         assert batch.tokens is not None, "the contrastive task needs captions"
         assert batch.mask is not None
         images = normalise(batch.images, self.mean, self.std)
@@ -141,7 +144,7 @@ class ContrastiveTask(Task):
 def build_contrastive(
     recipe: Recipe, model: DualEncoder, ranks: World, assets: Path | None = None
 ) -> ContrastiveTask:
-    """`task: contrastive`. A bias of the model, which only the loss siglip needs, is fixed without it."""
+    """`task: contrastive`. A model's logit bias, which only the loss siglip uses, is frozen for others."""
     if recipe.loss.name != "siglip" and model.logit_bias is not None:
         model.logit_bias.requires_grad_(False)
     return ContrastiveTask(model, recipe.data.image.mean, recipe.data.image.std, ranks, recipe.loss)

@@ -1,4 +1,4 @@
-"""Towers by name: of images from timm or transformers, of text from transformers, or CLIP's own."""
+"""Towers by name: image towers from timm or transformers, text towers from transformers, or CLIP's own."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from clipcluster.model.weight_files import WeightsFrom
 from clipcluster.model.weights import Coverage, load_weights
 from clipcluster.recipe.sections import model as sections
 
-# How a caption's vector is taken from its tokens' when the recipe does not say.
+# The default pooling of text towers, by architecture.
 _POOLS = {
     "last": "gpt2 gpt_neo gpt_neox gptj opt llama mistral qwen2 qwen3 gemma gemma2 phi",
     "first": "bert roberta xlm-roberta distilbert electra albert camembert mpnet ernie roberta-prelayernorm "
     "deberta deberta-v2 modernbert",
 }
 POOL_OF_ARCH = {arch: pool for pool, archs in _POOLS.items() for arch in archs.split()}
-# These count positions from the padding token's id + 1.
+# Architectures that number positions from the padding token's id + 1.
 _POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm"}
-# A longer context than theirs is given positions between those that they learned.
+# Architectures with learned positions, which can be interpolated to a longer context.
 _LEARNED_POSITIONS = {"gpt2", "opt", "bert", "distilbert", "electra", "albert", "ernie"}
 _LEARNED_POSITIONS |= _POSITIONS_AFTER_PADDING
-_WHOLE_VOCABULARY = 0.9  # of a tower's tokens: some have rows for more than their tokenizer's
-# Arguments of timm's that belong to other keys of the recipe.
+_WHOLE_VOCABULARY = 0.9  # of a tower's embeddings, some of which have more rows than their tokenizer tokens
+# Arguments of timm's create_model that other keys of the recipe decide.
 _OWN_IMAGE_ARGS = {
     "pretrained": "model.image.weights",
     "checkpoint_path": "model.image.weights",
@@ -69,7 +69,7 @@ class ImageTower(nn.Module):
 class HfImageTower(ImageTower):
     """A transformers network without its head: (B, 3, S, S) float -> (B, width).
 
-    pool: the network's own `pooler`, the `first` token, or the `mean` of what it gives a place of the image.
+    pool: the network's own `pooler`, the `first` token, or the `mean` over tokens or positions.
     """
 
     def __init__(self, trunk: nn.Module, width: int, pool: str) -> None:
@@ -99,7 +99,7 @@ class TextTower(nn.Module):
         self.pool = pool
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        # A caption without a real token keeps its first one: attention over nothing is not a number.
+        # A caption without a real token keeps its first one: attention over no token is NaN.
         first = torch.zeros_like(mask)
         first[:, 0] = ~mask.any(dim=1)
         mask = mask | first
@@ -203,7 +203,7 @@ def _hf_image_tower(
 
 
 def _without_mask_tokens(trunk: nn.Module) -> None:
-    """A token of a pre-training with masks is part of the file, and of no feature: it is not trained."""
+    """Make mask tokens of a pre-training buffers: files have them, and no feature depends on them."""
     named = [name for name, _ in trunk.named_parameters() if name.rpartition(".")[2] == "mask_token"]
     for name in named:
         module, token = trunk.get_submodule(name.rpartition(".")[0]), trunk.get_parameter(name)
@@ -278,7 +278,7 @@ def _started(
 
 
 def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) -> Any:
-    """A configuration from a model type and sizes; vocabulary and positions are the tokenizer's."""
+    """A configuration from a model type and given values; vocabulary and positions are the tokenizer's."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -287,7 +287,7 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) ->
             unknown("model.text.arch: transformers has no model type", arch, list(CONFIG_MAPPING))
         )
     kind = CONFIG_MAPPING[arch]
-    with refusing(f"model.text.arch: {arch} cannot be built from sizes alone"):  # as pairs of models
+    with refusing(f"model.text.arch: {arch} cannot be built from sizes alone"):  # composed of two models
         known = set(kind().to_dict()) | set(kind.attribute_map)
     for key in given:
         if key not in known:
@@ -303,9 +303,9 @@ def _config_from_arch(arch: str, given: dict[str, Any], tokenizer: Tokenizer) ->
 
 
 def check_fits(settings: Any, tokenizer: Tokenizer, *, longer: bool = False) -> None:
-    """UserError where a text network of this configuration does not take what the tokenizer gives.
+    """UserError where a text network of this configuration cannot take the tokenizer's tokens.
 
-    longer: learned positions become as many as the context has tokens, for weights that are brought to them.
+    longer: raise the number of learned positions to the context's length, for weights that are interpolated.
     """
     if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "vocab_size"):
         raise UserError(
@@ -341,7 +341,7 @@ def text_positions(settings: Any) -> int | None:
 
 
 def foreign_tokenizer(tower: TextTower | ClipTextTower, tokenizer: Tokenizer) -> str:
-    """What speaks against a tokenizer for a tower with weights, if many fewer tokens than they are for."""
+    """A warning about a tokenizer with far fewer tokens than the weights of a tower are for; else ""."""
     embeddings: Any = getattr(tower.transformer, "get_input_embeddings", None)
     known = embeddings().num_embeddings if embeddings else tokenizer.vocab_size
     if tokenizer.vocab_size >= _WHOLE_VOCABULARY * known:
@@ -353,7 +353,7 @@ def foreign_tokenizer(tower: TextTower | ClipTextTower, tokenizer: Tokenizer) ->
 
 
 def _transformer(settings: Any, pool: str) -> nn.Module:
-    """The network without head, with its pooler where `pool` asks for it."""
+    """The network without head, with its pooler where `pool` is `pooler`. Raises UserError."""
     pooler = pool == "pooler"
     if pooler and not has_optional_pooler(class_of("model.text", settings)):
         raise UserError(
