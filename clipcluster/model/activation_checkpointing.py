@@ -10,9 +10,9 @@ from clipcluster.model.towers import ImageTower, TextTower
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Switch it on in every tower of a model; the second forward pass draws the same random numbers.
+    """Switch activation checkpointing on in every tower of a model; both forward passes draw the same dropout.
 
-    Raises UserError, naming it, for a tower that cannot.
+    Raises UserError for a tower without it, by name.
     """
     kinds = (ImageTower, TextTower, ClipTextTower)
     towers: list[tuple[str, nn.Module]]
@@ -20,13 +20,13 @@ def checkpoint_activations(model: nn.Module) -> None:
     for name, tower in towers or [("model", model)]:
         if not _switch_on(tower):
             raise UserError(
-                f"train.activation_checkpointing: the tower {name} has none; set it to false, and lower "
-                "train.micro_batch to save memory"
+                f"train.activation_checkpointing: the tower {name} does not support it; set it to false, and "
+                "lower train.micro_batch to save memory"
             )
 
 
 def _switch_on(module: nn.Module) -> bool:
-    """Whether the module, or any below it, has a switch and takes it."""
+    """Switch it on in the module, or in all below it that support it; whether any did."""
     if hasattr(module, "set_grad_checkpointing"):  # timm's towers, and CLIP's text transformer
         try:
             module.set_grad_checkpointing(True)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Classification: an image tower with a linear head, and the cross entropy of its logits."""
+"""Classification: an image tower with a linear head, and the cross-entropy of its logits."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from clipcluster.runtime.world import World
 
 HEAD_STD = 0.02
-"""Standard deviation of a fresh head's weights, truncated at two of them, as timm's networks have it."""
+"""Standard deviation of a head's random weights, truncated at two of them, as in timm's networks."""
 
 
 class ImageClassifier(nn.Module):
     """An image tower and a linear head: (B, 3, S, S) float -> (B, classes).
 
     The tower is called `image` as in a dual encoder, which can therefore start from a classifier's weights.
-    `starting_weights` says what was loaded, one entry a file. head_init_scale: factor of the fresh
-    head's weights.
+    `starting_weights` lists what was loaded, one entry per file. head_init_scale: factor of the head's random
+    weights.
     """
 
     def __init__(self, image: ImageTower, classes: int, *, head_init_scale: float = 1.0) -> None:
@@ -60,10 +60,10 @@ class ImageClassifier(nn.Module):
 
 
 class ClassifyTask(Task):
-    """Images and their classes into the cross entropy, a mean over samples.
+    """The cross-entropy of images and their classes, a mean over samples.
 
-    mean, std: of the pixels in 0..1, one a channel. label_smoothing: part of each target that is
-    spread evenly over all classes (Szegedy et al. 2015). mixer: of images and classes, or None.
+    mean, std: of the pixels in 0..1, one value per channel. label_smoothing: fraction of each target that is
+    spread evenly over all classes (Szegedy et al. 2016, section 7). mixer: mixup and cutmix, or None.
     """
 
     mean: Tensor
@@ -98,7 +98,7 @@ class ClassifyTask(Task):
         return {**features, "logits": self.model.classify(images)}
 
     def loss(self, features: Features) -> Report:
-        """`batch_accuracy` is that of the class with the larger weight."""
+        """The mean cross-entropy; `batch_accuracy` is that of the class with the larger weight."""
         logits, classes = features["logits"], features["classes"]
         shown = classes
         with torch.autocast(logits.device.type, enabled=False):
@@ -112,7 +112,7 @@ class ClassifyTask(Task):
         return Report(loss, {"loss": loss.detach(), "batch_accuracy": accuracy})
 
     def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Of each sample, (b,)."""
+        """The cross-entropy of each sample, (b,)."""
         return functional.cross_entropy(
             logits, classes, reduction="none", label_smoothing=self.label_smoothing
         )

@@ -1,4 +1,4 @@
-"""Distillation: a student learns from teachers' features of the same images and captions."""
+"""Distillation: a student learns from the features that teachers give for the same images and captions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """What a teacher makes of a rank's samples: image and text (B, D) of length one, and its scale."""
+    """A teacher's features of a rank's samples, image and text (B, D), L2-normalised; and its logit scale."""
 
     image: Tensor
     text: Tensor
@@ -36,12 +36,13 @@ class TeacherFeatures:
 class Teacher:
     """A frozen dual encoder: never trained, always in evaluation mode, in no checkpoint and under no wrapper.
 
-    It is no submodule of the task, and `tokens` and `mask` are names of `batch.extras` where it has a
-    tokenizer of its own.
+    It is no submodule of the task.
 
     Args:
-        mean, std: of the pixels in 0..1, as the teacher was trained with; size: side of its images in pixels.
-        scale: of its similarities, by default its own.
+        size: side of the teacher's images in pixels.
+        mean, std: of the pixels in 0..1, as the teacher was trained with.
+        tokens: names of tokens and mask in `batch.extras`, for a teacher with a tokenizer of its own.
+        scale: logit scale of the teacher; default its own.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features of images and captions, (b, D) of length one each; images of another size are resized."""
+        """Features of images and captions, (b, D) each, L2-normalised; images of another size are resized."""
         images = normalise(batch.images, self.mean, self.std)
         if images.shape[-1] != self.size:
             sides = (self.size, self.size)
@@ -77,7 +78,7 @@ class Teacher:
         return self.model.logit_scale.detach().exp().squeeze() if self._scale is None else self._scale
 
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change all of its tensors, as a module's `_apply` does."""
+        """Apply a function to all of its tensors, as a module's `_apply` does."""
         self.model._apply(change)
         self.mean, self.std = change(self.mean), change(self.std)
 
@@ -85,15 +86,15 @@ class Teacher:
 def relational(
     image: Tensor, text: Tensor, scale: Tensor, teachers: Sequence[TeacherFeatures], ranks: World
 ) -> Tensor:
-    """How far the student's similarities over the batch of all ranks are from the teachers'.
+    """The distillation loss of the student's similarities over the batch of all ranks.
 
-    The Kullback-Leibler divergence of the student's distribution over the batch's texts, for each image, from
-    each teacher's, and the same from text to image: the mean over samples, teachers and both directions
+    For each image, the Kullback-Leibler divergence KL(teacher || student) of the distributions over the
+    batch's texts, and for each text of those over the images: the mean over samples, teachers and directions
     (Vasu et al. 2024, "MobileCLIP", L_Distill of section 3.2; with one teacher the contrastive relational
     distillation of Yang et al. 2024, "CLIP-KD", section 3.2, whose two directions are added there). The mean
     of the ranks' values is that of the whole batch, and so are the gradients, as for the contrastive loss.
 
-    image, text: (B, E) of length one. scale: (), the student's own factor. Returns (), float32 or wider.
+    image, text: (B, E), L2-normalised. scale: (), the student's logit scale. Returns (), float32 or wider.
     """
     with torch.autocast(image.device.type, enabled=False):
         student = _logits(widen(image), widen(text), scale, ranks)
@@ -107,7 +108,7 @@ def relational(
 
 
 def _logits(image: Tensor, text: Tensor, scale: Any, ranks: World) -> tuple[Tensor, Tensor]:
-    """This rank's images by all texts, and its texts by all images, (B, size x B) each."""
+    """Logits of this rank's images over all texts, and of its texts over all images, (B, ranks x B) each."""
     everyone = gather(torch.cat([image, text], dim=1), ranks)
     all_images, all_texts = everyone.split(image.shape[1], dim=1)
     return scale * image @ all_texts.T, scale * text @ all_images.T
@@ -115,7 +116,7 @@ def _logits(image: Tensor, text: Tensor, scale: Any, ranks: World) -> tuple[Tens
 
 @torch.no_grad()
 def _distributions(teachers: Sequence[TeacherFeatures], ranks: World) -> tuple[list[Tensor], list[Tensor]]:
-    """Each teacher's distributions from image to text and from text to image, (B, size x B)."""
+    """Each teacher's distributions, (B, ranks x B): over texts for each image, over images for each text."""
     logits = [_logits(widen(own.image), widen(own.text), own.scale, ranks) for own in teachers]
     return [to_text.softmax(dim=1) for to_text, _ in logits], [
         to_image.softmax(dim=1) for _, to_image in logits
@@ -123,34 +124,35 @@ def _distributions(teachers: Sequence[TeacherFeatures], ranks: World) -> tuple[l
 
 
 def feature_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared error of image features plus that of text features, (B, D) of length one each, ().
+    """The mean squared error of image features plus that of text features, ().
 
-    The mean is over all entries (Yang et al. 2024, "CLIP-KD", section 3.3, as its code has it).
+    student, teacher: image and text features, (B, D) each, L2-normalised. The mean is over all entries (Yang
+    et al. 2024, "CLIP-KD", section 3.3, as its code has it).
     """
     pairs = zip(student, teacher, strict=True)
     return torch.stack([functional.mse_loss(widen(own), widen(given)) for own, given in pairs]).sum()
 
 
 def feature_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - the mean cosine of image features, (B, D) of length one each, ().
+    """1 - the mean cosine similarity of image features, (B, D) each, L2-normalised; ().
 
-    It is the distillation loss of Chinese-CLIP, whose code detaches the student's features, so that nothing
-    is learned from it; here it has its gradient.
+    It is the distillation loss of Chinese-CLIP, whose code detaches the student's features, so that it trains
+    nothing there; here it has its gradient.
     """
     return 1 - (widen(student) * widen(teacher)).sum(dim=1).mean()
 
 
 class DistillTask(ContrastiveTask):
-    """A student beside teachers: those whose embeddings are stored with the samples, or frozen models.
+    """A student with teachers: frozen models, or embeddings that are stored with the samples.
 
     student: the task of the student alone. The loss of a set of pairs is `contrastive_weight` times that
-    task's, plus `weight` times `relational`, plus the losses of the features, means over the teachers. With
-    synthetic captions there are two sets, the images with their own captions and the same images with
-    synthetic ones, and the losses are added (Vasu et al. 2024, section 3.2). frozen: the files of the
-    teachers' weights.
+    task's, plus `weight` times `relational`, plus the weighted feature losses, each a mean over teachers.
+    With synthetic captions there are two sets, the images with their own captions and the same images with
+    synthetic ones, and the losses are added (Vasu et al. 2024, section 3.2). frozen: name -> file of a
+    teacher's weights.
 
-    Where a loss of features needs it, the student gets `teacher_projections`: a bias-free linear map into the
-    space of each teacher whose width is another. They train, and no model but this student has them.
+    For a feature loss with a teacher of another width the student gets `teacher_projections`, a linear map
+    without bias into the teacher's space. They train, and no model but this student has them.
     """
 
     def __init__(
@@ -175,7 +177,7 @@ class DistillTask(ContrastiveTask):
         return super()._apply(fn, recurse)
 
     def encode(self, batch: Batch) -> Features:
-        """`image`, `text` and, where there are synthetic captions, `synthetic`: (b, E) of length one each."""
+        """`image`, `text` and, where there are synthetic captions, `synthetic`: (b, E), L2-normalised."""
         features = dict(super().encode(batch))
         if stored.TOKENS in batch.extras:
             tokens, mask = batch.tensor(stored.TOKENS), batch.tensor(stored.MASK)
@@ -202,7 +204,7 @@ class DistillTask(ContrastiveTask):
         metrics = {"logit_scale": scale.detach()}
         for text in ("synthetic", "text"):
             if text in features:
-                pairs, teachers = (features["image"], features[text]), self._taught(features, text)
+                pairs, teachers = (features["image"], features[text]), self._teacher_features(features, text)
                 if settings.contrastive_weight:
                     report = super().loss({"image": pairs[0], "text": pairs[1]})
                     parts["contrastive_loss"].append(report.loss)
@@ -210,15 +212,15 @@ class DistillTask(ContrastiveTask):
                 if settings.weight:
                     parts["distill_loss"].append(relational(*pairs, scale, teachers, self.ranks))
                 for number, teacher in enumerate(teachers):
-                    for name, value in self._of_features(number, pairs, teacher).items():
+                    for name, value in self._feature_losses(number, pairs, teacher).items():
                         parts[name].append(value / len(teachers))
         sums = {name: torch.stack(values).sum() for name, values in parts.items()}
         loss = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
         metrics |= {name: value.detach() for name, value in {"loss": loss, **sums}.items()}
         return Report(loss, metrics)
 
-    def _taught(self, features: Features, text: str) -> list[TeacherFeatures]:
-        """What each teacher says of the images and of a set of captions."""
+    def _teacher_features(self, features: Features, text: str) -> list[TeacherFeatures]:
+        """Each teacher's features of the images and of one set of captions, `text` or `synthetic`."""
         if self.settings.stored is None:
             numbered = enumerate(self.teachers)
             return [
@@ -230,10 +232,10 @@ class DistillTask(ContrastiveTask):
         parts = zip(features[stored.IMAGE].split(widths, dim=1), of_text.split(widths, dim=1), strict=True)
         return [TeacherFeatures(*pair, scale) for pair in parts]
 
-    def _of_features(
+    def _feature_losses(
         self, number: int, pairs: Sequence[Tensor], teacher: TeacherFeatures
     ) -> dict[str, Tensor]:
-        """The losses of features in use, of one teacher; its features carry no gradient."""
+        """The feature losses in use, for one teacher, whose features carry no gradient."""
         settings, found = self.settings, {}
         given = teacher.image.detach(), teacher.text.detach()
         with torch.autocast(pairs[0].device.type, enabled=False):
@@ -245,7 +247,7 @@ class DistillTask(ContrastiveTask):
         return found
 
     def _projected(self, number: int, side: str, features: Tensor) -> Tensor:
-        """The student's features in a teacher's space, of length one."""
+        """The student's features in a teacher's space, L2-normalised."""
         projections: Any = getattr(self.model, PROJECTIONS)
         name = f"{side}-{number}"
         features = widen(features)
@@ -253,7 +255,7 @@ class DistillTask(ContrastiveTask):
 
 
 def _projections(width: int, teachers: Sequence[int], sides: Sequence[str], seed: int) -> nn.ModuleDict:
-    """Linear maps of `width` into the spaces of teachers that have another, drawn from the seed alone."""
+    """Linear maps from `width` into the spaces of teachers of other widths; random by the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     found = nn.ModuleDict()
     for number, own in enumerate(teachers):

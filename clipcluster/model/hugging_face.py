@@ -1,4 +1,4 @@
-"""Networks of transformers: their configurations, their weights' files, and what is said of errors."""
+"""Networks of transformers: configurations, weight files, and errors of the library as messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from clipcluster.model.weight_files import HF_FILES, shard_names
 
 
 def config_of(key: str, name: str, assets: Path | None) -> tuple[Any, Path | None]:
-    """The configuration of a local folder, of a folder fetched at submission, or of a name on the hub."""
+    """A model's configuration, and its folder: a local one or one fetched at submission; None for a hub name.
+
+    Raises UserError where there is none.
+    """
     from transformers import AutoConfig
 
     folder = next((f for f in _folders(name, assets) if (f / "config.json").is_file()), None)
@@ -32,7 +35,7 @@ def config_of(key: str, name: str, assets: Path | None) -> tuple[Any, Path | Non
 
 
 def pixels_of(name: str, assets: Path | None) -> list[float] | None:
-    """Mean of the three channels, then their deviation, by a folder's own words; None where it has none."""
+    """Mean and standard deviation of the three channels by a folder's processor file; None without one."""
     for folder in _folders(name, assets):
         for file in ("preprocessor_config.json", "processor_config.json"):
             if (folder / file).is_file():
@@ -52,12 +55,15 @@ def _three(value: Any) -> list[float]:
 
 
 def _folders(name: str, assets: Path | None) -> list[Path]:
-    """Where the files of a name are looked for: among those fetched at submission, then in its folder."""
+    """The folders to look for the files of a name: the one fetched at submission, then its own."""
     return [Path(name)] if assets is None else [asset_folder(assets, name), Path(name)]
 
 
 def pretrained(key: str, name: str, folder: Path | None) -> Path:
-    """The weights that belong to a configuration: in its folder, else in the hub's cache, else fetched."""
+    """The weights that belong to a configuration: in its folder, else in the hub's cache, else fetched.
+
+    Raises UserError where there are none, or the hub cannot be reached.
+    """
     from transformers.utils import cached_file
 
     if folder is not None and (folder == Path(name) or any((folder / f).is_file() for f in HF_FILES)):
@@ -73,9 +79,9 @@ def pretrained(key: str, name: str, folder: Path | None) -> Path:
 
 
 def names_in(network: Any, names: Sequence[str]) -> dict[str, str]:
-    """A file's names -> those that the installed transformers gives them in a network of its own.
+    """Names in a file -> names in a network of the installed transformers.
 
-    Its newer versions name some parts otherwise than the files do that it reads and writes.
+    Newer versions have other names for some parts in the network than in the files that they read and write.
     """
     if not hasattr(network, "base_model_prefix") or not find_spec("transformers.conversion_mapping"):
         return {name: name for name in names}
@@ -87,7 +93,7 @@ def names_in(network: Any, names: Sequence[str]) -> dict[str, str]:
 
 
 def network_of(key: str, settings: Any, *, pooler: bool) -> nn.Module:
-    """The network of a configuration without head, in float32, from random weights.
+    """The network of a configuration without head, in float32, with random weights.
 
     pooler: with the network's own pooling layer, where it may be left out.
     Raises UserError where transformers has none, or cannot build it of these sizes.
@@ -96,7 +102,7 @@ def network_of(key: str, settings: Any, *, pooler: bool) -> nn.Module:
 
     kind = class_of(key, settings)
     chosen = {"add_pooling_layer": pooler} if has_optional_pooler(kind) else {}
-    # Attention by PyTorch where the network has it: the attention mask is honoured in both.
+    # PyTorch's attention where the network supports it; both honour the attention mask.
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
     what = f"{key}: transformers cannot build {settings.model_type} of these sizes"
     with quiet_transformers(), refusing(what):
@@ -123,7 +129,7 @@ def has_optional_pooler(kind: Any) -> bool:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Warnings about special tokens of a class's default vocabulary concern no tower built here."""
+    """Inside, transformers logs errors only: its warnings about default special tokens concern no tower here."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -135,7 +141,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Whatever a library raises about a name or a setting, as UserError: each of its classes has its own."""
+    """Inside, every exception becomes a UserError that begins with `what`: libraries raise classes of their own."""
     try:
         yield
     except MemoryError:
@@ -145,7 +151,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def unknown(what: str, given: str, known: list[str]) -> str:
-    """That there is no such name, with the nearest ones."""
+    """A message for an unknown name, with the nearest known ones."""
     near = difflib.get_close_matches(given, known, n=5, cutoff=0.5)
     hint = f"Nearest: {', '.join(near)}." if near else "No known name is similar."
     return f"{what} {given!r}. {hint}"

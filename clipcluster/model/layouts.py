@@ -1,7 +1,7 @@
-"""The names of other programs' weights as those of the towers here.
+"""Layouts: converting the names in other programs' weights to those of the towers here.
 
-A layout recognises a state dict (prefixes removed) by one of its names and renames it. Shapes that differ by
-dimensions of size one are brought together in `clipcluster.model.weights`.
+A layout recognises a state dict (prefixes removed) by one of its names and renames its tensors. Shapes that
+differ by dimensions of size one are reconciled in `clipcluster.model.weights`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """Names as another program writes them.
+    """The names of another program.
 
-    name: whose they are. mark: how one of them begins, and none of another layout. convert: gives the state
-    dict for a module.
+    name: for messages. mark: the beginning of one name, which no other layout has. convert: from a state dict
+    with these names, and a module, to the module's state dict.
     """
 
     name: str
@@ -48,13 +48,13 @@ _CONVNEXT = [
     (re.compile(r"\.grn\.beta$"), ".mlp.grn.bias"),
     (re.compile(r"^head\."), "head.fc."),
     (re.compile(r"^norm\."), "head.norm."),
-    # Sparse modules of the FCMAE pre-training hold a dense one.
+    # The sparse modules of FCMAE pre-training wrap a dense one.
     (re.compile(r"\.(?:ln|linear)\.(weight|bias)$"), r".\1"),
 ]
 
 
 def _convnext(state: State, tower: nn.Module) -> State:
-    """The names of the original ConvNeXt and ConvNeXt V2, those of FCMAE pre-training included, as timm's."""
+    """From the original ConvNeXt and ConvNeXt V2, FCMAE pre-training included, to timm's names."""
     found = {}
     for key, value in state.items():
         if key.endswith(".kernel"):
@@ -70,9 +70,9 @@ def _renamed(key: str, names: Iterable[tuple[re.Pattern[str], str]]) -> str:
 
 
 def _dense(kernel: Tensor) -> Tensor:
-    """A sparse convolution's kernel, (k * k, in, out) or depthwise (k * k, C), as (out, in, k, k).
+    """A sparse convolution's kernel, (k * k, in, out) or depthwise (k * k, C), as a dense (out, in, k, k).
 
-    Its places run over x, then y: weight[o, i, y, x] = kernel[x * k + y, i, o].
+    weight[o, i, y, x] = kernel[x * k + y, i, o].
     """
     size = isqrt(len(kernel))
     if kernel.ndim == 2:
@@ -144,7 +144,7 @@ def _rules(pairs: Iterable[tuple[str, str]], *, back: bool = False) -> list[tupl
 
 
 def _clip_vit(state: State, tower: nn.Module) -> State:
-    """The names of OpenAI's and OpenCLIP's own ViT as timm's, or as transformers' where the tower is its."""
+    """From OpenAI's and OpenCLIP's own ViT to timm's names, or transformers' for a tower of transformers."""
     if _of_transformers(tower):
         return clip_in_transformers(state)
     rules = _rules(_CLIP_VIT)
@@ -225,7 +225,7 @@ def _hf_tower(state: State, tower: Any) -> State:
 
 
 def _split(state: State, pattern: re.Pattern[str], place: str, names: Iterable[str]) -> State:
-    """Queries, keys and values in one tensor as three."""
+    """The state dict with each tensor of queries, keys and values split into three."""
     found: State = {}
     for key, value in state.items():
         match = pattern.search(key)
@@ -242,15 +242,15 @@ def _of_transformers(tower: nn.Module) -> bool:
 
 
 def _clip_resnet(state: State, tower: nn.Module) -> State:
-    """The names of OpenAI's and OpenCLIP's ModifiedResNet as timm's."""
+    """From OpenAI's and OpenCLIP's ModifiedResNet to timm's names."""
     if not isinstance(tower, byobnet.ByobNet):
         return state
     return byobnet.checkpoint_filter_fn({f"visual.{key}": value for key, value in state.items()}, tower)
 
 
 def _open_clip(state: State, model: Any) -> State:
-    """OpenCLIP's, OpenAI's and Chinese-CLIP's names of a whole model as `clipcluster.model.clip.Clip`'s."""
-    if not hasattr(model, "text"):  # a classifier, which takes its tower's weights by model.image.weights
+    """From a whole model of OpenCLIP, OpenAI or Chinese-CLIP to `clipcluster.model.clip.Clip`'s names."""
+    if not hasattr(model, "text"):  # a classifier, whose tower's weights are named by model.image.weights
         return state
     image = {key.removeprefix("visual."): state[key] for key in state if key.startswith("visual.")}
     text = {key.removeprefix("text."): state[key] for key in state if not key.startswith("visual.")}
@@ -336,7 +336,7 @@ def _placed(state: State, prefix: str) -> State:
 
 
 def _text_of(text: State, tower: Any) -> State:
-    """The text tower's part, without projection, as the tower has it."""
+    """The text tower's part, without projection, by the tower's own names."""
     if any(key.startswith("bert.") for key in text):  # Chinese-CLIP's
         inside = {key.removeprefix("bert."): value for key, value in text.items()}
         inside = _split(inside, _BERT_IN_PROJ, ".attention.self", ("query", "key", "value"))
@@ -348,7 +348,7 @@ def _text_of(text: State, tower: Any) -> State:
 
 
 def _transformers(state: State, model: Any) -> State:
-    """The names of a whole model of transformers as those of `clipcluster.model.clip.Clip`."""
+    """From a whole model of transformers to `clipcluster.model.clip.Clip`'s names."""
     found, known = {}, model.state_dict()
     for key, value in state.items():
         for theirs, ours in _PARTS.items():
@@ -395,7 +395,7 @@ _PARTS = {
     "visual_projection.": "image_projection.",
 }
 SIZES = ("input_resolution", "context_length", "vocab_size")
-"""OpenAI's state dicts hold them as tensors."""
+"""Sizes of the model that OpenAI's state dicts hold as tensors."""
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
     "image": (
@@ -411,4 +411,4 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
         Layout("transformers'", "vision_model.", _transformers),
     ),
 }
-"""By what is loaded: an image tower, a text tower, a whole dual encoder."""
+"""The layouts of an image tower, a text tower and a whole dual encoder."""

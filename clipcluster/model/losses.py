@@ -1,4 +1,4 @@
-"""Losses over the whole batch of all ranks."""
+"""The contrastive losses of CLIP and SigLIP over the batch of all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate every rank's rows; backward sums the ranks' gradients and keeps the own rows."""
+    """Concatenates the rows of all ranks; backward sums the ranks' gradients and keeps this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: World) -> Tensor:
@@ -34,9 +34,9 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(rows: Tensor, ranks: World) -> Tensor:
-    """The rows of all ranks in the order of ranks, (B, E) -> (size x B, E), with gradients to every rank.
+    """The rows of all ranks in the order of ranks, (B, E) -> (ranks x B, E), with gradients to every rank.
 
-    Every rank must bring equally many rows.
+    Collective; B is the same on all ranks.
     """
     return rows if ranks.size == 1 else _Gather.apply(rows, ranks)
 
@@ -58,7 +58,7 @@ def contrastive(
     gradients back to their rank, for the scale because every rank's rows count once.
 
     image_features, text_features: (B, E), L2-normalised. scale: (), the factor itself, not its logarithm.
-    label_smoothing: this part of a target is spread evenly over all size x B candidates, the right one
+    label_smoothing: this fraction of a target is spread evenly over all ranks x B candidates, the correct one
     included (Szegedy et al. 2016, section 7). chunk: rows of logits in memory at a time; default all.
     Returns the loss, (), float32 or wider, and the fraction of its own images whose own text scores best, ().
     """
@@ -76,7 +76,7 @@ def contrastive(
 def _cross_entropy(
     rows: Tensor, columns: Tensor, scale: Tensor, targets: Tensor, smoothing: float, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The mean over rows of the cross-entropy of similarities, and the fraction of rows at their target."""
+    """The mean cross-entropy of the rows' similarities and the fraction of correct rows, () each."""
     if chunk is not None and chunk < len(rows):
         return _CrossEntropies.apply(rows, columns, scale, targets, smoothing, chunk)
     logits = scale * rows @ columns.T
@@ -85,7 +85,7 @@ def _cross_entropy(
 
 
 class _CrossEntropies(torch.autograd.Function):
-    """The loss and its gradients together, a chunk of rows at a time: no logits are kept."""
+    """The loss with its gradients, computed for a chunk of rows at a time, so that no logits are kept."""
 
     @staticmethod
     def forward(
@@ -134,13 +134,13 @@ def siglip(
 
     Every pair of an image and a text counts by itself: -log sigmoid(z (scale image . text + bias)), z = 1
     where they belong together and -1 elsewhere, summed over all pairs and divided by the number of images.
-    Each rank takes its own B images against the texts of all ranks, which come round a ring, one rank's at a
-    time (section 3.3), so that the mean of the ranks' losses and gradients is that of the whole batch.
+    Each rank takes its own B images against the texts of all ranks, which are passed around a ring, those of
+    one rank at a time (section 3.3), so that the mean of the ranks' losses and gradients is that of the batch.
 
     image_features, text_features: (B, E), L2-normalised, B the same on all ranks. scale: (), the factor
     itself. bias: (). chunk: images whose logits are in memory at a time; default all.
     Returns the loss, (), float32 or wider, and the fraction of its own images whose own text scores best, ().
-    All ranks have to differentiate the loss by the same factor, once.
+    All ranks have to call backward once, with the same gradient of the loss.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = widen(image_features), widen(text_features)
@@ -148,7 +148,7 @@ def siglip(
 
 
 class _Sigmoids(torch.autograd.Function):
-    """The loss and its gradients in one round of the ring: a rank's texts travel with their gradient."""
+    """The loss with its gradients in one round of the ring: a rank's texts travel with their gradient."""
 
     @staticmethod
     def forward(
@@ -177,7 +177,7 @@ class _Sigmoids(torch.autograd.Function):
                 by_bias += by_logits.sum()
                 negatives = similarity.masked_fill(signs > 0, -torch.inf)
                 others[rows] = torch.maximum(others[rows], negatives.amax(dim=1))
-            passing = _to_the_next(passing, ranks)
+            passing = _passed_on(passing, ranks)
         # After `size` hops a rank's own texts are back, with the gradients that all ranks added.
         gradients = (by_image, passing[:, embed_dim:], by_scale, by_bias)
         ctx.save_for_backward(*(gradient / count for gradient in gradients))
@@ -190,8 +190,8 @@ class _Sigmoids(torch.autograd.Function):
         return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None)
 
 
-def _to_the_next(rows: Tensor, ranks: World) -> Tensor:
-    """Give rows to the next rank of the ring; returns those of the one before."""
+def _passed_on(rows: Tensor, ranks: World) -> Tensor:
+    """Send rows to the next rank of the ring, and receive those of the previous one."""
     if ranks.size == 1:
         return rows
     received = torch.empty_like(rows)

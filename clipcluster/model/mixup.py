@@ -1,8 +1,8 @@
-"""Mixup (Zhang et al. 2017) and cutmix (Yun et al. 2019) of pairs of samples, by seed and batch alone.
+"""Mixup (Zhang et al. 2017) and cutmix (Yun et al. 2019) of pairs of samples.
 
-Slots 2k and 2k + 1 of the global batch are a pair, whose images and classes are mixed with each other. So
-nothing depends on how ranks and micro-batches divide the batch, as long as none of them cuts a pair (timm
-mixes sample i of each rank's batch of n with sample n - 1 - i).
+Slots 2k and 2k + 1 of the global batch are a pair, whose images and classes are mixed with each other. So the
+mixed batch depends on the seed and the number of the batch alone, and not on ranks and micro-batches, none of
+which may divide a pair (timm mixes sample i of each rank's batch of n with sample n - 1 - i).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mix:
-    """How a sample is mixed. own: weight of its own class, the other's is 1 - own.
+    """How a sample is mixed. own: weight of its own class; the other's is 1 - own.
 
-    box: top, bottom, left and right (pixels) of what becomes the other image; None: the pixels are mixed.
+    box: top, bottom, left and right (pixels) of the part that is taken from the other image (cutmix); None:
+    all pixels are mixed by their weights (mixup).
     """
 
     own: float = 1.0
@@ -33,10 +34,7 @@ class Mix:
 
 
 class Mixer:
-    """Mixes the pairs of a part of a batch.
-
-    settings: the recipe's `data.mixup`; its `mode` says for what there is one draw.
-    """
+    """Mixes the pairs in a part of a batch. settings: the recipe's `data.mixup`."""
 
     def __init__(self, settings: Mixup, seed: int) -> None:
         self._settings, self._seed = settings, seed
@@ -48,7 +46,7 @@ class Mixer:
         even.
         """
         if len(images) % 2 or slot % 2:
-            raise ValueError(f"{len(images)} samples from slot {slot} on are no whole pairs")
+            raise ValueError(f"{len(images)} samples from slot {slot} on are not whole pairs")
         mixes = self.mixes(batch, range(slot, slot + len(images)), *images.shape[-2:])
         own = torch.tensor([mix.own for mix in mixes], dtype=torch.float64)
         weights, others = own.float().to(images.device, non_blocking=True), swapped(images)
@@ -83,7 +81,7 @@ class Mixer:
 
 
 def draw(settings: Mixup, numbers: np.random.RandomState, height: int, width: int) -> Mix:
-    """One draw, its numbers in the order of timm's Mixup (mode batch)."""
+    """Draw how a sample is mixed; random numbers are used in the order of timm's Mixup (mode batch)."""
     if numbers.rand() >= settings.probability:
         return Mix()
     cutting = settings.cutmix > 0 and (settings.alpha == 0 or numbers.rand() < settings.switch)
@@ -101,5 +99,5 @@ def draw(settings: Mixup, numbers: np.random.RandomState, height: int, width: in
 
 
 def swapped(rows: Tensor) -> Tensor:
-    """Each row's other of its pair: (b, …) -> (b, …)."""
+    """The rows with those of each pair exchanged: (b, …) -> (b, …)."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

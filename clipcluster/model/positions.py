@@ -1,4 +1,4 @@
-"""Position embeddings of a file for a tower of another image size, patch grid or context length."""
+"""Resampling position embeddings for a tower of another image size, patch grid or context length."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _PREFIXES = range(9)  # class tokens and registers that may stand before the pat
 def fit_positions(
     tower: nn.Module, state: Mapping[str, Tensor], *, text: bool | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file's tensors, its position embeddings brought to the tower's places; and what was done, by name.
+    """A file's tensors with position embeddings resampled to the tower's positions; and how, by name.
 
     state: the file's tensors by the tower's names. text: whether the tower is one of text; by default names
     that begin with `text` are (of a whole model).
 
     Images: the grid is interpolated, bicubic with antialiasing (timm's resample_abs_pos_embed), and so are
     the tables of relative positions in windows (timm's resize_rel_pos_bias_table); class token and registers
-    stay. Text: a shorter context takes the first rows, a longer one is interpolated linearly, but for rows
-    that stand for no position. What cannot be brought to the tower's shape is left as it is.
+    stay. Text: a shorter context takes the first rows, a longer one is interpolated linearly, except for
+    rows that are no position. A tensor that cannot be brought to the tower's shape stays as it is.
     """
     own = tower.state_dict()
     fitted, done = dict(state), {}
@@ -51,10 +51,10 @@ def fit_positions(
 
 
 def _grid(value: Tensor, wanted: torch.Size) -> tuple[Tensor, str] | None:
-    """Of patches in a square: (1, prefix + patches, C), (prefix + patches, C) or (1, H, W, C)."""
+    """Embeddings of a square grid of patches: (1, prefix + patches, C), (prefix + patches, C), (1, H, W, C)."""
     if value.ndim == 4 == len(wanted):
-        told = f"interpolated from {value.shape[1]} x {value.shape[2]} to {wanted[1]} x {wanted[2]} patches"
-        return resample_abs_pos_embed_nhwc(value, [wanted[1], wanted[2]]), told
+        how = f"interpolated from {value.shape[1]} x {value.shape[2]} to {wanted[1]} x {wanted[2]} patches"
+        return resample_abs_pos_embed_nhwc(value, [wanted[1], wanted[2]]), how
     if value.ndim != len(wanted) or value.ndim not in (2, 3) or value.shape[-1] != wanted[-1]:
         return None
     for prefix in _PREFIXES:
@@ -64,19 +64,19 @@ def _grid(value: Tensor, wanted: torch.Size) -> tuple[Tensor, str] | None:
             resampled = resample_abs_pos_embed(
                 batched, new_size=[after, after], old_size=[before, before], num_prefix_tokens=prefix
             )
-            told = f"interpolated from {before} x {before} to {after} x {after} patches"
-            return resampled.reshape(wanted), told
+            how = f"interpolated from {before} x {before} to {after} x {after} patches"
+            return resampled.reshape(wanted), how
     return None
 
 
 def _side(patches: int) -> int:
-    """The side of a square of so many patches; 0 where they make none."""
+    """The side of a square grid of so many patches; 0 where they make none."""
     side = isqrt(max(patches, 0))
     return side if side * side == patches else 0
 
 
 def _window(value: Tensor, wanted: torch.Size, attention: Any) -> tuple[Tensor, str] | None:
-    """Of relative positions in a window: ((2H - 1)(2W - 1) + extra, heads)."""
+    """Biases of relative positions in a window: ((2H - 1)(2W - 1) + extra, heads)."""
     window = getattr(attention, "window_size", None)
     if window is None or value.ndim != len(wanted) or value.shape[-1] != wanted[-1]:
         return None
@@ -86,7 +86,7 @@ def _window(value: Tensor, wanted: torch.Size, attention: Any) -> tuple[Tensor, 
 
 
 def _context(value: Tensor, wanted: torch.Size, offset: int) -> tuple[Tensor, str] | None:
-    """Of tokens in a text: (offset + positions, C)."""
+    """Embeddings of the positions of tokens: (offset + positions, C)."""
     if value.ndim != 2 or value.shape[1] != wanted[1] or len(value) <= offset:
         return None
     before, after = len(value) - offset, wanted[0] - offset
@@ -99,7 +99,7 @@ def _context(value: Tensor, wanted: torch.Size, offset: int) -> tuple[Tensor, st
 
 
 def _offset(tower: nn.Module, name: str) -> int:
-    """How many rows of a table stand before position 0: RoBERTa's up to the padding's, OPT's two."""
+    """The number of rows of a table before position 0: RoBERTa's up to the padding token's, OPT's two."""
     table: Any = tower.get_submodule(name.rpartition(".")[0])
     padding = getattr(table, "padding_idx", None)
     return int(getattr(table, "offset", 0) if padding is None else padding + 1)

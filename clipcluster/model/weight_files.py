@@ -1,6 +1,6 @@
-"""Tensors from files and folders of weights, as they lie there; every damaged one is one message.
+"""Reading tensors from files and folders of weights, names unchanged; a damaged file is one message.
 
-`clipcluster.model.layouts` maps their names, `clipcluster.model.weights` brings them into a tower.
+`clipcluster.model.layouts` converts names, `clipcluster.model.weights` loads the tensors into a tower.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HF_FILES = (
 )
 """The weights of a folder in Hugging Face's layout, the preferred first."""
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# Where training programs put the weights in what they save, and their moving average.
+# The keys under which training programs save the weights, and their moving average.
 _NESTED: Mapping[WeightsFrom, tuple[str, ...]] = {
     "ema": ("state_dict_ema", "model_ema", "ema"),
     "raw": ("state_dict", "model", "module"),
@@ -55,9 +55,9 @@ _POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds: names and tensors as they lie there.
+    """The tensors of a file by their names there.
 
-    file: what was read: a file, or a model's folder.
+    file: the file, or model's folder, that was read.
     part: `ema` or `raw` where the file (or checkpoint) holds both, else "".
     """
 
@@ -69,11 +69,11 @@ class Weights:
 def read_weights(source: Path, prefer: WeightsFrom | None = None) -> Weights:
     """The tensors of a file, of a model's folder, of a run's checkpoint, or of its newest that verifies.
 
-    Files: `.safetensors`, or whatever `torch.load` reads with `weights_only`; of what a training program
-    saved the model's part is taken. Folders: in Hugging Face's layout (index files included) or OpenCLIP's.
-    prefer: the moving average or the weights themselves, where both are there; default the average.
+    Files: `.safetensors`, or whatever `torch.load` reads with `weights_only`; from a file that a training
+    program saved, the model's part. Folders: in Hugging Face's layout (index files included) or OpenCLIP's.
+    prefer: the moving average (`ema`) or the weights themselves (`raw`), where both are there; default `ema`.
 
-    Raises UserError where nothing readable is there, a file is damaged, or it lacks what is preferred.
+    Raises UserError where there is nothing to read, a file is damaged, or it lacks what is preferred.
     """
     try:
         found = _weights_at(source, prefer)
@@ -178,12 +178,12 @@ def _of_checkpoint(file: Path) -> Weights:
 
 
 def without_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A student's tensors without what only its distillation needs."""
+    """A distilled student's tensors without its projections into its teachers' spaces."""
     return {name: value for name, value in state.items() if not name.startswith(f"{PROJECTIONS}.")}
 
 
 def shard_names(file: Path) -> list[str]:
-    """The files beside it that an `….index.json` puts together; none for any other file.
+    """The names of the files that an `….index.json` lists, in its folder; none for any other file.
 
     Raises UserError where it is not such an index.
     """
@@ -200,7 +200,7 @@ def shard_names(file: Path) -> list[str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What the file holds, on the CPU. Raises UserError."""
+    """The content of a file, on the CPU. Raises UserError where it cannot be read."""
     if not file.is_file():
         raise UserError(f"No weights at {file}.")
     with file.open("rb") as opened:
@@ -244,7 +244,7 @@ def _read_pickle(file: Path) -> dict[str, Any]:
 
 
 def _chosen(content: dict[str, Any], file: Path, prefer: WeightsFrom | None) -> Weights:
-    """The model's part of what a training program saved: its moving average, or the weights themselves."""
+    """The model's part of a training program's file: its moving average, or the weights themselves."""
     found: dict[str, Mapping[str, Any]] = {}
     for part, names in _NESTED.items():
         nested = (_inside(content.get(name)) for name in names)
@@ -264,7 +264,7 @@ def _chosen(content: dict[str, Any], file: Path, prefer: WeightsFrom | None) -> 
 
 
 def _inside(value: Any) -> Mapping[str, Any] | None:
-    """A dictionary with tensors, or the one of the model in it; None for anything else."""
+    """A dictionary with tensors, or the model's dictionary inside it; None for anything else."""
     if not isinstance(value, dict):
         return None
     value = next((value[name] for name in _NESTED["raw"] if isinstance(value.get(name), dict)), value)
@@ -276,6 +276,6 @@ def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def some(names: Sequence[str], count: int = 6) -> str:
-    """The first names, and how many there are where not all are shown."""
+    """For messages: the first `count` names, and how many there are where not all are shown."""
     shown = ", ".join(names[:count])
     return f"{shown}, … ({len(names)} in all)" if len(names) > count else shown or "nothing"

@@ -1,8 +1,8 @@
-"""Starting weights from a file into a tower, with proof of what was loaded.
+"""Loading starting weights from a file into a tower, with a report of what was loaded.
 
-A file and a tower differ by a prefix, and a load that skips what it does not know takes nothing and raises
-nothing. Here the prefix is removed by an explicit rule, every tensor of the tower is accounted for, and one
-that the file does not bring is an error unless the recipe lists it.
+The names in a file and in a tower often differ by a prefix, and a load that ignores unknown names would then
+load nothing and raise nothing. Here prefixes are removed by explicit rules, every tensor of the tower is
+accounted for, and a tensor that the file lacks is an error unless the recipe lists it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from clipcluster.model.weight_files import WeightsFrom, read_weights, some
 if TYPE_CHECKING:
     from clipcluster.recipe.sections.model import Model
 
-# What wrappers and training programs put before every name: any number of them, in any order.
+# Prefixes that wrappers and training programs put before every name: any number of them, in any order.
 _WRAPPERS = ("module", "_orig_mod", "model", "base_model")
-# Where a tower lies in a larger model.
-_PLACES = {
+# Prefixes of a tower in a larger model.
+_TOWER_PREFIXES = {
     "image": (
         *("image", "image.trunk", "trunk", "visual", "visual.trunk", "backbone", "encoder"),
         *("vision_model", "image_encoder", "vit", "deit", "dinov2", "beit"),
@@ -49,7 +49,7 @@ _HEADS = re.compile(
     r"^(head|head_dist|fc|classifier|head\.fc|head\.l|last_linear|lm_head|cls|score|pooler|pre_classifier"
     r"|vocab_[a-z_]+|discriminator_predictions|generator_[a-z_]+|qa_outputs)\.(weight|bias|.*\.(weight|bias)|bias)$"
 )
-# Never left out: a tower that lacks one computes something else.
+# Parts that are never ignored in a file: a tower without one of them computes something else.
 _BODY = {
     "patch_embed",
     "pos_embed",
@@ -62,12 +62,12 @@ _BODY = {
     "reg_token",
 }
 _CLASSIFIERS = ("head", "head.fc", "fc", "classifier", "last_linear", "head.l")
-# What a module computes for itself: written by some versions, ignored by others.
+# Buffers that a module computes itself: some versions save them, others do not.
 _COMPUTED = re.compile(
     r"(^|\.)(num_batches_tracked|position_ids|token_type_ids|attn\.bias|attn\.masked_bias|relative_position_index"
     r"|relative_coords_table|attn_mask|inv_freq)$"
 )
-# What whole models hold that no feature depends on.
+# Tensors of whole models on which no feature depends.
 _IDLE = re.compile(rf"{'|'.join(SIZES)}|logit_bias|text\.transformer\.pooler\..*")
 _EXACT_GELU = {"GELU", "GELUActivation", "gelu"}  # of torch and timm, of transformers, of CLIP's text tower
 _NEW_NAMES = {"gamma": "weight", "beta": "bias"}
@@ -76,13 +76,13 @@ _OLD_LAYER_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 
 @dataclass(frozen=True)
 class Coverage:
-    """What one file brought to one tower (or to the whole model: tower `model`).
+    """What was loaded from one file into one tower (or into the whole model: tower `model`).
 
-    `loaded` of `tensors` tensors hold `fraction` of the tower's elements; `missing` stay as they were drawn,
-    because the recipe lists them; `unexpected` are the file's own tensors (under `prefix`) that the tower
-    does not have. layout: whose names the file has, "" for the tower's own. part: `ema` or `raw` where the
-    file has both. positions: the position embeddings that were brought to the tower's places, and how.
-    head: what was done with a classifier's head, of a model that has one.
+    `loaded` of `tensors` tensors hold `fraction` of the tower's elements. missing: tensors that keep their
+    random values, because the recipe lists them. unexpected: the file's tensors (under `prefix`) that the
+    tower does not have. layout: whose names the file has, "" for the tower's own. part: `ema` or `raw` where
+    the file has both. positions: position embeddings that were resampled -> how. head: what was done with a
+    classifier's head, "" for a model without one.
     """
 
     tower: str
@@ -128,15 +128,15 @@ def load_weights(
     missing: Sequence[str] = (),
     weights_from: WeightsFrom | None = None,
 ) -> Coverage:
-    """Copy the tensors of a file, or of a model's folder, into a tower; parameters and buffers, any dtype.
+    """Copy the tensors of a file, or of a model's folder, into a tower: parameters and buffers, any dtype.
 
-    name: the tower's name in messages and in the table of prefixes (`image`, `text`).
-    missing: patterns (`head.norm.*`) of the tower's tensors that the file need not bring, or brings in
-    another shape: they stay as they were drawn.
-    weights_from: as of `read_weights`.
+    name: the tower, `image` or `text`, or `model` for the whole model.
+    missing: patterns (`head.norm.*`) of the tower's tensors that the file may lack, or hold in another shape:
+    they keep their random values.
+    weights_from: as in `read_weights`.
 
-    Raises UserError where the file is missing or unreadable, does not bring every other tensor of the tower
-    in its shape and with finite values, or holds a larger tower than the one built. Nothing is copied then.
+    Raises UserError where the file is missing or unreadable, lacks any other tensor of the tower in its shape
+    and with finite values, or holds a larger tower than the one built. Nothing is copied then.
     """
     weights = read_weights(source, weights_from)
     state = {_OLD_LAYER_NORM.sub(lambda old: _NEW_NAMES[old[0]], key): v for key, v in weights.state.items()}
@@ -170,23 +170,22 @@ def load_weights(
 
 
 def load_head(head: nn.Linear, coverage: Coverage) -> Coverage:
-    """A classifier's head takes that of the image tower's file, where their classes are equally many.
+    """Load a classifier's head from the image tower's file, where both have the same number of classes.
 
-    Returns the tower's coverage, with what was done. Raises UserError as `load_weights` does.
+    Returns the tower's coverage with its `head` set. Raises UserError as `load_weights` does.
     """
     file = Path(coverage.file)
-    part = (
-        None if file.suffix == ".safetensors" else coverage.part or None
-    )  # a checkpoint has a file for each
+    # A checkpoint has a file for averaged and one for raw weights, so the file's name decides.
+    part = None if file.suffix == ".safetensors" else coverage.part or None
     state = read_weights(file, part).state
-    names = (prefix + name for prefix in _prefixes(state, _PLACES["image"]) for name in _CLASSIFIERS)
+    names = (prefix + name for prefix in _prefixes(state, _TOWER_PREFIXES["image"]) for name in _CLASSIFIERS)
     for name in names:
         weight, bias = (state.get(f"{name}.{kind}") for kind in ("weight", "bias"))
         if weight is None or bias is None or weight.flatten(1).shape[1] != head.in_features:
             continue
         if len(weight) != head.out_features:
-            told = f"head of {len(weight):,} classes dropped, there are {head.out_features:,} here"
-            return replace(coverage, head=told)
+            dropped = f"head of {len(weight):,} classes dropped, there are {head.out_features:,} here"
+            return replace(coverage, head=dropped)
         own, brought = dict(head.named_parameters()), {"weight": weight.flatten(1), "bias": bias}
         _check_values(coverage, brought, own)
         with torch.no_grad():
@@ -198,7 +197,7 @@ def load_head(head: nn.Linear, coverage: Coverage) -> Coverage:
 
 
 def load_weights_of(config: Model, model: nn.Module) -> Coverage:
-    """The whole model takes what a recipe's `model.weights` names. Raises as `load_weights`."""
+    """Load what a recipe's `model.weights` names into the whole model. Raises UserError as `load_weights`."""
     return load_weights(
         model,
         Path(config.weights or ""),
@@ -209,7 +208,7 @@ def load_weights_of(config: Model, model: nn.Module) -> Coverage:
 
 
 class _Match(NamedTuple):
-    """A state dict as a tower may have it: without a prefix, its names from a layout's ("" for the same)."""
+    """A state dict with a prefix removed and its names converted from a layout ("" for none)."""
 
     prefix: str
     layout: str
@@ -219,13 +218,14 @@ class _Match(NamedTuple):
 def _best_match(
     state: Mapping[str, Tensor], tower: nn.Module, own: Mapping[str, Tensor], name: str
 ) -> _Match:
-    """The prefix and layout, of those that the rules allow, by which most of the tower is there.
+    """The prefix and layout, of those that the rules allow, that give most of the tower's tensors.
 
-    Of equals the shortest prefix, and the tower's own names before others.
+    Of equals the shortest prefix, and the tower's own names before others. Raises UserError where two
+    prefixes give the whole tower with different values.
     """
     found = []
     named = getattr(tower, "base_model_prefix", "")  # transformers puts it before a network with a head
-    for prefix in _prefixes(state, [*_PLACES[name], *filter(None, [named])]):
+    for prefix in _prefixes(state, [*_TOWER_PREFIXES[name], *filter(None, [named])]):
         inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         found.append(_Match(prefix, "", inside))
         found += [
@@ -245,13 +245,13 @@ def _best_match(
         if twice and any(not torch.equal(other.state[key], best.state[key]) for key in own):
             raise UserError(
                 f"The weights hold the {name} tower twice, under the prefixes {best.prefix!r} and "
-                f"{other.prefix!r}: save a file with the one that is meant."
+                f"{other.prefix!r}, with different values: save a file with only one of them."
             )
     return best
 
 
 def _reshaped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dimensions of size one are added and removed where that gives the tower's shape."""
+    """The state dict with dimensions of size one added or removed where that gives the tower's shape."""
 
     def fitted(key: str, value: Tensor) -> Tensor:
         shape = own[key].shape if key in own else value.shape
@@ -265,10 +265,10 @@ def _elements(tensors: Iterable[Tensor]) -> int:
     return sum(value.numel() for value in tensors)
 
 
-def _prefixes(state: Iterable[str], places: Sequence[str]) -> list[str]:
-    """The prefixes of a file's names that the rules allow, the shortest first."""
+def _prefixes(state: Iterable[str], of_tower: Sequence[str]) -> list[str]:
+    """The prefixes of a file's names that the rules allow to remove, the shortest first."""
     wrapped = rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*"
-    rule = re.compile(rf"{wrapped}(?:(?:{'|'.join(map(re.escape, places))})\.)?{wrapped}")
+    rule = re.compile(rf"{wrapped}(?:(?:{'|'.join(map(re.escape, of_tower))})\.)?{wrapped}")
     prefixes = {""}
     for key in state:
         words = key.split(".")[:_WORDS_OF_A_PREFIX]
@@ -277,7 +277,7 @@ def _prefixes(state: Iterable[str], places: Sequence[str]) -> list[str]:
 
 
 def _likeliest_prefix(state: Iterable[str], own: Mapping[str, Tensor]) -> tuple[str, int]:
-    """The prefix, of any form, without which most of the file's names are the tower's; how many."""
+    """The prefix, of any form, whose removal gives most of the tower's names; and how many."""
     found: Counter[str] = Counter()
     for key in state:
         words = key.split(".")
@@ -347,9 +347,9 @@ def _check_larger(coverage: Coverage, own: Mapping[str, Tensor]) -> None:
 
 
 def _check_activation(coverage: Coverage, state: Mapping[str, Tensor], tower: nn.Module) -> None:
-    """Raises UserError where OpenAI's weights, known by their sizes, meet another GELU than their own.
+    """Raises UserError where OpenAI's weights, recognised by `SIZES`, meet towers without quick GELU.
 
-    Every tensor would be there, and the features others.
+    Every tensor would match, and the features would be wrong.
     """
     kinds = {
         name: getattr(getattr(module, "activation", None), "__name__", type(module).__name__)
@@ -381,7 +381,7 @@ def _check_values(coverage: Coverage, fitting: Mapping[str, Tensor], own: Mappin
 
 
 def _is_plain(value: Tensor, own: Tensor) -> bool:
-    """Whether a tensor holds the values themselves, of the kind of the model's own tensor."""
+    """Whether a tensor is dense, not quantised, and of a dtype that can be copied into the model's own."""
     if value.layout != torch.strided or value.is_meta or value.is_quantized:
         return False
     return value.dtype in _FLOATS if own.is_floating_point() else value.dtype == own.dtype

@@ -67,7 +67,7 @@ def test_parts_of_a_batch_mix_as_the_whole(mode: str) -> None:
 
 def test_a_cut_pair_is_refused() -> None:
     mixer = Mixer(Mixup(), seed=0)
-    with pytest.raises(ValueError, match="3 samples from slot 0 on are no whole pairs"):
+    with pytest.raises(ValueError, match="3 samples from slot 0 on are not whole pairs"):
         mixer(images(3), 0, 0)
     with pytest.raises(ValueError, match="4 samples from slot 5 on"):
         mixer(images(4), 0, 5)
