@@ -10,7 +10,7 @@ from clipcluster.model.towers import ImageTower, TextTower
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Switch activation checkpointing on in every tower of a model; both forward passes draw the same dropout.
+    """Switch activation checkpointing on in every tower of a model; dropout is the same in both passes.
 
     Raises UserError for a tower without it, by name.
     """

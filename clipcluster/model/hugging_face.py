@@ -129,7 +129,7 @@ def has_optional_pooler(kind: Any) -> bool:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers logs errors only: its warnings about default special tokens concern no tower here."""
+    """Inside, transformers logs errors only: its warnings about default tokens concern no tower here."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -141,7 +141,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Inside, every exception becomes a UserError that begins with `what`: libraries raise classes of their own."""
+    """Inside, exceptions of a library, of whatever class, become UserError with `what` at the beginning."""
     try:
         yield
     except MemoryError:

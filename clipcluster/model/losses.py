@@ -135,7 +135,7 @@ def siglip(
     Every pair of an image and a text counts by itself: -log sigmoid(z (scale image . text + bias)), z = 1
     where they belong together and -1 elsewhere, summed over all pairs and divided by the number of images.
     Each rank takes its own B images against the texts of all ranks, which are passed around a ring, those of
-    one rank at a time (section 3.3), so that the mean of the ranks' losses and gradients is that of the batch.
+    one rank at a time (section 3.3): the mean of the ranks' losses and gradients is that of the batch.
 
     image_features, text_features: (B, E), L2-normalised, B the same on all ranks. scale: (), the factor
     itself. bias: (). chunk: images whose logits are in memory at a time; default all.

@@ -51,7 +51,7 @@ def fit_positions(
 
 
 def _grid(value: Tensor, wanted: torch.Size) -> tuple[Tensor, str] | None:
-    """Embeddings of a square grid of patches: (1, prefix + patches, C), (prefix + patches, C), (1, H, W, C)."""
+    """Embeddings of a square of patches: (1, prefix + patches, C), (prefix + patches, C), (1, H, W, C)."""
     if value.ndim == 4 == len(wanted):
         how = f"interpolated from {value.shape[1]} x {value.shape[2]} to {wanted[1]} x {wanted[2]} patches"
         return resample_abs_pos_embed_nhwc(value, [wanted[1], wanted[2]]), how

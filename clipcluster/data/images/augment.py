@@ -1,8 +1,9 @@
 """Augmentation of a training image after its crop: RandAugment, color jitter, random erasing.
 
-Each is called with (3, S, S) uint8 and the generator of the draw, and gives the same; the generator alone
-decides. The operations are timm's and torchvision's; where these draw from process-wide generators, those are
-seeded for the call and put back, which is exact as long as no other thread of the process draws from them.
+Each is called with an image, (3, S, S) uint8, and the draw's generator, from which all random numbers come,
+and returns an image. The operations are timm's and torchvision's; where these draw from process-wide
+generators, those are seeded for the call and restored, which is exact as long as no other thread of the
+process draws from them.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ _TRANSLATION = 0.45  # of the image's side, as timm's transforms_factory
 
 
 class Augmentation(Protocol):
-    """One change of an image; `modules` are heavy imports of it, which the workers' server makes once."""
+    """One random change of an image; `modules` are its heavy imports, which the fork server makes once."""
 
     modules: ClassVar[tuple[str, ...]]
 
     def __call__(self, image: Tensor, numbers: random.Random) -> Tensor:
-        """(3, S, S) uint8 to the same."""
+        """(3, S, S) uint8 -> (3, S, S) uint8."""
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """timm's RandAugment by its notation (`rand-m9-mstd0.5-inc1`), as timm's training transform builds it.
+    """timm's RandAugment (Cubuk et al. 2020) by its notation, as timm's training transform builds it.
 
-    Cubuk et al. 2019, "RandAugment". size: side of the image. mean: colour that fills what a shift uncovers,
-    in 0..1. interpolation: of the shifts and turns; None: drawn.
+    notation: such as `rand-m9-mstd0.5-inc1`. size: side of the image in pixels. mean: the fill colour, in
+    0..1. interpolation: of translations, shears and rotations; None: bilinear or bicubic, drawn.
     """
 
     notation: str
@@ -81,7 +82,7 @@ def _rand_augment(
 
 
 def _posterize(picture: Image.Image, bits: int, **others: Any) -> Image.Image:
-    """timm's, which asks for no bits at full magnitude: black, as Pillow had it before it refused that."""
+    """timm's, which keeps 0 bits at full magnitude: black, as in versions of Pillow that accepted 0 bits."""
     from timm.data.auto_augment import posterize
 
     if bits == 0:
@@ -92,7 +93,7 @@ def _posterize(picture: Image.Image, bits: int, **others: Any) -> Image.Image:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, the process-wide generators of Python and NumPy begin with a seed of 64 bits."""
+    """Inside, the process-wide generators of Python and NumPy are seeded with 64 bits; then restored."""
     before, numpy_before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
@@ -107,7 +108,8 @@ def seeded(seed: int) -> Iterator[None]:
 class ColorJitter:
     """Brightness, contrast, saturation and hue changed in random order, by torchvision's rule.
 
-    The factors are uniform from max(0, 1 - strength) to 1 + strength, the hue's shift from -hue to hue turns.
+    Factors are uniform from max(0, 1 - strength) to 1 + strength; the hue's shift is uniform from -hue to
+    hue, in turns of the colour circle.
     """
 
     brightness: float
@@ -138,8 +140,8 @@ class RandomErasing:
 
     probability: of erasing at all. The rectangles have 2% to 33% of the area, divided by their number, and an
     aspect ratio from 0.3 to 1 / 0.3. mode: they become `const` (the mean colour), `rand` (one random colour
-    each), or `pixel` (random pixels). timm draws normal deviates after normalising; here they are put into
-    the pixels' own range by `mean` and `std`, rounded, and bounded to 0..255.
+    each), or `pixel` (random pixels). timm fills normalised images with normal deviates; here the deviates
+    are converted to pixels by `mean` and `std`, rounded, and clipped to 0..255.
     """
 
     probability: float
@@ -165,7 +167,7 @@ class RandomErasing:
         return image
 
     def boxes(self, height: int, width: int, numbers: random.Random) -> list[tuple[int, int, int, int]]:
-        """Top, left, height and width (pixels) of what is erased; the numbers are drawn in timm's order."""
+        """Top, left, height, width (pixels) of the rectangles; random numbers are drawn in timm's order."""
         if numbers.random() > self.probability:
             return []
         found = []

@@ -1,8 +1,8 @@
-"""Image bytes to pixels. The kind is decided by content, never by a file's name.
+"""Decoding image bytes to pixels. The kind is decided by content, never by a file's name.
 
-JPEG and still WebP go to torchvision, whose decoders are the fastest and stand damaged files; everything else
-goes to Pillow: torchvision's PNG decoder crashes on damaged files and gets palettes and transparent colours
-wrong, its GIF decoder unpacks every frame, and the other kinds it has not.
+JPEG and still WebP go to torchvision, whose decoders are the fastest and safe on damaged files; everything
+else goes to Pillow: torchvision's PNG decoder crashes on damaged files and decodes palettes and transparent
+colours wrongly, its GIF decoder unpacks every frame, and it has no decoder for the other kinds.
 """
 
 import io
@@ -17,11 +17,11 @@ from clipcluster.data.images import truncation as jpeg
 from clipcluster.data.images.format import kind_of, no_image, pillow_name, size_of
 from clipcluster.runtime.outcome import is_out_of_memory
 
-LARGEST = 89_478_485  # pixels; as Pillow: 256 MiB of RGB
+LARGEST = 89_478_485  # pixels; Pillow's limit: 256 MiB of RGB
 _ANIMATION, _EXIF = 0x02, 0x08  # flags of a WebP's header
 _GREY = 128  # what a JPEG decoder fills with where the bits end early
 
-Image.init()  # all kinds of this installation, not only the usual ones
+Image.init()  # load all of Pillow's decoders, not only the usual ones
 if "AVIF" in Image.OPEN:
     from PIL import AvifImagePlugin
 
@@ -44,7 +44,7 @@ def decode(data: bytes, *, turned: bool = True) -> torch.Tensor:
     if kind is None:
         raise BadImage(no_image(data))
     try:
-        if kind in ("JPEG", "WebP"):  # the others' is told by Pillow
+        if kind in ("JPEG", "WebP"):  # of the others Pillow reads the size
             _refuse_too_large(size_of(data), kind)
         if kind == "JPEG":
             return _jpeg(data, turned)
@@ -84,25 +84,25 @@ def _jpeg(data: bytes, turned: bool) -> torch.Tensor:
 
 
 def _has_grey_corner(pixels: torch.Tensor) -> bool:
-    """Any corner: the last pixel of the file may have been turned to each."""
+    """Whether any corner is grey: by its orientation, the last pixel of the file may be in each."""
     _, height, width = pixels.shape
     corners = pixels[0, :: max(1, height - 1), :: max(1, width - 1)].tolist()  # red alone: most end here
     return any(_GREY in row for row in corners)
 
 
 def _plain(data: bytes) -> bytes:
-    """The pixels of a JPEG by Pillow, which writes no warnings to stderr."""
+    """The pixels of a JPEG, decoded by Pillow, which writes no warnings to stderr."""
     with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
         return image.tobytes()
 
 
 def _is_plain_webp(data: bytes, kind: str) -> bool:
-    """A still WebP that is not to be turned."""
+    """Whether this is a WebP without animation and EXIF orientation."""
     return kind == "WebP" and not (data[12:16] == b"VP8X" and data[20] & (_ANIMATION | _EXIF))
 
 
 def _writable(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch wants memory it may write to
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns about read-only memory
 
 
 def _pillow(data: bytes, kind: str, turned: bool) -> torch.Tensor:
@@ -154,7 +154,7 @@ def _rgb(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _reason(kind: str, error: Exception) -> str:
-    """What a decoder says, without its file names and addresses."""
+    """A decoder's message, without its file names and addresses."""
     if isinstance(error, UnidentifiedImageError):
         return f"{kind}: damaged header"
     if isinstance(error, Image.DecompressionBombError):

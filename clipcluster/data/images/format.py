@@ -1,4 +1,4 @@
-"""What kind of image some bytes are, and how large, by content. Imports no torch, Pillow only at need."""
+"""The kind and size of an image by its bytes. Imports no torch, and Pillow only where it is needed."""
 
 import io
 import struct
@@ -79,7 +79,7 @@ def pillow_name(kind: str) -> str | None:
 
 
 def no_image(data: bytes) -> str:
-    """Why bytes of no known kind are none, in a few words."""
+    """Why bytes are no image of a known kind, in a few words."""
     if not data:
         return "empty file"
     if data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
@@ -88,9 +88,9 @@ def no_image(data: bytes) -> str:
 
 
 def size_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height (pixels) as the header says, before any rotation by EXIF; None where it says none.
+    """Width and height (pixels) by the header, before any rotation by EXIF; None where it has none.
 
-    Decodes nothing. The size of a damaged file may be wrong; a size of zero counts as none.
+    Nothing is decoded. The size of a damaged file may be wrong; a size of zero counts as none.
     """
     kind = kind_of(data)
     try:
@@ -124,7 +124,7 @@ def _webp(data: bytes) -> tuple[int, int] | None:
 _SIZES = {
     "JPEG": _jpeg,
     "WebP": _webp,
-}  # what the loader asks of every image is read here; Pillow knows the rest
+}  # the kinds whose size the loader needs of every image; Pillow reads the others
 
 
 def _size_by_pillow(data: bytes, kind: str | None) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
-"""Augmentations that are stored with a sample instead of drawn: a crop, then two operations of RandAugment.
+"""Augmentations that are stored with a sample instead of drawn: a crop, then operations of RandAugment.
 
-They are DataCompDR's: the teachers' embeddings stored with an image are those of its augmented views. As
-there, torchvision applies them to a Pillow image; its functions for tensors round differently.
+They are DataCompDR's, whose stored teacher embeddings are those of the augmented images. As there,
+torchvision applies them to a Pillow image; its functions for tensors round differently.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Operation = Callable[[Any, float], Any]
 
 
 def _sheared(image: Any, x: float, y: float) -> Any:
-    """Sheared by these slopes, around the upper left corner."""
+    """The image sheared by these slopes, around the upper left corner."""
     degrees = [math.degrees(math.atan(slope)) for slope in (x, y)]
     return pil.affine(image, 0.0, [0, 0], 1.0, degrees, interpolation=_NEAREST, center=[0, 0])
 
 
 def _moved(image: Any, x: float, y: float) -> Any:
-    """Moved by whole pixels."""
+    """The image translated by whole pixels."""
     return pil.affine(image, 0.0, [int(x), int(y)], 1.0, [0.0, 0.0], interpolation=_NEAREST)
 
 
@@ -54,7 +54,7 @@ _POSTERIZE = list(OPERATIONS).index("Posterize")
 
 
 def _applicable(number: int, magnitude: float) -> bool:
-    """Whether there is such an operation, and takes the magnitude: what passes here does not raise."""
+    """Whether there is an operation with this number that takes the magnitude without an error."""
     if not 0 <= number < len(OPERATIONS) or not math.isfinite(magnitude):
         return False
     return number != _POSTERIZE or 1 <= magnitude < 9  # bits, of 8
@@ -63,7 +63,7 @@ def _applicable(number: int, magnitude: float) -> bool:
 class StoredAugmentation(NamedTuple):
     """A crop (top, left, height, width in pixels of the original image), then operations and magnitudes.
 
-    The operations' numbers are places in `OPERATIONS`; a magnitude is what the operation is applied with.
+    operations: (number, magnitude); the number is the operation's index in `OPERATIONS`.
     """
 
     crop: tuple[int, int, int, int]
@@ -92,8 +92,8 @@ class StoredAugmentation(NamedTuple):
     def apply(self, image: Tensor, size: int, original: tuple[int, int] | None = None) -> Tensor:
         """(3, H, W) uint8 to (3, size, size) uint8: cropped, resized bicubically, then the operations.
 
-        original: height and width of the image that the crop was drawn from; where this one was shrunk from
-        it, the crop is shrunk alike. What lies outside the image is black.
+        original: height and width of the image that the crop was drawn from; where this image is smaller, the
+        crop is scaled down with it. Pixels outside the image are black.
         """
         box = _shrunk(self.crop, original, (image.shape[1], image.shape[2])) if original else self.crop
         pixels = F.crop(image, *box).permute(1, 2, 0).contiguous()
@@ -108,7 +108,7 @@ class StoredAugmentation(NamedTuple):
 def _shrunk(
     box: tuple[int, int, int, int], original: tuple[int, int], size: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """The box in an image of `size` (height, width) that was shrunk from `original`; at least a pixel."""
+    """The box scaled from an image of size `original` to one of `size` (height, width); at least a pixel."""
     if size[0] >= original[0] and size[1] >= original[1]:
         return box
     tall, wide = size[0] / original[0], size[1] / original[1]

@@ -1,7 +1,7 @@
-"""From decoded pixels to the tower's input size. uint8 in, uint8 out: normalising happens on the device.
+"""From decoded pixels to the tower's input size, uint8 to uint8; normalisation takes place on the device.
 
-What is random is a pure function of a seed, drawn here: torchvision's transforms would take their numbers
-from the process-wide generator, whose state would then have to be saved.
+All random numbers are a pure function of a seed: torchvision's own transforms would draw from the
+process-wide generator, whose state would then have to be saved.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from clipcluster.data.images.augment import Augmentation, ColorJitter, RandAugment, RandomErasing
 
 _TRIES = 10  # as torchvision's RandomResizedCrop
-_LONGEST = 64  # times the shorter side: of longer images evaluation takes the middle before resizing
+_LONGEST = 64  # times the shorter side: longer images are cropped to this before evaluation resizes them
 _DRAWN = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)  # as timm's `random`
 
 
@@ -30,9 +30,10 @@ def draw_seed(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random crop of a fraction of the area, resized to a square; mirrored by chance if `flip`; `changes`.
+    """A random crop, resized to a square, flipped with probability 0.5 if `flip`, then changed by `changes`.
 
-    interpolation: of the resizing; None: bilinear or bicubic, drawn.
+    size: side of the square in pixels. scale, ratio: as in `crop_box`. interpolation: of the resizing; None:
+    bilinear or bicubic, drawn.
     """
 
     size: int
@@ -44,7 +45,7 @@ class TrainTransform:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Heavy imports, which the server of the loader's workers makes once for all of them."""
+        """Heavy imports, which the fork server makes once for all of the loader's workers."""
         return tuple(module for change in self.changes for module in change.modules)
 
     def __call__(self, image: torch.Tensor, seed: int) -> torch.Tensor:
@@ -78,7 +79,7 @@ class EvaluationTransform:
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """(3, H, W) uint8 to (3, size, size) uint8."""
         side = math.floor(self.size / self.crop_pct)
-        if not self.squash:  # a strip would be as long as it is thin; its middle is all that is seen
+        if not self.squash:  # a strip would become very long, and only its middle is used
             longest = _LONGEST * min(image.shape[1:])
             image = F.center_crop(image, [min(longest, length) for length in image.shape[1:]])
         picture = F.to_pil_image(image)
@@ -103,7 +104,7 @@ def train_transform(image: Any) -> TrainTransform:
 
 
 def evaluation_transform(image: Any) -> EvaluationTransform:
-    """The evaluation transform of a recipe's `data.image` section; of a drawn interpolation bicubic."""
+    """The evaluation transform of a recipe's `data.image` section; bicubic where training draws it."""
     name = "bicubic" if image.interpolation == "random" else image.interpolation
     rule = image.evaluation
     return EvaluationTransform(
@@ -116,8 +117,9 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width (pixels) of a random crop, by the rule of torchvision's RandomResizedCrop.
 
-    Fraction of the area uniform in `scale`, log of width over height uniform in `ratio`, ten tries, then the
-    largest centre crop that keeps the ratio's bounds (Szegedy et al. 2015, "Going deeper with convolutions").
+    The fraction of the area is uniform in `scale`, the logarithm of width / height uniform between those of
+    `ratio`; after ten tries that do not fit, the largest centre crop within `ratio` (Szegedy et al. 2015,
+    "Going deeper with convolutions", section 6).
     """
     for _ in range(_TRIES):
         area = height * width * numbers.uniform(*scale)

@@ -1,7 +1,7 @@
-"""What the markers of a JPEG tell without decoding it (ITU-T T.81, annex B). Imports no torch.
+"""Detecting truncated JPEGs by their markers, without decoding (ITU-T T.81, annex B). Imports no torch.
 
-Decoders fill with grey what an early end marker cuts off and only warn. Whether that happened can be found
-out from outside: bytes put before the end marker change the picture only if its pixels were not complete.
+Where the end marker comes too early, decoders fill the rest with grey and only warn. It is detected from
+outside: bytes inserted before the end marker change the picture only if its pixels were not complete.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ _NOISE = hashlib.shake_128(b"").digest(4096).replace(b"\xff", b"\0")  # no marke
 
 
 class BrokenMarkers(Exception):
-    """The markers are not a picture's; the message says what is wrong."""
+    """The markers are not those of an image; the message says what is wrong."""
 
 
 def frame_at(data: bytes) -> int | None:
-    """Where the marker of the frame header stands; None if pixels or the end come first."""
+    """The offset of the frame header's marker; None if pixels or the end come first."""
     at = 2
     while at + 4 <= len(data):
         marker = data[at + 1]
         if data[at] != 0xFF or marker == 0xFF:
-            at += 1  # decoders skip what stands between segments, and fill bytes
+            at += 1  # decoders skip bytes between segments, and fill bytes
         elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:
             at += 2
         elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
@@ -38,7 +38,7 @@ def frame_at(data: bytes) -> int | None:
 
 
 def doubtful(data: bytes) -> bool:
-    """Whether pixels may lack without showing it as grey: four colours, or scans that do not add up.
+    """Whether pixels may be missing without grey ones: four colours, or an incomplete set of scans.
 
     Raises BrokenMarkers for a file without a frame or with more than `MOST_SCANS` scans.
     """
@@ -56,7 +56,7 @@ def doubtful(data: bytes) -> bool:
 
 
 def _lacks_scans(data: bytes, at: int, components: set[int], *, progressive: bool) -> bool:
-    """Whether a coefficient of a component is not given to its last bit by any scan."""
+    """Whether no scan has the last bit of some coefficient of a component."""
     given = dict.fromkeys(components, 0)
     scans = 0
     while at >= 0:

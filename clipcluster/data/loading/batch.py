@@ -1,4 +1,4 @@
-"""What the loader hands over: one rank's part of a batch."""
+"""A batch as the loader yields it: one rank's part."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ class Batch:
 
     `images` (b, 3, S, S) uint8; `tokens` (b, L) int64 and `mask` (b, L) bool, or None without a tokenizer;
     `classes` (b,) int64 with -1 for none, or None if no sample has one. `keys` are (slot of the global batch,
-    shard, key) of what was used; `bad` the samples that could not be decoded, each with `shard`, `key` and
+    shard, key) of each sample; `bad` the samples that could not be decoded, each with `shard`, `key` and
     `reason`, reported once by a loader. `extras`: further members by name, b values each: a tensor (b, ...)
     where the samples' values have one shape, else a list.
     """

@@ -1,4 +1,4 @@
-"""Decoders of further members of a sample (`extras.py`): a member's bytes to values."""
+"""Decoders of extras (`extras.py`): from a member's bytes to its value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipcluster.data.images.reinforcement import StoredAugmentation
 
 _GZIP, _ZIP = b"\x1f\x8b", b"PK"
 LARGEST = 1 << 26
-"""Bytes that a sample's arrays may have: some hundred times the published ones'."""
+"""Upper bound of the bytes of a sample's arrays, about a hundred times those of DataCompDR."""
 
 
 def arrays(data: bytes) -> dict[str, Tensor]:
@@ -40,12 +40,12 @@ def arrays(data: bytes) -> dict[str, Tensor]:
     found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError("no dictionary of tensors")
-    _check_size(sum(value.nbytes for value in found.values()))  # of one value repeated, all
+    _check_size(sum(value.nbytes for value in found.values()))  # expanded tensors count in full
     return found
 
 
 def _declared(file: IO[bytes]) -> int:
-    """The bytes of an array by its header, for which NumPy takes memory before it reads any."""
+    """The bytes of an array by its header; NumPy allocates them before it reads any."""
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, kind = header(file)

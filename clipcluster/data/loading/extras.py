@@ -1,13 +1,13 @@
-"""Further members of a sample that a task asks for: decoded by a worker, stacked in the batch.
+"""Extras: further members of a sample that a task needs, decoded by a worker and stacked in the batch.
 
-A task names them with their decoders: the member's extension after the key's first dot, in lower case (`npz`,
-`paug.json`), or several of which the first that is there is taken (`npz|pth.gz`), and the dotted name
-`package.module:function` of a function that takes the member's bytes. What becomes of the values is decided
-by the task's preparation (`preparation.py`); the plain one hands them to the batch.
+A task lists them with their decoders: the member's extension after the key's first dot, in lower case (`npz`,
+`paug.json`), or several of which the first that exists is taken (`npz|pth.gz`), and the dotted name
+`package.module:function` of a function that takes the member's bytes. The task's preparation
+(`preparation.py`) decides what becomes of the values; the default one puts them into the batch.
 
-Values for the samples of a batch are stacked where they are numbers, numpy arrays or tensors, and must then
-agree in shape and dtype; anything else stays a list. Arrays that differ in shape are returned in a list or
-tuple each.
+The values of a batch are stacked where they are numbers, numpy arrays or tensors, and must then agree in
+shape and dtype; anything else becomes a list. A decoder whose arrays differ in shape returns each in a list
+or tuple.
 """
 
 from collections.abc import Callable, Mapping, Sequence

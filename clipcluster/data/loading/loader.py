@@ -1,4 +1,4 @@
-"""Batches for one rank. The whole state is one integer: the number of the next batch."""
+"""The loader: batches for one rank, whose whole state is the number of the next batch."""
 
 import itertools
 from collections import deque
@@ -24,13 +24,17 @@ from clipcluster.runtime.world import World
 class Loader:
     """Yields batches `start`, `start` + 1, … of `sampler` without end, leaving out the `skipped` ranges.
 
-    `data` is the recipe's data section. Rank r of W owns the contiguous r-th part of each batch's slots, its
-    workers contiguous parts of that, so that batch t is the same for every number of ranks and workers.
-    `skipped` are half-open (begin, end) ranges of batch numbers. `extras` are further members of every
-    sample: name -> dotted name of the decoder (`clipcluster.data.loading.extras`). `preparation` makes of
-    them and of the sample what the batch holds; by default a random crop, the caption drawn and all members.
-    A sample that cannot be decoded, or lacks a member, is replaced by the next good one of its shard (of a
-    class that is shown) and reported once, in `Batch.bad`.
+    Rank r of W owns the contiguous r-th part of each batch's slots, and its workers contiguous parts of that,
+    so that batch t is the same for every number of ranks and workers. A sample that cannot be decoded, or
+    lacks a member, is replaced by the next good one of its shard (of a class that is shown) and reported
+    once, in `Batch.bad`.
+
+    Args:
+        data: the recipe's section `data`.
+        skipped: half-open (begin, end) ranges of batch numbers.
+        extras: further members of every sample: name -> dotted name of the decoder (`extras.py`).
+        preparation: makes a sample's row of the batch; default: a random crop, the caption drawn, all extras.
+        prefetch: batches that each worker prepares ahead.
 
     `next` raises DataError (a shard changed or is gone, nothing of a shard can be decoded, the values of an
     extra cannot be stacked, an unexpected error at a sample), OSError (a disk that fails after retries),
@@ -89,7 +93,7 @@ class Loader:
         )
 
     def _taken_buffer(self) -> torch.Tensor:
-        """The images of the next batch, into which every worker has written its slice."""
+        """The images of the next batch, of which every worker has written its slice."""
         buffer = self._buffers.popleft()
         buffer.close()
         return buffer.images

@@ -1,4 +1,4 @@
-"""What a loader worker makes of a drawn sample: its pixels, its caption and what else the batch holds of it.
+"""Preparation: from a drawn sample to its row of the batch: image, caption and extras.
 
 A task may have a preparation of its own, where its images are not cropped at random, or where it needs more
 than one caption or only a part of a member.
@@ -19,11 +19,11 @@ from clipcluster.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Drawn:
-    """A good sample, as one slot of a batch draws it.
+    """A good sample as drawn for one slot of a batch.
 
-    pixels: (3, H, W) uint8. values: its further members, decoded, by name. caption: which of
-    `sample.captions`, None where it has none. seed: a hash of (seed, source, pass, sample, caption): the only
-    random number that a preparation may use.
+    pixels: (3, H, W) uint8. values: its further members, decoded, by name. caption: index in
+    `sample.captions`, None where it has none. seed: a hash of (seed, source, pass, sample, caption), the only
+    source of random numbers that a preparation may use.
     """
 
     sample: Sample
@@ -35,7 +35,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Row:
-    """A sample's row of the batch: image (3, S, S) uint8, the text to tokenize, and its extras by name."""
+    """A sample's row of the batch: image (3, S, S) uint8, the text to tokenize, and extras by name."""
 
     image: Tensor
     text: str
@@ -43,9 +43,9 @@ class Row:
 
 
 class Preparation:
-    """A random crop of the image, the caption drawn, and the values of all members as they are.
+    """The default preparation: a random crop of the image, the caption drawn, and all members unchanged.
 
-    turned: whether it takes images as their EXIF orientation says.
+    turned: whether images are turned by their EXIF orientation.
     """
 
     turned = True
@@ -55,17 +55,17 @@ class Preparation:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Heavy imports, which the workers' server makes once for all of them."""
+        """Heavy imports, which the fork server makes once for all workers."""
         return self.transform.modules
 
     def check(self, sample: Sample, pixels: Tensor, values: Mapping[str, Any]) -> None:
         """BadExtra where a sample's members do not fit each other, or its pixels (3, H, W).
 
-        It must not depend on a draw: a sample is bad once and for all. What passes it can be drawn.
+        It must not depend on the draw: a sample is bad in all draws or in none.
         """
 
     def __call__(self, drawn: Drawn) -> Row:
-        """The row of a drawn sample that passed `check`: a pure function of it."""
+        """The row of a drawn sample that passed `check`: a pure function of `drawn`."""
         return Row(self.transform(drawn.pixels, drawn.seed), self.text(drawn), drawn.values)
 
     def text(self, drawn: Drawn) -> str:
@@ -74,7 +74,7 @@ class Preparation:
 
 
 class Retokenized(Preparation):
-    """The plain preparation, and the caption as other tokenizers have it.
+    """The default preparation, and the caption's tokens by further tokenizers.
 
     tokenizers: names of tokens and mask in the batch's extras, (b, L) int64 and (b, L) bool -> tokenizer.
     """

@@ -1,7 +1,7 @@
-"""Memory for a batch's images that the loader's workers write into: no pixels are copied between processes.
+"""Shared buffers: memory for a batch's images, into which workers write without a copy between processes.
 
-The memory belongs to an anonymous file: nothing is left behind when processes are killed, and /dev/shm, which
-containers keep small, is not used. A worker opens it through the descriptor of the process that made it.
+The memory is an anonymous file: nothing is left behind when processes are killed, and /dev/shm, which is
+small in containers, is not used. A worker opens it through the descriptor of the process that made it.
 """
 
 import math
@@ -48,7 +48,7 @@ class SharedBuffer:
         self.images = self.whole.open()
 
     def close(self) -> None:
-        """No other process can open it from now on; may be called twice."""
+        """Close the file, so that no other process can open it; may be called twice."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

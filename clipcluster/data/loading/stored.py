@@ -1,4 +1,4 @@
-"""Samples with stored augmentations, teachers' embeddings and synthetic captions.
+"""The preparation of samples with stored augmentations, teachers' embeddings and synthetic captions.
 
 The layout is DataCompDR's: `image_emb` (augmentations, width), a row for each entry of `param_aug`;
 `text_emb` (captions, width), the image's own captions first. The synthetic captions are the lists `syn_text…`
@@ -41,7 +41,7 @@ class StoredPreparation(Preparation):
     each caption of a list.
     """
 
-    turned = False  # nor were the teachers': crops and original sizes are those of the pixels as stored
+    turned = False  # crops and original sizes are those of the pixels as stored, as the teachers saw them
 
     def __init__(self, transform: TrainTransform, tokenizer: Tokenizer, stored: Stored) -> None:
         super().__init__(transform)
@@ -63,10 +63,10 @@ class StoredPreparation(Preparation):
         size, original = (pixels.shape[1], pixels.shape[2]), _original_size(values[RECORD])
         for own in values[AUGMENTATIONS]:
             if not own.fits(size, original):
-                told = "unknown" if original is None else f"{original[1]} x {original[0]}"
+                sides = "unknown" if original is None else f"{original[1]} x {original[0]}"
                 raise BadExtra(
                     f"the crop {list(own.crop)} (top, left, height, width) is not inside the image of "
-                    f"{size[1]} x {size[0]} pixels; original_width and original_height of its JSON: {told}"
+                    f"{size[1]} x {size[0]} pixels; original_width and original_height of its JSON: {sides}"
                 )
         lists = _synthetic(values)
         if self.both and not lists:
@@ -100,7 +100,7 @@ class StoredPreparation(Preparation):
 
 
 def _one_of(count: int, numbers: random.Random) -> int:
-    """A number below `count`, by the one method whose results no version of Python changes."""
+    """A random number below `count`, by the method that is stable across versions of Python."""
     return int(numbers.random() * count)
 
 
@@ -116,7 +116,7 @@ def _synthetic(values: Mapping[str, Any]) -> dict[str, list[tuple[int, str]]]:
 
 
 def _place(values: Mapping[str, Any], choice: str, number: int) -> tuple[str, int]:
-    """The array and its row that belong to text `number` of a choice of captions; -1: there is none."""
+    """The array and the row of it that belong to text `number` of a caption choice; row -1: there is none."""
     arrays, written = values[ARRAYS], values[SYNTHETIC]
     lists = [name for name in written if name.startswith("syn_text") and isinstance(written[name], list)]
     inside = [name for name in lists if f"{name}_emb" not in arrays]
@@ -137,7 +137,7 @@ def _embedding(values: Mapping[str, Any], choice: str, number: int) -> Tensor:
 
 
 def _original_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the image before it was shrunk for its shard, where the JSON tells them."""
+    """Height and width of the image before it was resized for its shard, where the JSON has them."""
     height, width = (record.get(f"original_{side}") for side in ("height", "width"))
     height, width = (
         side if isinstance(side, int | float) and 1 <= side < 1e9 else 0 for side in (height, width)

@@ -1,4 +1,4 @@
-"""What a loader worker is given, does with it (read, decode, transform, tokenize) and sends back."""
+"""A loader worker: from a work item, by read, decode, transform and tokenize, to a partial batch."""
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +24,10 @@ _SMALL = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class WorkItem:
-    """The `Draws` that one worker turns into samples: `first` is the slot of the first in the global batch.
+    """The `Draws` of batch `index` that one worker turns into samples.
 
-    `images` is where the pixels are written; None: they are sent back in the partial batch.
+    first: the slot of the first draw in the global batch. images: where the pixels are written; None: they
+    are sent back in the partial batch.
     """
 
     index: int
@@ -35,7 +36,7 @@ class WorkItem:
     images: BufferSlice | None = None
 
     def cut(self, count: int) -> Iterator["WorkItem"]:
-        """`count` contiguous work items, whose sizes differ by one at most."""
+        """Divide it into `count` contiguous work items, whose sizes differ by one at most."""
         for number in range(count):
             begin, end = len(self.draws) * number // count, len(self.draws) * (number + 1) // count
             images = None if self.images is None else self.images.cut(begin, end)
@@ -63,7 +64,7 @@ class PartialBatch:
 
 
 def reduced(tensor: torch.Tensor) -> Any:
-    """How a worker pickles a tensor: as bytes, large pixels alone through /dev/shm, which may be small."""
+    """How a worker pickles a tensor: as bytes; only large pixels go through /dev/shm, which may be small."""
     if tensor.nbytes > _SMALL and tensor.dtype == torch.uint8:
         return reduce_tensor(tensor)
     return _rebuilt, (tensor.reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
@@ -76,7 +77,10 @@ def _rebuilt(data: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> torch.T
 
 
 class Reader:
-    """Turns work items into partial batches; an unexpected error names shard and key."""
+    """Turns work items into partial batches; an unexpected error names shard and key.
+
+    turned: whether images are turned by their EXIF orientation.
+    """
 
     turned = True
 
@@ -113,14 +117,15 @@ class Reader:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Heavy imports, which the workers' server makes once for all of them."""
+        """Heavy imports, which the fork server makes once for all workers."""
         return tuple(getattr(self.tokenizer, "modules", ()))
 
     def load(self, item: WorkItem) -> PartialBatch:
+        """The partial batch of a work item; raises whatever reading and decoding raise."""
         raise NotImplementedError
 
     def check(self, sample: Sample, pixels: torch.Tensor, values: Mapping[str, Any]) -> None:
-        """BadExtra where a sample's members do not fit each other, or its pixels."""
+        """BadExtra where a sample's members do not fit each other, or do not fit its pixels."""
 
     def _announce(self, item: WorkItem) -> None:
         self._at = None
@@ -131,7 +136,7 @@ class Reader:
     def _decoded(
         self, source: int, position: int, bad: list[dict[str, Any]]
     ) -> tuple[Sample, torch.Tensor, dict[str, Any]] | None:
-        """A sample, its pixels (3, H, W) uint8 and extras; None if it is bad, and then told in `bad`."""
+        """A sample, its pixels (3, H, W) uint8 and extras; None, and an entry in `bad`, if it is bad."""
         self._at = (source, position)
         if self._at not in self._bad:
             dataset = self.sources[source]
@@ -149,7 +154,7 @@ class Reader:
         return None
 
     def _where(self, *, key: bool = True) -> str:
-        """Shard and key of the sample at hand, as far as they can be told; the key has to be read."""
+        """Shard and key of the current sample, as far as they are known; the key has to be read."""
         if self._at is None:
             return "before the first sample"
         dataset = self.sources[self._at[0]]
@@ -163,10 +168,10 @@ class Reader:
 
 
 class TrainReader(Reader):
-    """Samples for training: prepared by the draw's own seed, a bad one replaced.
+    """Samples for training: prepared with the draw's own seed; a bad one is replaced.
 
-    `shown`: for each source the classes that may replace a bad sample. `decoders`: the further members
-    wanted, by name.
+    shown: for each source, the classes of samples that may replace a bad one. decoders: of the further
+    members that the task needs, by name.
     """
 
     def __init__(
@@ -238,7 +243,7 @@ class TrainReader(Reader):
 
 
 class EvaluationReader(Reader):
-    """Samples for evaluation: the centre square, all captions; a bad one is left out."""
+    """Samples for evaluation: the centre square and all captions; a bad one is left out."""
 
     def __init__(self, dataset: Dataset, transform: EvaluationTransform) -> None:
         super().__init__([dataset], None, {}, text=True)

@@ -39,14 +39,14 @@ _SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
 class WorkerDied(Exception):
     """A loader worker was killed or crashed; a new attempt may succeed.
 
-    No RuntimeError: what a dead worker leaves ("Connection reset by peer") would be taken for a lost rank.
+    It is no RuntimeError, since its reason ("Connection reset by peer") would be taken for a lost rank.
     """
 
 
 class WorkerPool:
-    """Hands work items to workers in turn and yields their partial batches in the same order.
+    """Gives work items to the workers in turn, and returns their partial batches in the same order.
 
-    Without workers it does the work itself, in the process that asks.
+    Without workers the work is done in the calling process.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class WorkerPool:
     def take(self, count: int) -> list[PartialBatch]:
         """The next `count` partial batches; StopIteration when the work items are used up.
 
-        Raises what a worker met (DataError, OSError, OutOfMemory) and WorkerDied; the pool is closed then.
+        Raises what a worker raised (DataError, OSError, OutOfMemory), or WorkerDied; the pool is closed then.
         """
         if self._closed:
             raise ValueError("this loader is closed")
@@ -101,14 +101,14 @@ class WorkerPool:
         return results
 
     def _dead(self, *, wait: bool) -> list[int]:
-        """Process ids of dead workers; a broken connection may be seen before the death that broke it."""
+        """Process ids of dead workers; a connection may break shortly before its worker counts as dead."""
         workers = getattr(self._results, "_workers", [])
         if wait and workers:
             connection.wait([worker.sentinel for worker in workers], timeout=2)
         return [worker.pid for worker in workers if not worker.is_alive()]
 
     def close(self) -> None:
-        """Ends the workers at once: they hold nothing that is worth keeping."""
+        """Kill the workers, which hold nothing that has to be saved."""
         self._closed = True
         results, self._results = self._results, None
         for worker in getattr(results, "_workers", []):
@@ -122,7 +122,7 @@ def _unchanged(result: Any) -> Any:
 
 
 def _initialize(worker: int) -> None:
-    """What a worker does first."""
+    """Run in each worker before its first work item."""
     ignore_signals()
     importlib.import_module(_SINGLE_THREAD)  # again: others may have started the fork server
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -132,7 +132,7 @@ def _initialize(worker: int) -> None:
 
 
 def _exit_with_rank() -> None:
-    """Waits for the rank's end, however it came: the fork server between the two would live on."""
+    """Wait for the rank's end, however it came, and leave: the fork server between the two does not tell."""
     rank = multiprocessing.parent_process()
     if rank is not None:
         rank.join()
@@ -140,7 +140,7 @@ def _exit_with_rank() -> None:
 
 
 def _start_servers() -> None:
-    """Starts the processes that start the workers, if they are not there yet."""
+    """Start the fork server and the resource tracker, if they do not run yet."""
     with _signals_blocked():
         resource_tracker.ensure_running()  # unblocks INT and TERM when it starts: hence a block of its own
     with _signals_blocked():
@@ -149,7 +149,7 @@ def _start_servers() -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """What is started here inherits the mask: the fork server lives through the signals of its rank."""
+    """Inside, signals are blocked: processes that are started here, as the fork server, inherit that."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
