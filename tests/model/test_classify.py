@@ -15,7 +15,7 @@ from clipcluster.errors import UserError
 from clipcluster.model.classify import ClassifyTask, ImageClassifier, build_classifier
 from clipcluster.model.task import Task
 from clipcluster.model.towers import build_image_tower
-from clipcluster.recipe.sections.data import Image
+from clipcluster.recipe.sections.image import Image
 from clipcluster.recipe.sections.model import Model
 from clipcluster.runs.checkpoints import file_entry
 from clipcluster.runs.files import file_sha256, write_json

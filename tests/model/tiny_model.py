@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from clipcluster.model.clip import Clip, build_clip
 from clipcluster.recipe.sections import model as sections
-from clipcluster.recipe.sections.data import Image
+from clipcluster.recipe.sections.image import Image
 
 SIZE = 32
 WORDS = {

@@ -7,7 +7,8 @@ from pydantic.fields import FieldInfo
 
 from clipcluster.recipe.sections.base import Mark, extra_of, sections_of, walk
 from clipcluster.recipe.sections.cluster import Cluster
-from clipcluster.recipe.sections.data import Image, Source
+from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.image import Image
 from clipcluster.recipe.sections.model import TextTower
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sections.values import MEANS

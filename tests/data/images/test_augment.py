@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from clipcluster.data.images.augment import ColorJitter, RandAugment, RandomErasing, seeded
 from clipcluster.data.images.transforms import train_transform
-from clipcluster.recipe.sections.data import Image as ImageSection
+from clipcluster.recipe.sections.image import Image as ImageSection
 
 SIDE = 48
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import crop_box, draw_seed, evaluation_transform, train_transform
-from clipcluster.recipe.sections.data import Image as ImageSection
+from clipcluster.recipe.sections.image import Image as ImageSection
 
 IMAGE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8))
 
