@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("clipcluster")
 SILENCE_S = 600.0
-"""Seconds after which a silent rank is lost."""
+"""Seconds without an answer after which a rank counts as lost."""
 
 
 def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
@@ -83,7 +83,7 @@ def use_processors(recipe: Recipe, launch: Launch) -> torch.device:
     """This rank's device, with threads from the node's cores and kernels as the recipe wants them."""
     from clipcluster.runtime import devices
 
-    # SLURM grants what was requested, so that a node without a GPU is a broken one.
+    # SLURM grants the GPUs that were requested: a node without one is broken.
     required = launch.manager == "slurm"
     device = devices.pick_device(launch.local_rank, per_node=recipe.cluster.gpus_per_node, required=required)
     wanted, usable = recipe.cluster.cpus_per_task, devices.usable_cores(launch.local_size)
@@ -158,7 +158,7 @@ def _require_measurable(recipe: Recipe) -> None:
 
 
 def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> None:
-    """What rank 0 says last."""
+    """Log the state and the results of the run on rank 0, at the end of an attempt."""
     done = trainer.progress
     logger.info(
         "%s at step %s of %s (%s samples, %.2f epochs) after %.1f s of this attempt",

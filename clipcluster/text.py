@@ -1,4 +1,4 @@
-"""Numbers and words in sentences."""
+"""Words and counted nouns for messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A starter recipe for shards that are there: what trains on them, measured by what they hold. No torch."""
+"""Writing a starter recipe for indexed shards: task, towers and sizes follow from what they hold. No torch."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from clipcluster.recipe.tasks import TASKS
 from clipcluster.runtime.accelerators import count_accelerators
 from clipcluster.text import counted
 
-LOOKED_AT = 64  # samples whose images and captions are measured
-MOST_TOKENS, STEPS = 256, 3000  # bounds of what is written: bytes of a caption, steps of a small set
+MEASURED = 64  # samples whose images and captions are measured
+MOST_TOKENS, STEPS = 256, 3000  # upper bound of the context in bytes; steps that a run on a small set should have
 TRAINING = ("train", "training")
 
 
 @dataclass(frozen=True)
 class Shards:
-    """What a folder of shards holds."""
+    """The content of a folder of shards, as far as a recipe depends on it."""
 
     folder: Path
     samples: int
     captioned: int
     classes: int
-    """One more than the largest class; 0 where a sample has none."""
+    """One more than the largest class number; 0 where a sample has none."""
     named: bool
     """Whether classnames.txt is there."""
     zero_shot: bool
-    """Whether its classes have names and templates."""
+    """Whether every sample has a class, and the classes have names and templates."""
     side: int
     """The median of the images' shorter sides, in pixels."""
     longest: int
@@ -60,21 +60,21 @@ class Shards:
 
     @property
     def small(self) -> bool:
-        """Whether small towers fit the images."""
+        """Whether small towers are enough for the images."""
         return self.size < 224
 
     @property
     def quoted(self) -> str:
-        """The folder as YAML has it."""
+        """The folder as a quoted YAML string."""
         return json.dumps(str(self.folder), ensure_ascii=False)
 
 
 def write_starter(name: str, *, parent: Path | None, data: str | Path | None) -> tuple[Path, list[str]]:
-    """Write `NAME.yaml` into the working directory; the file, and what was found, a line each.
+    """Write `NAME.yaml` into the working directory. Returns the file, and a line for each folder of shards.
 
     Args:
         name: of the run.
-        parent: a recipe that the new one extends: only the name and the data are written then.
+        parent: a recipe that the new one extends; then only name, data and evaluations are written.
         data: a folder of shards, or one with splits (train, val, test).
 
     Raises:
@@ -100,7 +100,7 @@ def write_starter(name: str, *, parent: Path | None, data: str | Path | None) ->
 
 
 def _folders(data: str | Path) -> list[Path]:
-    """The folders of shards below `data`, that for training first."""
+    """The folders of shards below `data`, the training split first."""
     if is_remote(str(data)):
         raise UserError(f"--data {data}: give a folder on this machine; an address belongs in data.train")
     found = [path.resolve() for path in folders_of_shards(Path(data))]
@@ -110,7 +110,7 @@ def _folders(data: str | Path) -> list[Path]:
 
 
 def look_at(folder: Path) -> Shards:
-    """What shards hold, by their index and the first samples. UserError without an index."""
+    """The content of shards, by their index and some samples. UserError without an index."""
     shards = open_folder(folder)
     if shards.n_samples == 0:
         raise UserError(f"{folder}: the shards hold no sample with an image")
@@ -129,8 +129,8 @@ def look_at(folder: Path) -> Shards:
 
 
 def _measured(shards: Dataset) -> tuple[list[int], int]:
-    """The shorter sides of images from all over the shards, and the bytes of their longest caption."""
-    count = min(shards.n_samples, LOOKED_AT)
+    """The shorter sides (pixels) of images spread over the shards, and the bytes of their longest caption."""
+    count = min(shards.n_samples, MEASURED)
     sides, longest = [], 0
     for number in range(count):
         sample = shards.read(number * (shards.n_samples // count))
@@ -149,7 +149,7 @@ def _described(split: Shards) -> str:
 
 
 def _extending(name: str, parent: Path, splits: list[Shards]) -> Iterator[str]:
-    """The lines of a recipe that takes everything but its name and data from another."""
+    """The lines of a recipe that extends another, with its own name, data and evaluations."""
     shipped = RECIPES / parent.name
     found = shipped if not parent.is_file() and shipped.is_file() else existing(parent)
     tree = with_parents(found, os.environ).entries
@@ -203,7 +203,7 @@ def _line(text: str, comment: str) -> str:
 
 
 def _batch(samples: int, ranks: int) -> int:
-    """At most 1,024 samples and a 32nd of them all, a power of two or the next count below that divides."""
+    """A power of two up to 1,024 and a 32nd of the samples, lowered to a multiple of the ranks."""
     batch = 1 << max(1, min(1024, samples // 32)).bit_length() - 1
     return max(ranks, batch - batch % ranks)
 
@@ -222,13 +222,13 @@ def _data(train: Shards, batch: int, workers: int) -> Iterator[str]:
         yield "  text:"
         yield _line("    tokenizer: bytes", "needs no file; gpt2 or CLIP's vocabulary file: fewer tokens")
         yield _line(
-            f"    context_length: {context}", f"the longest caption looked at has {train.longest} bytes"
+            f"    context_length: {context}", f"the longest of the measured captions has {train.longest} bytes"
         )
         yield _line("    captions: random", "one of a sample's captions each time; all: a sample for each")
 
 
 def _model(train: Shards) -> Iterator[str]:
-    """The section `model`: towers without batch norms, which any number of ranks trains alike."""
+    """The section `model`: towers without batch norms, so that the number of ranks does not matter."""
     width, layers = (128, 2) if train.small else (512, 12)
     yield "model:"
     yield "  image:"
@@ -266,7 +266,7 @@ def _training(train: Shards, batch: int, gpus: int) -> Iterator[str]:
 
 
 def _evaluate(kinds: tuple[str, ...], splits: list[Shards]) -> Iterator[str]:
-    """The sets to evaluate: every one that is not trained on, by all that it allows."""
+    """The evaluation sets: every split but the training split, for each evaluation that it allows."""
     fits: dict[str, Callable[[Shards], object]] = {
         "retrieval": lambda split: split.captioned,
         "zero_shot": lambda split: split.zero_shot,

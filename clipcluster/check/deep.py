@@ -1,7 +1,7 @@
-"""The deep check: towers, weights, tokenizer, a sample of every source, a tiny training step.
+"""The deep check: towers, weights, tokenizer, a sample of every source, a training step of a few samples.
 
-All of it needs torch, so it runs in a process of its own (``python -m clipcluster.check.deep``): the command
-itself never loads torch.
+It needs torch and so runs in a process of its own (``python -m clipcluster.check.deep``): the command itself
+never loads torch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from clipcluster.runs.folder import Run
 from clipcluster.text import counted
 
 MEASURED_SAMPLES, LONGEST = 128, 4096  # samples whose captions are measured, in tokens up to a bound
-CUT_CAPTIONS = 0.1  # more captions than this part are longer than the context: a warning
+CUT_CAPTIONS = 0.1  # the fraction of captions longer than the context from which on there is a warning
 DEEP_SECONDS = 900  # large towers take minutes to build on a busy login node
 
 
 def check(recipe: Recipe, *, world_size: int = 1, assets: Path | None = None) -> Findings:
-    """Try what needs torch, in a process of its own.
+    """The findings of the deep check, made in a process of its own.
 
     Args:
         recipe: with absolute paths (`plain.Checked.recipe`).
@@ -68,7 +68,7 @@ def check(recipe: Recipe, *, world_size: int = 1, assets: Path | None = None) ->
 
 
 def main() -> None:
-    """Read the question on stdin, answer in JSON on what was stdout; libraries that print get stderr."""
+    """Read the question from stdin, write the findings as JSON to stdout; libraries print to stderr."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     question = json.load(sys.stdin)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
-    """Build and read everything of a recipe once; loads torch."""
+    """Build the model of a recipe, read samples of its data, and try a training step; loads torch."""
     from clipcluster.data.tokenizer import load_tokenizer
 
     findings = Findings()
@@ -221,12 +221,12 @@ def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: 
 
 
 def _teachers(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipes of the teachers that are given by their model, by the place of their `image`."""
+    """A recipe for each teacher that is given by its model, by the key of its `image`."""
     return {f"distill.teachers.{number}.image": own for number, own in recipe.teachers().items()}
 
 
 def _check_pixels(place: str, recipe: Recipe, assets: Path | None, findings: Findings) -> None:
-    """Weights take pixels by the mean and deviation of their run, or that their published folder says."""
+    """A warning where weights expect other pixels: mean and std of their run, or their published folder."""
     from clipcluster.model.hugging_face import pixels_of
 
     image, model = recipe.data.image, recipe.model
@@ -247,7 +247,7 @@ def _check_pixels(place: str, recipe: Recipe, assets: Path | None, findings: Fin
 
 
 def _pixels_of_run(weights: Path) -> list[float] | None:
-    """Mean and deviation of the run that weights are of: its folder, a checkpoint, or a file of one."""
+    """Mean and std of the run of these weights (its folder, a checkpoint, or a file of one); else None."""
     step = next((each for each in (weights, weights.parent) if step_of(each.name) is not None), None)
     run = Run(step.parent.parent if step else weights)
     if not run.recipe_file.is_file():
@@ -256,15 +256,15 @@ def _pixels_of_run(weights: Path) -> list[float] | None:
     return [*image["mean"], *image["std"]]
 
 
-def _said(name: str, tower: Any, coverage: Any, more: str = "") -> list[str]:
-    """What is said of a tower, and of the starting weights that it has, if any."""
+def _described(name: str, tower: Any, coverage: Any, more: str = "") -> list[str]:
+    """A line on a tower, and one on its starting weights if it has any."""
     count = sum(parameter.numel() for parameter in tower.parameters())
     size = f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
     return [f"{name}, {size} parameters{more}", *([str(coverage)] if coverage else [])]
 
 
 def _preparation(name: str, recipe: Recipe, tokenizer: Any, assets: Path | None) -> Any:
-    """What the task makes of a drawn sample."""
+    """The preparation of the task (`TaskSpec.preparation`)."""
     from clipcluster.data.images.transforms import train_transform
 
     return resolve_name(name)(recipe, train_transform(recipe.data.image), tokenizer, assets)
@@ -279,10 +279,10 @@ def check_sample(
     findings: Findings,
     prepare: Any = None,
 ) -> None:
-    """Shards and index fit; the first sample that decodes is decoded, and its caption tokenized.
+    """Compare shards with their index, decode the first sample that can be, and tokenize its captions.
 
-    members: what the task needs of a sample besides, name -> dotted name of the decoder. prepare: what it
-    makes of a sample, and says whether its members fit each other.
+    members: further members that the task needs, name -> dotted name of the decoder. prepare: the task's
+    preparation, which checks whether the members fit each other. UserError where no sample can be used.
     """
     from clipcluster.data.images.decode import BadImage, decode
     from clipcluster.data.loading.extras import BadExtra, decode_extras, decoders_of
@@ -317,7 +317,7 @@ def check_sample(
 
 
 def _check_lengths(key: str, source: Source, tokenizer: Any, recipe: Recipe, findings: Findings) -> None:
-    """How long captions are, on samples from all over a source (of a remote one, its beginning)."""
+    """The length of captions in tokens, on samples spread over a source (of a remote one, its first)."""
     shards = open_indexed(source, True)
     remote = any(shards.folder_of(shard).remote_index is not None for shard in range(len(shards)))
     count = min(shards.n_samples, MEASURED_SAMPLES)
@@ -331,26 +331,26 @@ def _check_lengths(key: str, source: Source, tokenizer: Any, recipe: Recipe, fin
     lengths = uncut(texts)[1].sum(dim=1)
     context = recipe.data.text.context_length
     cut = float((lengths > context).float().mean())
-    said = (
+    text = (
         f"{key}: of {counted(len(texts), 'caption')} {cut:.0%} have more than the "
         f"{counted(context, 'token')} of data.text.context_length (median {int(lengths.median())}, "
         f"longest {int(lengths.max())})"
     )
     if cut > CUT_CAPTIONS:
-        findings.advise(recipe.checks, "long-captions", f"{said}, and lose their ends")
+        findings.advise(recipe.checks, "long-captions", f"{text}, and are truncated")
     else:
-        findings.summary.append(said)
+        findings.summary.append(text)
 
 
 def _check_stages(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:
-    """The layers that `freeze` names exist, entries change something, weights cover what begins frozen."""
+    """Build the stages: the layers exist, each entry changes something, what begins frozen has weights."""
     from clipcluster.build.stages import try_stages
 
     findings.summary += try_stages(recipe, assets, world_size)
 
 
 def _check_step(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:
-    """One forward and backward pass of the task: what fails for its shapes fails here."""
+    """One forward and backward pass of the task, which finds shapes that do not fit."""
     from clipcluster.build.training import try_task
 
     unused = try_task(recipe, assets, world_size)

@@ -21,7 +21,7 @@ TEXT_SAMPLES = 1_000_000  # with fewer a text tower from scratch learns its lang
 AUGMENTED_SAMPLES = (100_000, 10_000_000)  # between them an image tower from scratch needs strong crops
 WEAK_CROP, PASSES = 0.7, 5
 LR, LR_BATCH, SMALL_BATCH, LR_FACTOR = 5e-4, 512, 256, 10
-# ResNets, also with another beginning (wide_resnet50_2, seresnext50) or end (resnetv2_50).
+# ResNets, with variants such as wide_resnet50_2, seresnext50 and resnetv2_50.
 _RESNET = re.compile(r"resne[xs]?t|res2net")
 
 
@@ -50,8 +50,8 @@ def _warmup(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
     if _contrastive(recipe) and warmup > max(WARMUP_STEPS, WARMUP_EPOCHS * epoch):
         return (
             "long-warmup",
-            f"{text} is {warmup / epoch:.1f} epochs of {counted(epoch, 'step')}: the data are seen so often "
-            f"before the learning rate is reached; 1,000 to {WARMUP_STEPS:,} steps are usual",
+            f"{text} is {warmup / epoch:.1f} epochs of {counted(epoch, 'step')} before optim.lr is reached; "
+            f"1,000 to {WARMUP_STEPS:,} steps are usual",
         )
     return None
 

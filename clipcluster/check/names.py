@@ -1,4 +1,4 @@
-"""Names that only timm or the hub knows, checked as far as files on this machine tell. No torch."""
+"""Checking names of timm and of the hub by the files on this machine. No torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ CONFIGURATION = ("config.json",)
 
 
 def check_image_tower(name: str) -> str:
-    """Why the name of a tower in timm cannot be checked here, or "". UserError for one that does not exist.
+    """UserError for the name of a timm tower that does not exist; "", or why it cannot be checked here.
 
-    The names are those that the last deep check with this version of timm stored.
+    The known names are those that a deep check with this version of timm stored.
     """
     return _check_timm(name.split(".", 1)[0], "models", f"model {name!r}")  # what follows a dot is a tag
 
 
 def check_optimizer(name: str) -> str:
-    """The same for the name of an optimizer; UserError also for one that cannot be used here."""
+    """As `check_image_tower`, for an optimizer; UserError also for one that cannot be used here."""
     if name == "adamw":
         return ""
     return _check_timm(name, "optimizers", f"optimizer {name!r} that can be used here")
@@ -73,12 +73,13 @@ def _names_file(kind: str) -> Path:
 
 
 def check_hub_name(name: str, patterns: Sequence[str], assets: Path) -> str:
-    """Why the name of a folder, or on the hub, cannot be checked here, or "".
+    """Check a folder, or a name on the hub; "", or why it cannot be checked here.
 
     Args:
-        name: what the recipe says.
-        patterns: of the files of which one must be there: `TOKENIZER` or `CONFIGURATION`.
-        assets: folder of what an earlier submission of the run fetched (ORG--NAME for each); may be absent.
+        name: as in the recipe.
+        patterns: of files, one of which must be there: `TOKENIZER` or `CONFIGURATION`.
+        assets: folder of files that an earlier submission of the run fetched (ORG--NAME for each); may be
+            absent.
 
     Raises UserError for a folder without the files, and for a name that is not stored here while
     HF_HUB_OFFLINE is set.

@@ -1,4 +1,4 @@
-"""The plain check: the recipe, its files and names, the indexes and the arithmetic. No torch."""
+"""The plain check: the recipe, its files and names, the shard indexes and the arithmetic. No torch."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NameChecks = dict[str, Callable[[], Any]]
-TRIED_SAMPLES = 8  # whose members are looked at
+TRIED_SAMPLES = 8  # per source, whose members are examined
 
 
 @dataclass
 class Findings:
-    """What a check found: `errors` stop a submission, `warnings` do not, `summary` is what will happen."""
+    """The findings of a check: `errors` stop a submission, `warnings` do not, `summary` describes the run."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Findings:
     def attempt(self, key: str, action: Callable[..., T], *args: Any, foreign: bool = False) -> T | None:
         """The result of `action(*args)`, or None with the error's message among `errors`.
 
-        foreign: the action ends in other people's code, and whatever it raises is an error of the recipe.
+        foreign: the action calls other libraries, and any exception is taken for an error of the recipe.
         """
         try:
             return action(*args)
@@ -61,7 +61,7 @@ class Findings:
         return None
 
     def advise(self, checks: Checks, name: CheckName, text: str) -> None:
-        """A finding of the check `name`: a warning, or part of the summary where the recipe allows it."""
+        """Add a finding of the check `name`: a warning, or part of the summary where the recipe allows it."""
         if name in checks.allow:
             self.summary.append(f"allowed ({name}): {text}")
         else:
@@ -80,7 +80,7 @@ class Checked(Findings):
 
     Attributes:
         plan: None where the data or the arithmetic failed.
-        unchecked: keys that only the deep check or the hub can tell of, each with the reason.
+        unchecked: keys that only the deep check or the hub can check, each with the reason.
     """
 
     loaded: Loaded
@@ -129,7 +129,7 @@ def check(
 
 
 def _check_optimizer(checked: Checked) -> None:
-    """AdamW's keys, written with their defaults beside an optimizer that does not read them."""
+    """A warning about AdamW's keys, written with their defaults for an optimizer that does not read them."""
     optim = checked.recipe.optim
     for name in ("betas", "eps") if optim.name != "adamw" else ():
         if name in optim.model_fields_set:
@@ -186,7 +186,7 @@ def _idle_keys(model: Model) -> Iterator[tuple[str, str]]:
 
 
 def _check_names(checked: Checked, runs: Path) -> None:
-    """The names of towers and tokenizer, as far as files here tell; notes what they do not tell."""
+    """Check the names of towers, tokenizer and optimizer by files on this machine; note what these lack."""
     loaded, recipe = checked.loaded, checked.recipe
     assets = Run(runs / run_name(recipe.name, result_keys(loaded))).assets
     checks: NameChecks = {
@@ -197,13 +197,13 @@ def _check_names(checked: Checked, runs: Path) -> None:
         place = f"distill.teachers.{number}."
         checks |= _named(teacher, place, f"{place}text", assets)
     for key, check_name in checks.items():
-        if key not in loaded.paths or os.path.exists(loaded.paths[key]):  # else said already
+        if key not in loaded.paths or os.path.exists(loaded.paths[key]):  # else an error already
             reason = checked.attempt(loaded.place(key), check_name)
             checked.unchecked += [f"{key} {reason}"] if reason else []
 
 
 def _named(recipe: Recipe, place: str, text: str, assets: Path) -> NameChecks:
-    """The checks of a recipe's towers and tokenizer, by key; a teacher's are at another place."""
+    """The checks of a recipe's towers and tokenizer, by key; `place` and `text` are those of a teacher."""
     checks: NameChecks = {}
     for key in ("model.image", "model.text", "model.dual"):
         tower = getattr(recipe.model, key.removeprefix("model."))
@@ -257,7 +257,7 @@ def _check_members(shards: Dataset, recipe: Recipe) -> None:
 
 
 def _check_cache(checked: Checked, opened: Sequence[Dataset]) -> None:
-    """The cache holds the largest remote shard; a warning where not all that are read at a time."""
+    """The cache holds the largest remote shard; a warning where it cannot hold all that are read at once."""
     cache, order = checked.recipe.data.cache, checked.recipe.data.order
     size, needed = cache.size.megabytes << 20, 0
     for shards in opened:
@@ -279,7 +279,7 @@ def open_indexed(source: Source, text: bool) -> Dataset:
 
     try:
         return open_source(source, text=text)
-    except OSError as error:  # a server that does not answer; what lies on a disk has its own words
+    except OSError as error:  # a server that does not answer; files on a disk raise UserError
         raise UserError(f"the index cannot be read: {error}") from None
 
 
@@ -307,13 +307,13 @@ def _check_same_classes(shards: Dataset, key: str, checked: Checked) -> None:
 
     trained = open_indexed(checked.recipe.data.train[0], False).classnames
     named, count = shards.classnames, checked.recipe.model.classes or len(trained or ())
-    if count:  # else said of the training data
+    if count:  # else it is an error of the training data
         checked.attempt(key, check_measured, count, shards)
     if not trained or not named or trained == named:
         return
     pairs = [(n, a, b) for n, (a, b) in enumerate(zip(trained, named, strict=False)) if a != b]
     where = f"class {pairs[0][0]} is {pairs[0][2]!r} there and {pairs[0][1]!r} in data.train.0"
-    counts = f"there are {len(named)} classes there and {len(trained)} in data.train.0"
+    counts = f"it has {len(named)} classes, data.train.0 has {len(trained)}"
     checked.errors.append(
         f"{key}: its classnames.txt is not that of the training data ({where if pairs else counts}); convert "
         "both with one list of classes"
@@ -408,5 +408,5 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
         * (plan.accumulation > 1),
         f"checkpoints: every {saves}; evaluations: " + (f"{often}at the end" if sets else "none"),
         f"learning rate: {describe_rates(recipe)}",
-        *(f"freeze: {freezing.said}" for freezing in plan.freezings),
+        *(f"freeze: {freezing.summary}" for freezing in plan.freezings),
     ]

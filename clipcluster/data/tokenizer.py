@@ -1,4 +1,4 @@
-"""Captions to tokens: bytes, which need no file; CLIP's vocabulary; any tokenizer of Hugging Face."""
+"""Tokenizers: bytes, which need no file; CLIP's; any tokenizer of Hugging Face."""
 
 import gzip
 import html
@@ -49,9 +49,9 @@ class ByteTokenizer:
         )
 
 
-# OpenAI's vocabulary: 256 bytes, the same at a word's end, 48,894 merges, start and end.
+# OpenAI's vocabulary: 256 bytes, the same at the end of a word, 48,894 merges, start and end token.
 CLIP_MERGES = 49152 - 256 - 2
-# Words as CLIP takes them apart; the two special tokens may stand in a caption.
+# CLIP's pattern of words; a caption may contain the two special tokens.
 _CLIP_WORDS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _GZIP = b"\x1f\x8b"
 _CLIP_REMEMBERED = 100_000  # words whose tokens are kept
@@ -148,7 +148,7 @@ def letters_of_bytes() -> list[str]:
 
 
 def read_clip_merges(file: Path) -> list[tuple[str, str]]:
-    """The merges of `bpe_simple_vocab_16e6.txt.gz`, which holds a line about itself and then more than used.
+    """The merges of `bpe_simple_vocab_16e6.txt.gz`: after a header line, the first `CLIP_MERGES` lines.
 
     Or of the `merges.txt` of a folder of CLIP's on the hub, the same without compression. Raises UserError
     where the file is another.
@@ -193,7 +193,7 @@ class HuggingFaceTokenizer:
             )
         self.pad_id = int(pad)
         self.eos_id = int(pad if end is None else end)
-        # of an empty text the last token may be the one that begins it, which OPT also ends with
+        # two texts: the only token of an empty one may be the start token, which for OPT is also the end token
         last = [tokenizer(text)["input_ids"][-1:] for text in ("", "a")]
         closes = all(ids in ([end], [tokenizer.sep_token_id]) for ids in last)
         self.appended = [] if closes or end is None else [self.eos_id]
@@ -238,7 +238,7 @@ def load_tokenizer(text: Any, assets: str | Path | None = None) -> Tokenizer:
 
 
 def asset_folder(assets: str | Path, name: str) -> Path:
-    """Where the files of a hub name lie in a run's assets: `assets/ORG--NAME`."""
+    """The folder of a hub name's files in a run's assets: `assets/ORG--NAME`."""
     return Path(assets) / name.replace("/", "--")
 
 

@@ -32,7 +32,7 @@ def field_of(choice: str) -> tuple[str, str] | None:
 
 
 def checked(choice: str) -> str:
-    """The choice itself. ValueError, with the nearest, where there is none such."""
+    """The choice itself; ValueError, with the nearest, for an unknown one."""
     if choice in (DEFAULT, LINES, TXT) or field_of(choice) is not None:
         return choice
     near, word = nearest(choice, (DEFAULT, LINES, TXT)), choice.removesuffix(":")
@@ -56,9 +56,9 @@ def checked_probabilities(probabilities: Mapping[str, Any]) -> None:
 
 
 def probabilities_of(asked: str | Mapping[str, float] | None) -> dict[str | None, float | None]:
-    """Choices to probabilities that sum to 1, sorted by name so that no order of writing matters.
+    """Choices -> probabilities that sum to 1, sorted by name: their order in a recipe is irrelevant.
 
-    One choice alone (or None: the folder's own) has the probability None: nothing is drawn.
+    A single choice (or None: the folder's own) has the probability None: nothing is drawn.
     """
     if asked is None or isinstance(asked, str):
         return {asked: None}

@@ -19,7 +19,7 @@ _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 
 @cache
 def _extras() -> dict[Loc, dict[str, Any]]:
-    """What `key` noted of every key, by its path (list positions as ``*``), and of every entry of a list."""
+    """What `key` recorded of every key and every entry of a list, by path (list positions as ``*``)."""
     extras: dict[Loc, dict[str, Any]] = {}
     for path, field in walk(Recipe):
         extras[path] = extras[(*path, "*")] = extra_of(field)
@@ -49,7 +49,7 @@ def expand(text: str, environ: Mapping[str, str]) -> str:
 
 
 def expanded(entry: Entry, environ: Mapping[str, str], key: str) -> Any:
-    """A scalar's value; an unquoted one is parsed after its variables are filled in."""
+    """A scalar's value; an unquoted one is parsed after its variables are replaced."""
     if not isinstance(entry.value, Variable):
         return entry.value
     try:
@@ -71,9 +71,9 @@ def values(
     Args:
         tree: the recipe, or what is below `loc` of it.
         environ: the environment.
-        problems: collects what cannot be filled in, by the key's location.
-        paths: collects dotted path -> absolute path, or address, and paths become that; None leaves them as
-            they are written.
+        problems: collects messages about variables that are not set, by the key's location.
+        paths: collects dotted path -> absolute path, or address, and the values become these; with None
+            paths stay as they are written.
     """
     if isinstance(tree.value, dict):
         return {
@@ -101,7 +101,7 @@ def values(
 
 
 def _location(text: str, kind: str) -> str | None:
-    """The absolute path, or the address, that a path's text stands for; None where it is a name."""
+    """The absolute path, or the address, of a path as written; None where it is a name."""
     if "://" in text or text.startswith("pipe:"):
         return text if kind == "path" else None
     if kind == "path":

@@ -21,7 +21,7 @@ _EXAMPLE = "example"  # a site profile that shows the keys; used only by name
 
 
 def existing(path: Path) -> Path:
-    """The path of a recipe; UserError, with what may be meant, where there is no file."""
+    """The path of a recipe; UserError, with the nearest name, where there is no such file."""
     if path.is_file():
         return path
     if path.is_dir():

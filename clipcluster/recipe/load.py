@@ -1,8 +1,8 @@
 """From a YAML file to a validated recipe: extends, overrides, environment, paths; and back from a run folder.
 
 A path (shards, weights, a tokenizer's folder, …) belongs to the recipe as it is written, ``${NAME}``
-unexpanded, so that a run moved to another disk is the same run. What it resolves to here is kept apart
-(`Loaded.paths`); relative paths start from the working directory, as in a shell. No torch.
+unexpanded, so that a run moved to another disk is the same run. The absolute paths are kept separately
+(`Loaded.paths`); relative ones start from the working directory, as in a shell. No torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Loaded:
         recipe: ready for use; its paths are absolute.
         written: the same with the paths as they were written; it names the run.
         paths: dotted path of a key -> its absolute path here, or its address (hub names are absent).
-        tree: every entry with the place that wrote it.
+        tree: every entry with the place where it was written.
     """
 
     recipe: Recipe
@@ -76,7 +76,7 @@ def load(
         path: the YAML file.
         overrides: ``a.b.0.c=value``, the value in YAML.
         environ: the environment for ``${NAME}``.
-        site: name of the site profile; default the only one of the user's, if there is exactly one.
+        site: name of the site profile; default the user's, if there is exactly one.
 
     Raises:
         UserError: all errors, each with file, line, dotted path and what is allowed.
@@ -155,9 +155,9 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
                 chosen[name] = [_select(entry, keep, full=full) for entry in value]
         else:
             below = None if value is None else _select(value, keep, full=full)
-            # The full form says what was left out, since a later version may have another default.
-            said = full if value is None else field.default is None
-            if below or (said and _decides(inner, keep)):
+            # The full form has absent sections too, since a later version may have another default.
+            written = full if value is None else field.default is None
+            if below or (written and _decides(inner, keep)):
                 chosen[name] = below
     return chosen
 

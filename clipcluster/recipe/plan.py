@@ -1,7 +1,6 @@
 """The arithmetic of a run: ranks, their part of the batch, steps per epoch and in total, warm-up. No torch.
 
-The result does not depend on the cluster: the batch is global, and the plan says how the ranks divide it, or
-why they cannot, with values that work.
+The batch is global, and the plan says how the ranks divide it, or why they cannot, with values that work.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from clipcluster.recipe.tasks import TASKS
 from clipcluster.recipe.units import Duration
 from clipcluster.text import counted
 
-LARGE_LOGITS = 2**30  # bytes of one copy; from here on the advice about memory names loss.chunk
+LARGE_LOGITS = 2**30  # bytes of one copy, from which on the advice about memory names loss.chunk
 LONG_WARMUP = 0.2  # of the run; above it the check warns
 
 
@@ -106,7 +105,7 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
 
 
 def shown_warmup(recipe: Recipe, warmup: int) -> str:
-    """The warm-up as a message names it: ``optim.warmup 2 epochs (3,082 steps)``."""
+    """The warm-up in messages: ``optim.warmup 2 epochs (3,082 steps)``."""
     given = recipe.optim.warmup
     return f"optim.warmup {given.shown}" + ("" if given.unit == "steps" else f" ({counted(warmup, 'step')})")
 
@@ -157,7 +156,7 @@ def _require_whole_pairs(recipe: Recipe, micro_batch: int, world_size: int) -> N
 
 
 def _whole(recipe: Recipe) -> int:
-    """What every micro-batch is a multiple of: a group of batch norms, and a pair of samples to mix."""
+    """The count of samples that divides every micro-batch: a group of batch norms, and a pair to mix."""
     return lcm(recipe.train.batch_norm_group or 1, 2 if recipe.data.mixup else 1)
 
 
@@ -179,15 +178,15 @@ def _divisors(number: int) -> list[int]:
 
 
 def _near(values: list[int], wanted: int) -> list[int]:
-    """The largest of rising values not above what is wanted, and the smallest above it."""
+    """Of sorted values the largest not above `wanted`, and the smallest above it."""
     return values[max(0, bisect(values, wanted) - 1) :][:2]
 
 
 def accumulation_of(recipe: Recipe, world_size: int) -> int:
-    """The smallest count of equal micro-batches within train.micro_batch and of whole train.batch_norm_group.
+    """The smallest number of equal micro-batches of at most train.micro_batch samples.
 
-    With data.mixup they cut no pair either. Raises UserError where the batch does not divide so, with values
-    that work.
+    They divide neither a group of train.batch_norm_group samples nor, with data.mixup, a pair. Raises
+    UserError where there is no such number, with values that work.
     """
     per_rank = samples_per_rank(recipe.data.batch_size, world_size)
     bound, group = recipe.train.micro_batch, recipe.train.batch_norm_group
@@ -210,7 +209,7 @@ def accumulation_of(recipe: Recipe, world_size: int) -> int:
 
 
 def memory_advice(recipe: Recipe, world_size: int) -> str:
-    """What a recipe whose step does not fit into memory may change, with values; only what it does not do."""
+    """Advice for a recipe whose step does not fit into memory: what it can still change, with values."""
     per_rank = samples_per_rank(recipe.data.batch_size, world_size)
     size = per_rank // accumulation_of(recipe, world_size)
     count = micro_batches(per_rank, size // 2, _whole(recipe)) if size > 1 else None
@@ -231,9 +230,9 @@ def memory_advice(recipe: Recipe, world_size: int) -> str:
 
 
 def micro_batches(per_rank: int, bound: int | None, multiple: int = 1) -> int | None:
-    """The smallest count of equal micro-batches of `per_rank` samples that are no larger than `bound`.
+    """The smallest number of equal parts of `per_rank` samples that are no larger than `bound`.
 
-    Each is a multiple of `multiple` samples; None where there is no such count.
+    The size of a part is a multiple of `multiple`; None where there is no such number.
     """
     sizes = [size for size in _divisors(per_rank) if size <= (bound or per_rank) and size % multiple == 0]
     return per_rank // sizes[-1] if sizes else None
@@ -261,10 +260,7 @@ def _divides(recipe: Recipe, ranks: int) -> bool:
 
 
 def plan_for_nodes(recipe: Recipe, source_samples: int, granted: int) -> Plan:
-    """The plan with so many granted nodes.
-
-    The plan's warnings name idle nodes. UserError as `plan` and `usable_nodes`.
-    """
+    """The plan for `granted` nodes; its warnings name idle nodes. UserError as `plan` and `usable_nodes`."""
     nodes = usable_nodes(recipe, granted)
     found = plan(recipe, source_samples, nodes * recipe.cluster.ranks_per_node)
     if nodes == granted:

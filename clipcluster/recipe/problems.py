@@ -1,6 +1,6 @@
-"""What is wrong with a recipe, as messages: the place, the key, what was given, what is allowed.
+"""Messages for the errors of a recipe: the place, the key, what was given, what is allowed.
 
-Messages are built from the type and context of pydantic's errors, not from its English.
+They are built from the type and context of pydantic's errors, not from its English.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from clipcluster.recipe.tree import Entry, Loc, Origin, Variable, dotted, find, 
 from clipcluster.text import did_you_mean, nearest
 
 S = TypeVar("S", bound=Section)
-# What should be there, by the type of pydantic's error; `{…}` is filled from its context.
+# What is allowed, by the type of pydantic's error; `{…}` is filled from its context.
 EXPECTED = {
     "bool_parsing": "should be true or false",
     "bool_type": "should be true or false",
@@ -62,12 +62,12 @@ def validated(
     model: type[S],
     paths: dict[str, str] | None = None,
 ) -> S:
-    """The recipe of a tree, or one UserError with everything that is wrong, in the order of the lines.
+    """The recipe of a tree, or one UserError with all errors, in the order of the lines.
 
     Args:
-        tree, environ, paths: as of `values`.
+        tree, environ, paths: as in `values`.
         file: the name of the recipe in the message.
-        model: the section class of the whole.
+        model: the class of the whole recipe.
     """
     problems: dict[Loc, str] = {}
     value = values(tree, environ, problems, paths)
@@ -103,7 +103,7 @@ class Key:
         loc: the path as a recipe writes it, without the kind that pydantic names after a union of sections.
         field: the field; for an entry of a list, the list's; None for an unknown key.
         around: the section that has the key.
-        kinds: all kinds of `around`, by the key that tells each; {} where it is not one of several.
+        kinds: all kinds of `around`, by the key that recognises each; {} where it is not one of several.
     """
 
     loc: Loc
@@ -117,16 +117,16 @@ class Key:
         key = cls((), None, root, {})
         inside: type[Section] | None = root
         kinds: Mapping[str, type[Section]] = {}
-        told: Mapping[str, type[Section]] = {}
+        around_kinds: Mapping[str, type[Section]] = {}
         for part in given:
             if part in kinds:  # pydantic's name of the kind
-                inside, told, kinds = kinds[str(part)], kinds, {}
+                inside, around_kinds, kinds = kinds[str(part)], kinds, {}
             elif isinstance(part, int) or inside is None:
                 key = replace(key, loc=(*key.loc, part), field=key.field if isinstance(part, int) else None)
             else:
                 field = inside.model_fields.get(part)
-                key = cls((*key.loc, part), field, inside, told)
-                inside, told, kinds = next(iter(sections_of(field)), None), {}, kinds_of(field)
+                key = cls((*key.loc, part), field, inside, around_kinds)
+                inside, around_kinds, kinds = next(iter(sections_of(field)), None), {}, kinds_of(field)
         return key
 
     @property
@@ -160,7 +160,7 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
         if isinstance(context.get("error"), KeyProblem):
             context["error"] = context["error"].problem
         expected = EXPECTED[kind].format(**context)
-    else:  # a type that no key had when this was written: pydantic's own words
+    else:  # a type that no key has today: pydantic's own message
         expected = entry["msg"]
     examples = []
     if kind in ("model_type", "kind_type", "tuple_type"):
@@ -179,7 +179,7 @@ def _message(key: Key, entry: Mapping[str, Any], tree: Entry, root: type[Section
 
 
 def _choices(key: Key) -> list[str]:
-    """The words that a key, or an entry of its list, may be; [] where it may be others."""
+    """The literals that a key, or an entry of its list, may be; [] where it may be other values."""
     literals = [part for part in parts_of(key.field) if get_origin(part) is Literal]
     return [str(choice) for literal in literals for choice in get_args(literal)]
 
@@ -203,12 +203,12 @@ def _examples(key: Key, value: Any) -> list[str]:
         shapes = [f"{{{n}: {shapes[0]}}}" for kind, n in single if not sections_of(kind.model_fields[n])]
     listed = not isinstance(key.loc[-1], int) and (not kinds or is_list_of_sections(key.field))
     if listed and isinstance(value, dict) and any(str(name).isdecimal() for name in value):
-        return []  # a position in a list that is not there
+        return []  # an override of a list's entry that does not exist
     return [f"[{shape}]" if listed else shape for shape in shapes]
 
 
 def _fitting(kind: type[Section], value: Any) -> list[str]:
-    """The keys of a section that a value could have been meant for: its only one, or those that take it."""
+    """The keys of a section for which a value may be meant: its only one, or those that accept it."""
     if len(kind.model_fields) == 1:
         return list(kind.model_fields)
     found = []
@@ -226,10 +226,10 @@ def _in_yaml(value: Any) -> str:
 
 
 def _given(loc: Loc, value: Any, tree: Entry) -> str:
-    """The value as it was written, and what it came to if it names a variable of the environment."""
+    """The value as it was written; with a variable of the environment, its value and how it was written."""
     written = _written(loc, value, tree)
-    came_to, source = (value, f" (from {written})") if "${" in str(written) else (written, "")
-    text = repr(list(came_to) if isinstance(came_to, tuple) else came_to)
+    given, source = (value, f" (from {written})") if "${" in str(written) else (written, "")
+    text = repr(list(given) if isinstance(given, tuple) else given)
     text = {"None": "nothing", "True": "true", "False": "false"}.get(text, text)
     return (text if len(text) <= 80 else text[:77] + "…") + source
 
@@ -254,7 +254,7 @@ def _two_kinds(key: Key, value: Mapping[str, Any], tree: Entry) -> str:
 
 
 def _no_kind(key: Key, value: Mapping[str, Any]) -> str:
-    """What to say of a section without a key that tells its kind."""
+    """The message for a section without a key by which its kind is recognised."""
     kinds = kinds_of(key.field)
     known = {name for kind in kinds.values() for name in kind.model_fields}
     for name in value:
@@ -265,7 +265,7 @@ def _no_kind(key: Key, value: Mapping[str, Any]) -> str:
 
 
 def _unknown(key: Key, root: type[Section]) -> str:
-    """What to say of an unknown key: its kind, the nearest right one, here or elsewhere, else all here."""
+    """The message for an unknown key: of another kind, near a known one here or elsewhere, else all here."""
     word, around = str(key.loc[-1]), dotted(key.loc[:-1])
     known = list(key.around.model_fields)
     for name, kind in key.kinds.items():

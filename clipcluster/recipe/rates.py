@@ -11,9 +11,10 @@ from clipcluster.recipe.sections.recipe import Recipe
 
 @dataclass(frozen=True)
 class Rates:
-    """What the schedule begins its fall from, and how fast the parts of the model train beside it.
+    """The peak of the schedule, and the learning rates of parts of the model as multiples of it.
 
-    peak: of `optim.lr`, after the warm-up. image, text, logit_scale: their factors of the schedule.
+    peak: the learning rate of `optim.lr` after the warm-up. image, text, logit_scale: factors of the
+    schedule's learning rate for the parameters of these parts.
     """
 
     peak: float
@@ -26,7 +27,7 @@ def rates(recipe: Recipe) -> Rates:
     """The learning rates of a recipe.
 
     Raises:
-        UserError: min_lr is not below the peak, or parts have rates of their own beside a peak of 0.
+        UserError: min_lr is not below the peak, or a part has a learning rate of its own and the peak is 0.
     """
     optim = recipe.optim
     peak = _resolved(recipe, optim.lr)

@@ -49,7 +49,7 @@ def schema() -> dict[str, Any]:
 
 
 def _made() -> dict[str, Any]:
-    """Pydantic's JSON Schema, with the bounds of optional numbers, which it has in its own words only."""
+    """Pydantic's JSON Schema, with the bounds of optional numbers by JSON Schema's names."""
     made = Recipe.model_json_schema()
     bounds = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
     for entry in (made, *made["$defs"].values()):
@@ -75,7 +75,7 @@ def _for_editors(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def page() -> str:
-    """The reference page in Markdown: its introduction as it stands in docs, then every key."""
+    """The reference page in Markdown: the introduction that docs has already, then every key."""
     made = _made()
     introduction = (DOCS / PAGE).read_text(encoding="utf-8").partition(_KEYS)[0]
     parts = [introduction, _KEYS, "\n", _table(Recipe, made["properties"])]
@@ -86,7 +86,7 @@ def page() -> str:
 def _sections(
     model: type[Section], definitions: dict[str, Any], prefix: str, shown: dict[type[Section], str]
 ) -> list[str]:
-    """The parts of the page for the sections below one; `shown`: the titles of those that had such parts."""
+    """The parts of the page for the sections below one; shown: sections described before -> their titles."""
     parts = []
     for name, field in model.model_fields.items():
         if not sections_of(field):

@@ -1,4 +1,4 @@
-"""When which part of a tower trains: the recipe's `freeze` in optimizer steps. No torch."""
+"""The recipe's `freeze` in optimizer steps: which layers of a tower train from when on. No torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Freezing:
     """An entry of `freeze` with its durations in steps.
 
-    place: its path in the recipe, `freeze.0`. layers: how many of the tower's last layers train; None: all.
-    The others are as in `clipcluster.recipe.sections.freeze.Freeze`.
+    place: its path in the recipe, `freeze.0`. step: when it begins. layers: how many last layers train;
+    None: all. The others are as in `clipcluster.recipe.sections.freeze.Freeze`.
     """
 
     place: str
@@ -33,17 +33,17 @@ class Freezing:
     norms_train: bool
 
     def __str__(self) -> str:
-        return f"{self.place} ({self.said})"
+        return f"{self.place} ({self.summary})"
 
     @property
-    def said(self) -> str:
-        """What it says, without its place."""
+    def summary(self) -> str:
+        """The entry without its key: ``text: last 6 from step 4,623``."""
         what = {None: "all", 0: "none"}.get(self.layers, f"last {self.layers}")
         return f"{self.tower}: {what} from step {self.step:,}"
 
     @property
     def what(self) -> tuple[int | None, bool, bool]:
-        """What it says of the tower, whenever it begins and at whatever rate."""
+        """The state of the tower under the entry, apart from its beginning and the rates."""
         return self.layers, self.moving_statistics, self.norms_train
 
 
@@ -51,8 +51,8 @@ def freezings(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> tuple[F
     """The entries of `freeze`, each tower's in the order of their steps.
 
     Raises UserError for an entry that begins past the run's end or warms up until then, for two of one tower
-    at the same step, for one that says what holds already, and for a tower that is frozen before it has ever
-    trained and has no weights.
+    at the same step, for one that changes nothing, and for a tower that is frozen before it has ever trained
+    and has no weights.
     """
 
     def entry(number: int, given: Freeze) -> Freezing:
@@ -85,7 +85,7 @@ def freezings(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> tuple[F
 
 
 def _check(own: Sequence[Freezing], total_steps: int) -> None:
-    """The entries of one tower against each other and the length of the run."""
+    """UserError where an entry of a tower does not fit the one before it or the length of the run."""
     before = Freezing("", own[0].tower, -1, None, 1.0, 0, False, False)  # everything trains
     for freezing in own:
         if freezing.step >= total_steps:
@@ -104,9 +104,9 @@ def _check(own: Sequence[Freezing], total_steps: int) -> None:
             raise UserError(f"{before} and {freezing} begin at the same step; remove one of them")
         slow = freezing.step == 0 and (freezing.lr_scale != 1 or freezing.warmup)
         if freezing.what == before.what and not slow:
-            held = f"says what {before} says" if before.place else "says what holds without it"
+            same = f"as {before}" if before.place else "as without it"
             raise UserError(
-                f"{freezing} changes nothing: it {held} (lr_scale and warmup are for what begins to train); "
-                "remove it"
+                f"{freezing} changes nothing: the tower trains {same} (lr_scale and warmup are for layers "
+                "that begin to train); remove it"
             )
         before = freezing

@@ -1,6 +1,6 @@
-"""The tasks a recipe can name: who builds one, what it needs of the data, what can be measured. No torch.
+"""The tasks that a recipe can name: their builders, what they need of the data, their evaluations. No torch.
 
-A new task is one entry of `TASKS` and its builder; the check, the data and the training read them here.
+A new task is an entry of `TASKS` and its builder; the check, the data and the training read them here.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What is known of a task without building it.
+    """The properties of a task that are known without building it.
 
     Attributes:
         builder: dotted name, `package.module:function`, of `(recipe, model, ranks, assets) -> Task`.
-        model: that of `(recipe, tokenizer, assets, starting_weights) -> module`, on the CPU; the tokenizer is
-            None for a task without captions; the module's attribute `starting_weights` has a `Coverage` for
-            each weight file that was read.
+        model: dotted name of `(recipe, tokenizer, assets, starting_weights) -> module`, on the CPU; the
+            tokenizer is None for a task without captions; the module's attribute `starting_weights` has a
+            `Coverage` for each weight file that was read.
         loss_over: `batch` where a sample's loss depends on the other samples of the global batch (negatives),
             `sample` where it is a mean over independent samples. It decides how gradients are accumulated.
         captions, classes: whether every sample needs a caption, a class.
         members: from a recipe to the further members that every sample needs, name -> dotted name of the
             decoder (`clipcluster.data.loading.extras` says how they are named).
-        preparation: dotted name of `(recipe, transform, tokenizer, assets) -> Preparation`, which makes of a
-            drawn sample what the batch holds; None: a random crop, the caption drawn, and all members.
-        evaluations: the keys of the recipe's `evaluate` section that this task's model can be measured by.
+        preparation: dotted name of `(recipe, transform, tokenizer, assets) -> Preparation`, which makes a
+            sample's row of the batch; None: a random crop, the caption drawn, and all members.
+        evaluations: the keys of the recipe's `evaluate` section that fit this task's model.
     """
 
     builder: str
@@ -40,7 +40,7 @@ class TaskSpec:
 
 
 def _stored_members(recipe: Any) -> Mapping[str, str]:
-    """What DataCompDR stores with a sample."""
+    """The members that DataCompDR stores with a sample, where the recipe has stored teachers."""
     if recipe.distill.stored is None:
         return {}
     decoders = "clipcluster.data.loading.decoders"
@@ -94,7 +94,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     ),
     "classes": ("model.classes", "model.head_init_scale", "data.mixup"),
 }
-"""Keys that only tasks read which need captions, or classes; other tasks refuse any value but the default."""
+"""Keys that are read only by tasks that need captions, or classes; other tasks refuse all but the default."""
 
 RAW = "raw_"
 METRICS: Mapping[str, tuple[str, ...]] = {
@@ -117,6 +117,5 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 }
 """The metrics of each key of the `evaluate` section, without the counts (`images`, `pairs`, ...).
 
-With train.ema the averaged weights are measured, and where a metric begins with `RAW` the raw ones beside
-them.
+With train.ema the averaged weights are measured; metrics that begin with `RAW` are those of the raw weights.
 """

@@ -1,7 +1,7 @@
-"""YAML as a tree in which every entry knows the file and line, or the override, that wrote it.
+"""YAML as a tree whose every entry has the file and line, or the override, where it was written.
 
-Scalars follow YAML 1.2's core rules, not PyYAML's: ``7e-4`` is a number, ``1:30`` and ``no`` are strings, and
-``1_000`` is a number too. A duplicate key is refused. No torch.
+Scalars follow YAML 1.2's core schema, not PyYAML: ``7e-4`` is a number, ``1:30`` and ``no`` are strings; and
+``1_000`` is a number too. A duplicate key is an error. No torch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Origin:
     override: str | None = None  # "optim.lr=3"
 
     def problem(self, dotted: str, message: str) -> str:
-        """A message of one line: the place, the key, what is wrong with it."""
+        """A message of one line: the place, the key, the problem."""
         written = (self.override or "").partition("=")[0]
         return ": ".join(
             filter(None, (self.place, self.override, dotted if dotted != written else "", message))
@@ -66,7 +66,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was written at a key or in a list, and where; the whole recipe is one too."""
+    """The value of a key, or of an entry of a list, and where it was written; the whole recipe is one too."""
 
     value: dict[str, Entry] | list[Entry] | Plain | Variable
     origin: Origin
@@ -112,7 +112,7 @@ def parse_file(path: Path) -> Entry:
 
 
 def parse_override(text: str) -> tuple[list[str], Entry]:
-    """Split ``a.b.0.c=value`` into its path and its value, which is YAML; UserError says what is wrong."""
+    """Split ``a.b.0.c=value`` into its path and its value, which is YAML. UserError where that fails."""
     dotted, equals, value = text.partition("=")
     path = [part.strip() for part in dotted.split(".")]
     if not equals or not all(path):
@@ -175,7 +175,7 @@ def merge(below: Entry, above: Entry, *, lists: bool = False) -> Entry:
 
 
 def assign(tree: Entry, path: Sequence[str], value: Entry, walked: Sequence[str] = ()) -> Entry:
-    """`tree` with `value` at `path`, and with the sections between; UserError where there can be none."""
+    """`tree` with `value` at `path`; sections on the way are added. UserError where `path` cannot be."""
     if not path:
         return value
     part, rest, inside = path[0], path[1:], tree.value

@@ -30,9 +30,9 @@ T = TypeVar("T")
 
 
 def _quantity(value: object, units: Mapping[str, T], help_: str, guesses: str) -> tuple[Fraction, T]:
-    """Split ``"1.5 h"`` into 3/2 and what `units` says of ``h``.
+    """Split ``"1.5 h"`` into 3/2 and the value of ``h`` in `units`.
 
-    Raises ValueError with `help_` for anything else; a number alone is asked back with the units `guesses`.
+    Raises ValueError with `help_` for anything else; for a number alone it suggests the units in `guesses`.
     """
     bare = isinstance(value, (int, float)) and not isinstance(value, bool)
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
@@ -52,18 +52,18 @@ def _decimal(value: Fraction) -> str:
 
 
 def _text_like(unit: str) -> dict[str, Any]:
-    """The JSON Schema of a number and a unit that fits the pattern."""
+    """The JSON Schema of a number with a unit that matches the pattern."""
     return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*{unit}\s*$"}
 
 
 class _Text:
-    """What the units share: they are read from text and written as text; `SCHEMA` is that of the text."""
+    """Base of the units, which are read from text and written as text; `SCHEMA` is the JSON Schema of it."""
 
     SCHEMA: ClassVar[dict[str, Any]]
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        """Read a recipe's value; ValueError says what is allowed."""
+        """Read a recipe's value; ValueError with what is allowed."""
         raise NotImplementedError
 
     @classmethod
@@ -105,7 +105,7 @@ class Duration(_Text):
         return cls(count, unit)
 
     def steps(self, steps_per_epoch: int, batch_size: int, total_steps: int) -> int:
-        """In optimizer steps of a run of `total_steps`, rounded to the nearest (a half goes up)."""
+        """In optimizer steps of a run of `total_steps`, rounded to the nearest, a half up."""
         steps_of_one = {
             "steps": Fraction(1),
             "samples": Fraction(1, batch_size),
@@ -119,12 +119,12 @@ class Duration(_Text):
 
     @property
     def shown(self) -> str:
-        """As a sentence has it, `1 epoch`; `str` is the form that stored recipes and names of runs have."""
+        """For messages, `1 epoch`; `str` gives the form in stored recipes and in the hash of a run's name."""
         return str(self).removesuffix("s" * (self.count == 1))
 
 
 class Length(Duration):
-    """The duration of a whole run, of which a percentage would say nothing."""
+    """The duration of a whole run, which cannot be a percentage."""
 
     UNITS: ClassVar[dict[str, str]] = {name: unit for name, unit in Duration.UNITS.items() if unit != "%"}
     HELP = "the length of a run is 'N steps', 'N samples' or 'N epochs'"
@@ -171,7 +171,7 @@ class Time(_Text):
 
 
 def parse_period(value: object) -> Duration | Time:
-    """Read a duration or a time; ValueError says what is allowed."""
+    """Read a duration or a time; ValueError with what is allowed."""
     if isinstance(value, (Duration, Time)):
         return value
     kinds: dict[str, type[Duration] | type[Time]] = {

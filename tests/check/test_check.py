@@ -191,7 +191,7 @@ def test_repeats_are_counted(checked: Callable[..., Checked], overrides: list[st
             ["freeze=[{tower: text, trainable: last 1}]"],
             "model.text has no weights, so they would stay random",
         ),
-        (["freeze=[{tower: text, trainable: all}]"], "changes nothing: it says what holds without it"),
+        (["freeze=[{tower: text, trainable: all}]"], "changes nothing: the tower trains as without it"),
         (["model.image.weights=data/trian"], "data/trian does not exist; did you mean"),
         (["data.text.tokenizer=./nowhere"], "nowhere does not exist"),
         (["evaluate.retrieval=[data/none]"], "evaluate.retrieval=[data/none]: "),
@@ -656,7 +656,7 @@ def test_captions_longer_than_the_context_are_counted(folder: Path) -> None:
     assert (
         "of 18 captions 100% have more than the 8 tokens of data.text.context_length (median 10, l" in warning
     )
-    assert warning.endswith("and lose their ends (if intended: checks.allow: [long-captions])")
+    assert warning.endswith("and are truncated (if intended: checks.allow: [long-captions])")
     found = examined(*short, "checks.allow=[long-captions]")
     assert found.warnings == []
     assert any(line.startswith("allowed (long-captions): data.train.0: of 18") for line in found.summary)

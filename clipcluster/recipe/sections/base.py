@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: its class, `key`, which documents and marks a key, and `Kinds`.
+"""The parts of which sections of a recipe are made: `Section`, `key`, which documents a key, and `Kinds`.
 
 Every key carries one of three marks:
 
@@ -6,8 +6,9 @@ Every key carries one of three marks:
 - ``speed``: decides how fast the run is, never its weights;
 - ``record``: decides what is kept, measured, or where the run takes place.
 
-`key` also notes which strings are paths (they belong to the recipe as written, see `clipcluster.recipe.load`)
-and which are left to the shell. Sections are frozen and refuse unknown keys. No torch.
+`key` also records which strings are paths (they belong to the recipe as they are written, see
+`clipcluster.recipe.load`) and which are left to the shell. Sections are frozen and refuse unknown keys. No
+torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Mark = Literal["result", "speed", "record"]
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, and unknown keys are refused."""
+    """Base of all sections: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
@@ -65,7 +66,7 @@ def key(
 
 
 def section(description: str, default: Any = PydanticUndefined, **more: Any) -> Any:
-    """A section of a recipe: {} gives it its defaults, None leaves it out, nothing requires it."""
+    """A section of a recipe. default: {}, one with its defaults, or None, no section; else it is required."""
     if isinstance(default, dict):
         return Field(default_factory=default.copy, description=description, **more)
     return Field(default, description=description, **more)
@@ -98,7 +99,7 @@ class Kinds:
         return {"anyOf": handler(schema)["oneOf"]}
 
     def given(self, value: Mapping[str, Any]) -> list[str]:
-        """The keys in `value` that tell a kind."""
+        """The keys in `value` by which a kind is recognised."""
         return [name for name in self.sections if value.get(name) is not None]
 
     def _kind(self, value: Any) -> str:
@@ -107,7 +108,7 @@ class Kinds:
         return next(name for name, section in self.sections.items() if isinstance(value, section))
 
     def _recognised(self, value: Any) -> Any:
-        """A mapping with the keys of one kind, or a section as it is."""
+        """A mapping with the keys of one kind only, or a section unchanged."""
         if isinstance(value, tuple(self.sections.values())):
             return value
         if not isinstance(value, Mapping):
@@ -119,7 +120,7 @@ class Kinds:
         return {name: entry for name, entry in value.items() if not self._idle(name, entry, given[0])}
 
     def _idle(self, name: str, value: Any, kind: str) -> bool:
-        """Whether this is a key of another kind, at its default."""
+        """Whether this is a key of another kind, at that kind's default."""
         if name in self.sections[kind].model_fields:
             return False
         others = [other.model_fields[name] for other in self.sections.values() if name in other.model_fields]
@@ -127,7 +128,7 @@ class Kinds:
 
 
 def parts_of(field: FieldInfo | None) -> list[Any]:
-    """A field's annotation, then what it is made of, from the outside in; [] for an unknown key."""
+    """A field's annotation, then the types inside it, from the outside in; [] for an unknown key."""
     found: list[Any] = [field.annotation] if field else []
     for annotation in found:
         found.extend(getattr(annotation, "__args__", ()))
@@ -135,13 +136,13 @@ def parts_of(field: FieldInfo | None) -> list[Any]:
 
 
 def sections_of(field: FieldInfo | None) -> list[type[Section]]:
-    """The section behind a field (optional and listed ones too), every kind of a union, [] for a key."""
+    """The section of a field (optional and listed ones too), or every kind of a union; [] for a plain key."""
     parts = (part for part in parts_of(field) if isinstance(part, type) and issubclass(part, Section))
     return list(dict.fromkeys(parts))
 
 
 def kinds_of(field: FieldInfo | None) -> dict[str, type[Section]]:
-    """The kinds of a union of sections by the key that tells them; {} for any other field."""
+    """The kinds of a union of sections by the key that recognises each; {} for any other field."""
     marks = list(field.metadata) if field else []
     for part in parts_of(field):
         marks.extend(getattr(part, "__metadata__", ()))
@@ -149,12 +150,12 @@ def kinds_of(field: FieldInfo | None) -> dict[str, type[Section]]:
 
 
 def is_list_of_sections(field: FieldInfo) -> bool:
-    """Whether a field holds several sections (data.train)."""
+    """Whether a field is a list of sections (data.train)."""
     return bool(sections_of(field)) and getattr(field.annotation, "__origin__", None) is tuple
 
 
 def extra_of(field: FieldInfo) -> dict[str, Any]:
-    """What `key` noted beside a field: its mark, and whether it is a path or left to the shell."""
+    """What `key` recorded of a field: its mark, and whether it is a path or left to the shell."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 

@@ -38,8 +38,8 @@ class Source(Section):
     )
     weight: Float | None = key(
         "result",
-        "Mixing weight: this source's part of the draws. Either all sources have one or none; without "
-        "weights all shards together are one source.",
+        "Mixing weight, in proportion to which this source is drawn. Either all sources have one or none; "
+        "without weights all shards together are one source.",
         None,
         gt=0,
     )
@@ -51,8 +51,8 @@ class Source(Section):
     )
     repeat_classes: dict[str, Repeat] = key(
         "result",
-        "The same for single classes, instead of `repeat`: {3: 4, cat: 2, dog: 0.5}, by number or by name "
-        "in classnames.txt; 0 omits a class.",
+        "`repeat` for single classes, by number or by name in classnames.txt: {3: 4, cat: 2, dog: 0.5}; 0 "
+        "omits a class.",
         {},
     )
     index: str | None = key(
@@ -135,8 +135,8 @@ class Order(Section):
 
     lanes: Int = key(
         "result",
-        "Upper bound of the lanes a pass is divided into; the largest divisor of the batch size up to it is "
-        "used. Choose at least ranks x workers, so that each worker reads few shards at a time.",
+        "Upper bound of the lanes of a pass; the largest divisor of the batch size up to it "
+        "is used. Choose at least ranks x workers, so that each worker reads few shards at a time.",
         64,
         ge=1,
     )

@@ -1,4 +1,4 @@
-"""The section `distill`: what is learned from teachers, and how much it counts. No torch."""
+"""The section `distill`: the teachers of a distillation, and the weights of its losses. No torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunTeacher(Section):
 
 
 class TeacherImage(Section):
-    """The images as a teacher takes them."""
+    """The images that a teacher takes."""
 
     size: Int | None = key(
         "result", "Side of the square input, in pixels. Default: the student's.", None, ge=1
@@ -61,7 +61,7 @@ class TeacherImage(Section):
 
 
 class TeacherText(Section):
-    """The captions as a teacher takes them."""
+    """The captions that a teacher takes."""
 
     tokenizer: str | None = key(
         "result",
@@ -138,5 +138,5 @@ class Distill(Section):
 
     @property
     def contrastive_weight(self) -> float:
-        """The weight of the contrastive loss in force."""
+        """The weight of the contrastive loss, with its default resolved."""
         return max(0.0, 1.0 - self.weight) if self.contrastive is None else self.contrastive

@@ -1,4 +1,4 @@
-"""The section `freeze`: what of the towers trains from which step on. No torch."""
+"""The section `freeze`: which layers of the towers train, and from which step on. No torch."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ Trainable = Annotated[
 
 
 class Freeze(Section):
-    """What of a tower trains from a step on."""
+    """Which layers of a tower train from a step on."""
 
-    at: Duration = key("result", "From when on the entry holds, until the tower's next.", "0 steps")
+    at: Duration = key(
+        "result", "When the entry begins; it holds until the next entry of the tower.", "0 steps"
+    )
     tower: Literal["image", "text"] = key("result", "The tower of the entry.")
     trainable: Trainable = key(
         "result",
-        "What of the tower trains: none, all, or 'last N', its last N layers (a final norm belongs to the "
-        "last). Projections, the logit scale and a classifier's head always train.",
+        "The layers that train: none, all, or 'last N' (a final norm belongs to the last layer). "
+        "Projections, the logit scale and a classifier's head always train.",
     )
     lr_scale: Float = key(
         "result",

@@ -45,7 +45,7 @@ Jitter = Annotated[
 
 
 class RandomErasing(Section):
-    """Rectangles of training images that are erased."""
+    """Random erasing: rectangles of training images that are erased."""
 
     probability: Float = key("result", "Probability of erasing, for each image.", 0.25, gt=0, le=1)
     mode: Literal["pixel", "rand", "const"] = key(
@@ -60,7 +60,7 @@ class RandomErasing(Section):
 
 
 class EvaluationImage(Section):
-    """How evaluation makes an image the input of its tower."""
+    """How evaluation resizes and crops an image."""
 
     resize: Literal["shortest", "squash"] = key(
         "record",
@@ -71,7 +71,7 @@ class EvaluationImage(Section):
     crop_pct: Float = key(
         "record",
         "Fraction of the resized side that the centre square keeps: it is resized to size / crop_pct, "
-        "rounded down (0.875: 256 for 224).",
+        "rounded down (0.875: to 256 for a size of 224).",
         1.0,
         gt=0,
         le=1,
@@ -105,8 +105,10 @@ class Image(Section):
         "`augment` too. Default: none.",
         None,
     )
-    random_erasing: RandomErasing | None = section("Rectangles of training images that are erased.", None)
-    evaluation: EvaluationImage = section("How evaluation makes an image the input of its tower.", {})
+    random_erasing: RandomErasing | None = section(
+        "Random erasing: rectangles of training images that are erased.", None
+    )
+    evaluation: EvaluationImage = section("How evaluation resizes and crops an image.", {})
     interpolation: Literal["bicubic", "bilinear", "random"] = key(
         "result",
         "Interpolation of the resizing, always with antialiasing; random: bilinear or bicubic for each "

@@ -29,8 +29,8 @@ def _hf() -> Any:
 def _missing(what: str = "tower") -> Any:
     return key(
         "result",
-        f"Patterns, such as head.norm.*, of the {what}'s tensors that the file with starting weights may "
-        "lack: they start from random values. Every other tensor is needed.",
+        f"Patterns, such as head.norm.*, of the {what}'s tensors that the starting weights may lack: they "
+        "start from random values. Every other tensor is needed.",
         (),
     )
 
@@ -114,7 +114,7 @@ class ArchTextTower(Section):
 class ClipText(Section):
     """CLIP's text transformer: its sizes, and what SigLIP's has otherwise; positions are the tokenizer's."""
 
-    width: Int = key("result", "Width of a token's vector.", 512, ge=1)
+    width: Int = key("result", "Width of the layers.", 512, ge=1)
     layers: Int = key("result", "Number of layers.", 12, ge=1)
     heads: Int = key("result", "Number of attention heads of a layer; it divides width.", 8, ge=1)
     mlp_ratio: Float = key("result", "Width of a layer's MLP, as a multiple of width.", 4.0, gt=0)
@@ -249,7 +249,7 @@ class Model(Section):
     )
     head_init_scale: Float = key(
         "result",
-        "Factor of the fresh weights of a classifier's head (task: classify); 0.001 for fine-tuning.",
+        "Factor of the random weights of a classifier's head (task: classify); 0.001 for fine-tuning.",
         1.0,
         gt=0,
     )
@@ -287,6 +287,6 @@ class Model(Section):
         return self
 
     def weights_of(self, tower: Literal["image", "text"]) -> str | None:
-        """What a tower starts from: its own weights or those of the whole model; None from scratch."""
+        """The starting weights of a tower: its own or those of the whole model; None from scratch."""
         parts = (getattr(self, tower), self.dual, self)
         return next((part.weights for part in parts if part is not None and part.weights), None)

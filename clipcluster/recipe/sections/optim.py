@@ -125,8 +125,8 @@ class ImageTowerOptim(TowerOptim):
 
     layer_ids: Literal["blocks", "groups"] = key(
         "result",
-        "What layer_decay counts as a layer: every block, or ConvNeXt's groups (each of the first two stages "
-        "and the last one, three blocks of the third).",
+        "What layer_decay counts as a layer: every block (blocks), or ConvNeXt's groups (groups): the first, "
+        "second and last stage, and every three blocks of the third.",
         "blocks",
     )
 
@@ -155,21 +155,21 @@ class Optim(Section):
     )
     weight_decay: Float = key(
         "result",
-        "Weight decay, decoupled with adamw (sgd, adam and others add it to the gradient), not applied to "
+        "Weight decay: decoupled with adamw, added to the gradient by sgd, adam and others; not applied to "
         "norms, biases and the logit scale.",
         0.2,
         ge=0,
     )
     weight_decay_end: Float | None = key(
         "result",
-        "Weight decay at the end of the run, which every decay above zero reaches along half a cosine. "
-        "Default: it stays.",
+        "Weight decay at the end of the run, which every weight decay above zero reaches along half a "
+        "cosine. Default: weight decay is constant.",
         None,
         ge=0,
     )
     no_decay: tuple[str, ...] = key(
         "result",
-        "Patterns of names of further parameters without weight decay, such as '*.pos_embed' (* fits any "
+        "Patterns of names of further parameters without weight decay, such as '*.pos_embed' (* matches any "
         "text).",
         (),
     )

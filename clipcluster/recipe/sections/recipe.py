@@ -1,4 +1,4 @@
-"""The whole recipe: the table of its sections. No torch."""
+"""The whole recipe: its sections, and how they fit together. No torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class Recipe(Section):
     model: Model = section("The towers and what joins them.")
     loss: Loss = section("What is minimised over the global batch.", {})
     distill: Distill | None = section("What is learned from teachers (task: distill).", None)
-    freeze: tuple[Freeze, ...] = section("What of the towers trains, and from when on. Default: all.", ())
+    freeze: tuple[Freeze, ...] = section(
+        "Which layers of the towers train, and from when on. Default: all.", ()
+    )
     optim: Optim = section("The optimizer and its schedule.")
     train: Train = section("Length, precision and log of the run.")
     checkpoint: Checkpoint = section("When to save, and what to keep.", {})
@@ -105,11 +107,11 @@ class Recipe(Section):
         return self
 
     def teachers(self) -> dict[int, Recipe]:
-        """The recipes of the teachers that are given by their model, by their number in distill.teachers."""
+        """A recipe for each teacher that is given by its model, by its number in distill.teachers."""
         given = self.distill.teachers if self.distill else ()
-        return {n: self._of(own) for n, own in enumerate(given) if isinstance(own, ModelTeacher)}
+        return {n: self._for_teacher(own) for n, own in enumerate(given) if isinstance(own, ModelTeacher)}
 
-    def _of(self, teacher: ModelTeacher) -> Recipe:
+    def _for_teacher(self, teacher: ModelTeacher) -> Recipe:
         image, text = (
             part.model_copy(update=own.model_dump(exclude_none=True))
             for part, own in ((self.data.image, teacher.image), (self.data.text, teacher.text))
@@ -120,7 +122,7 @@ class Recipe(Section):
 
 
 def _at_default(part: Section, name: str) -> bool:
-    """Whether a key of a section has its default, or is a section of defaults."""
+    """Whether a key of a section has its default value, or is a section of defaults."""
     value, field = getattr(part, name), type(part).model_fields[name]
     default = field.get_default(call_default_factory=True)
     return bool(value == (type(value)() if default == {} and isinstance(value, Section) else default))

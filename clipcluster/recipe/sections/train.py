@@ -17,14 +17,14 @@ class Ema(Section):
     decay: Float = key("result", "Fraction of the average that is kept at each step.", 0.9999, gt=0, lt=1)
     warmup: bool = key(
         "result",
-        "Begin with small decays, so that the starting weights leave the average soon: at most 1 - n^(-2/3) "
-        "at the n-th step (0.99 after 1,000 steps, 0.9999 after a million).",
+        "Begin with small decays, so that the average forgets the starting weights soon: at most "
+        "1 - n^(-2/3) at the n-th step (0.99 after 1,000 steps, 0.9999 after a million).",
         False,
     )
     device: Literal["model", "cpu"] = key(
         "speed",
-        "Where the average is kept: beside the model, or in the host's memory, to which every step then "
-        "copies all weights.",
+        "Where the average is kept: on the model's device (model), or in the host's memory (cpu), to which "
+        "every step then copies all weights.",
         "model",
     )
 
@@ -34,8 +34,8 @@ class NonFinite(Section):
 
     limit: Int = key(
         "result",
-        "After more skipped steps in a row than this the run goes back to the last good checkpoint and omits "
-        "the range; the second time it stops.",
+        "After more consecutive skipped steps than this the run goes back to the last checkpoint before them "
+        "and omits their batches; the second time it stops.",
         10,
         ge=0,
     )
@@ -47,9 +47,9 @@ class Train(Section):
     duration: Length = key("result", "Length of the run: steps, samples or epochs.")
     micro_batch: Int | None = key(
         "speed",
-        "Upper bound of the samples that a rank processes at once: its part of the batch is cut into the "
-        "smallest number of equal micro-batches that are no larger, with the loss and gradients of the whole "
-        "batch. Default: its whole part of the batch.",
+        "Upper bound of the samples that a rank processes at once: its part of the batch is divided into the "
+        "smallest number of equal micro-batches that are no larger; loss and gradients stay those of the "
+        "whole batch. Default: its whole part of the batch.",
         None,
         ge=1,
     )
@@ -62,14 +62,13 @@ class Train(Section):
     )
     activation_checkpointing: bool = key(
         "speed",
-        "Compute the towers' activations again in the backward pass instead of keeping them: less memory for "
-        "about a third more time.",
+        "Recompute the towers' activations in the backward pass: less memory, about a third more time.",
         False,
     )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = key(
         "result",
-        "Arithmetic of the towers: tf32 shortens float32's products on a GPU (on the CPU it is fp32), fp16 "
-        "scales the loss, bf16 does not need to. Batch norms stay in fp32.",
+        "Arithmetic of the towers: fp32; tf32, with shorter products on a GPU (on the CPU it is fp32); bf16 "
+        "or fp16 under autocast, fp16 with a loss scale. Batch norms stay in fp32.",
         "fp32",
     )
     channels_last: bool = key(

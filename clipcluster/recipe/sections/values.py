@@ -1,4 +1,4 @@
-"""The values that several sections share: numbers as YAML writes them, pairs, colours, paths. No torch."""
+"""Types of values that several sections share: numbers, pairs, colours, paths. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _no_bool(error: Literal["int_type", "float_type"], value: object) -> object:
 
 
 def _list_of(count: int, value: object) -> object:
-    """Exactly so many entries, else one message about the list instead of one about each place."""
+    """A list of exactly `count` entries; else one error about the list instead of one about each entry."""
     if not isinstance(value, (list, tuple)) or len(value) != count:
         raise ValueError(f"should be a list of {count} numbers")
     return value
