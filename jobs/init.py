@@ -1,4 +1,4 @@
-"""Writing a starter recipe for indexed shards: task, towers and sizes follow from what they hold. No torch."""
+"""Writing a starter recipe for indexed shards; task, towers and sizes follow from their content. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from clipcluster.runtime.accelerators import count_accelerators
 from clipcluster.text import counted
 
 MEASURED = 64  # samples whose images and captions are measured
-MOST_TOKENS, STEPS = 256, 3000  # upper bound of the context in bytes; steps that a run on a small set should have
+MOST_TOKENS = 256  # upper bound of the context, in bytes
+STEPS = 3000  # that a run on a small set should have
 TRAINING = ("train", "training")
 
 
@@ -222,7 +223,7 @@ def _data(train: Shards, batch: int, workers: int) -> Iterator[str]:
         yield "  text:"
         yield _line("    tokenizer: bytes", "needs no file; gpt2 or CLIP's vocabulary file: fewer tokens")
         yield _line(
-            f"    context_length: {context}", f"the longest of the measured captions has {train.longest} bytes"
+            f"    context_length: {context}", f"longest caption measured: {train.longest} bytes"
         )
         yield _line("    captions: random", "one of a sample's captions each time; all: a sample for each")
 

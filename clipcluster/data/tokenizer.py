@@ -193,7 +193,7 @@ class HuggingFaceTokenizer:
             )
         self.pad_id = int(pad)
         self.eos_id = int(pad if end is None else end)
-        # two texts: the only token of an empty one may be the start token, which for OPT is also the end token
+        # two texts, since an empty one may consist of the start token, which for OPT is also the end token
         last = [tokenizer(text)["input_ids"][-1:] for text in ("", "a")]
         closes = all(ids in ([end], [tokenizer.sep_token_id]) for ids in last)
         self.appended = [] if closes or end is None else [self.eos_id]
