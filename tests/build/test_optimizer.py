@@ -11,6 +11,8 @@ from torch import nn
 
 from clipcluster.build.optimizer import build_optimizer, build_schedule, hyperparameters
 from clipcluster.errors import UserError
+from clipcluster.recipe.files import RECIPES
+from clipcluster.recipe.load import load
 from clipcluster.recipe.plan import plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.train.optimizer import Hyperparameters
@@ -75,6 +77,18 @@ def test_a_tower_s_layers_decay_and_its_projection_does_not() -> None:
         assert found["image.stages.2.blocks.3.mlp.fc1.weight"].weight_decay == 0.2
     with pytest.raises(UserError, match=r"optim\.text\.layer_decay: the tower has no layers"):
         hyperparameters(recipe(text={"layer_decay": 0.5}), model)
+
+
+def test_the_recipe_for_384_pixels_has_the_published_ids_of_convnext_s_layers() -> None:
+    folders = {"DATA": "/data", "WEIGHTS": "/weights"}
+    fine_tuning = load(RECIPES / "imagenet1k-convnext-base-384.yaml", environ=folders).recipe
+    model = nn.Module()
+    with torch.device("meta"):
+        model.image = timm.create_model("convnext_base", num_classes=0)
+    found = hyperparameters(fine_tuning, model)
+    assert found["image.stem.0.weight"].lr_factor == pytest.approx(0.7**13)
+    assert found["image.stages.2.blocks.26.mlp.fc1.weight"].lr_factor == pytest.approx(0.7**2)
+    assert found["image.head.norm.weight"].lr_factor == 1.0
 
 
 def test_nothing_changes_by_default() -> None:
