@@ -222,9 +222,7 @@ def _data(train: Shards, batch: int, workers: int) -> Iterator[str]:
         context = min(MOST_TOKENS, -(-(train.longest + 2) // 8) * 8)
         yield "  text:"
         yield _line("    tokenizer: bytes", "needs no file; gpt2 or CLIP's vocabulary file: fewer tokens")
-        yield _line(
-            f"    context_length: {context}", f"longest caption measured: {train.longest} bytes"
-        )
+        yield _line(f"    context_length: {context}", f"longest caption measured: {train.longest} bytes")
         yield _line("    captions: random", "one of a sample's captions each time; all: a sample for each")
 
 
