@@ -281,7 +281,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         CLIPConfig(text_config=TEXT | {"eos_token_id": end}, vision_config=VISION).save_pretrained(
             tmp_path / "end"
         )
-        with pytest.raises(UserError, match=rf"ends captions with token 1, .* vectors at token {eos}"):
+        with pytest.raises(UserError, match=rf"ends captions with token 1, .* pools at token {eos}"):
             built(tmp_path / "end")
         assert built(tmp_path / "end", tokens=Tokens(eos_id=eos))
     with pytest.raises(UserError, match=r"model\.embed_dim: 16, but the embedding of .* has 8 dimensions"):
