@@ -108,7 +108,9 @@ def _augmentation(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
 
 def _learning_rate(recipe: Recipe, plan: Plan, samples: int) -> Finding | None:
     lr = plan.lr
-    if lr == 0 or recipe.optim.name != "adamw":
+    if lr == 0:
+        return "learning-rate", "optim.lr is 0: no weight changes in the whole run"
+    if recipe.optim.name != "adamw":
         return None
     batch = max(plan.batch_size, SMALL_BATCH)
     rule = LR * (batch / LR_BATCH) ** 0.5

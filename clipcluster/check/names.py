@@ -37,7 +37,10 @@ def _check_timm(name: str, kind: str, called: str) -> str:
         return f"{name!r}: the first check with --deep stores timm's list of names"
     if name in known:
         return ""
-    raise UserError(f"timm {metadata.version('timm')} has no {called}{did_you_mean(name.lower(), known)}")
+    hint = did_you_mean(name.lower(), known)
+    if not hint and kind == "optimizers":  # of models there are too many
+        hint = f"; usable: {', '.join(known)}"
+    raise UserError(f"timm {metadata.version('timm')} has no {called}{hint}")
 
 
 def store_timm_names() -> None:

@@ -197,7 +197,9 @@ def _examples(key: Key, value: Any) -> list[str]:
             return []
         required = [[n for n, f in kind.model_fields.items() if f.is_required()] for kind in kinds]
         if isinstance(value, bool):  # whether to have the section at all
-            return [] if any(required) or not value else ["{}"]
+            if not value:
+                return ["null"] if key.field.default is None else []
+            return [] if any(required) else ["{}"]
         names = [keys or _fitting(kind, value) for keys, kind in zip(required, kinds, strict=True)]
         single = [(kind, keys[0]) for keys, kind in zip(names, kinds, strict=True) if len(keys) == 1]
         shapes = [f"{{{n}: {shapes[0]}}}" for kind, n in single if not sections_of(kind.model_fields[n])]

@@ -98,6 +98,7 @@ COCO_RUN = {
             "0.0005 x sqrt(1,024 / 512) = 0.00071; this is 14 times as much",
         ),
         (CC3M, {"optim__lr": 5e-5}, "learning-rate", "this is 14 times less"),
+        (CC3M, {"optim__lr": 0}, "learning-rate", "optim.lr is 0: no weight changes"),
         (CC3M, {"optim__lr": {"base": 2.5e-3, "per": 256}}, "learning-rate", "this is 14 times as much"),
     ],
 )

@@ -82,5 +82,7 @@ def test_clips_text_transformer_can() -> None:
 
 
 def test_a_tower_that_cannot_is_named() -> None:
-    with pytest.raises(UserError, match=r"train.activation_checkpointing: the tower image has none"):
+    with pytest.raises(
+        UserError, match=r"train.activation_checkpointing: the tower image does not support it"
+    ):
         checkpoint_activations(tiny_clip(image=image_section("darknet17")))

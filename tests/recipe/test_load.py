@@ -150,6 +150,7 @@ def test_an_unknown_key_names_the_nearest(small: Small, recipe_file: Path) -> No
         ),
         ("train.ema=0.99", "; write 'train.ema={decay: 0.99}'"),
         ("train.ema=true", "should be a section with the keys decay, warmup, device; write 'train.ema={}'"),
+        ("train.ema=false", "with the keys decay, warmup, device; write 'train.ema=null'"),
         ("task=contrasive", "should be contrastive or classify or distill; did you mean contrastive?"),
         ("optim.schedule=cosin", "should be cosine or linear or constant or wsd; did you mean cosine?"),
         ("seed=-1", "got -1; should be at least 0"),
