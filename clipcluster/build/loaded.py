@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from clipcluster.data.tokenizer import Tokenizer
-    from clipcluster.recipe.sections.data import Image as ImageSection
+    from clipcluster.recipe.sections.image import Image as ImageSection
 
     AnyImage = Image | str | PathLike[str] | bytes | Tensor
 

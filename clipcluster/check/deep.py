@@ -139,7 +139,7 @@ def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, fin
         features = tower.eval()(torch.zeros(1, 3, size, size))
         if features.shape != (1, tower.width):
             raise ValueError(f"it gives {tuple(features.shape)} for one, and not one vector of {tower.width}")
-    findings.summary += _said(f"image tower: {name}", tower, coverage)
+    findings.summary += _described(f"image tower: {name}", tower, coverage)
     if not _has_batch_norms(tower):
         findings.warnings += _idle_norms(recipe, "image", name)
         return
@@ -190,7 +190,7 @@ def _check_text_tower(recipe: Recipe, tokenizer: Any, assets: Path | None, findi
         name = f"clip, {text.clip.layers} layers of width {text.clip.width}"
     else:
         name = text.hf if isinstance(text, HfTextTower) else text.arch
-    findings.summary += _said(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
+    findings.summary += _described(f"text tower: {name}", tower, coverage, f", pool {tower.pool}")
     if not _has_batch_norms(tower):
         findings.warnings += _idle_norms(recipe, "text", name)
     foreign = foreign_tokenizer(tower, tokenizer) if coverage else ""
@@ -204,7 +204,7 @@ def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: 
 
     model = build_model(recipe, tokenizer, assets)
     if recipe.model.dual:
-        findings.summary += _said(f"dual encoder: {recipe.model.dual.hf}", model, None)
+        findings.summary += _described(f"dual encoder: {recipe.model.dual.hf}", model, None)
         if not _has_batch_norms(model.image):
             findings.warnings += _idle_norms(recipe, "image", recipe.model.dual.hf)
     findings.summary += [str(coverage) for coverage in model.starting_weights]

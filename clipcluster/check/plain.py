@@ -122,8 +122,8 @@ def check(
     workers, cores = checked.recipe.data.workers, checked.recipe.cluster.cpus_per_task
     if workers > cores:
         checked.warnings.append(
-            f"data.workers: {workers} loader processes share cluster.cpus_per_task {cores} with the rank; raise "
-            f"cluster.cpus_per_task to at least {workers}, or lower data.workers"
+            f"data.workers: {workers} loader processes share cluster.cpus_per_task {cores} with the rank; "
+            f"raise cluster.cpus_per_task to at least {workers}, or lower data.workers"
         )
     return checked
 

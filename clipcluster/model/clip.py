@@ -93,14 +93,14 @@ def build_clip(
     assert text_section is not None
     assert tokenizer is not None
     image, image_coverage = build_image_tower(
-        of_image,
+        image_section,
         image_size=recipe.data.image.size,
         assets=assets,
         weights_from=config.weights_from,
         starting_weights=starting_weights,
     )
     text, text_coverage = build_text_tower(
-        of_text,
+        text_section,
         tokenizer=tokenizer,
         assets=assets,
         weights_from=config.weights_from,

@@ -14,7 +14,8 @@ from clipcluster.build.open_clip_config import CONFIG, VOCABULARY, config_of, re
 from clipcluster.errors import UserError
 from clipcluster.model.clip import Clip, build_clip
 from clipcluster.model.layouts import LAYOUTS, as_open_clip
-from clipcluster.recipe.sections.data import Image, Text
+from clipcluster.recipe.sections.data import Text
+from clipcluster.recipe.sections.image import Image
 from clipcluster.recipe.sections.loss import Loss
 from clipcluster.recipe.sections.model import Model
 

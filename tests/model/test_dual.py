@@ -28,7 +28,7 @@ from clipcluster.errors import UserError
 from clipcluster.model.clip import Clip
 from clipcluster.model.dual import build_dual
 from clipcluster.model.hugging_face import pixels_of
-from clipcluster.recipe.sections.data import Image
+from clipcluster.recipe.sections.image import Image
 from clipcluster.recipe.sections.model import Model
 
 SIZE = 32

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from clipcluster.recipe import captions
 from clipcluster.recipe.sections.base import KeyProblem, Section, key, section
-from clipcluster.recipe.sections.values import DEVIATIONS, MEANS, Deviation, Float, Int, Mean, Pair, Paths
+from clipcluster.recipe.sections.image import Image
+from clipcluster.recipe.sections.values import Float, Int, Paths
 from clipcluster.recipe.units import Memory
 
 
