@@ -38,6 +38,7 @@ TORCH_FREE = [
     "jobs.train",
     "jobs.endings.__main__",
     "jobs.state",
+    "clipcluster.export.export",
     "jobs.init",
     "jobs.report.report",
 ]

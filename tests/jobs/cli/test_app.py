@@ -334,6 +334,7 @@ def test_help_names_every_verb():
         "metrics",
         "cancel",
         "evaluate",
+        "export",
         "train",
         "shards",
         "sandbox",
