@@ -51,9 +51,10 @@ def card(opened: Opened, kind: str) -> str:
     """
     facts, dual = facts_of(opened.path), hasattr(opened.model, "encode_text")
     what = "dual encoder of images and captions" if dual else "classifier of images"
-    weights = "moving average of the weights" if opened.averaged else "weights themselves"
-    text = f"A {what}, trained with clipcluster. These are the {weights}"
-    text += "." if opened.step is None else f" of step {opened.step:,}."
+    text = f"A {what}, converted with clipcluster from {opened.name}."
+    if opened.step is not None:
+        weights = "moving average of the weights" if opened.averaged else "weights themselves"
+        text = f"A {what}, trained with clipcluster. These are the {weights} of step {opened.step:,}."
     names = {"joining": "projections" if dual else "head", "image": "image" if dual else "classifier"}
     use = _USE[kind].strip()
     for name, value in names.items():

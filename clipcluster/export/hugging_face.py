@@ -55,7 +55,7 @@ def write(opened: Opened, folder: Path) -> None:
     network = _network(opened, kind, image, text)
     network.save_pretrained(str(folder))
     write_image_processor(opened, folder, kind.processor)
-    write_tokenizer(opened, folder)
+    write_tokenizer(opened, folder, masked=kind.model_type != "siglip")
     _check_features(opened, folder)
 
 

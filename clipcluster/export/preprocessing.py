@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from clipcluster.runs.files import write_json
 
 PROCESSOR = "preprocessor_config.json"
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+_INPUTS = ["input_ids", "attention_mask"]
 _START, _END, _PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"  # as transformers' CLIP has the first two
 
 
@@ -32,7 +34,7 @@ def write_image_processor(opened: Opened, folder: Path, processor: str = "CLIPPr
     """
     image = opened.recipe.data.image
     rule = evaluation_transform(image)
-    side = int(rule.size / rule.crop_pct)
+    side = math.floor(rule.size / rule.crop_pct)
     values = {
         "processor_class": processor,
         "image_processor_type": "CLIPImageProcessorFast",
@@ -51,11 +53,12 @@ def write_image_processor(opened: Opened, folder: Path, processor: str = "CLIPPr
     write_json(folder / PROCESSOR, values)
 
 
-def write_tokenizer(opened: Opened, folder: Path) -> None:
-    """The tokenizer's files, with its context length; it gives the model's own tokens with
-    `padding="max_length", truncation=True`.
+def write_tokenizer(opened: Opened, folder: Path, *, masked: bool = True) -> None:
+    """The tokenizer's files, with its context length; with `padding="max_length", truncation=True` it gives the
+    model's own tokens.
 
-    Raises UserError where transformers reads other tokens from them.
+    masked: whether it gives an attention mask; a SigLIP attends to padding. Raises UserError where transformers
+    reads other tokens from the files.
     """
     from transformers import AutoTokenizer
 
@@ -68,7 +71,9 @@ def write_tokenizer(opened: Opened, folder: Path) -> None:
     else:
         assert isinstance(own, HuggingFaceTokenizer)
         theirs = _closing(own)
-    theirs.model_max_length = own.context_length
+    theirs.model_max_length, theirs.padding_side = own.context_length, "right"
+    if not masked:
+        theirs.model_input_names = ["input_ids"]
     theirs.save_pretrained(str(folder))
     _check_tokens(own, AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
 
@@ -100,7 +105,7 @@ def _bytes(own: ByteTokenizer) -> Any:
     ends = [(_START, own.bos_id), (_END, own.eos_id)]
     backend.post_processor = processors.TemplateProcessing(single=[_START, "$A", _END], special_tokens=ends)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=_START, eos_token=_END, pad_token=_PAD
+        tokenizer_object=backend, bos_token=_START, eos_token=_END, pad_token=_PAD, model_input_names=_INPUTS
     )
 
 
@@ -119,18 +124,18 @@ def _closing(own: HuggingFaceTokenizer) -> Any:
     backend.post_processor = processors.TemplateProcessing(
         single=["$A", end], special_tokens=[(end, own.eos_id)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=theirs.pad_token)
+    special = {"eos_token": end, "pad_token": theirs.pad_token}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, model_input_names=_INPUTS)
 
 
 def _check_tokens(own: Any, theirs: Any) -> None:
     """Padding may have another id where it is not attended to."""
     tokens, mask = own(CAPTIONS)
-    found = theirs(
-        list(CAPTIONS), padding="max_length", truncation=True, max_length=own.context_length, return_tensors="pt"
-    )
+    how = {"padding": "max_length", "truncation": True, "max_length": own.context_length}
+    found = theirs(list(CAPTIONS), **how, return_attention_mask=True, return_tensors="pt")
     real = found["attention_mask"].bool()
     if not (real.equal(mask) and found["input_ids"][real].equal(tokens[mask])):
         raise UserError(
-            "data.text.tokenizer: transformers reads other tokens from the exported tokenizer than the model "
-            "was trained with; choose --format safetensors only for its towers, or another tokenizer."
+            f"data.text.tokenizer: transformers reads other tokens from the files of this {type(theirs).__name__} "
+            "than the model was trained with, so that it cannot be exported."
         )

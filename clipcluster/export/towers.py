@@ -35,7 +35,7 @@ def write(opened: Opened, folder: Path) -> None:
     about: dict[str, Any] = {"image": _write_image(opened, folder)}
     if dual:
         about["text"] = _write_text(opened, folder)
-        write_tokenizer(opened, folder)
+        write_tokenizer(opened, folder, masked=about["text"]["attention_mask"])
     joining = {k: v for k, v in opened.model.state_dict().items() if k.startswith(_JOINING)}
     file = "projections.safetensors" if dual else "head.safetensors"
     save_file({key: value.contiguous() for key, value in joining.items()}, folder / file)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from models import CLIP_TEXT, CLIP_VIT, GPT2, dual_folder, opened_of, own_features, recipe_of, towers_folders
 from PIL import Image
-from torch.nn import functional
 from transformers import AutoModel, AutoProcessor
 
 from clipcluster.build.opened import Opened
@@ -46,17 +45,16 @@ def described(kind: str, folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def their_features(folder: Path, photographs: list[Path]) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """The model as transformers reads it, and its features of the same files by its own processor."""
-    theirs = AutoModel.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    pixels = processor.image_processor([Image.open(file) for file in photographs], return_tensors="pt")
-    words = processor.tokenizer(models.CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
-    words = {"input_ids": words["input_ids"], "attention_mask": words["attention_mask"]}
-    if theirs.config.model_type == "siglip":
-        del words["attention_mask"]
-    found = theirs.get_image_features(**pixels), theirs.get_text_features(**words)
-    tensors = [each if isinstance(each, torch.Tensor) else each.pooler_output for each in found]
-    image, text = (functional.normalize(each, dim=-1) for each in tensors)
-    return theirs, image, text
+    theirs, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    inputs = processor(
+        images=[Image.open(file) for file in photographs],
+        text=models.CAPTIONS,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    )
+    found = theirs(**inputs)
+    return theirs, found.image_embeds, found.text_embeds
 
 
 @pytest.mark.parametrize("kind", KINDS)
