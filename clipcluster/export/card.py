@@ -142,7 +142,9 @@ def _training(opened: Opened, facts: Facts) -> str:
 def _evaluation(facts: Facts) -> str:
     if facts.evaluation is None:
         return "## Evaluation\n\nThe run was not evaluated.\n"
-    measured = "the moving average of the weights" if facts.evaluation.get("ema") else "the weights themselves"
+    measured = (
+        "the moving average of the weights" if facts.evaluation.get("ema") else "the weights themselves"
+    )
     text = [f"## Evaluation\n\nAt step {facts.evaluation.get('step', 0):,}, of {measured}.\n"]
     for group, figures in ordered(facts.evaluation["metrics"]).items():
         text.append(f"**{group.title}**" + (f": {group.explanation}.\n" if group.explanation else "\n"))

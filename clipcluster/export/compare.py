@@ -52,8 +52,8 @@ def compare(
 ) -> None:
     """Compare features with the model's, in batches of two sizes.
 
-    image: (B, 3, S, S) normalised pixels -> features of images, or a classifier's logits; text: tokens and mask
-    -> features of captions. Arrays or tensors, (B, E).
+    image: (B, 3, S, S) normalised pixels -> features of images, or a classifier's logits. text: tokens and
+    mask -> features of captions. Arrays or tensors, (B, E).
 
     Raises UserError where they differ by more than `TOLERANCE`.
     """

@@ -26,8 +26,9 @@ FORMATS: Mapping[str, str] = {
     "safetensors": "clipcluster.export.towers:write",
     "onnx": "clipcluster.export.onnx_files:write",
 }
-"""Each format's writer, by the dotted name of `(opened, folder) -> None`; it raises UserError for a model that
-has no such form, and compares what it wrote with the model.
+"""Each format's writer, by the dotted name of `(opened, folder) -> None`.
+
+It raises UserError for a model that has no such form, and compares what it wrote with the model.
 """
 EXPORT = "export.json"
 """What marks a folder as an export: format, source, step, which weights."""
@@ -36,10 +37,11 @@ EXPORT = "export.json"
 def export(
     what: str, kind: str, out: Path, *, weights: Literal["ema", "raw"] | None = None, runs: Path | None = None
 ) -> Opened:
-    """Write a model into the folder `out` in one of `FORMATS`, with a model card; an older export is replaced.
+    """Write a model into the folder `out` in one of `FORMATS`, with a model card.
 
     what, runs: as of `clipcluster.build.opened.find_model`; weights: the moving average or the weights
-    themselves, by default the average where there is one. Returns the model that was written.
+    themselves, by default the average where there is one. An older export at `out` is replaced. Returns the
+    model that was written.
 
     Raises UserError where `out` is something else than an export, for what is no model, and for a model that
     the format cannot hold. Nothing is written then.

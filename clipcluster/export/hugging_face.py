@@ -65,13 +65,13 @@ def _check_parts(opened: Opened, kind: _Kind, image: TransformersTower, text: Tr
         model_type, pools = tower.config.model_type, ("pooler",) if name == "image" else kind.pools
         if tower.pool not in pools:
             raise UserError(
-                f"model.{name}.pool: {tower.pool}, but transformers' {kind.model_type} takes the {name} tower's "
-                f"vector by {' or '.join(pools)}. {others}"
+                f"model.{name}.pool: {tower.pool}, but transformers' {kind.model_type} takes the {name} "
+                f"tower's vector by {' or '.join(pools)}. {others}"
             )
         if kind is _PAIR and not hasattr(tower.config, "hidden_size"):
             raise UserError(
-                f"model.{name}: transformers' {kind.model_type} does not take {model_type}, whose configuration "
-                f"has no hidden_size. {others}"
+                f"model.{name}: transformers' {kind.model_type} does not take {model_type}, whose "
+                f"configuration has no hidden_size. {others}"
             )
     projected = kind.model_type != "siglip"
     for name, tower in (("image", image), ("text", text)):
@@ -80,8 +80,8 @@ def _check_parts(opened: Opened, kind: _Kind, image: TransformersTower, text: Tr
         if not (linear if projected else tower.projected or isinstance(projection, nn.Identity)):
             wanted = "a linear projection without bias" if projected else "no projection"
             raise UserError(
-                f"model.projection_bias: transformers' {kind.model_type} has {wanted} after the {name} tower. "
-                f"{others}"
+                f"model.projection_bias: transformers' {kind.model_type} has {wanted} after the {name} "
+                f"tower. {others}"
             )
     if opened.model.logit_bias is not None and projected:
         raise UserError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,10 +48,10 @@ class _Classes(_Images):
 def write(opened: Opened, folder: Path) -> None:
     """Write `image.onnx` and `text.onnx`, or `classifier.onnx`, the preprocessing, and `towers.json`.
 
-    The image graph takes `pixel_values` (B, 3, S, S) float32; the text graph `input_ids` and `attention_mask`,
-    (B, L) int64 with L the context length; features are of length one. Raises UserError where onnx,
-    onnxscript or onnxruntime is missing, for a model that cannot be traced, and where onnxruntime's features
-    differ from the model's.
+    The image graph takes `pixel_values` (B, 3, S, S) float32, the text graph `input_ids` and
+    `attention_mask`, (B, L) int64 with L the context length; features are of length one. Raises UserError
+    where onnx, onnxscript or onnxruntime is missing, for a model that cannot be traced, and where
+    onnxruntime's features differ from the model's.
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
@@ -84,7 +85,11 @@ def write(opened: Opened, folder: Path) -> None:
 def _write(module: nn.Module, inputs: Mapping[str, Tensor], output: str, file: Path) -> dict[str, Any]:
     """Write a module's graph, the batch of any size; returns what it takes and gives."""
     batch = torch.export.Dim("batch")
-    with torch.no_grad(), _quiet(), refusing(f"--format onnx: PyTorch cannot write {file.name} of this model"):
+    with (
+        torch.no_grad(),
+        _quiet(),
+        refusing(f"--format onnx: PyTorch cannot write {file.name} of this model"),
+    ):
         program = torch.onnx.export(
             module.eval(),
             tuple(inputs.values()),
@@ -108,26 +113,31 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that both inputs of the text have the same batch
+            yield
     finally:
         logger.setLevel(level)
 
 
-def _session(file: Path) -> Any:
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-
-
 def _graph(file: Path) -> Any:
-    session = _session(file)
-    return lambda pixels: session.run(None, {"pixel_values": pixels.numpy()})[0]
+    run = _runner(file)
+    return lambda pixels: run({"pixel_values": pixels.numpy()})
 
 
 def _text_graph(file: Path) -> Any:
-    session = _session(file)
+    run = _runner(file)
+    return lambda tokens, mask: run({"input_ids": tokens.numpy(), "attention_mask": mask.long().numpy()})
 
-    def run(tokens: Tensor, mask: Tensor) -> Any:
-        return session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.long().numpy()})[0]
+
+def _runner(file: Path) -> Callable[[dict[str, Any]], Any]:
+    """A written graph as onnxruntime runs it on the CPU: inputs by name -> its output."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def run(inputs: dict[str, Any]) -> Any:
+        with refusing(f"--format onnx: onnxruntime does not run {file.name}"):
+            return session.run(None, inputs)[0]
 
     return run

@@ -54,11 +54,10 @@ def write_image_processor(opened: Opened, folder: Path, processor: str = "CLIPPr
 
 
 def write_tokenizer(opened: Opened, folder: Path, *, masked: bool = True) -> None:
-    """The tokenizer's files, with its context length; with `padding="max_length", truncation=True` it gives the
-    model's own tokens.
+    """The tokenizer's files; with `padding="max_length", truncation=True` it gives the model's own tokens.
 
-    masked: whether it gives an attention mask; a SigLIP attends to padding. Raises UserError where transformers
-    reads other tokens from the files.
+    masked: whether it gives an attention mask; a SigLIP attends to padding. Raises UserError where
+    transformers reads other tokens from the files.
     """
     from transformers import AutoTokenizer
 
@@ -79,7 +78,7 @@ def write_tokenizer(opened: Opened, folder: Path, *, masked: bool = True) -> Non
 
 
 def _write_clip(own: ClipTokenizer, folder: Path) -> None:
-    """CLIP's vocabulary with its two special tokens, and its merges, as transformers' CLIPTokenizer reads them."""
+    """CLIP's vocabulary with its two special tokens, and its merges, for transformers' CLIPTokenizer."""
     own.save_vocabulary(folder)
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     vocabulary |= {_START: own.bos_id, _END: own.eos_id}
@@ -136,6 +135,6 @@ def _check_tokens(own: Any, theirs: Any) -> None:
     real = found["attention_mask"].bool()
     if not (real.equal(mask) and found["input_ids"][real].equal(tokens[mask])):
         raise UserError(
-            f"data.text.tokenizer: transformers reads other tokens from the files of this {type(theirs).__name__} "
-            "than the model was trained with, so that it cannot be exported."
+            f"data.text.tokenizer: transformers reads other tokens from the files of this "
+            f"{type(theirs).__name__} than the model was trained with, so that it cannot be exported."
         )

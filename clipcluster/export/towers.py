@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from clipcluster.runs.files import write_json
 TOWERS = "towers.json"
 """Says of every file what it is."""
 _JOINING = ("image_projection.", "text_projection.", "head.", "logit_")
+
 
 def write(opened: Opened, folder: Path) -> None:
     """Write `image.safetensors` for timm or the folder `image` for transformers, the folder `text`, the file
@@ -47,6 +47,7 @@ def write(opened: Opened, folder: Path) -> None:
     write_json(folder / TOWERS, {**about, "preprocessing": PROCESSOR})
     _check_features(opened, folder, about)
 
+
 def _write_image(opened: Opened, folder: Path) -> dict[str, Any]:
     tower = opened.model.image
     if isinstance(tower, HfImageTower):
@@ -69,6 +70,7 @@ def _write_image(opened: Opened, folder: Path) -> dict[str, Any]:
         "arguments": arguments,
         "vector": "what the network gives",
     }
+
 
 def _write_text(opened: Opened, folder: Path) -> dict[str, Any]:
     tower = opened.model.text
@@ -95,12 +97,14 @@ def _of_transformers(name: str, network: Any, pool: str) -> dict[str, Any]:
         "vector": _VECTORS[pool],
     }
 
+
 _VECTORS = {
     "pooler": "pooler_output",
     "first": "last_hidden_state at the first token",
     "last": "last_hidden_state at the last token that is not padding",
     "mean": "mean of last_hidden_state, of a text over the tokens that are not padding",
 }
+
 
 def _check_features(opened: Opened, folder: Path, about: dict[str, Any]) -> None:
     """The towers, as their programs read them from the folder, give the model's features."""
@@ -136,6 +140,7 @@ def _read(folder: Path) -> Any:
 
     with quiet_transformers():
         return AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
+
 
 def _vector(output: Any, pool: str, mask: Tensor | None = None) -> Tensor:
     """A tower's vector from what its network of transformers gives; mask: of a text's real tokens."""

@@ -32,8 +32,8 @@ class TransformersTower(NamedTuple):
     """A tower as a network of transformers.
 
     config: of the network. state: its weights, by the names that the network without a head has.
-    pool: how the tower's vector is taken from what the network gives. projected: whether that is already in the
-    common space: the network ends in the projection.
+    pool: how the tower's vector is taken from what the network gives. projected: whether that is in the
+    common space already: the network ends in the projection.
     """
 
     config: Any
@@ -49,7 +49,9 @@ class TransformersTower(NamedTuple):
             network = AutoModel.from_config(self.config)
         own = network.state_dict()
         # transformers 4 has some networks inside a wrapper.
-        place = next(p for p in ("", "vision_model.", "text_model.") if {p + n for n in self.state} <= own.keys())
+        place = next(
+            p for p in ("", "vision_model.", "text_model.") if {p + n for n in self.state} <= own.keys()
+        )
         network.load_state_dict({f"{place}{name}": value for name, value in self.state.items()})
         return network.eval()
 
@@ -63,8 +65,8 @@ def image_tower(opened: Opened) -> TransformersTower:
     if why:
         name = opened.recipe.model.image.timm  # type: ignore[union-attr]
         raise UserError(
-            f"model.image.timm: {name} {why}, and has no form in transformers, which knows timm's ViTs of CLIP "
-            "(…_clip_224, …_clip_quickgelu_224) and of SigLIP (…_siglip_224), and towers named by "
+            f"model.image.timm: {name} {why}, and has no form in transformers, which knows timm's ViTs of "
+            "CLIP (…_clip_224, …_clip_quickgelu_224) and of SigLIP (…_siglip_224), and towers named by "
             "model.image.hf. --format safetensors and onnx take every tower."
         )
     return _vit(opened, tower.trunk)
@@ -121,9 +123,9 @@ def text_tower(opened: Opened) -> TransformersTower:
     forms = {(True, "last"): _clip_text, (False, "last_place"): _siglip_text}
     if (causal, tower.pool) not in forms:
         raise UserError(
-            f"model.text.clip: causal: {str(causal).lower()} with pool: {tower.pool} has no form in transformers, "
-            "whose CLIP is causal and pools at the last token, and whose SigLIP is not and pools at the last "
-            "place. --format onnx takes every tower."
+            f"model.text.clip: causal: {str(causal).lower()} with pool: {tower.pool} has no form in "
+            "transformers, whose CLIP is causal and pools at the last token, and whose SigLIP is not and "
+            "pools at the last place. --format onnx takes every tower."
         )
     return forms[causal, tower.pool](opened)
 
@@ -153,8 +155,8 @@ def _clip_text(opened: Opened) -> TransformersTower:
     sizes = _text_sizes(opened)
     if sizes["eos_token_id"] == _LEGACY_END:
         raise UserError(
-            "data.text.tokenizer: it ends captions with token 2, which transformers' CLIP takes for that of old "
-            "files: it would look for the largest token instead. Choose --format onnx."
+            "data.text.tokenizer: it ends captions with token 2, which transformers' CLIP takes for that of "
+            "old files: it would look for the largest token instead. Choose --format onnx."
         )
     config = CLIPTextConfig(**sizes, projection_dim=opened.model.embed_dim)
     return TransformersTower(config, clip_in_transformers(opened.model.text.state_dict()), "pooler")

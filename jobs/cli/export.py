@@ -20,11 +20,13 @@ def export(
         Literal["hf", "safetensors", "onnx"],
         typer.Option(
             "--format",
-            help="hf: a dual encoder of transformers; safetensors: each tower for timm or transformers; onnx: "
-            "both towers as graphs.",
+            help="hf: a dual encoder of transformers; safetensors: each tower for timm or transformers; "
+            "onnx: both towers as graphs.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder; an older export is replaced.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The folder; an older export is replaced.")
+    ],
     weights: Annotated[
         Literal["ema", "raw"] | None,
         typer.Option(

@@ -90,7 +90,10 @@ def drawn(model: nn.Module, seed: int) -> None:
 def saved_run(path: Path, recipe: dict[str, Any], *, step: int = 9) -> tuple[Run, dict[str, Opened]]:
     """A run with a checkpoint of random weights and another average; the run, and both models."""
     run = Run.create(path, recipe, {"paths": {}})
-    both = {"raw": opened_of(Recipe.model_validate(recipe), 1), "ema": opened_of(Recipe.model_validate(recipe), 2)}
+    both = {
+        "raw": opened_of(Recipe.model_validate(recipe), 1),
+        "ema": opened_of(Recipe.model_validate(recipe), 2),
+    }
     folder = run.checkpoints / name_of(step)
     folder.mkdir()
     for part, name in (("raw", "model"), ("ema", "ema")):
@@ -124,7 +127,9 @@ def dual_folder(kind: str, folder: Path) -> Path:
 def towers_folders(kind: str, folder: Path) -> dict[str, Any]:
     """The sections of an image and a text tower of transformers, each with its own pooler."""
     image = CLIPVisionConfig(**VISION) if kind == "clip" else ViTConfig(**VISION)
-    roberta = RobertaConfig(**{**WORDS, "max_position_embeddings": 300})  # its positions begin after the padding's id
+    roberta = RobertaConfig(
+        **{**WORDS, "max_position_embeddings": 300}
+    )  # its positions begin after the padding's id
     text = roberta if kind == "clip" else BertConfig(**WORDS)
     image.save_pretrained(folder / "image")
     text.save_pretrained(folder / "text")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models import CLIP_TEXT, CLIP_VIT, own_features, read, saved_run, sections
+from models import CLIP_TEXT, CLIP_VIT, read, saved_run, sections
 from transformers import AutoModel
 
 from clipcluster.errors import UserError
@@ -107,7 +107,9 @@ def test_the_card_tells_what_the_run_knows(run: tuple[Run, dict[str, Any]], tmp_
         start = {"event": "start", "rank": rank, "time": 1000.0 + rank}
         (folder.attempts_dir / "1").mkdir(exist_ok=True)
         append_lines(folder.attempts_dir / "1" / f"events-rank-{rank}.jsonl", [start])
-    lines = [{"step": step, "time": 1000.0 + 200 * step, "samples_per_second": 90 + step} for step in (1, 5, 9)]
+    lines = [
+        {"step": step, "time": 1000.0 + 200 * step, "samples_per_second": 90 + step} for step in (1, 5, 9)
+    ]
     append_lines(folder.attempts_dir / "1" / "metrics.jsonl", lines)
     metrics = {"val/t2i_r1": 0.25, "val/paired_t2i_r1": 0.05, "pets/zero_shot_top1": 0.5, "pets/classes": 37}
     write_json(folder.evals / "step-00000008.json", {"step": 8, "ema": True, "metrics": metrics})
@@ -115,9 +117,16 @@ def test_the_card_tells_what_the_run_knows(run: tuple[Run, dict[str, Any]], tmp_
     export(str(folder.path), "hf", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
-    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "zero-shot-image-classification")
+    assert (card.data.library_name, card.data.pipeline_tag) == (
+        "transformers",
+        "zero-shot-image-classification",
+    )
     figures = {(each.dataset_name, each.metric_type): each.metric_value for each in card.data.eval_results}
-    assert figures == {("val", "t2i_r1"): 0.25, ("val", "paired_t2i_r1"): 0.05, ("pets", "zero_shot_top1"): 0.5}
+    assert figures == {
+        ("val", "t2i_r1"): 0.25,
+        ("val", "paired_t2i_r1"): 0.05,
+        ("pets", "zero_shot_top1"): 0.5,
+    }
     assert card.data.license is None
     for told in (
         "moving average of the weights of step 9",
@@ -127,7 +136,7 @@ def test_the_card_tells_what_the_run_knows(run: tuple[Run, dict[str, Any]], tmp_
         "| global batch | 8 |",
         "| commit | 0123abc |",
         "At step 8, of the moving average of the weights.",
-        "any caption of the image is a match",
+        "any caption of an image is a match",
         "| val | t2i_r1 | 25.00 % |",
         "| device-hours | 1 |",  # 2 ranks, 1,800 seconds
         "| samples per second | 95 (median) |",

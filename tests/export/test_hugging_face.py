@@ -150,7 +150,9 @@ def pixels_of(opened: Opened, folder: Path, files: list[Path]) -> tuple[torch.Te
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(folder)
-    found = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")["pixel_values"]
+    found = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")[
+        "pixel_values"
+    ]
     image = opened.recipe.data.image
     rule = evaluation_transform(image)
     own = torch.stack([rule(decode(file.read_bytes())) for file in files])
@@ -160,7 +162,11 @@ def pixels_of(opened: Opened, folder: Path, files: list[Path]) -> tuple[torch.Te
 @pytest.mark.parametrize(
     ("model", "more", "message"),
     [
-        ({"image": {"timm": "test_convnext"}, "text": CLIP_TEXT}, {}, r"model\.image\.timm: test_convnext is no"),
+        (
+            {"image": {"timm": "test_convnext"}, "text": CLIP_TEXT},
+            {},
+            r"model\.image\.timm: test_convnext is no",
+        ),
         ({"image": {"timm": "test_vit"}, "text": CLIP_TEXT}, {}, r"model\.image\.timm: test_vit has other"),
         ({"image": CLIP_VIT, "text": GPT2}, {}, r"model\.text\.pool: last, but .* by pooler"),
         (

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import CAPTIONS, CLIP_TEXT, CLIP_VIT, GPT2, dual_folder, opened_of, read, recipe_of, towers_folders
+from models import (
+    CAPTIONS,
+    CLIP_TEXT,
+    CLIP_VIT,
+    GPT2,
+    dual_folder,
+    opened_of,
+    read,
+    recipe_of,
+    towers_folders,
+)
 
 from clipcluster.errors import UserError
 from clipcluster.export import onnx_files

@@ -30,12 +30,17 @@ def test_a_network_of_timm_and_one_of_transformers(tmp_path: Path) -> None:
     expected = ours.model.encode_image(pixels)
     found = nn.functional.normalize(network(pixels) @ joining["image_projection.weight"].T, dim=-1)
     torch.testing.assert_close(found, expected)
-    text, tokenizer = AutoModel.from_pretrained(tmp_path / "text").eval(), AutoTokenizer.from_pretrained(tmp_path)
+    text, tokenizer = (
+        AutoModel.from_pretrained(tmp_path / "text").eval(),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     words = tokenizer(CAPTIONS[:5], padding="max_length", truncation=True, return_tensors="pt")
     states = text(input_ids=words["input_ids"], attention_mask=words["attention_mask"]).last_hidden_state
     vectors = states[torch.arange(5), words["attention_mask"].sum(dim=1) - 1]
     found = nn.functional.normalize(vectors @ joining["text_projection.weight"].T, dim=-1)
-    torch.testing.assert_close(found, ours.model.encode_text(*ours.tokenizer(CAPTIONS[:5])), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found, ours.model.encode_text(*ours.tokenizer(CAPTIONS[:5])), atol=1e-5, rtol=0
+    )
     assert about["text"]["vector"] == "last_hidden_state at the last token that is not padding"
     # Another run starts from them.
     starts = {
@@ -74,7 +79,9 @@ def test_towers_of_transformers(kind: str, tmp_path: Path) -> None:
     starts = {name: {**model[name], "weights": str(tmp_path / "out" / name)} for name in model}
     assert_started(recipe_of(starts), ours.model)
     # The folder is also one that a tower can be named by.
-    named = {name: {**model[name], "hf": str(tmp_path / "out" / name), "weights": "pretrained"} for name in model}
+    named = {
+        name: {**model[name], "hf": str(tmp_path / "out" / name), "weights": "pretrained"} for name in model
+    }
     assert_started(recipe_of(named), ours.model)
 
 
