@@ -29,15 +29,15 @@ _START, _END, _PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"  # as transfo
 def write_image_processor(opened: Opened, folder: Path, processor: str = "CLIPProcessor") -> None:
     """`preprocessor_config.json`: size, crop, mean, std and interpolation of evaluation's images.
 
-    processor: the class of the whole model's processor. The image processor resizes tensors, as evaluation
-    does here; Pillow's resizing rounds between its two passes.
+    processor: the class of the whole model's processor. Read with `backend="pil"`, the image processor
+    resizes with Pillow, as evaluation does here.
     """
     image = opened.recipe.data.image
     rule = evaluation_transform(image)
     side = math.floor(rule.size / rule.crop_pct)
     values = {
         "processor_class": processor,
-        "image_processor_type": "CLIPImageProcessorFast",
+        "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": side, "width": side} if rule.squash else {"shortest_edge": side},

@@ -80,13 +80,8 @@ def _dense(kernel: Tensor) -> Tensor:
     return kernel.permute(2, 1, 0).unflatten(2, (size, size)).transpose(2, 3)
 
 
-<<<<<<< HEAD
 # Two programs' names for the same tensors, as they are replaced one after another, in either direction; ^ and
 # $ stand for the beginning and the end of a name. OpenAI's and OpenCLIP's are on the left.
-=======
-# Two programs' names for the same tensors, as they are replaced one after another, in either direction; ^ and $
-# stand for the beginning and the end of a name. OpenAI's and OpenCLIP's are on the left.
->>>>>>> bea50a2 (Exports to transformers, plain safetensors and ONNX, each compared with the model, with a card)
 _CLIP_VIT = (  # timm's
     ("^conv1.", "^patch_embed.proj."),
     ("^positional_embedding$", "^pos_embed$"),
@@ -118,11 +113,7 @@ _CLIP_HF = (  # transformers', queries, keys and values apart
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 )
-<<<<<<< HEAD
 _SIGLIP_HF = (  # SigLIP's ViT: timm's on the left, transformers' on the right, queries, keys and values apart
-=======
-_SIGLIP_HF = (  # timm's of SigLIP's ViT on the left, transformers' on the right; queries, keys and values apart
->>>>>>> bea50a2 (Exports to transformers, plain safetensors and ONNX, each compared with the model, with a card)
     ("^patch_embed.proj.", "^embeddings.patch_embedding."),
     ("^pos_embed$", "^embeddings.position_embedding.weight$"),
     ("^blocks.", "^encoder.layers."),
@@ -222,17 +213,11 @@ def _siglip_vit_of_transformers(state: State) -> State:
 
 
 def _hf_tower(state: State, tower: Any) -> State:
-<<<<<<< HEAD
     """A tower by the names in transformers' files as it is: one of the installed transformers, timm's ViT of
     CLIP or SigLIP, or CLIP's text transformer.
     """
     if _of_transformers(tower):
         return {now: state[key] for key, now in names_in(tower, [*state]).items()}
-=======
-    """A tower of transformers' CLIP or SigLIP as timm's ViT, or as CLIP's text transformer here."""
-    if _of_transformers(tower):
-        return state
->>>>>>> bea50a2 (Exports to transformers, plain safetensors and ONNX, each compared with the model, with a card)
     if "head.probe" in state:
         return _siglip_vit_of_transformers(state)
     names = _clip_of_transformers(state)
@@ -376,7 +361,6 @@ def _transformers(state: State, model: Any) -> State:
     if not hasattr(model, "text"):
         return found
     found = _within(found, "image.trunk.", "image.trunk.", model.image.trunk)
-<<<<<<< HEAD
     if _of_transformers(model.text.transformer):
         return _within(found, "text.transformer.", "text.transformer.", model.text.transformer)
     head = "text.transformer.head."  # SigLIP's, which is its projection
@@ -386,17 +370,6 @@ def _transformers(state: State, model: Any) -> State:
 
 def _within(state: State, place: str, into: str, tower: Any) -> State:
     """A state dict in which the part at `place`, of transformers, has a tower's own names, at `into`."""
-=======
-    if not _of_transformers(model.text.transformer):
-        head = "text.transformer.head."  # SigLIP's, which is its projection
-        found = {key.replace(head, "text_projection.", 1): value for key, value in found.items()}
-        found = _within(found, "text.transformer.", "text.", model.text)
-    return found
-
-
-def _within(state: State, place: str, into: str, tower: Any) -> State:
-    """A state dict in which the part at `place`, of transformers' CLIP, has a tower's own names, at `into`."""
->>>>>>> bea50a2 (Exports to transformers, plain safetensors and ONNX, each compared with the model, with a card)
     inside = {key.removeprefix(place): value for key, value in state.items() if key.startswith(place)}
     rest = {key: value for key, value in state.items() if not key.startswith(place)}
     return rest | {f"{into}{key}": value for key, value in _hf_tower(inside, tower).items()}

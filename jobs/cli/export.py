@@ -1,4 +1,4 @@
-"""The verb `export`: a trained model in another program's form."""
+"""The verb export: a model in another program's form."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from clipcluster.runs.names import runs_folder
-from jobs.cli.options import Runs, say
+from jobs.cli.options import AnyModel, Runs, Weights, say
 
 
 def export(
-    what: Annotated[
-        str,
-        typer.Argument(metavar="RUN|CHECKPOINT|FOLDER", help="A run, a checkpoint's folder, or a model's."),
-    ],
+    what: AnyModel,
     kind: Annotated[
         Literal["hf", "safetensors", "onnx"],
         typer.Option(
@@ -25,14 +21,9 @@ def export(
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The folder; an older export is replaced.")
+        Path, typer.Option("--out", metavar="DIR", help="The folder; an older export there is replaced.")
     ],
-    weights: Annotated[
-        Literal["ema", "raw"] | None,
-        typer.Option(
-            "--weights", help="The moving average or the weights themselves. Default: the average, if any."
-        ),
-    ] = None,
+    weights: Weights = None,
     runs: Runs = None,
 ) -> None:
     """Write a model in another program's form, with its preprocessing and a model card."""
@@ -40,6 +31,6 @@ def export(
     from clipcluster.runtime.environment import share_cores
 
     share_cores()
-    opened = write(what, kind, out, weights=weights, runs=runs_folder(runs))
+    opened = write(what, kind, out, weights=weights, runs=runs)
     of = opened.name if opened.step is None else f"{opened.name}, step {opened.step:,}"
     say(f"{out}: {of}{', averaged weights' if opened.averaged else ''}, as {kind}")

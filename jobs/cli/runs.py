@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The verbs of runs: check, submit, status, logs, metrics, cancel, evaluate, report and train."""
-=======
-"""The verbs of runs: check, submit, status, logs, metrics, cancel, evaluate and train; and their table."""
->>>>>>> bea50a2 (Exports to transformers, plain safetensors and ONNX, each compared with the model, with a card)
+"""The verbs of runs (check, submit, status, logs, metrics, cancel, evaluate, report, train), and all verbs."""
 
 from __future__ import annotations
 
@@ -16,13 +12,9 @@ import typer
 
 from clipcluster.errors import UserError
 from clipcluster.runs.names import all_runs, as_typed, find_run, runs_folder
-<<<<<<< HEAD
+from jobs.cli.export import export
 from jobs.cli.options import AnyModel, AsJson, Runs, Weights, console, print_document, say, show
 from jobs.cli.search import search
-=======
-from jobs.cli.export import export
-from jobs.cli.options import AsJson, Runs, console, print_document, say, show
->>>>>>> bea50a2 (Exports to transformers, plain safetensors and ONNX, each compared with the model, with a card)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -329,8 +321,4 @@ def train(
     leave(serve(run_dir, "clipcluster.run:train", stop))
 
 
-<<<<<<< HEAD
-VERBS = (init, check, submit, status, logs, metrics, cancel, evaluate, report, search, train)
-=======
-VERBS = (init, check, submit, status, logs, metrics, cancel, evaluate, export, train)
->>>>>>> bea50a2 (Exports to transformers, plain safetensors and ONNX, each compared with the model, with a card)
+VERBS = (init, check, submit, status, logs, metrics, cancel, evaluate, report, search, export, train)

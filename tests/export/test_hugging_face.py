@@ -45,7 +45,10 @@ def described(kind: str, folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def their_features(folder: Path, photographs: list[Path]) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """The model as transformers reads it, and its features of the same files by its own processor."""
-    theirs, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    theirs, processor = (
+        AutoModel.from_pretrained(folder).eval(),
+        AutoProcessor.from_pretrained(folder, backend="pil"),
+    )
     inputs = processor(
         images=[Image.open(file) for file in photographs],
         text=models.CAPTIONS,
@@ -149,7 +152,7 @@ def bare(image: dict[str, Any]) -> Opened:
 def pixels_of(opened: Opened, folder: Path, files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     found = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")[
         "pixel_values"
     ]
