@@ -42,7 +42,8 @@ def write(opened: Opened, folder: Path) -> None:
     about[Path(file).stem] = {"file": file, "tensors": {k: list(v.shape) for k, v in joining.items()}}
     if dual:
         about["features"] = "projection(vector), divided by its length; cosine times exp(logit_scale)"
-        about["tokenizer"] = {"padding": "max_length", "max_length": opened.tokenizer.context_length}  # type: ignore[union-attr]
+        assert opened.tokenizer is not None
+        about["tokenizer"] = {"padding": "max_length", "max_length": opened.tokenizer.context_length}
     write_image_processor(opened, folder)
     write_json(folder / TOWERS, {**about, "preprocessing": PROCESSOR})
     _check_features(opened, folder, about)
@@ -53,11 +54,11 @@ def _write_image(opened: Opened, folder: Path) -> dict[str, Any]:
     if isinstance(tower, HfImageTower):
         tower.trunk.save_pretrained(str(folder / "image"))
         return _of_transformers("image", tower.trunk, tower.pool)
-    config = opened.recipe.model.image
+    config: Any = opened.recipe.model.image
     save_file({k: v.contiguous() for k, v in tower.trunk.state_dict().items()}, folder / "image.safetensors")
-    arguments = {"num_classes": 0, **config.args}  # type: ignore[union-attr]
+    arguments = {"num_classes": 0, **config.args}
     try:
-        timm.create_model(config.timm, img_size=opened.recipe.data.image.size, **arguments)  # type: ignore[union-attr]
+        timm.create_model(config.timm, img_size=opened.recipe.data.image.size, **arguments)
         arguments["img_size"] = opened.recipe.data.image.size
     except TypeError as error:
         if "img_size" not in str(error):
@@ -66,7 +67,7 @@ def _write_image(opened: Opened, folder: Path) -> dict[str, Any]:
         "file": "image.safetensors",
         "library": f"timm {timm.__version__}",
         "load": "timm.create_model(model_name, checkpoint_path=file, **arguments)",
-        "model_name": config.timm,  # type: ignore[union-attr]
+        "model_name": config.timm,
         "arguments": arguments,
         "vector": "what the network gives",
     }

@@ -83,7 +83,8 @@ def _not_known(trunk: Any) -> str:
     blocks = {f"blocks.{number}.{name}" for number in range(len(trunk.blocks)) for name in _BLOCK}
     if names != _AROUND[trunk.global_pool] | blocks:
         return "has other layers"
-    return "" if _activation(trunk.blocks[0].mlp.act) else "has another activation"
+    first: Any = trunk.blocks[0]
+    return "" if _activation(first.mlp.act) else "has another activation"
 
 
 def _activation(module: nn.Module) -> str | None:

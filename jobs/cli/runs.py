@@ -1,4 +1,4 @@
-"""The verbs of runs (check, submit, status, logs, metrics, cancel, evaluate, report, train), and all verbs."""
+"""The verbs of runs: check, submit, status, logs, metrics, cancel, evaluate, report, train; all verbs."""
 
 from __future__ import annotations
 

@@ -100,12 +100,8 @@ def saved_run(path: Path, recipe: dict[str, Any], *, step: int = 9) -> tuple[Run
         save_file(both[part].model.state_dict(), folder / f"{name}.safetensors")
     plan = {"total_steps": 90, "lr": 0.001}
     state = {"format": 2, "step": step, "samples": 8 * step, "epoch": 0.5, "plan": plan}
-    state |= {
-        "index": [{"name": "train", "samples": 1437}],
-        "batches_drawn": step,
-        "evaluated_step": -1,
-        "skipped": [],
-    }
+    state |= {"batches_drawn": step, "evaluated_step": 0, "skipped": [], "parts": ["model", "ema"]}
+    state["index"] = [{"name": "train", "fingerprint": "0", "samples": 1437}]
     write_json(folder / "state.json", state)
     files = {file.name: file_entry(file.stat().st_size, file_sha256(file)) for file in folder.iterdir()}
     about = {"versions": {"torch": torch.__version__}, "commit": "0123abc", "world_size": 2}
