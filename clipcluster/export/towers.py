@@ -52,8 +52,9 @@ def write(opened: Opened, folder: Path) -> None:
 def _write_image(opened: Opened, folder: Path) -> dict[str, Any]:
     tower = opened.model.image
     if isinstance(tower, HfImageTower):
-        tower.trunk.save_pretrained(str(folder / "image"))
-        return _of_transformers("image", tower.trunk, tower.pool)
+        network: Any = tower.trunk
+        network.save_pretrained(str(folder / "image"))
+        return _of_transformers("image", network, tower.pool)
     config: Any = opened.recipe.model.image
     save_file({k: v.contiguous() for k, v in tower.trunk.state_dict().items()}, folder / "image.safetensors")
     arguments = {"num_classes": 0, **config.args}

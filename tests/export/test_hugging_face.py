@@ -1,5 +1,6 @@
 """Exports to transformers: the same features from the same files, and back again."""
 
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ def their_features(folder: Path, photographs: list[Path]) -> tuple[Any, torch.Te
     return theirs, found.image_embeds, found.text_embeds
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def slow(kinds: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Those that are not quick are tried by `make test-all` alone."""
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.long) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", slow(KINDS, ("timm", "vit-bert")))
 def test_features_of_the_same_files_are_the_models(
     kind: str, tmp_path: Path, photographs: list[Path]
 ) -> None:
@@ -89,6 +95,7 @@ def test_features_of_the_same_files_are_the_models(
             torch.testing.assert_close(found, own, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_clips_own_tokenizer_becomes_transformers(tmp_path: Path, photographs: list[Path]) -> None:
     spec = find_spec("open_clip")
     if spec is None or spec.origin is None:

@@ -44,12 +44,9 @@ def described(kind: str, folder: Path) -> dict[str, Any]:
     return {"model": dual}
 
 
-def long(kind: str) -> Any:
-    return pytest.param(kind, marks=pytest.mark.long)
-
-
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "kind", ["clip", *map(long, ("convnext-gpt2", "clip-roberta", "resnet-bert", "chinese_clip", "siglip"))]
+    "kind", ["clip", "convnext-gpt2", "clip-roberta", "resnet-bert", "chinese_clip", "siglip"]
 )
 def test_features_for_any_batch(kind: str, tmp_path: Path) -> None:
     ours = opened_of(recipe_of(**described(kind, tmp_path)))

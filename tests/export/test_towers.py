@@ -60,6 +60,7 @@ def assert_started(recipe: Any, source: Any) -> None:
             assert torch.equal(value, own[name]), name
 
 
+@pytest.mark.long
 def test_clips_towers(tmp_path: Path) -> None:
     ours = opened_of(recipe_of({"image": CLIP_VIT, "text": CLIP_TEXT}))
     write(ours, tmp_path)
@@ -71,7 +72,7 @@ def test_clips_towers(tmp_path: Path) -> None:
     assert_started(recipe_of(starts), ours.model)
 
 
-@pytest.mark.parametrize("kind", ["clip", "vit"])
+@pytest.mark.parametrize("kind", [pytest.param("clip", marks=pytest.mark.long), "vit"])
 def test_towers_of_transformers(kind: str, tmp_path: Path) -> None:
     model = towers_folders(kind, tmp_path)
     ours = opened_of(recipe_of(model))
