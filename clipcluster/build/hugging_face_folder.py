@@ -66,9 +66,7 @@ def _image(folder: Path) -> dict[str, Any]:
             "the model's processor into the same folder."
         )
     with refusing(f"The image processor of {folder} cannot be read"):
-        does = AutoImageProcessor.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        does = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
     def refuse(what: str) -> UserError:
         return UserError(f"{folder}: its image processor {what}, which has no form here.")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from clipcluster.build.opened import Opened, find_model
 from clipcluster.data.images.decode import BadImage, decode, from_pillow
 from clipcluster.data.images.transforms import evaluation_transform
 from clipcluster.data.loading.batch import normalise
 from clipcluster.errors import UserError
-from clipcluster.evals.zero_shot import PLACEHOLDER
+from clipcluster.evals.prompts import PLACEHOLDER, check_templates
+from clipcluster.evals.zero_shot import vectors_of
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runtime.devices import usable_cores
 from clipcluster.train.precision import Precision, PrecisionName
@@ -167,13 +167,11 @@ class DualEncoderModel:
         mean of its sentences' features (Radford et al. 2021, section 3.1.4). Raises UserError for a template
         without `{c}`, and as `encode_image`.
         """
-        without = [template for template in templates if PLACEHOLDER not in template]
-        if without or not templates or not names:
-            what = f"{without[0]!r} has none" if without else "there are no templates, or no names"
-            raise UserError(f"classify needs names, and templates with {PLACEHOLDER} for the name: {what}.")
-        texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
-        means = self.encode_text(texts).unflatten(0, (len(names), len(templates))).mean(dim=1)
-        logits = self.similarity(self.encode_image(images), functional.normalize(means, dim=-1))
+        if not names or not templates:
+            raise UserError("classify: there are no names, or no templates; give at least one of each.")
+        check_templates(templates, "classify")
+        classes = vectors_of(names, templates, self.encode_text)
+        logits = self.similarity(self.encode_image(images), classes)
         return logits.softmax(dim=1) if self.logit_bias is None else logits.sigmoid()
 
     @torch.no_grad()

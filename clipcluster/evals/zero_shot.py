@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,7 +47,14 @@ def class_vectors(model: DualEncoder, images: EvaluationSet, context: Context, t
             f"a template holds {PLACEHOLDER} where the class name goes)."
         )
     check_templates(images.templates, f"evaluate.zero_shot: {images.folder}")
-    texts = [t.replace(PLACEHOLDER, name) for name in images.classnames for t in images.templates]
-    features = encode_texts(model, texts, context, tick)
-    means = features.unflatten(0, (len(images.classnames), len(images.templates))).mean(dim=1)
+    encode = partial(encode_texts, model, context=context, tick=tick)
+    return vectors_of(images.classnames, images.templates, encode)
+
+
+def vectors_of(
+    names: Sequence[str], templates: Sequence[str], encode: Callable[[Sequence[str]], Tensor]
+) -> Tensor:
+    """(classes, E): of each class the mean of its prompts' features, which `encode` gives, of length one."""
+    texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
+    means = encode(texts).unflatten(0, (len(names), len(templates))).mean(dim=1)
     return functional.normalize(means, dim=-1)

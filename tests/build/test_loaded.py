@@ -125,7 +125,7 @@ def test_what_is_no_image_is_named(run: Run, tmp_path: Path) -> None:
         model.encode_image([torch.zeros(3, 5, dtype=torch.uint8)])
     with pytest.raises(TypeError, match=r"a batch \(2, 3, 8, 8\) was given, not \(N, 3, 32, 32\)"):
         model.encode_image(torch.zeros(2, 3, 8, 8))
-    with pytest.raises(UserError, match=r"templates with \{c\} for the name: 'a photo' has none"):
+    with pytest.raises(UserError, match=r"classify: a template has no \{c\} for the class name: 'a photo'"):
         model.classify(picture(0), ["cat"], ["a photo"])
     classify = write_run(
         tmp_path / "runs" / "classes", tmp_path, "task=classify", "model.text=null", "model.embed_dim=512",

@@ -192,7 +192,7 @@ def saved(folder: Path, save: Callable[[Path], Any]) -> Any:
 @torch.no_grad()
 def features_of(model: Any, folder: Path, files: list[Path], texts: list[str]) -> tuple[Tensor, Tensor]:
     """transformers' own features of files and texts, with its own preprocessing, of length one."""
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)  # by Pillow
     pixels = [
         processor(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"] for file in files
     ]
