@@ -139,7 +139,8 @@ def _of_checkpoint(folder: Path) -> ModelFolder:
     run = Run(folder.parent.parent)
     if run.exists():
         if not is_complete(folder):
-            names = [path.name for path in _of_run(run).checkpoints if is_complete(path)]
+            names = [name_of(step) for step in reversed(steps_in(run.checkpoints))]
+            names = [name for name in names if is_complete(run.checkpoints / name)]
             there = ", ".join(names) or "none"
             raise UserError(f"{folder} is not a complete checkpoint; {run.name} has {there}.")
         return replace(_of_run(run), path=folder, checkpoints=(folder,))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -284,6 +284,7 @@ def test_preprocessing_that_has_no_form_here_is_refused(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 1500), st.integers(0, 1500))
 def test_a_crop_as_a_fraction_gives_the_resized_side_back(size: int, more: int) -> None:
     fraction = crop_pct(size, size + more)
