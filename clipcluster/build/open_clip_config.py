@@ -327,9 +327,9 @@ def _their_trunk(name: str, pool: str, proj: str, embed_dim: int) -> nn.Module:
 
 def _difference(theirs: Any, ours: nn.Module, image_size: int) -> str:
     """What tells OpenCLIP's network of timm's from the one here, but for a classifier; "" for nothing."""
-    cfg = theirs.pretrained_cfg
-    if cfg.get("fixed_input_size") and cfg["input_size"][-1] != image_size:
-        return f"it is for images of {cfg['input_size'][-1]} pixels, and image_size is {image_size}"
+    built_for = getattr(getattr(theirs, "patch_embed", None), "img_size", None)
+    if theirs.pretrained_cfg.get("fixed_input_size") and built_for and built_for[-1] != image_size:
+        return f"it is for images of {built_for[-1]} pixels, and image_size is {image_size}"
     place = f"{classifier_of(theirs)}."
     shapes = [
         {name: tuple(value.shape) for name, value in network.state_dict().items()}

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
     from clipcluster.data.tokenizer import Tokenizer
 
-EXPECTED = "a run, one of its checkpoints, or a folder of Hugging Face's with a dual encoder (config.json)"
+EXPECTED = (
+    "a run, one of its checkpoints, a folder of Hugging Face's with a dual encoder (config.json), or one of "
+    "OpenCLIP's (open_clip_config.json)"
+)
 _NO_NAME = re.compile(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+")
 
 
@@ -115,7 +118,7 @@ def find_model(what: str | Path, runs: Path | None = None) -> ModelFolder:
 
 
 def model_folder(what: Path) -> ModelFolder:
-    """What a folder holds: a run, a checkpoint of one (also copied elsewhere), or a Hugging Face model.
+    """What a folder holds: a run, a checkpoint of one (also copied elsewhere), or another program's model.
 
     UserError where it is none of these, a run without a checkpoint, or an incomplete checkpoint.
     """
@@ -160,6 +163,12 @@ def _of_hugging_face(folder: Path) -> ModelFolder:
     return described(folder, recipe_of(folder))
 
 
+def _of_open_clip(folder: Path) -> ModelFolder:
+    from clipcluster.build.open_clip_config import recipe_of
+
+    return described(folder, recipe_of(folder))
+
+
 def described(folder: Path, sections: Mapping[str, Any]) -> ModelFolder:
     """Another program's model by its sections `data` and `model`, and `loss` where it needs one.
 
@@ -183,6 +192,8 @@ def _is_checkpoint(folder: Path) -> bool:
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], ModelFolder]], ...] = (
     (lambda folder: Run(folder).exists(), lambda folder: _of_run(Run(folder))),
     (_is_checkpoint, _of_checkpoint),
+    # Before config.json: some folders on the hub are both programs', with weights by OpenCLIP's names.
+    (lambda folder: (folder / "open_clip_config.json").is_file(), _of_open_clip),
     (lambda folder: (folder / "config.json").is_file(), _of_hugging_face),
 )
 """How each kind of folder is recognised, and described."""
