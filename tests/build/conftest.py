@@ -1,6 +1,6 @@
-"""The smallest models are importable."""
+"""The smallest models and the writer of shards are importable."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "model"))
+sys.path.extend([str(Path(__file__).parents[1] / "model"), str(Path(__file__).parents[1])])
