@@ -164,12 +164,20 @@ def _check_starts(checked: Checked) -> None:
     for place, model in models.items():
         checked.warnings += [f"{loaded.place(f'{place}.{key}')}: {said}" for key, said in _idle_keys(model)]
     for key, path in loaded.paths.items():
-        run = Run(Path(path))
-        if key.startswith(("model.", "distill.")) and steps_in(run.checkpoints) and not run.finished():
+        if key.startswith(("model.", "distill.")) and _still_trains(Path(path)):
             checked.warnings.append(
                 f"{loaded.place(key)}: the run {path} has not finished: once it has a newer checkpoint, a "
                 "resume finds other weights and is refused; name one of its checkpoints"
             )
+
+
+def _still_trains(folder: Path) -> bool:
+    """Whether this is the folder of a run that has not finished; not where it cannot be read."""
+    run = Run(folder)
+    try:
+        return bool(steps_in(run.checkpoints)) and not run.finished()
+    except (OSError, UserError):
+        return False
 
 
 def _idle_keys(model: Model) -> Iterator[tuple[str, str]]:

@@ -378,6 +378,8 @@ def test_what_is_said_of_weights_that_are_not_there(checked: Callable[..., Check
     assert "run has not finished: once it has a newer checkpoint, a resume finds other weights" in warning
     run.claim("test", host="here", still_running=lambda job: False).end("finished", Outcome.FINISHED, "")
     assert checked("model.weights=run").warnings == []
+    (error,) = checked(f"model.weights={300 * 'w'}").errors  # which no file system can look for
+    assert "does not exist" in error
     for key in ("optim.text.lr=1e-4", "optim.logit_scale.lr=1e-4"):
         with pytest.raises(UserError, match="task classify does not use it"):
             checked(*CLASSIFIED, key)
