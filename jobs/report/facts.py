@@ -148,7 +148,7 @@ def facts_of(run: Run, queue: Queue) -> Facts:
     state = state_of(run, queue)
     logs = [(attempt, columns_of(attempt)) for attempt in run.attempts()]
     submitted = [line["time"] for line in submissions(run) if isinstance(line.get("time"), (int, float))]
-    attempts = lived(logs, events(run), submitted, running=not state.ended)
+    attempts = lived(logs, events(run), submitted, now="" if state.ended else state.name.lower())
     recipe, settings = redacted_within(run.recipe()), redacted_within(run.settings())
     newest = newest_complete(run.checkpoints)
     checkpoint = run.checkpoints / name_of(newest) if newest is not None else None

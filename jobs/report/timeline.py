@@ -73,17 +73,17 @@ def lived(
     events: Sequence[Mapping[str, Any]],
     submitted: Sequence[float],
     *,
-    running: bool,
+    now: str = "",
 ) -> list[Lived]:
     """The attempts of a run with what each logged. `events`: of all. `submitted`: times of its submissions.
 
-    running: whether the newest one may still be at work.
+    now: what the newest one is doing, where it may still be at work.
     """
     found: list[Lived] = []
     for attempt, logged in attempts:
         own = [event for event in events if event["attempt"] == attempt.number]
         newest = attempt is attempts[-1][0]
-        found.append(_one(attempt, own, logged, submitted, found[-1:], running and newest))
+        found.append(_one(attempt, own, logged, submitted, found[-1:], now if newest else ""))
     return found
 
 
@@ -93,7 +93,7 @@ def _one(
     logged: Columns,
     submitted: Sequence[float],
     before: Sequence[Lived],
-    running: bool,
+    now: str,
 ) -> Lived:
     claim, outcome, verdict = attempt.claim(), attempt.outcome() or {}, history.last_verdict(attempt) or {}
     began = claim.get("time")
@@ -118,7 +118,7 @@ def _one(
         code=str(attempt.settings().get("code") or ""),
         began=began,
         ended=ended,
-        ending="running" if running and not verdict else _ending(verdict, outcome),
+        ending=now if now and not verdict else _ending(verdict, outcome),
         reason=str(verdict.get("reason") or outcome.get("reason") or ""),
         first_step=first,
         last_step=last,

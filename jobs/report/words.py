@@ -44,5 +44,5 @@ def moment(seconds: float | None) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """A name of a key or metric, escaped, that may be broken behind its dots, slashes and underscores."""
-    return Markup("<wbr>").join(re.split(r"(?<=[./_])", name))
+    """SET/METRIC, escaped, that may be broken behind its slashes."""
+    return Markup("<wbr>").join(re.split(r"(?<=/)", name))

@@ -16,6 +16,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs import files
 from jobs.report.report import write
 from jobs.state import Queue
+from jobs.submit.submit import Wanted, submit
 from tests.jobs.report.conftest import DESKTOP, PHONE, overflowing
 from tests.jobs.report.example_runs import HOSTILE, claimed, made, preempted, sweep, told, trained
 
@@ -168,6 +169,32 @@ def test_batches_of_different_sizes_are_drawn_over_samples(tmp_path):
     text = (tmp_path / "two.html").read_text()
     assert "Over samples" in text
     assert 'data-axis="samples"' in text
+
+
+@pytest.mark.long
+def test_a_real_training(recipe, tmp_path, opened):
+    def clipcluster(*words):
+        command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
+        assert done.returncode == 0
+
+    changes = ["train.duration=3 epochs", "evaluate.every=1 epochs", "checkpoint.every=1 epochs"]
+    wanted = Wanted(recipe, changes, runs=tmp_path / "runs", executor="none", quick=True, say=str)
+    run = submit(wanted).run
+    clipcluster("train", run.path)
+    clipcluster("report", run.path, "--out", tmp_path / "real.html")
+    with opened(tmp_path / "real.html", PHONE) as page:
+        assert page.locator("header .state").inner_text() == "FINISHED"
+        assert overflowing(page) == []
+        titles = page.locator("figcaption").all_inner_texts()
+        assert {"loss", "test/zero_shot_top1, %", "test/t2i_r1, %"} <= set(titles)
+        images = page.locator("#gallery img")
+        assert images.count() > 20
+        assert all(images.evaluate_all("all => all.map(image => image.naturalWidth > 0)"))
+        assert page.locator("#gallery .none").count() == 0, "every image was found in the shards"
+        shown = page.locator("#time .keys").inner_text()
+        assert all(word in shown for word in ("starting", "training", "evaluating"))
+        assert "cpu (1 thread)" in page.locator("#provenance").inner_text()
 
 
 @pytest.mark.long

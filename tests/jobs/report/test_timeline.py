@@ -9,13 +9,13 @@ from jobs.report.timeline import KINDS, PREEMPTED, lived
 from tests.jobs.report.example_runs import BEGIN, claimed, made, preempted, told, trained
 
 
-def attempts_of(run, submitted=(), *, running=False):
+def attempts_of(run, submitted=(), *, now=""):
     logs = [(attempt, columns_of(attempt)) for attempt in run.attempts()]
-    return lived(logs, events(run), submitted, running=running)
+    return lived(logs, events(run), submitted, now=now)
 
 
 def test_a_preemption_is_called_what_the_verdict_calls_it():
-    assert decide(Facts(code=85, job=Job(running=True, preempted=True))).ending == PREEMPTED
+    assert decide(Facts(code=85, job=Job(now="running", preempted=True))).ending == PREEMPTED
 
 
 def test_the_time_of_every_attempt_is_accounted_for(tmp_path):
@@ -56,7 +56,7 @@ def test_time_before_a_run_is_submitted_again_is_no_queue(tmp_path):
     first = claimed(run, 0)
     told(first, "verdict", ("fail", 10, {"ending": "failed", "reason": "disk full"}))
     trained(claimed(run, 1000), range(1, 9), 1010)
-    before, after = attempts_of(run, [BEGIN - 5, BEGIN + 900], running=True)
+    before, after = attempts_of(run, [BEGIN - 5, BEGIN + 900], now="running")
     assert (before.spent["queue"], before.reason) == (5, "disk full")
     assert (after.spent["queue"], after.idle) == (100, 890)
     assert after.ending == "running"
@@ -66,5 +66,5 @@ def test_what_has_no_step_line_yet_trains_from_the_first_batch(tmp_path):
     run = made(tmp_path / "x-00000000", {})
     attempt = claimed(run, 0)
     told(attempt, "rank-0", ("phase", 30, {"phase": "first batch"}), ("checkpoint", 50, {"step": 4}))
-    (one,) = attempts_of(run, running=True)
+    (one,) = attempts_of(run, now="running")
     assert (one.spent["start"], one.spent["train"], one.last_step) == (30, 20, 4)
