@@ -221,9 +221,8 @@ def _provenance(
     versions = manifest.get("versions") or {}
     rows += [(str(program), str(version)) for program, version in versions.items()]
     if checkpoint is not None:
-        rows.append(
-            ("newest checkpoint", f"{checkpoint.name}, written by {manifest.get('world_size')} ranks")
-        )
+        rows.append(("newest checkpoint", checkpoint.name))
+        rows.append(("ranks that wrote it", str(manifest.get("world_size") or "")))
     rows.append(("hosts", _counted(one.host for one in attempts if one.host)))
     devices = attempts[-1].devices if attempts else ()
     rows.append(("devices of the last attempt", _counted(devices)))

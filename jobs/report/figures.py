@@ -22,7 +22,7 @@ TITLES = {
     "data_wait_seconds": "wait for data, seconds a line",
 }
 """The metrics that every page shows, in this order; a task's others follow."""
-FROM_ZERO = ("samples_per_second", "data_wait_seconds")
+FROM_ZERO = ("lr", "samples_per_second", "data_wait_seconds")
 NO_CURVES = ("step", "samples", "epoch", "time", "skipped_steps")
 OTHERS = 6  # metrics of a task besides these that are shown
 EVALUATED = 12  # evaluation figures that are shown as curves

@@ -102,7 +102,7 @@ def plot(
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.grid(axis="y")
         for line in lines:
-            _draw(axes, line)
+            _draw(axes, line, alpha=0.35 if len(lines) == 1 else 0.15)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(numticks=5))
@@ -130,7 +130,7 @@ def plot(
     )
 
 
-def _draw(axes: matplotlib.axes.Axes, line: Line) -> None:
+def _draw(axes: matplotlib.axes.Axes, line: Line, *, alpha: float) -> None:
     # Not clipped: a clip is found by its id, which must not be in a part of the page that is folded.
     style: Any = {
         "color": _colour(line.run),
@@ -138,7 +138,7 @@ def _draw(axes: matplotlib.axes.Axes, line: Line) -> None:
         "clip_on": False,
     }
     if line.pale is not None:
-        axes.plot(*line.pale, linewidth=0.7, alpha=0.35, **style)
+        axes.plot(*line.pale, linewidth=0.7, alpha=alpha, **style)
     dots: Any = {"marker": "o", "markersize": 3} if line.dots else {}
     (drawn,) = axes.plot(*line.curve, linewidth=1.5, **dots, **style)
     drawn.set_gid(f"series-{line.run}")
