@@ -15,7 +15,7 @@ def attempts_of(run, submitted=(), *, now=""):
 
 
 def test_a_preemption_is_called_what_the_verdict_calls_it():
-    assert decide(Facts(code=85, job=Job(now="running", preempted=True))).ending == PREEMPTED
+    assert decide(Facts(code=85, job=Job(running=True, preempted=True))).ending == PREEMPTED
 
 
 def test_the_time_of_every_attempt_is_accounted_for(tmp_path):
