@@ -73,7 +73,7 @@ class ClipTextTower(nn.Module):
         if self.pool == "last":  # with causal attention what follows it never reaches it
             return last_of(mask)
         place = 0 if self.pool == "first" else mask.shape[1] - 1
-        return torch.full((len(mask),), place, device=mask.device)
+        return torch.full((mask.shape[0],), place, device=mask.device)
 
 
 class _Layers(nn.Module):

@@ -13,7 +13,8 @@ def last_of(mask: Tensor) -> Tensor:
 
 def at(states: Tensor, positions: Tensor) -> Tensor:
     """(B, L, width) and (B,) int64 -> (B, width): the features at one position of each row."""
-    return states[torch.arange(len(states), device=states.device), positions]
+    # shape, not len(): a graph of any batch size is traced through it
+    return states[torch.arange(states.shape[0], device=states.device), positions]
 
 
 def mean_of_real(states: Tensor, mask: Tensor) -> Tensor:
