@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipcluster.build.opened import find_model
 from clipcluster.errors import UserError
-from clipcluster.evals.headline import ordered
+from clipcluster.evals.headline import headline
 from clipcluster.recipe.load import from_run, override
 from clipcluster.recipe.sections.data import Source
 from clipcluster.recipe.sections.evaluate import folders_of
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.checkpoints import STATE, name_of
+from clipcluster.runs.evaluations import Owed, attempt_of, of_job, owed_by
+from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import Outcome
@@ -29,6 +33,7 @@ from clipcluster.runtime.stop import Stop, Wish
 if TYPE_CHECKING:
     import torch
 
+    from clipcluster.evals.features import Measured
     from clipcluster.runtime.world import World
     from clipcluster.train.trainer import Trainer
 
@@ -52,18 +57,19 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
     world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
     began = time.monotonic()
     if world.agree(stop.wishes()) & Wish.STOP:
-        return _stopped_early(world, attempt, stop)
+        return _stopped(world, attempt, stop)
     attempt.phase(world.rank, "data")
     from clipcluster.build.data import check_shards, open_sources
 
     sources = open_sources(recipe, run.assets)
     if check_shards(sources.shards, world, stop) & Wish.STOP:
-        return _stopped_early(world, attempt, stop)
+        return _stopped(world, attempt, stop)
     from clipcluster.build.training import (
         build_trainer,  # timm and transformers: seconds, after the ranks met
     )
 
-    trainer = build_trainer(run, attempt, world, stop, recipe, sources)
+    by_job = evaluated_by_job(recipe, launch)
+    trainer = build_trainer(run, attempt, world, stop, recipe, sources, evaluated_by_job=by_job)
     outcome = trainer.run()
     if world.is_main:
         _summarise(run, trainer, outcome, time.monotonic() - began)
@@ -71,12 +77,20 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
     return outcome
 
 
-def _stopped_early(world: World, attempt: Attempt, stop: Stop) -> Outcome:
-    """Stop while starting up: there is nothing to save, and building may take longer than the grace time."""
-    reason = f"{world.reason_to_stop(stop)} during start-up"
+def _stopped(world: World, attempt: Attempt, stop: Stop, during: str = "start-up") -> Outcome:
+    """Stop where there is nothing to save; at start-up building may take longer than the grace time."""
+    reason = f"{world.reason_to_stop(stop)} during {during}"
     if world.is_main:
         attempt.end("stopped", Outcome.STOPPED, reason)
     return Outcome.STOPPED
+
+
+def evaluated_by_job(recipe: Recipe, launch: Launch) -> bool:
+    """Whether evaluations are left to jobs of their own: the recipe says so, and something starts them."""
+    if recipe.evaluate.where == "job" and launch.manager not in ("slurm", "local"):
+        logger.info("evaluate.where is job, but nothing starts jobs here: the training evaluates itself")
+        return False
+    return recipe.evaluate.where == "job"
 
 
 def use_processors(recipe: Recipe, launch: Launch) -> torch.device:
@@ -157,6 +171,76 @@ def _require_measurable(recipe: Recipe) -> None:
         open_source(Source(shards=folder), text=folder in recipe.evaluate.retrieval)
 
 
+def evaluate_owed(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
+    """One rank of a job that measures what a training left to it: the checkpoint of a step.
+
+    `run` is the job's own run folder (`clipcluster.runs.evaluations`), with the training's recipe and the
+    job's `cluster`. A stop leaves nothing behind: the next attempt measures again. Raises CheckpointError
+    where the checkpoint does not verify, LostPeers, StaleAttempt, and what building the model raises.
+    """
+    from clipcluster.runtime.world import World
+
+    owed = of_job(run)
+    attempt.step = owed.step
+    recipe = from_run(run.recipe(), attempt.settings())
+    device = use_processors(recipe, launch)
+    attempt.phase(launch.rank, "rendezvous")
+    world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
+    if world.agree(stop.wishes()) & Wish.STOP:
+        return _stopped(world, attempt, stop)
+    attempt.phase(world.rank, "model")
+    from clipcluster.build.evaluation import build_evaluations
+    from clipcluster.train.evaluations import Interrupted
+
+    evaluations, progress = build_evaluations(owed.run, recipe, owed.checkpoint, world)
+
+    def heed() -> None:
+        if world.agree(stop.wishes()) & Wish.STOP:
+            raise Interrupted
+
+    try:
+        measured = evaluations.measure(progress, heed)
+    except Interrupted:
+        return _stopped(world, attempt, stop, "the evaluation")
+    about = {**progress.counts(), "ema": evaluations.ema is not None}
+    world.while_main(lambda: _settle(owed, attempt, about, measured))
+    if world.is_main:
+        _say_results(owed.run, owed.step, measured.metrics)
+        _rotate_finished(owed.run, recipe, owed.checkpoint)
+    world.leave()
+    return Outcome.FINISHED
+
+
+def _settle(owed: Owed, attempt: Attempt, about: Mapping[str, Any], measured: Measured) -> None:
+    """Record the results where they are still owed, and let go of the checkpoint. Raises StaleAttempt."""
+    from clipcluster.train.metrics import Board
+
+    attempt.check()
+    number = attempt_of(owed)
+    if number is None:
+        logger.warning("the run no longer owes this evaluation: the results are not recorded")
+        return
+    by = {"attempt": number, "job": attempt.job, "time": round(time.time(), 3)}
+    details = {"step": owed.step, "attempt": number, "sets": measured.details}
+    owed.settle({**about, **by, "metrics": measured.metrics}, details)
+    board = Board(owed.run.tensorboard / "evaluations", f".{owed.name}")
+    board.add("evaluation", {"step": owed.step, **measured.metrics})
+    board.close()
+
+
+def _rotate_finished(run: Run, recipe: Recipe, checkpoint: Path) -> None:
+    """Where the training has finished, delete what its rotation kept for the evaluations alone."""
+    from clipcluster.train.checkpoint import CheckpointFolder
+
+    newest = run.newest()
+    if newest is None or not run.finished():
+        return
+    folder = CheckpointFolder(newest, {})
+    with suppress(FileNotFoundError):  # another evaluation that ends now may delete the same ones
+        every = read_json(checkpoint / STATE)["plan"]["keep_every"]
+        folder.rotate(recipe.checkpoint.keep, every, folder.steps()[-1])
+
+
 def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> None:
     """Log the state and the results of the run on rank 0, at the end of an attempt."""
     done = trainer.progress
@@ -169,8 +253,19 @@ def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> 
         done.epoch,
         seconds,
     )
-    for kind, results in ordered(trainer.results).items():
-        logger.info("%s: %s", kind.title, kind.explanation)
-        for result in results:
-            logger.info("  %-32s %s", result.name, result.text)
+    if trainer.results:
+        _say_results(run, done.evaluated_step, trainer.results)
+    for owed in owed_by(run):
+        step = f"{owed.step:,}"
+        logger.info("step %s is evaluated by a job of its own: clipcluster status %s", step, run.name)
     logger.info("run folder: %s", run.path)
+
+
+def _say_results(run: Run, step: int, results: Mapping[str, float]) -> None:
+    """The figures of an evaluation that a person reads first, and where the others are."""
+    shown = headline(results)
+    for result in shown:
+        logger.info("  %-32s %s", result.name, result.text)
+    if len(results) > len(shown):
+        file = run.evals / f"{name_of(step)}.json"
+        logger.info("  and %d more, in %s", len(results) - len(shown), file)

@@ -9,12 +9,26 @@ import signal
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
-from jobs.state import Queue, state_of
+from jobs.state import Queue, evaluations_of, state_of
 from jobs.submissions import adopt, job_ids, record, unanswered
 from tools.slurm import SlurmRefused, SlurmUnavailable
 
 
 def cancel(run: Run, queue: Queue) -> str:
+    """End the run and its evaluations; returns what was done, a line each.
+
+    Raises UserError where a job cannot be ended from here (the mark stands).
+    """
+    done = [_cancel(run, queue)]
+    for owed, state in evaluations_of(run, queue):
+        with contextlib.suppress(FileNotFoundError):  # its results have just come, or it was given up before
+            owed.give_up()
+        if state.queued:
+            done.append(_cancel(owed.job, queue))
+    return "\n".join(done)
+
+
+def _cancel(run: Run, queue: Queue) -> str:
     """Bind the run's jobs in `marks/cancelled`, then end those that wait or run; returns what was done.
 
     A finished run stays finished. Raises UserError where the job cannot be ended from here (the mark stands).

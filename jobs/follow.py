@@ -15,7 +15,7 @@ from clipcluster.runs import files
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import as_typed
 from jobs.evaluate import latest, shown
-from jobs.state import State, Watched, last_metrics, total_steps
+from jobs.state import Queue, State, Watched, evaluations_of, last_metrics, total_steps
 
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 5.0  # between two plain lines of progress
@@ -162,16 +162,18 @@ def event_text(event: Mapping[str, Any]) -> str:
 
 
 def show_end(run: Run, state: State, console: Console) -> None:
-    """The last evaluation, an advice, the run's folder, and what to type next."""
+    """The last evaluation and those that are owed, an advice, the run's folder, and what to type next."""
     document = latest(run)
     if document and document.get("metrics"):
         console.print(shown(document))
     name = as_typed(run)
+    for owed, found in evaluations_of(run, Queue()):
+        console.out(f"evaluation of step {owed.step:,}: {found}", highlight=False)
     following = [f"  clipcluster logs {name}", f"  clipcluster status {name}"]
     if state.name == "FINISHED":
         following = [
             f"  clipcluster metrics {name} --plot    # the loss; --columns, --csv and more",
-            f"  clipcluster evaluate {name}          # evaluate the last checkpoint again",
+            f"  clipcluster evaluate {name} --all    # evaluate the last checkpoint again, with every figure",
             f"  clipcluster report {name} --out report.html    # curves, figures and pictures, for a browser",
             f"  tensorboard --logdir {run.tensorboard}",
         ]

@@ -11,6 +11,7 @@ from typing import Any
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import newest_complete
+from clipcluster.runs.evaluations import Owed, failed_of, owed_by
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.outcome import Outcome
@@ -202,7 +203,8 @@ def _gone(run: Run, queue: Queue, newest: Attempt | None) -> State:
 def report(run: Run, queue: Queue) -> dict[str, Any]:
     """One run in `clipcluster status`: state and progress, from the ends of its files.
 
-    What is not known is None; `last_event_time` is in seconds since 1970.
+    What is not known is None; `last_event_time` is in seconds since 1970. `evaluations` are those that jobs
+    of their own are to make, or failed to.
     """
     state = state_of(run, queue)
     newest = run.newest()
@@ -225,7 +227,23 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "last_event": event.get("event"),
         "last_event_time": event.get("time"),
+        "evaluations": [
+            {"step": owed.step, "state": found.name, "detail": found.detail, "job": found.job}
+            for owed, found in evaluations_of(run, queue)
+        ],
     }
+
+
+def evaluations_of(run: Run, queue: Queue) -> list[tuple[Owed, State]]:
+    """The evaluations left to jobs of their own that have no results yet, by step; OWED before their job."""
+    found = sorted([*owed_by(run), *failed_of(run)], key=lambda owed: owed.step)
+    return [(owed, _of_evaluation(owed, state_of(owed.job, queue))) for owed in found]
+
+
+def _of_evaluation(owed: Owed, state: State) -> State:
+    if state.name != "NEW":
+        return state
+    return State("OWED" if owed.mark.exists() else "CANCELLED")
 
 
 def total_steps(run: Run) -> int | None:

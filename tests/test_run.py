@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,11 +22,12 @@ from clipcluster.build.training import seconds_of_a_save, try_task
 from clipcluster.data.storage import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import from_run, load, recipe_keys, settings_keys
-from clipcluster.run import evaluate, train, use_processors
+from clipcluster.run import evaluate, evaluate_owed, evaluated_by_job, train, use_processors
+from clipcluster.runs.evaluations import owe, owed_by
 from clipcluster.runs.files import file_sha256, read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics
-from clipcluster.runtime.launch import Launch
+from clipcluster.runtime.launch import Launch, Manager
 from clipcluster.runtime.outcome import DataError, Outcome, RecipeFailure
 from clipcluster.runtime.stop import Stop
 from tests.consumed import merged_samples
@@ -210,7 +212,7 @@ import os
 import sys
 from clipcluster.run import train
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.launch import Launch
+from clipcluster.runtime.launch import Launch, Manager
 from clipcluster.runtime.stop import Stop
 
 class StopAfter(Stop):
@@ -300,7 +302,7 @@ from clipcluster import run
 from clipcluster.data.shards import opened
 from clipcluster.data.shards.dataset import Dataset
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.launch import Launch
+from clipcluster.runtime.launch import Launch, Manager
 from clipcluster.runtime.stop import Stop
 
 def slowly(action, seconds):
@@ -539,3 +541,50 @@ def test_compiled_towers_train_stop_and_resume(tiny: Tiny) -> None:
         assert torch.equal(ours[name], resumed[name])
     results = [read_json(run.evals / "step-00000008.json")["metrics"] for run in (plain, compiled)]
     assert results[0] == pytest.approx(results[1], rel=0.05)
+
+
+BESIDE_JOBS = replace(ALONE, manager="local")
+
+
+def test_jobs_of_their_own_measure_what_the_training_would_have(tiny: Tiny) -> None:
+    """A step by the training itself, the same by a job: interrupted, repeated, and equal to the last bit."""
+    often = ("evaluate.every=2 steps", "train.duration=3 steps", "checkpoint.keep.last=2")
+    inside = tiny.make("inside", *often)
+    assert tiny.go(inside) is Outcome.FINISHED
+    run = tiny.make("beside", *often, "evaluate.where=job")
+    attempt = run.claim("test", host="here", still_running=lambda job: False)
+    assert train(run, attempt, BESIDE_JOBS, Stop()) is Outcome.FINISHED
+    assert [path for path in run.evals.iterdir() if path.is_file()] == []
+    for owed in owed_by(run):
+        job = Run.create(owed.job.path, run.recipe(), run.settings())
+        for questions, ending in ((6, Outcome.STOPPED), (10**6, Outcome.FINISHED)):
+            assert owed in owed_by(run)
+            claimed = job.claim("9", host="here", still_running=lambda job: False)
+            assert evaluate_owed(job, claimed, BESIDE_JOBS, StopAfter(questions)) is ending
+    assert "during the evaluation" in job.attempt(1).outcome()["reason"]  # type: ignore[index]
+    assert owed_by(run) == []
+    assert logged(run) == logged(inside)
+    for name in ("step-00000002", "step-00000003"):
+        own, other = (read_json(one.evals / f"{name}.json") for one in (run, inside))
+        assert own.pop("job") == "9"
+        assert {key: own[key] for key in other} == other
+        details = name.replace("step-", "details-")
+        own, other = (read_json(one.evals / f"{details}.json") for one in (run, inside))
+        assert own == other
+    assert list((run.tensorboard / "evaluations").iterdir())
+    again = owe(run.newest(), 3)  # type: ignore[arg-type]
+    job = Run.create(again.job.path, run.recipe(), run.settings())
+    again.give_up()
+    claimed = job.claim("10", host="here", still_running=lambda job: False)
+    assert evaluate_owed(job, claimed, BESIDE_JOBS, Stop()) is Outcome.FINISHED
+    assert read_json(run.evals / "step-00000003.json")["job"] == "9", "what is no longer owed is not recorded"
+
+
+def test_started_by_hand_the_training_evaluates_itself(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "clipcluster")
+    recipe = load(tiny.file, ["evaluate.where=job"], {}).recipe
+    managers = get_args(Manager)
+    by_job = {name: evaluated_by_job(recipe, replace(ALONE, manager=name)) for name in managers}
+    assert by_job == {"slurm": True, "local": True, "torchrun": False, "single": False}
+    assert caplog.text.count("the training evaluates itself") == 2
+    assert not evaluated_by_job(load(tiny.file, [], {}).recipe, BESIDE_JOBS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,19 @@ TRIED_SAMPLES = 2  # of each micro-batch; a batch norm in training needs more th
 
 
 def build_trainer(
-    run: Run, attempt: Attempt, world: World, stop: Stop, recipe: Recipe, sources: Sources
+    run: Run,
+    attempt: Attempt,
+    world: World,
+    stop: Stop,
+    recipe: Recipe,
+    sources: Sources,
+    *,
+    evaluated_by_job: bool = False,
 ) -> Trainer:
-    """The trainer of a run; every rank builds the same."""
+    """The trainer of a run; every rank builds the same.
+
+    `evaluated_by_job`: evaluations are left to separate jobs, which the caller knows to be started.
+    """
     plan_ = plan(recipe, sources.sampler.samples, world.size)
     attempt.phase(world.rank, "model")
     model, weights, resumes = build_start(recipe, sources.tokenizer, run, attempt, world)
@@ -65,16 +76,8 @@ def build_trainer(
     if step.ema:
         parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
-    about = {
-        "versions": versions(),
-        "commit": _commit(run, attempt),
-        "world_size": world.size,
-        "recipe": redacted_within(recipe.model_dump(mode="json")),  # for a checkpoint copied out of its run
-    }
-    checkpoints = CheckpointFolder(attempt, about)
     records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
     metrics = Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps)
-    every = recipe.checkpoint.every
 
     def opened(at: Progress) -> Loader:
         return open_batches(recipe, sources, world, at.batches_drawn, at.skipped)
@@ -89,16 +92,7 @@ def build_trainer(
         step=step,
         feed=Feed(opened, world.device, metrics.waited),
         parts=parts,
-        saver=Saver(
-            checkpoints,
-            records,
-            keep=recipe.checkpoint.keep,
-            keep_every=plan_.keep_every,
-            constants=constants,
-            every_steps=plan_.checkpoint_every,
-            every_seconds=every.seconds if isinstance(every, Time) else None,
-            last_seconds=seconds_of_a_save(run),
-        ),
+        saver=build_saver(run, recipe, plan_, records, constants, evaluated=evaluated_by_job),
         evaluations=Evaluations(
             build_suite(recipe, world=world, tokenizer=sources.tokenizer),
             model,
@@ -106,12 +100,37 @@ def build_trainer(
             total_steps=plan_.total_steps,
             precision=step.backward.precision,
             ema=step.ema,
+            by_job=evaluated_by_job,
         ),
         metrics=metrics,
         records=records,
         record_samples=recipe.train.record_samples,
         grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_SECONDS,
         memory_advice=memory_advice(recipe, world.size),
+    )
+
+
+def build_saver(
+    run: Run, recipe: Recipe, plan_: Plan, records: Records, constants: Mapping[str, Any], *, evaluated: bool
+) -> Saver:
+    """What writes and rotates a run's checkpoints; `evaluated`: of every step that is to be evaluated."""
+    attempt, every = records.attempt, recipe.checkpoint.every
+    about = {
+        "versions": versions(),
+        "commit": _commit(run, attempt),
+        "world_size": records.world.size,
+        "recipe": redacted_within(recipe.model_dump(mode="json")),  # for a checkpoint copied out of its run
+    }
+    return Saver(
+        CheckpointFolder(attempt, about),
+        records,
+        keep=recipe.checkpoint.keep,
+        keep_every=plan_.keep_every,
+        constants=constants,
+        every_steps=plan_.checkpoint_every,
+        every_seconds=every.seconds if isinstance(every, Time) else None,
+        evaluated=evaluated,
+        last_seconds=seconds_of_a_save(run),
     )
 
 

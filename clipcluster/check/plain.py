@@ -404,6 +404,7 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
     saves = counted(plan.checkpoint_every, "step") if plan.checkpoint_every else str(recipe.checkpoint.every)
     often = f"every {counted(plan.evaluate_every, 'step')} and " if plan.evaluate_every else ""
     sets = sum(len(getattr(recipe.evaluate, kind)) for kind in METRICS)
+    where = ", each a job of its own" if recipe.evaluate.where == "job" else ""
     return [
         f"data: {counted(samples, what)} in {counted(sources, 'source')}" + ", repeats included" * repeated,
         f"steps: {plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in total "
@@ -414,7 +415,7 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
         f"on {counted(nodes, 'node')}"
         + f", in {plan.accumulation:,} micro-batches of {plan.micro_batch:,}"
         * (plan.accumulation > 1),
-        f"checkpoints: every {saves}; evaluations: " + (f"{often}at the end" if sets else "none"),
+        f"checkpoints: every {saves}; evaluations: " + (f"{often}at the end{where}" if sets else "none"),
         f"learning rate: {describe_rates(recipe)}",
         *(f"freeze: {freezing.summary}" for freezing in plan.freezings),
     ]

@@ -64,7 +64,10 @@ LOSS = Kind(
 )
 OTHER = Kind("other", "", ("",))
 ORDER = (CLASSIFICATION, ZERO_SHOT, PROBE, GROUPED, LOSS, PAIRED, COUNTS, OTHER)
-HEADLINE = ("top1", "raw_top1", "zero_shot_top1", "i2t_r1", "t2i_r1")
+HEADLINE = (
+    *("top1", "raw_top1", "zero_shot_top1", "linear_top1", "knn_top1"),
+    *("i2t_r1", "t2i_r1", "mean_recall"),
+)
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,15 @@ def ordered(results: Mapping[str, float | None]) -> dict[Kind, list[Result]]:
     return {kind: own for kind, own in by_kind.items() if own}
 
 
-def headline_text(results: Mapping[str, float | None]) -> str:
-    """One line: top-1, zero-shot top-1 and grouped R@1, else the first results, and how many there are."""
+def headline(results: Mapping[str, float | None]) -> list[Result]:
+    """What a person reads first: top-1 of every kind, grouped R@1, mean recall; else the first three."""
     every = [result for own in ordered(results).values() for result in own]
-    chosen = [result for result in every if result.name.rpartition("/")[2] in HEADLINE] or every[:3]
+    return [result for result in every if result.name.rpartition("/")[2] in HEADLINE] or every[:3]
+
+
+def headline_text(results: Mapping[str, float | None]) -> str:
+    """One line: the headline, and how many results there are."""
+    chosen = headline(results)
     shown = ", ".join(f"{result.name} {result.text}" for result in chosen)
     return shown + (f" ({len(results)} results in all)" if len(results) > len(chosen) else "")
 

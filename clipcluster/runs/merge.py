@@ -28,9 +28,23 @@ def lines(run: Run, pattern: str, **types: type) -> Iterator[dict[str, Any]]:
 
 
 def merged_metrics(run: Run) -> list[dict[str, Any]]:
-    """The run's metrics, one line a step, by step."""
+    """The run's metrics, one line a step, by step, with the results of evaluations that were jobs."""
     merged = {line["step"]: line for line in lines(run, "metrics.jsonl", step=int)}
+    for path in run.evals.glob("step-*.json"):
+        document = files.read_object(path, step=int, metrics=dict) or {}
+        if "job" in document:  # what a training measures itself is in its own lines
+            merged[document["step"]] = _with_results(merged.get(document["step"]), document)
     return [merged[step] for step in sorted(merged)]
+
+
+def _with_results(line: dict[str, Any] | None, document: dict[str, Any]) -> dict[str, Any]:
+    """The line of a step (None: it was not logged) with the results in a document of its evaluation."""
+    about = ("step", "samples", "epoch", "attempt", "time")
+    found = line or {key: document[key] for key in about if key in document}
+    results = document["metrics"]
+    missing = [name for name, value in results.items() if value is None]
+    non_finite = sorted({*found.get(files.NON_FINITE, ()), *missing})
+    return {**found, **results, **({files.NON_FINITE: non_finite} if non_finite else {})}
 
 
 def events(run: Run) -> list[dict[str, Any]]:

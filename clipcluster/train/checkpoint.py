@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import (
     EVALUATION,
@@ -33,10 +34,12 @@ from clipcluster.runs.checkpoints import (
     tensors_file,
     unverified,
 )
+from clipcluster.runs.evaluations import owed_by
 from clipcluster.runs.files import fsync_folder, read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.train.checkpoint_writer import Contents, Tell, write_complete, write_own_files
+from clipcluster.train.rotation import kept
 
 WRITING, DELETING, BROKEN, PINNED = ".writing-", ".deleting-", "broken-", "pinned-"
 PIN_SECONDS = 3600.0
@@ -160,12 +163,29 @@ class CheckpointFolder:
             return {}
 
     def pinned(self, step: int) -> bool:
-        """Whether a process is reading this checkpoint."""
+        """Whether a process is reading this checkpoint, or a job of its own is still to evaluate it."""
+        if any(owed.step == step for owed in owed_by(Run(self.attempt.run))):
+            return True
         for pin in self.path(step).glob(f"{PINNED}*"):
             with suppress(FileNotFoundError):
                 if time.time() - pin.stat().st_mtime < PIN_SECONDS:
                     return True
         return False
+
+    def rotate(self, keep: Keep, every: int | None, sound: int) -> None:
+        """Delete what `keep` does not keep; `every`: its `every` in steps.
+
+        The newest of at most `sound` steps stays, because the run may go back to it.
+        """
+        steps = self.steps()
+        # Before the results: an evaluation lets go of its checkpoint once it has recorded them.
+        pinned = [step for step in steps if self.pinned(step)]
+        pinned += [step for step in steps if step <= sound][-1:]
+        best = keep.best
+        found = {step: self.evaluation(step).get(best.metric) for step in steps} if best else {}
+        values = {step: value for step, value in found.items() if value is not None}  # null: not finite
+        for step in sorted(set(steps) - kept(keep, every, steps, values, pinned)):
+            self.delete(step)
 
     def delete(self, step: int) -> None:
         """Remove a checkpoint: renamed first, so that an incomplete one never has its name."""

@@ -23,6 +23,7 @@ class Evaluations:
     """Runs `suite` every `every` steps and at the end of the run; never where the suite is empty.
 
     model: what is measured, with the averaged weights where there is an `ema`.
+    by_job: a separate job measures the step's checkpoint instead.
     """
 
     suite: Suite
@@ -31,6 +32,7 @@ class Evaluations:
     total_steps: int
     precision: Precision
     ema: Ema | None
+    by_job: bool = False
 
     def owed(self, progress: Progress) -> bool:
         """Whether this step has to be evaluated and has not been yet."""

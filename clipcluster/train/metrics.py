@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,9 @@ class Metrics:
         """Begin at the step that the run has reached."""
         self.restart_clock(progress.samples)
         if self._world.is_main:
-            self._board = Board(self._run, self._attempt, progress.step)
+            number = self._attempt.number
+            purge = progress.step + 1 if number > 1 else None
+            self._board = Board(self._run.tensorboard, f".attempt-{number}", purge)
 
     def restart_clock(self, samples: int) -> None:
         """Measure rates from here on: the time of an evaluation or a roll-back is not training."""
@@ -122,20 +125,18 @@ class Metrics:
 
 
 class Board:
-    """TensorBoard's curves, one file per attempt; points of an earlier attempt past the resume are hidden.
+    """TensorBoard's curves: a file in `folder`. TensorBoard follows the newest file of a folder only.
 
     Where they cannot be written (a full disk), one warning says so and the rest of the attempt has none.
     """
 
-    def __init__(self, run: Run, attempt: Attempt, step: int) -> None:
-        """`step`: the step that the run has reached."""
+    def __init__(self, folder: Path, suffix: str, purge: int | None = None) -> None:
+        """`purge`: points of earlier files from this step on are hidden."""
         self._writer: Any = None
         with self._giving_up():
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = step + 1 if attempt.number > 1 else None
-            suffix = f".attempt-{attempt.number}"
-            self._writer = SummaryWriter(str(run.tensorboard), filename_suffix=suffix, purge_step=purge)
+            self._writer = SummaryWriter(str(folder), filename_suffix=suffix, purge_step=purge)
 
     def add(self, group: str, line: Mapping[str, Any]) -> None:
         """Add points GROUP/NAME at the line's step; the caller has checked that the attempt is not stale."""

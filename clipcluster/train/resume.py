@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.runs.checkpoints import STATE, Parts
+from clipcluster.runs.evaluations import drop_after
 from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteError, RecipeFailure
@@ -32,6 +33,7 @@ def restore(
     `enter(step)` is called before the loading and enters the stage of that step (0 without a checkpoint).
     Rank 0 chooses and verifies the checkpoint, and all ranks load it. The progress skips the batches that
     the run's roll-backs recorded, and checkpoints that were saved within them are set aside.
+    Evaluations of later steps are no longer owed, because these steps are repeated.
     Raises, on all ranks together, CheckpointError where no checkpoint can be used or a record is damaged,
     DataError for another index, RecipeFailure for other starting weights.
     """
@@ -42,9 +44,11 @@ def restore(
         skipped = [pair for attempt in attempts for pair in _skipped_by(attempt.path / ROLL_BACK)]
         newest = folder.newest(lambda state: _saved_within(skipped, state))
         if newest is None:
+            drop_after(folder.attempt, 0)
             return {"skipped": skipped, "name": None, "state": {"step": 0}}
         state = read_json(newest / STATE)
         _check_same(state, saver.constants, newest)
+        drop_after(folder.attempt, state["step"])
         evaluated = bool(folder.evaluation(state["step"]))
         return {"skipped": skipped, "name": newest.name, "state": state, "evaluated": evaluated}
 

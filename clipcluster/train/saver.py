@@ -16,7 +16,6 @@ from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_writer import Contents, Dropped, take_copy
 from clipcluster.train.progress import Progress
 from clipcluster.train.records import Records
-from clipcluster.train.rotation import kept
 
 logger = logging.getLogger("clipcluster")
 FAILED_SAVES = 2
@@ -76,7 +75,7 @@ class Saver:
         constants: what state.json holds besides the progress: index, starting weights (a resume with others
             is refused), plan.
         every_steps, every_seconds: the interval between saves; one of them. Steps that `keep.every` keeps,
-            and with `keep.best` evaluated steps, are saved too.
+            and with `evaluated` or `keep.best` evaluated steps, are saved too.
         last_seconds: how long the last save of this run took, where an earlier attempt saved.
     """
 
@@ -90,11 +89,13 @@ class Saver:
         constants: Mapping[str, Any],
         every_steps: int | None = None,
         every_seconds: float | None = None,
+        evaluated: bool = False,
         last_seconds: float = 0.0,
     ) -> None:
         self.folder, self.records, self._world = folder, records, records.world
         self._keep, self._keep_every, self.constants = keep, keep_every, constants
         self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._evaluated = evaluated or keep.best is not None
         self._write: _Write | None = None
         self._clock = time.monotonic()
         self._asked_at = -1
@@ -120,7 +121,7 @@ class Saver:
     def _due(self, progress: Progress) -> bool:
         if progress.step in (0, self._asked_at, self.durable_step):
             return False
-        if progress.step == progress.evaluated_step and self._keep.best:
+        if progress.step == progress.evaluated_step and self._evaluated:
             return True
         if self._keep_every and progress.step % self._keep_every == 0:
             return True  # rotation can only keep what was saved
@@ -204,7 +205,7 @@ class Saver:
         with self.records.keeping():
             if self.durable_step in self._evaluations:
                 self.folder.record_evaluation(self.durable_step, self._evaluations.pop(self.durable_step))
-            self._rotate()
+            self.folder.rotate(self._keep, self._keep_every, self._sound)
 
     def _note_failure(self, step: int, error: OSError) -> None:
         if not self._world.is_main:
@@ -227,13 +228,3 @@ class Saver:
         self._evaluations = {step: dict(results)}
         if self._write is None and self.durable_step == step:
             self._settle()
-
-    def _rotate(self) -> None:
-        steps = self.folder.steps()
-        best = self._keep.best
-        found = {step: self.folder.evaluation(step).get(best.metric) for step in steps} if best else {}
-        values = {step: value for step, value in found.items() if value is not None}  # null: not finite
-        pinned = [step for step in steps if self.folder.pinned(step)]
-        pinned += [step for step in steps if step <= self._sound][-1:]
-        for step in sorted(set(steps) - kept(self._keep, self._keep_every, steps, values, pinned)):
-            self.folder.delete(step)

@@ -270,6 +270,9 @@ def evaluate(
     what: AnyModel,
     overrides: Overrides = None,
     weights: Weights = None,
+    all_of_it: Annotated[
+        bool, typer.Option("--all", help="Print every figure and what it means, not the headline alone.")
+    ] = False,
     as_json: AsJson = False,
     runs: Runs = None,
 ) -> None:
@@ -285,7 +288,7 @@ def evaluate(
         return
     from jobs.evaluate import shown
 
-    show(shown(document))
+    show(shown(document, all_of_it=all_of_it))
 
 
 def report(

@@ -27,7 +27,7 @@ def _figure(value: float | None, form: str = ",") -> str:
 
 
 def status_table(reports: Sequence[Mapping[str, Any]]) -> Table:
-    """One line a run: state, progress, and when something last happened."""
+    """One line a run: state, progress, and when something last happened; one an evaluation of its own job."""
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("run", no_wrap=True)
     table.add_column("state", overflow="fold", min_width=len("CANCELLED"))
@@ -36,12 +36,12 @@ def status_table(reports: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("last event", overflow="fold", min_width=6)
     for report in reports:
-        job, total = report["job"] or "", report["total_steps"]
+        total = report["total_steps"]
         step = 0 if total and report["step"] is None else report["step"]
         table.add_row(
             report["name"],
             _state(report),
-            "local" if job.startswith("local-") else job,
+            _job(report),
             _figure(report["attempt"]),
             _figure(step) + (f"/{total:,}" if total else ""),
             _figure(report["loss"], ".4f"),
@@ -49,7 +49,14 @@ def status_table(reports: Sequence[Mapping[str, Any]]) -> Table:
             _figure(report["checkpoint"]),
             _event(report),
         )
+        for owed in report["evaluations"]:
+            table.add_row(f"  evaluation of step {owed['step']:,}", _state(owed), _job(owed))
     return table
+
+
+def _job(report: Mapping[str, Any]) -> str:
+    job = report["job"] or ""
+    return "local" if job.startswith("local-") else job
 
 
 def _state(report: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ class Order:
     lead: float
     grace: float
     environment: Mapping[str, str]
+    evaluations: bool = False  # whether a process beside the ranks starts jobs for owed evaluations
 
 
 class Signals:
@@ -168,6 +169,9 @@ def live(run: Run) -> int:
     job_id = local_job_id()
     order = Order(**files.read_json(run.submitit / ORDER))
     shutil.copy(run.submitit / PICKLE, run.submitit / f"{job_id}_submitted.pkl")
+    if order.evaluations:  # it outlives this process until nothing is left to start
+        command = [sys.executable, "-m", "jobs.submit.evaluations", str(run.path), "watch"]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while True:
         try:
             attempt = act.claim(run, job_id, Slurm())

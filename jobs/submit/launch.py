@@ -42,13 +42,15 @@ def on_slurm(
     grace: float,
     trainee: str = TRAINEE,
     used: Callable[[int], int] = lambda granted: granted,
+    evaluations: bool = False,
 ) -> str:
     """Submit the job of a run that runs the code in `code`; returns its id.
 
-    Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
+    `evaluations`: its script starts what the training leaves to jobs of their own. Raises UserError with
+    SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
     """
     job = _write_job(run, trainee)
-    chosen = parameters.of_run(cluster, run, code, grace=grace, used=used)
+    chosen = parameters.of_run(cluster, run, code, grace=grace, used=used, evaluations=evaluations)
     return queue([job], chosen, run.submitit)[0]
 
 
@@ -122,10 +124,18 @@ def _refusal(failure: Exception) -> UserError:
     )
 
 
-def locally(cluster: Cluster, run: Run, code: Path, *, grace: float, trainee: str = TRAINEE) -> str:
+def locally(
+    cluster: Cluster,
+    run: Run,
+    code: Path,
+    *,
+    grace: float,
+    trainee: str = TRAINEE,
+    evaluations: bool = False,
+) -> str:
     """Start the local supervisor; returns its job id ("local-HOST-PID-START").
 
-    It lives on, in a session of its own, whatever becomes of this process.
+    It lives on, in a session of its own, whatever becomes of this process. `evaluations` as in `on_slurm`.
     """
     _write_job(run, trainee)
     order = local.Order(
@@ -136,11 +146,17 @@ def locally(cluster: Cluster, run: Run, code: Path, *, grace: float, trainee: st
         lead=parameters.lead_seconds(cluster.time.seconds, grace),
         grace=grace,
         environment=script.environment(cluster),
+        evaluations=evaluations,
     )
     files.write_json(run.submitit / local.ORDER, asdict(order))
+    return local_job_id(detached(run, code, "jobs.endings", "local", str(run.path)))
+
+
+def detached(run: Run, code: Path, *module: str) -> int:
+    """Start a module of the code in `code` in a session of its own, its output in the run's log; its pid."""
     with _outside_of_jobs(), (run.submitit / LOCAL_LOG).open("ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.endings", "local", str(run.path)],
+            [sys.executable, "-m", *module],
             cwd=code,
             env=snapshot.environment(code),
             stdin=subprocess.DEVNULL,
@@ -148,7 +164,7 @@ def locally(cluster: Cluster, run: Run, code: Path, *, grace: float, trainee: st
             stderr=stream,
             start_new_session=True,
         )
-    return local_job_id(process.pid)
+    return process.pid
 
 
 def await_claim(run: Run, job: str) -> bool:

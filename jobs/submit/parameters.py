@@ -49,10 +49,11 @@ def of_run(
     *,
     grace: float,
     used: Callable[[int], int] = lambda granted: granted,
+    evaluations: bool = False,
 ) -> dict[str, Any]:
-    """Parameters of a run's job, which runs the code in `code`; for `used` see `script.of_run`."""
+    """Parameters of a run's job, which runs the code in `code`; for the others see `script.of_run`."""
     lead = lead_seconds(cluster.time.minutes * 60, grace)
-    setup = script.of_run(cluster, run, code, lead=lead, used=used)
+    setup = script.of_run(cluster, run, code, lead=lead, used=used, evaluations=evaluations)
     return of_job(cluster, name=run.name, comment=str(run.path), setup=setup, lead=lead)
 
 

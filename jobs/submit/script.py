@@ -29,7 +29,12 @@ clipcluster_end() {  # $1: the exit code so far
         clipcluster_code="$(VERDICT "$1")"
     fi
     [ -n "$clipcluster_code" ] || clipcluster_without_verdict "$1"
+    [ -z "$clipcluster_watch" ] || clipcluster_last_evaluations
     exit "$clipcluster_code"
+}
+clipcluster_last_evaluations() {  # of a job that nobody cancelled and that does not come back
+    kill "$clipcluster_watch" 2>/dev/null
+    [[ $clipcluster_code =~ ^(85|88|130)$ ]] || "${clipcluster_evaluate[@]}" finish </dev/null >&2
 }
 clipcluster_without_verdict() {  # sets clipcluster_code
     local job=$clipcluster_job restarts=${SLURM_RESTART_COUNT:-0} seen before
@@ -86,7 +91,7 @@ def setup(
     return [
         "trap 'clipcluster_end $?' EXIT",
         "trap : TERM  # outlive the ranks, so that their end is decided",
-        "clipcluster_code= clipcluster_began=",
+        "clipcluster_code= clipcluster_began= clipcluster_watch=",
         f"clipcluster_marks={shlex.quote(str(marks))}",
         'clipcluster_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'clipcluster_job="${clipcluster_job:-$SLURM_JOB_ID}"  # as scontrol requeue must be told it',
@@ -101,11 +106,20 @@ def setup(
     ]
 
 
-def of_run(cluster: Cluster, run: Run, code: Path, *, lead: int, used: Callable[[int], int]) -> list[str]:
+def of_run(
+    cluster: Cluster,
+    run: Run,
+    code: Path,
+    *,
+    lead: int,
+    used: Callable[[int], int],
+    evaluations: bool = False,
+) -> list[str]:
     """What the batch script of a run does before srun: it claims an attempt, and says what the ranks need.
 
     Where the run is finished or cancelled the script leaves with 0; where another job owns it with 88.
-    `used`: of a range of nodes SLURM grants some, of which so many take part; the rest idle.
+    `used`: of a range of nodes SLURM grants some, of which so many take part; the rest idle. `evaluations`: a
+    process beside the ranks starts jobs for those that the training leaves to them.
     """
     folder, python = shlex.quote(str(run.path)), shlex.quote(sys.executable)
     return setup(
@@ -129,9 +143,21 @@ def of_run(cluster: Cluster, run: Run, code: Path, *, lead: int, used: Callable[
             "    exit",
             "fi",
             f"export {ATTEMPT}",
+            *(_evaluation_lines(run) if evaluations else []),
             *_node_lines(cluster, used),
         ],
     )
+
+
+def _evaluation_lines(run: Run) -> list[str]:
+    """Start jobs for owed evaluations beside the ranks; `clipcluster_end` starts the last ones."""
+    words = [sys.executable, "-m", "jobs.submit.evaluations", str(run.path)]
+    return [
+        f"clipcluster_evaluate=({shlex.join(words)})",
+        '"${clipcluster_evaluate[@]}" watch </dev/null >&2 &',
+        "clipcluster_watch=$!",
+        "disown  # the shell says nothing of its end",
+    ]
 
 
 def _node_lines(cluster: Cluster, used: Callable[[int], int]) -> list[str]:

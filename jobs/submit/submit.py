@@ -26,7 +26,8 @@ from clipcluster.runs.names import as_typed, run_name, similar_runs
 from clipcluster.text import counted
 from jobs import submissions
 from jobs.state import Queue, State, state_of
-from jobs.submit import assets, executor, launch, parameters, snapshot
+from jobs.submit import assets, evaluations, executor, launch, parameters, snapshot
+from jobs.submit.recorded import launched
 from jobs.train import TRAINEE
 from tools.slurm import Slurm
 
@@ -48,7 +49,8 @@ class Wanted:
     follow: bool = False
     dry_run: bool = False
     quick: bool = False
-    trainee: str = TRAINEE
+    trainee: str = TRAINEE  # what a rank of the training runs
+    evaluator: str = evaluations.TRAINEE  # … and one of an evaluation's own job
     say: Callable[[str], None] = field(default=print)
 
 
@@ -123,7 +125,12 @@ def _settled(run: Run, wanted: Wanted) -> State:
 
 
 def _as_it_is(run: Run, state: State, wanted: Wanted) -> Submitted:
-    """A run that needs no submission. A job whose submitter died is recorded, but by a dry run."""
+    """A run that needs no submission, but perhaps its evaluations. A dry run records nothing.
+
+    A job whose submitter died is recorded.
+    """
+    if not wanted.dry_run:
+        evaluations.resume(run, wanted.say, watched=state.queued)
     if not state.queued:
         wanted.say(f"{run.name} is finished; see: clipcluster status {as_typed(run)}")
         return Submitted(run, None)
@@ -234,6 +241,7 @@ def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetche
         "plan": {"total_steps": plan.total_steps},
         "executor": chosen,
         "code": None,
+        "evaluator": wanted.evaluator,
     }
     made = not run.exists()
     if made:
@@ -263,46 +271,29 @@ def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetche
             f"{run.name}: its process has not claimed the run within {launch.START_SECONDS:g} s; "
             f"see {run.submitit / launch.LOCAL_LOG}"
         )
+    evaluations.resume(run, say, watched=checked.recipe.evaluate.where == "job")
     return job
 
 
 def _launch(
     run: Run, recipe: Recipe, code: Path, chosen: str, wanted: Wanted, *, grace: float, made: bool
 ) -> str:
-    """The job's id. The intent is recorded before, the job or the refusal after it.
-
-    Only what SLURM refused leaves no folder behind: after any other failure the job may exist.
-    """
-    intent = submissions.intend(run, chosen, code.name)
+    """The job's id. What SLURM refused leaves no folder behind; after any other failure the job may exist."""
     try:
-        if chosen == "local":
-            job = launch.locally(recipe.cluster, run, code, grace=grace, trainee=wanted.trainee)
-        else:
-            job = launch.on_slurm(
-                recipe.cluster,
-                run,
-                code,
-                grace=grace,
-                trainee=wanted.trainee,
-                used=lambda granted: usable_nodes(recipe, granted),
-            )
-    except launch.NoAnswer as silence:
-        found = Queue().jobs_of(run)
-        if not found:
-            raise UserError(
-                f"{run.name}: {silence}. Whether the job was accepted is not known: submit the run again "
-                "in a minute, which finds the job or queues a new one."
-            ) from None
-        job = found[-1]
-    except UserError as refusal:
-        submissions.record(run, intent, refused=str(refusal))
+        return launched(
+            run,
+            recipe.cluster,
+            code,
+            chosen,
+            grace=grace,
+            trainee=wanted.trainee,
+            say=wanted.say,
+            used=lambda granted: usable_nodes(recipe, granted),
+            evaluations=recipe.evaluate.where == "job",
+        )
+    except launch.NoAnswer:
+        raise
+    except UserError:
         if made:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
-    except BaseException:
-        for job in Queue().jobs_of(run)[-1:] if chosen == "slurm" else []:
-            submissions.record(run, intent, job=job)
-            wanted.say(f"{run.name} is queued, as job {job}; to end it: clipcluster cancel {run.name}")
-        raise
-    submissions.record(run, intent, job=job)
-    return job

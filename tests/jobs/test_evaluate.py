@@ -54,15 +54,28 @@ def test_refusals_come_before_torch(recipe, tmp_path):
     assert lines[5] == "[]"
 
 
-def test_the_headline_comes_first(run):
-    assert latest(run) is None
-    metrics = {"a/paired_i2t_r1": 0.1, "a/distinct_captions": 5000, "b/i2t_r1": None, "a/zero_shot_top1": 0.5}
-    run.evals.mkdir(exist_ok=True)
-    files.write_json(run.evals / "step-00000003.json", {"step": 3, "metrics": metrics})
+METRICS = {"a/paired_i2t_r1": 0.1, "a/distinct_captions": 5000, "b/i2t_r1": None, "a/zero_shot_top1": 0.5}
+
+
+def lines_of(run, **how):
     console = Console(file=io.StringIO(), width=200)
-    console.print(shown(latest(run)))
+    console.print(shown(latest(run), **how))
     assert " \n" not in console.file.getvalue()
-    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    return [line.strip() for line in console.file.getvalue().splitlines()]
+
+
+def test_the_headline_alone_or_all_of_it(run):
+    assert latest(run) is None
+    run.evals.mkdir(exist_ok=True)
+    files.write_json(run.evals / "step-00000003.json", {"step": 3, "metrics": METRICS})
+    lines = lines_of(run)
+    assert lines[0] == "evaluation at step 3"
+    assert [line.split() for line in lines[1:]] == [
+        ["a", "zero-shot", "top1", "50.00", "%"],
+        ["b", "retrieval", "i2t_r1", "not", "finite"],
+        ["and", "2", "more:", "clipcluster", "evaluate", "…", "--all"],
+    ]
+    lines = lines_of(run, all_of_it=True)
     assert lines[0] == "evaluation at step 3"
     assert [line.split(" (")[0] for line in lines[1::2]] == [
         "zero-shot",
@@ -77,3 +90,5 @@ def test_the_headline_comes_first(run):
         ["a", "distinct_captions", "5,000"],
     ]
     assert "an image's other captions are wrong" in lines[5]
+    files.write_json(run.evals / "step-00000004.json", {"step": 4, "metrics": {"a/top1": 0.25}})
+    assert [line.split() for line in lines_of(run)[1:]] == [["a", "classification", "top1", "25.00", "%"]]

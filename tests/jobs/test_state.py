@@ -8,13 +8,14 @@ import pytest
 from rich.console import Console
 
 from clipcluster.errors import UserError
-from clipcluster.runs import files
+from clipcluster.runs import evaluations, files
+from clipcluster.runs.folder import Run
 from jobs import submissions
 from jobs.cancel import cancel
 from jobs.cli.tables import age, status_table
 from jobs.endings import history
 from jobs.state import Queue, Watched, last_metrics, report, state_of
-from tools.slurm import SlurmUnavailable, parse_queue
+from tools.slurm import Slurm, SlurmUnavailable, parse_queue
 
 
 class Answers(Queue):
@@ -30,6 +31,7 @@ class Answers(Queue):
         found = {job.job_id: job for job in parse_queue("\n".join(lines))}
         self.__dict__["_jobs"] = None if silent else found
         self._ended = ended or {}
+        self.slurm = Slurm()
 
     def afterwards(self, job_id):
         return self._ended.get(job_id)
@@ -258,3 +260,39 @@ def test_a_launch_with_an_answer(run):
     submissions.record(run, submissions.intend(run, "slurm", "code-1"), job="17")
     assert submissions.job_ids(run) == ["17"]
     assert state_of(run, Answers({"17": ("PENDING", "Priority")})).name == "PENDING"
+
+
+def test_the_evaluations_of_a_run_are_named_and_cancelled_with_it(run):
+    attempt = claimed(run)
+    waiting, running, failed = (evaluations.owe(attempt, step) for step in (5, 10, 15))
+    for owed, job in ((running, "20"), (failed, "21")):
+        Run.create(owed.job.path, {"name": "toy"}, {})
+        submitted(owed.job, job)
+    judged(claimed(failed.job, "21"), "fail", code=90, reason="shard 3 changed")
+    failed.give_up()
+    queue = Answers({"17": ("RUNNING", "None"), "20": ("PENDING", "Priority")})
+    found = report(run, queue)
+    assert found["evaluations"] == [
+        {"step": 5, "state": "OWED", "detail": "", "job": None},
+        {"step": 10, "state": "PENDING", "detail": "Priority", "job": "20"},
+        {"step": 15, "state": "FAILED", "detail": "shard 3 changed", "job": "21"},
+    ]
+    console = Console(width=100, file=io.StringIO())
+    console.print(status_table([found]))
+    lines = console.file.getvalue().splitlines()
+    assert "evaluation of step 10" in lines[3]
+    assert "PENDING (Priority)" in lines[3]
+    assert lines[3].split()[-1] == "20"
+
+    ended = []
+    queue.slurm.cancel = ended.extend
+    assert cancel(run, queue).splitlines() == [
+        f"{run.name}: cancelled 17",
+        f"{running.job.name}: cancelled 20",
+    ]
+    assert ended == ["17", "20"]
+    assert running.job.cancelled_jobs() == {"20"}
+    assert evaluations.owed_by(run) == []
+    after = {one["step"]: one["state"] for one in report(run, Answers())["evaluations"]}
+    assert after == {5: "CANCELLED", 10: "CANCELLED", 15: "FAILED"}
+    assert waiting.name in {owed.name for owed in evaluations.failed_of(run)}

@@ -11,6 +11,7 @@ misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the
     imports: seconds                             of what stands for the import of torch
     deaf: {attempts, until}                      all ranks ignore what they agreed on (till that signal comes)
     save_seconds: seconds                        that the save of a stop takes
+    evaluation: {seconds, fails}                 owed at every save, and made by `evaluate` in its own job
 """
 
 import builtins
@@ -22,7 +23,7 @@ import signal
 import socket
 import time
 
-from clipcluster.runs import files
+from clipcluster.runs import evaluations, files
 from clipcluster.runtime.outcome import DataError, LostPeers, Outcome
 from clipcluster.runtime.stop import Wish
 
@@ -161,8 +162,29 @@ def train(run, attempt, place, stop):
             peers.agree(Wish.NONE)
             return Outcome.STOPPED
         if place.rank == 0 and step % every == 0:
+            if "evaluation" in orders:
+                evaluations.owe(attempt, step)
             save(run, attempt, step)
     if place.rank == 0:
         save(run, attempt, step)
     peers.agree(Wish.NONE)
+    return Outcome.FINISHED
+
+
+def evaluate(run, attempt, place, stop):
+    """An evaluation by a job of its own, without torch: `evaluation` of $TRAINEE has its `seconds` (0.1)."""
+    orders = json.loads(os.environ.get("TRAINEE", "{}")).get("evaluation", {})
+    owed = evaluations.of_job(run)
+    attempt.step = owed.step
+    if orders.get("fails"):
+        raise DataError("shard 00007.tar changed")
+    end = time.monotonic() + orders.get("seconds", 0.1)
+    while time.monotonic() < end:
+        time.sleep(0.05)
+        if stop.requested:
+            return Outcome.STOPPED
+    attempt.check()
+    metrics = {"val/t2i_r1": 1 / owed.step}
+    about = {"step": owed.step, "attempt": evaluations.attempt_of(owed), "job": attempt.job, "ema": False}
+    owed.settle({**about, "metrics": metrics}, {"sets": {}})
     return Outcome.FINISHED

@@ -262,6 +262,17 @@ def test_epoch_samples_set_the_epoch(small: Small) -> None:
     assert found.checkpoint_every == 1
 
 
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [("7 steps", 7), ("24 samples", 2), ("0.5 epochs", 5), ("2 epochs", 20), ("25%", 8), ("1 sample", 1)],
+)
+def test_evaluations_come_by_steps_samples_epochs_or_parts_of_the_run(
+    small: Small, every: str, steps: int
+) -> None:
+    found = plan(small(f"evaluate.every={every}", "train.duration=31 steps").recipe, 120, 1)
+    assert (found.steps_per_epoch, found.evaluate_every) == (10, steps)
+
+
 def test_periods_are_in_steps_or_by_the_clock(small: Small) -> None:
     found = plan(small("checkpoint.keep.every=1 epoch").recipe, 120, 1)
     assert (found.log_every, found.evaluate_every, found.checkpoint_every, found.keep_every) == (

@@ -117,6 +117,8 @@ def test_the_walk_sees_nested_keys() -> None:
         ("name", "record"),
         ("checkpoint.every", "record"),
         ("evaluate.batch_size", "record"),
+        ("evaluate.where", "record"),
+        ("evaluate.cluster.time", "record"),
         ("cluster.nodes", "record"),
     ],
 )
@@ -270,3 +272,25 @@ def test_one_strength_of_color_jitter_is_three() -> None:
     assert Image(color_jitter=0.4).color_jitter == (0.4, 0.4, 0.4, 0.0)
     read_back = Image(**Image(color_jitter=[0.4, 0.3, 0.2, 0.1]).model_dump(mode="json"))
     assert read_back.color_jitter == (0.4, 0.3, 0.2, 0.1)
+
+
+def test_the_job_of_an_evaluation_is_small_and_asks_for_what_its_section_says() -> None:
+    training = {"nodes": "2-4", "gpus_per_node": 8, "tasks_per_node": 8, "mem": "500 GB", "grace": "90 s"}
+    recipe = Recipe.model_validate(recipe_of(cluster={**training, "partition": "low", "account": "vision"}))
+    asked = recipe.evaluate.cluster_of_job(recipe.cluster)
+    assert (str(asked.nodes), asked.gpus_per_node, asked.ranks_per_node) == ("1", 1, 1)
+    assert (asked.mem, asked.time, asked.grace) == (
+        recipe.cluster.mem,
+        recipe.cluster.time,
+        recipe.cluster.grace,
+    )
+    assert (asked.partition, asked.account) == ("low", "vision")
+    own = {"gpus_per_node": 2, "mem": "64 GB", "time": "30 min", "partition": "short"}
+    recipe = Recipe.model_validate(recipe_of(cluster=training, evaluate={"where": "job", "cluster": own}))
+    asked = recipe.evaluate.cluster_of_job(recipe.cluster)
+    assert (asked.gpus_per_node, asked.ranks_per_node, str(asked.mem)) == (2, 2, "64 GB")
+    assert (str(asked.time), asked.partition, asked.grace) == ("30 min", "short", None)
+    on_cpu = Recipe.model_validate(recipe_of(cluster={"gpus_per_node": 0, "tasks_per_node": 4}))
+    asked = on_cpu.evaluate.cluster_of_job(on_cpu.cluster)
+    assert (asked.gpus_per_node, asked.ranks_per_node) == (0, 1)
+    assert Cluster.model_validate(asked.model_dump(mode="json")) == asked

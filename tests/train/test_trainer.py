@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipcluster.errors import StaleAttempt
+from clipcluster.runs.evaluations import attempt_of, owed_by
 from clipcluster.runs.files import read_json, read_lines
 from clipcluster.runs.merge import bad_samples, events, merged_metrics
 from clipcluster.runtime.outcome import (
@@ -27,7 +28,7 @@ from clipcluster.runtime.outcome import (
     OutOfMemory,
     RecipeFailure,
 )
-from clipcluster.runtime.stop import Stop
+from clipcluster.runtime.stop import Stop, Wish
 from tests.consumed import merged_samples
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
@@ -580,3 +581,116 @@ def test_metrics_are_json_that_others_can_read(toy: ModuleType, run: Any) -> Non
     toy.go(run, steps=2)
     text = (run.newest().path / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]
+
+
+def settle(toy: ModuleType, run: Any, step: int, size: float) -> None:
+    """What a job of its own does that measured a step."""
+    (owed,) = [owed for owed in owed_by(run) if owed.step == step]
+    document = {"step": step, "attempt": attempt_of(owed), "job": "7", "metrics": {"toy/size": size}}
+    owed.settle(document, {"sets": {}})
+
+
+def test_an_evaluation_by_a_job_keeps_its_checkpoint_until_it_is_done(toy: ModuleType, run: Any) -> None:
+    script = {"evaluate_every": 3, "by_job": True, "save_every": 1, "keep_last": 2, "steps": 10}
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
+    fetch = trainer.feed.next
+
+    def fetch_and_settle() -> Any:
+        if trainer.progress.step == 8:
+            trainer.saver.finish()
+            assert trainer.saver.folder.steps() == [3, 6, 7, 8]
+            settle(toy, run, 3, 1.0)
+        return fetch()
+
+    trainer.feed.next = fetch_and_settle
+    assert trainer.run() is Outcome.FINISHED
+    assert trainer.evaluations.suite.steps == []
+    assert [owed.step for owed in owed_by(run)] == [6, 9, 10]
+    assert trainer.saver.folder.steps() == [6, 9, 10]
+    assert merged_metrics(run)[2]["toy/size"] == 1.0
+    assert trainer.saver.folder.evaluation(10) == {}
+
+
+def test_late_results_decide_which_checkpoint_is_best(toy: ModuleType, run: Any) -> None:
+    script = {
+        "evaluate_every": 2,
+        "by_job": True,
+        "save_every": None,
+        "keep_last": 2,
+        "keep_best": "toy/size",
+    }
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
+    fetch = trainer.feed.next
+
+    def fetch_and_settle() -> Any:
+        if trainer.progress.step == 9:
+            trainer.saver.finish()
+            for step, size in ((6, 1.0), (2, 2.0), (4, 3.0), (8, 0.5)):
+                settle(toy, run, step, size)
+        return fetch()
+
+    trainer.feed.next = fetch_and_settle
+    assert trainer.run() is Outcome.FINISHED
+    assert trainer.saver.folder.steps() == [4, 10, 12]
+
+
+def die_once_owed(trainer: Any) -> None:
+    """Kill it after the mark of step 6, with no checkpoint of that step or any other."""
+    trainer.saver.wishes = lambda at: kill(trainer) if at.evaluated_step == 6 else Wish.NONE
+
+
+def die_once_durable(trainer: Any) -> None:
+    """Kill it as soon as the checkpoint of step 6 is there."""
+    finish = trainer.saver.finish
+
+    def finish_and_die() -> None:
+        finish()
+        if trainer.saver.durable_step == 6:
+            kill(trainer)
+
+    trainer.saver.finish = finish_and_die
+
+
+@pytest.mark.parametrize("save_every", [1, 4])
+def test_an_evaluation_left_to_a_job_is_owed_once_whatever_ends_the_training(
+    toy: ModuleType, run: Any, save_every: int
+) -> None:
+    script = {"evaluate_every": 6, "by_job": True, "save_every": save_every}
+    for die in (die_once_owed, die_once_durable):
+        trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
+        die(trainer)
+        with pytest.raises(Killed):
+            trainer.run()
+        assert [owed.step for owed in owed_by(run)] == [6]
+    (owed,) = owed_by(run)
+    assert toy.go(run, **script).outcome is Outcome.FINISHED
+    assert [each.step for each in owed_by(run)] == [6, 12]
+    assert owed_by(run)[0] == owed
+
+
+def test_a_roll_back_owes_the_evaluations_of_its_steps_anew(toy: ModuleType, run: Any) -> None:
+    script = {"poison": [4, 5, 6, 7, 8, 9], "save_every": 3, "limit": 2, "log_every": 9, "steps": 18}
+    before: list[Any] = []
+    trainer = toy.build(
+        run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script, evaluate_every=6, by_job=True)
+    )
+    restore = trainer.saver.resumed_from
+
+    def look(step: int) -> None:
+        before.extend(owed_by(run))
+        restore(step)
+
+    owe_of_row: list[Any] = []
+    set_aside = trainer.saver.folder.set_aside
+
+    def set_aside_and_look(step: int, reason: str) -> None:
+        owe_of_row.extend(owed_by(run))
+        set_aside(step, reason)
+
+    trainer.saver.folder.set_aside = set_aside_and_look
+    trainer.saver.resumed_from = look
+    assert trainer.run() is Outcome.FINISHED
+    (undone,) = {owed for owed in owe_of_row if owed.step == 6}
+    assert before == []
+    assert [owed.step for owed in owed_by(run)] == [6, 12, 18]
+    assert undone not in owed_by(run)

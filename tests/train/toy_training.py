@@ -60,6 +60,7 @@ class Script:
     save_every: int | None = 4
     log_every: int = 1
     evaluate_every: int | None = None
+    by_job: bool = False  # evaluations are left to jobs of their own
     stop_at: int | None = None  # request a stop while batch number stop_at is fetched
     stop_rank: int = 0
     stop_in_evaluation: bool = False
@@ -292,6 +293,7 @@ def saver_of(script: Script, attempt: Any, world: World, records: Records) -> Sa
         keep=Keep(last=script.keep_last, best=Best(metric=script.keep_best) if script.keep_best else None),
         constants=constants,
         every_steps=script.save_every,
+        evaluated=script.by_job,
     )
 
 
@@ -333,6 +335,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         total_steps=script.steps,
         precision=precision,
         ema=ema,
+        by_job=script.by_job,
     )
     metrics = Metrics(attempt, world, every=script.log_every, total_steps=script.steps)
     return Trainer(

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from clipcluster.recipe.sections.base import Section, key, section
+from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.values import Int
-from clipcluster.recipe.units import Duration
+from clipcluster.recipe.units import Duration, Memory, Nodes, Time
+
+
+class Resources(Section):
+    """What the job of an evaluation asks for on its one node; the rest is as in the section cluster."""
+
+    gpus_per_node: Int | None = key(
+        "record", "GPUs, a rank each; 0: one rank on the CPU. Default: 1, or 0 as in training.", None, ge=0
+    )
+    cpus_per_task: Int | None = key("record", "CPU cores of each rank. Default: as in training.", None, ge=1)
+    mem: Memory | None = key("record", "Memory of the node. Default: as in training.", None)
+    time: Time | None = key("record", "Time limit, for a whole evaluation. Default: as in training.", None)
+    partition: str | None = key("record", "SLURM partition. Default: as in training.", None)
+    qos: str | None = key("record", "SLURM quality of service. Default: as in training.", None)
+    constraint: str | None = key("record", "SLURM node features. Default: as in training.", None)
 
 
 class ZeroShot(Section):
@@ -81,6 +96,13 @@ class Evaluate(Section):
     every: Duration | None = key(
         "record", "How often, besides the end of the run. Default: only at the end.", None
     )
+    where: Literal["train", "job"] = key(
+        "record",
+        "train: in the training, which waits meanwhile. job: as a job of its own, from the checkpoint of the "
+        "step, which is kept until then; training continues.",
+        "train",
+    )
+    cluster: Resources = section("With where: job, what such a job asks for.", {})
     retrieval: tuple[str, ...] = key(
         "record",
         "Shard folders for image-text retrieval; metrics are named by the last component of each.",
@@ -110,6 +132,18 @@ class Evaluate(Section):
         """The entries of one of the keys that name sets, each once."""
         found: tuple[Entry, ...] = getattr(self, kind)
         return tuple(dict.fromkeys(found))
+
+    def cluster_of_job(self, training: Cluster) -> Cluster:
+        """The `cluster` section of an evaluation's own job: one node of the training's, with what differs."""
+        own = {name: value for name, value in self.cluster if value is not None}
+        small: dict[str, Any] = {
+            "nodes": Nodes(1, 1),
+            "gpus_per_node": min(1, training.gpus_per_node),
+            "tasks_per_node": None,
+        }
+        if "partition" in own:
+            small["grace"] = None  # it was found for the training's partition
+        return training.model_copy(update={**small, **own})
 
 
 def folders_of(entry: Entry) -> tuple[str, ...]:

@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from clipcluster.recipe.sections.cluster import Cluster
@@ -38,6 +40,7 @@ class Job:
 
     def __init__(self, run, folder):
         self.run, self.folder, self.name, self.code = run, folder, "17", ROOT
+        self.evaluations = False
         self.programs = folder / "programs"
         self.programs.mkdir()
         self.program("scontrol", SCONTROL.format(folder=folder))
@@ -61,7 +64,9 @@ class Job:
         from submitit.slurm.slurm import _make_sbatch_string
 
         self.program("srun", f"#!/bin/sh\n{srun}\n")
-        chosen = of_run(Cluster(gpus_per_node=0, **cluster), self.run, self.code, grace=30)
+        chosen = of_run(
+            Cluster(gpus_per_node=0, **cluster), self.run, self.code, grace=30, evaluations=self.evaluations
+        )
         return _make_sbatch_string(command="ranks", folder=self.run.submitit, **chosen)
 
     def start(self, srun="exit 0", *, restarts=0, environment=None, **cluster):
@@ -297,3 +302,33 @@ def test_a_silent_slurm_is_not_asked_again_before_the_requeue(job, monkeypatch):
     attempt = job.run.claim("17", host="n1", still_running=lambda job: False)
     assert act.conclude(job.run, attempt, 137, Slurm(), {"SLURM_JOB_ID": "17"}) == 85
     assert (job.folder / "calls").read_text() == "show job 17\nrequeue 17\n"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "looks"), [("finished", 0, 2), ("failed", 90, 2), ("stopped", 85, 1)]
+)
+def test_owed_evaluations_are_looked_at_beside_the_ranks_and_after_the_last(job, outcome, code, looks):
+    """One is owed that cannot be started, since this run's recipe says nothing: each look says so once."""
+    job.evaluations, path = True, job.run.path
+    (path / "settings.yaml").write_text("executor: slurm\n")
+    (job.run.evals / "owed").mkdir()
+    (job.run.evals / "owed" / "step-00000005-1a2b").write_text('{"attempt": 1}')
+    folder = job.run.checkpoints / "step-00000005"
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    (folder / "manifest.json").write_text('{"files": {"state.json": {"bytes": 2, "sha256": ""}}}')
+    end = {"outcome": outcome, "code": code, "reason": "", "advice": "", "rank": 0, "host": "n1"}
+    said, log = "could not be started", job.run.submitit / "17_0_log.err"
+    srun = f"until grep -q '{said}' {log}; do /bin/sleep 0.05; done"
+    srun += f"\ncat >{path}/attempts/1/outcome.json <<'END'\n{json.dumps(end)}\nEND\nexit {code}"
+    assert job.start(srun) == code
+    assert job.log.count(said) == looks, job.log
+    assert "disown" not in job.log
+    deadline = time.monotonic() + 10
+    while any(str(path) in words and "watch" in words for words in commands()):
+        assert time.monotonic() < deadline, "it outlives the ranks"
+
+
+def commands():
+    """The words of every process that can be seen."""
+    return [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
