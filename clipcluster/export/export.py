@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from clipcluster.build.opened import Opened
 
 FORMATS: Mapping[str, str] = {
+    "open_clip": "clipcluster.export.open_clip:export_open_clip",
     "hf": "clipcluster.export.hugging_face:write",
     "safetensors": "clipcluster.export.towers:write",
     "onnx": "clipcluster.export.onnx_files:write",
@@ -54,7 +55,8 @@ def export(
 
     opened = found.open(weights=weights, device="cpu")
     with written_whole(out) as folder:
-        resolve_name(FORMATS[kind])(opened, folder)
+        place = {"final": out} if kind == "open_clip" else {}  # a part of it is looked for by its path
+        resolve_name(FORMATS[kind])(opened, folder, **place)
         (folder / "README.md").write_text(card(opened, kind), encoding="utf-8")
         about = {"format": kind, "name": opened.name, "step": opened.step, "ema": opened.averaged}
         write_json(folder / EXPORT, about)

@@ -13,10 +13,10 @@ from jobs.cli.options import AnyModel, Runs, Weights, say
 def export(
     what: AnyModel,
     kind: Annotated[
-        Literal["hf", "safetensors", "onnx"],
+        Literal["open_clip", "hf", "safetensors", "onnx"],
         typer.Option(
             "--format",
-            help="hf: a dual encoder of transformers; safetensors: each tower for timm or transformers; "
+            help="open_clip: a model of OpenCLIP; hf: a dual encoder of transformers; safetensors: each tower for timm or transformers; "
             "onnx: both towers as graphs.",
         ),
     ],
