@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -44,7 +45,7 @@ def export_open_clip(opened: Opened, folder: Path, final: Path | None = None) ->
     if isinstance(tokenizer, ClipTokenizer):
         shutil.copyfile(recipe.data.text.tokenizer, folder / VOCABULARY)
     else:
-        plain = copy(tokenizer)
+        plain: Any = copy(tokenizer)
         plain.clean = "none"  # OpenCLIP cleans captions itself, by `tokenizer_kwargs`
         write_tokenizer(replace(opened, tokenizer=plain), folder)
     if "hf_model_name" in text:

@@ -21,9 +21,9 @@ from models import (
 )
 from PIL import Image
 
-from clipcluster.build.opened import Opened, described
 from clipcluster.build.open_clip_config import CONFIG
 from clipcluster.build.open_clip_config import recipe_of as sections_of_folder
+from clipcluster.build.opened import Opened, described
 from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import evaluation_transform
 from clipcluster.errors import UserError
@@ -90,7 +90,7 @@ def exported(kind: str, folder: Path) -> Opened:
 
 
 def featured(folder: Path, photographs: list[Path]) -> tuple[Any, Any, Any]:
-    """The model as OpenCLIP reads it, and its features of the same files by its own transform and tokenizer."""
+    """The model as OpenCLIP reads it, and its features by its own transform and tokenizer."""
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     pixels = torch.stack([preprocess(Image.open(file)) for file in photographs])
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
