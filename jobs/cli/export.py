@@ -16,9 +16,8 @@ def export(
         Literal["open_clip", "hf", "safetensors", "onnx"],
         typer.Option(
             "--format",
-            help="open_clip: a model of OpenCLIP; hf: a dual encoder of transformers; safetensors: each tower "
-            "for timm or transformers; "
-            "onnx: both towers as graphs.",
+            help="open_clip: a model of OpenCLIP; hf: a dual encoder of transformers; safetensors: each "
+            "tower for timm or transformers; onnx: both towers as graphs.",
         ),
     ],
     out: Annotated[
