@@ -23,7 +23,7 @@ AnyModel = Annotated[
     str,
     typer.Argument(
         metavar="RUN|CHECKPOINT|FOLDER",
-        help="A run, a checkpoint's folder, or a model's in Hugging Face's layout.",
+        help="A run, a checkpoint's folder, or that of an OpenCLIP or Hugging Face model.",
     ),
 ]
 Weights = Annotated[

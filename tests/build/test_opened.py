@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional
@@ -114,7 +114,7 @@ def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no model; give a run, one of its checkpoints, or"):
+    with pytest.raises(UserError, match=r"holds no model; give a run, one of its checkpoints, a folder of"):
         open_model(tmp_path)
     with pytest.raises(UserError, match="is no folder; give"):
         open_model(tmp_path / "nothing")
@@ -282,6 +282,41 @@ def test_preprocessing_that_has_no_form_here_is_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_a_model_of_open_clip_gives_its_own_features(tmp_path: Path, squash: bool) -> None:
+    """Its preprocessing and tokenizer included, from the same files."""
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    vision = {"image_size": SIZE, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+    text = {"context_length": LENGTH, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    folder = tmp_path / "oc"
+    folder.mkdir()
+    save_file(open_clip.CLIP(8, vision, text).state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.25, 0.3],
+        "resize_mode": "squash" if squash else "shortest",
+    }
+    document = {
+        "model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": preprocess,
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    file = tmp_path / "1.png"
+    file.write_bytes(picture(1, (60, 40)))
+    theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    texts = ["a cat number 1", "Two dogs &amp; a " + "very " * 20 + "long street"]
+    opened = open_model(folder, device="cpu")
+    assert (opened.path, opened.step, opened.name) == (folder, None, "oc")
+    with torch.no_grad():
+        image = theirs.eval().encode_image(prepare(Image.open(file))[None], normalize=True)
+        ours = opened.model.encode_image(Transform(opened.recipe.data.image)(file)[None])
+        torch.testing.assert_close(ours, image, atol=1e-5, rtol=1e-5)
+        text = theirs.encode_text(open_clip.SimpleTokenizer(context_length=LENGTH)(texts), normalize=True)
+        ours = opened.model.encode_text(*opened.tokenizer(texts))
+        torch.testing.assert_close(ours, text, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=40)
