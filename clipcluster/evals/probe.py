@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +59,11 @@ def _labelled(model: ImageEncoder, images: EvaluationSet, context: Context, tick
 
 
 def _knn(train: _Labelled, test: _Labelled, context: Context, tick: Tick) -> float:
+    model = _neighbours(train) if context.world.is_main else None
+    return _accuracy(model, test, context, tick)
+
+
+def _neighbours(train: _Labelled) -> Any:
     from sklearn.neighbors import KNeighborsClassifier
 
     def weights(distances: np.ndarray) -> np.ndarray:
@@ -68,17 +72,16 @@ def _knn(train: _Labelled, test: _Labelled, context: Context, tick: Tick) -> flo
 
     count = min(NEIGHBOURS, len(train.classes))
     model = KNeighborsClassifier(count, weights=weights, algorithm="brute")
-    model.fit(train.features, train.classes)  # keeps the features, no more
-    return _accuracy(model.predict, test, context, tick)
+    return model.fit(train.features, train.classes)  # keeps the features, no more
 
 
 def _linear(train: _Labelled, test: _Labelled, context: Context, tick: Tick) -> float:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=C, max_iter=AT_ONCE, warm_start=True)
+    model = _regression() if context.world.is_main else None
 
     def some_iterations() -> bool:
+        from sklearn.exceptions import ConvergenceWarning
+
+        assert model is not None, "rank 0 alone fits"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of a part of the iterations
             model.fit(train.features, train.classes)
@@ -91,17 +94,23 @@ def _linear(train: _Labelled, test: _Labelled, context: Context, tick: Tick) -> 
     else:
         if context.world.is_main:
             logger.info("the linear probe has not converged in %d iterations", ITERATIONS)
-    return _accuracy(model.predict, test, context, tick)
+    return _accuracy(model, test, context, tick)
 
 
-def _accuracy(predict: Callable[[Any], Any], test: _Labelled, context: Context, tick: Tick) -> float:
-    """The fraction of images given their class; rank 0 predicts, some rows at a time."""
+def _regression() -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=C, max_iter=AT_ONCE, warm_start=True)
+
+
+def _accuracy(model: Any, test: _Labelled, context: Context, tick: Tick) -> float:
+    """The fraction of images given their class; rank 0, which alone has a model, predicts rows by rows."""
     right = 0
     for start in range(0, len(test.classes), _ROWS):
         rows = slice(start, start + _ROWS)
 
         def some(rows: slice = rows) -> int:
-            return int((predict(test.features[rows]) == test.classes[rows]).sum())
+            return int((model.predict(test.features[rows]) == test.classes[rows]).sum())
 
         tick()
         right += context.world.while_main(some)
