@@ -34,7 +34,9 @@ def test_digits_reach_the_accuracy(tmp_path):
     assert "waiting for the first batch" in said
     assert said.index("zero-shot (") < said.index("retrieval (") < said.index("retrieval, paired (")
     assert "clipcluster metrics" in said, "what to type next"
-    last = max((run / "evals").iterdir())
+    assert "open it in a browser" in clipcluster("report", str(run), "--out", "report.html")
+    assert (tmp_path / "report.html").read_text().count("<svg") >= 9
+    last = max((run / "evals").glob("step-*.json"))
     measured = json.loads(last.read_text())["metrics"]
     assert measured["test/zero_shot_images"] == 360
     assert measured["test/zero_shot_top1"] >= 0.97

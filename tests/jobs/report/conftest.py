@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PHONE, DESKTOP = 390, 1280
+PHONE, DESKTOP, PAPER = 390, 1280, 794  # pixels; the last is A4
 OVERFLOWING = """() => {
     const inside = (element) => element.closest(".scroll, pre, .bar, .reading");
     return [...document.body.querySelectorAll("*")]

@@ -17,7 +17,7 @@ from clipcluster.runs import files
 from jobs.report.report import write
 from jobs.state import Queue
 from jobs.submit.submit import Wanted, submit
-from tests.jobs.report.conftest import DESKTOP, PHONE, overflowing
+from tests.jobs.report.conftest import DESKTOP, PAPER, PHONE, overflowing
 from tests.jobs.report.example_runs import HOSTILE, claimed, made, preempted, sweep, told, trained
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -214,9 +214,10 @@ def test_screens_on_a_phone_and_a_desk_dark_and_light(one, six, opened, tmp_path
                     corner = sum(screen.convert("RGB").getpixel((3, 3)))
                     assert (corner > 700) if scheme == "light" else (corner < 100)
                     assert len(screen.convert("RGB").getcolors(1 << 24)) > 200
-    with opened(one, DESKTOP, "dark") as page:
-        page.emulate_media(media="print", color_scheme="dark")
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        with opened(file, PAPER, "dark") as page:
+            page.emulate_media(media="print", color_scheme="dark")
+            assert page.evaluate("document.documentElement.scrollWidth") == PAPER
+            assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
 @pytest.mark.long
