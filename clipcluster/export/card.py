@@ -16,7 +16,8 @@ _USE = {
     "hf": """
 from transformers import AutoModel, AutoProcessor
 
-model, processor = AutoModel.from_pretrained("DIR"), AutoProcessor.from_pretrained("DIR")
+model = AutoModel.from_pretrained("DIR")
+processor = AutoProcessor.from_pretrained("DIR", backend="pil")
 inputs = processor(text=["a photo of a cat"], images=["cat.jpg"], return_tensors="pt",
                    padding="max_length", truncation=True)
 scores = model(**inputs).logits_per_image

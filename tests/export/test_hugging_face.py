@@ -20,11 +20,24 @@ from clipcluster.errors import UserError
 from clipcluster.export.hugging_face import write
 from clipcluster.export.preprocessing import write_image_processor
 
+SIGLIP_VIT = {**CLIP_VIT, "timm": "vit_base_patch16_siglip_224"}
+SIGLIP_TEXT = {
+    "clip": {
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+        "tanh_gelu": True,
+        "causal": False,
+        "pool": "last_place",
+        "norm_eps": 1e-6,
+    }
+}
 KINDS = {
     "timm": "CLIPModel",
     "clip": "CLIPModel",
     "chinese_clip": "ChineseCLIPModel",
     "siglip": "SiglipModel",
+    "siglip-timm": "SiglipModel",
     "clip-roberta": "VisionTextDualEncoderModel",
     "vit-bert": "VisionTextDualEncoderModel",
 }
@@ -34,6 +47,10 @@ def described(kind: str, folder: Path) -> dict[str, Any]:
     """The section `model` and the rest of a recipe, without weights."""
     if kind == "timm":
         return {"model": {"image": CLIP_VIT, "text": CLIP_TEXT}}
+    if kind == "siglip-timm":
+        model = {"image": SIGLIP_VIT, "text": SIGLIP_TEXT, "embed_dim": 16, "logit_bias": {}}
+        model |= {"projections": {"image": "none"}, "projection_bias": ["text"]}
+        return {"model": model, "loss": {"name": "siglip"}}
     if kind in ("clip-roberta", "vit-bert"):
         return {"model": towers_folders(kind.partition("-")[0], folder)}
     dual = {"dual": {"hf": str(dual_folder(kind, folder / kind))}}
@@ -84,7 +101,7 @@ def test_features_of_the_same_files_are_the_models(
     assert theirs.logit_scale.item() == ours.model.logit_scale.item()
     # Back again, as a whole dual encoder and as the weights of the same recipe.
     more = {key: value for key, value in given.items() if key != "model"}
-    bias = {"logit_bias": {}} if kind == "siglip" else {}
+    bias = {"logit_bias": {}} if kind.startswith("siglip") else {}
     whole = {"dual": {"hf": str(out), "weights": "pretrained"}, "embed_dim": 512, **bias}
     again = {**given["model"], "weights": str(out)}
     for model in (whole, again):
