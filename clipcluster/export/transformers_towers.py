@@ -120,7 +120,8 @@ def text_tower(opened: Opened) -> TransformersTower:
     tower = opened.model.text
     if not isinstance(tower, ClipTextTower):
         return TransformersTower(tower.transformer.config, tower.transformer.state_dict(), tower.pool)
-    causal = tower.transformer.resblocks[0].attn.causal
+    first: Any = tower.transformer.resblocks[0]
+    causal = first.attn.causal
     forms = {(True, "last"): _clip_text, (False, "last_place"): _siglip_text}
     if (causal, tower.pool) not in forms:
         raise UserError(
