@@ -116,6 +116,12 @@ def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path) -> None:
 def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no model; give a run, one of its checkpoints, a folder of"):
         open_model(tmp_path)
+    (tmp_path / "towers").mkdir()
+    (tmp_path / "towers" / "export.json").write_text('{"format": "safetensors"}')
+    with pytest.raises(
+        UserError, match="is an export of format safetensors, for other programs; give the run"
+    ):
+        open_model(tmp_path / "towers")
     with pytest.raises(UserError, match="is no folder; give"):
         open_model(tmp_path / "nothing")
     with pytest.raises(UserError, match="There is no run 'nothing'"):
@@ -208,7 +214,14 @@ def features_of(model: Any, folder: Path, files: list[Path], texts: list[str]) -
     return functional.normalize(image, dim=-1), functional.normalize(text, dim=-1)
 
 
-@pytest.mark.parametrize("save", [save_clip, save_chinese, save_siglip, save_pair])
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_clip,
+        save_chinese,
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in (save_siglip, save_pair)),
+    ],
+)
 def test_features_of_a_folder_are_those_of_transformers(tmp_path: Path, save: Callable[[Path], Any]) -> None:
     """Preprocessing and tokenizer included, from the same files."""
     folder = tmp_path / "model"

@@ -86,7 +86,7 @@ def test_every_way_to_name_shards_gives_the_samples_of_training(
     assert [sample["__url__"] for sample in two] == [f"{folder}/00000.tar"] * 3 + [f"{bare}/00001.tar"] * 3
 
 
-@pytest.mark.parametrize("place", ["train", "bare"])
+@pytest.mark.parametrize("place", ["train", pytest.param("bare", marks=pytest.mark.long)])
 def test_ranks_and_workers_share_the_samples(
     folder: Path, bare: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
