@@ -126,13 +126,11 @@ def model_folder(what: Path) -> ModelFolder:
     for is_one, describe in _KINDS:
         if is_one(folder):
             return describe(folder)
-    exported = (folder / "export.json").is_file() and (read_object(folder / "export.json") or {}).get(
-        "format"
-    )
+    exported = (read_object(folder / "export.json") or {}).get("format") if folder.is_dir() else None
     if exported:
         raise UserError(
-            f"{what} is an export of format {exported}, for other programs; give the run that it was made of, "
-            "or an export of format hf or open_clip."
+            f"{what} is an export of format {exported}, for other programs; give the run that it was made "
+            "of, or an export of format hf or open_clip."
         )
     wrong = "holds no model" if folder.is_dir() else "is no folder"
     raise UserError(f"{what} {wrong}; give {EXPECTED}.")
