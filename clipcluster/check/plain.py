@@ -144,7 +144,9 @@ def _check_files(checked: Checked) -> None:
     for key, path in checked.loaded.paths.items():
         if key.startswith(("model.", "data.text.", "distill.")) and not os.path.exists(path):
             folder = Path(path).parent
-            near = nearest(Path(path).name, (entry.name for entry in folder.glob("*")))
+            only_folders = key.endswith(".run")
+            entries = (entry for entry in folder.glob("*") if entry.is_dir() or not only_folders)
+            near = nearest(Path(path).name, (entry.name for entry in entries))
             hint = f"; did you mean {folder / near}?" if near else ""
             checked.errors.append(f"{checked.loaded.place(key)}: {path} does not exist{hint}")
 

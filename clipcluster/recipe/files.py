@@ -27,10 +27,13 @@ def existing(path: Path) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a folder; a recipe is a YAML file")
     names = _yaml_names(path.parent)
-    shipped = path.parent / "recipes" / path.name
-    near = shipped.name if shipped.is_file() else nearest(path.name, names)
+    named = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
+    shipped = [folder / named for folder in (path.parent, path.parent / "recipes", RECIPES)]
+    near = next((file for file in shipped if file.is_file()), None)
+    if near is None and (similar := nearest(path.name, names)):
+        near = path.parent / similar
     if near:
-        hint = f"did you mean {shipped if shipped.is_file() else path.parent / near}?"
+        hint = f"did you mean {near}?"
     elif not path.parent.is_dir():
         hint = f"the folder {path.parent} does not exist"
     else:

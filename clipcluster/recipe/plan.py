@@ -110,20 +110,25 @@ def shown_warmup(recipe: Recipe, warmup: int) -> str:
     return f"optim.warmup {given.shown}" + ("" if given.unit == "steps" else f" ({counted(warmup, 'step')})")
 
 
+def _shown_length(recipe: Recipe, total: int) -> str:
+    """The length of the run in messages: ``936 steps (2 epochs)``."""
+    given = recipe.train.duration
+    return counted(total, "step") + ("" if given.unit == "steps" else f" ({given.shown})")
+
+
 def _check_schedule(recipe: Recipe, warmup: int, cooldown: int, total: int) -> None:
     """UserError where training would end while still warming up, or the cooldown does not fit."""
     if warmup and warmup >= total:
         most = counted(int(total * LONG_WARMUP), "step")
         raise UserError(
-            f"{shown_warmup(recipe, warmup)} takes the whole run of {counted(total, 'step')} "
-            f"({recipe.train.duration.shown}), which would end while still warming up; set it to at most "
-            f"{most}, or train longer"
+            f"{shown_warmup(recipe, warmup)} takes the whole run of {_shown_length(recipe, total)}, which "
+            f"would end while still warming up; set it to at most {most}, or train longer"
         )
     if warmup + cooldown > total:
         long = f"optim.cooldown {recipe.optim.cooldown} ({counted(cooldown, 'step')})"
         raise UserError(
             f"{shown_warmup(recipe, warmup)} and {long} do not fit into the run of "
-            f"{counted(total, 'step')} ({recipe.train.duration.shown}); shorten one, or train longer"
+            f"{_shown_length(recipe, total)}; shorten one, or train longer"
         )
     if recipe.optim.cooldown and not cooldown:
         raise UserError(

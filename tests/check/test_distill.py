@@ -78,6 +78,7 @@ def test_shards_without_the_members_are_named(checked: Callable[..., Checked], t
         ("null", (), "task distill needs the section distill"),
         (STORED, ("task=contrastive",), "task contrastive does not use it"),
         (STORED, ("data.image.flip=true",), "data.image.flip=true: has no effect with distill.stored"),
+        (STORED, ("data.image.crop_scale=[0.5, 1]",), "remove it, or set it to its default, [0.9, 1.0]"),
         ("{}", (), "needs stored: {}, or teachers, such as [{run: FOLDER}], and has neither"),
         (
             "{stored: {}, teachers: [{run: x}]}",

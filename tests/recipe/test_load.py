@@ -274,6 +274,9 @@ def test_a_missing_recipe_names_the_nearest(small: Small, recipe_file: Path) -> 
         load(recipe_file.parent / "smal.yaml")
     with pytest.raises(UserError, match=r"did you mean .*small\.yaml\?"):
         load(recipe_file.parent / "small")
+    for name in ("recipes/digits.yaml", "digits.yaml", "digits"):
+        with pytest.raises(UserError, match=f"did you mean {RECIPES}/digits.yaml"):
+            load(recipe_file.parent / name)
     with pytest.raises(UserError, match=r" has small\.yaml"):
         load(recipe_file.parent / "entirely-different.yaml")
     with pytest.raises(UserError, match="is a folder"):
@@ -282,7 +285,7 @@ def test_a_missing_recipe_names_the_nearest(small: Small, recipe_file: Path) -> 
         load(recipe_file.parent / "nowhere" / "x.yaml")
     (recipe_file.parent / "recipes").mkdir()
     with pytest.raises(UserError, match=r"/recipes has no recipe"):
-        load(recipe_file.parent / "recipes" / "digits.yaml")
+        load(recipe_file.parent / "recipes" / "entirely-different.yaml")
     (recipe_file.parent / "recipes" / "digits.yaml").touch()
     with pytest.raises(UserError, match=r"did you mean .*/recipes/digits\.yaml\?"):
         load(recipe_file.parent / "digits.yaml")

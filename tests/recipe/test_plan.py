@@ -230,7 +230,7 @@ def test_small_micro_batches_are_warned_of(small: Small) -> None:
         ("checkpoint.every=0 samples", 100, "checkpoint.every is 0 samples; should be"),
         ("checkpoint.keep.every=0 epochs", 100, "checkpoint.keep.every is 0 epochs; should be"),
         ("train.duration=0.01 epochs", 100, "an epoch has 8 steps of 12 samples"),
-        ("optim.warmup=16 steps", 100, "takes the whole run of 16 steps"),
+        ("optim.warmup=16 steps", 100, r"takes the whole run of 16 steps \(2 epochs\), which"),
         ("optim.warmup=2 epochs", 100, r"optim.warmup 2 epochs \(16 steps\) takes the whole run"),
         ("optim.warmup=900 steps", 100, "set it to at most 3 steps, or train longer"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import WithJsonSchema, model_validator
@@ -100,9 +101,11 @@ class Recipe(Section):
             drawn = ("crop_scale", "crop_ratio", "flip", "augment", "color_jitter", "random_erasing")
             for name in drawn:
                 if not _at_default(self.data.image, name):
+                    default = json.dumps(type(self.data.image).model_fields[name].default)
                     raise KeyProblem(
                         f"data.image.{name}",
-                        "has no effect with distill.stored, whose augmentations are applied; remove it",
+                        "has no effect with distill.stored, whose augmentations are applied; remove it, or "
+                        f"set it to its default, {default}",
                     )
         return self
 
