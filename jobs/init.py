@@ -271,5 +271,5 @@ def _evaluate(kinds: tuple[str, ...], splits: list[Shards]) -> Iterator[str]:
         "zero_shot": lambda split: split.zero_shot,
         "classification": lambda split: split.classes,
     }
-    for kind in kinds:
+    for kind in (kind for kind in kinds if kind in fits):
         yield f"  {kind}: [{', '.join(split.quoted for split in splits[1:] if fits[kind](split))}]"
