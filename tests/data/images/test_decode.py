@@ -268,12 +268,12 @@ def decode_in(megabytes: int, data: bytes, results: "multiprocessing.SimpleQueue
         results.put(type(error).__name__)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_an_image_for_which_there_is_no_memory_is_not_called_bad(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("PNG", {"compress_level": 1})])
+def test_an_image_for_which_there_is_no_memory_is_not_called_bad(kind: str, options: dict[str, int]) -> None:
     """It would be replaced by another sample, and the run would not be the same."""
     fork = multiprocessing.get_context("fork")
     results = fork.SimpleQueue()
-    data = saved(Image.new("RGB", (8000, 5000)), kind)  # 120 MB of pixels
+    data = saved(Image.new("RGB", (8000, 5000)), kind, **options)  # 120 MB of pixels
     for megabytes, expected_ in ((20, "MemoryError"), (2000, "torch.Size([5000, 8000])")):
         process = fork.Process(target=decode_in, args=(megabytes, data, results))
         process.start()
