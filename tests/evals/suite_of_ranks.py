@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import sklearn.linear_model
+import sklearn.neighbors  # noqa: F401  (both loaded once for all ranks, before they are forked)
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
