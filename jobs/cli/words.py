@@ -76,6 +76,8 @@ def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
     from clipcluster.recipe.sections.recipe import Recipe
 
     name = option.lstrip("-").replace("-", "_")
-    keys = {path[-1]: ".".join(path).replace("*", "0") for path, _ in reversed(list(walk(Recipe)))}
+    # of several keys with one last word the shallowest: cluster.mem before evaluate.cluster.mem
+    paths = sorted((path for path, _ in reversed(list(walk(Recipe)))), key=len, reverse=True)
+    keys = {path[-1]: ".".join(path).replace("*", "0") for path in paths}
     key = name if "." in name else keys.get(name)
     return f"{key}={value}" if key else ""
