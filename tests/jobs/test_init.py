@@ -46,7 +46,8 @@ def test_captions_and_classes_become_a_contrastive_run_with_zero_shot(digits: Pa
     assert said[0] == f"{digits}/train: 1,437 samples, 1,437 with captions, 10 classes, about 8 pixels"
     recipe = checked(file).recipe
     assert (recipe.name, recipe.task, recipe.data.image.size) == ("first", "contrastive", 32)
-    assert recipe.evaluate.zero_shot == recipe.evaluate.retrieval == (f"{digits}/test",)
+    assert recipe.evaluate.retrieval == (f"{digits}/test",)
+    assert [chosen.shards for chosen in recipe.evaluate.zero_shot] == [f"{digits}/test"]
     assert all("#" in line for line in file.read_text().splitlines() if "lr:" in line or "batch_size" in line)
 
 

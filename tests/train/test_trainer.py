@@ -70,7 +70,12 @@ def test_a_run_leaves_metrics_checkpoints_and_an_outcome(toy: ModuleType, run: A
     assert (state["samples"], state["evaluated_step"], state["skipped"]) == (128, 5, [])
     assert run.newest().outcome()["outcome"] == "finished"
     assert run.newest().outcome()["code"] == 0
-    assert sorted(path.name for path in run.evals.iterdir()) == [
+    assert sorted(path.name for path in run.evals.glob("details-*")) == [
+        "details-00000005.json",
+        "details-00000010.json",
+        "details-00000012.json",
+    ]
+    assert sorted(path.name for path in run.evals.glob("step-*")) == [
         "step-00000005.json",
         "step-00000010.json",
         "step-00000012.json",
