@@ -170,7 +170,7 @@ def live(run: Run) -> int:
     order = Order(**files.read_json(run.submitit / ORDER))
     shutil.copy(run.submitit / PICKLE, run.submitit / f"{job_id}_submitted.pkl")
     if order.evaluations:  # it outlives this process until nothing is left to start
-        command = [sys.executable, "-m", "jobs.submit.evaluations", str(run.path), "watch"]
+        command = [sys.executable, "-m", "jobs.submit.evaluations", str(run.path), "watch", str(os.getpid())]
         subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while True:
         try:

@@ -1,8 +1,9 @@
 """Jobs for the evaluations that a training owes (`evaluate.where: job`), started on the batch side.
 
-python -m jobs.submit.evaluations RUN_DIR watch    beside the ranks, a child of the batch script or of the
-                                                   local supervisor
-python -m jobs.submit.evaluations RUN_DIR finish   once: after the ranks, and when a run is submitted again
+python -m jobs.submit.evaluations RUN_DIR watch PARENT   beside the ranks, while the process PARENT lives:
+                                                         the batch script or the local supervisor
+python -m jobs.submit.evaluations RUN_DIR finish         once: after the ranks, and when a run is
+                                                         submitted again
 
 An evaluation's job has a run folder of its own below the training's: it is claimed, judged, requeued and
 cancelled as any job. On SLURM several may run at once; on this machine one after the other.
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     """See the top of this file."""
     run, command = Run(arguments[0]), arguments[1]
     if command == "watch":
-        parent = os.getppid()
+        parent = int(arguments[2])  # given, since it may have ended before this line
         keep_started(run, lambda: os.getppid() == parent)
     elif command == "finish":
         keep_started(run, lambda: False)

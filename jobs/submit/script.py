@@ -154,7 +154,7 @@ def _evaluation_lines(run: Run) -> list[str]:
     words = [sys.executable, "-m", "jobs.submit.evaluations", str(run.path)]
     return [
         f"clipcluster_evaluate=({shlex.join(words)})",
-        '"${clipcluster_evaluate[@]}" watch </dev/null >&2 &',
+        '"${clipcluster_evaluate[@]}" watch "$$" </dev/null >&2 &',
         "clipcluster_watch=$!",
         "disown  # the shell says nothing of its end",
     ]
