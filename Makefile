@@ -33,10 +33,10 @@ lint: $(INSTALLED)
 	lint-imports
 
 test: $(INSTALLED) slurm
-	python -m pytest -m "not long" -n $(JOBS) --dist loadfile --cov --cov-report=
+	python -m pytest -m "not long" -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 
 test-all: $(INSTALLED) slurm
-	python -m pytest --hypothesis-profile searching -n $(JOBS) --dist loadfile --cov --cov-report=
+	python -m pytest --hypothesis-profile searching -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

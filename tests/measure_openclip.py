@@ -11,6 +11,7 @@ first, by the clock.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from clipcluster.runs.merge import merged_metrics
 
 TEMPLATE = "a photo of a {c}."
 BATCH, IMAGES = 250, 50_000
+PASSIVE = {
+    "OMP_WAIT_POLICY": "passive"
+}  # as ours: spinning threads would take a core from the loader's worker
 MODEL = {
     "embed_dim": 128,
     "vision_cfg": {
@@ -116,9 +120,8 @@ def train_peer(python, out, seed, epochs):
         str(folder / "result.json"),
     ]
     with open(folder / "log", "w") as log:
-        subprocess.run(
-            [python, "-c", PEER, str(out / "tiny.json"), *test, *words], check=True, stderr=log, stdout=log
-        )
+        peer = [python, "-c", PEER, str(out / "tiny.json"), *test, *words]
+        subprocess.run(peer, check=True, stderr=log, stdout=log, env={**os.environ, **PASSIVE})
     result = json.loads((folder / "result.json").read_text())
     return result["top1"], speed(result["ends"][-1] - result["ends"][0], epochs)
 

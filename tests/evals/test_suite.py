@@ -54,6 +54,7 @@ def reports(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
     return measured(tmp_path_factory.mktemp("suite"), digits, SIZES)
 
 
+@pytest.mark.long
 def test_fewer_images_than_ranks(digits: Path, tmp_path: Path) -> None:
     few, source = tmp_path / "few", open_folder(digits)
     other = int(np.argmax(source.classes != source.classes[0]))  # a probe needs two classes

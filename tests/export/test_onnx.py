@@ -72,6 +72,7 @@ def test_features_for_any_batch(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found), expected[1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_a_classifier(tmp_path: Path) -> None:
     ours = opened_of(recipe_of({"image": CONVNEXT, "classes": 3}, task="classify"))
     write(ours, tmp_path)

@@ -53,6 +53,7 @@ def test_they_are_made_one_after_the_other_and_outlive_the_training(ask, local):
         assert owed.job.settings()["cluster"]["tasks_per_node"] is None
 
 
+@pytest.mark.long
 def test_one_that_failed_lets_go_and_is_repeated_by_another_submission(ask, local):
     run = ask(fails=True)
     assert local.end(run).name == "FINISHED"
