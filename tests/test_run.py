@@ -319,6 +319,7 @@ os._exit(run.train(folder, folder.newest(), Launch.from_environment(), Stop()))
 """
 
 
+@pytest.mark.long
 def test_ranks_share_the_shards_that_must_be_hashed_and_none_is_taken_for_lost(
     digits: Path, tmp_path: Path
 ) -> None:

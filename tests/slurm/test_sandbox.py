@@ -113,6 +113,7 @@ class TestCluster:
         assert len(addresses) >= 6, "slurmctld, four slurmds and srun listen"
         assert set(addresses) == {"127.0.0.1"}
 
+    @pytest.mark.long
     def test_a_second_sandbox_stands_beside_the_first(self, sandbox: Sandbox, room: Path) -> None:
         other = sandboxes.start(room, nodes=1, cpus=2)
         assert other.cluster != sandbox.cluster
@@ -288,6 +289,7 @@ class TestStartAndStop:
         assert owned(cluster) == []
         assert not room.exists()
 
+    @pytest.mark.long
     def test_stop_can_keep_the_logs_and_a_start_takes_their_place(self, room: Path) -> None:
         sandboxes.start(room, nodes=1)
         sandboxes.stop(room, keep_logs=True)
@@ -296,6 +298,7 @@ class TestStartAndStop:
         sandboxes.start(room, nodes=1)
         assert sandboxes.status(room).running
 
+    @pytest.mark.long
     def test_a_folder_with_a_long_path(self, room: Path) -> None:
         deep = room / ("a" * 60) / ("b" * 60)
         cluster = sandboxes.start(deep, nodes=1)

@@ -82,7 +82,7 @@ def losses(run: Run) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "others"),
     [
-        pytest.param(NORM, ("on-4",), id="grouped norms"),
+        pytest.param(NORM, ("on-4",), id="grouped norms", marks=pytest.mark.long),
         pytest.param(NORM, ("on-2", "on-1"), id="grouped norms more", marks=pytest.mark.long),
         pytest.param((), ("on-4", "on-2", "on-1"), id="no norms", marks=pytest.mark.long),
         pytest.param(SIGLIP, ("on-4", "on-2"), id="siglip", marks=pytest.mark.long),

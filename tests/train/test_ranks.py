@@ -170,6 +170,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
     assert differing_tensors(killed.path / end, whole.path / end) == []
 
 
+@pytest.mark.long
 def test_peers_wait_for_a_slow_disk_however_long(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
     """Saving and verifying take rank 0 longer than the silence after which a rank counts as lost."""
     run = ranked_run(toy, tmp_path / "run")
