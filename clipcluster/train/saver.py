@@ -201,10 +201,11 @@ class Saver:
             self.records.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
 
     def _settle(self) -> None:
-        """Record the newest checkpoint's evaluation, then rotate; what fails here does not end the run."""
+        """Record evaluations of durable steps, then rotate; what fails here is repeated at the next save."""
         with self.records.keeping():
-            if self.durable_step in self._evaluations:
-                self.folder.record_evaluation(self.durable_step, self._evaluations.pop(self.durable_step))
+            for step in sorted(step for step in self._evaluations if step <= self.durable_step):
+                self.folder.record_evaluation(step, self._evaluations[step])
+                del self._evaluations[step]
             self.folder.rotate(self._keep, self._keep_every, self._sound)
 
     def _note_failure(self, step: int, error: OSError) -> None:
@@ -225,6 +226,6 @@ class Saver:
         """Record the results of an evaluation with the checkpoint of its step, now or once it is written."""
         if not self._world.is_main:
             return
-        self._evaluations = {step: dict(results)}
+        self._evaluations[step] = dict(results)
         if self._write is None and self.durable_step == step:
             self._settle()

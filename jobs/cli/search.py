@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from clipcluster.runs.names import runs_folder
 from clipcluster.text import counted
 from jobs.cli.options import AnyModel, AsJson, Runs, Weights, print_document, say
 from jobs.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from tools.search.search import Answers
 
 _SHOWN = 20  # bad images that are printed one by one
 
@@ -67,6 +70,13 @@ def search(
     if as_json:
         print_document(answers.document())
         return
+    _tell(answers)
+    if out is not None:
+        say(f"wrote {out}")
+
+
+def _tell(answers: Answers) -> None:
+    """What was found, and what could not be used."""
     for query in answers.queries:
         say(f"{query.kind}: {query.value}")
         for hit in query.hits:
@@ -76,5 +86,3 @@ def search(
     if len(answers.bad) > _SHOWN:
         say(f"not used: {len(answers.bad) - _SHOWN:,} more (all: --json)")
     say(f"searched {counted(answers.searched, 'image')}, {answers.encoded:,} of them new")
-    if out is not None:
-        say(f"wrote {out}")

@@ -628,6 +628,26 @@ def test_measurements_that_a_roll_back_undid_are_not_recorded(tmp_path: Path) ->
     assert folder.evaluation(3) == {}
 
 
+def test_an_evaluation_that_could_not_be_written_counts_at_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    saver = saver_of(folder, keep=Keep(last=2, best=Best(metric="m")), every_steps=1)
+    write = folder.record_evaluation
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder, "record_evaluation", full)
+    saver.record_evaluation(1, {"m": 0.9})
+    saver.save_and_wait(at(1), {"model": Part()})
+    monkeypatch.setattr(folder, "record_evaluation", write)
+    for step in (2, 3, 4):
+        saver.record_evaluation(step, {"m": 0.1})
+        saver.save_and_wait(at(step), {"model": Part()})
+    assert folder.steps() == [1, 3, 4]
+
+
 def test_a_stale_save_is_told_at_the_next_boundary(tmp_path: Path) -> None:
     saver = saver_of(folder_at(tmp_path / "checkpoints"), every_steps=1)
     attempt_beside(tmp_path / "checkpoints", 2)
