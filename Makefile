@@ -1,6 +1,6 @@
 # make demo       set everything up and train on handwritten digits, on this machine
 # make test       set everything up and pass the tests, on a real SLURM cluster of one machine where possible
-# make test-all   the same with the long repetitions and the whole matrix of endings
+# make test-all   the same with the long repetitions and the whole matrix of endings, and the coverage of each room
 #                 JOBS=4: in so many processes; the tests of a cluster mostly wait
 
 PYTHON ?= python3
@@ -33,7 +33,7 @@ lint: $(INSTALLED)
 	lint-imports
 
 test: $(INSTALLED) slurm
-	python -m pytest -m "not long" -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
+	python -m pytest -m "not long" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(INSTALLED) slurm
 	python -m pytest --hypothesis-profile searching -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
