@@ -93,7 +93,7 @@ class StoredAugmentation(NamedTuple):
         """(3, H, W) uint8 to (3, size, size) uint8: cropped, resized bicubically, then the operations.
 
         original: height and width of the image that the crop was drawn from; where this image is smaller, the
-        crop is scaled down with it. Pixels outside the image are black.
+        crop is scaled down with it. The crop lies in the image (`fits`).
         """
         box = _shrunk(self.crop, original, (image.shape[1], image.shape[2])) if original else self.crop
         pixels = F.crop(image, *box).permute(1, 2, 0).contiguous()

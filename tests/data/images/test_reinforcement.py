@@ -50,17 +50,20 @@ def test_each_operation_is_applied_as_written(name: str) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    top=st.integers(-5, 80), left=st.integers(-5, 120), height=st.integers(1, 100), width=st.integers(1, 140),
-    first=st.integers(0, 13), second=st.integers(0, 13),
-)  # fmt: skip
+    rows=st.lists(st.integers(0, 90), min_size=2, max_size=2, unique=True).map(sorted),
+    columns=st.lists(st.integers(0, 130), min_size=2, max_size=2, unique=True).map(sorted),
+    first=st.integers(0, 13),
+    second=st.integers(0, 13),
+)
 def test_crop_and_two_operations_in_their_order(
-    top: int, left: int, height: int, width: int, first: int, second: int
+    rows: list[int], columns: list[int], first: int, second: int
 ) -> None:
+    crop = (rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
     names = list(OPERATIONS)
-    written = [[number, MAGNITUDES[number]] for number in (first, second)]
-    found = StoredAugmentation.of([[top, left, height, width], written]).apply(IMAGE, SIZE)
+    entry = StoredAugmentation.of([crop, [[number, MAGNITUDES[number]] for number in (first, second)]])
+    assert entry.fits((90, 130), None)
     operations = [(names[number], MAGNITUDES[number]) for number in (first, second)]
-    assert torch.equal(found, by_hand(PIXELS, (top, left, height, width), operations))
+    assert torch.equal(entry.apply(IMAGE, SIZE), by_hand(PIXELS, crop, operations))
 
 
 def test_the_crop_of_a_shrunk_image_is_shrunk_alike() -> None:
