@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from clipcluster.errors import UserError
 from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import (
@@ -35,7 +36,7 @@ from clipcluster.runs.checkpoints import (
     unverified,
 )
 from clipcluster.runs.evaluations import owed_by
-from clipcluster.runs.files import fsync_folder, read_json, write_json
+from clipcluster.runs.files import fsync_folder, read_json, read_object, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.train.checkpoint_writer import Contents, Tell, write_complete, write_own_files
@@ -156,17 +157,22 @@ class CheckpointFolder:
             write_json(self.path(step) / EVALUATION, {"step": step, "metrics": dict(results)})
 
     def evaluation(self, step: int) -> dict[str, float]:
-        """The recorded results of a step's evaluation (null where not finite); empty where there are none."""
-        try:
-            return dict(read_json(self.path(step) / EVALUATION)["metrics"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        """The recorded results of a step's evaluation (null where not finite); empty where there are none.
+
+        Raises OSError where they cannot be read, UserError where the file holds something else.
+        """
+        document = read_object(self.path(step) / EVALUATION, metrics=dict)
+        return dict(document["metrics"]) if document else {}
 
     def pinned(self, step: int) -> bool:
         """Whether a process is reading this checkpoint, or a job of its own is still to evaluate it."""
         if any(owed.step == step for owed in owed_by(Run(self.attempt.run))):
             return True
-        for pin in self.path(step).glob(f"{PINNED}*"):
+        try:  # glob() takes a folder that it cannot read for an empty one
+            names = os.listdir(self.path(step))
+        except FileNotFoundError:
+            return False
+        for pin in (self.path(step) / name for name in names if name.startswith(PINNED)):
             with suppress(FileNotFoundError):
                 if time.time() - pin.stat().st_mtime < PIN_SECONDS:
                     return True
@@ -175,17 +181,32 @@ class CheckpointFolder:
     def rotate(self, keep: Keep, every: int | None, sound: int) -> None:
         """Delete what `keep` does not keep; `every`: its `every` in steps.
 
-        The newest of at most `sound` steps stays, because the run may go back to it.
+        The newest of at most `sound` steps stays, because the run may go back to it; so does one whose
+        results cannot be read, because it may be the best. Raises OSError where a folder cannot be listed,
+        before anything is deleted.
         """
         steps = self.steps()
         # Before the results: an evaluation lets go of its checkpoint once it has recorded them.
-        pinned = [step for step in steps if self.pinned(step)]
-        pinned += [step for step in steps if step <= sound][-1:]
-        best = keep.best
-        found = {step: self.evaluation(step).get(best.metric) for step in steps} if best else {}
-        values = {step: value for step, value in found.items() if value is not None}  # null: not finite
-        for step in sorted(set(steps) - kept(keep, every, steps, values, pinned)):
+        stay = [step for step in steps if self.pinned(step)]
+        stay += [step for step in steps if step <= sound][-1:]
+        values, unread = self._measured(keep.best.metric, steps) if keep.best else ({}, [])
+        for step in sorted(set(steps) - kept(keep, every, steps, values, [*stay, *unread])):
             self.delete(step)
+
+    def _measured(self, metric: str, steps: Iterable[int]) -> tuple[dict[int, float], list[int]]:
+        """The metric at the steps where it is known and finite; the steps whose results cannot be read."""
+        values: dict[int, float] = {}
+        unread: list[int] = []
+        for step in steps:
+            try:
+                value = self.evaluation(step).get(metric)
+            except (OSError, UserError) as error:
+                logger.warning("%s is kept, because its evaluation cannot be read: %s", name_of(step), error)
+                unread.append(step)
+            else:
+                if value is not None:  # null: not finite
+                    values[step] = value
+        return values, unread
 
     def delete(self, step: int) -> None:
         """Remove a checkpoint: renamed first, so that an incomplete one never has its name."""
