@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +35,20 @@ def probe(model: ImageEncoder, images: EvaluationSet, context: Context, tick: Ti
 
     The features are the model's embeddings. knn: 20 nearest neighbours, weighted by exp(cosine / 0.07), as
     DINO measures (Caron et al. 2021, appendix). linear: logistic regression by L-BFGS, C = 30, at most 500
-    iterations. Rank 0 fits; what it finds is that of every rank. Collective; raises UserError where a set has
-    no classes, or the first only one.
+    iterations. Rank 0 fits; what it finds is that of every rank. Both are NaN where
+    a feature is not finite. Collective; raises UserError where a set has no classes, or the first only one.
     """
     assert images.train is not None, "a probe has a set to train on"
     train, test = (_labelled(model, own, context, tick) for own in (images.train, images))
     if len(np.unique(train.classes)) < 2:
         raise UserError(f"evaluate.probe: {images.train.folder} has one class only; a probe needs two")
+    if not all(np.isfinite(own.features).all() for own in (train, test)):
+        if context.world.is_main:
+            logger.warning(
+                "probe on %s: features are not finite, so neither classifier is fitted", images.name
+            )
+        count = float(len(test.classes))
+        return Measured({"knn_top1": math.nan, "linear_top1": math.nan, "probe_images": count})
     found = {
         "knn_top1": _knn(train, test, context, tick),
         "linear_top1": _linear(train, test, context, tick),

@@ -72,11 +72,14 @@ def check_named(given: str) -> None:
 
 
 def _file(what: str, given: str, names: Sequence[str] | dict[str, str]) -> bytes:
-    if not Path(given).is_file():
+    try:
+        return Path(given).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(
             f"{given}: no such file of {what}; give a file with one a line, or {', '.join(names)}"
-        )
-    return Path(given).read_bytes()
+        ) from error
+    except OSError as error:
+        raise UserError(f"{given}: the {what} cannot be read: {error.strerror}") from error
 
 
 def _require_open_clip() -> None:

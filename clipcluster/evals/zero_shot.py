@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,6 +15,9 @@ from clipcluster.evals.features import Context, EvaluationSet, Measured, Tick, e
 from clipcluster.evals.prompts import PLACEHOLDER, check_templates
 from clipcluster.evals.ranking import exact, scores_of
 from clipcluster.model.protocols import DualEncoder
+
+PROMPTS = 1 << 16
+"""Whose features are held at once (128 MiB at 512 dimensions)."""
 
 
 def zero_shot(model: DualEncoder, images: EvaluationSet, context: Context, tick: Tick) -> Measured:
@@ -54,7 +58,14 @@ def class_vectors(model: DualEncoder, images: EvaluationSet, context: Context, t
 def vectors_of(
     names: Sequence[str], templates: Sequence[str], encode: Callable[[Sequence[str]], Tensor]
 ) -> Tensor:
-    """(classes, E): of each class the mean of its prompts' features, which `encode` gives, of length one."""
-    texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
-    means = encode(texts).unflatten(0, (len(names), len(templates))).mean(dim=1)
-    return functional.normalize(means, dim=-1)
+    """(classes, E): of each class the mean of its prompts' features, which `encode` gives, of length one.
+
+    Prompts are encoded some classes at a time, since those of all may be millions.
+    """
+    at_once = max(1, PROMPTS // len(templates))
+    means = []
+    for start in range(0, len(names), at_once):
+        own = names[start : start + at_once]
+        texts = [template.replace(PLACEHOLDER, name) for name in own for template in templates]
+        means.append(encode(texts).unflatten(0, (len(own), len(templates))).mean(dim=1))
+    return functional.normalize(torch.cat(means), dim=-1)

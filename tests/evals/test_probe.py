@@ -64,6 +64,15 @@ def test_a_stop_is_noticed_within_the_fit(model: Oracle, monkeypatch: pytest.Mon
     assert len(calls) > batches + 2 + 5
 
 
+@pytest.mark.parametrize("broken", [3, TRAIN + 3])
+def test_of_features_that_are_not_finite_there_is_no_figure(model: Oracle, broken: int) -> None:
+    images = model.images.clone()
+    images[broken] = float("nan")
+    found = probe.probe(Oracle(images, model.texts), sets(CLASSES), context(), lambda: None).metrics
+    assert np.isnan([found["knn_top1"], found["linear_top1"]]).all()
+    assert found["probe_images"] == 60
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [([-1] * 240, "no image in data/val has a class"), ([1] * 240, "has one class only; a probe needs two")],

@@ -23,6 +23,8 @@ def test_the_lines_of_files_in_any_language(tmp_path: Path) -> None:
         prompts.class_names("imagenet")
     with pytest.raises(UserError, match=r"no such file of templates; give a file .* or openai, openai-7"):
         prompts.templates(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="the class names cannot be read: File name too long"):
+        prompts.class_names("n" * 300)
 
 
 def test_imagenet_s_classes_are_those_of_timm() -> None:

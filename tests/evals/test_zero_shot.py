@@ -6,6 +6,7 @@ from oracle import Oracle, context, oracle_set
 from torch.nn import functional
 
 from clipcluster.errors import UserError
+from clipcluster.evals import zero_shot as zero_shot_module
 from clipcluster.evals.zero_shot import class_vectors, zero_shot
 
 # Class c in template t is caption number 10 t + c.
@@ -24,7 +25,11 @@ def measure(
     return zero_shot(model, images, context(3), lambda: None).metrics
 
 
-def test_class_vectors_are_normalised_means_of_normalised_templates() -> None:
+@pytest.mark.parametrize("at_once", [zero_shot_module.PROMPTS, 4, 1])
+def test_class_vectors_are_normalised_means_of_normalised_templates(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero_shot_module, "PROMPTS", at_once)
     torch.manual_seed(0)
     texts = functional.normalize(torch.randn(20, 6), dim=1)
     images = oracle_set([[]], [0], classnames=["0", "1", "2"], templates=TEMPLATES)
