@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipcluster.build.opened import find_model
-from clipcluster.errors import UserError
+from clipcluster.errors import StaleAttempt, UserError
 from clipcluster.evals.headline import headline
 from clipcluster.recipe.load import from_run, override
 from clipcluster.recipe.sections.data import Source
@@ -188,6 +187,10 @@ def evaluate_owed(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Out
     world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
     if world.agree(stop.wishes()) & Wish.STOP:
         return _stopped(world, attempt, stop)
+    if not world.while_main(lambda: attempt_of(owed) is not None):
+        logger.info("the run no longer owes this evaluation: nothing is measured")
+        world.leave()
+        return Outcome.FINISHED
     attempt.phase(world.rank, "model")
     from clipcluster.build.evaluation import build_evaluations
     from clipcluster.train.evaluations import Interrupted
@@ -236,9 +239,13 @@ def _rotate_finished(run: Run, recipe: Recipe, checkpoint: Path) -> None:
     if newest is None or not run.finished():
         return
     folder = CheckpointFolder(newest, {})
-    with suppress(FileNotFoundError):  # another evaluation that ends now may delete the same ones
+    try:
         every = read_json(checkpoint / STATE)["plan"]["keep_every"]
         folder.rotate(recipe.checkpoint.keep, every, folder.steps()[-1])
+    except FileNotFoundError:
+        pass  # another evaluation that ends now deletes the same ones
+    except (OSError, StaleAttempt) as error:  # the results are recorded: this job has done its work
+        logger.warning("checkpoints that were kept for evaluations alone are not deleted: %s", error)
 
 
 def _summarise(run: Run, trainer: Trainer, outcome: Outcome, seconds: float) -> None:

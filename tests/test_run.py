@@ -23,13 +23,13 @@ from clipcluster.data.storage import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import from_run, load, recipe_keys, settings_keys
 from clipcluster.run import evaluate, evaluate_owed, evaluated_by_job, train, use_processors
-from clipcluster.runs.evaluations import owe, owed_by
+from clipcluster.runs.evaluations import Owed, owe, owed_by
 from clipcluster.runs.files import file_sha256, read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics
 from clipcluster.runtime.launch import Launch, Manager
 from clipcluster.runtime.outcome import DataError, Outcome, RecipeFailure
-from clipcluster.runtime.stop import Stop
+from clipcluster.runtime.stop import Stop, Wish
 from tests.consumed import merged_samples
 from tests.stop_after import StopAfter
 from tools.convert.convert import convert
@@ -547,6 +547,20 @@ def test_compiled_towers_train_stop_and_resume(tiny: Tiny) -> None:
 BESIDE_JOBS = replace(ALONE, manager="local")
 
 
+class GivesUp(Stop):
+    """Gives an evaluation up when it is asked for the wishes once more than `after` times."""
+
+    def __init__(self, owed: Owed, after: int) -> None:
+        super().__init__()
+        self.owed, self.left = owed, after
+
+    def wishes(self) -> Wish:
+        self.left -= 1
+        if self.left == 0:
+            self.owed.give_up()
+        return super().wishes()
+
+
 def test_jobs_of_their_own_measure_what_the_training_would_have(tiny: Tiny) -> None:
     """A step by the training itself, the same by a job: interrupted, repeated, and equal to the last bit."""
     often = ("evaluate.every=2 steps", "train.duration=3 steps", "checkpoint.keep.last=2")
@@ -575,10 +589,11 @@ def test_jobs_of_their_own_measure_what_the_training_would_have(tiny: Tiny) -> N
     assert list((run.tensorboard / "evaluations").iterdir())
     again = owe(run.newest(), 3)  # type: ignore[arg-type]
     job = Run.create(again.job.path, run.recipe(), run.settings())
-    again.give_up()
-    claimed = job.claim("10", host="here", still_running=lambda job: False)
-    assert evaluate_owed(job, claimed, BESIDE_JOBS, Stop()) is Outcome.FINISHED
-    assert read_json(run.evals / "step-00000003.json")["job"] == "9", "what is no longer owed is not recorded"
+    for stop in (GivesUp(again, after=6), Stop()):  # in the middle, and before
+        claimed = job.claim("10", host="here", still_running=lambda job: False)
+        assert evaluate_owed(job, claimed, BESIDE_JOBS, stop) is Outcome.FINISHED
+        assert read_json(run.evals / "step-00000003.json")["job"] == "9", "no longer owed: not recorded"
+        shutil.rmtree(again.checkpoint, ignore_errors=True)
 
 
 def test_started_by_hand_the_training_evaluates_itself(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:

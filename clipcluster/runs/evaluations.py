@@ -22,7 +22,7 @@ from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runs.checkpoints import EVALUATION, is_complete, name_of, step_of
+from clipcluster.runs.checkpoints import EVALUATION, is_complete, name_of, step_of, steps_in
 from clipcluster.runs.files import fsync_folder, read_object, write_json
 from clipcluster.runs.folder import Run
 
@@ -97,6 +97,24 @@ def owe(attempt: Attempt, step: int) -> Owed:
     return owed
 
 
+def owe_instead(attempt: Attempt, step: int) -> list[int]:
+    """Owe the evaluation of `step`, which has a checkpoint, in place of those of earlier steps without one.
+
+    These get none any more: the save failed or was dropped for a newer one, or the checkpoint was set aside.
+    Returns their steps. Rank 0 alone calls it. Raises StaleAttempt, OSError.
+    """
+    run = Run(attempt.run)
+    before = [owed for owed in owed_by(run) if owed.step < step]
+    there = set(steps_in(run.checkpoints)) if before else set()
+    lost = [owed for owed in before if step in there and owed.step not in there]
+    if lost:
+        owe(attempt, step)
+    for owed in lost:
+        attempt.check()
+        owed.mark.unlink(missing_ok=True)
+    return [owed.step for owed in lost]
+
+
 def owed_by(run: Run) -> list[Owed]:
     """What the run owes, by step."""
     return list(_marks(run, OWED))
@@ -139,17 +157,21 @@ def drop_after(attempt: Attempt, step: int) -> None:
 
 
 def owe_failed(run: Run) -> list[Owed]:
-    """Owe again, under new names, what was given up; returns what is forgotten: its checkpoint is gone."""
-    owed, gone = {each.step for each in owed_by(run)}, []
+    """Owe again, under new names, what was given up; returns what is forgotten: its checkpoint is gone.
+
+    What has a checkpoint that cannot be read now stays given up. Raises OSError.
+    """
+    owed, there, gone = {each.step for each in owed_by(run)}, set(steps_in(run.checkpoints)), []
     for failed in failed_of(run):
         mark = run.evals / FAILED / failed.name
-        if is_complete(failed.checkpoint) and failed.step not in owed:
+        if failed.step in owed or failed.step not in there:
+            mark.unlink()
+            gone += [] if failed.step in owed else [failed]
+        elif is_complete(failed.checkpoint):
             again = Owed(run, _new_name(failed.step))
             again.mark.parent.mkdir(exist_ok=True)
             os.rename(mark, again.mark)
-        else:
-            mark.unlink()
-            gone += [] if failed.step in owed else [failed]
+            owed.add(failed.step)
     return gone
 
 

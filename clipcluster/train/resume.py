@@ -7,12 +7,14 @@ again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clipcluster.runs.checkpoints import STATE, Parts
-from clipcluster.runs.evaluations import drop_after
+from clipcluster.errors import UserError
+from clipcluster.runs.checkpoints import STATE, Parts, name_of
+from clipcluster.runs.evaluations import drop_after, failed_of, owed_by
 from clipcluster.runs.files import read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteError, RecipeFailure
@@ -23,6 +25,7 @@ from clipcluster.train.saver import Saver
 from clipcluster.train.step import Streak
 
 ROLL_BACK = "roll_back.json"
+logger = logging.getLogger("clipcluster")
 
 
 def restore(
@@ -33,7 +36,8 @@ def restore(
     `enter(step)` is called before the loading and enters the stage of that step (0 without a checkpoint).
     Rank 0 chooses and verifies the checkpoint, and all ranks load it. The progress skips the batches that
     the run's roll-backs recorded, and checkpoints that were saved within them are set aside.
-    Evaluations of later steps are no longer owed, because these steps are repeated.
+    Evaluations of later steps are no longer owed, because these steps are repeated; in place of earlier ones
+    without a checkpoint that of the step resumed from is.
     Raises, on all ranks together, CheckpointError where no checkpoint can be used or a record is damaged,
     DataError for another index, RecipeFailure for other starting weights.
     """
@@ -49,7 +53,8 @@ def restore(
         state = read_json(newest / STATE)
         _check_same(state, saver.constants, newest)
         drop_after(folder.attempt, state["step"])
-        evaluated = bool(folder.evaluation(state["step"]))
+        saver.owe_instead(state["step"])
+        evaluated = _is_evaluated(folder, state)
         return {"skipped": skipped, "name": newest.name, "state": state, "evaluated": evaluated}
 
     # One look for all ranks: two could differ where a file comes late over the network.
@@ -61,9 +66,28 @@ def restore(
         progress.load_state_dict(seen["state"])
         if seen["evaluated"]:
             progress.evaluated_step = progress.step
+        elif progress.evaluated_step == progress.step:
+            progress.evaluated_step = -1  # neither its results nor its mark could be written
         saver.resumed_from(progress.step)
     progress.skipped = sorted({*progress.skipped, *((first, past) for first, past in seen["skipped"])})
     return found
+
+
+def _is_evaluated(folder: CheckpointFolder, state: Mapping[str, Any]) -> bool:
+    """Whether the evaluation of a checkpoint is recorded, or left to a job of its own, which may have failed.
+
+    That state.json says so is not enough: on a full disk neither the results nor the mark may be written.
+    """
+    run, step = Run(folder.attempt.run), state["step"]
+    if state["evaluated_step"] == step:
+        marked = any(owed.step == step for owed in (*owed_by(run), *failed_of(run)))
+        if marked or (run.evals / f"{name_of(step)}.json").exists():
+            return True
+    try:
+        return bool(folder.evaluation(step))
+    except (OSError, UserError) as error:
+        logger.warning("the results of %s cannot be read, so it is evaluated again: %s", name_of(step), error)
+        return False
 
 
 def _saved_within(skipped: Iterable[tuple[int, int]], state: Mapping[str, Any]) -> str:

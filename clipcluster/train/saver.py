@@ -10,6 +10,7 @@ from typing import Any
 
 from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.checkpoints import Parts, is_per_rank
+from clipcluster.runs.evaluations import owe, owe_instead
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish
 from clipcluster.train.checkpoint import CheckpointFolder
@@ -102,6 +103,7 @@ class Saver:
         self._begun = self._sound = 0
         self._failures = 0
         self._evaluations: dict[int, Mapping[str, float]] = {}
+        self._to_owe: list[int] = []
         self.durable_step = -1
         self.last_seconds = last_seconds
 
@@ -109,6 +111,7 @@ class Saver:
         """Note that the checkpoint of `step` exists, and need not be written again."""
         self.durable_step = self._asked_at = step
         self._evaluations.clear()  # of steps that a roll-back undid
+        self._to_owe.clear()
 
     def wishes(self, progress: Progress) -> Wish:
         """SAVE where a save is due or has to be repeated; after `FAILED_SAVES`, `records.failure` is set."""
@@ -201,8 +204,13 @@ class Saver:
             self.records.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
 
     def _settle(self) -> None:
-        """Record evaluations of durable steps, then rotate; what fails here is repeated at the next save."""
+        """Record evaluations of durable steps, then rotate; what fails here is repeated at the next save.
+
+        Nothing is rotated away while an evaluation of it could not be marked as owed, or recorded.
+        """
         with self.records.keeping():
+            self._owe()
+            self.owe_instead(self.durable_step)
             for step in sorted(step for step in self._evaluations if step <= self.durable_step):
                 self.folder.record_evaluation(step, self._evaluations[step])
                 del self._evaluations[step]
@@ -221,6 +229,24 @@ class Saver:
                 "Free space on the disk of the run folder, or repair it, and submit again: the run resumes "
                 "from its last checkpoint; no older one was removed.",
             )
+
+    def owe_evaluation(self, step: int) -> None:
+        """Leave the evaluation of a step to a job of its own, by a mark: now, or at the next save."""
+        if self._world.is_main:
+            self._to_owe.append(step)
+            with self.records.keeping():
+                self._owe()
+
+    def owe_instead(self, step: int) -> None:
+        """Owe the evaluation of `step`, which has a checkpoint, in place of earlier ones that have none."""
+        with self.records.keeping():
+            for lost in owe_instead(self.folder.attempt, step):
+                logger.warning("step %d has no checkpoint: step %d is evaluated instead", lost, step)
+
+    def _owe(self) -> None:
+        while self._to_owe:
+            owe(self.folder.attempt, self._to_owe[0])
+            del self._to_owe[0]
 
     def record_evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Record the results of an evaluation with the checkpoint of its step, now or once it is written."""

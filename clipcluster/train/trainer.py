@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import Parts
-from clipcluster.runs.evaluations import owe
 from clipcluster.runtime.outcome import CheckpointError, Failure, LostPeers, Outcome, advising_on_memory
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
@@ -179,15 +178,14 @@ class Trainer:
         assert found
         self.records.event("roll_back", reason=str(streak), checkpoint=found.name)
         self.metrics.say(f"{streak}: back to {found.name}, without these batches")
+        self.results = {}  # of a step that is undone
         self.step.guard.reset()
         self.metrics.restart_clock(self.progress.samples)
 
     def _owe_evaluation(self) -> None:
         """Leave it to a job of its own, and keep the checkpoint that is saved of this step until then."""
         self.progress.evaluated_step = self.progress.step
-        if self.world.is_main:
-            with self.records.keeping():
-                owe(self.attempt, self.progress.step)
+        self.saver.owe_evaluation(self.progress.step)
         self.metrics.say(f"the evaluation of step {self.progress.step:,} is left to a job of its own")
 
     def _evaluate(self) -> None:

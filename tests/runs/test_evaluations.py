@@ -72,6 +72,38 @@ def test_what_was_given_up_is_owed_again_under_another_name(run, claim):
     assert evaluations.owe_failed(run) == []
 
 
+def test_what_cannot_be_read_now_stays_given_up(run, claim):
+    owed = evaluations.owe(claim(), 5)
+    checkpoint(run, 5)
+    owed.give_up()
+    manifest = owed.checkpoint / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    manifest.mkdir()  # reading it is an OSError, for root too
+    assert evaluations.owe_failed(run) == []
+    assert evaluations.failed_of(run) == [owed]
+    manifest.rmdir()
+    manifest.write_bytes(content)
+    assert evaluations.owe_failed(run) == []
+    assert [again.step for again in evaluations.owed_by(run)] == [5]
+
+
+def test_a_later_checkpoint_is_evaluated_for_steps_that_have_none(run, claim):
+    attempt = claim()
+    for step in (5, 10, 15, 30):
+        evaluations.owe(attempt, step)
+    checkpoint(run, 10)
+    assert evaluations.owe_instead(attempt, 20) == [], "it is not there"
+    checkpoint(run, 20)
+    assert evaluations.owe_instead(attempt, 20) == [5, 15]
+    assert [owed.step for owed in evaluations.owed_by(run)] == [10, 20, 30]
+    assert evaluations.owe_instead(attempt, 20) == []
+    claim()
+    evaluations.owe(run.newest(), 12)
+    with pytest.raises(StaleAttempt):
+        evaluations.owe_instead(attempt, 20)
+
+
 def test_a_resume_owes_nothing_of_steps_that_it_repeats(run, claim):
     attempt = claim()
     for step in (5, 10, 15):

@@ -29,7 +29,9 @@ from clipcluster.errors import StaleAttempt
 from clipcluster.recipe.sections.checkpoint import Best, Keep
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import newest_complete, read_manifest, steps_in
+from clipcluster.runs.evaluations import owed_by
 from clipcluster.runs.files import read_json, read_lines
+from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.stop import Wish
 from clipcluster.runtime.world import World
@@ -645,6 +647,73 @@ def test_an_evaluation_that_could_not_be_written_counts_at_the_next_save(
     for step in (2, 3, 4):
         saver.record_evaluation(step, {"m": 0.1})
         saver.save_and_wait(at(step), {"model": Part()})
+    assert folder.steps() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("damage", ["unreadable", "broken", "no metrics"])
+def test_one_whose_evaluation_cannot_be_read_is_not_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    saver = saver_of(folder, keep=Keep(last=2, best=Best(metric="m")), every_steps=1)
+
+    def save(step: int, value: float) -> None:
+        saver.record_evaluation(step, {"m": value})
+        saver.save_and_wait(at(step), {"model": Part()})
+
+    save(1, 0.9)
+    results = folder.path(1) / "evaluation.json"
+    content = results.read_bytes()
+    results.unlink()
+    if damage == "unreadable":
+        results.mkdir()  # reading it is an OSError, for root too
+    else:
+        results.write_text("{" if damage == "broken" else '{"metrics": []}')
+    for step, value in ((2, 0.2), (3, 0.1), (4, 0.1), (5, 0.1)):
+        save(step, value)
+    assert folder.steps() == [1, 2, 4, 5], "the best of the others stays too"
+    assert "step-00000001 is kept, because its evaluation cannot be read" in caplog.text
+    if damage == "unreadable":
+        results.rmdir()
+    results.write_bytes(content)
+    save(6, 0.1)
+    assert folder.steps() == [1, 5, 6]
+
+
+def test_where_pins_cannot_be_listed_nothing_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    for step in range(1, 5):
+        folder.write(contents(step))
+    first = folder.path(1)
+    for name in ("listdir", "scandir"):
+        listing = getattr(os, name)
+
+        def refusing(path: Any = ".", listing: Any = listing) -> Any:
+            if Path(path) == first:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return listing(path)
+
+        monkeypatch.setattr(os, name, refusing)
+    with reading(first), pytest.raises(PermissionError):
+        folder.rotate(Keep(last=2), None, 4)
+    assert folder.steps() == [1, 2, 3, 4]
+
+
+def test_a_mark_that_could_not_be_written_is_written_at_the_next_save(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path / "checkpoints")
+    saver = saver_of(folder, keep=Keep(last=2), every_steps=1)
+    in_its_place = tmp_path / "evals"
+    in_its_place.write_text("")  # a file where the marks' folder belongs: an OSError, for root too
+    saver.owe_evaluation(1)
+    for step in (1, 2, 3):
+        saver.save_and_wait(at(step), {"model": Part()})
+    run = Run(tmp_path)
+    assert folder.steps() == [1, 2, 3], "nothing is deleted before it is marked"
+    in_its_place.unlink()
+    saver.save_and_wait(at(4), {"model": Part()})
+    assert [owed.step for owed in owed_by(run)] == [1]
     assert folder.steps() == [1, 3, 4]
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipcluster.errors import StaleAttempt
-from clipcluster.runs.evaluations import attempt_of, owed_by
+from clipcluster.runs.evaluations import attempt_of, owe, owed_by
 from clipcluster.runs.files import read_json, read_lines
 from clipcluster.runs.merge import bad_samples, events, merged_metrics
 from clipcluster.runtime.outcome import (
@@ -29,6 +30,7 @@ from clipcluster.runtime.outcome import (
     RecipeFailure,
 )
 from clipcluster.runtime.stop import Stop, Wish
+from clipcluster.train.checkpoint_writer import Dropped
 from tests.consumed import merged_samples
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
@@ -671,6 +673,59 @@ def test_an_evaluation_left_to_a_job_is_owed_once_whatever_ends_the_training(
     assert toy.go(run, **script).outcome is Outcome.FINISHED
     assert [each.step for each in owed_by(run)] == [6, 12]
     assert owed_by(run)[0] == owed
+
+
+def test_a_step_whose_checkpoint_was_not_written_is_evaluated_by_the_next_one(
+    toy: ModuleType, run: Any
+) -> None:
+    """The save of step 6 fails, and is repeated at step 7; that of step 12 is dropped at a stop."""
+    script = {"evaluate_every": 6, "by_job": True, "save_every": None, "steps": 18}
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script, stop_at=13))
+    write = trainer.saver.folder.write
+
+    def writing(contents: Any, tell: Any) -> None:
+        if contents.step == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if contents.step == 12:
+            raise Dropped
+        write(contents, tell)
+
+    trainer.saver.folder.write = writing
+    assert trainer.run() is Outcome.STOPPED
+    first, second = (owed.step for owed in owed_by(run))
+    assert 6 < first < 9, "as soon as the thread that failed has ended"
+    assert second == 14
+    owe(run.newest(), 13)  # left by a kill between the mark and its checkpoint, with a later one durable
+    assert toy.go(run, **script).outcome is Outcome.FINISHED
+    assert [owed.step for owed in owed_by(run)] == [first, 14, 18]
+
+
+@pytest.mark.parametrize("by_job", [True, False])
+def test_an_evaluation_without_a_record_is_repeated_by_a_resume(
+    toy: ModuleType, run: Any, by_job: bool
+) -> None:
+    """The disk takes the checkpoint, and neither mark nor results."""
+    script = {"evaluate_every": 6, "by_job": by_job, "save_every": None, "keep_best": "toy/size"}
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script, stop_at=6))
+    fetch = trainer.feed.next
+
+    def fetch_and_break() -> Any:
+        if trainer.progress.step == 3:
+            run.evals.rmdir()
+            run.evals.write_text("")  # a file where the folder belongs: an OSError, for root too
+        return fetch()
+
+    def refuse(step: int, results: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer.feed.next, trainer.saver.folder.record_evaluation = fetch_and_break, refuse
+    assert trainer.run() is Outcome.STOPPED
+    assert read_json(run.checkpoints / "step-00000006" / "state.json")["evaluated_step"] == 6
+    shutil.rmtree(run.checkpoints / "step-00000007")
+    run.evals.unlink()
+    trainer = toy.go(run, **script)
+    assert [owed.step for owed in owed_by(run)] == ([6, 12] if by_job else [])
+    assert trainer.evaluations.suite.steps == ([] if by_job else [6, 12])
 
 
 def test_a_roll_back_owes_the_evaluations_of_its_steps_anew(toy: ModuleType, run: Any) -> None:
