@@ -691,7 +691,7 @@ def test_where_pins_cannot_be_listed_nothing_is_deleted(
         listing = getattr(os, name)
 
         def refusing(path: Any = ".", listing: Any = listing) -> Any:
-            if Path(path) == first:
+            if not isinstance(path, int) and Path(path) == first:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             return listing(path)
 
