@@ -20,11 +20,11 @@ from clipcluster.model.weights import some
 from clipcluster.recipe.plan import plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.stages import Freezing
-from clipcluster.train.optimizer import Rate
+from clipcluster.train.optimizer import StageRate
 from clipcluster.train.stages import Stage, counts_of
 
 NAMED_LAYERS = 40  # in a message
-RatesByName = Mapping[str, Rate | None]
+RatesByName = Mapping[str, StageRate | None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def build_stages(model: nn.Module, freezings: Sequence[Freezing]) -> list[Stage]
     ]
     stages = []
     for start in sorted({0, *(freezing.step for freezing in freezings)}):
-        rates: dict[str, Rate | None] = {}
+        rates: dict[str, StageRate | None] = {}
         eval_modules: frozenset[str] = frozenset()
         for of_tower in by_tower:
             begun = [(own_rates, modules) for step, own_rates, modules in of_tower if step <= start]
@@ -104,9 +104,9 @@ def build_stages(model: nn.Module, freezings: Sequence[Freezing]) -> list[Stage]
     return stages
 
 
-def _rate_of(rates: RatesByName, name: str) -> Rate | None:
+def _rate_of(rates: RatesByName, name: str) -> StageRate | None:
     """The rate of a parameter; one that belongs to no frozen tower trains at the schedule's."""
-    return rates.get(name, Rate())
+    return rates.get(name, StageRate())
 
 
 def _towers(model: nn.Module, freezings: Sequence[Freezing]) -> Iterator[Tower]:
@@ -123,13 +123,13 @@ def _of_tower(tower: Tower, own: Sequence[Freezing]) -> Iterator[tuple[int, Rate
 
     Rates are by names in the model. What begins to train has the entry's; what trained before keeps its own.
     """
-    everything = dict.fromkeys(tower.parameters, Rate())
+    everything = dict.fromkeys(tower.parameters, StageRate())
     before: tuple[RatesByName, frozenset[str]] = everything, frozenset()
     rates: RatesByName = everything if own[0].step else dict.fromkeys(tower.parameters)
     for freezing in own:
         layers = tower.frozen_layers(freezing)
         frozen = layers - tower.norms() if freezing.norms_train else layers
-        begins = Rate(freezing.lr_scale, freezing.step, freezing.warmup)
+        begins = StageRate(freezing.lr_scale, freezing.step, freezing.warmup)
         rates = {name: None if name in frozen else rates[name] or begins for name in rates}
         after = rates, tower.eval_modules(layers, moving_statistics=freezing.moving_statistics)
         if after == before:

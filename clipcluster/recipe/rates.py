@@ -10,7 +10,7 @@ from clipcluster.recipe.sections.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Rates:
+class PeakRates:
     """The peak of the schedule, and the learning rates of parts of the model as multiples of it.
 
     peak: the learning rate of `optim.lr` after the warm-up. image, text, logit_scale: factors of the
@@ -23,7 +23,7 @@ class Rates:
     logit_scale: float
 
 
-def rates(recipe: Recipe) -> Rates:
+def rates(recipe: Recipe) -> PeakRates:
     """The learning rates of a recipe.
 
     Raises:
@@ -43,7 +43,7 @@ def rates(recipe: Recipe) -> Rates:
                 "multiples of optim.lr, so set it above 0"
             )
         factors[name] = 1.0 if given is None else _resolved(recipe, given) / peak
-    return Rates(peak, **factors)
+    return PeakRates(peak, **factors)
 
 
 def describe_rates(recipe: Recipe) -> str:

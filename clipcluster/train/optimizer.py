@@ -21,7 +21,7 @@ WeightDecay = Callable[[int, float], float]
 
 
 @dataclass(frozen=True)
-class Rate:
+class StageRate:
     """The learning rate of a parameter in a stage, as a multiple of the schedule's.
 
     scale: the factor after the warm-up. start: the step at which the parameter begins to train. warmup: steps
@@ -37,9 +37,9 @@ class Rate:
         return self.scale * (min(1.0, (step - self.start + 1) / self.warmup) if self.warmup else 1.0)
 
 
-def full_rate(name: str) -> Rate | None:
+def full_rate(name: str) -> StageRate | None:
     """The rate of a stage in which every parameter trains at the schedule's learning rate."""
-    return Rate()
+    return StageRate()
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Optimizer:
         self._optimizer: torch.optim.Optimizer
         self.regroup(full_rate)
 
-    def regroup(self, rate_of: Callable[[str], Rate | None]) -> None:
+    def regroup(self, rate_of: Callable[[str], StageRate | None]) -> None:
         """Take the parameters that require a gradient now, each at its rate.
 
         Those that trained before keep their state, the others begin without one, also those that trained

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from clipcluster.train.optimizer import Optimizer, Rate, full_rate
+from clipcluster.train.optimizer import Optimizer, StageRate, full_rate
 from clipcluster.train.wrapping import WrappedTask
 
 
@@ -22,7 +22,7 @@ class Stage:
     """
 
     start: int = 0
-    rate_of: Callable[[str], Rate | None] = full_rate
+    rate_of: Callable[[str], StageRate | None] = full_rate
     eval_modules: frozenset[str] = frozenset()
 
 

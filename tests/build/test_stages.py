@@ -13,7 +13,7 @@ from clipcluster.build.stages import build_stages, check_loaded
 from clipcluster.errors import UserError
 from clipcluster.model.clip import Clip
 from clipcluster.recipe.stages import Freezing
-from clipcluster.train.optimizer import Rate
+from clipcluster.train.optimizer import StageRate
 from clipcluster.train.stages import Stage
 
 
@@ -45,15 +45,15 @@ def test_the_last_layers_have_their_final_norm_and_projections_always_train(clip
     )
     outside = {"logit_scale", "image_projection.weight", "text_projection.weight"}
     assert {name for name, _ in clip.named_parameters() if frozen.rate_of(name) is not None} == outside
-    assert all(stage.rate_of(name) == Rate() for stage in (frozen, last) for name in outside)
+    assert all(stage.rate_of(name) == StageRate() for stage in (frozen, last) for name in outside)
     assert (frozen.start, last.start) == (0, 5)
     image, text = trained(clip, last, "image"), trained(clip, last, "text")
     assert all(name.startswith(("transformer.h.2.", "transformer.ln_f.")) for name in text)
     assert "transformer.ln_f.weight" in text
     assert "trunk.head.norm.weight" in image
     assert all(name.startswith(("trunk.stages.", "trunk.head.norm.")) for name in image)
-    assert last.rate_of("image.trunk.head.norm.weight") == Rate(0.1, start=5, warmup=4)
-    assert last.rate_of("text.transformer.ln_f.weight") == Rate(1.0, start=5)
+    assert last.rate_of("image.trunk.head.norm.weight") == StageRate(0.1, start=5, warmup=4)
+    assert last.rate_of("text.transformer.ln_f.weight") == StageRate(1.0, start=5)
 
 
 def test_what_trained_before_keeps_its_rate_and_what_begins_has_the_entrys(clip: Clip) -> None:
@@ -69,19 +69,19 @@ def test_what_trained_before_keeps_its_rate_and_what_begins_has_the_entrys(clip:
     old, new, table = (
         f"text.transformer.{name}" for name in ("h.2.ln_1.bias", "h.1.ln_1.bias", "wte.weight")
     )
-    assert [first.rate_of(name) for name in (old, new, table)] == [Rate(0.5, 2, 3), None, None]
-    assert [second.rate_of(name) for name in (old, new, table)] == [Rate(0.5, 2, 3), Rate(0.1, 4), None]
+    assert [first.rate_of(name) for name in (old, new, table)] == [StageRate(0.5, 2, 3), None, None]
+    assert [second.rate_of(name) for name in (old, new, table)] == [StageRate(0.5, 2, 3), StageRate(0.1, 4), None]
     assert [third.rate_of(name) for name in (old, new, table)] == [
-        Rate(0.5, 2, 3),
-        Rate(0.1, 4),
-        Rate(0.01, 6),
+        StageRate(0.5, 2, 3),
+        StageRate(0.1, 4),
+        StageRate(0.01, 6),
     ]
 
 
 def test_a_tower_that_trains_at_another_rate_from_the_start(clip: Clip) -> None:
     (stage,) = build_stages(clip, [entry(0, "image", 0, None, lr_scale=0.1, warmup=7)])
-    assert stage.rate_of("image.trunk.stem.0.weight") == Rate(0.1, 0, 7)
-    assert stage.rate_of("text.transformer.wte.weight") == Rate()
+    assert stage.rate_of("image.trunk.stem.0.weight") == StageRate(0.1, 0, 7)
+    assert stage.rate_of("text.transformer.wte.weight") == StageRate()
     assert stage.eval_modules == frozenset()
 
 

@@ -26,7 +26,7 @@ from clipcluster.model.task import Features, Report, Task
 from clipcluster.runtime.devices import seed_step
 from clipcluster.runtime.world import World
 from clipcluster.train.backward import Backward, Cached, Independent, Whole, _product
-from clipcluster.train.optimizer import Optimizer, Rate
+from clipcluster.train.optimizer import Optimizer, StageRate
 from clipcluster.train.precision import Precision
 from clipcluster.train.stages import Stage, Stages
 from clipcluster.train.statistics import RunningStatistics
@@ -232,7 +232,7 @@ def thawed(world: World, *, wrap: bool) -> Answer:
     """The words train from step 3 on; in `Stages`, or (wrong) by their flag alone."""
     setup = Setup(world)
     optimizer = Optimizer(setup.model, lr=0.1, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
-    frozen = Stage(0, lambda name: None if name == "words.weight" else Rate())
+    frozen = Stage(0, lambda name: None if name == "words.weight" else StageRate())
     stages = Stages(setup.model, setup.wrapped, optimizer, [frozen, Stage(3)])
     stages.enter(0)
     strategy = setup.strategy(Whole)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipcluster.train.optimizer import Optimizer, Rate, decaying
+from clipcluster.train.optimizer import Optimizer, StageRate, decaying
 from clipcluster.train.step import clip_values
 
 
@@ -153,7 +153,7 @@ def test_regrouping_keeps_the_state_of_what_goes_on_training() -> None:
     before = {name: value.clone() for name, value in optimizer.state_dict().items()}
     model.linear.requires_grad_(False)
     model.frozen.requires_grad_(True)
-    optimizer.regroup(lambda name: Rate(0.5) if name == "position" else Rate())
+    optimizer.regroup(lambda name: StageRate(0.5) if name == "position" else StageRate())
     state = optimizer.state_dict()
     assert torch.equal(state["position.exp_avg"], before["position.exp_avg"])
     assert "linear.weight.exp_avg" not in state
@@ -168,7 +168,7 @@ def test_regrouping_keeps_the_state_of_what_goes_on_training() -> None:
 def test_what_has_just_begun_to_train_warms_up_by_itself() -> None:
     model = Tower()
     optimizer = optimizer_of(model)
-    optimizer.regroup(lambda name: Rate(0.5, start=7, warmup=4) if name == "position" else Rate())
+    optimizer.regroup(lambda name: StageRate(0.5, start=7, warmup=4) if name == "position" else StageRate())
     found = []
     for step in range(7, 13):
         optimizer.step(0.1, step, divisor=number(1.0), found_inf=number(0.0))
@@ -180,7 +180,7 @@ def test_what_has_just_begun_to_train_warms_up_by_itself() -> None:
 def test_what_requires_a_gradient_has_a_rate() -> None:
     """Else it would neither train nor be frozen."""
     with pytest.raises(ValueError, match=r"linear\.weight requires a gradient and has no learning rate"):
-        optimizer_of(Tower()).regroup(lambda name: None if name == "linear.weight" else Rate())
+        optimizer_of(Tower()).regroup(lambda name: None if name == "linear.weight" else StageRate())
 
 
 def test_clipping_by_value_is_torch_s_after_the_division() -> None:

@@ -18,7 +18,7 @@ from clipcluster.runs.files import write_json
 from clipcluster.runs.merge import events
 from clipcluster.runtime.outcome import CheckpointError, Outcome
 from clipcluster.runtime.stop import Stop
-from clipcluster.train.optimizer import Optimizer, Rate
+from clipcluster.train.optimizer import Optimizer, StageRate
 from clipcluster.train.stages import Stage, Stages
 from clipcluster.train.wrapping import WrappedTask
 
@@ -290,7 +290,7 @@ def entered(toy: ModuleType, kind: type[Optimizer], old: nn.Module | None = None
     model = old or toy.Towers()
     optimizer = kind(model, lr=0.1, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
     task = WrappedTask(toy.ToyTask(model, toy.alone(), toy.Script()), toy.alone())
-    frozen = Stage(0, lambda name: None if name.startswith("words") else Rate())
+    frozen = Stage(0, lambda name: None if name.startswith("words") else StageRate())
     stages = Stages(model, task, optimizer, [frozen, Stage(4)])
     stages.enter(0)
     model.last(model.first(torch.ones(2, 48))).sum().backward()

@@ -18,7 +18,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.files import read_json
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.train import undo
-from clipcluster.train.optimizer import Hyperparameters, Optimizer, Rate, _measure_decay, decaying
+from clipcluster.train.optimizer import Hyperparameters, Optimizer, StageRate, _measure_decay, decaying
 from clipcluster.train.timm_optimizers import check_optimizer, timm_optimizer, usable_optimizers
 
 USABLE = [name for name in usable_optimizers() if name != "adamw"]  # which is fused here
@@ -231,7 +231,7 @@ def thaw(optimizer: Optimizer, model: Tower, step: int) -> None:
         parameter.requires_grad_(not frozen)
         if frozen:
             parameter.grad = None
-    optimizer.regroup(lambda name: Rate(0.5) if name.startswith(LATE) else Rate())
+    optimizer.regroup(lambda name: StageRate(0.5) if name.startswith(LATE) else StageRate())
 
 
 @pytest.mark.parametrize("name", ["lamb", "adan", "muon", "adafactor", "sgd", "madgrad"])
@@ -289,7 +289,7 @@ def test_corrected_weight_decay_is_measured_by_each_group_s_own_peak() -> None:
         optimizer.step(LR, 0, divisor=number(1.0), found_inf=number(0.0))
         decayed.append(1 - model.weight[0, 0].item())
     assert decayed == pytest.approx([LR * DECAY, LR * DECAY / 2], rel=1e-3)
-    older = {"corrected_weight_decay": True, "rate": Rate()}  # a group of timm's before 1.0.31
+    older = {"corrected_weight_decay": True, "rate": StageRate()}  # a group of timm's before 1.0.31
     _measure_decay({**older, "hyperparameters": Hyperparameters(1.0)}, LR)
     with pytest.raises(UserError, match=r"wrong before timm 1\.0\.31 where parts"):
         _measure_decay({**older, "hyperparameters": Hyperparameters(0.5)}, LR)

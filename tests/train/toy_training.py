@@ -37,7 +37,7 @@ from clipcluster.train.compiling import compile_towers
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
-from clipcluster.train.optimizer import Optimizer, Rate
+from clipcluster.train.optimizer import Optimizer, StageRate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
@@ -270,8 +270,8 @@ def stages_of(script: Script, model: nn.Module) -> list[Stage]:
     if script.thaw_at is None:
         return [Stage()]
     return [
-        Stage(0, lambda name: None if name.startswith("words") else Rate()),
-        Stage(script.thaw_at, lambda name: Rate(0.5) if name.startswith("words") else Rate()),
+        Stage(0, lambda name: None if name.startswith("words") else StageRate()),
+        Stage(script.thaw_at, lambda name: StageRate(0.5) if name.startswith("words") else StageRate()),
     ]
 
 
