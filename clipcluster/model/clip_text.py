@@ -1,7 +1,7 @@
-"""CLIP's text transformer (Radford et al. 2021, section 2.4), with the parameter names of OpenCLIP's.
+"""CLIP's text transformer (Radford et al. 2021, section 2.4), with OpenCLIP's names for the parameters.
 
-SigLIP's (Zhai et al. 2023) is the same but for its options: every token attends to all places, padding
-included, and a caption's vector is that of the last one.
+SigLIP's (Zhai et al. 2023) is the same network with other options: every token attends to all positions,
+padding included, and the features of a caption are those of the last position.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from clipcluster.model.pooling import at, last_of
 class ClipTextTower(nn.Module):
     """A pre-norm transformer: (B, L) int64 tokens, (B, L) bool mask -> (B, width).
 
-    The vector of a caption is that of its `last` real token, which ends it, of its `first` token, or of the
-    `last_place`, padding or not. L is at most `positions`; where the attention is not `causal`, padding is
-    attended to, so that L has to be what the tower was trained with.
+    The features of a caption are those of its `last` real token, which is the end token, of its `first` token,
+    or of the `last_place`, the last of the L positions, padding or not. L is at most `positions`; without
+    `causal` attention padding is attended to, so that L must be the length that the tower was trained with.
     """
 
     def __init__(
@@ -66,38 +66,38 @@ class ClipTextTower(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        return self.ln_final(self.transformer(states, self._places(mask)))
+        return self.ln_final(self.transformer(states, self._pooled(mask)))
 
-    def _places(self, mask: Tensor) -> Tensor:
-        """(B, L) bool -> (B,) int64: where each caption's vector is taken."""
-        if self.pool == "last":  # with causal attention what follows it never reaches it
+    def _pooled(self, mask: Tensor) -> Tensor:
+        """(B, L) bool -> (B,) int64: the position whose features are each caption's."""
+        if self.pool == "last":  # causal attention: padding after it has no influence
             return last_of(mask)
-        place = 0 if self.pool == "first" else mask.shape[1] - 1
-        return torch.full((mask.shape[0],), place, device=mask.device)
+        position = 0 if self.pool == "first" else mask.shape[1] - 1
+        return torch.full((mask.shape[0],), position, device=mask.device)
 
 
 class _Layers(nn.Module):
-    """The layers in sequence: (B, L, width) and (B,) int64, the position of a token per row -> (B, width)."""
+    """The layers in sequence: (B, L, width) and (B,) int64, the pooled position per row -> (B, width)."""
 
     def __init__(self, blocks: list[_Layer], width: int) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(blocks)
         self.checkpointing = False
-        for layer in blocks:  # what writes into the residual stream shrinks with depth
+        for layer in blocks:  # GPT-2's rule: these write into the residual stream
             nn.init.normal_(layer.attn.out_proj.weight, std=(2 * len(blocks) * width) ** -0.5)
             nn.init.normal_(layer.mlp.c_proj.weight, std=(2 * len(blocks) * width) ** -0.5)
 
-    def forward(self, states: Tensor, places: Tensor) -> Tensor:
+    def forward(self, states: Tensor, pooled: Tensor) -> Tensor:
         *early, final = self.resblocks
         for layer in early:
             states = checkpoint(layer, states, use_reentrant=False) if self.checkpointing else layer(states)
-        return final(states, places)  # the other tokens of the last layer are not used
+        return final(states, pooled)  # the other tokens of the last layer are not used
 
 
 class _Layer(nn.Module):
     """Attention and MLP, each after a norm and with a residual connection: (B, L, width) -> (B, L, width).
 
-    With `last` (B,) int64, the position of a token per row, only these are computed: (B, width).
+    With `pooled` (B,) int64, the position of a token per row, only these tokens are computed: (B, width).
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class _Layer(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = _Mlp(width, hidden, activation)
 
-    def forward(self, states: Tensor, places: Tensor | None = None) -> Tensor:
-        attended = self.attn(self.ln_1(states), places)
-        states = (states if places is None else at(states, places)) + attended
+    def forward(self, states: Tensor, pooled: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.ln_1(states), pooled)
+        states = (states if pooled is None else at(states, pooled)) + attended
         return states + self.mlp(self.ln_2(states))
 
 
@@ -146,7 +146,7 @@ def _tanh_gelu(values: Tensor) -> Tensor:
 
 
 class _Attention(nn.Module):
-    """Each token attends to itself and those before it (`causal`), or to all; one matrix for q, k and v."""
+    """Multi-head attention to all tokens, or, if `causal`, to no later ones; one matrix for q, k and v."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -158,22 +158,22 @@ class _Attention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, states: Tensor, places: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, pooled: Tensor | None = None) -> Tensor:
         weight, bias = self.in_proj_weight, self.in_proj_bias
         mask = None
-        if places is None:
+        if pooled is None:
             query, key, value = functional.linear(states, weight, bias).chunk(3, -1)
         else:
             width = states.shape[-1]
-            query = functional.linear(at(states, places).unsqueeze(1), weight[:width], bias[:width])
+            query = functional.linear(at(states, pooled).unsqueeze(1), weight[:width], bias[:width])
             key, value = functional.linear(states, weight[width:], bias[width:]).chunk(2, -1)
             if self.causal:
-                mask = (torch.arange(states.shape[1], device=places.device) <= places[:, None])[:, None, None]
+                mask = (torch.arange(states.shape[1], device=pooled.device) <= pooled[:, None])[:, None, None]
         query, key, value = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (query, key, value)
         )
         attended = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=self.causal and places is None
+            query, key, value, attn_mask=mask, is_causal=self.causal and pooled is None
         )
         joined = self.out_proj(attended.transpose(1, 2).flatten(2))
-        return joined if places is None else joined.squeeze(1)
+        return joined if pooled is None else joined.squeeze(1)

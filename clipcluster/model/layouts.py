@@ -1,7 +1,8 @@
-"""Layouts: converting the names in other programs' weights to those of the towers here.
+"""Conversion between the parameter names of other programs and those here.
 
-A layout recognises a state dict (prefixes removed) by one of its names and renames its tensors. Shapes that
-differ by dimensions of size one are reconciled in `clipcluster.model.weights`.
+A `Layout` recognises a state dict (prefixes removed) by one of its names and renames its tensors; shapes
+that differ by dimensions of size one are reconciled in `clipcluster.model.weights`. `as_open_clip`,
+`in_transformers` and `siglip_vit_in_transformers` are the inverse, for exports.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """The names of another program.
+    """The parameter names of another program.
 
-    name: for messages. mark: the beginning of one name, which no other layout has. convert: from a state dict
-    with these names, and a module, to the module's state dict.
+    name: for messages. mark: the prefix of a name that occurs in this layout alone. convert: (state dict with
+    these names, module) -> state dict with the module's names.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Layout:
     convert: Callable[[State, Any], State]
 
     def recognises(self, state: Iterable[str]) -> bool:
-        """Whether the names of a state dict are these."""
+        """Whether a state dict with these names has this layout."""
         return any(key.startswith(self.mark) for key in state)
 
 
@@ -80,8 +81,8 @@ def _dense(kernel: Tensor) -> Tensor:
     return kernel.permute(2, 1, 0).unflatten(2, (size, size)).transpose(2, 3)
 
 
-# Two programs' names for the same tensors, as they are replaced one after another, in either direction; ^ and
-# $ stand for the beginning and the end of a name. OpenAI's and OpenCLIP's are on the left.
+# Parts of names for the same tensors in two programs, replaced one after another, in either direction. ^ and
+# $ mark the beginning and the end of a name. OpenAI's and OpenCLIP's names are on the left.
 _CLIP_VIT = (  # timm's
     ("^conv1.", "^patch_embed.proj."),
     ("^positional_embedding$", "^pos_embed$"),
@@ -134,7 +135,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def _rules(pairs: Iterable[tuple[str, str]], *, back: bool = False) -> list[tuple[re.Pattern[str], str]]:
-    """What replaces the names on the left by those on the right, or `back`."""
+    """Substitutions that turn names on the left into those on the right; with `back` the reverse."""
 
     def pattern(text: str) -> re.Pattern[str]:
         return re.compile(re.escape(text).replace(r"\^", "^").replace(r"\$", "$"))
@@ -155,7 +156,7 @@ def _clip_vit(state: State, tower: nn.Module) -> State:
 
 
 def clip_vit_of_timm(state: State) -> State:
-    """timm's names of CLIP's ViT as OpenAI's and OpenCLIP's own: the way back of what reads these."""
+    """timm's names of CLIP's ViT as OpenAI's and OpenCLIP's own: the inverse of `_clip_vit`."""
     rules = _rules(_CLIP_VIT, back=True)
     found = {_renamed(key, rules): value for key, value in state.items()}
     if "positional_embedding" in found:
@@ -166,19 +167,19 @@ def clip_vit_of_timm(state: State) -> State:
 
 
 def clip_in_transformers(state: State) -> State:
-    """The names of OpenAI's and OpenCLIP's own transformers, of images or text, as transformers' CLIP's."""
+    """OpenAI's and OpenCLIP's names of an image or text encoder as those of CLIP in transformers."""
     rules = _rules(_CLIP_HF)
     return {_renamed(key, rules): value for key, value in _split(state, _IN_PROJ, ".attn", _QKV).items()}
 
 
 def _clip_of_transformers(state: State) -> State:
-    """transformers' names of CLIP's own transformers as OpenAI's and OpenCLIP's: the way back."""
+    """transformers' names of CLIP as OpenAI's and OpenCLIP's: the inverse of `clip_in_transformers`."""
     rules = _rules(_CLIP_HF, back=True)
     return _joined({_renamed(key, rules): value for key, value in state.items()}, "in_proj_")
 
 
 def _joined(state: State, name: str) -> State:
-    """Queries, keys and values in three tensors as one, called `name`; where one is missing, as they are."""
+    """Queries, keys and values concatenated to one tensor called `name`; unchanged if one is missing."""
     found = dict(state)
     for key in state:
         block, apart, kind = key.rpartition(".q_proj.")
@@ -200,7 +201,7 @@ def siglip_vit_in_transformers(state: State) -> State:
 
 
 def _siglip_vit_of_transformers(state: State) -> State:
-    """transformers' names of SigLIP's ViT as timm's: the way back."""
+    """transformers' names of SigLIP's ViT as timm's: the inverse of `siglip_vit_in_transformers`."""
     rules = _rules(_SIGLIP_HF, back=True)
     found = _joined({_renamed(key, rules): value for key, value in state.items()}, "qkv.")
     for kind in ("weight", "bias"):
@@ -213,8 +214,8 @@ def _siglip_vit_of_transformers(state: State) -> State:
 
 
 def _hf_tower(state: State, tower: Any) -> State:
-    """A tower by the names in transformers' files as it is: one of the installed transformers, timm's ViT of
-    CLIP or SigLIP, or CLIP's text transformer.
+    """From names in files of transformers to those of the tower, which is one of the installed transformers,
+    timm's ViT of CLIP or SigLIP, or CLIP's text transformer.
     """
     if _of_transformers(tower):
         return {now: state[key] for key, now in names_in(tower, [*state]).items()}
@@ -250,7 +251,7 @@ def _clip_resnet(state: State, tower: nn.Module) -> State:
 
 def _open_clip(state: State, model: Any) -> State:
     """From a whole model of OpenCLIP, OpenAI or Chinese-CLIP to `clipcluster.model.clip.Clip`'s names."""
-    if not hasattr(model, "text"):  # a classifier, whose tower's weights are named by model.image.weights
+    if not hasattr(model, "text"):  # a classifier: model.image.weights loads its tower
         return state
     image = {key.removeprefix("visual."): state[key] for key in state if key.startswith("visual.")}
     text = {key.removeprefix("text."): state[key] for key in state if not key.startswith("visual.")}
@@ -273,7 +274,7 @@ def _open_clip(state: State, model: Any) -> State:
     return found | {f"text.{key}": value for key, value in _text_of(text, model.text).items()}
 
 
-# Where OpenCLIP's models have a projection that is a layer, or layers; as a matrix it is transposed.
+# The projections that are layers in OpenCLIP's models; one that is a bare matrix is transposed.
 _IMAGE_PROJECTIONS = (
     ("attnpool.c_proj.", "image_projection."),
     ("head.proj.", "image_projection."),
@@ -288,7 +289,7 @@ _TEXT_PROJECTIONS = (
 
 
 def _image_projections(image: State, trunk: Any) -> tuple[tuple[str, str], ...]:
-    """Where the projection of images may be."""
+    """The names that the image projection may have, and its name here."""
     if any(key.startswith("head.") for key in image):
         return _IMAGE_PROJECTIONS
     return (*_IMAGE_PROJECTIONS, (f"trunk.{classifier_of(trunk)}.", "image_projection."))
@@ -303,8 +304,8 @@ def classifier_of(trunk: Any) -> str | None:
 def as_open_clip(model: Any, config: Mapping[str, Any]) -> State:
     """The tensors of a `clipcluster.model.clip.Clip` by OpenCLIP's names, for a model of this `model_cfg`.
 
-    The inverse of what is read: its image tower is one of timm's (`timm_model_name`) or OpenCLIP's own ViT,
-    which is one of timm's here too; its text tower is CLIP's or one of transformers.
+    The inverse of `_open_clip`. The image tower there is timm's (`timm_model_name`) or OpenCLIP's own ViT,
+    which is timm's here; the text tower is CLIP's or one of transformers.
     """
     vision, text, state = config["vision_cfg"], config["text_cfg"], model.state_dict()
     image, of_image = _inside(state, "image.trunk."), _inside(state, "image_projection.")
@@ -328,10 +329,12 @@ def as_open_clip(model: Any, config: Mapping[str, Any]) -> State:
 
 
 def _inside(state: State, prefix: str) -> State:
+    """The tensors below a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _placed(state: State, prefix: str) -> State:
+    """The state dict with a prefix before every name."""
     return {prefix + key: value for key, value in state.items()}
 
 
@@ -353,7 +356,7 @@ def _transformers(state: State, model: Any) -> State:
     for key, value in state.items():
         for theirs, ours in _PARTS.items():
             if key.startswith(theirs):
-                # A tower in its own wrapper repeats its name; files and versions differ in it.
+                # A tower inside a wrapper repeats its name; files and versions differ in it.
                 inner = key.removeprefix(theirs).removeprefix(theirs)
                 nested = f"{ours}{theirs}" if f"{ours}{theirs}{inner}" in known else ours
                 key = f"{nested}{inner}"
@@ -369,7 +372,7 @@ def _transformers(state: State, model: Any) -> State:
 
 
 def _within(state: State, place: str, into: str, tower: Any) -> State:
-    """A state dict in which the part at `place`, of transformers, has a tower's own names, at `into`."""
+    """The tensors below `place`, named as in transformers, moved below `into` with the tower's own names."""
     inside = {key.removeprefix(place): value for key, value in state.items() if key.startswith(place)}
     rest = {key: value for key, value in state.items() if not key.startswith(place)}
     return rest | {f"{into}{key}": value for key, value in _hf_tower(inside, tower).items()}
