@@ -21,8 +21,8 @@ from clipcluster.model.pooling import at, last_of
 class ClipTextTower(nn.Module):
     """A pre-norm transformer: (B, L) int64 tokens, (B, L) bool mask -> (B, width).
 
-    The features of a caption are those of its `last` real token, which is the end token, of its `first` token,
-    or of the `last_place`, the last of the L positions, padding or not. L is at most `positions`; without
+    The features of a caption are those of its `last` real token, the end token, of its `first` token, or of
+    the `last_place`, the last of the L positions, padding or not. L is at most `positions`; without
     `causal` attention padding is attended to, so that L must be the length that the tower was trained with.
     """
 
@@ -83,7 +83,7 @@ class _Layers(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(blocks)
         self.checkpointing = False
-        for layer in blocks:  # GPT-2's rule: these write into the residual stream
+        for layer in blocks:  # the projections into the residual stream
             nn.init.normal_(layer.attn.out_proj.weight, std=(2 * len(blocks) * width) ** -0.5)
             nn.init.normal_(layer.mlp.c_proj.weight, std=(2 * len(blocks) * width) ** -0.5)
 

@@ -1,4 +1,4 @@
-"""What tasks and evaluations need of a model; any module with these members will do."""
+"""The interfaces of models that tasks and evaluations use; any module with these members has them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Model(Protocol):
 
 
 class ImageEncoder(Model, Protocol):
-    """Images into a space of width `embed_dim`."""
+    """A model that maps images into a space of `embed_dim` dimensions."""
 
     embed_dim: int
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float, normalised pixels -> (B, E) of length one, float32 or wider."""
+        """(B, 3, S, S) float, normalised pixels -> (B, E) L2-normalised, float32 or wider."""
 
 
 class DualEncoder(ImageEncoder, Protocol):
-    """Images and texts into one space.
+    """A model that maps images and texts into one space.
 
     logit_scale: (1,), the logarithm of the factor of the similarities. logit_bias: (1,), what is added to the
     scaled similarities, or None.
@@ -50,7 +50,7 @@ class DualEncoder(ImageEncoder, Protocol):
 
 
 class Classifier(ImageEncoder, Protocol):
-    """Images into scores of a fixed list of classes; its space is that of the tower's features."""
+    """A model with logits for a fixed list of classes; its space is that of the tower's features."""
 
     def classify(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalised pixels -> logits (B, classes), float32 or wider."""

@@ -19,7 +19,7 @@ from clipcluster.runtime.outcome import is_out_of_memory
 
 LARGEST = 89_478_485  # pixels; Pillow's limit: 256 MiB of RGB
 _ANIMATION, _EXIF = 0x02, 0x08  # flags of a WebP's header
-_GREY = 128  # what a JPEG decoder fills with where the bits end early
+_GREY = 128  # what a JPEG decoder fills in where the data end early
 
 Image.init()  # load all of Pillow's decoders, not only the usual ones
 if "AVIF" in Image.OPEN:
@@ -33,12 +33,14 @@ class BadImage(Exception):
 
 
 def decode(data: bytes, *, turned: bool = True) -> torch.Tensor:
-    """Decodes an image to (3, H, W) uint8.
+    """Decode an image to (3, H, W) uint8.
 
     Grey becomes three equal channels, alpha is put on white, 16 bits become 8, of several frames the first
-    is taken (the others are not looked at), EXIF orientation is applied if `turned`. BadImage for all else:
-    truncated files, and images of more than `LARGEST` pixels, which are told by their header. MemoryError
-    where there is no memory for the pixels: that says nothing of the image.
+    is taken (the others are not read), and EXIF orientation is applied if `turned`.
+
+    Raises BadImage for all else: truncated files, and images whose header declares more than `LARGEST`
+    pixels. Raises MemoryError where this machine lacks the memory for the pixels, which is no fault of the
+    image.
     """
     kind = kind_of(data)
     if kind is None:
@@ -60,7 +62,7 @@ def decode(data: bytes, *, turned: bool = True) -> torch.Tensor:
 
 
 def _memory_is_short() -> bool:
-    """Whether there is less than the largest image takes: a damaged one may ask for any number of bytes."""
+    """Whether memory for the largest image is lacking: a damaged image may ask for any number of bytes."""
     try:
         bytearray(3 * LARGEST)
     except MemoryError:
@@ -84,9 +86,9 @@ def _jpeg(data: bytes, turned: bool) -> torch.Tensor:
 
 
 def _has_grey_corner(pixels: torch.Tensor) -> bool:
-    """Whether any corner is grey: by its orientation, the last pixel of the file may be in each."""
+    """Whether any corner is grey: depending on the orientation each may be the last pixel of the file."""
     _, height, width = pixels.shape
-    corners = pixels[0, :: max(1, height - 1), :: max(1, width - 1)].tolist()  # red alone: most end here
+    corners = pixels[0, :: max(1, height - 1), :: max(1, width - 1)].tolist()  # red alone settles it for most
     return any(_GREY in row for row in corners)
 
 
@@ -122,19 +124,19 @@ def _pillow(data: bytes, kind: str, turned: bool) -> torch.Tensor:
 
 
 def from_pillow(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) uint8 of an image that is open in Pillow, by the rules of `decode`. BadImage as there."""
+    """(3, H, W) uint8 of an image open in Pillow, by the rules of `decode`. Raises BadImage as `decode`."""
     try:
         upright = ImageOps.exif_transpose(image)
-        upright.format = image.format  # a copy has none, and 16 bits are told by it
+        upright.format = image.format  # a copy has none, and `_array` recognises 16 bits by it
         return _rgb(_array(upright))
     except BadImage:
         raise
-    except Exception as error:  # what is open may still have to be decoded
+    except Exception as error:  # Pillow decodes when the pixels are first used
         raise BadImage(_reason(image.format or "image", error)) from None
 
 
 def _array(image: Image.Image) -> torch.Tensor:
-    """(1, 3 or 4, H, W) uint8; of 16 bits 65,535 becomes 255, rounded."""
+    """(1, 3 or 4, H, W) uint8; values of 16 bits are scaled so that 65,535 becomes 255, and rounded."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # in older Pillows
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         return torch.from_numpy(((grey * 255 + 32767) // 65535).astype(np.uint8))[None]
