@@ -150,7 +150,7 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
         evaluate(run.path, overrides=["model.embed_dim=8"])
     manifest = tiny.folder / "a copy" / "manifest.json"
     write_json(manifest, {key: value for key, value in read_json(manifest).items() if key != "recipe"})
-    with pytest.raises(UserError, match=r"lies in no run folder .* holds no recipe"):
+    with pytest.raises(UserError, match=r"is not in a run folder .* has no recipe"):
         evaluate(tiny.folder / "a copy")
 
 

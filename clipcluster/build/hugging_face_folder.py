@@ -1,4 +1,4 @@
-"""A dual encoder's folder in Hugging Face's layout as the recipe that builds it and feeds it."""
+"""The recipe that builds and feeds a dual encoder from a folder in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from clipcluster.runs.files import read_object
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 _LONGEST = 128
-"""Tokens of a caption; a text tower may take more, of which nearly all would be padding."""
+"""Tokens of a caption at most, where a text tower takes more: nearly all would be padding."""
 _CHINESE_CLIP = 52
 """Tokens that Chinese-CLIP was trained with; its configuration has the 512 positions of BERT."""
-_NO_LIMIT = 1_000_000  # transformers writes a number above it where a tokenizer has none
+_NO_LIMIT = 1_000_000  # transformers writes a larger number for a tokenizer without a limit
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:
     """The sections `data`, `model` and `loss` of a recipe for the model of a folder.
 
     Image size, resizing and normalisation are those of its preprocessor_config.json (or
-    processor_config.json), with the defaults of its class; the tokenizer is the folder's own, its context as
-    long as tower and tokenizer allow, at most 128 tokens. Raises UserError where a file is missing, and for
-    preprocessing that has no form here.
+    processor_config.json), with the defaults of its class; the tokenizer is the folder's own, its
+    context length what tower and tokenizer allow, at most 128 tokens. Raises UserError where a file is missing,
+    and for preprocessing that is not supported here.
     """
     settings, _ = config_of("model.dual", str(folder), None)
     siglip = settings.model_type == "siglip"
@@ -69,12 +69,12 @@ def _image(folder: Path) -> dict[str, Any]:
         does = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
     def refuse(what: str) -> UserError:
-        return UserError(f"{folder}: its image processor {what}, which has no form here.")
+        return UserError(f"{folder}: its image processor {what}, which is not supported here.")
 
     if not getattr(does, "do_resize", False):
         raise refuse("does not resize images")
     if not getattr(does, "do_rescale", True) or not math.isclose(does.rescale_factor, 1 / 255):
-        raise refuse("does not bring pixels to 0 … 1")
+        raise refuse("does not scale pixels to the range from 0 to 1")
     if int(does.resample) not in _INTERPOLATION:
         raise refuse(
             f"resizes by Pillow's interpolation {int(does.resample)} (bilinear and bicubic are known)"
@@ -86,7 +86,7 @@ def _image(folder: Path) -> dict[str, Any]:
     (side, *others), kept = sides, set(crop.values()) or sides
     (size, *more) = kept
     if others or more or not side or not (squash or crop) or "longest_edge" in resized:
-        raise refuse(f"makes images of {resized}{f', cropped to {crop}' if crop else ''}, no square")
+        raise refuse(f"resizes to {resized}{f' and crops to {crop}' if crop else ''}, not to a square")
     if size > side:
         raise refuse(f"pads images from {side} to {size} pixels")
     normal = getattr(does, "do_normalize", False)
@@ -100,7 +100,7 @@ def _image(folder: Path) -> dict[str, Any]:
 
 
 def crop_pct(size: int, side: int) -> float:
-    """The largest fraction by which floor(size / fraction) is the resized `side`, size <= side in pixels."""
+    """The largest fraction with floor(size / fraction) == side, for size <= side in pixels."""
     fraction = size / side
     while math.floor(size / fraction) < side:  # by the rounding of the two divisions
         fraction = math.nextafter(fraction, 0.0)

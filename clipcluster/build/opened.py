@@ -1,4 +1,4 @@
-"""A model with its weights and what goes with it, from whatever folder holds one.
+"""A model with its weights, recipe and tokenizer, opened from any kind of model folder.
 
 Nothing here loads torch before a model is built, so that a folder without one is refused at once.
 """
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from clipcluster.data.tokenizer import Tokenizer
 
 EXPECTED = (
-    "a run, one of its checkpoints, a folder of Hugging Face's with a dual encoder (config.json), or one of "
-    "OpenCLIP's (open_clip_config.json)"
+    "a run, one of its checkpoints, a dual encoder's folder in Hugging Face's layout (config.json), or an "
+    "OpenCLIP folder (open_clip_config.json)"
 )
 _NO_NAME = re.compile(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+")
 
@@ -56,9 +56,9 @@ class Opened:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder with a model, before any weights are read; its attributes as those of `Opened`.
+    """A folder with a model, before any weights are read; attributes as in `Opened`.
 
-    checkpoints: where the weights are, the newest first; none where `recipe.model` names them.
+    checkpoints: the folders with the weights, newest first; empty where `recipe.model` names the weights.
     """
 
     recipe: Recipe
@@ -109,7 +109,7 @@ def open_model(
 
 
 def find_model(what: str | Path, runs: Path | None = None) -> ModelFolder:
-    """The model that `what` means: a folder as for `model_folder`, or a run in `runs` as for `find_run`."""
+    """The model that `what` names: a folder as for `model_folder`, or a run in `runs` as for `find_run`."""
     folder, name, within = Path(what), str(what), runs_folder(runs)
     known = any(is_one(folder.absolute()) for is_one, _ in _KINDS)
     if known or (folder.is_dir() and not any(run.name.startswith(name) for run in all_runs(within))):
@@ -129,10 +129,10 @@ def model_folder(what: Path) -> ModelFolder:
     exported = (read_object(folder / "export.json") or {}).get("format") if folder.is_dir() else None
     if exported:
         raise UserError(
-            f"{what} is an export of format {exported}, for other programs; give the run that it was made "
-            "of, or an export of format hf or open_clip."
+            f"{what} is an export of format {exported}, which is not read here; give the run that it was "
+            "made from, or an export of format hf or open_clip."
         )
-    wrong = "holds no model" if folder.is_dir() else "is no folder"
+    wrong = "contains no model" if folder.is_dir() else "is not a folder"
     raise UserError(f"{what} {wrong}; give {EXPECTED}.")
 
 
@@ -156,8 +156,8 @@ def _of_checkpoint(folder: Path) -> ModelFolder:
     recipe = (read_object(folder / MANIFEST) or {}).get("recipe")
     if not isinstance(recipe, dict):
         raise UserError(
-            f"{folder} lies in no run folder (RUN/checkpoints/step-…), and its {MANIFEST} holds no recipe, "
-            "which says what model its weights are of. Put it back into its run, or open the run."
+            f"{folder} is not in a run folder (RUN/checkpoints/step-…), and its {MANIFEST} has no recipe, "
+            "which says what model its weights are of. Move it back into its run, or name the run."
         )
     own = from_mapping(recipe, str(folder / MANIFEST))
     return ModelFolder(own, folder, f"{own.name} {folder.name}", None, (folder,))
@@ -178,7 +178,7 @@ def _of_open_clip(folder: Path) -> ModelFolder:
 def described(folder: Path, sections: Mapping[str, Any]) -> ModelFolder:
     """Another program's model by its sections `data` and `model`, and `loss` where it needs one.
 
-    What a recipe needs besides, to train something, is filled in: nothing can be trained by it.
+    The sections that only training needs are filled in with placeholders: nothing can be trained by it.
     """
     filled: dict[str, Any] = {
         "name": _NO_NAME.sub("-", folder.name).strip("-._")[:100] or "model",
@@ -202,4 +202,4 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], ModelFolder]], ...]
     (lambda folder: (folder / "open_clip_config.json").is_file(), _of_open_clip),
     (lambda folder: (folder / "config.json").is_file(), _of_hugging_face),
 )
-"""How each kind of folder is recognised, and described."""
+"""(test for a kind of folder, function that describes one) in order; the first test that holds decides."""

@@ -65,8 +65,8 @@ def image_tower(opened: Opened) -> TransformersTower:
     if why:
         name = opened.recipe.model.image.timm  # type: ignore[union-attr]
         raise UserError(
-            f"model.image.timm: {name} {why}, and has no form in transformers, which knows timm's ViTs of "
-            "CLIP (…_clip_224, …_clip_quickgelu_224) and of SigLIP (…_siglip_224), and towers named by "
+            f"model.image.timm: {name} {why}, and --format hf takes timm's ViTs of CLIP "
+            "(…_clip_224, …_clip_quickgelu_224) and of SigLIP (…_siglip_224), and towers named by "
             "model.image.hf. --format safetensors and onnx take every tower."
         )
     return _vit(opened, tower.trunk)
@@ -75,7 +75,7 @@ def image_tower(opened: Opened) -> TransformersTower:
 def _not_known(trunk: Any) -> str:
     """What tells a network of timm's from the ViTs of CLIP and SigLIP; "" where nothing does."""
     if not isinstance(trunk, VisionTransformer):
-        return "is no vision transformer"
+        return "is not a vision transformer"
     if trunk.global_pool not in _AROUND:
         return f"pools by {trunk.global_pool or 'nothing'}"
     single = {"cls_token", "pos_embed", "attn_pool.latent"}  # parameters; all else are layers
@@ -125,9 +125,9 @@ def text_tower(opened: Opened) -> TransformersTower:
     forms = {(True, "last"): _clip_text, (False, "last_place"): _siglip_text}
     if (causal, tower.pool) not in forms:
         raise UserError(
-            f"model.text.clip: causal: {str(causal).lower()} with pool: {tower.pool} has no form in "
-            "transformers, whose CLIP is causal and pools at the last token, and whose SigLIP is not and "
-            "pools at the last place. --format onnx takes every tower."
+            f"model.text.clip: causal: {str(causal).lower()} with pool: {tower.pool} is not supported "
+            "by transformers, whose CLIP is causal and pools at the last token, and whose SigLIP is not and "
+            "pools at the last position. --format onnx takes every tower."
         )
     return forms[causal, tower.pool](opened)
 

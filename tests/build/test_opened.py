@@ -114,15 +114,15 @@ def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no model; give a run, one of its checkpoints, a folder of"):
+    with pytest.raises(UserError, match=r"contains no model; give a run, one of its checkpoints, a dual encoder"):
         open_model(tmp_path)
     (tmp_path / "towers").mkdir()
     (tmp_path / "towers" / "export.json").write_text('{"format": "safetensors"}')
     with pytest.raises(
-        UserError, match="is an export of format safetensors, for other programs; give the run"
+        UserError, match="is an export of format safetensors, which is not read here; give the run"
     ):
         open_model(tmp_path / "towers")
-    with pytest.raises(UserError, match="is no folder; give"):
+    with pytest.raises(UserError, match="is not a folder; give"):
         open_model(tmp_path / "nothing")
     with pytest.raises(UserError, match="There is no run 'nothing'"):
         find_model("nothing", run.path.parent)
@@ -143,7 +143,7 @@ def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -
         open_model(bare, weights="ema")
     del manifest["recipe"]
     (bare / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"lies in no run folder .* holds no recipe"):
+    with pytest.raises(UserError, match=r"is not in a run folder .* has no recipe"):
         open_model(bare)
 
 
@@ -277,17 +277,17 @@ def test_a_model_of_transformers_is_measured_as_its_own_code_measures(tmp_path: 
         open_model(folder, weights="ema")
 
 
-def test_preprocessing_that_has_no_form_here_is_refused(tmp_path: Path) -> None:
+def test_preprocessing_that_is_not_supported_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, save_clip)
     file = tmp_path / "preprocessor_config.json"
     written = json.loads(file.read_text())
     for change, told in (
-        ({"do_center_crop": False}, "no square"),
-        ({"size": {"height": 32, "width": 40}}, "no square"),
+        ({"do_center_crop": False}, "not to a square"),
+        ({"size": {"height": 32, "width": 40}}, "not to a square"),
         ({"size": {"shortest_edge": 30}}, "pads images from 30 to 32 pixels"),
         ({"resample": 1}, "interpolation 1"),
         ({"do_resize": False}, "does not resize"),
-        ({"rescale_factor": 1.0}, "does not bring pixels"),
+        ({"rescale_factor": 1.0}, "does not scale pixels"),
     ):
         file.write_text(json.dumps(written | change))
         with pytest.raises(UserError, match=told):

@@ -11,7 +11,7 @@ from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name, s
 from clipcluster.data.shards.tar import read_at, scan
 from clipcluster.errors import UserError
 
-_HEAD = 64  # bytes that tell the kind of an image
+_HEAD = 64  # bytes that suffice to recognise an image
 
 
 class File(NamedTuple):
@@ -46,7 +46,7 @@ class Bad(NamedTuple):
 def files_of(folder: Path) -> list[File]:
     """Every file below a folder by name, but hidden ones. UserError where there is no such folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; name one with image files or shards.")
+        raise UserError(f"{folder} is not a folder; name one with image files or shards.")
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -59,9 +59,9 @@ def files_of(folder: Path) -> list[File]:
 
 
 def images_in(folder: Path, name: str) -> tuple[list[Place], list[Bad]]:
-    """The images of one file: itself, or those of a shard; a file of another kind has none, and is not bad.
+    """The images of one file: itself, or those of a shard; a file of another kind has none and is not bad.
 
-    An image is told by its content. OSError where the file cannot be read.
+    Images are recognised by content. Raises OSError where the file cannot be read.
     """
     path = folder / name
     if name.endswith(".tar"):

@@ -124,9 +124,9 @@ def up_to_date(
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ImageIndex, int]:
-    """The index of a folder as it is now, and how many images were encoded for it; `file` is brought along.
+    """The index of a folder as it is now, also written to `file`, and how many images were encoded for it.
 
-    identity: that of the model. A file that cannot be read now is told as bad, and tried again the next time.
+    identity: the model's. A file that cannot be read now is reported as bad and tried again the next time.
     `progress(done, total)` counts files. Raises OSError where the index cannot be written.
     """
     try:
@@ -179,7 +179,7 @@ def _joined(parts: Sequence[ImageIndex]) -> ImageIndex:
 
 @dataclass
 class _Group:
-    """Images that are encoded together, of so many files; `files` without those that could not be read."""
+    """Images that are encoded together, from `looked_into` files, of which `files` could be read."""
 
     files: dict[str, File] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)

@@ -89,7 +89,7 @@ def search(
         if not path.is_file():
             raise UserError(f"--image {path}: there is no such file.")
     if not folder.is_dir():
-        raise UserError(f"--images {folder} is no folder; name one with image files or shards.")
+        raise UserError(f"--images {folder} is not a folder; name one with image files or shards.")
     find_model(what, runs)  # before torch is loaded
     from clipcluster.build.loaded import load
     from clipcluster.data.images.decode import BadImage

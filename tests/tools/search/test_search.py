@@ -208,5 +208,5 @@ def test_the_command(run: Run, photos: Path, tmp_path: Path, capsys: pytest.Capt
         with pytest.raises(UserError, match=told):
             said()
     words[3:] = [tmp_path / "nowhere", "--text", "a"]
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         said()
