@@ -45,24 +45,14 @@ from clipcluster.errors import UserError
 from clipcluster.run import evaluate
 from clipcluster.runs.folder import Run
 from tests.tiny_run import NAMES, captions, picture, write_run, write_shards
+from tests.tiny_sizes import LAYERS, SIZE, VISION
 
 WORDS = ["[PAD]", "[CLS]", "[UNK]", "[SEP]", "a", "number", "picture", "photo", "of", *NAMES]
 WORDS += [str(number) for number in range(10)]
-SIZE, LENGTH = 32, 12
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIZE,
-    "patch_size": 8,
-}
+LENGTH = 12
 TEXT = {
+    **LAYERS,
     "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
     "max_position_embeddings": LENGTH,
     "pad_token_id": 0,
     "bos_token_id": 1,

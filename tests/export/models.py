@@ -33,9 +33,9 @@ from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.checkpoints import file_entry, name_of
 from clipcluster.runs.files import file_sha256, write_json
 from clipcluster.runs.folder import Run
+from tests.tiny_sizes import LAYERS, SIZE
 
-SIZE, CONTEXT, EMBED = 32, 16, 8
-LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+CONTEXT, EMBED = 16, 8
 VISION = {**LAYERS, "image_size": SIZE, "patch_size": 8}
 WORDS = {**LAYERS, "vocab_size": 259, "max_position_embeddings": 64, "pad_token_id": 258}
 WORDS |= {"bos_token_id": 256, "eos_token_id": 257}

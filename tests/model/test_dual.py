@@ -30,22 +30,11 @@ from clipcluster.model.dual import build_dual
 from clipcluster.model.hugging_face import pixels_of
 from clipcluster.recipe.sections.image import Image
 from clipcluster.recipe.sections.model import Model
+from tests.tiny_sizes import LAYERS, SIZE, VISION
 
-SIZE = 32
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIZE,
-    "patch_size": 8,
-}
 TEXT = {
+    **LAYERS,
     "vocab_size": Tokens.vocab_size,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
     "max_position_embeddings": Tokens.context_length,
     "pad_token_id": Tokens.pad_id,
     "eos_token_id": Tokens.eos_id,

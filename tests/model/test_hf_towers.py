@@ -21,9 +21,9 @@ from clipcluster.errors import UserError
 from clipcluster.model.clip import build_clip
 from clipcluster.model.towers import build_image_tower, build_text_tower
 from clipcluster.recipe.sections import model as sections
+from tests.tiny_sizes import LAYERS
 
 LENGTH = Tokens.context_length
-LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 # model type -> what a tower is made of; where its published vector is.
 TEXT = {
     "gpt2": ({"n_embd": 16, "n_layer": 2, "n_head": 2}, "last"),
