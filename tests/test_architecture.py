@@ -94,7 +94,7 @@ def test_every_file_that_the_page_names_is_there():
         if "NAME" not in path and not (ROOT / path).exists()
     ]
     assert missing == []
-    ways = PAGE[PAGE.index("## The ways") : PAGE.index("## Where a new one goes")]
+    ways = PAGE[PAGE.index("## From start to end") : PAGE.index("## Where a new one goes")]
     there = {path.name for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert set(re.findall(r"\b(\w+\.py)\b", ways)) <= there
 

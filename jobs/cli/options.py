@@ -17,18 +17,18 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 Runs = Annotated[
     Path | None,
-    typer.Option("--runs", metavar="DIR", help="Where runs are. Default: $CLIPCLUSTER_RUNS, else ./runs"),
+    typer.Option("--runs", metavar="DIR", help="The folder of runs. Default: $CLIPCLUSTER_RUNS, else ./runs."),
 ]
 AnyModel = Annotated[
     str,
     typer.Argument(
         metavar="RUN|CHECKPOINT|FOLDER",
-        help="A run, a checkpoint's folder, or that of an OpenCLIP or Hugging Face model.",
+        help="A run, or the folder of a checkpoint or of an OpenCLIP or Hugging Face model.",
     ),
 ]
 Weights = Annotated[
     Literal["ema", "raw"] | None,
-    typer.Option("--weights", help="The moving average, or the weights themselves. Default: ema if there."),
+    typer.Option("--weights", help="ema: the moving average; raw: the weights themselves. Default: ema if there is one."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 

@@ -1,4 +1,4 @@
-"""The verbs of runs: check, submit, status, logs, metrics, cancel, evaluate, report, train; all verbs."""
+"""The verbs of runs, from init and check to report and train; the list of all verbs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also build the towers and decode samples; loads torch.")
+        bool, typer.Option("--deep", help="Also build the towers and decode samples (with torch, slower).")
     ] = False,
     site: Site = None,
 ) -> None:
-    """Find everything that can be known before queueing."""
+    """Check a recipe for every error that can be found before its run is queued."""
     from clipcluster.check import plain
     from jobs.submit import executor
 
@@ -72,7 +72,7 @@ def init(
         typer.Option("--data", metavar="DIR", help="Shards to train on, or a folder with train, val, test."),
     ] = None,
 ) -> None:
-    """Write a first recipe for shards that are there, with comments."""
+    """Write a first recipe, with comments, for indexed shards."""
     from jobs.init import write_starter
 
     file, found = write_starter(name, parent=parent, data=data)
@@ -91,7 +91,7 @@ def submit(
         Literal["slurm", "local", "none"] | None,
         typer.Option(
             "--executor",
-            help="Where it runs; none: make the folder only. Default: SLURM where it is set up, else local.",
+            help="Where it runs; none: only make the run folder. Default: slurm where it is set up, else local.",
         ),
     ] = None,
     follow: Annotated[
@@ -103,7 +103,7 @@ def submit(
     quick: Annotated[bool, typer.Option("--quick", help="Skip the deep check.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Start a run, or resume it: the same recipe finds its run again."""
+    """Start a run, or resume it: the same recipe always means the same run."""
     from jobs.submit import submit as submission
 
     submitted = submission.submit(
@@ -178,13 +178,13 @@ def logs(
     following: Annotated[
         bool, typer.Option("-f", "--follow", help="Keep printing until the run ends.")
     ] = False,
-    rank: Annotated[int, typer.Option("--rank", metavar="R", help="The rank.")] = 0,
+    rank: Annotated[int, typer.Option("--rank", metavar="R", help="Whose output, from 0.")] = 0,
     attempt: Annotated[
         int | None, typer.Option("--attempt", metavar="A", help="The attempt. Default: the newest.")
     ] = None,
     runs: Runs = None,
 ) -> None:
-    """Print what a rank wrote."""
+    """Print the output of a rank."""
     from jobs import logs as printing
     from jobs.state import Watched
 
@@ -208,15 +208,15 @@ def logs(
 def metrics(
     run: OneRun,
     names: Annotated[
-        str, typer.Option("--columns", metavar="NAME[,NAME]", help="These columns, in this order.")
+        str, typer.Option("--columns", metavar="NAME[,NAME]", help="The columns, in this order. Default: a selection.")
     ] = "",
     every: Annotated[
         int | None,
         typer.Option(
-            "--every", metavar="N", min=1, help="Only steps that N divides, the first and the last."
+            "--every", metavar="N", min=1, help="Only steps that N divides, and the first and the last."
         ),
     ] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Plot the columns (default: loss) here.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Plot the columns (default: loss) on the terminal.")] = False,
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE", help="Plot them into a .png, .pdf or .svg.")
     ] = None,
@@ -224,7 +224,7 @@ def metrics(
     as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSON, one line a step.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Print the metrics of all attempts as one table: of a long run, a selection of its steps."""
+    """Print the metrics of all attempts as one table; of a long run a selection of its steps."""
     from jobs import metrics as printing
 
     forms = {"--csv": as_csv, "--jsonl": as_jsonl, "--plot": plot, "--picture": picture is not None}
@@ -256,7 +256,7 @@ def cancel(
     ],
     runs: Runs = None,
 ) -> None:
-    """End runs for good. Submitting one again resumes it from its last checkpoint."""
+    """End runs: they are not requeued. Submitting one again resumes it from its last checkpoint."""
     from jobs.cancel import cancel as end
     from jobs.state import Queue
 
@@ -271,14 +271,14 @@ def evaluate(
     overrides: Overrides = None,
     weights: Weights = None,
     all_of_it: Annotated[
-        bool, typer.Option("--all", help="Print every figure and what it means, not the headline alone.")
+        bool, typer.Option("--all", help="Print every figure with its meaning, not only the headline.")
     ] = False,
     as_json: AsJson = False,
     runs: Runs = None,
 ) -> None:
-    """Measure a model in this process: a checkpoint with its run's evaluations, or another program's model.
+    """Measure a model in this process, by the evaluations of its run's recipe; nothing is written to the run.
 
-    For another program's model evaluate.zero_shot=[FOLDER] and evaluate.retrieval=[FOLDER] name the shards.
+    For another program's model name the shards: evaluate.zero_shot=[FOLDER] evaluate.retrieval=[FOLDER].
     """
     from jobs.evaluate import evaluate as measure
 
@@ -300,7 +300,7 @@ def report(
     ],
     runs: Runs = None,
 ) -> None:
-    """Write a page about one run, or several beside each other, as one file for a browser."""
+    """Write one HTML file about a run, or about several beside each other."""
     from jobs.report.report import write
     from jobs.state import Queue
 

@@ -1,4 +1,4 @@
-"""The verb search: images by text, or by another image."""
+"""The verb search: images by text or by image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def search(
         list[Path] | None,
         typer.Option("--image", metavar="FILE", help="Look for images like this one; may be repeated."),
     ] = None,
-    count: Annotated[int, typer.Option("-k", "--count", metavar="N", min=1, help="Images of a query.")] = 10,
+    count: Annotated[int, typer.Option("-k", "--count", metavar="N", min=1, help="Images listed for each query.")] = 10,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PAGE.html", help="Also write a page with thumbnails.")
     ] = None,
