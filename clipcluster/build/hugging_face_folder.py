@@ -25,8 +25,8 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 
     Image size, resizing and normalisation are those of its preprocessor_config.json (or
     processor_config.json), with the defaults of its class; the tokenizer is the folder's own, its
-    context length what tower and tokenizer allow, at most 128 tokens. Raises UserError where a file is missing,
-    and for preprocessing that is not supported here.
+    context length what tower and tokenizer allow, at most 128 tokens. Raises UserError where a file is
+    missing, and for preprocessing that is not supported here.
     """
     settings, _ = config_of("model.dual", str(folder), None)
     siglip = settings.model_type == "siglip"

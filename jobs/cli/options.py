@@ -17,7 +17,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 Runs = Annotated[
     Path | None,
-    typer.Option("--runs", metavar="DIR", help="The folder of runs. Default: $CLIPCLUSTER_RUNS, else ./runs."),
+    typer.Option(
+        "--runs", metavar="DIR", help="The folder of runs. Default: $CLIPCLUSTER_RUNS, else ./runs."
+    ),
 ]
 AnyModel = Annotated[
     str,
@@ -28,7 +30,10 @@ AnyModel = Annotated[
 ]
 Weights = Annotated[
     Literal["ema", "raw"] | None,
-    typer.Option("--weights", help="ema: the moving average; raw: the weights themselves. Default: ema if there is one."),
+    typer.Option(
+        "--weights",
+        help="ema: the moving average; raw: the weights themselves. Default: ema if there is one.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 

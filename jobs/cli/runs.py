@@ -91,7 +91,7 @@ def submit(
         Literal["slurm", "local", "none"] | None,
         typer.Option(
             "--executor",
-            help="Where it runs; none: only make the run folder. Default: slurm where it is set up, else local.",
+            help="Where it runs; none: make the run folder only. Default: slurm where set up, else local.",
         ),
     ] = None,
     follow: Annotated[
@@ -208,7 +208,10 @@ def logs(
 def metrics(
     run: OneRun,
     names: Annotated[
-        str, typer.Option("--columns", metavar="NAME[,NAME]", help="The columns, in this order. Default: a selection.")
+        str,
+        typer.Option(
+            "--columns", metavar="NAME[,NAME]", help="The columns, in this order. Default: a selection."
+        ),
     ] = "",
     every: Annotated[
         int | None,
@@ -216,7 +219,9 @@ def metrics(
             "--every", metavar="N", min=1, help="Only steps that N divides, and the first and the last."
         ),
     ] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Plot the columns (default: loss) on the terminal.")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Plot the columns (default: loss) on the terminal.")
+    ] = False,
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE", help="Plot them into a .png, .pdf or .svg.")
     ] = None,

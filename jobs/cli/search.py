@@ -31,7 +31,9 @@ def search(
         list[Path] | None,
         typer.Option("--image", metavar="FILE", help="Look for images like this one; may be repeated."),
     ] = None,
-    count: Annotated[int, typer.Option("-k", "--count", metavar="N", min=1, help="Images listed for each query.")] = 10,
+    count: Annotated[
+        int, typer.Option("-k", "--count", metavar="N", min=1, help="Images listed for each query.")
+    ] = 10,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PAGE.html", help="Also write a page with thumbnails.")
     ] = None,

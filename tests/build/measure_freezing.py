@@ -1,9 +1,9 @@
 """What freezing layers saves: the operations of the backward pass, and the memory kept for it.
 
 python tests/build/measure_freezing.py  prints the table of docs/training.md, "Stages": ConvNeXt V2 Tiny and
-GPT-2 with random weights, 4 samples of 224 pixels and 77 tokens, float32, on the CPU. Operations are those that
-torch's FlopCounterMode counts; memory is that of the tensors saved by autograd, each storage once, without
-parameters. Neither depends on the machine. It takes half a minute and 4 GB.
+GPT-2 with random weights, 4 samples of 224 pixels and 77 tokens, float32, on the CPU. Operations are those
+that torch's FlopCounterMode counts; memory is that of the tensors saved by autograd, each storage once,
+without parameters. Neither depends on the machine. It takes a minute and 4 GB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clipcluster.runtime.world import World
 from clipcluster.train.stages import Stage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
-from tiny_model import Tokens, image_section, model_section, text_section  # noqa: E402  after its path
+from tiny_model import Tokens, image_section, model_section, text_section
 
 SAMPLES, SIZE, LENGTH = 4, 224, 77
 FREEZE = [("image", 0, 0), ("text", 0, 0), ("text", 1, 6), ("image", 2, 4)]  # tower, step, last layers

@@ -104,7 +104,9 @@ def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"contains no model; give a run, one of its checkpoints, a dual encoder"):
+    with pytest.raises(
+        UserError, match=r"contains no model; give a run, one of its checkpoints, a dual encoder"
+    ):
         open_model(tmp_path)
     (tmp_path / "towers").mkdir()
     (tmp_path / "towers" / "export.json").write_text('{"format": "safetensors"}')

@@ -70,7 +70,11 @@ def test_what_trained_before_keeps_its_rate_and_what_begins_has_the_entrys(clip:
         f"text.transformer.{name}" for name in ("h.2.ln_1.bias", "h.1.ln_1.bias", "wte.weight")
     )
     assert [first.rate_of(name) for name in (old, new, table)] == [StageRate(0.5, 2, 3), None, None]
-    assert [second.rate_of(name) for name in (old, new, table)] == [StageRate(0.5, 2, 3), StageRate(0.1, 4), None]
+    assert [second.rate_of(name) for name in (old, new, table)] == [
+        StageRate(0.5, 2, 3),
+        StageRate(0.1, 4),
+        None,
+    ]
     assert [third.rate_of(name) for name in (old, new, table)] == [
         StageRate(0.5, 2, 3),
         StageRate(0.1, 4),
