@@ -42,6 +42,7 @@ class Metrics:
         self._every, self._total = every, total_steps
         self._last_line: dict[str, Any] = {}
         self._board: Board | None = None
+        self._unwritten: list[tuple[dict[str, Any], Measured]] = []
         self.restart_clock(0)
 
     def open(self, progress: Progress) -> None:
@@ -85,27 +86,42 @@ class Metrics:
         return round(all_bad * self._world.size)
 
     def write_results(self, progress: Progress, measured: Measured, *, averaged: bool) -> None:
-        """Write `evals/step-….json`, and the results into the line of their step. Raises StaleAttempt.
+        """Write `evals/step-….json`, and the results into the line of their step.
 
         `evals/details-….json` has what stands behind the results (`clipcluster.evals.features.Measured`).
-        The later line of a step wins, so it repeats what training wrote there, perhaps in an earlier attempt.
+        What cannot be written is kept for `write_unwritten`. Raises StaleAttempt, OSError.
         """
-        if not self._world.is_main:
-            return
+        if self._world.is_main:
+            self.say(f"evaluation at step {progress.step:,}: {headline_text(measured.metrics)}")
+            self._unwritten.append(({**progress.counts(), "ema": averaged}, measured))
+            self.write_unwritten()
+
+    def write_unwritten(self) -> None:
+        """Write the results that were not written when they were found. Raises StaleAttempt, OSError."""
+        while self._unwritten:
+            self._write_results(*self._unwritten[0])
+            del self._unwritten[0]
+
+    def forget_unwritten(self) -> None:
+        """Results of steps that a roll-back undid are not written any more."""
+        self._unwritten.clear()
+
+    def _write_results(self, about: Mapping[str, Any], measured: Measured) -> None:
+        # The later line of a step wins, so it repeats what training wrote there, perhaps in another attempt.
         self._attempt.check()
         self._run.evals.mkdir(exist_ok=True)
-        about = {**progress.counts(), "attempt": self._attempt.number, "ema": averaged}
-        details = {"step": progress.step, "attempt": self._attempt.number, "sets": measured.details}
-        write_json(self._run.evals / f"details-{progress.step:08d}.json", details)
+        step, attempt = about["step"], self._attempt.number
+        details = {"step": step, "attempt": attempt, "sets": measured.details}
+        write_json(self._run.evals / f"details-{step:08d}.json", details)
         results = measured.metrics
-        write_json(self._run.evals / f"{name_of(progress.step)}.json", {**about, "metrics": results})
+        document = {**about, "attempt": attempt, "metrics": results}
+        write_json(self._run.evals / f"{name_of(step)}.json", document)
         line = self._last_line
-        if line.get("step") != progress.step:
-            before = (known for known in merged_metrics(self._run) if known["step"] == progress.step)
-            known = next(before, progress.counts())
+        if line.get("step") != step:
+            counts = {name: about[name] for name in ("step", "samples", "epoch")}
+            known = next((known for known in merged_metrics(self._run) if known["step"] == step), counts)
             line = {key: value for key, value in known.items() if key not in ("attempt", "time")}
-        self._put("evaluation", {**line, **results}, {"step": progress.step, **results})
-        self.say(f"evaluation at step {progress.step:,}: {headline_text(results)}")
+        self._put("evaluation", {**line, **results}, {"step": step, **results})
 
     def _put(self, group: str, line: dict[str, Any], curves: Mapping[str, Any]) -> None:
         self._attempt.metrics(line)

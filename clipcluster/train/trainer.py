@@ -162,6 +162,8 @@ class Trainer:
             bad = self.metrics.write(self.progress, report, lr=lr, bad=self.records.take_bad(), **skipped)
             if bad and self.world.is_main:
                 self.records.judge_bad()
+        with self.records.keeping():
+            self.metrics.write_unwritten()
         if streak.length > self.step.guard.limit:
             self._roll_back(streak)
 
@@ -179,6 +181,7 @@ class Trainer:
         self.records.event("roll_back", reason=str(streak), checkpoint=found.name)
         self.metrics.say(f"{streak}: back to {found.name}, without these batches")
         self.results = {}  # of a step that is undone
+        self.metrics.forget_unwritten()
         self.step.guard.reset()
         self.metrics.restart_clock(self.progress.samples)
 
@@ -221,6 +224,8 @@ class Trainer:
 
     def _leave(self, outcome: Outcome, reason: str) -> Outcome:
         """Write the outcome once everything is durable, and leave together."""
+        with self.records.keeping():
+            self.metrics.write_unwritten()
         self.world.raise_first(self.records.failure)
         if self.world.is_main:
             self.attempt.end(outcome.name.lower(), outcome, reason)

@@ -142,7 +142,7 @@ def resume(run: Run, tell: Callable[[str], None], *, watched: bool) -> None:
             start(run, ready)
         elif settings["executor"] == "local" and not watched:
             launch.detached(run, run.path / str(settings["code"]), __name__, str(run.path), "finish")
-    except UserError as refusal:
+    except (UserError, OSError) as refusal:
         tell(f"not started: {refusal}")
 
 

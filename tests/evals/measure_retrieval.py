@@ -6,12 +6,11 @@
 Features are random, each caption near its image. Ours gives the grouped and the paired figures of both
 directions, mean recalls and the loss; OpenCLIP 3.3.0 (`open_clip_train.train.get_clip_metrics`) the paired
 ones, on images repeated for each of their captions. Each runs in a process of its own, one after the other.
-Memory is the peak of the process beyond what it held with its imports and the features loaded.
+Memory is the peak of the process beyond what it held with its imports and the features loaded (Linux).
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import torch
 from torch.nn import functional
 
@@ -37,6 +35,8 @@ def main() -> None:
     parser.add_argument("--of", choices=[OURS, OPENCLIP], help=argparse.SUPPRESS)
     parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.captions < given.images:
+        parser.error("every image needs a caption: give as many captions as images, or more")
     torch.set_num_threads(given.threads)
     if given.of:
         print(json.dumps(measured(given.of, given.features)))
@@ -97,11 +97,11 @@ def measured(of: str, file: Path) -> dict[str, object]:
             found = get_clip_metrics(repeated, texts, torch.tensor(100.0))
             return {name: float(value) for name, value in found.items()}
 
-    before = psutil.Process().memory_info().rss
+    before = held("VmRSS")
     began, worked = time.perf_counter(), time.process_time()
     figures = compute()
     seconds, processor = time.perf_counter() - began, time.process_time() - worked
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = held("VmHWM")
     return {
         "of": of,
         "seconds": round(seconds, 2),
@@ -109,6 +109,12 @@ def measured(of: str, file: Path) -> dict[str, object]:
         "mb": round((peak - before) / 1e6),
         "figures": {name: round(value, 6) for name, value in figures.items()},
     }
+
+
+def held(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most (ru_maxrss would count what its parent held, too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

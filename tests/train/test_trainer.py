@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -698,6 +699,39 @@ def test_a_step_whose_checkpoint_was_not_written_is_evaluated_by_the_next_one(
     owe(run.newest(), 13)  # left by a kill between the mark and its checkpoint, with a later one durable
     assert toy.go(run, **script).outcome is Outcome.FINISHED
     assert [owed.step for owed in owed_by(run)] == [first, 14, 18]
+
+
+@pytest.mark.parametrize("repaired", [8, 13])
+def test_results_that_could_not_be_written_are_written_later(
+    toy: ModuleType, run: Any, caplog: pytest.LogCaptureFixture, repaired: int
+) -> None:
+    """At the next log step, or at the end of the attempt; the log has them at once."""
+    caplog.set_level(logging.INFO, "clipcluster")
+    script = {"evaluate_every": 6, "log_every": 2, "steps": 18, "stop_at": 12}
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
+    fetch, save = trainer.feed.next, trainer.saver.save_and_wait
+
+    def fetch_and_break() -> Any:
+        if trainer.progress.step == 3:
+            run.evals.rmdir()
+            run.evals.write_text("")  # a file where the folder belongs: an OSError, for root too
+        if trainer.progress.step == repaired:
+            run.evals.unlink()
+        return fetch()
+
+    def repair_at_the_end(*given: Any) -> None:
+        if repaired == 13:
+            run.evals.unlink()
+        save(*given)
+
+    trainer.feed.next, trainer.saver.save_and_wait = fetch_and_break, repair_at_the_end
+    assert trainer.run() is Outcome.STOPPED
+    assert "evaluation at step 6: toy/size" in caplog.text
+    lines = {line["step"]: line for line in merged_metrics(run)}
+    assert [step for step, line in lines.items() if "toy/size" in line] == [6, 12]
+    assert lines[6]["toy/step"] == 6.0
+    assert lines[6]["loss"] > 0
+    assert [read_json(run.evals / f"step-{step:08d}.json")["step"] for step in (6, 12)] == [6, 12]
 
 
 @pytest.mark.parametrize("by_job", [True, False])
