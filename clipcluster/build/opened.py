@@ -170,7 +170,7 @@ def _of_hugging_face(folder: Path) -> ModelFolder:
 
 
 def _of_open_clip(folder: Path) -> ModelFolder:
-    from clipcluster.build.open_clip_config import recipe_of
+    from clipcluster.build.open_clip_folder import recipe_of
 
     return described(folder, recipe_of(folder))
 

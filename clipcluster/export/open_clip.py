@@ -11,11 +11,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from clipcluster.build.open_clip_config import CONFIG, VOCABULARY, config_of
+from clipcluster.build.open_clip_folder import CONFIG, VOCABULARY
 from clipcluster.build.opened import Opened
 from clipcluster.data.tokenizer import ClipTokenizer
 from clipcluster.errors import UserError
 from clipcluster.export.compare import compare
+from clipcluster.export.open_clip_config import config_of
 from clipcluster.export.preprocessing import write_tokenizer
 from clipcluster.model.layouts import as_open_clip
 from clipcluster.model.weight_files import OPEN_CLIP_FILES

@@ -14,7 +14,7 @@ from PIL import Image
 from shard_writer import ShardWriter
 from sklearn.datasets import load_digits
 
-from clipcluster.build.open_clip_config import recipe_of
+from clipcluster.build.open_clip_folder import recipe_of
 from clipcluster.build.opened import Opened, described
 from clipcluster.data.shards.indexing import index_folder
 from clipcluster.evals.suite import build_suite

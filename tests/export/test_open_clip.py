@@ -21,8 +21,8 @@ from models import (
 )
 from PIL import Image
 
-from clipcluster.build.open_clip_config import CONFIG
-from clipcluster.build.open_clip_config import recipe_of as sections_of_folder
+from clipcluster.build.open_clip_folder import CONFIG
+from clipcluster.build.open_clip_folder import recipe_of as sections_of_folder
 from clipcluster.build.opened import Opened, described
 from clipcluster.data.images.decode import decode
 from clipcluster.data.images.transforms import evaluation_transform

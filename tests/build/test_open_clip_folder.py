@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipcluster.build.open_clip_config import CONFIG, VOCABULARY, config_of, recipe_of, sections_of
+from clipcluster.build.open_clip_folder import CONFIG, VOCABULARY, recipe_of, sections_of
 from clipcluster.errors import UserError
+from clipcluster.export.open_clip_config import config_of
 from clipcluster.model.clip import Clip, build_clip
 from clipcluster.model.layouts import LAYOUTS, as_open_clip
 from clipcluster.recipe.sections.data import Text
