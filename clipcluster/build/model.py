@@ -26,6 +26,7 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import STATE, name_of, steps_in, weights_file
 from clipcluster.runs.files import file_sha256, write_json
 from clipcluster.runs.folder import Run
+from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import Broken, read_state, reading, verify
 
@@ -156,8 +157,8 @@ def load_checkpoint(
     """Give a model the weights of the first of these checkpoints that verifies.
 
     weights: the moving average or the weights themselves; default the average where there is one. Returns the
-    checkpoint, its step, and whether the weights are averaged. Raises UserError where none of them has these
-    weights whole, and where they are of another model.
+    checkpoint, its step, and whether the weights are averaged; logs those that were passed over. Raises
+    UserError where none of them has these weights whole, and where they are of another model or version.
     """
     reasons = []
     for path in newest_first:
@@ -169,8 +170,12 @@ def load_checkpoint(
         except (Broken, FileNotFoundError) as error:
             reasons.append(f"{path.name}: {error}")
             continue
+        except CheckpointError as error:  # of a newer version
+            raise UserError(f"{error} {error.advice}") from error
         except RuntimeError as error:
             raise UserError(f"The weights of {path} do not fit the recipe: {error}") from error
+        for reason in reasons:
+            logger.warning("passed over for %s: %s", path.name, reason)
         return path, step, averaged
     what = {"ema": "averaged weights", "raw": "raw weights", None: "weights"}[weights]
     hint = " Averaged weights are kept by train.ema." if weights == "ema" else ""

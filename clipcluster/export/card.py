@@ -42,6 +42,7 @@ session = onnxruntime.InferenceSession("DIR/{image}.onnx")  # towers.json says w
 """,
 }
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnx"}
+_WEIGHTS = {True: "moving average of the weights", False: "weights themselves"}
 _TO_FILL_IN = "*To be filled in by the owner of the model.*"
 
 
@@ -53,9 +54,11 @@ def card(opened: Opened, kind: str) -> str:
     facts, dual = facts_of(opened.path), hasattr(opened.model, "encode_text")
     what = "dual encoder of images and captions" if dual else "classifier of images"
     text = f"A {what}, converted with clipcluster from {opened.name}."
+    weights = _WEIGHTS[opened.averaged]
     if opened.step is not None:
-        weights = "moving average of the weights" if opened.averaged else "weights themselves"
         text = f"A {what}, trained with clipcluster. These are the {weights} of step {opened.step:,}."
+    elif opened.averaged:
+        text += f" These are the {weights}."
     names = {"joining": "projections" if dual else "head", "image": "image" if dual else "classifier"}
     use = _USE[kind].strip()
     for name, value in names.items():
@@ -68,16 +71,18 @@ def card(opened: Opened, kind: str) -> str:
         f"## Intended use\n\n{_TO_FILL_IN}\n",
     ]
     if facts:
-        parts += [_data(facts), _training(opened, facts), _evaluation(facts), _cost(facts), _recipe(facts)]
+        parts += [_data(facts), _training(opened, facts), _evaluation(opened, facts), _cost(facts)]
+        parts.append(_recipe(facts))
     return "\n".join(parts)
 
 
 def _front_matter(opened: Opened, kind: str, facts: Facts | None, dual: bool) -> str:
     task = "zero-shot-image-classification" if dual else "image-classification"
     results = []
-    for group, figures in ordered(facts.evaluation["metrics"] if facts and facts.evaluation else {}).items():
+    measured = facts.evaluation if facts and _of_these_weights(opened, facts) else None
+    for group, figures in ordered(measured["metrics"] if measured else {}).items():
         for figure in figures if group is not COUNTS else ():
-            if figure.value is not None:
+            if figure.value is not None and not figure.metric.startswith("raw_"):
                 retrieval = group in (GROUPED, PAIRED)
                 results.append(_result(figure, "image-text-retrieval" if retrieval else task))
     data = ModelCardData(
@@ -88,6 +93,12 @@ def _front_matter(opened: Opened, kind: str, facts: Facts | None, dual: bool) ->
         eval_results=results or None,
     )
     return data.to_yaml()
+
+
+def _of_these_weights(opened: Opened, facts: Facts) -> bool:
+    """Whether the evaluation is of the exported weights: what a hub shows as the model's figures."""
+    found = facts.evaluation or {}
+    return (found.get("step"), bool(found.get("ema"))) == (opened.step, opened.averaged)
 
 
 def _result(figure: Result, task: str) -> EvalResult:
@@ -140,13 +151,12 @@ def _training(opened: Opened, facts: Facts) -> str:
     return f"## Training\n\n{_table(rows)}"
 
 
-def _evaluation(facts: Facts) -> str:
+def _evaluation(opened: Opened, facts: Facts) -> str:
     if facts.evaluation is None:
         return "## Evaluation\n\nThe run was not evaluated.\n"
-    measured = (
-        "the moving average of the weights" if facts.evaluation.get("ema") else "the weights themselves"
-    )
-    text = [f"## Evaluation\n\nAt step {facts.evaluation.get('step', 0):,}, of {measured}.\n"]
+    measured = _WEIGHTS[bool(facts.evaluation.get("ema"))]
+    other = "" if _of_these_weights(opened, facts) else " **Other weights than those here.**"
+    text = [f"## Evaluation\n\nAt step {facts.evaluation.get('step', 0):,}, of the {measured}.{other}\n"]
     for group, figures in ordered(facts.evaluation["metrics"]).items():
         text.append(f"**{group.title}**" + (f": {group.explanation}.\n" if group.explanation else "\n"))
         lines = [f"| {figure.set} | {figure.metric} | {figure.text} |" for figure in figures]

@@ -55,7 +55,7 @@ def compare(
     image: (B, 3, S, S) normalised pixels -> features of images, or a classifier's logits. text: tokens and
     mask -> features of captions. Arrays or tensors, (B, E).
 
-    Raises UserError where they differ by more than `TOLERANCE`.
+    Raises UserError where they differ by more than `TOLERANCE`, and where the model's own are not finite.
     """
     model = opened.model
     for count in BATCHES:
@@ -69,6 +69,14 @@ def compare(
 
 
 def _check(what: str, kind: str, found: Tensor, own: Tensor) -> None:
+    if not own.isfinite().all():
+        raise UserError(
+            f"The model's own features of {kind} are not finite: its training diverged. Export an earlier "
+            "checkpoint."
+        )
+    if found.shape != own.shape:
+        shapes = f"{tuple(found.shape)}, and the model's are {tuple(own.shape)}"
+        raise UserError(f"{what} gives features of {kind} of shape {shapes}. Choose another --format.")
     largest = float((found - own).abs().max()) / max(1.0, float(own.abs().max()))
     if not largest <= TOLERANCE:
         raise UserError(

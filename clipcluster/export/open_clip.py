@@ -18,6 +18,7 @@ from clipcluster.errors import UserError
 from clipcluster.export.compare import compare
 from clipcluster.export.open_clip_config import config_of
 from clipcluster.export.preprocessing import write_tokenizer
+from clipcluster.model.hugging_face import refusing
 from clipcluster.model.layouts import as_open_clip
 from clipcluster.model.weight_files import OPEN_CLIP_FILES
 from clipcluster.recipe.tasks import TASKS
@@ -30,7 +31,8 @@ def export_open_clip(opened: Opened, folder: Path, final: Path | None = None) ->
     CLIP's own tokenizer is built into OpenCLIP; its vocabulary is copied, so that the folder can be read here
     without OpenCLIP. Any other becomes one of Hugging Face's. Of a text tower of transformers the
     configuration is written too: OpenCLIP looks for it on its own, at `hf_model_name`, which is then `final`,
-    where the folder will lie (default: where it is), unless the recipe has a hub's name.
+    where the folder will lie (default: where it is), unless the recipe has a hub's name. The comparison reads
+    the configuration that was written, and no hub.
 
     Raises UserError, by key, for what OpenCLIP has not.
     """
@@ -51,16 +53,17 @@ def export_open_clip(opened: Opened, folder: Path, final: Path | None = None) ->
         write_tokenizer(replace(opened, tokenizer=plain), folder)
     if "hf_model_name" in text:
         model.text.transformer.config.save_pretrained(str(folder))
-        named = getattr(recipe.model.text, "hf", "")
-        text["hf_model_name"] = str(folder.resolve()) if not named or Path(named).exists() else named
+        text["hf_model_name"] = str(folder.resolve())
     state = as_open_clip(model, document["model_cfg"])
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / OPEN_CLIP_FILES[0], metadata={"format": "pt"})
     write_json(folder / CONFIG, document)
     if find_spec("open_clip") is not None:
         _check_features(opened, folder)
-    if final is not None and text.get("hf_model_name") == str(folder.resolve()):
-        text["hf_model_name"] = str(final.resolve())
+    if "hf_model_name" in text:
+        named = getattr(recipe.model.text, "hf", "")
+        on_a_hub = named and not Path(named).exists()
+        text["hf_model_name"] = named if on_a_hub else str((final or folder).resolve())
         write_json(folder / CONFIG, document)
 
 
@@ -68,7 +71,8 @@ def _check_features(opened: Opened, folder: Path) -> None:
     """UserError where OpenCLIP, without which the export works too, computes other features from it."""
     import open_clip
 
-    theirs = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+    with refusing("OpenCLIP cannot read the export"):
+        theirs = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
     compare(
         opened,
         "OpenCLIP's model",

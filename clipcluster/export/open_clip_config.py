@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,20 +80,21 @@ def _vision_cfg(recipe: Recipe, model: Any, text_quick: bool | None) -> tuple[di
     return vision, quick if own else None
 
 
-_OWN_VIT = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.weight|(norm_pre|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))"
-    r"\.(weight|bias)|blocks\.\d+\.ls[12]\.gamma"
-)
+_BLOCK = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def _quick_of_own_vit(trunk: Any) -> bool | None:
     """Whether a network of timm's that is OpenCLIP's own ViT has quick GELU; None for any other network."""
     if type(trunk) is not VisionTransformer or trunk.global_pool != "token":
         return None
-    names = trunk.state_dict()
+    state, numbers = trunk.state_dict(), range(len(trunk.blocks))
+    layers = ["norm_pre", "norm", *(f"blocks.{number}.{name}" for number in numbers for name in _BLOCK)]
+    names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    names |= {"cls_token", "pos_embed", "patch_embed.proj.weight"}
+    scales = {f"blocks.{number}.{name}.gamma" for number in numbers for name in ("ls1", "ls2")}
     same = (
-        all(_OWN_VIT.fullmatch(name) for name in names)
-        and "norm_pre.bias" in names
+        state.keys() in (names, names | scales)
+        and state["pos_embed"].shape[1] == trunk.patch_embed.num_patches + 1
         and trunk.norm.eps == 1e-5
     )
     first: Any = trunk.blocks[0]

@@ -141,10 +141,13 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Inside, exceptions of a library, of whatever class, become UserError with `what` at the beginning."""
+    """Inside, exceptions of a library, of whatever class, become UserError with `what` at the beginning.
+
+    One that is a UserError already stays as it is.
+    """
     try:
         yield
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:
         raise UserError(f"{what}: {error}") from error

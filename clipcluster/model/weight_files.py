@@ -113,7 +113,7 @@ def _weights_at(source: Path, prefer: WeightsFrom | None) -> Weights:
         state: dict[str, Tensor] = {}
         for shard in shards:
             state |= _tensors(_read(source.parent / shard))
-        return Weights(source, state)
+        return _chosen(state, source, prefer)
     return _chosen(_read(source), source, prefer)
 
 

@@ -76,10 +76,22 @@ def file_entry(size: int, sha256: str) -> dict[str, Any]:
 def weights_file(checkpoint: Path, weights: Literal["ema", "raw"] | None = None) -> tuple[Path, bool]:
     """The file of the weights to measure or export, and whether they are averaged.
 
-    weights: the moving average or the weights themselves; default the average where there is one.
+    weights: the moving average or the weights themselves; default the average where there is one, or should
+    be by the manifest.
     """
-    averaged = weights == "ema" if weights else (checkpoint / tensors_file(AVERAGE)).exists()
+    averaged = weights == "ema" if weights else _has_average(checkpoint)
     return checkpoint / tensors_file(AVERAGE if averaged else MODEL), averaged
+
+
+def _has_average(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written with averaged weights: raw ones are never taken for lost ones."""
+    name = tensors_file(AVERAGE)
+    if (checkpoint / name).exists():
+        return True
+    try:
+        return name in read_manifest(checkpoint)
+    except (OSError, ValueError):  # what reads the checkpoint says why
+        return False
 
 
 def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:

@@ -1,6 +1,11 @@
 """The folder of an export: whole or not at all, with a card; averaged and raw weights."""
 
 import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from transformers import AutoModel
 
 from clipcluster.errors import UserError
 from clipcluster.export import export as exports
+from clipcluster.export.card import card as card_of
 from clipcluster.export.export import FORMATS, export, written_whole
 from clipcluster.runs.files import append_lines, write_json
 from clipcluster.runs.folder import Run
@@ -56,6 +62,8 @@ def test_an_older_export_is_replaced_and_nothing_else(
     assert read(out / "export.json")["format"] == "hf"
     assert not (out / "towers.json").exists()
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    with pytest.raises(UserError, match="out is the model that is to be exported"):
+        export(str(out), "onnx", out)
 
     def broken(opened: Any, place: Path) -> None:
         (place / "half").touch()
@@ -73,9 +81,60 @@ def test_an_older_export_is_replaced_and_nothing_else(
     for place in (other, tmp_path / "file", folder.path):
         with pytest.raises(UserError, match="exists and is not an export; name another folder"):
             export(str(folder.path), "hf", place)
-    (other / "export.json").write_text(json.dumps({"format": 3}))
-    with pytest.raises(UserError, match="exists and is not an export"):
-        export(str(folder.path), "hf", other)
+    for about in ({"format": 3}, {"format": "hf"}, {"format": "hf", "files": []}):
+        (other / "export.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match="exists and is not an export"):
+            export(str(folder.path), "hf", other)
+
+
+def test_what_its_owner_wrote_into_an_export_is_not_deleted(
+    run: tuple[Run, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = run
+    out, written = tmp_path / "out", []
+
+    def write(opened: Any, place: Path) -> None:
+        (place / "text").mkdir()
+        (place / "text" / "config.json").write_text("{}")
+        for file in written:
+            file.write_text("written meanwhile")
+
+    monkeypatch.setattr(exports, "resolve_name", lambda name: write)
+    for _ in range(2):
+        export(str(folder.path), "hf", out)
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card + "MIT")
+    (out / "text" / "LICENSE").touch()
+    (out / "link").symlink_to(out / "README.md")
+    with pytest.raises(UserError, match=r"out holds files .* since: README\.md, link, text/LICENSE\. They"):
+        export(str(folder.path), "hf", out)
+    assert (out / "README.md").read_text().endswith("MIT")
+    shutil.rmtree(out)
+    out.mkdir()
+    written.append(out / "notes.txt")
+    with pytest.raises(UserError, match="out exists and is not an export"):
+        export(str(folder.path), "hf", out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+
+
+def test_a_full_disk_leaves_nothing_and_one_message(run: tuple[Run, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for kind in ("hf", "safetensors"):
+        with files_of_at_most(10_000), pytest.raises(UserError, match=r"out cannot be written: .*Make space"):
+            export(str(run[0].path), kind, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process grows beyond this many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_folder_is_put_back_where_the_new_one_cannot_take_its_place(
@@ -112,9 +171,9 @@ def test_the_card_tells_what_the_run_knows(run: tuple[Run, dict[str, Any]], tmp_
     ]
     append_lines(folder.attempts_dir / "1" / "metrics.jsonl", lines)
     metrics = {"val/t2i_r1": 0.25, "val/paired_t2i_r1": 0.05, "pets/zero_shot_top1": 0.5, "pets/classes": 37}
-    write_json(folder.evals / "step-00000008.json", {"step": 8, "ema": True, "metrics": metrics})
+    write_json(folder.evals / "step-00000009.json", {"step": 9, "ema": True, "metrics": metrics})
     write_json(folder.evals / "step-00000090.json", {"step": 90, "ema": True, "metrics": {"val/t2i_r1": 0.9}})
-    export(str(folder.path), "hf", tmp_path / "out")
+    opened = export(str(folder.path), "hf", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert (card.data.library_name, card.data.pipeline_tag) == (
@@ -135,7 +194,7 @@ def test_the_card_tells_what_the_run_knows(run: tuple[Run, dict[str, Any]], tmp_
         "| samples seen | 72 |",
         "| global batch | 8 |",
         "| commit | 0123abc |",
-        "At step 8, of the moving average of the weights.",
+        "At step 9, of the moving average of the weights.\n",
         "any caption of an image is a match",
         "| val | t2i_r1 | 25.00 % |",
         "| device-hours | 1 |",  # 2 ranks, 1,800 seconds
@@ -146,3 +205,8 @@ def test_the_card_tells_what_the_run_knows(run: tuple[Run, dict[str, Any]], tmp_
     assert "pa55" not in text
     assert "abcdef" not in text
     assert text.count("To be filled in") == 2
+    # A hub shows the figures of these weights alone.
+    for others in ({"averaged": False}, {"step": 8}):
+        text = card_of(replace(opened, **others), "hf")
+        assert ModelCard(text).data.eval_results is None
+        assert "of the moving average of the weights. **Other weights than those here.**" in text

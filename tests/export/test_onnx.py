@@ -12,11 +12,13 @@ from models import (
     GPT2,
     dual_folder,
     opened_of,
+    own_features,
     read,
     recipe_of,
     towers_folders,
 )
 
+from clipcluster.build.loaded import Transform
 from clipcluster.errors import UserError
 from clipcluster.export import onnx_files
 from clipcluster.export.onnx_files import write
@@ -48,7 +50,9 @@ def described(kind: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "kind", ["clip", "convnext-gpt2", "clip-roberta", "resnet-bert", "chinese_clip", "siglip"]
 )
-def test_features_for_any_batch(kind: str, tmp_path: Path) -> None:
+def test_features_for_any_batch_and_of_the_same_files(
+    kind: str, tmp_path: Path, photographs: list[Path]
+) -> None:
     ours = opened_of(recipe_of(**described(kind, tmp_path)))
     out = tmp_path / "out"
     out.mkdir()
@@ -60,11 +64,16 @@ def test_features_for_any_batch(kind: str, tmp_path: Path) -> None:
         assert opset == about[name]["opset"] == onnx_files.OPSET
     image, text = (onnxruntime.InferenceSession(str(out / f"{name}.onnx")) for name in ("image", "text"))
     assert [each.name for each in text.get_inputs()] == ["input_ids", "attention_mask"]
+    transform = Transform(ours.recipe.data.image)
+    from_files = torch.stack([transform(file) for file in photographs])
     for count in (1, 2, 7, 64):
-        pixels = torch.randn(count, 3, 32, 32)
+        pixels = from_files if count == 64 else torch.randn(count, 3, 32, 32)
         tokens, mask = ours.tokenizer(CAPTIONS[:count])
         with torch.no_grad():
             expected = ours.model.encode_image(pixels), ours.model.encode_text(tokens, mask)
+        if count == 64:
+            assert torch.equal(expected[0], own_features(ours, photographs)[0])
+            assert (expected[0][0] - expected[0][1]).abs().max() > 1e-3
         (found,) = image.run(None, {"pixel_values": pixels.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected[0], atol=1e-5, rtol=0)
         words = {"input_ids": tokens.numpy(), "attention_mask": mask.long().numpy()}

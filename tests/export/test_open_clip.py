@@ -174,6 +174,14 @@ def test_pixels_are_openclips_bit_for_bit(photographs: list[Path]) -> None:
             {},
             r"model\.image\.args\.class_token: False, but OpenCLIP .* allowed are attn_drop_rate",
         ),
+        *(
+            (
+                {"image": {"timm": "vit_base_patch16_clip_224", "args": {**VIT_ARGS, **bare}}},
+                {},
+                r"model\.image\.args\.depth: 2, but OpenCLIP builds vit_base_patch16_clip_224 as",
+            )
+            for bare in ({"qkv_bias": False}, {"final_norm": False}, {"no_embed_class": True})
+        ),
         (
             {"image": {"timm": "test_vit"}},
             {},
