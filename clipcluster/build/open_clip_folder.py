@@ -150,6 +150,27 @@ HF_TYPES = ("roberta", "xlm-roberta", "bert")
 """The text towers of transformers that both know, by model type."""
 
 
+_NUMBER = (int, float)
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("act_kwargs", "norm_kwargs", "tokenizer_kwargs"), (dict,)),
+    **dict.fromkeys(("timm_model_name", "timm_proj", "hf_model_name", "hf_proj_type"), (str,)),
+    **dict.fromkeys(("hf_tokenizer_name", "tokenizer_mode"), (str,)),
+    **dict.fromkeys(("ls_init_value", "timm_drop_path", "init_logit_bias"), _NUMBER),
+    **dict.fromkeys(("image_size", "patch_size", "layers"), (int, list)),
+    **dict.fromkeys(("mean", "std"), (*_NUMBER, list, tuple)),
+}
+"""Of values whose default does not tell; any of the first three lines may be null."""
+_WORDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a fraction",
+    str: "text",
+    dict: "a section",
+    list: "a list of numbers",
+}
+_LARGEST, _LARGEST_SCALE = 1e9, 100
+
+
 class _Part:
     """A section of a configuration, which notes the keys that are read."""
 
@@ -163,12 +184,25 @@ class _Part:
         self.read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
+        """The value of a key. Raises UserError where it is of another type than OpenCLIP's."""
         self.read.add(key)
-        return self.given.get(key, self.defaults[key])
+        value, default = self.given.get(key, self.defaults[key]), self.defaults[key]
+        types = _TYPES.get(key, _NUMBER if isinstance(default, float) else (type(default),))
+        if value is default or (key not in _TYPES and default is None):
+            return value
+        if value is None and key in ("timm_proj", "hf_proj_type"):
+            return value
+        numbers = value if isinstance(value, (list, tuple)) else [value] if types[0] is int else []
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise self.refuse(key, " or ".join(_WORDS[each] for each in _WORDS if each in types))
+        if not all(type(number) in _NUMBER and abs(number) <= _LARGEST for number in numbers):
+            raise self.refuse(key, f"numbers of at most {_LARGEST:g}")
+        return value
 
     def refuse(self, key: str, allowed: str) -> UserError:
         """The error of a key's value."""
-        return UserError(f"{self.name}.{key}: {self[key]!r} has no counterpart here; allowed: {allowed}.")
+        value = self.given.get(key, self.defaults[key])
+        return UserError(f"{self.name}.{key}: {value!r} has no counterpart here; allowed: {allowed}.")
 
     def check_rest(self, idle: Collection[str] = ()) -> None:
         """UserError where a key was not read, is not `idle`, and has not its default."""
@@ -197,7 +231,7 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from None
     if not isinstance(document, dict) or not isinstance(document.get("model_cfg"), dict):
         raise UserError(f"{file} holds no section model_cfg; expected what OpenCLIP saves with a model.")
@@ -236,6 +270,8 @@ def sections_of(
     if (image_projection, text_projection) != ("linear", "linear"):
         model["projections"] = {"image": image_projection, "text": text_projection}
     scale, bias = whole["init_logit_scale"], whole["init_logit_bias"]
+    if scale > _LARGEST_SCALE:
+        raise whole.refuse("init_logit_scale", f"a logarithm of at most {_LARGEST_SCALE}")
     if bias is not None:
         model["logit_bias"] = {"init": float(bias)}
     if bias is not None or not math.isclose(scale, _MODEL["init_logit_scale"]):  # type: ignore[arg-type]
@@ -258,6 +294,8 @@ def _image(vision: _Part, quick: bool, embed_dim: int) -> _Tower:
         return _timm(vision, embed_dim)
     if isinstance(vision["layers"], (list, tuple)):
         return _resnet(vision)
+    if vision["head_width"] < 1:
+        raise vision.refuse("head_width", "a number above zero")
     sizes = {
         "patch_size": vision.square("patch_size"),
         "embed_dim": vision["width"],
@@ -268,12 +306,18 @@ def _image(vision: _Part, quick: bool, embed_dim: int) -> _Tower:
     }
     args = {key: value for key, value in sizes.items() if value != _VIT_SIZES[key]}
     section: dict[str, Any] = {"timm": f"{_VIT}_quickgelu_224" if quick else f"{_VIT}_224"}
-    section |= {"args": args} if args else {}
-    section |= {"mask_ratio": vision["patch_dropout"]} if vision["patch_dropout"] else {}
+    section |= ({"args": args} if args else {}) | _masking(vision)
     vision.square("image_size")
     # Of the class token alone the norm is the same before and after pooling.
     vision.check_rest(idle=(*_TIMM, "attn_pooler_queries", "attn_pooler_heads", "final_ln_after_pool"))
     return section, "linear", False
+
+
+def _masking(vision: _Part) -> dict[str, Any]:
+    ratio = vision["patch_dropout"]
+    if not 0 <= ratio < 1:
+        raise vision.refuse("patch_dropout", "a fraction below 1")
+    return {"mask_ratio": ratio} if ratio else {}
 
 
 def _resnet(vision: _Part) -> _Tower:
@@ -290,13 +334,14 @@ def _timm(vision: _Part, embed_dim: int) -> _Tower:
     name, pool, proj = vision["timm_model_name"], vision["timm_pool"], vision["timm_proj"] or ""
     if not timm.is_model(name):
         raise vision.refuse("timm_model_name", f"the networks of timm {timm.__version__}")
+    if proj not in ("", "linear", "mlp", "none"):
+        raise vision.refuse("timm_proj", "linear, mlp, none, ''")
     if pool in ("abs_attn", "rot_attn"):
         raise vision.refuse("timm_pool", "'' and the poolings of timm's own networks")
     args = {"global_pool": pool} if pool else {}
     if vision["timm_drop_path"]:
         args["drop_path_rate"] = vision["timm_drop_path"]
-    section: dict[str, Any] = {"timm": name} | ({"args": args} if args else {})
-    section |= {"mask_ratio": vision["patch_dropout"]} if vision["patch_dropout"] else {}
+    section: dict[str, Any] = {"timm": name} | ({"args": args} if args else {}) | _masking(vision)
     theirs = their_trunk(name, pool, proj, embed_dim)
     with torch.device("meta"):
         ours, _ = build_image_tower(TimmImageTower(**section), image_size=vision.square("image_size"))

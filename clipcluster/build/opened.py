@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,6 +79,7 @@ class ModelFolder:
         """
         from clipcluster.build.model import build_model, load_checkpoint
         from clipcluster.data.tokenizer import load_tokenizer
+        from clipcluster.model.hugging_face import refusing
         from clipcluster.runtime.devices import pick_device
 
         recipe = self.recipe
@@ -86,7 +88,8 @@ class ModelFolder:
                 update={"model": recipe.model.model_copy(update={"weights_from": weights})}
             )
         tokenizer = load_tokenizer(recipe.data.text, self.assets) if TASKS[recipe.task].captions else None
-        model = build_model(recipe, tokenizer, self.assets, starting_weights=not self.checkpoints)
+        with nullcontext() if self.checkpoints else refusing(f"The model of {self.path} cannot be built"):
+            model = build_model(recipe, tokenizer, self.assets, starting_weights=not self.checkpoints)
         path, step = self.path, None
         averaged = any(coverage.part == "ema" for coverage in model.starting_weights)
         if self.checkpoints:
@@ -165,14 +168,18 @@ def _of_checkpoint(folder: Path) -> ModelFolder:
 
 def _of_hugging_face(folder: Path) -> ModelFolder:
     from clipcluster.build.hugging_face_folder import recipe_of
+    from clipcluster.model.hugging_face import refusing
 
-    return described(folder, recipe_of(folder))
+    with refusing(f"{folder} cannot be read as a model of Hugging Face's"):
+        return described(folder, recipe_of(folder))
 
 
 def _of_open_clip(folder: Path) -> ModelFolder:
     from clipcluster.build.open_clip_folder import recipe_of
+    from clipcluster.model.hugging_face import refusing
 
-    return described(folder, recipe_of(folder))
+    with refusing(f"{folder} cannot be read as a model of OpenCLIP's"):
+        return described(folder, recipe_of(folder))
 
 
 def described(folder: Path, sections: Mapping[str, Any]) -> ModelFolder:

@@ -1,15 +1,23 @@
 """OpenCLIP's configurations as recipes: each of its own maps to the same network, or is refused by name."""
 
 import json
+import math
 import re
+from collections.abc import Iterator
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from clipcluster.build import open_clip_folder as folders
 from clipcluster.build.open_clip_folder import CONFIG, VOCABULARY, recipe_of, sections_of
 from clipcluster.errors import UserError
 from clipcluster.export.open_clip_config import config_of
@@ -151,6 +159,14 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "lay
             {"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": ""}},
             r"it is for images of 224 pixels, and image_size is 32",
         ),
+        ({"vision_cfg": {"width": "x"}}, r"vision_cfg\.width: 'x' .*allowed: a whole number\."),
+        ({"vision_cfg": {"layers": [[1]]}}, r"vision_cfg\.layers: \[\[1\]\] .*allowed: numbers of at most"),
+        ({"vision_cfg": {"head_width": 0}}, r"vision_cfg\.head_width: 0 .*a number above zero"),
+        ({"vision_cfg": {"patch_dropout": 2}}, r"vision_cfg\.patch_dropout: 2 .*a fraction below 1"),
+        ({"vision_cfg": {"timm_model_name": ["x"]}}, r"timm_model_name: \['x'\] .*allowed: text\."),
+        ({"text_cfg": {"norm_kwargs": []}}, r"text_cfg\.norm_kwargs: \[\] .*allowed: a section\."),
+        ({"init_logit_scale": 1e6}, r"model_cfg\.init_logit_scale: 1000000.0 .*at most 100"),
+        ({"init_logit_bias": math.nan}, r"model_cfg\.init_logit_bias: nan .*numbers of at most"),
         ({"text_cfg": {"embed_cls": True}}, r"text_cfg\.embed_cls: True"),
         (
             {"text_cfg": {"pool_type": "none"}},
@@ -172,6 +188,53 @@ def test_what_has_no_counterpart_is_refused_by_key(tmp_path: Path, changes: dict
     with pytest.raises(UserError, match=message) as error:
         recipe_of(tmp_path)
     assert str(error.value).startswith(str(tmp_path / CONFIG))
+
+
+ODD = (None, True, -1, 0, 10**400, math.inf, math.nan, "x", [], [[1]], [None], {}, {"a": 1})
+TOWERS = {
+    "own": {"vision_cfg": VISION, "text_cfg": TEXT},
+    "timm": {
+        "vision_cfg": {"timm_model_name": "test_convnext", "image_size": 32, "timm_pool": ""},
+        "text_cfg": TEXT,
+    },
+}
+
+
+EVERY = (("own", 1), ("timm", 31))
+
+
+def odd_values(towers: str) -> Iterator[dict[str, Any]]:
+    """Every key of a configuration with every odd value."""
+    config = {"model_cfg": {"embed_dim": 8, **TOWERS[towers]}, "preprocess_cfg": {}}
+    tables = {"model_cfg": folders._MODEL, "preprocess_cfg": folders._PREPROCESS}
+    tables |= {"vision_cfg": folders._VISION, "text_cfg": folders._TEXT}
+    for name, table in tables.items():
+        for key, value in product(table, ODD):
+            changed = deepcopy(config)
+            (changed if name in changed else changed["model_cfg"])[name][key] = value
+            yield changed
+
+
+@pytest.mark.parametrize(
+    ("towers", "every"), [("own", 7), *(pytest.param(*each, marks=pytest.mark.long) for each in EVERY)]
+)
+def test_odd_values_are_refused_and_nothing_else_happens(towers: str, every: int, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / VOCABULARY).touch()
+    tried = refused = 0
+    for document in islice(odd_values(towers), 0, None, every):
+        (folder / CONFIG).write_text(json.dumps(document))
+        tried += 1
+        try:
+            sections = recipe_of(folder)
+        except UserError:
+            refused += 1
+            continue
+        for key, kind in (("image", Image), ("text", Text)):
+            with suppress(ValidationError):  # a message with its key, once it is a recipe
+                kind(**sections["data"][key])
+    assert refused > tried / 3
 
 
 def test_a_folder_that_holds_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -76,7 +77,7 @@ def holds(opened: Any, file: Path) -> bool:
     return all(torch.equal(value, state[name]) for name, value in opened.model.state_dict().items())
 
 
-def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path) -> None:
+def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     newest, older = (run.checkpoints / f"step-0000000{step}" for step in (8, 3))
     opened = open_model(run.path, device="cpu")
     assert (opened.path, opened.step, opened.averaged, opened.name) == (newest, 8, True, "tiny-00000000")
@@ -100,7 +101,13 @@ def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path) -> None:
         file.seek(-1, 2)
         file.write(b"\x55")
     assert open_model(tmp_path / "damaged", device="cpu").step == 3
+    assert "passed over for step-00000003: step-00000008: the content of ema.safetensors" in caplog.text
     assert open_model(tmp_path / "damaged", weights="raw", device="cpu").step == 8
+    # Raw weights never stand in for an average that was lost.
+    (tmp_path / "damaged" / newest.relative_to(run.path) / "ema.safetensors").unlink()
+    opened = open_model(tmp_path / "damaged", device="cpu")
+    assert (opened.step, opened.averaged) == (3, True)
+    assert "step-00000008: ema.safetensors is missing" in caplog.text
 
 
 def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -> None:
@@ -133,6 +140,16 @@ def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -
     assert open_model(bare, device="cpu").averaged is False
     with pytest.raises(UserError, match=r"averaged weights that verify .* kept by train\.ema"):
         open_model(bare, weights="ema")
+    state = json.loads((bare / "state.json").read_text()) | {"format": 99}
+    (bare / "state.json").write_text(json.dumps(state))
+    content = (bare / "state.json").read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    newer = {**manifest, "files": {**manifest["files"], "state.json": entry}}
+    (bare / "manifest.json").write_text(json.dumps(newer))
+    with pytest.raises(
+        UserError, match=r"has format 99; this version reads 1 and 2\. Resume with the version"
+    ):
+        open_model(bare)
     del manifest["recipe"]
     (bare / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"is not in a run folder .* has no recipe"):

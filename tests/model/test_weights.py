@@ -200,6 +200,8 @@ def test_a_sharded_folder_is_read_whole(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     assert read_weights(tmp_path).state.keys() == dict(model.named_parameters()).keys()
+    with pytest.raises(UserError, match=r"index\.json holds no averaged \(EMA\) weights"):
+        read_weights(tmp_path, "ema")
 
 
 @pytest.mark.parametrize(
