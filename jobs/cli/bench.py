@@ -12,7 +12,7 @@ from clipcluster.errors import UserError
 from clipcluster.text import counted
 from jobs.cli.options import AsJson, group, print_document, say
 
-bench = group("Measures speed on this machine.", callback=lambda: None)  # so that one verb makes a group
+bench = group("Measure speed on this machine.", callback=lambda: None)  # so that one verb makes a group
 Peer = Annotated[
     Path | None,
     typer.Option(
@@ -43,7 +43,7 @@ def loader(
     ] = 224,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.")] = 64,
     seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", min=0.1, max=3600, help="Of each repetition.")
+        float, typer.Option("--seconds", metavar="S", min=0.1, max=3600, help="Seconds of each repetition.")
     ] = 3.0,
     repetitions: Annotated[
         int, typer.Option("--repetitions", metavar="N", min=1, help="How often each contender is measured.")

@@ -86,7 +86,7 @@ def conversion_command(
         settings = Settings(**_taken(given, common))
         _convert(name, given.pop("inputs", []), options, settings, after, **given)
 
-    inputs = typer.Argument(metavar="INPUT...", help=kind.inputs, parser=_INPUT)
+    inputs = typer.Argument(metavar="INPUT", help=kind.inputs, parser=_INPUT)
     every = inspect.signature(_convert, eval_str=True).parameters.values()
     out, *other = [one for one in every if one.kind is one.KEYWORD_ONLY and one.name not in leave_out]
     parameters = [

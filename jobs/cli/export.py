@@ -21,7 +21,8 @@ def export(
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The folder; an older export there is replaced.")
+        Path,
+        typer.Option("--out", metavar="DIR", help="The folder to write; an older export there is replaced."),
     ],
     weights: Weights = None,
     runs: Runs = None,

@@ -19,7 +19,7 @@ from jobs.cli.search import search
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys that differ, such as optim.lr=3e-4."),
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to change, such as optim.lr=3e-4."),
 ]
 Site = Annotated[str | None, typer.Option("--site", metavar="NAME", help="The site profile.")]
 OneRun = Annotated[
@@ -132,7 +132,7 @@ def submit(
 
 
 def status(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs. Default: all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Runs. Default: all.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds.")] = False,
     as_json: AsJson = False,
     runs: Runs = None,
@@ -256,9 +256,7 @@ def metrics(
 
 
 def cancel(
-    names: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Folders, names, or unique beginnings.")
-    ],
+    names: Annotated[list[str], typer.Argument(metavar="RUN", help="Folders, names, or unique beginnings.")],
     runs: Runs = None,
 ) -> None:
     """End runs: they are not requeued. Submitting one again resumes it from its last checkpoint."""
@@ -297,9 +295,7 @@ def evaluate(
 
 
 def report(
-    names: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Folders, names, or unique beginnings.")
-    ],
+    names: Annotated[list[str], typer.Argument(metavar="RUN", help="Folders, names, or unique beginnings.")],
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE.html", help="The file to write, or to replace.")
     ],

@@ -20,7 +20,7 @@ _SHOWN = 20  # faults that are printed one by one
 
 _folder = local_path("DIR", "copy the shards here first")
 Folders = Annotated[
-    list[Path], typer.Argument(metavar="DIR...", parser=_folder, help="Folders of shards of this machine.")
+    list[Path], typer.Argument(metavar="DIR", parser=_folder, help="Folders of shards of this machine.")
 ]
 Elsewhere = Annotated[
     Path | None, typer.Option("--index", metavar="FOLDER", help="Where the index of the one DIR is.")
@@ -66,7 +66,7 @@ shards.add_typer(convert, name="convert")
 def index(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="DIR...", help="Folders of shards; or one address, or pipe:COMMAND."),
+        typer.Argument(metavar="DIR", help="Folders of shards; or one address, or pipe:COMMAND."),
     ],
     elsewhere: Annotated[
         Path | None, typer.Option("--index", metavar="FOLDER", help="Put the index elsewhere.")
@@ -152,7 +152,7 @@ def stats(
     workers: Workers = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in shards: samples, images, captions, duplicates, what cannot be read."""
+    """Describe shards: samples, images, captions, duplicates, what cannot be read."""
     from jobs.cli.tables import stats_table
     from tools.shards.index import every_folder
     from tools.shards.stats import stats as read_any

@@ -137,7 +137,7 @@ def _shard_numbers(samples: TarSamples) -> np.ndarray:
 
 
 KIND = Kind(
-    "DataCompDR's reinforcements joined with the images by uid",
+    "DataCompDR's reinforcements, joined with the images by uid.",
     open_joined,
     inputs="Two folders of tars: the images (img2dataset's or DataComp's), then the reinforcements.",
     options=Options,

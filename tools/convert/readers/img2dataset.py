@@ -131,7 +131,7 @@ def failures(paths: Sequence[Path], samples: TarSamples) -> list[str]:
 
 
 KIND = Kind(
-    "img2dataset's downloads and DataComp's pools, all of them or the samples of a list of uids",
+    "img2dataset's downloads and DataComp's pools, all of them or the samples of a list of uids.",
     open_downloads,
     inputs="Folders of NAME.tar (or NAME/), NAME.parquet and NAME_stats.json.",
     options=Options,

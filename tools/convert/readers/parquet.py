@@ -314,7 +314,7 @@ def _parquet() -> Any:
 
 
 KIND = Kind(
-    "parquet files with a column of image bytes (img2dataset's, Hugging Face's) or of image paths",
+    "Parquet files with a column of image bytes (img2dataset's, Hugging Face's) or of image paths.",
     open_rows,
     inputs="Parquet files, or folders of them.",
     options=Options,

@@ -154,7 +154,7 @@ def _listed(info: Path) -> dict[str, list[Path]]:
 
 
 KIND = Kind(
-    "tars of any program: CLIP_benchmark's folders, timm's ImageNet",
+    "Tars of any program: CLIP_benchmark's folders, timm's ImageNet.",
     open_tars,
     inputs="Folders of tars, or of train, test and so on with tars.",
     options=Options,
