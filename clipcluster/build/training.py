@@ -72,7 +72,8 @@ def build_trainer(
         check_loaded(model, step.stages.stages[0])
     frozen = step.backward.task.task.frozen
     weights |= world.while_main(lambda: {name: hash_of(file) for name, file in frozen.items()})
-    parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer, "scaler": step.backward.precision}
+    parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer}
+    parts |= {"scaler": step.backward.precision, "guard": step.guard}
     if step.ema:
         parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}

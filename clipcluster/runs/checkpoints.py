@@ -43,6 +43,14 @@ def is_per_rank(part: Stateful) -> bool:
     return bool(getattr(part, "per_rank", False))
 
 
+def may_be_absent(part: Stateful) -> bool:
+    """Whether the part says, by a true attribute `may_be_absent`, that older checkpoints have no state of it.
+
+    Such a one gives it {}, and it begins anew.
+    """
+    return bool(getattr(part, "may_be_absent", False))
+
+
 def name_of(step: int) -> str:
     """`step-00001234`."""
     return f"step-{step:08d}"

@@ -29,6 +29,7 @@ from clipcluster.runs.checkpoints import (
     STATE,
     Parts,
     is_per_rank,
+    may_be_absent,
     name_of,
     read_manifest,
     steps_in,
@@ -236,10 +237,11 @@ def load_parts(
 ) -> None:
     """Give every part its state from a verified checkpoint; a part that differs by rank gets its own rank's.
 
-    Raises CheckpointError where a part and its state do not fit, and where parts that differ by rank were
-    written by another number of ranks.
+    A part that may be absent, and is, gets {}. Raises CheckpointError where a part and its state do not fit,
+    and where parts that differ by rank were written by another number of ranks.
     """
-    if set(parts) != set(state["parts"]):
+    new = {name for name, part in parts.items() if may_be_absent(part)} - set(state["parts"])
+    if set(parts) - new != set(state["parts"]):
         raise CheckpointError(
             f"{folder} holds {', '.join(state['parts'])}; this run has {', '.join(sorted(parts))}.",
             "Resume with the recipe and the code that wrote the checkpoint, or start another run.",

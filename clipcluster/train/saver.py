@@ -161,15 +161,24 @@ class Saver:
             self._write = _Write(self.folder, contents)
             self._write.start()
 
-    def save_and_wait(self, progress: Progress, parts: Parts, seconds_left: float | None = None) -> None:
+    def save_and_wait(
+        self,
+        progress: Progress,
+        parts: Parts,
+        sound: int | None = None,
+        *,
+        seconds_left: float | None = None,
+    ) -> None:
         """Make this step durable; after `FAILED_SAVES` tries `records.failure` is set instead. Collective.
 
         A write under way is finished first, or dropped where only this step's fits into `seconds_left`. The
-        length of a save is estimated from the last one, and from the speed of the one under way.
+        length of a save is estimated from the last one, and from the speed of the one under way. sound: as of
+        `save`.
         """
         self._world.while_main(lambda: self._finish_or_drop(progress.step, seconds_left))
         while self._world.while_main(lambda: self._wanted(progress.step)):
             self._start(progress, parts)
+            self._sound = progress.step if sound is None else sound
 
     def _finish_or_drop(self, step: int, seconds_left: float | None) -> None:
         write = self._write

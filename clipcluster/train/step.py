@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,12 @@ class Streak:
 
 
 class Guard:
-    """Tests the reduced gradient norm of every step, and counts non-finite ones, all on the device."""
+    """Tests the reduced gradient norm of every step, and counts non-finite ones, all on the device.
+
+    A checkpoint holds its streaks, so that a run that is stopped within one continues it.
+    """
+
+    may_be_absent = True  # from a checkpoint of before streaks were saved
 
     def __init__(self, device: torch.device, limit: int) -> None:
         """`limit`: the number of counted non-finite steps in a row that a run survives."""
@@ -72,10 +78,16 @@ class Guard:
         length, first, _ = self._longest.tolist()
         return first if length else None
 
-    def reset(self) -> None:
-        """Forget the streaks, after a roll-back."""
-        self._streak.zero_()
-        self._longest.zero_()
+    def state_dict(self) -> dict[str, Any]:
+        """`streak` and `longest`: length, first and last batch of each. Waits for the device."""
+        return {"streak": self._streak.tolist(), "longest": self._longest.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved streak; without a state none. Raises KeyError where it is incomplete."""
+        none = [0, 0, 0]
+        streak, longest = (state["streak"], state["longest"]) if state else (none, none)
+        self._streak = torch.tensor(streak, dtype=torch.int64, device=self._total.device)
+        self._longest = torch.tensor(longest, dtype=torch.int64, device=self._total.device)
 
 
 @dataclass

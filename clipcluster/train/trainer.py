@@ -115,7 +115,7 @@ class Trainer:
                 return self._stopped()
             if wishes & Wish.SAVE:
                 self.saver.save(self.progress, self.parts, self.step.guard.first_unread())
-        self.saver.save_and_wait(self.progress, self.parts)
+        self.saver.save_and_wait(self.progress, self.parts, self.step.guard.first_unread())
         return self._leave(Outcome.FINISHED, "all steps done")
 
     def _more(self) -> bool:
@@ -182,7 +182,6 @@ class Trainer:
         self.metrics.say(f"{streak}: back to {found.name}, without these batches")
         self.results = {}  # of a step that is undone
         self.metrics.forget_unwritten()
-        self.step.guard.reset()
         self.metrics.restart_clock(self.progress.samples)
 
     def _owe_evaluation(self) -> None:
@@ -219,7 +218,8 @@ class Trainer:
             self.records.own_event("stop_requested", reason=self.stop.reason)
         if self.progress.step:
             left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
-            self.saver.save_and_wait(self.progress, self.parts, left)
+            sound = self.step.guard.first_unread()
+            self.saver.save_and_wait(self.progress, self.parts, sound, seconds_left=left)
         return self._leave(Outcome.STOPPED, self.world.reason_to_stop(self.stop))
 
     def _leave(self, outcome: Outcome, reason: str) -> Outcome:

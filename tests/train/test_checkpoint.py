@@ -41,6 +41,7 @@ from clipcluster.train.checkpoint_writer import Contents, Dropped, safetensors_b
 from clipcluster.train.progress import Progress
 from clipcluster.train.records import Records
 from clipcluster.train.saver import Saver, _Write, to_drop
+from clipcluster.train.step import Guard
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -146,6 +147,12 @@ def test_parts_go_round(folder: CheckpointFolder) -> None:
     manifest = read_json(folder.path(2) / "manifest.json")
     assert manifest["world_size"] == 1
     assert set(manifest["files"]) == {"model.safetensors", "state.json"}
+    guard = Guard(torch.device("cpu"), 3)  # of which checkpoints of before know nothing
+    guard(torch.tensor(torch.nan), torch.tensor(True), 7)
+    load_parts(folder.path(2), state, {"model": part, "guard": guard})
+    assert guard.first_unread() is None
+    with pytest.raises(CheckpointError, match="holds model; this run has model, other"):
+        load_parts(folder.path(2), state, {"model": part, "other": Part()})
 
 
 def test_later_steps_change_nothing_in_the_copy(tmp_path: Path) -> None:

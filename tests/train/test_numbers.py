@@ -243,3 +243,20 @@ def test_a_row_is_seen_across_readings() -> None:
     guard(number(0.0), torch.tensor(True), 4)
     guard.read()
     assert guard.read().length == 0
+
+
+def test_a_saved_row_goes_on() -> None:
+    guard, resumed = Guard(CPU, 3), Guard(CPU, 3)
+    for index, bad in enumerate((True, True, True, False, True, True)):
+        guard(number(math.nan if bad else 1.0), torch.tensor(True), index)
+    resumed.load_state_dict(guard.state_dict())
+    for each in (guard, resumed):
+        assert each.first_unread() == 0
+        assert each.read().length == 3
+        for index in (6, 7):
+            each(number(math.nan), torch.tensor(True), index)
+    found, expected = resumed.read(), guard.read()
+    assert (found.length, found.first_batch, found.last_batch) == (4, 4, 7)
+    assert (expected.length, expected.first_batch, expected.last_batch) == (4, 4, 7)
+    resumed.load_state_dict({})
+    assert resumed.first_unread() is None

@@ -232,7 +232,7 @@ def test_other_starting_weights_are_refused(toy: ModuleType, run: Any) -> None:
 
 def test_a_state_that_does_not_fit_is_refused(toy: ModuleType, run: Any) -> None:
     toy.go(run, stop_at=5)
-    with pytest.raises(CheckpointError, match="holds ema, model, optimizer, scaler; this run has model"):
+    with pytest.raises(CheckpointError, match="holds ema, guard, model, optimizer, scaler; this run has guard"):
         toy.go(run, ema=False)
 
 
@@ -312,6 +312,22 @@ def test_a_run_stopped_right_after_it_went_back_replays_nothing(toy: ModuleType,
     assert [event["event"] for event in events(run)].count("roll_back") == 1
     consumed = [int(line["key"].split("-")[0]) for line in merged_samples(run) if line["slot"] == 0]
     assert consumed == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize(("stops", "save_every"), [([5], 3), ([3, 5, 6, 7], None)])
+def test_a_row_of_non_finite_steps_is_one_row_over_stops(
+    toy: ModuleType, run: Any, stops: list[int], save_every: int | None
+) -> None:
+    """The run goes back to before its first step, whose checkpoint no stop within it rotates away."""
+    script = {"poison": [4, 5, 6, 7, 8], "limit": 2, "log_every": 9, "steps": 18, "keep_last": 2}
+    toy.go(run, save_every=3, **script)
+    other = fresh(toy, run, "stopped")
+    for stop_at in stops:
+        assert toy.go(other, save_every=save_every, stop_at=stop_at, **script).outcome is Outcome.STOPPED
+    trainer = toy.go(other, save_every=save_every, **script)
+    assert trainer.outcome is Outcome.FINISHED
+    assert trainer.progress.skipped == [(4, 9)]
+    assert_same_weights(other.checkpoints / "step-00000018", run.checkpoints / "step-00000018")
 
 
 def test_a_run_stopped_right_after_it_went_back_does_not_go_back_twice(toy: ModuleType, run: Any) -> None:

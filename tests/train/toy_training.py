@@ -312,7 +312,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
     ema = Ema(model, 0.9, warmup=True) if script.ema else None
     schedule = partial(learning_rate, peak=script.lr, warmup=3, total=script.steps)
     progress = Progress(steps_per_epoch=5, batch_size=BATCH)
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": precision, "guard": guard}
     if ema:
         parts["ema"] = ema
     if script.own_part:
