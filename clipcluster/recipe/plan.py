@@ -72,9 +72,7 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
             f"{counted(steps_per_epoch, 'step')} of {counted(batch, 'sample')}"
         )
 
-    def period(key: str, every: Duration) -> int:
-        if every.count == 0:
-            raise UserError(f"{key} is {every}; should be more than zero, such as 100 steps")
+    def period(every: Duration) -> int:
         return max(1, every.steps(steps_per_epoch, batch, total))
 
     warmup = recipe.optim.warmup.steps(steps_per_epoch, batch, total)
@@ -95,10 +93,10 @@ def plan(recipe: Recipe, source_samples: int, world_size: int) -> Plan:
         lr=rates(recipe).peak,
         warmup_steps=warmup,
         cooldown_steps=cooldown,
-        log_every=period("train.log_every", recipe.train.log_every),
-        evaluate_every=period("evaluate.every", measure) if measure else None,
-        checkpoint_every=period("checkpoint.every", every) if isinstance(every, Duration) else None,
-        keep_every=period("checkpoint.keep.every", keep) if keep else None,
+        log_every=period(recipe.train.log_every),
+        evaluate_every=period(measure) if measure else None,
+        checkpoint_every=period(every) if isinstance(every, Duration) else None,
+        keep_every=period(keep) if keep else None,
         warnings=(*_small_micro_batches(recipe, per_rank, accumulation),),
         freezings=freezings(recipe, steps_per_epoch, total),
     )

@@ -29,16 +29,26 @@ _QUANTITY = re.compile(rf"\s*(?P<count>{_NUMBER})\s*(?P<unit>[A-Za-z]+|%)?\s*")
 T = TypeVar("T")
 
 
-def _quantity(value: object, units: Mapping[str, T], help_: str, guesses: str) -> tuple[Fraction, T]:
+def _quantity(
+    value: object, units: Mapping[str, T], help_: str, guesses: str, *, zero: bool = False
+) -> tuple[Fraction, T]:
     """Split ``"1.5 h"`` into 3/2 and the value of ``h`` in `units`.
 
-    Raises ValueError with `help_` for anything else; for a number alone it suggests the units in `guesses`.
+    Raises ValueError with `help_` for anything else; for a number alone it suggests the units in `guesses`,
+    unless no unit makes it right: below zero, and zero itself without `zero`.
     """
     bare = isinstance(value, (int, float)) and not isinstance(value, bool)
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if bare or (match is not None and match["unit"] is None):
-        asked = " or ".join(f"{str(value).strip()} {unit}" for unit in guesses.split())
-        raise ValueError(f"{help_}; did you mean {asked}?")
+        text = str(value).strip()
+        number = float(text.replace("_", ""))
+        if not (number > 0 or (zero and number == 0)):
+            raise ValueError(f"{help_}, {'not negative' if zero else 'more than zero'}")
+        asked = [f"{text} {unit}" for unit in guesses.split()]
+        if "steps" in units and not number.is_integer():  # there is no part of a step
+            part = [f"{100 * number:g}%"] if "%" in units and number < 1 else []
+            asked = [*part, f"{text} epochs", *asked[1:]]
+        raise ValueError(f"{help_}; did you mean {' or '.join(asked)}?")
     if match is None or match["unit"].lower() not in units:
         count, begun = match.groups() if match else ("", "?")
         near = [f"; did you mean {count} {unit}?" for unit in guesses.split() if unit.startswith(begun)]
@@ -92,12 +102,16 @@ class Duration(_Text):
         "%": "%",
     }
     HELP = "a duration is 'N steps', 'N samples', 'N epochs' or 'N%' of the run"
+    ZERO: ClassVar[bool] = True
+    """Whether it may be zero."""
     SCHEMA = _text_like(r"(steps?|samples?|epochs?|%)")
 
     @classmethod
     def parse(cls, value: object) -> Self:
         """``"2200 steps"``, ``"1e6 samples"``, ``"0.5 epochs"``, ``"5%"``."""
-        count, unit = _quantity(value, cls.UNITS, cls.HELP, "steps")
+        count, unit = _quantity(value, cls.UNITS, cls.HELP, "steps", zero=cls.ZERO)
+        if not (count or cls.ZERO):
+            raise ValueError("should be more than zero, such as 100 steps")
         if unit in ("steps", "samples") and count.denominator != 1:
             raise ValueError(f"should be a whole number of {unit}; only epochs and % may be a decimal")
         if unit == "%" and count > 100:
@@ -123,11 +137,18 @@ class Duration(_Text):
         return str(self).removesuffix("s" * (self.count == 1))
 
 
+class Interval(Duration):
+    """The duration between two events of a run, such as two checkpoints."""
+
+    ZERO = False
+
+
 class Length(Duration):
     """The duration of a whole run, which cannot be a percentage."""
 
     UNITS: ClassVar[dict[str, str]] = {name: unit for name, unit in Duration.UNITS.items() if unit != "%"}
     HELP = "the length of a run is 'N steps', 'N samples' or 'N epochs'"
+    ZERO = False
     SCHEMA = _text_like(r"(steps?|samples?|epochs?)")
 
 
@@ -170,19 +191,19 @@ class Time(_Text):
         return f"{_decimal(Fraction(repr(self.seconds)))} s"
 
 
-def parse_period(value: object) -> Duration | Time:
+def parse_period(value: object) -> Interval | Time:
     """Read a duration or a time; ValueError with what is allowed."""
-    if isinstance(value, (Duration, Time)):
+    if isinstance(value, (Interval, Time)):
         return value
-    kinds: dict[str, type[Duration] | type[Time]] = {
-        **dict.fromkeys(Duration.UNITS, Duration),
+    kinds: dict[str, type[Interval] | type[Time]] = {
+        **dict.fromkeys(Interval.UNITS, Interval),
         **dict.fromkeys(Time.UNITS, Time),
     }
     return _quantity(value, kinds, f"{Duration.HELP}, {Time.HELP}", "steps min")[1].parse(value)
 
 
 Period = Annotated[
-    Duration | Time,
+    Interval | Time,
     PlainValidator(parse_period),
     PlainSerializer(str, return_type=str),
     WithJsonSchema({"anyOf": [Duration.SCHEMA, Time.SCHEMA]}),

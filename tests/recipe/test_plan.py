@@ -220,15 +220,11 @@ def test_small_micro_batches_are_warned_of(small: Small) -> None:
 @pytest.mark.parametrize(
     ("override", "samples", "message"),
     [
-        ("train.duration=0 steps", 100, "train.duration 0 steps rounds to zero steps"),
-        (
-            "evaluate.every=0 steps",
-            100,
-            "evaluate.every is 0 steps; should be more than zero, such as 100 steps",
-        ),
-        ("train.log_every=0%", 100, "train.log_every is 0%; should be"),
-        ("checkpoint.every=0 samples", 100, "checkpoint.every is 0 samples; should be"),
-        ("checkpoint.keep.every=0 epochs", 100, "checkpoint.keep.every is 0 epochs; should be"),
+        ("train.duration=0 steps", 100, "got '0 steps'; should be more than zero, such as 100 steps"),
+        ("evaluate.every=0 steps", 100, "got '0 steps'; should be more than zero, such as 100 steps"),
+        ("train.log_every=0%", 100, "got '0%'; should be more than zero"),
+        ("checkpoint.every=0 samples", 100, "got '0 samples'; should be more than zero"),
+        ("checkpoint.keep.every=0 epochs", 100, "got '0 epochs'; should be more than zero"),
         ("train.duration=0.01 epochs", 100, "an epoch has 8 steps of 12 samples"),
         ("optim.warmup=16 steps", 100, r"takes the whole run of 16 steps \(2 epochs\), which"),
         ("optim.warmup=2 epochs", 100, r"optim.warmup 2 epochs \(16 steps\) takes the whole run"),

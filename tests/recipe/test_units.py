@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from clipcluster.recipe.units import Duration, Length, Memory, Nodes, Period, Time, parse_period
+from clipcluster.recipe.units import Duration, Interval, Length, Memory, Nodes, Period, Time, parse_period
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,10 @@ def test_a_duration_becomes_steps(text: str, steps: int) -> None:
         (parse_period, "15m", "did you mean 15 min?"),
         (Duration.parse, "3 st", "did you mean 3 steps?"),
         (parse_period, 15, "did you mean 15 steps or 15 min?"),
+        (Duration.parse, 0, "did you mean 0 steps?"),  # a warm-up may be none
+        (Duration.parse, 0.1, "did you mean 10% or 0.1 epochs?"),
+        (Length.parse, 0.5, "did you mean 0.5 epochs?"),
+        (parse_period, 1.5, "did you mean 1.5 epochs or 1.5 min?"),
     ],
 )
 def test_a_number_without_a_known_unit_is_asked_back(
@@ -51,6 +55,18 @@ def test_a_number_without_a_known_unit_is_asked_back(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(asked)):
         parse(value)
+
+
+@pytest.mark.parametrize("parse", [Length.parse, Interval.parse, Time.parse, parse_period])
+def test_what_cannot_be_zero_is_not_asked_back_as_zero(parse: Callable[[object], object]) -> None:
+    for value in (0, "0", -1):
+        with pytest.raises(ValueError, match="more than zero$"):
+            parse(value)
+    for text in ("0 steps", "0 epochs", "0 min"):
+        with pytest.raises(ValueError, match=r"zero|'N s"):
+            parse(text)
+    with pytest.raises(ValueError, match="not negative$"):
+        Duration.parse(-1)
 
 
 def test_the_length_of_a_run_is_no_share_of_itself() -> None:
@@ -119,7 +135,7 @@ def test_what_is_no_time(text: object) -> None:
 
 def test_a_period_is_a_duration_or_a_time() -> None:
     assert parse_period("15 min") == Time(900.0)
-    assert parse_period("3 epochs") == Duration(Fraction(3), "epochs")
+    assert parse_period("3 epochs") == Interval(Fraction(3), "epochs")
     with pytest.raises(ValueError, match=r"duration.*time"):
         parse_period("3 weeks")
     with pytest.raises(ValidationError):

@@ -6,7 +6,7 @@ from pydantic import field_validator
 
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.values import Int
-from clipcluster.recipe.units import Duration, Period
+from clipcluster.recipe.units import Interval, Period
 
 
 class Best(Section):
@@ -22,7 +22,7 @@ class Keep(Section):
     last: Int = key(
         "record", "How many of the newest to keep; at least 2, since the newest may be damaged.", 3
     )
-    every: Duration | None = key("record", "Also keep one at each such interval, permanently.", None)
+    every: Interval | None = key("record", "Also keep one at each such interval, permanently.", None)
     best: Best | None = section("Also keep the best by a metric.", None)
 
     @field_validator("last")

@@ -10,7 +10,7 @@ from pydantic_core import CoreSchema, core_schema
 from clipcluster.recipe.sections.base import Section, key, section
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.values import Int
-from clipcluster.recipe.units import Duration, Memory, Nodes, Time
+from clipcluster.recipe.units import Interval, Memory, Nodes, Time
 
 
 class Resources(Section):
@@ -93,7 +93,7 @@ Entry = str | ZeroShot | Probe
 class Evaluate(Section):
     """What is measured, and when."""
 
-    every: Duration | None = key(
+    every: Interval | None = key(
         "record", "How often, besides the end of the run. Default: only at the end.", None
     )
     where: Literal["train", "job"] = key(

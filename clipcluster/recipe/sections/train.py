@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from clipcluster.recipe.sections.base import KeyProblem, Section, key, section
 from clipcluster.recipe.sections.values import Float, Int
-from clipcluster.recipe.units import Duration, Length
+from clipcluster.recipe.units import Interval, Length
 
 
 class Ema(Section):
@@ -93,7 +93,7 @@ class Train(Section):
     )
     ema: Ema | None = section("A moving average of the weights, evaluated and saved beside them.", None)
     record_samples: bool = key("record", "Record every consumed sample: step, slot, shard and key.", False)
-    log_every: Duration = key("record", "How often a line of metrics is written.", "10 steps")
+    log_every: Interval = key("record", "How often a line of metrics is written.", "10 steps")
     non_finite: NonFinite = section("Losses and gradients that are not finite.", {})
 
     @model_validator(mode="after")
