@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.build.model import build_model
+from clipcluster.build.teacher_runs import run_and_recipe
 from clipcluster.data.images.transforms import TrainTransform
 from clipcluster.data.loading.preparation import Preparation, Retokenized
 from clipcluster.data.loading.stored import StoredPreparation
@@ -17,13 +18,10 @@ from clipcluster.model.distill import DistillTask, Teacher
 from clipcluster.model.protocols import DualEncoder
 from clipcluster.model.task import build_contrastive
 from clipcluster.model.towers import foreign_tokenizer
-from clipcluster.recipe.load import from_run
 from clipcluster.recipe.sections.distill import RunTeacher
 from clipcluster.recipe.sections.model import Model
 from clipcluster.recipe.sections.recipe import Recipe
-from clipcluster.recipe.tasks import TASKS
-from clipcluster.runs.checkpoints import name_of, newest_complete, step_of
-from clipcluster.runs.folder import Run
+from clipcluster.runs.checkpoints import name_of, newest_complete
 from clipcluster.runtime.world import World
 
 logger = logging.getLogger("clipcluster")
@@ -98,15 +96,10 @@ def _sources(recipe: Recipe, assets: Path | None) -> list[TeacherSource]:
 
 def _of_run(folder: Path, key: str) -> tuple[Recipe, Path]:
     """The recipe and the assets of a run, by its folder or by that of one of its checkpoints."""
-    run = Run(folder.parent.parent if step_of(folder.name) is not None else folder)
-    if not run.recipe_file.is_file():
-        raise UserError(
-            f"{key}: {folder} is neither the folder of a run nor of one of its checkpoints "
-            "(RUN/checkpoints/step-…); give one of these"
-        )
-    recipe = from_run(run.recipe(), run.settings())
-    if not TASKS[recipe.task].captions:
-        raise UserError(f"{key}: {run.name} is of task {recipe.task}; a teacher needs images and captions")
+    try:
+        run, recipe = run_and_recipe(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     return recipe.model_copy(update={"model": _starting_with(recipe.model, folder)}), run.assets
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from clipcluster.check.names import store_timm_names
+from clipcluster.check.names import store_names
 from clipcluster.check.plain import Findings, open_indexed
 from clipcluster.errors import UserError
 from clipcluster.recipe.plan import accumulation_of
@@ -126,9 +126,9 @@ def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, fin
     from clipcluster.model.towers import build_image_tower
 
     try:
-        store_timm_names()
+        store_names()
     except OSError as error:
-        findings.warnings.append(f"timm's names cannot be stored for the plain check: {error}")
+        findings.warnings.append(f"the names of towers cannot be stored for the plain check: {error}")
     size, section = recipe.data.image.size, recipe.model.image
     assert section is not None
     tower, coverage = build_image_tower(

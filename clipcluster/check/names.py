@@ -1,4 +1,4 @@
-"""Checking names of timm and of the hub by the files on this machine. No torch."""
+"""Checking names of timm, transformers and the hub by the files on this machine. No torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from clipcluster.text import did_you_mean, nearest
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 CONFIGURATION = ("config.json",)
+TIMM, TRANSFORMERS = "timm", "transformers"
 
 
 def check_image_tower(name: str) -> str:
@@ -21,58 +22,70 @@ def check_image_tower(name: str) -> str:
 
     The known names are those that a deep check with this version of timm stored.
     """
-    return _check_timm(name.split(".", 1)[0], "models", f"model {name!r}")  # what follows a dot is a tag
+    bare = name.split(".", 1)[0]  # what follows a dot is a tag
+    return _check(bare, TIMM, "models", f"model {name!r}")
 
 
 def check_optimizer(name: str) -> str:
     """As `check_image_tower`, for an optimizer; UserError also for one that cannot be used here."""
     if name == "adamw":
         return ""
-    return _check_timm(name, "optimizers", f"optimizer {name!r} that can be used here")
+    return _check(name, TIMM, "optimizers", f"optimizer {name!r} that can be used here")
 
 
-def _check_timm(name: str, kind: str, called: str) -> str:
-    known = _stored_names(kind)
+def check_text_tower(arch: str) -> str:
+    """As `check_image_tower`, for a model type of transformers."""
+    towers = "text towers are gpt2, bert, roberta, modernbert and others"
+    return _check(arch, TRANSFORMERS, "types", f"model type {arch!r} ({towers})")
+
+
+def _check(name: str, library: str, kind: str, called: str) -> str:
+    known = _stored_names(library, kind)
     if known is None:
-        return f"{name!r}: the first check with --deep stores timm's list of names"
+        return f"{name!r}: the first check with --deep stores {library}'s list of names"
     if name in known:
         return ""
     hint = did_you_mean(name.lower(), known)
     if not hint and kind == "optimizers":  # of models there are too many
         hint = f"; usable: {', '.join(known)}"
-    raise UserError(f"timm {metadata.version('timm')} has no {called}{hint}")
+    raise UserError(f"{library} {metadata.version(library)} has no {called}{hint}")
 
 
-def store_timm_names() -> None:
-    """Store timm's names for later plain checks, once for each version. Loads timm; may raise OSError."""
-    if _stored_names("models") is None:
+def store_names() -> None:
+    """Store the libraries' names for later plain checks, once a version. Loads them; may raise OSError."""
+    if _stored_names(TIMM, "models") is None:
         import timm
         from timm.models import get_deprecated_models
 
-        _store("models", [*timm.list_models(), *get_deprecated_models()])
-    if _stored_names("optimizers") is None:
+        _store(TIMM, "models", [*timm.list_models(), *get_deprecated_models()])
+    if _stored_names(TIMM, "optimizers") is None:
         from clipcluster.train.timm_optimizers import usable_optimizers
 
-        _store("optimizers", usable_optimizers())
+        _store(TIMM, "optimizers", usable_optimizers())
+    if _stored_names(TRANSFORMERS, "types") is None:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        _store(TRANSFORMERS, "types", list(CONFIG_MAPPING))
 
 
-def _store(kind: str, names: list[str]) -> None:
-    _names_file(kind).parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(_names_file(kind), names)
+def _store(library: str, kind: str, names: list[str]) -> None:
+    file = _names_file(library, kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(file, names)
 
 
-def _stored_names(kind: str) -> list[str] | None:
-    """The names stored for the installed timm; None where there are none, or the file is damaged."""
+def _stored_names(library: str, kind: str) -> list[str] | None:
+    """The names stored for the installed version; None where there are none, or the file is damaged."""
     try:
-        names = json.loads(_names_file(kind).read_text(encoding="utf-8"))
+        names = json.loads(_names_file(library, kind).read_text(encoding="utf-8"))
     except (metadata.PackageNotFoundError, FileNotFoundError, ValueError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _names_file(kind: str) -> Path:
+def _names_file(library: str, kind: str) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "clipcluster" / "names" / f"timm-{metadata.version('timm')}-{kind}.json"
+    return Path(cache) / "clipcluster" / "names" / f"{library}-{metadata.version(library)}-{kind}.json"
 
 
 def check_hub_name(name: str, patterns: Sequence[str], assets: Path) -> str:

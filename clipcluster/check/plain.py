@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from clipcluster.build.teacher_runs import run_and_recipe
 from clipcluster.check import experience, names
 from clipcluster.errors import UserError
 from clipcluster.evals import prompts
@@ -18,8 +19,16 @@ from clipcluster.recipe.plan import Plan, plan_for_nodes
 from clipcluster.recipe.rates import describe_rates
 from clipcluster.recipe.sections.checks import CheckName, Checks
 from clipcluster.recipe.sections.data import Source
+from clipcluster.recipe.sections.distill import RunTeacher
 from clipcluster.recipe.sections.evaluate import ZeroShot, folders_of
-from clipcluster.recipe.sections.model import Dual, HfImageTower, HfTextTower, Model, TimmImageTower
+from clipcluster.recipe.sections.model import (
+    ArchTextTower,
+    Dual,
+    HfImageTower,
+    HfTextTower,
+    Model,
+    TimmImageTower,
+)
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import METRICS, RAW, TASKS
 from clipcluster.runs.checkpoints import steps_in
@@ -165,12 +174,31 @@ def _check_starts(checked: Checked) -> None:
             )
     for place, model in models.items():
         checked.warnings += [f"{loaded.place(f'{place}.{key}')}: {said}" for key, said in _idle_keys(model)]
+    for number, given in enumerate(checked.recipe.distill.teachers if checked.recipe.distill else ()):
+        if isinstance(given, RunTeacher) and os.path.exists(given.run):
+            checked.attempt(loaded.place(f"distill.teachers.{number}.run"), run_and_recipe, Path(given.run))
     for key, path in loaded.paths.items():
-        if key.startswith(("model.", "distill.")) and _still_trains(Path(path)):
+        if not key.startswith(("model.", "distill.")):
+            continue
+        if _never_saved(Path(path)):
+            checked.errors.append(
+                f"{loaded.place(key)}: the run {path} has no checkpoint yet; wait for its first, or name "
+                "another"
+            )
+        if _still_trains(Path(path)):
             checked.warnings.append(
                 f"{loaded.place(key)}: the run {path} has not finished: once it has a newer checkpoint, a "
                 "resume finds other weights and is refused; name one of its checkpoints"
             )
+
+
+def _never_saved(folder: Path) -> bool:
+    """Whether this is the folder of a run without a checkpoint; not where it cannot be read."""
+    run = Run(folder)
+    try:
+        return run.exists() and not steps_in(run.checkpoints)
+    except OSError:
+        return False
 
 
 def _still_trains(folder: Path) -> bool:
@@ -219,6 +247,8 @@ def _named(recipe: Recipe, place: str, text: str, assets: Path) -> NameChecks:
         tower = getattr(recipe.model, key.removeprefix("model."))
         if isinstance(tower, TimmImageTower):
             checks[f"{place}{key}.timm"] = partial(names.check_image_tower, tower.timm)
+        elif isinstance(tower, ArchTextTower):
+            checks[f"{place}{key}.arch"] = partial(names.check_text_tower, tower.arch)
         elif isinstance(tower, HfImageTower | HfTextTower | Dual):
             checks[f"{place}{key}.hf"] = partial(names.check_hub_name, tower.hf, names.CONFIGURATION, assets)
     tokenizer = recipe.data.text.tokenizer
@@ -384,6 +414,7 @@ def _check_plans(checked: Checked, samples: int) -> None:
         for name, text in experience.findings(checked.recipe, found, samples):
             checked.advise(checked.recipe.checks, name, text)
         _check_synchronised(checked, found)
+        _check_all_learn(checked, found)
 
 
 def _check_synchronised(checked: Checked, found: Plan) -> None:
@@ -394,6 +425,18 @@ def _check_synchronised(checked: Checked, found: Plan) -> None:
         checked.errors.append(
             f"{place}: torch's SyncBatchNorm does not run on the CPU, and cluster.gpus_per_node is 0; set it "
             "to false"
+        )
+
+
+def _check_all_learn(checked: Checked, found: Plan) -> None:
+    """Several ranks train only models of which the loss depends on every part; feature losses have no scale."""
+    distill = checked.recipe.distill
+    if distill and not (distill.weight or distill.contrastive_weight) and found.world_size > 1:
+        untrained = "the logit scale" if distill.feature_mse else "the text tower and the logit scale"
+        checked.errors.append(
+            f"{checked.loaded.place('distill.weight')}: with weight and contrastive 0 the loss does not depend "
+            f"on {untrained}, and {found.world_size:,} ranks cannot train such a model; set one of them above "
+            "0, or train on one rank"
         )
 
 

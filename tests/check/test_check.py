@@ -86,7 +86,7 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        names.store_timm_names()
+        names.store_names()
     return folder
 
 
@@ -401,6 +401,13 @@ def test_a_misspelled_tower_is_found_by_the_plain_check(checked: Callable[..., C
         assert checked(f"model.image.timm={known}").errors == []
 
 
+def test_a_misspelled_architecture_is_found_by_the_plain_check(checked: Callable[..., Checked]) -> None:
+    (error,) = checked("model.text={arch: gpt3}").errors
+    assert error.startswith("from the command line: model.text={arch: gpt3}: model.text.arch: transformers ")
+    assert "has no model type 'gpt3' (text towers are gpt2, bert, roberta, modernbert and others); did" in error
+    assert checked("model.text={arch: modernbert}").errors == []
+
+
 def test_without_timms_names_the_plain_check_says_what_it_leaves_out(
     checked: Callable[..., Checked], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -408,15 +415,16 @@ def test_without_timms_names_the_plain_check_says_what_it_leaves_out(
     found = checked("model.image.timm=test_convnex")
     assert found.errors == []
     assert found.unchecked == [
-        "model.image.timm 'test_convnex': the first check with --deep stores timm's list of names"
+        "model.image.timm 'test_convnex': the first check with --deep stores timm's list of names",
+        "model.text.arch 'gpt2': the first check with --deep stores transformers' list of names",
     ]
-    names.store_timm_names()
+    names.store_names()
     assert len(checked("model.image.timm=test_convnex").errors) == 1
     (file,) = (tmp_path / "none/clipcluster/names").glob("*-models.json")
     for damaged in ("", "[1", "{}", "[1]"):
         file.write_text(damaged)
         assert checked().unchecked[0].startswith("model.image.timm")
-    names.store_timm_names()
+    names.store_names()
     assert checked("model.image.timm=test_vit").unchecked == []
 
 
@@ -537,7 +545,6 @@ def test_a_process_that_fails_says_why(folder: Path, monkeypatch: pytest.MonkeyP
     [
         ("model.image.args={no_such_argument: 1}", "no_such_argument"),
         ("model.image.args={depths: [1, 1], dims: [8, 8]}", "model.image"),
-        ("model.text={arch: gpt5}", "gpt5"),
         ("model.image.weights=tiny.yaml", "tiny.yaml"),
         ("optim.no_decay=[nothing]", "fits no parameter"),
         ("optim={name: lamb, lr: 1, args: {beta: 1}}", "timm cannot make lamb"),

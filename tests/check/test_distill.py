@@ -14,6 +14,8 @@ from clipcluster.check.deep import examine
 from clipcluster.check.plain import Checked, check
 from clipcluster.data.tokenizer import ByteTokenizer
 from clipcluster.errors import UserError
+from clipcluster.recipe.load import load, recipe_keys, settings_keys
+from clipcluster.runs.folder import Run
 from jobs.submit.assets import hub_names
 from tests.reinforced_shards import WIDTH, members, write
 from tests.shard_writer import ShardWriter
@@ -72,11 +74,56 @@ def test_shards_without_the_members_are_named(checked: Callable[..., Checked], t
         assert words in error
 
 
+def test_a_teacher_that_is_no_run(checked: Callable[..., Checked], tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (error,) = checked(f"{{teachers: [{{run: {tmp_path}/folder}}]}}").errors
+    assert "distill.teachers.0.run: " in error
+    assert "folder is neither the folder of a run nor of one of its checkpoints (RUN/checkpoints" in error
+    loaded = load(tmp_path / "r.yaml", ["task=contrastive", "distill=null"])
+    Run.create(tmp_path / "teacher", recipe_keys(loaded), settings_keys(loaded))
+    teacher = f"{{teachers: [{{run: {tmp_path}/teacher}}]}}"
+    (error,) = checked(teacher).errors
+    assert "teacher has no checkpoint yet; wait for its first" in error
+    (tmp_path / "teacher/checkpoints/step-00000001").mkdir()
+    for run in (teacher, teacher.replace("/teacher", "/teacher/checkpoints/step-00000001")):
+        assert checked(run).errors == []
+    classify = ["task=classify", "distill=null", "model.text=null", "model.embed_dim=512", "model.classes=2"]
+    loaded = load(tmp_path / "r.yaml", classify)
+    Run.create(tmp_path / "classifier", recipe_keys(loaded), settings_keys(loaded))
+    (tmp_path / "classifier/checkpoints/step-00000001").mkdir()
+    (error,) = checked(teacher.replace("/teacher", "/classifier")).errors
+    assert "classifier is of task classify; a teacher needs images and captions" in error
+    (tmp_path / "classifier/recipe.yaml").write_text("[")
+    (error,) = checked(teacher.replace("/teacher", "/classifier")).errors
+    assert "recipe.yaml" in error
+
+
+def test_several_ranks_need_a_loss_over_the_batch(checked: Callable[..., Checked]) -> None:
+    """The features alone leave the logit scale without a gradient; of images alone, the text tower too."""
+    alone = STORED.replace("{stored", "{weight: 0, contrastive: 0, feature_cosine: 1, stored")
+    several = "cluster.tasks_per_node=2"
+    assert checked(alone).errors == []
+    (error,) = checked(alone, several).errors
+    assert "the loss does not depend on the text tower and the logit scale, and 2 ranks cannot" in error
+    assert "r.yaml:4: distill.weight: " in error
+    (error,) = checked(alone.replace("feature_cosine", "feature_mse"), several).errors
+    assert "the loss does not depend on the logit scale" in error
+    (error,) = examine(checked(alone).recipe, 2, None).errors  # which it had to be asked for
+    assert "parameters without a gradient: " in error
+    assert "logit_scale" in error
+    assert checked(alone.replace("contrastive: 0, ", ""), several).errors == []
+
+
 @pytest.mark.parametrize(
     ("distill", "overrides", "said"),
     [
         ("null", (), "task distill needs the section distill"),
         (STORED, ("task=contrastive",), "task contrastive does not use it"),
+        (
+            STORED,
+            ("data.train.0.captions_in={default: 0.5, 'json:alt': 0.5}",),
+            "json:alt: the stored teachers saw the images' own captions and the synthetic ones alone",
+        ),
         (STORED, ("data.image.flip=true",), "data.image.flip=true: has no effect with distill.stored"),
         (STORED, ("data.image.crop_scale=[0.5, 1]",), "remove it, or set it to its default, [0.9, 1.0]"),
         ("{}", (), "needs stored: {}, or teachers, such as [{run: FOLDER}], and has neither"),

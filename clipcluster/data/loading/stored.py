@@ -19,7 +19,7 @@ from clipcluster.data.loading.preparation import Drawn, Preparation, Row
 from clipcluster.data.shards import captions
 from clipcluster.data.shards.dataset import Sample
 from clipcluster.data.tokenizer import Tokenizer
-from clipcluster.recipe.captions import field_of
+from clipcluster.recipe.captions import OWN, field_of
 
 if TYPE_CHECKING:
     from clipcluster.recipe.sections.distill import Stored
@@ -28,8 +28,6 @@ ARRAYS, AUGMENTATIONS, SYNTHETIC, RECORD = "npz|pth.gz", "paug.json", "syn.json"
 """The members of a sample, by the names that the table of tasks gives them."""
 IMAGE, TEXT, SYNTHETIC_TEXT = "image_emb", "text_emb", "synthetic_emb"
 """The extras of a batch: the teachers' embeddings (b, width) float32 of image, caption, synthetic caption."""
-_OWN = ((RECORD, "captions"), (RECORD, "caption"))
-"""Where a JSON has the image's own captions: as the shards here, and as img2dataset has its one."""
 TOKENS, MASK = "synthetic_tokens", "synthetic_mask"
 """The synthetic caption's tokens (b, L) int64 and mask (b, L) bool."""
 
@@ -122,7 +120,7 @@ def _place(values: Mapping[str, Any], choice: str, number: int) -> tuple[str, in
     inside = [name for name in lists if f"{name}_emb" not in arrays]
     own = len(arrays[TEXT]) - sum(len(written[name]) for name in inside)  # rows of the image's own captions
     field = field_of(choice)
-    if field is None or field in _OWN:
+    if field is None or field in OWN:
         return TEXT, number if number < own else -1
     if field[0] != SYNTHETIC:  # texts that the teachers did not see
         return TEXT, -1

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import WithJsonSchema, model_validator
 
+from clipcluster.recipe.captions import OWN, field_of, probabilities_of
 from clipcluster.recipe.sections.base import KeyProblem, Section, key, section
 from clipcluster.recipe.sections.checkpoint import Checkpoint
 from clipcluster.recipe.sections.checks import Checks
@@ -107,6 +108,15 @@ class Recipe(Section):
                         "has no effect with distill.stored, whose augmentations are applied; remove it, or "
                         f"set it to its default, {default}",
                     )
+            for number, source in enumerate(self.data.train):
+                for choice in probabilities_of(source.captions_in):
+                    if not _seen_by_stored_teachers(choice):
+                        raise KeyProblem(
+                            f"data.train.{number}.captions_in",
+                            f"{choice}: the stored teachers saw the images' own captions and the synthetic "
+                            "ones alone; should be default, lines, txt, json:captions, json:caption or "
+                            "syn.json:syn_text",
+                        )
         return self
 
     def teachers(self) -> dict[int, Recipe]:
@@ -122,6 +132,12 @@ class Recipe(Section):
         data = self.data.model_copy(update={"image": image, "text": text})
         update = {"task": "contrastive", "distill": None, "model": teacher.model, "data": data}
         return self.model_copy(update=update)
+
+
+def _seen_by_stored_teachers(choice: str | None) -> bool:
+    """Whether embeddings of these captions may be stored with a sample."""
+    field = field_of(choice) if choice else None
+    return field is None or field in OWN or field[0] == "syn.json"
 
 
 def _at_default(part: Section, name: str) -> bool:
