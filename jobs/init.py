@@ -22,6 +22,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.files import RECIPES, existing, with_parents
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
+from clipcluster.recipe.tree import Entry, Variable, find
 from clipcluster.runtime.accelerators import count_accelerators
 from clipcluster.text import counted
 
@@ -153,7 +154,8 @@ def _extending(name: str, parent: Path, splits: list[Shards]) -> Iterator[str]:
     """The lines of a recipe that extends another, with its own name, data and evaluations."""
     shipped = RECIPES / parent.name
     found = shipped if not parent.is_file() and shipped.is_file() else existing(parent)
-    tree = with_parents(found, os.environ).entries
+    parents = with_parents(found, os.environ)
+    tree = parents.entries
     yield f"# {name}: {found.name} with the keys below replaced."
     known = found == shipped and name != found.stem  # a file of its own name would extend itself
     yield f"extends: {found.name if known else json.dumps(str(found.resolve()))}"
@@ -161,7 +163,7 @@ def _extending(name: str, parent: Path, splits: list[Shards]) -> Iterator[str]:
     if splits:
         yield "data:"
         yield "  train:"
-        yield f"    - {{shards: {splits[0].quoted}}}"
+        yield _source(splits[0].quoted, parents)
         task = str(tree["task"].value) if "task" in tree else "contrastive"
         if task not in TASKS:
             raise UserError(tree["task"].origin.problem("task", f"{task} is none of {', '.join(TASKS)}"))
@@ -170,6 +172,25 @@ def _extending(name: str, parent: Path, splits: list[Shards]) -> Iterator[str]:
         keep = tree["checkpoint"].entries.get("keep") if "checkpoint" in tree else None
         if keep is not None and "best" in keep.entries:
             yield _line("checkpoint: {keep: {best: null}}", "it named a metric of the other data")
+
+
+def _source(folder: str, parent: Entry) -> str:
+    """The new source, with `captions_in` as the parent's sources have it; where they differ, the first's."""
+    sources = find(parent, ("data", "train"))
+    listed = sources.value if sources and isinstance(sources.value, list) else []
+    given = [_plain(source.entries["captions_in"]) for source in listed if "captions_in" in source.entries]
+    if not given:
+        return f"    - {{shards: {folder}}}"
+    line = f"    - {{shards: {folder}, captions_in: {json.dumps(given[0], ensure_ascii=False)}}}"
+    same = len(given) == len(listed) and all(choice == given[0] for choice in given)
+    return line if same else _line(line, "captions_in differs between the sources it had")
+
+
+def _plain(entry: Entry) -> object:
+    """What an entry of a recipe holds, variables as they are written."""
+    if isinstance(entry.value, dict):
+        return {name: _plain(inner) for name, inner in entry.value.items()}
+    return entry.value.text if isinstance(entry.value, Variable) else entry.value
 
 
 def _starter(name: str, splits: list[Shards]) -> Iterator[str]:

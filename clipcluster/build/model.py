@@ -18,7 +18,13 @@ from clipcluster.data.tokenizer import Tokenizer
 from clipcluster.errors import UserError
 from clipcluster.model.hugging_face import config_of, pretrained
 from clipcluster.model.task import Task
-from clipcluster.model.weight_files import WeightsFrom, shard_names, weights_at, without_projections
+from clipcluster.model.weight_files import (
+    WeightsFrom,
+    naming_deleted,
+    shard_names,
+    weights_at,
+    without_projections,
+)
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
@@ -141,14 +147,18 @@ def _file_of(tower: str, section: Any, recipe: Recipe, assets: Path | None) -> P
 
 
 def hash_of(path: Path) -> str:
-    """SHA-256 (hexadecimal) of a file, or of names and hashes of the weight files of a folder or index."""
+    """SHA-256 (hexadecimal) of a file, or of names and hashes of the weight files of a folder or index.
+
+    Raises OSError, and UserError where a run deleted the checkpoint.
+    """
     shards = [path.parent / name for name in shard_names(path)]
     if path.is_dir() or shards:
         files = shards or sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
         return hashlib.sha256(
             "".join(f"{file.name} {hash_of(file)}\n" for file in files).encode()
         ).hexdigest()
-    return file_sha256(path)
+    with naming_deleted(path):
+        return file_sha256(path)
 
 
 def load_checkpoint(

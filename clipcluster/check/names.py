@@ -42,7 +42,7 @@ def check_text_tower(arch: str) -> str:
 def _check(name: str, library: str, kind: str, called: str) -> str:
     known = _stored_names(library, kind)
     if known is None:
-        return f"{name!r}: the first check with --deep stores {library}'s list of names"
+        return f"{name!r}: the first check with --deep stores the names of {library}"
     if name in known:
         return ""
     hint = did_you_mean(name.lower(), known)

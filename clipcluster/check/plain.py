@@ -429,14 +429,14 @@ def _check_synchronised(checked: Checked, found: Plan) -> None:
 
 
 def _check_all_learn(checked: Checked, found: Plan) -> None:
-    """Several ranks train only models of which the loss depends on every part; feature losses have no scale."""
+    """Several ranks train no model with a part that the loss does not depend on, such as the logit scale."""
     distill = checked.recipe.distill
     if distill and not (distill.weight or distill.contrastive_weight) and found.world_size > 1:
         untrained = "the logit scale" if distill.feature_mse else "the text tower and the logit scale"
         checked.errors.append(
-            f"{checked.loaded.place('distill.weight')}: with weight and contrastive 0 the loss does not depend "
-            f"on {untrained}, and {found.world_size:,} ranks cannot train such a model; set one of them above "
-            "0, or train on one rank"
+            f"{checked.loaded.place('distill.weight')}: with weight and contrastive 0 the loss does not "
+            f"depend on {untrained}, and {found.world_size:,} ranks cannot train such a model; set one of "
+            "them above 0, or train on one rank"
         )
 
 

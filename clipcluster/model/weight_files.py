@@ -10,7 +10,8 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -76,7 +77,8 @@ def read_weights(source: Path, prefer: WeightsFrom | None = None) -> Weights:
     Raises UserError where there is nothing to read, a file is damaged, or it lacks what is preferred.
     """
     try:
-        found = _weights_at(source, prefer)
+        with naming_deleted(source):
+            found = _weights_at(source, prefer)
         return replace(found, state=without_projections(found.state))
     except OSError as error:
         raise UserError(f"The weights {source} cannot be read: {error}.") from error
@@ -106,6 +108,11 @@ def _weights_at(source: Path, prefer: WeightsFrom | None) -> Weights:
     file = weights_at(source, prefer)
     if file.is_dir():
         return replace(_weights_at(_of_folder(file), prefer), file=file)
+    with naming_deleted(file):
+        return _of_file(file, source, prefer)
+
+
+def _of_file(file: Path, source: Path, prefer: WeightsFrom | None) -> Weights:
     if source.is_dir():
         return _of_checkpoint(file)
     shards = shard_names(source)
@@ -159,7 +166,8 @@ def _file_of_checkpoint(folder: Path, prefer: WeightsFrom | None) -> Path:
     if not file.exists():
         what = "no averaged weights" if part == "ema" else f"no {file.name}"
         hint = "; set model.weights_from: raw" if part == "ema" and both["raw"].exists() else ""
-        raise UserError(f"The checkpoint {folder} holds {what}{hint}.")
+        with naming_deleted(folder):
+            raise UserError(f"The checkpoint {folder} holds {what}{hint}.")
     return file
 
 
@@ -175,6 +183,23 @@ def _of_checkpoint(file: Path) -> Weights:
     part = next(part for part, path in both.items() if path == file)
     several = all(path.exists() for path in both.values())
     return Weights(file, _tensors(_read(file)), part if several else "")
+
+
+@contextmanager
+def naming_deleted(path: Path) -> Iterator[None]:
+    """Inside, what fails because a run deleted the checkpoint of this path, or at it, says so. UserError."""
+    try:
+        yield
+    except (UserError, OSError):
+        found = next((each for each in (path, path.parent) if step_of(each.name) is not None), None)
+        if found is None or found.is_dir():
+            raise
+        there = ", ".join(name_of(step) for step in steps_in(found.parent)) or "none"
+        raise UserError(
+            f"The checkpoint {found} is not there: its run deletes what its checkpoint.keep does not keep. "
+            f"There are: {there}. Name one that stays, such as the last of a finished run or one of "
+            "checkpoint.keep.every, or copy a checkpoint to another folder and name the copy."
+        ) from None
 
 
 def without_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

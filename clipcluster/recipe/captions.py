@@ -18,7 +18,7 @@ from clipcluster.text import nearest
 DEFAULT, LINES, TXT = "default", "lines", "txt"
 CHOICES = "default, lines, txt, json:FIELD or MEMBER.json:FIELD"
 OWN = (("json", "captions"), ("json", "caption"))
-"""Where KEY.json has an image's own captions, as `field_of`: as the shards here, and as img2dataset its one."""
+"""Where KEY.json has an image's own captions (`field_of`): as the shards here, and as img2dataset its one."""
 
 _FIELD = re.compile(r"((?P<member>[^:/]+)\.)?json:(?P<field>.+)", re.DOTALL)
 

@@ -404,7 +404,9 @@ def test_a_misspelled_tower_is_found_by_the_plain_check(checked: Callable[..., C
 def test_a_misspelled_architecture_is_found_by_the_plain_check(checked: Callable[..., Checked]) -> None:
     (error,) = checked("model.text={arch: gpt3}").errors
     assert error.startswith("from the command line: model.text={arch: gpt3}: model.text.arch: transformers ")
-    assert "has no model type 'gpt3' (text towers are gpt2, bert, roberta, modernbert and others); did" in error
+    assert (
+        "has no model type 'gpt3' (text towers are gpt2, bert, roberta, modernbert and others); did" in error
+    )
     assert checked("model.text={arch: modernbert}").errors == []
 
 
@@ -415,8 +417,8 @@ def test_without_timms_names_the_plain_check_says_what_it_leaves_out(
     found = checked("model.image.timm=test_convnex")
     assert found.errors == []
     assert found.unchecked == [
-        "model.image.timm 'test_convnex': the first check with --deep stores timm's list of names",
-        "model.text.arch 'gpt2': the first check with --deep stores transformers' list of names",
+        "model.image.timm 'test_convnex': the first check with --deep stores the names of timm",
+        "model.text.arch 'gpt2': the first check with --deep stores the names of transformers",
     ]
     names.store_names()
     assert len(checked("model.image.timm=test_convnex").errors) == 1

@@ -75,6 +75,21 @@ def test_another_recipe_with_other_data(digits: Path, folder: Path) -> None:
         write_starter("c", parent=Path("own.yaml"), data=folder / "mine")
 
 
+def test_which_captions_are_read_stays(digits: Path, folder: Path) -> None:
+    choices = '{default: 0.5, "syn.json:syn_text": 0.5}'
+    one = f"{{shards: x, captions_in: {choices}}}"
+    for name, sources, kept in (
+        ("a", one, {"default": 0.5, "syn.json:syn_text": 0.5}),
+        ("b", f"{one}, {one}", {"default": 0.5, "syn.json:syn_text": 0.5}),
+        ("c", "{shards: x, captions_in: '${CHOICE:-txt}'}, {shards: y}", "txt"),
+        ("d", "{shards: x}", None),
+    ):
+        (folder / "own.yaml").write_text(f"extends: digits.yaml\ndata: {{train: [{sources}]}}\n")
+        file, _ = write_starter(name, parent=Path("own.yaml"), data=digits)
+        assert load(file).recipe.data.train[0].captions_in == kept
+        assert ("differs between the sources" in file.read_text()) == (name == "c")
+
+
 @pytest.mark.parametrize("name", ["2026", "1e3", "true", "digits"])
 def test_names_that_yaml_takes_for_numbers_or_that_the_parent_has(digits: Path, name: str) -> None:
     for data in (digits, None):

@@ -1,5 +1,6 @@
 """Starting weights: what was loaded is proven, or refused."""
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from random import Random
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from tiny_model import SIZE, image_section, text_section, tiny_clip
 from torch import nn
 
+from clipcluster.build.model import hash_of
 from clipcluster.errors import UserError
+from clipcluster.model import weight_files
 from clipcluster.model.weight_files import read_weights
 from clipcluster.model.weights import load_weights
 from clipcluster.runs.checkpoints import file_entry
@@ -352,6 +355,37 @@ def test_checkpoints_of_a_run_are_verified(tmp_path: Path, caplog: pytest.LogCap
     (newest / "ema.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no averaged weights; set model\.weights_from: raw"):
         first_of(newest, "ema")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    run = tmp_path / "run"
+    for step in (3, 7):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+        entry = file_entry(
+            (folder / "model.safetensors").stat().st_size, file_sha256(folder / "model.safetensors")
+        )
+        write_json(folder / "manifest.json", {"files": {"model.safetensors": entry}})
+    newest = run / "checkpoints" / "step-00000007"
+    said = rf"The checkpoint {newest} is not there: .*checkpoint\.keep.* There are: step-00000003\. Name"
+    read = weight_files._read
+
+    def rotated(file: Path) -> object:
+        shutil.rmtree(newest)
+        return read(file)
+
+    monkeypatch.setattr(weight_files, "_read", rotated)
+    with pytest.raises(UserError, match=said):
+        read_weights(newest if named else run)
+    for path in (newest, newest / "model.safetensors"):  # it was gone before
+        with pytest.raises(UserError, match=said):
+            read_weights(path)
+        with pytest.raises(UserError, match=said):
+            hash_of(path / "model.safetensors" if path == newest else path)
 
 
 def test_a_parameter_with_the_name_of_a_computed_buffer_is_needed(tmp_path: Path) -> None:

@@ -60,12 +60,12 @@ def test_a_number_without_a_known_unit_is_asked_back(
 @pytest.mark.parametrize("parse", [Length.parse, Interval.parse, Time.parse, parse_period])
 def test_what_cannot_be_zero_is_not_asked_back_as_zero(parse: Callable[[object], object]) -> None:
     for value in (0, "0", -1):
-        with pytest.raises(ValueError, match="more than zero$"):
+        with pytest.raises(ValueError, match=r"more than zero$"):
             parse(value)
     for text in ("0 steps", "0 epochs", "0 min"):
         with pytest.raises(ValueError, match=r"zero|'N s"):
             parse(text)
-    with pytest.raises(ValueError, match="not negative$"):
+    with pytest.raises(ValueError, match=r"not negative$"):
         Duration.parse(-1)
 
 

@@ -232,7 +232,9 @@ def test_other_starting_weights_are_refused(toy: ModuleType, run: Any) -> None:
 
 def test_a_state_that_does_not_fit_is_refused(toy: ModuleType, run: Any) -> None:
     toy.go(run, stop_at=5)
-    with pytest.raises(CheckpointError, match="holds ema, guard, model, optimizer, scaler; this run has guard"):
+    with pytest.raises(
+        CheckpointError, match="holds ema, guard, model, optimizer, scaler; this run has guard"
+    ):
         toy.go(run, ema=False)
 
 
