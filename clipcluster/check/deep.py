@@ -205,8 +205,9 @@ def _check_whole(recipe: Recipe, tokenizer: Any, assets: Path | None, findings: 
     model = build_model(recipe, tokenizer, assets)
     if recipe.model.dual:
         findings.summary += _described(f"dual encoder: {recipe.model.dual.hf}", model, None)
-        if not _has_batch_norms(model.image):
-            findings.warnings += _idle_norms(recipe, "image", recipe.model.dual.hf)
+        for name in ("image", "text"):
+            if not _has_batch_norms(getattr(model, name)):
+                findings.warnings += _idle_norms(recipe, name, recipe.model.dual.hf)
     findings.summary += [str(coverage) for coverage in model.starting_weights]
     if not TASKS[recipe.task].captions or not any(own.tower == "model" for own in model.starting_weights):
         return

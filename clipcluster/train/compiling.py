@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +12,27 @@ from torch import nn
 from clipcluster.errors import UserError
 
 GRAPHS = 64  # of one function: one for each shape, stage and mode; torch stops compiling at 8
+logger = logging.getLogger("clipcluster")
+
+
+class _TellingLimit(logging.Filter):
+    """Says once what torch's own warning about its limit means here; the records themselves pass."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not self.told and "torch._dynamo hit config." in record.getMessage():
+            self.told = True
+            logger.warning(
+                "train.compile: a tower has more than %d compiled graphs, one for each shape and stage; "
+                "torch compiles no more of it: further ones run uncompiled and slower, equal to rounding. "
+                "Fewer entries of freeze, or train.compile: false, avoid it",
+                GRAPHS,
+            )
+        return True
+
+
+_telling_limit = _TellingLimit()
 
 
 def compile_towers(model: nn.Module, device: torch.device) -> None:
@@ -24,6 +46,7 @@ def compile_towers(model: nn.Module, device: torch.device) -> None:
     import torch._inductor.config as inductor
 
     torch._dynamo.config.recompile_limit = GRAPHS
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_telling_limit)  # added once
     inductor.fallback_random = True
     _try(device)
     for tower in model.children():

@@ -599,6 +599,9 @@ def test_what_pretrained_weights_expect_otherwise_is_said(folder: Path) -> None:
     pixels_alike = "data.image={size: 32, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}"
     found = examined(dual, pixels_alike, "model.logit_scale={max: null}")
     assert [warning[:19] for warning in found.warnings] == ["data.text.tokenizer"]
+    moving = "freeze=[{at: 1 epochs, tower: text, trainable: last 1, batch_norm: moving}]"
+    warnings = examined(dual, pixels_alike, moving).warnings
+    assert any(warning.startswith("freeze.0.batch_norm: ") for warning in warnings)
 
 
 def test_weights_of_a_run_with_other_pixels_are_said(folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipcluster.errors import UserError
+from clipcluster.train import compiling
 from clipcluster.train.compiling import compile_towers, uncompiled
 
 CPU = torch.device("cpu")
@@ -59,6 +60,22 @@ def test_compiled_towers_keep_names_stages_and_dropout() -> None:
         assert all(map(torch.equal, gradients(ours, 3), gradients(plain, 3)))
     gradients(ours, 8)
     assert counts["unique_graphs"] == graphs
+
+
+@pytest.mark.long
+def test_where_compilation_ends_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "GRAPHS", 1)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # put back afterwards
+    model = Two()
+    compile_towers(model, CPU)
+    for rows in (2, 3, 4, 5):
+        gradients(model, rows)
+    said = [text for text in caplog.messages if "more than 1 compiled graphs" in text]
+    assert len(said) == 1
+    assert "further ones run uncompiled and slower" in said[0]
 
 
 def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
