@@ -132,7 +132,7 @@ class DualEncoderModel:
             size = self.transform.size
             if images.shape[1:] != (3, size, size):
                 raise TypeError(f"a batch {tuple(images.shape)} was given, not (N, 3, {size}, {size})")
-            return self._encoded(images.split(batch_size), self.model.encode_image)
+            return self._encoded(images.float().split(batch_size), self.model.encode_image)
         pixels = isinstance(images, Tensor) and images.ndim == 3
         if pixels or isinstance(images, str | bytes | PathLike) or not isinstance(images, Iterable):
             images = [images]  # type: ignore[list-item]

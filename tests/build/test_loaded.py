@@ -6,11 +6,15 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import clipcluster
 from clipcluster.data.images.decode import BadImage, decode
@@ -71,6 +75,26 @@ def test_features_are_those_of_the_evaluations(run: Run, tmp_path: Path) -> None
     cosines = known.features.double() @ functional.normalize(classes, dim=-1).double().T
     torch.testing.assert_close(probable.double(), (cosines / 0.07).softmax(dim=1), atol=1e-5, rtol=0)
     torch.testing.assert_close(probable.sum(dim=1), torch.ones(10))
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as Apple's."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = operator(*args, **(kwargs or {}))
+        given = tree_leaves((args, kwargs, found))
+        assert not any(isinstance(each, Tensor) and each.dtype is torch.float64 for each in given), operator
+        return found
+
+
+def test_a_device_without_float64_will_do(run: Run) -> None:
+    model = clipcluster.load(run.path, device="cpu")
+    batch = torch.stack([model.transform(picture(number)) for number in range(3)])
+    with NoFloat64():
+        images, texts = model.encode_image(batch), model.encode_text(["a cat", "a dog"])
+        assert model.similarity(images, texts).shape == (3, 2)
+        assert model.classify(batch, NAMES).shape == (3, 4)
+    torch.testing.assert_close(model.encode_image(batch.double()), images, atol=1e-6, rtol=0)
 
 
 def test_the_weights_are_chosen(run: Run) -> None:

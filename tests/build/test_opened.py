@@ -301,8 +301,49 @@ def test_preprocessing_that_is_not_supported_is_refused(tmp_path: Path) -> None:
         file.write_text(json.dumps(written | change))
         with pytest.raises(UserError, match=told):
             open_model(tmp_path)
+    for change in (
+        {"resample": [3]},
+        {"rescale_factor": "x"},
+        {"size": [32]},
+        {"size": {"shortest_edge": [32]}},
+        {"crop_size": {"height": "x", "width": "x"}},
+        {"image_mean": 0.5},
+        {"image_std": [0.0, 0.0, 0.0]},
+        {"image_processor_type": ["x"]},
+    ):
+        file.write_text(json.dumps(written | change))
+        with pytest.raises(UserError, match=str(tmp_path)):
+            open_model(tmp_path)
+    file.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_model(tmp_path)
     file.unlink()
     with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
+        open_model(tmp_path)
+
+
+def test_configurations_of_odd_values_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, save_clip)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    for change in (
+        {"model_type": ["clip"]},
+        {"text_config": 3},
+        {"projection_dim": "x"},
+        {"projection_dim": 10**15},
+        {"text_config": {**written["text_config"], "max_position_embeddings": "x"}},
+        {"text_config": {**written["text_config"], "num_attention_heads": 0}},
+        {"vision_config": {**written["vision_config"], "patch_size": 0}},
+        {"auto_map": {"AutoConfig": "theirs.Config"}, "model_type": "theirs"},
+    ):
+        file.write_text(json.dumps(written | change))
+        with pytest.raises(UserError):
+            open_model(tmp_path, device="cpu")
+    (tmp_path / "theirs.py").write_text("raise SystemExit(1)")
+    with pytest.raises(UserError, match="custom code"):
+        open_model(tmp_path)
+    file.write_text("[]")
+    with pytest.raises(UserError, match=str(tmp_path)):
         open_model(tmp_path)
 
 
