@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all slurm lint clean
+.PHONY: demo test test-all slurm chromium lint clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ demo: $(INSTALLED)
 slurm:
 	@tests/install-slurm
 
+chromium:
+	@tests/install-chromium
+
 lint: $(INSTALLED)
 	ruff check .
 	ruff format --check .
@@ -35,7 +38,7 @@ lint: $(INSTALLED)
 test: $(INSTALLED) slurm
 	python -m pytest -m "not long" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test-all: $(INSTALLED) slurm
+test-all: $(INSTALLED) slurm chromium
 	python -m pytest --hypothesis-profile searching -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 
 clean:

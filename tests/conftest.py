@@ -14,6 +14,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.browser import chromium, looked_at, opened  # noqa: F401
+
 # A shell starts what it puts into the background with INT ignored, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from clipcluster.errors import UserError
 from clipcluster.runs import files
 from jobs.report.report import write
 from jobs.state import Queue
 from jobs.submit.submit import Wanted, submit
-from tests.jobs.report.conftest import DESKTOP, PAPER, PHONE, overflowing
+from tests.browser import DESKTOP, PAPER, PHONE, overflowing
 from tests.jobs.report.example_runs import HOSTILE, claimed, made, preempted, sweep, told, trained
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -172,7 +171,7 @@ def test_batches_of_different_sizes_are_drawn_over_samples(tmp_path):
 
 
 @pytest.mark.long
-def test_a_real_training(recipe, tmp_path, opened):
+def test_a_real_training(recipe, tmp_path, opened, looked_at):
     def clipcluster(*words):
         command = [sys.executable, "-m", "jobs.cli", *map(str, words)]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
@@ -183,6 +182,7 @@ def test_a_real_training(recipe, tmp_path, opened):
     run = submit(wanted).run
     clipcluster("train", run.path)
     clipcluster("report", run.path, "--out", tmp_path / "real.html")
+    looked_at(tmp_path / "real.html")
     with opened(tmp_path / "real.html", PHONE) as page:
         assert page.locator("header .state").inner_text() == "FINISHED"
         assert overflowing(page) == []
@@ -198,22 +198,9 @@ def test_a_real_training(recipe, tmp_path, opened):
 
 
 @pytest.mark.long
-def test_screens_on_a_phone_and_a_desk_dark_and_light(one, six, opened, tmp_path):
+def test_screens_on_a_phone_and_a_desk_dark_and_light(one, six, opened, looked_at):
     for file in (one, six):
-        for width in (PHONE, DESKTOP):
-            for scheme in ("light", "dark"):
-                with opened(file, width, scheme) as page:
-                    page.locator("details").evaluate_all(
-                        "parts => parts.forEach(part => { part.open = true })"
-                    )
-                    assert overflowing(page) == []
-                    picture = tmp_path / f"{file.stem}-{width}-{scheme}.png"
-                    page.screenshot(path=picture, full_page=True)
-                with Image.open(picture) as screen:
-                    assert screen.width == width
-                    corner = sum(screen.convert("RGB").getpixel((3, 3)))
-                    assert (corner > 700) if scheme == "light" else (corner < 100)
-                    assert len(screen.convert("RGB").getcolors(1 << 24)) > 200
+        looked_at(file)
         with opened(file, PAPER, "dark") as page:
             page.emulate_media(media="print", color_scheme="dark")
             assert page.evaluate("document.documentElement.scrollWidth") == PAPER

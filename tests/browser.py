@@ -1,4 +1,4 @@
-"""Pages in headless Chromium, where it is installed."""
+"""Pages in headless Chromium, where it is installed: what clipcluster writes as HTML, as a reader meets it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE, DESKTOP, PAPER = 390, 1280, 794  # pixels; the last is A4
@@ -26,7 +27,7 @@ def chromium() -> Iterator[Any]:
     """The browser; tests without one are skipped, loudly."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     if CHROMIUM is None:
-        pytest.skip("#### CHROMIUM IS MISSING: install the package chromium to test how reports look ####")
+        pytest.skip("#### CHROMIUM IS MISSING: install the package chromium to test how pages look ####")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -57,6 +58,29 @@ def opened(chromium: Any) -> Callable[..., Any]:
         context.close()
 
     return open_page
+
+
+@pytest.fixture
+def looked_at(opened: Callable[..., Any], tmp_path: Path) -> Callable[[Path], None]:
+    """looked_at(file): open it on a phone and a desk, dark and light, unfolded; nothing overflows."""
+
+    def look(file: Path) -> None:
+        for width in (PHONE, DESKTOP):
+            for scheme in ("light", "dark"):
+                with opened(file, width, scheme) as page:
+                    page.locator("details").evaluate_all(
+                        "parts => parts.forEach(part => { part.open = true })"
+                    )
+                    assert overflowing(page) == []
+                    picture = tmp_path / f"{file.stem}-{width}-{scheme}.png"
+                    page.screenshot(path=picture, full_page=True)
+                with Image.open(picture) as screen:
+                    assert screen.width == width
+                    corner = sum(screen.convert("RGB").getpixel((3, 3)))
+                    assert (corner > 700) if scheme == "light" else (corner < 100)
+                    assert len(screen.convert("RGB").getcolors(1 << 24)) > 200
+
+    return look
 
 
 def overflowing(page: Any) -> list[str]:
