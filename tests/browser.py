@@ -1,4 +1,4 @@
-"""Pages in headless Chromium, where it is installed: what clipcluster writes as HTML, as a reader meets it."""
+"""Pages that clipcluster writes, in headless Chromium, where it is installed."""
 
 from __future__ import annotations
 

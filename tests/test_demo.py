@@ -1,4 +1,4 @@
-"""The demonstration as a user types it: digits, two local ranks, accuracy, retrieval and a report at the end."""
+"""The demonstration as a user types it: digits, two local ranks, accuracy, retrieval and a report."""
 
 import json
 import os

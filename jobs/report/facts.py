@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from clipcluster.data.storage.urls import redacted_within
+from clipcluster.errors import UserError
 from clipcluster.evals.headline import COUNTS, HEADLINE, Result, ordered
 from clipcluster.runs import files
 from clipcluster.runs.checkpoints import MANIFEST, STATE, name_of, newest_complete
@@ -22,7 +23,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import bad_samples, events
 from clipcluster.runs.names import flat
 from jobs.report.timeline import Lived, lived
-from jobs.state import Queue, state_of, total_steps
+from jobs.state import Queue, last_metrics, state_of, total_steps
 from jobs.submissions import submissions
 
 NOT_COMPARED = re.compile(r"(name|code|executor)$|(paths|plan)\.")
@@ -61,13 +62,15 @@ class Bad:
 
 @dataclass(frozen=True)
 class Facts:
-    """One run. `logged`: its metrics by step. `keys`: recipe and settings by dotted key; those of
-    `result_keys` decide the weights."""
+    """One run. `step`: the one that it has reached, as `clipcluster status` says it; an attempt that ended
+    without a save may have logged later ones, which are not part of the run. `logged`: its metrics by step.
+    `keys`: recipe and settings by dotted key; those of `result_keys` decide the weights."""
 
     run: Run
     state: str
     detail: str
     advice: str
+    step: int
     total_steps: int | None
     logged: Columns
     attempts: list[Lived]
@@ -85,15 +88,12 @@ class Facts:
     def name(self) -> str:
         return self.run.name
 
-    @property
-    def step(self) -> int:
-        """The last step done."""
-        return max((one.last_step for one in self.attempts), default=0)
-
     def last(self, name: str) -> float | None:
-        """The last finite value of a metric; None where there is none."""
+        """The last finite value of a metric up to the run's step; None where there is none."""
         values = self.logged.get(name)
-        known = [] if values is None else values[np.isfinite(values)][-1:].tolist()
+        if values is None:
+            return None
+        known = values[np.isfinite(values) & (self.logged["step"] <= self.step)][-1:].tolist()
         return float(known[0]) if known else None
 
     def spent(self, kind: str) -> float:
@@ -146,11 +146,16 @@ class Facts:
 def facts_of(run: Run, queue: Queue) -> Facts:
     """Everything about a run but its pictures. Raises UserError for a file of it that cannot be read."""
     state = state_of(run, queue)
+    if not run.settings_file.exists():
+        raise UserError(
+            f"{run.settings_file} is missing: the run's folder was copied in part; copy it whole."
+        )
     logs = [(attempt, columns_of(attempt)) for attempt in run.attempts()]
     submitted = [line["time"] for line in submissions(run) if isinstance(line.get("time"), (int, float))]
     attempts = lived(logs, events(run), submitted, now="" if state.ended else state.name.lower())
-    recipe, settings = redacted_within(run.recipe()), redacted_within(run.settings())
+    recipe, settings = redacted_within(run.recipe()), _shown(run.settings())
     newest = newest_complete(run.checkpoints)
+    reached = [step for step in ((last_metrics(run) or {}).get("step"), newest) if step is not None]
     checkpoint = run.checkpoints / name_of(newest) if newest is not None else None
     saved = (files.read_object(checkpoint / STATE) if checkpoint else None) or {}
     return Facts(
@@ -158,6 +163,7 @@ def facts_of(run: Run, queue: Queue) -> Facts:
         state=state.name,
         detail=state.detail,
         advice=state.advice,
+        step=max(reached, default=0),
         total_steps=total_steps(run),
         logged=merged([columns for _, columns in logs]),
         attempts=attempts,
@@ -173,6 +179,15 @@ def facts_of(run: Run, queue: Queue) -> Facts:
     )
 
 
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without what may be a key: values of the job's environment are tokens as often as not."""
+    cluster = settings.get("cluster")
+    if isinstance(cluster, Mapping) and isinstance(cluster.get("environment"), Mapping):
+        names = dict.fromkeys(cluster["environment"], "…")
+        settings = {**settings, "cluster": {**cluster, "environment": names}}
+    return dict(redacted_within(settings))
+
+
 def _text(mapping: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True) if mapping else ""
 
@@ -180,15 +195,10 @@ def _text(mapping: Mapping[str, Any]) -> str:
 def _evaluations(run: Run) -> list[Evaluation]:
     found = []
     for path in sorted(run.evals.glob("step-*.json")):
-        document = files.read_object(path, step=int, metrics=dict) or {}
-        found.append(
-            Evaluation(
-                step=document["step"],
-                attempt=document.get("attempt"),
-                averaged=bool(document.get("ema")),
-                results=document["metrics"],
-            )
-        )
+        document = files.read_object(path, step=int, metrics=dict)
+        if document is not None:
+            averaged, attempt = bool(document.get("ema")), document.get("attempt")
+            found.append(Evaluation(document["step"], attempt, averaged, document["metrics"]))
     return sorted(found, key=lambda one: one.step)
 
 

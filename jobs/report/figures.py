@@ -27,6 +27,7 @@ NO_CURVES = ("step", "samples", "epoch", "time", "skipped_steps")
 OTHERS = 6  # metrics of a task besides these that are shown
 EVALUATED = 12  # evaluation figures that are shown as curves
 POINTS, PAGE_POINTS = 1000, 40_000  # of one curve, and of all curves of a page
+MARKS = 150  # where attempts resumed, in one drawing
 MEANS = 200  # points of the line through a curve's middle
 
 
@@ -50,9 +51,7 @@ class Figures:
 
 def figures_of(runs: Sequence[Facts]) -> Figures:
     """The curves of these runs, overlaid; over samples where their batches have different sizes."""
-    x_axis = (
-        "samples" if len({_batch_size(facts) for facts in runs if len(facts.logged["step"])}) > 1 else "step"
-    )
+    x_axis = "samples" if len({size for facts in runs if (size := _batch_size(facts))}) > 1 else "step"
     logged = dict.fromkeys(name for facts in runs for name in facts.logged)
     others = sorted(name for name in logged if name not in (*TITLES, *NO_CURVES))
     shown = [*(name for name in TITLES if name in logged), *others[:OTHERS]]
@@ -76,19 +75,25 @@ def figures_of(runs: Sequence[Facts]) -> Figures:
 
 
 def _marks(attempts: Sequence[Lived]) -> list[Mark]:
-    """Where the attempts after the first one resumed."""
-    return [Mark(one.first_step, before.ending == PREEMPTED) for before, one in pairwise(attempts)]
+    """Where the attempts after the first one resumed, of those at one place one, rather a preempted one's."""
+    marks = [Mark(one.first_step, before.ending == PREEMPTED) for before, one in pairwise(attempts)]
+    apart = max(1.0, max((mark.x for mark in marks), default=0.0) / MARKS)
+    found: dict[int, Mark] = {}
+    for mark in sorted(marks, key=lambda mark: mark.preempted):
+        found[int(mark.x / apart)] = mark
+    return list(found.values())
 
 
 def _batch_size(facts: Facts) -> float:
-    """Samples of a step."""
+    """Samples of a step; 0 where nothing says it."""
     samples, steps = facts.logged.get("samples"), facts.logged["step"]
     return float(samples[-1] / steps[-1]) if samples is not None and len(steps) and steps[-1] else 0.0
 
 
 def _end(facts: Facts, x_axis: str) -> float:
-    """The last step done, or its samples."""
-    return max(1, facts.step) * (_batch_size(facts) if x_axis == "samples" else 1.0)
+    """The last step done or logged, or its samples."""
+    last = max(1, facts.step, *facts.logged["step"][-1:].tolist())
+    return last * (_batch_size(facts) if x_axis == "samples" else 1.0)
 
 
 def _training(runs: Sequence[Facts], name: str, x_axis: str, points: int) -> Iterator[Line]:

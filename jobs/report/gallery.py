@@ -45,7 +45,7 @@ class Found(BaseModel):
     shard: str
     key: str
     caption: str | None = None
-    score: float
+    score: float | None
     right: bool
 
 
@@ -98,7 +98,7 @@ class ConfidentError(BaseModel):
     name: str | None = None
     taken_for: Class = Field(alias="as")
     as_name: str | None = None
-    score: float
+    score: float | None
 
 
 class Classes(BaseModel):
@@ -146,7 +146,7 @@ class Gallery:
 def gallery_of(run: Run, *, image_bytes: int = IMAGE_BYTES) -> Gallery:
     """The gallery of a run, its images in no more than `image_bytes` of the page; empty without details."""
     gallery = Gallery()
-    newest = max(run.evals.glob("details-*.json"), default=None)
+    newest = max(run.evals.glob("details-*.json"), key=lambda path: (len(path.name), path.name), default=None)
     if newest is None:
         return gallery
     try:
@@ -155,6 +155,9 @@ def gallery_of(run: Run, *, image_bytes: int = IMAGE_BYTES) -> Gallery:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         gallery.notes.append(f"{newest.name} is not what this version reads: {where}: {first['msg']}")
+        return gallery
+    except (files.BrokenFile, OSError) as error:
+        gallery.notes.append(f"{newest.name} cannot be read: {error}")
         return gallery
     folders = set_folders(run.settings())
     for name, shown in gallery.details.sets.items():
@@ -242,8 +245,11 @@ def _data_url(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (SIDE, SIDE))
-            turned = ImageOps.exif_transpose(image).convert("RGB")
+            turned = ImageOps.exif_transpose(image)
+            turned = turned.convert("RGBA" if turned.has_transparency_data else "RGB")
             turned.thumbnail((SIDE, SIDE))
+            if turned.mode == "RGBA":  # on white, as models see it
+                turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned).convert("RGB")
             times = SIDE // max(turned.size)  # the pixels of a tiny image stay squares
             turned = turned.resize((times * turned.width, times * turned.height), Image.Resampling.NEAREST)
             small = io.BytesIO()

@@ -1,7 +1,9 @@
 """Curves as SVG inside the page.
 
 Drawn by matplotlib, with placeholders for colours that the page's style sheet fills in: so a plot follows the
-X
+reader's dark or light mode, scales to a phone, prints, and needs no program in the page. A few lines of
+script add the values under the pointer, which they read from the paths. Only numbers are written into it, no
+text of a user's.
 """
 
 from __future__ import annotations

@@ -61,6 +61,8 @@ def page(runs: Sequence[Run], queue: Queue) -> str:
         duration=words.duration,
         figure=words.figure,
         moment=words.moment,
+        score=words.score,
+        shortened=words.shortened,
     )
     return environment.get_template("page.html").render(
         runs=facts,

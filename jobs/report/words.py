@@ -7,6 +7,8 @@ import time
 
 from markupsafe import Markup
 
+FAR = 1e6
+"""No score of a model is so large."""
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
@@ -20,6 +22,17 @@ def figure(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def score(value: float | None) -> str:
+    """A cosine or a probability; NaN stands in an evaluation as null, or as a number far below all."""
+    return "not finite" if value is None or not abs(value) < FAR else f"{value:.3f}"
+
+
+def shortened(value: object, limit: int = 300) -> str:
+    """Any value as a text of at most so many characters: a page holds hundreds of them."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def duration(seconds: float | None) -> str:

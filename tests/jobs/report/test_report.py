@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from clipcluster.errors import UserError
 from clipcluster.runs import files
+from jobs.report.facts import facts_of
+from jobs.report.figures import figures_of
 from jobs.report.report import write
-from jobs.state import Queue
+from jobs.state import Queue, report
 from jobs.submit.submit import Wanted, submit
-from tests.browser import DESKTOP, PAPER, PHONE, overflowing
-from tests.jobs.report.example_runs import HOSTILE, claimed, made, preempted, sweep, told, trained
+from tests.browser import PAPER, PHONE, overflowing
+from tests.jobs.report.example_runs import (
+    BATCH,
+    HOSTILE,
+    claimed,
+    details,
+    evaluated,
+    made,
+    preempted,
+    sweep,
+    told,
+    trained,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The report of the preempted run, with a hostile caption, class, shard and half a surrogate pair."""
+    """The report of the preempted run, with a hostile class and shard, and a hostile caption that has half a
+    surrogate pair, Hebrew, a control character and 10,000 more letters."""
     folder = tmp_path_factory.mktemp("one")
-    run = preempted(folder, caption=f"{HOSTILE} \ud800")
+    run = preempted(folder, caption=f"{HOSTILE} \ud800\x1b\u202e\u05d0\u05d1 {10_000 * 'x'}")
     write([run], folder / "one.html", Queue())
     return folder / "one.html"
 
@@ -53,6 +69,7 @@ def test_a_preempted_run(one, opened):
             "Environment and provenance",
         ]
         assert overflowing(page) == []
+        assert "xxx…" in page.locator("#gallery .query p").first.inner_text()
         assert "preempted 1 ×, crashed 1 ×" in page.locator("header").inner_text()
         titles = page.locator("figcaption").all_inner_texts()
         assert titles[:6] == [
@@ -227,3 +244,77 @@ def _child_seconds():
     """Processor seconds of the processes waited for: what one alone takes on an idle machine."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def test_the_step_is_the_one_that_the_run_has_reached(tmp_path):
+    run = made(tmp_path / "runs" / "back-00000000", {})
+    trained(claimed(run, 0), range(10, 101, 10), 10)
+    told(claimed(run, 200), "rank-0", ("resume", 210, {"step": 40}))
+    trained(run.attempts()[1], range(41, 52), 220)
+    facts = facts_of(run, Queue())
+    assert facts.step == report(run, Queue())["step"] == 51, "as clipcluster status has it"
+    assert facts.last("samples") == 51 * BATCH
+    assert facts.logged["step"][-1] == 100, "what the first attempt logged is drawn all the same"
+    files.append_lines(run.attempts()[1].path / "metrics.jsonl", [{"step": 52, "loss": math.nan}])
+    facts = facts_of(run, Queue())
+    assert (facts.step, facts.last("samples")) == (52, 51 * BATCH)
+    often = [replace(facts.attempts[1], first_step=step, ending="preempted") for step in range(5000)]
+    drawn = figures_of([replace(facts, attempts=often)]).training[0].plot.svg
+    assert 100 < drawn.count("var(--bad)") <= 151, "a page does not grow with the attempts"
+
+
+@pytest.mark.long
+def test_files_that_are_not_as_we_left_them(tmp_path, opened):
+    """Hostile texts and numbers everywhere, and images at a place that moved."""
+    strange = f"{HOSTILE} \x00\x1b[31m\u202e\u05d0\u05d1\u05d2 \ud800 " + 10_000 * "x"
+    settings = {
+        "evaluate": {"retrieval": [f"/absent/{'x' * 200}/colours"], "zero_shot": [f"/{strange[:50]}/set"]},
+        "cluster": {"environment": {"WANDB_API_KEY": "0123456789abcdef"}},
+    }
+    runs = [
+        made(tmp_path / "runs" / name, {"model": {"image": {"timm": f"{number}{strange[:-7]}"}}}, settings)
+        for number, name in enumerate((f"<b>&\"'{'a' * 150}-00000000", "other-00000000"))
+    ]
+    for run in runs:
+        attempt = claimed(run, 0)
+        trained(attempt, [1, 2, 300], 10)
+        metrics = attempt.path / "metrics.jsonl"
+        metrics.write_bytes(
+            b'\xff\x00not JSON\n{"step": "five"}\n[]\n{"step": 3, "loss": null, "lr": "x"}\n'
+            + metrics.read_bytes().replace(b'"loss":', b'"loss":NaN,"Loss":')
+            + b'{"step": 900, "loss": 0.'
+        )
+        attempt.bad_sample(0, strange, strange, strange)
+        evaluated(run, 1, [100])
+        details(run, 100, caption=strange)
+        document = files.read_json(run.evals / "details-00000100.json")
+        (shown,) = document["sets"].values()
+        for query in shown["retrieval"]["t2i"]:
+            query["top"][0]["score"], query["top"][1]["score"] = None, -1e30
+        shown["zero_shot"]["classes"][0]["name"] = strange
+        shown["retrieval"]["i2t"] *= 24
+        for query in shown["retrieval"]["i2t"]:
+            query["top"] = [{**found, "caption": strange} for found in query["top"]]
+        document["sets"] = {"colours": shown, strange[:100]: shown}
+        files.write_json(run.evals / "details-00000100.json", document)
+    write(runs[:1], tmp_path / "page.html", Queue())
+    assert "0123456789abcdef" not in (tmp_path / "page.html").read_text()
+    assert (tmp_path / "page.html").stat().st_size < 600_000
+    with opened(tmp_path / "page.html", PHONE) as page:
+        page.locator("details").evaluate_all("parts => parts.forEach(part => { part.open = true })")
+        assert overflowing(page) == []
+        assert page.evaluate("window.pwned") is None
+        gallery = page.locator("#gallery")
+        assert gallery.locator(".row").first.inner_text().count("not finite") == 2
+        assert "there is no folder /absent" in gallery.inner_text()
+    write(runs, tmp_path / "two.html", Queue())
+    assert (tmp_path / "two.html").stat().st_size < 1_200_000
+    with opened(tmp_path / "two.html", PHONE) as page:
+        assert overflowing(page) == []
+        assert page.locator("#differences .value").first.bounding_box()["width"] < 500
+    (runs[0].evals / "details-00000200.json").write_bytes(b'{"step": 2')
+    write(runs[:1], tmp_path / "page.html", Queue())
+    assert "details-00000200.json cannot be read" in (tmp_path / "page.html").read_text()
+    runs[0].settings_file.unlink()
+    with pytest.raises(UserError, match=r"settings\.yaml is missing"):
+        write(runs[:1], tmp_path / "page.html", Queue())
