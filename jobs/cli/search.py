@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipcluster.runs.files import write_text
+from clipcluster.errors import UserError
+from clipcluster.runs.files import write_bytes
 from clipcluster.runs.names import runs_folder
 from clipcluster.text import counted
 from jobs.cli.options import AnyModel, AsJson, Runs, Weights, print_document, say
@@ -51,6 +52,8 @@ def search(
     from clipcluster.runtime.environment import share_cores
     from tools.search.search import search as find
 
+    if out is not None and (out.suffix.lower() not in (".html", ".htm") or not out.parent.is_dir()):
+        raise UserError(f"--out {out}: give a name that ends in .html, in a folder that exists")
     share_cores()
     with progress_bar("files", quiet=as_json) as progress:
         answers = find(
@@ -68,7 +71,7 @@ def search(
     if out is not None:
         from tools.search.page import page
 
-        write_text(out, page(answers))
+        write_bytes(out, page(answers))
     if as_json:
         print_document(answers.document())
         return
@@ -84,7 +87,7 @@ def _tell(answers: Answers) -> None:
         for hit in query.hits:
             say(f"  {hit.score:7.4f}  {hit.place.shown}")
     for bad in answers.bad[:_SHOWN]:
-        say(f"not used: {' '.join(filter(None, bad[:2]))}: {bad.reason}")
+        say(f"not used: {bad.shown}: {bad.reason}")
     if len(answers.bad) > _SHOWN:
         say(f"not used: {len(answers.bad) - _SHOWN:,} more (all: --json)")
     say(f"searched {counted(answers.searched, 'image')}, {answers.encoded:,} of them new")

@@ -92,7 +92,7 @@ def _batch_size(facts: Facts) -> float:
 
 def _end(facts: Facts, x_axis: str) -> float:
     """The last step done or logged, or its samples."""
-    last = max(1, facts.step, *facts.logged["step"][-1:].tolist())
+    last = max(1.0, facts.step, *map(float, facts.logged["step"][-1:]))
     return last * (_batch_size(facts) if x_axis == "samples" else 1.0)
 
 

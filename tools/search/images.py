@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from clipcluster.data.images.format import kind_of, no_image
 from clipcluster.data.shards.shard_index import IMAGE_EXTENSIONS, sample_name, scan_shard
-from clipcluster.data.shards.tar import read_at, scan
+from clipcluster.data.shards.tar import BrokenTar, Member, read_at, scan
 from clipcluster.errors import UserError
 
 _HEAD = 64  # bytes that suffice to recognise an image
@@ -42,20 +46,41 @@ class Bad(NamedTuple):
     key: str
     reason: str
 
+    @property
+    def shown(self) -> str:
+        return f"{self.file} {self.key}".rstrip()
 
-def files_of(folder: Path) -> list[File]:
-    """Every file below a folder by name, but hidden ones. UserError where there is no such folder."""
+
+def files_of(folder: Path) -> tuple[list[File], list[Bad]]:
+    """Every file below a folder by name, but hidden ones, and what cannot be looked into.
+
+    Links to files are followed, links to folders are not. UserError where there is no such folder.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name one with image files or shards.")
-    found = []
-    for parent, folders, names in os.walk(folder):
+    found: list[File] = []
+    bad: list[Bad] = []
+
+    def refused(error: OSError) -> None:
+        name = Path(error.filename).relative_to(folder).as_posix()
+        bad.append(Bad(name, "", f"cannot be read: {error.strerror}"))
+
+    for parent, folders, names in os.walk(folder, onerror=refused):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
+            if name.startswith("."):
+                continue
+            try:
                 state = path.stat()
+            except FileNotFoundError:  # removed meanwhile, or a link to nothing
+                continue
+            except OSError as error:
+                refused(error)
+                continue
+            if stat.S_ISREG(state.st_mode):
                 found.append(File(path.relative_to(folder).as_posix(), state.st_size, state.st_mtime_ns))
-    return sorted(found)
+    return sorted(found), sorted(bad)
 
 
 def images_in(folder: Path, name: str) -> tuple[list[Place], list[Bad]]:
@@ -84,10 +109,17 @@ def _in_shard(path: Path, name: str) -> tuple[list[Place], list[Bad]]:
         for begin, offset, size in zip(
             *(columns[column].tolist() for column in ("offset", "image_offset", "image_size")), strict=True
         ):
-            member = next(scan(file.fileno(), begin)).name
-            key, _ = sample_name(member) or (member, "")
+            member = next(_members(file.fileno(), begin), None)
+            if member is None:
+                raise OSError(errno.EIO, "it changed while it was read")  # so it is tried again
+            key, _ = sample_name(member.name) or (member.name, "")
             places.append(Place(name, key, offset, size))
     return places, [] if scanned.broken is None else [Bad(name, "", scanned.broken)]
+
+
+def _members(fd: int, begin: int) -> Iterator[Member]:
+    with suppress(BrokenTar):
+        yield from scan(fd, begin)
 
 
 def bytes_at(folder: Path, place: Place) -> bytes:

@@ -13,15 +13,16 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from clipcluster.errors import UserError
 from clipcluster.runs.files import write_bytes
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from clipcluster.build.loaded import DualEncoderModel
 
 BESIDE = ".clipcluster-search"
-FORMAT = 1
+FORMAT = 2
 SAVE_S = 60.0
 """Seconds after which what was encoded is saved, though more is to come."""
+Count = Annotated[int, Field(ge=0)]
 _GROUP = 512  # images that are decoded and encoded together
 
 
@@ -52,7 +54,9 @@ def identity_of(model: DualEncoderModel) -> str:
     import torch
 
     recipe = model.opened.recipe
-    about = [repr(model.model), recipe.model.model_dump_json(), recipe.data.image.model_dump_json()]
+    # some modules show functions of theirs with the address, which is another one in every process
+    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(model.model))
+    about = [structure, recipe.model.model_dump_json(), recipe.data.image.model_dump_json()]
     digest = hashlib.sha256("\n".join(about).encode())
     for name, value in sorted(model.model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -79,24 +83,41 @@ def index_file(folder: Path, identity: str, elsewhere: Path | None) -> Path:
     return place / f"{name}.npz"
 
 
-def read_index(file: Path, identity: str) -> ImageIndex | None:
-    """The index in a file; None where there is none. ValueError where it is damaged or another model's."""
+class _About(BaseModel):
+    """What the file says of its features. images: the number of the file, key, offset and bytes."""
+
+    format: int
+    model: str
+    files: list[tuple[str, Count, int]]
+    images: list[tuple[Count, str, Count, Count]]
+    bad: list[tuple[str, str, str]]
+
+
+def read_index(file: Path, identity: str, width: int) -> ImageIndex | None:
+    """The index in a file, of features (N, width); None where there is none.
+
+    ValueError where it cannot be read, is damaged, or another model's: others may write beside the images.
+    """
     try:
         with np.load(file, allow_pickle=False) as stored:
-            features, about = stored["features"], json.loads(stored["about"].tobytes())
-        if (about["format"], about["model"]) != (FORMAT, identity):
-            raise ValueError("it was made for another model or version")
-        files = {name: File(name, size, mtime) for name, size, mtime in about["files"]}
-        names = list(files)
-        places = [Place(names[at], key, offset, size) for at, key, offset, size in about["images"]]
-        bad = [Bad(names[at], key, reason) for at, key, reason in about["bad"]]
+            features, text = stored["features"], stored["about"].tobytes()
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, IndexError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from None
-    if features.dtype != np.float32 or features.ndim != 2 or len(features) != len(places):
-        raise ValueError(f"it has {features.shape} features for {len(places)} images")
-    return ImageIndex(features, places, files, bad)
+    except Exception as error:  # numpy and zipfile raise BadZipFile, zlib.error, struct.error, MemoryError, …
+        raise ValueError(f"it cannot be read ({type(error).__name__}: {error})") from None
+    try:
+        about = _About.model_validate(json.loads(text))
+    except (ValueError, RecursionError) as error:  # pydantic's is one
+        raise ValueError(f"it is damaged ({' '.join(str(error).split()):.200})") from None
+    if (about.format, about.model) != (FORMAT, identity):
+        raise ValueError("it was made for another model or version")
+    if features.dtype != np.float32 or features.shape != (len(about.images), width):
+        raise ValueError(f"it is damaged ({features.shape} features of {len(about.images)} images)")
+    files = [File(*own) for own in about.files]
+    if not all(at < len(files) and offset + size <= files[at].size for at, _, offset, size in about.images):
+        raise ValueError("it is damaged (an image that is in no file)")
+    places = [Place(files[at].name, key, offset, size) for at, key, offset, size in about.images]
+    return ImageIndex(features, places, {own.name: own for own in files}, [Bad(*own) for own in about.bad])
 
 
 def write_index(file: Path, index: ImageIndex, identity: str) -> None:
@@ -107,7 +128,7 @@ def write_index(file: Path, index: ImageIndex, identity: str) -> None:
         "model": identity,
         "files": [list(own) for own in index.files.values()],
         "images": [[number[place.file], *place[1:]] for place in index.places],
-        "bad": [[number[bad.file], *bad[1:]] for bad in index.bad if bad.file in number],
+        "bad": [list(bad) for bad in index.bad if bad.file in number],
     }
     content = io.BytesIO()
     text = json.dumps(about, separators=(",", ":")).encode()
@@ -130,12 +151,13 @@ def up_to_date(
     `progress(done, total)` counts files. Raises OSError where the index cannot be written.
     """
     try:
-        known = read_index(file, identity)
+        known = read_index(file, identity, model.embed_dim)
     except ValueError as error:
         say(f"the index {file} is not used: {error}; all images are encoded again")
         known = None
     known = known or ImageIndex(np.empty((0, model.embed_dim), np.float32))
-    now = {own.name: own for own in files_of(folder)}
+    listed, refused = files_of(folder)
+    now = {own.name: own for own in listed}
     kept = {name for name, own in now.items() if known.files.get(name) == own}
     todo = [own for name, own in now.items() if name not in kept]
     parts = [_of_files(known, kept)]
@@ -148,7 +170,7 @@ def up_to_date(
         if time.monotonic() - saved > SAVE_S:
             parts, saved = [_joined(parts)], time.monotonic()
             write_index(file, parts[0], identity)
-    index = _joined(parts)
+    index = _joined([*parts, ImageIndex(known.features[:0], bad=refused)])
     if index.files != known.files:
         write_index(file, index, identity)
     return index, encoded

@@ -10,8 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from torchvision.io import encode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from clipcluster.data.images.decode import decode
-from tools.search.images import bytes_at
+from clipcluster.data.images.decode import BadImage, decode
+from tools.search.images import Place, bytes_at
 from tools.search.search import Answers
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -19,18 +19,27 @@ _SIDE = 256  # pixels of a thumbnail's longer side
 _QUALITY = 80
 
 
-def page(answers: Answers) -> str:
-    """The page as text. Raises OSError and BadImage where an image changed since it was found."""
+def page(answers: Answers) -> bytes:
+    """The page in UTF-8; an image that changed since it was found is said to be so."""
     shown = []
     for query in answers.queries:
         asked = thumbnail(Path(query.value).read_bytes()) if query.kind == "image" else None
-        hits = [(hit, thumbnail(bytes_at(answers.folder, hit.place))) for hit in query.hits]
+        hits = [(hit, _shown(answers.folder, hit.place)) for hit in query.hits]
         shown.append((query, asked, hits))
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(answers=answers, queries=shown)
+    # names of files need not be UTF-8
+    return template.render(answers=answers, queries=shown).encode(errors="replace")
+
+
+def _shown(folder: Path, place: Place) -> str | None:
+    """The thumbnail; None where the file is gone or holds something else by now."""
+    try:
+        return thumbnail(bytes_at(folder, place))
+    except (BadImage, OSError):
+        return None
 
 
 def thumbnail(data: bytes) -> str:

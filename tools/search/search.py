@@ -98,11 +98,11 @@ def search(
     model = load(what, weights=weights, runs=runs)
     identity = identity_of(model)
     file = index_file(folder, identity, index)
-    found, encoded = up_to_date(folder, model, file, identity, say=say, progress=progress)
-    try:
+    try:  # before the folder, which may take hours
         features = [model.encode_text(texts), model.encode_image(images)]
     except BadImage as error:
         raise UserError(f"--image {error}") from None
+    found, encoded = up_to_date(folder, model, file, identity, say=say, progress=progress)
     asked: list[tuple[Literal["text", "image"], str]] = [("text", text) for text in texts]
     asked += [("image", str(path)) for path in images]
     queries = [

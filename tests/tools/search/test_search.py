@@ -22,6 +22,7 @@ from jobs.cli.app import command_for
 from tests.tiny_run import picture, write_run, write_shards
 from tools.search import index as module
 from tools.search.images import Place
+from tools.search.page import page
 from tools.search.search import Answers, nearest, search
 
 
@@ -136,6 +137,27 @@ def test_no_model_uses_the_features_of_another(
         averaged.index.write_bytes(damage)
         assert find(say=told.append).queries == averaged.queries
     assert len(told) == 4
+    for change in (
+        {"format": 1},
+        {"files": 3},
+        {"images": [[-1, "", 0, 1]] * raw.searched},
+        {"images": [[0, "", 0, 10**15]] * raw.searched},
+        {"images": [[10**6, "", 0, 1]] * raw.searched},
+        {"images": []},
+        {"bad": [["only", "two"]]},
+    ):
+        with np.load(raw.index) as stored:
+            features, about = stored["features"], json.loads(stored["about"].tobytes())
+        text = np.frombuffer(json.dumps({**about, **change}).encode(), np.uint8)
+        np.savez(raw.index, features=features, about=text)
+        assert find(weights="raw", say=told.append).queries == raw.queries, change
+    for features in (np.zeros((raw.searched, 3), np.float32), np.array([{}])):  # the last one is a pickle
+        np.savez(raw.index, features=features, about=text)
+        assert find(weights="raw", say=told.append).queries == raw.queries
+    np.save(raw.index.with_suffix(".npy"), features, allow_pickle=True)
+    raw.index.with_suffix(".npy").rename(raw.index)
+    assert find(weights="raw", say=told.append).queries == raw.queries
+    assert len(told) == 4 + 7 + 3
     elsewhere = find(index=tmp_path / "kept" / "here")
     assert elsewhere.encoded == elsewhere.searched
     assert elsewhere.index.parent == tmp_path / "kept" / "here"
@@ -165,6 +187,57 @@ def test_an_interrupted_search_continues(
     assert answers.encoded == 13 - sum(calls[:2])
 
 
+def test_links_folders_that_are_closed_and_names_that_are_no_text(
+    find: Callable[..., Answers], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "loop").symlink_to(photos)
+    (photos / "itself.png").symlink_to(photos / "itself.png")
+    (photos / "gone.png").symlink_to(photos / "nothing")
+    (photos / "link.png").symlink_to(photos / "3.png")
+    os.mkfifo(photos / "pipe.png")
+    named = os.fsencode(photos) + b"/caf\xe9.png"
+    Path(os.fsdecode(named)).write_bytes(picture(40))
+    (photos / "closed").mkdir()
+    look, closed = os.scandir, "closed"
+
+    def refusing(place: Any) -> Any:
+        if os.path.basename(place) == closed:
+            raise PermissionError(13, "Permission denied", str(place))
+        return look(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    monkeypatch.chdir(photos.parent)
+    answers = find(folder=Path("photos"), count=100)
+    assert answers.searched == 13 + 2, "the link to a file, and the name that is no text"
+    assert {bad.file: bad.reason for bad in answers.bad}.keys() == {
+        *("cut.jpg", "page.jpg"),
+        *("closed", "itself.png"),
+    }
+    again = find(count=100)
+    assert again.encoded == 0
+    assert again.bad == answers.bad
+    assert (b"caf?.png" in page(answers), str(photos) in page(again).decode()) == (True, True)
+
+
+def test_two_searches_at_once_and_images_that_change_behind_them(
+    find: Callable[..., Answers], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, inner = DualEncoderModel.encode_image, list[Answers]()
+
+    def meanwhile(model: DualEncoderModel, images: Any, **more: Any) -> torch.Tensor:
+        monkeypatch.setattr(DualEncoderModel, "encode_image", encode)
+        inner.append(find())
+        return encode(model, images, **more)
+
+    monkeypatch.setattr(DualEncoderModel, "encode_image", meanwhile)
+    answers = find(count=100)
+    assert inner[0].queries[0].hits == answers.queries[0].hits[:5]
+    assert find().encoded == 0
+    (photos / "0.png").unlink()
+    (photos / "1.png").write_bytes(b"<html>")
+    assert page(answers).count(b"changed since it was found") == 2
+
+
 def test_equal_scores_come_in_order() -> None:
     features = np.float32([[1, 0], [0, 1], [1, 0], [0.5, 0.5]])
     places = [Place(name, "", 0, 1) for name in "abcd"]
@@ -175,23 +248,23 @@ def test_equal_scores_come_in_order() -> None:
 def test_the_command(run: Run, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "<b>&.png").write_bytes(picture(30))
     words = ["search", run.path, "--images", photos, "--text", "a <cat>", "--image", photos / "<b>&.png"]
-    page = tmp_path / "found.html"
+    file = tmp_path / "found.html"
 
     def said(*more: Any) -> str:
         command_for(["search"]).main([str(word) for word in (*words, *more)], standalone_mode=False)
         return capsys.readouterr().out
 
-    text = said("-k", 3, "--out", page)
+    text = said("-k", 3, "--out", file)
     assert re.search(r"text: a <cat>\n( +-?0\.\d{4}  .+\n){3}image: ", text)
     assert "  1.0000  <b>&.png\n" in text
     assert "not used: page.jpg: HTML or XML, no image\n" in text
-    assert text.endswith(f"searched 14 images, 14 of them new\nwrote {page}\n")
+    assert text.endswith(f"searched 14 images, 14 of them new\nwrote {file}\n")
     document = json.loads(said("--json"))
     assert (document["searched"], document["encoded"], len(document["bad"])) == (14, 0, 2)
     assert document["queries"][0]["text"] == "a <cat>"
     assert document["queries"][1]["results"][0] == {"file": "<b>&.png", "key": None, "score": 1.0}
     assert len(document["queries"][1]["results"]) == 10
-    html = page.read_text()
+    html = file.read_text()
     assert "a &lt;cat&gt;" in html
     assert "&lt;b&gt;&amp;.png" in html
     assert "<b>&" not in html
@@ -199,8 +272,11 @@ def test_the_command(run: Run, photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert len(sources) == 7  # three for each query, and the image that was asked for
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
     assert "default-src 'none'" in html
+    assert (photos / "3.png").read_bytes() == picture(3)
     for more, told in (
         ((), "nothing to look for"),
+        (("--text", "a", "--out", photos / "3.png"), r"ends in \.html"),
+        (("--text", "a", "--out", tmp_path / "none" / "x.html"), "a folder that exists"),
         (("--image", tmp_path / "none.png"), "there is no such file"),
         (("--image", photos / "page.jpg"), r"page\.jpg: HTML or XML, no image"),
     ):
@@ -210,3 +286,28 @@ def test_the_command(run: Run, photos: Path, tmp_path: Path, capsys: pytest.Capt
     words[3:] = [tmp_path / "nowhere", "--text", "a"]
     with pytest.raises(UserError, match="nowhere is not a folder"):
         said()
+
+
+@pytest.mark.long
+def test_a_page_on_a_phone_and_a_desk(
+    find: Callable[..., Answers], photos: Path, tmp_path: Path, looked_at: Any, opened: Any
+) -> None:
+    (photos / f"{'long' * 50}.png").write_bytes(picture(30))
+    (photos / f"{'x' * 200}.jpg").write_bytes(b"<html>")
+    (photos / "\u202e<script>alert(1)<.png").write_bytes(picture(31))
+    texts = [f"</title><script>alert(1)</script> {'x' * 3000}", "\u05d0\u05d1"]
+    answers = find(texts, [photos / "3.png"], count=20)
+    file = tmp_path / "elsewhere" / "found.html"
+    file.parent.mkdir()
+    file.write_bytes(page(answers))
+    looked_at(file)
+    with opened(file) as shown:
+        assert shown.title() == "Search: photos"
+        images = shown.locator("img")
+        assert images.count() == 3 * 15 + 1
+        assert all(images.evaluate_all("all => all.map(image => image.complete && image.naturalWidth > 0)"))
+        assert shown.locator("h2").all_inner_texts()[1:] == [
+            "\u05d0\u05d1",
+            str(photos / "3.png"),
+            "Could not be used",
+        ]
