@@ -98,19 +98,6 @@ class ModelFolder:
         return Opened(model, recipe, tokenizer, path, step, averaged, self.name, self.assets)
 
 
-def open_model(
-    what: Path,
-    *,
-    weights: Literal["ema", "raw"] | None = None,
-    device: torch.device | str | None = None,
-) -> Opened:
-    """The model of a folder with its weights: a run's, a checkpoint's, or another program's.
-
-    Raises UserError as `model_folder` and `ModelFolder.open`, whose arguments these are.
-    """
-    return model_folder(what).open(weights=weights, device=device)
-
-
 def find_model(what: str | Path, runs: Path | None = None) -> ModelFolder:
     """The model that `what` names: a folder as for `model_folder`, or a run in `runs` as for `find_run`."""
     folder, name, within = Path(what), str(what), runs_folder(runs)

@@ -76,7 +76,7 @@ def _file(what: str, given: str, names: Sequence[str] | dict[str, str]) -> bytes
         return Path(given).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(
-            f"{given}: no such file of {what}; give a file with one a line, or {', '.join(names)}"
+            f"{given}: no such file of {what}; give a file with one per line, or {', '.join(names)}"
         ) from error
     except OSError as error:
         raise UserError(f"{given}: the {what} cannot be read: {error.strerror}") from error
@@ -86,7 +86,7 @@ def _require_open_clip() -> None:
     if importlib.util.find_spec("open_clip") is None:
         raise UserError(
             "OpenAI's class names and templates are those in OpenCLIP, which is not installed: pip install "
-            "open_clip_torch, or give a file with one a line"
+            "open_clip_torch, or give a file with one per line"
         )
 
 

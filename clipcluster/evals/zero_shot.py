@@ -47,7 +47,7 @@ def class_vectors(model: DualEncoder, images: EvaluationSet, context: Context, t
     if not images.classnames or not images.templates:
         missing = "classnames.txt" if not images.classnames else "zeroshot_classification_templates.txt"
         raise UserError(
-            f"evaluate.zero_shot: {images.folder} has no {missing} beside its shards (one a line; "
+            f"evaluate.zero_shot: {images.folder} has no {missing} beside its shards (one per line; "
             f"a template holds {PLACEHOLDER} where the class name goes)."
         )
     check_templates(images.templates, f"evaluate.zero_shot: {images.folder}")

@@ -41,7 +41,7 @@ from transformers import (
 
 from clipcluster.build.hugging_face_folder import crop_pct
 from clipcluster.build.loaded import Transform
-from clipcluster.build.opened import find_model, open_model
+from clipcluster.build.opened import find_model, model_folder
 from clipcluster.errors import UserError
 from clipcluster.run import evaluate
 from clipcluster.runs.folder import Run
@@ -79,18 +79,18 @@ def holds(opened: Any, file: Path) -> bool:
 
 def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     newest, older = (run.checkpoints / f"step-0000000{step}" for step in (8, 3))
-    opened = open_model(run.path, device="cpu")
+    opened = model_folder(run.path).open(device="cpu")
     assert (opened.path, opened.step, opened.averaged, opened.name) == (newest, 8, True, "tiny-00000000")
     assert holds(opened, newest / "ema.safetensors")
     assert not opened.model.training
     assert opened.tokenizer is not None
     assert opened.recipe.model.embed_dim == opened.model.embed_dim == 16
-    raw = open_model(older, weights="raw", device="cpu")
+    raw = model_folder(older).open(weights="raw", device="cpu")
     assert (raw.path, raw.step, raw.averaged) == (older, 3, False)
     assert holds(raw, older / "model.safetensors")
     assert find_model("tin", run.path.parent).path == run.path
     copy = shutil.copytree(older, tmp_path / "elsewhere")
-    alone = open_model(copy, device="cpu")
+    alone = model_folder(copy).open(device="cpu")
     assert (alone.step, alone.averaged, alone.name) == (3, True, "tiny elsewhere")
     assert holds(alone, older / "ema.safetensors")
     # Only what is read has to be whole: of a damaged average the checkpoint before is taken.
@@ -100,12 +100,12 @@ def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path, caplog: pytest.LogC
     ) as file:
         file.seek(-1, 2)
         file.write(b"\x55")
-    assert open_model(tmp_path / "damaged", device="cpu").step == 3
+    assert model_folder(tmp_path / "damaged").open(device="cpu").step == 3
     assert "passed over for step-00000003: step-00000008: the content of ema.safetensors" in caplog.text
-    assert open_model(tmp_path / "damaged", weights="raw", device="cpu").step == 8
+    assert model_folder(tmp_path / "damaged").open(weights="raw", device="cpu").step == 8
     # Raw weights never stand in for an average that was lost.
     (tmp_path / "damaged" / newest.relative_to(run.path) / "ema.safetensors").unlink()
-    opened = open_model(tmp_path / "damaged", device="cpu")
+    opened = model_folder(tmp_path / "damaged").open(device="cpu")
     assert (opened.step, opened.averaged) == (3, True)
     assert "step-00000008: ema.safetensors is missing" in caplog.text
 
@@ -114,32 +114,32 @@ def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -
     with pytest.raises(
         UserError, match=r"contains no model; give a run, one of its checkpoints, a dual encoder"
     ):
-        open_model(tmp_path)
+        model_folder(tmp_path).open()
     (tmp_path / "towers").mkdir()
     (tmp_path / "towers" / "export.json").write_text('{"format": "safetensors"}')
     with pytest.raises(
         UserError, match="is an export of format safetensors, which is not read here; give the run"
     ):
-        open_model(tmp_path / "towers")
+        model_folder(tmp_path / "towers").open()
     with pytest.raises(UserError, match="is not a folder; give"):
-        open_model(tmp_path / "nothing")
+        model_folder(tmp_path / "nothing").open()
     with pytest.raises(UserError, match="There is no run 'nothing'"):
         find_model("nothing", run.path.parent)
     empty = write_run(tmp_path / "runs" / "empty", shards, "train.ema=null", steps=())
     with pytest.raises(UserError, match="empty has no checkpoint: none was written yet"):
-        open_model(empty.path)
+        model_folder(empty.path).open()
     with pytest.raises(
         UserError, match=r"step-00000004 is not a complete checkpoint; .* has step-00000008, step"
     ):
-        open_model(run.checkpoints / "step-00000004")
+        model_folder(run.checkpoints / "step-00000004").open()
     bare = shutil.copytree(run.checkpoints / "step-00000003", tmp_path / "bare")
     manifest = json.loads((bare / "manifest.json").read_text())
     del manifest["files"]["ema.safetensors"]
     (bare / "manifest.json").write_text(json.dumps(manifest))
     (bare / "ema.safetensors").unlink()
-    assert open_model(bare, device="cpu").averaged is False
+    assert model_folder(bare).open(device="cpu").averaged is False
     with pytest.raises(UserError, match=r"averaged weights that verify .* kept by train\.ema"):
-        open_model(bare, weights="ema")
+        model_folder(bare).open(weights="ema")
     state = json.loads((bare / "state.json").read_text()) | {"format": 99}
     (bare / "state.json").write_text(json.dumps(state))
     content = (bare / "state.json").read_bytes()
@@ -149,11 +149,11 @@ def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -
     with pytest.raises(
         UserError, match=r"has format 99; this version reads 1 and 2\. Resume with the version"
     ):
-        open_model(bare)
+        model_folder(bare).open()
     del manifest["recipe"]
     (bare / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"is not in a run folder .* has no recipe"):
-        open_model(bare)
+        model_folder(bare).open()
 
 
 def save_clip(folder: Path) -> Any:
@@ -240,7 +240,7 @@ def test_features_of_a_folder_are_those_of_transformers(tmp_path: Path, save: Ca
         file.write_bytes(picture(number, [(40, 60), (60, 40), (33, 33), (100, 50)][number]))
     texts = ["a cat number 1", "picture of a " + "dog " * 20, "bee"]
     image, text = features_of(theirs, folder, files, texts)
-    opened = open_model(folder, device="cpu")
+    opened = model_folder(folder).open(device="cpu")
     assert (opened.path, opened.step, opened.averaged, opened.name) == (folder, None, False, "model")
     transform = Transform(opened.recipe.data.image)
     assert transform.size == SIZE
@@ -283,7 +283,7 @@ def test_a_model_of_transformers_is_measured_as_its_own_code_measures(tmp_path: 
     with pytest.raises(UserError, match="There is nothing to measure: name shard folders in evaluate"):
         evaluate(folder)
     with pytest.raises(UserError, match="holds no averaged"):
-        open_model(folder, weights="ema")
+        model_folder(folder).open(weights="ema")
 
 
 def test_preprocessing_that_is_not_supported_is_refused(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_preprocessing_that_is_not_supported_is_refused(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps(written | change))
         with pytest.raises(UserError, match=told):
-            open_model(tmp_path)
+            model_folder(tmp_path).open()
     for change in (
         {"resample": [3]},
         {"rescale_factor": "x"},
@@ -313,13 +313,13 @@ def test_preprocessing_that_is_not_supported_is_refused(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps(written | change))
         with pytest.raises(UserError, match=str(tmp_path)):
-            open_model(tmp_path)
+            model_folder(tmp_path).open()
     file.write_text("[" * 100_000)
     with pytest.raises(UserError, match="cannot be read"):
-        open_model(tmp_path)
+        model_folder(tmp_path).open()
     file.unlink()
     with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
-        open_model(tmp_path)
+        model_folder(tmp_path).open()
 
 
 def test_configurations_of_odd_values_are_refused(tmp_path: Path) -> None:
@@ -338,13 +338,13 @@ def test_configurations_of_odd_values_are_refused(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps(written | change))
         with pytest.raises(UserError):
-            open_model(tmp_path, device="cpu")
+            model_folder(tmp_path).open(device="cpu")
     (tmp_path / "theirs.py").write_text("raise SystemExit(1)")
     with pytest.raises(UserError, match="custom code"):
-        open_model(tmp_path)
+        model_folder(tmp_path).open()
     file.write_text("[]")
     with pytest.raises(UserError, match=str(tmp_path)):
-        open_model(tmp_path)
+        model_folder(tmp_path).open()
 
 
 @pytest.mark.parametrize("squash", [False, True])
@@ -371,7 +371,7 @@ def test_a_model_of_open_clip_gives_its_own_features(tmp_path: Path, squash: boo
     file.write_bytes(picture(1, (60, 40)))
     theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     texts = ["a cat number 1", "Two dogs &amp; a " + "very " * 20 + "long street"]
-    opened = open_model(folder, device="cpu")
+    opened = model_folder(folder).open(device="cpu")
     assert (opened.path, opened.step, opened.name) == (folder, None, "oc")
     with torch.no_grad():
         image = theirs.eval().encode_image(prepare(Image.open(file))[None], normalize=True)

@@ -327,7 +327,7 @@ def test_zero_shot_takes_names_and_templates_of_the_recipe(
     (error,) = checked(f"evaluate.zero_shot=[{{{given}}}]").errors
     assert error.endswith("a sample has class 1, and the classes are 0 to 0")
     (error,) = checked("evaluate.zero_shot=[{shards: data/test, classnames: x, templates: lines.txt}]").errors
-    assert "evaluate.zero_shot.0: x: no such file of class names; give a file with one a line, or" in error
+    assert "evaluate.zero_shot.0: x: no such file of class names; give a file with one per line, or" in error
 
 
 def test_a_probe_needs_two_sets_with_classes(checked: Callable[..., Checked], folder: Path) -> None:

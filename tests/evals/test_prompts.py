@@ -19,7 +19,7 @@ def test_the_lines_of_files_in_any_language(tmp_path: Path) -> None:
     lines.write_text("a photo\n")
     with pytest.raises(UserError, match=r"templates\.txt: a template has no \{c\} for the class name"):
         prompts.check_named(str(lines))
-    with pytest.raises(UserError, match="one a line, or openai, imagenet-1k, imagenet-12k, imagenet-22k"):
+    with pytest.raises(UserError, match="one per line, or openai, imagenet-1k, imagenet-12k, imagenet-22k"):
         prompts.class_names("imagenet")
     with pytest.raises(UserError, match=r"no such file of templates; give a file .* or openai, openai-7"):
         prompts.templates(str(tmp_path / "none"))
@@ -49,5 +49,5 @@ def test_openai_s_classes_and_templates_are_those_of_openclip(monkeypatch: pytes
     assert prompts.count_of("openai") is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for ask in (prompts.count_of, prompts.class_names, prompts.check_named, prompts.templates):
-        with pytest.raises(UserError, match="pip install open_clip_torch, or give a file with one a line"):
+        with pytest.raises(UserError, match="pip install open_clip_torch, or give a file with one per line"):
             ask("openai")

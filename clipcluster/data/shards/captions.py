@@ -101,7 +101,7 @@ def _is_caption(text: Any) -> bool:
 
 
 def class_names(data: bytes, where: object) -> list[str]:
-    """The names of classes 0, 1, …: one a line, so that a line's place is its class's number.
+    """The names of classes 0, 1, …: one per line, so that a line's place is its class's number.
 
     Empty lines at the end are none. UserError, naming the line: an empty one before a name, which no prompt
     can be made of and without which all later classes would get another's name; bytes that are not UTF-8.
@@ -119,7 +119,7 @@ def class_names(data: bytes, where: object) -> list[str]:
 
 
 def templates(data: bytes, where: object) -> list[str]:
-    """The templates of prompts, one a line, without empty lines. UserError: bytes that are not UTF-8."""
+    """The templates of prompts, one per line, without empty lines. UserError: bytes that are not UTF-8."""
     return [line for line in _lines(data, where) if line.strip()]
 
 

@@ -33,7 +33,7 @@ class ZeroShot(Section):
     shards: str = key("record", "Shard folder with a class for each image.", path="path", min_length=1)
     classnames: str | None = key(
         "record",
-        "Names of the classes: a file with one a line (line N + 1 names class N), imagenet-1k, imagenet-12k "
+        "Names of the classes: a file, one per line (line N + 1 names class N), imagenet-1k, imagenet-12k "
         "or imagenet-22k (timm's, the first of WordNet's words), or openai (ImageNet-1K's as CLIP was "
         "published with; needs open_clip_torch). Default: classnames.txt beside the shards or in the folder "
         "above.",
@@ -43,7 +43,7 @@ class ZeroShot(Section):
     )
     templates: str | None = key(
         "record",
-        "Templates of the prompts: a file with one a line, {c} where the class name goes, openai (the 80 for "
+        "Templates of the prompts: a file, one per line, {c} where the class name goes, openai (the 80 for "
         "ImageNet) or openai-7 (both need open_clip_torch). Default: zeroshot_classification_templates.txt "
         "beside the shards or in the folder above.",
         None,

@@ -34,7 +34,7 @@ class FolderOptions:
 
     classnames: Path | None = option(
         None,
-        "Names of the classes: one a line, in the folders' order, or FOLDER<tab>NAME. Default: the folders'.",
+        "Class names: one per line in the folders' order, or FOLDER<tab>NAME. Default: the folders'.",
         metavar="FILE",
     )
     template: tuple[str, ...] = option(

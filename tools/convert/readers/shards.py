@@ -33,7 +33,7 @@ _HEADER = 128 << 10  # bytes of an image in which its size usually stands
 class Options:
     """Which samples are taken; conditions are applied in this order."""
 
-    samples: Path | None = option(None, "Take the keys of this file, one a line.", metavar="FILE")
+    samples: Path | None = option(None, "Take the keys of this file, one per line.", metavar="FILE")
     has_caption: bool = option(False, "Take samples with a caption.")
     classes: tuple[int, ...] = option(
         (), "Take samples of this class; repeatable.", metavar="NUMBER", flag="--class"

@@ -29,7 +29,7 @@ class Options:
     """The options of `convert webdataset`."""
 
     classnames: Path | None = option(
-        None, "Names of the classes, one a line. Default: classnames.txt, if it is there.", metavar="FILE"
+        None, "Names of the classes, one per line. Default: classnames.txt, if it is there.", metavar="FILE"
     )
     template: tuple[str, ...] = option(
         (),
@@ -111,7 +111,7 @@ def _beside(
         if path.is_file():
             return parse(path.read_bytes(), path)
     if given:
-        raise UserError(f"{given}: no such file; give the names of the classes, one a line")
+        raise UserError(f"{given}: no such file; give the names of the classes, one per line")
     return []
 
 
