@@ -66,8 +66,16 @@ def export(
         (folder / "README.md").write_text(card(opened, kind), encoding="utf-8", errors="backslashreplace")
         about = {"format": kind, "name": opened.name, "step": opened.step, "ema": opened.averaged}
         write_json(folder / EXPORT, {**about, "files": _sizes(folder)})
+        _share(folder, (folder / EXPORT).stat().st_mode)
         _check_replaceable(out)  # again: what was put there since is not deleted
     return opened
+
+
+def _share(folder: Path, mode: int) -> None:
+    """Every file as readable as the umask says: safetensors writes files for their owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def test_averaged_weights_and_raw_ones(run: tuple[Run, dict[str, Any]], tmp_path
         out = tmp_path / str(given)
         opened = export(str(folder.path), "hf", out, weights=given)
         assert (opened.averaged, read(out / "export.json")["ema"]) == (part == "ema",) * 2
+        assert len({file.stat().st_mode for file in out.iterdir()}) == 1  # others may read the weights too
         with torch.no_grad():
             found = AutoModel.from_pretrained(out).get_image_features(pixel_values=pixels)
             expected = both[part].model.encode_image(pixels)
