@@ -18,11 +18,13 @@ from webdataset.compat import check_empty
 
 from clipcluster.data.images.decode import BadImage, decode
 from clipcluster.data.shards import captions, shard_index
+from clipcluster.data.shards.columns import BrokenColumns
 from clipcluster.data.shards.dataset import Dataset, Sample, read_members, read_row
 from clipcluster.data.shards.find import find_shards
 from clipcluster.data.shards.folder_index import COLUMNS_FILE
 from clipcluster.data.shards.open import folders_here, open_folder
 from clipcluster.data.shards.opened import OpenShard
+from clipcluster.data.shards.tar import BrokenTar
 from clipcluster.data.storage.cache import Cache, default_folder
 from clipcluster.data.storage.download import read_beside
 from clipcluster.data.storage.urls import (
@@ -125,19 +127,28 @@ class _Unindexed:
         return self.shards[shard]
 
     def samples(self, shard: int, members: Collection[str]) -> Iterator[tuple[Sample, dict[str, bytes]]]:
-        """Raises DataError, behind its last sample, for a shard that is no tar to its end."""
+        """Raises DataError for a shard that cannot be read; where one is cut, behind its last whole sample."""
         place = self.shards[shard]
         fd = os.open(place, os.O_RDONLY) if isinstance(place, Path) else self.cache.current(place.address)
         try:
             path = place if isinstance(place, Path) else Path(f"/dev/fd/{fd}")
-            scanned = shard_index.scan_shard(path, self.choices)
+            try:
+                scanned = shard_index.scan_shard(path, self.choices)
+            except UserError as error:  # compressed
+                raise DataError(str(error).replace(str(path), str(place))) from None
             opened = OpenShard(fd, scanned.columns, os.fstat(fd).st_size)
             name = place.name if isinstance(place, Path) else str(place).rpartition("/")[2]
-            for row in range(len(scanned.columns["offset"])):
-                sample = read_row(opened, row, name, self.choices)
+            # the last sample before a cut may have lost captions or other members
+            complete = len(scanned.columns["offset"]) - (scanned.broken is not None)
+            for row in range(complete):
+                try:
+                    sample = read_row(opened, row, name, self.choices)
+                    further = read_members(opened, row, members) if members else {}
+                except (BrokenTar, BrokenColumns):
+                    sample = None
                 if sample is None:
                     raise DataError(f"shard {place} changed while it was read")
-                yield sample, read_members(opened, row, members) if members else {}
+                yield sample, further
         finally:
             os.close(fd)
         if scanned.broken is not None:

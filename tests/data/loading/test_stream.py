@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import pickle
@@ -165,6 +166,15 @@ def test_what_is_damaged_goes_to_the_handler(make_shards: Callable[..., Path], t
     (folder / "index.bin").unlink()
     with pytest.raises(DataError, match=r"00000\.tar is broken: "):
         list(clipcluster.webdataset(f"{folder}/00000.tar", handler=only_bad_images))
+    cut = clipcluster.webdataset(f"{folder}/00000.tar", handler=wds.ignore_and_continue)
+    assert [sample["__key__"] for sample in cut] == ["s00000"], "s00001 is damaged, s00002 may lack captions"
+    packed = folder / "packed.tar"
+    packed.write_bytes(gzip.compress((folder / "00001.tar").read_bytes()))
+    both = f"{folder}/{{packed,00001}}.tar"
+    with pytest.raises(DataError, match=rf"^{packed} is compressed with gzip"):
+        list(clipcluster.webdataset(both))
+    others = clipcluster.webdataset(both, handler=wds.ignore_and_continue)
+    assert [sample["__key__"] for sample in others] == ["s00003", "s00004", "s00005"]
     with pytest.raises(UserError, match="no such folder"):
         clipcluster.webdataset(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"9\.tar does not exist"):

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
+from clipcluster.data.loading.stream import webdataset
 from clipcluster.data.shards.open import open_folder, open_source
 from clipcluster.data.storage.cache import Cache
 from clipcluster.errors import UserError
@@ -114,6 +116,21 @@ def test_two_ranks_fetch_a_bucket_once_through_breaks(s3: Breaking, folder: Path
     tars = [path for method, path in s3.log if method == "GET" and path.endswith(".tar")]
     assert len(set(tars)) == 10
     assert len(tars) == 12  # two of them were broken off
+
+
+@pytest.mark.long
+def test_a_loop_of_ones_own_over_a_bucket(s3: Breaking, folder: Path, tmp_path: Path) -> None:
+    put(folder, "loop", ".tar")
+    local = open_folder(folder)
+    known = {local.read(position).key: local.read(position).captions for position in range(40)}
+    for shards in ("s3://loop/set/train", "s3://loop/set/train/0000*.tar"):
+        stream = webdataset(shards, cache=tmp_path / "cache")
+        found = list(DataLoader(stream, batch_size=None, num_workers=2))
+        assert sorted(sample["__key__"] for sample in found) == sorted(known)
+        assert all(sample["captions"] == known[sample["__key__"]] for sample in found)
+        assert {sample["__url__"] for sample in found} == {
+            f"s3://loop/set/train/{n:05d}.tar" for n in range(10)
+        }
 
 
 def test_an_index_on_this_machine_and_a_glob(

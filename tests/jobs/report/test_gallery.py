@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from clipcluster.runs import files
-from jobs.report.gallery import SIDE, gallery_of, set_folders
+from jobs.report.gallery import SIDE, _data_url, gallery_of, set_folders
 from tests.jobs.report.example_runs import COLOURS, details, made, preempted, shards
 
 
@@ -40,6 +40,16 @@ def test_images_keep_within_the_bytes_of_a_page(tmp_path):
     gallery = gallery_of(run, image_bytes=limit)
     assert len(gallery.images["colours"]) == len(whole) - 1
     assert gallery.notes == ["colours: further images are left out; the page holds no more."]
+
+
+def test_transparent_images_lie_on_white():
+    for mode, colour in (("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)):
+        file = io.BytesIO()
+        more = {"transparency": 0} if mode == "P" else {}
+        Image.new(mode, (300, 200), colour).save(file, "PNG", **more)
+        url = _data_url(file.getvalue())
+        shown = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))))
+        assert min(low for low, _ in shown.getextrema()) > 250, mode
 
 
 def test_what_cannot_be_shown_is_said(tmp_path):
