@@ -127,7 +127,7 @@ class _Unindexed:
         return self.shards[shard]
 
     def samples(self, shard: int, members: Collection[str]) -> Iterator[tuple[Sample, dict[str, bytes]]]:
-        """Raises DataError for a shard that cannot be read; where one is cut, behind its last whole sample."""
+        """Raises DataError for a shard that cannot be read; where it is cut, behind its last whole sample."""
         place = self.shards[shard]
         fd = os.open(place, os.O_RDONLY) if isinstance(place, Path) else self.cache.current(place.address)
         try:
