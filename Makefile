@@ -1,7 +1,7 @@
 # make demo       set everything up and train on handwritten digits, on this machine
 # make test       set everything up and pass the tests, on a real SLURM cluster of one machine where possible
 # make test-all   the same with the long repetitions and the whole matrix of endings, and the coverage of each room
-#                 JOBS=4: in so many processes; the tests of a cluster mostly wait
+#                 (and the package chromium, where it can); JOBS=4: in so many processes; the tests of a cluster mostly wait
 
 PYTHON ?= python3
 VENV ?= .venv

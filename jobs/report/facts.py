@@ -155,7 +155,7 @@ def facts_of(run: Run, queue: Queue) -> Facts:
     attempts = lived(logs, events(run), submitted, now="" if state.ended else state.name.lower())
     recipe, settings = redacted_within(run.recipe()), _shown(run.settings())
     newest = newest_complete(run.checkpoints)
-    reached = [step for step in ((last_metrics(run) or {}).get("step"), newest) if step is not None]
+    reached = [step for step in ((last_metrics(run) or {}).get("step"), newest) if isinstance(step, int)]
     checkpoint = run.checkpoints / name_of(newest) if newest is not None else None
     saved = (files.read_object(checkpoint / STATE) if checkpoint else None) or {}
     return Facts(
