@@ -114,6 +114,7 @@ def test_webdatasets_own_arguments_and_methods_hold(folder: Path, bare: Path) ->
     assert keys != [*known]
     endless = clipcluster.webdataset(bare, resampled=True)
     drawn = Counter(sample["__key__"] for sample in itertools.islice(endless, 200))
+    assert len(list(DataLoader(endless.with_epoch(25), batch_size=None, num_workers=2))) == 50
     assert drawn.keys() <= known.keys()
     assert drawn.most_common(1)[0][1] > 1
     stream = clipcluster.webdataset(folder, members=["json", "npz"])
