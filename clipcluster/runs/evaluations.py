@@ -156,6 +156,15 @@ def drop_after(attempt: Attempt, step: int) -> None:
             owed.mark.unlink(missing_ok=True)
 
 
+def drop_results_after(attempt: Attempt, step: int) -> None:
+    """Remove the results of later steps, whose weights a roll-back undid. Raises StaleAttempt, OSError."""
+    for path in [*Run(attempt.run).evals.glob("step-*.json"), *Run(attempt.run).evals.glob("details-*.json")]:
+        number = path.stem.rpartition("-")[2]
+        if number.isdecimal() and int(number) > step:
+            attempt.check()
+            path.unlink(missing_ok=True)
+
+
 def owe_failed(run: Run) -> list[Owed]:
     """Owe again, under new names, what was given up; returns what is forgotten: its checkpoint is gone.
 

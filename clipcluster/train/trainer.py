@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import Parts
+from clipcluster.runs.evaluations import drop_results_after
 from clipcluster.runtime.outcome import CheckpointError, Failure, LostPeers, Outcome, advising_on_memory
 from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
@@ -182,6 +183,9 @@ class Trainer:
         self.metrics.say(f"{streak}: back to {found.name}, without these batches")
         self.results = {}  # of a step that is undone
         self.metrics.forget_unwritten()
+        if self.world.is_main:
+            with self.records.keeping():
+                drop_results_after(self.attempt, self.progress.step)
         self.metrics.restart_clock(self.progress.samples)
 
     def _owe_evaluation(self) -> None:

@@ -780,6 +780,31 @@ def test_an_evaluation_without_a_record_is_repeated_by_a_resume(
     assert trainer.evaluations.suite.steps == ([] if by_job else [6, 12])
 
 
+@pytest.mark.parametrize("by_job", [True, False])
+def test_results_of_steps_that_a_roll_back_undid_are_removed(toy: ModuleType, run: Any, by_job: bool) -> None:
+    """They were of other weights than those that the run has at these steps now."""
+    script = {"poison": [4, 5, 6, 7, 8, 9], "save_every": 3, "limit": 2, "log_every": 9, "steps": 18}
+    script |= {"evaluate_every": 3, "by_job": by_job}
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(**script))
+    fetch, roll_back, left = trainer.feed.next, trainer._roll_back, []
+
+    def fetch_and_settle() -> Any:
+        if by_job and trainer.progress.step == 7 and not left:
+            for step, size in ((3, 1.0), (6, 2.0)):
+                settle(toy, run, step, size)
+        return fetch()
+
+    def roll_back_and_look(streak: Any) -> None:
+        roll_back(streak)
+        left.extend(sorted(path.name for path in run.evals.iterdir() if path.is_file()))
+
+    trainer.feed.next, trainer._roll_back = fetch_and_settle, roll_back_and_look
+    assert trainer.run() is Outcome.FINISHED
+    assert left == ["details-00000003.json", "step-00000003.json"]
+    if by_job:
+        assert [line["step"] for line in merged_metrics(run) if "toy/size" in line] == [3]
+
+
 def test_a_roll_back_owes_the_evaluations_of_its_steps_anew(toy: ModuleType, run: Any) -> None:
     script = {"poison": [4, 5, 6, 7, 8, 9], "save_every": 3, "limit": 2, "log_every": 9, "steps": 18}
     before: list[Any] = []
