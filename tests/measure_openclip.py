@@ -1,29 +1,34 @@
 """Zero-shot accuracy and speed beside OpenCLIP's at equal budget: CIFAR-10 with captions from one template.
 
     python tests/measure_openclip.py --cifar FOLDER --peer PYTHON [--out DIR] [--seeds 0 1 2] [--epochs 4]
+        [--turns 10]
 
 FOLDER has train/CLASS/*.jpg and test/CLASS/*.jpg. PYTHON belongs to an environment with open_clip_torch
 3.3.0, webdataset 0.2.86 and pandas. Both train the same towers (timm's resnet10t at 32 pixels; CLIP's text
 transformer of 2 layers, width 128, 2 heads; CLIP's vocabulary, context 16; embedding 128) on the same shards
-with AdamW, one process and one loader worker, in turns. Images a second are those of all epochs but the
-first, by the clock.
+with AdamW, one process and one loader worker. Accuracy: one run of each for each seed. Speed: both train side
+by side, in turns of 10 s by SIGSTOP and SIGCONT, so that what else the machine does slows both; images a
+second are those of the steps between the first turn and the last, by the time that a contender was running.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 
 TEMPLATE = "a photo of a {c}."
-BATCH, IMAGES = 250, 50_000
+BATCH, IMAGES, TURN = 250, 50_000, 10.0
 PASSIVE = {
     "OMP_WAIT_POLICY": "passive"
 }  # as ours: spinning threads would take a core from the loader's worker
@@ -47,11 +52,8 @@ import webdataset
 
 config, test, names, out, *arguments = sys.argv[1:]
 open_clip.add_model_config(config)
-ends, one_epoch = [], trainer.train_one_epoch
-def timed(*args, **more):
-    one_epoch(*args, **more)
-    ends.append(time.time())
-trainer.train_one_epoch = timed
+steps = open(out + ".steps", "w", buffering=1)
+torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: print(time.time(), file=steps))
 trainer.main(arguments)
 
 model, _, transform = open_clip.create_model_and_transforms("tiny")
@@ -69,7 +71,7 @@ with torch.no_grad():
     for images, labels in DataLoader(shards.map_tuple(transform, int), batch_size=500):
         found = (model.encode_image(images, normalize=True) @ classes.T).argmax(dim=1)
         right, count = right + int((found == labels).sum()), count + len(labels)
-json.dump({"top1": right / count, "images": count, "ends": ends}, open(out, "w"))
+json.dump({"top1": right / count, "images": count}, open(out, "w"))
 """.replace("TEMPLATE", TEMPLATE)
 
 
@@ -87,8 +89,8 @@ def command(*words):
     )
 
 
-def train_peer(python, out, seed, epochs):
-    """OpenCLIP's own training script; top-1, and images a second."""
+def peer(python, out, seed, epochs):
+    """The command of OpenCLIP's own training script, and the file of its result."""
     folder = out / f"openclip-{seed}"
     folder.mkdir(parents=True)
     (out / "tiny.json").write_text(json.dumps(MODEL))
@@ -107,30 +109,23 @@ def train_peer(python, out, seed, epochs):
         "warmup": 50,
         "workers": 1,
         "precision": "fp32",
-        "seed": seed,
+        "seed": seed if isinstance(seed, int) else 0,
         "save-frequency": epochs,
         "logs": folder,
         "name": "run",
     }
     words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
     words += ["--save-most-recent", "--aug-cfg", "scale=(0.6, 1.0)"]
-    test = [
-        str(out / "test" / "00000.tar"),
-        str(out / "test" / "classnames.txt"),
-        str(folder / "result.json"),
-    ]
-    with open(folder / "log", "w") as log:
-        peer = [python, "-c", PEER, str(out / "tiny.json"), *test, *words]
-        subprocess.run(peer, check=True, stderr=log, stdout=log, env={**os.environ, **PASSIVE})
-    result = json.loads((folder / "result.json").read_text())
-    return result["top1"], speed(result["ends"][-1] - result["ends"][0], epochs)
+    result = folder / "result.json"
+    test = [out / "test" / "00000.tar", out / "test" / "classnames.txt", result]
+    return [python, "-c", PEER, str(out / "tiny.json"), *map(str, test), *words], result
 
 
-def train_ours(vocabulary, out, seed, epochs):
-    """The same by `clipcluster train`; top-1, and images a second."""
+def ours(vocabulary, out, seed, epochs):
+    """The command of the same training here, and its run folder."""
     recipe = {
         "name": f"ours-{seed}",
-        "seed": seed,
+        "seed": seed if isinstance(seed, int) else 0,
         "data": {
             "train": [{"shards": str(out / "train")}],
             "batch_size": BATCH,
@@ -152,19 +147,70 @@ def train_ours(vocabulary, out, seed, epochs):
     file.write_text(yaml.safe_dump(recipe))
     command("submit", file, "--executor", "none", "--runs", runs)
     run = next(path for path in runs.iterdir() if path.name.startswith(f"ours-{seed}-"))
-    with open(out / f"ours-{seed}.log", "w") as log:
-        subprocess.run(
-            [sys.executable, "-m", "jobs.cli", "train", str(run)], check=True, stdout=log, stderr=log
-        )
-    lines = {line["step"]: line for line in merged_metrics(Run(run))}
-    steps = IMAGES // BATCH
-    top1 = lines[steps * epochs]["test/zero_shot_top1"]
-    return top1, speed(lines[steps * epochs]["time"] - lines[steps]["time"], epochs)
+    return [sys.executable, "-m", "jobs.cli", "train", str(run)], run
 
 
-def speed(seconds, epochs):
-    """Images a second over all epochs but the first."""
-    return (epochs - 1) * IMAGES / seconds
+def started(words, log):
+    """A contender in a process of its own, with its log in a file."""
+    with open(log, "w") as file:
+        return subprocess.Popen(words, stdout=file, stderr=file, env={**os.environ, **PASSIVE})
+
+
+def finish(process):
+    """Wait for a contender; CalledProcessError where it fails."""
+    if process.wait():
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
+def signal_all(process, number):
+    """Send a signal to a contender's processes, and wait until all are stopped or go on."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in family:
+        os.kill(pid, number)
+
+
+def speeds(contenders, turns):
+    """Images a second of contenders that train in turns.
+
+    contenders: by name, the command, the file of its log, and what gives the numbers and times of its steps.
+    The first turn of each, which has its start, is longer and does not count.
+    """
+    processes = {name: started(words, log) for name, (words, log, _) in contenders.items()}
+    running = {name: [] for name in contenders}
+    for process in processes.values():
+        signal_all(process, signal.SIGSTOP)
+    try:
+        for _ in range(turns):
+            for name, process in processes.items():
+                signal_all(process, signal.SIGCONT)
+                began = time.time()
+                time.sleep(TURN if running[name] else 6 * TURN)
+                signal_all(process, signal.SIGSTOP)
+                if process.poll() is not None:
+                    raise SystemExit(f"{name} ended too early: see its log")
+                running[name].append((began, time.time()))
+    finally:
+        for process in processes.values():
+            signal_all(process, signal.SIGKILL)
+            process.wait()
+    found = {}
+    for name, (_, _, times) in contenders.items():
+        counted = running[name][1:]
+        steps = [(step, at) for step, at in times() if any(begin <= at <= end for begin, end in counted)]
+        (first, begin), (last, end) = steps[0], steps[-1]
+        seconds = sum(max(0.0, min(end, b) - max(begin, a)) for a, b in counted)
+        found[name] = BATCH * (last - first) / seconds
+    return found
+
+
+def logged_steps(run):
+    """Number and time of the steps in a run's metrics."""
+    return [(line["step"], line["time"]) for line in merged_metrics(Run(run))]
+
+
+def counted_steps(file):
+    """Number and time of the steps that the peer's optimizer made."""
+    return list(enumerate(map(float, file.read_text().split()), start=1))
 
 
 def main():
@@ -172,28 +218,41 @@ def main():
     parser.add_argument("--cifar", type=Path, required=True)
     parser.add_argument("--peer", required=True)
     parser.add_argument("--out", type=Path, default=Path("openclip-comparison"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=10, help="of each, for the speed; 0: accuracy only")
     asked = parser.parse_args()
     convert(asked.cifar, asked.out)
     find = "import open_clip.tokenizer as t; print(t.default_bpe())"
     vocabulary = subprocess.run(
         [asked.peer, "-c", find], check=True, stdout=subprocess.PIPE, text=True
     ).stdout.strip()
-    found = {"OpenCLIP": [], "clipcluster": []}
+    names = ("OpenCLIP", "clipcluster")
+    found = {name: [] for name in names}
     for seed in asked.seeds:
-        found["OpenCLIP"].append(train_peer(asked.peer, asked.out, seed, asked.epochs))
-        found["clipcluster"].append(train_ours(vocabulary, asked.out, seed, asked.epochs))
-        for name, results in found.items():
-            print(
-                f"{name}, seed {seed}: top-1 {results[-1][0]:.2%}, {results[-1][1]:.0f} images a second",
-                flush=True,
-            )
-    for name, results in found.items():
-        top1, speeds = zip(*results, strict=True)
-        print(
-            f"{name}: mean top-1 {statistics.mean(top1):.2%}, {statistics.median(speeds):.0f} images a second"
-        )
+        words, result = peer(asked.peer, asked.out, seed, asked.epochs)
+        finish(started(words, asked.out / f"openclip-{seed}.log"))
+        found["OpenCLIP"].append(json.loads(result.read_text())["top1"])
+        words, run = ours(vocabulary, asked.out, seed, asked.epochs)
+        finish(started(words, asked.out / f"ours-{seed}.log"))
+        found["clipcluster"].append(merged_metrics(Run(run))[-1]["test/zero_shot_top1"])
+        print(f"seed {seed}: " + ", ".join(f"{name} {found[name][-1]:.2%}" for name in names), flush=True)
+    for name, top1 in found.items():
+        if top1:
+            print(f"{name}: mean top-1 {statistics.mean(top1):.2%}", flush=True)
+    if asked.turns:
+        theirs, result = peer(asked.peer, asked.out, "speed", 1000)
+        here, run = ours(vocabulary, asked.out, "speed", 1000)
+        contenders = {
+            "OpenCLIP": (
+                theirs,
+                asked.out / "openclip-speed.log",
+                lambda: counted_steps(result.with_suffix(".json.steps")),
+            ),
+            "clipcluster": (here, asked.out / "ours-speed.log", lambda: logged_steps(run)),
+        }
+        for name, images in speeds(contenders, asked.turns).items():
+            print(f"{name}: {images:.0f} images a second")
 
 
 if __name__ == "__main__":
