@@ -47,13 +47,14 @@ PEER = """
 import json, sys, time
 import open_clip, torch
 from open_clip_train import main as trainer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 import webdataset
 
 config, test, names, out, *arguments = sys.argv[1:]
 open_clip.add_model_config(config)
 steps = open(out + ".steps", "w", buffering=1)
-torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: print(time.time(), file=steps))
+register_optimizer_step_post_hook(lambda *_: print(time.time(), file=steps))
 trainer.main(arguments)
 
 model, _, transform = open_clip.create_model_and_transforms("tiny")
@@ -185,14 +186,15 @@ def speeds(contenders, turns):
                 signal_all(process, signal.SIGCONT)
                 began = time.time()
                 time.sleep(TURN if running[name] else 6 * TURN)
-                signal_all(process, signal.SIGSTOP)
                 if process.poll() is not None:
                     raise SystemExit(f"{name} ended too early: see its log")
+                signal_all(process, signal.SIGSTOP)
                 running[name].append((began, time.time()))
     finally:
         for process in processes.values():
-            signal_all(process, signal.SIGKILL)
-            process.wait()
+            if process.poll() is None:
+                signal_all(process, signal.SIGKILL)
+                process.wait()
     found = {}
     for name, (_, _, times) in contenders.items():
         counted = running[name][1:]
