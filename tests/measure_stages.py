@@ -4,10 +4,10 @@
 
 FOLDER has train/CLASS/*.jpg and test/CLASS/*.jpg. A fraction of the training images is set aside, and an
 image tower (timm's resnet10t at 32 pixels) is trained by the classification task on all the others, for 4
-epochs. Then it and a text tower from scratch are trained together on the images set aside, with captions from one
-template: staged (the image tower frozen for half of the steps, then its last groups at a tenth of the
-learning rate), all trainable from the start, and without the image tower's weights. Accuracy is that of the
-10,000 test images, with one template.
+epochs. Then it and a text tower from scratch are trained together on the images set aside, with captions
+from one template: staged (the image tower frozen for half of the steps, then its last groups at a tenth of
+the learning rate), all trainable from the start, and without the image tower's weights. Accuracy is that of
+the 10,000 test images, with one template.
 """
 
 import argparse
