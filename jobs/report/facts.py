@@ -22,7 +22,7 @@ from clipcluster.runs.columns import Columns, columns_of, merged
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import bad_samples, events
 from clipcluster.runs.names import flat
-from jobs.report.timeline import Lived, lived
+from jobs.report.timeline import AttemptSummary, summaries
 from jobs.state import Queue, last_metrics, state_of, total_steps
 from jobs.submissions import submissions
 
@@ -73,7 +73,7 @@ class Facts:
     step: int
     total_steps: int | None
     logged: Columns
-    attempts: list[Lived]
+    attempts: list[AttemptSummary]
     evaluations: list[Evaluation]
     bad: Bad
     skipped: list[tuple[int, int]]
@@ -152,7 +152,7 @@ def facts_of(run: Run, queue: Queue) -> Facts:
         )
     logs = [(attempt, columns_of(attempt)) for attempt in run.attempts()]
     submitted = [line["time"] for line in submissions(run) if isinstance(line.get("time"), (int, float))]
-    attempts = lived(logs, events(run), submitted, now="" if state.ended else state.name.lower())
+    attempts = summaries(logs, events(run), submitted, now="" if state.ended else state.name.lower())
     recipe, settings = redacted_within(run.recipe()), _shown(run.settings())
     newest = newest_complete(run.checkpoints)
     reached = [step for step in ((last_metrics(run) or {}).get("step"), newest) if isinstance(step, int)]
@@ -221,7 +221,7 @@ def _set_aside(run: Run) -> list[tuple[str, str]]:
 
 
 def _provenance(
-    run: Run, attempts: list[Lived], checkpoint: Path | None, saved: Mapping[str, Any]
+    run: Run, attempts: list[AttemptSummary], checkpoint: Path | None, saved: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """Where the figures come from: code, versions, hosts, devices, data; (what, value)."""
     rows = [("run folder", str(run.path))]

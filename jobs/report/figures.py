@@ -11,7 +11,7 @@ import numpy as np
 from jobs.report.curves import Curve, extremes, finite, means
 from jobs.report.facts import Facts
 from jobs.report.plots import Line, Mark, Plot, plot
-from jobs.report.timeline import PREEMPTED, Lived
+from jobs.report.timeline import PREEMPTED, AttemptSummary
 
 TITLES = {
     "loss": "loss",
@@ -74,7 +74,7 @@ def figures_of(runs: Sequence[Facts]) -> Figures:
     return Figures(x_axis, training, evaluations)
 
 
-def _marks(attempts: Sequence[Lived]) -> list[Mark]:
+def _marks(attempts: Sequence[AttemptSummary]) -> list[Mark]:
     """Where the attempts after the first one resumed, of those at one place one, rather a preempted one's."""
     marks = [Mark(one.first_step, before.ending == PREEMPTED) for before, one in pairwise(attempts)]
     apart = max(1.0, max((mark.x for mark in marks), default=0.0) / MARKS)

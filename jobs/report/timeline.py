@@ -34,7 +34,7 @@ PREEMPTED = "preempted"
 
 
 @dataclass(frozen=True)
-class Lived:
+class AttemptSummary:
     """One attempt. Times are seconds since 1970, durations seconds; None is not known.
 
     first_step, last_step: where it resumed, and the last step that it is known to have done. repeated: steps
@@ -68,33 +68,33 @@ class Lived:
         return sum(seconds for kind, seconds in self.spent.items() if kind != "queue")
 
 
-def lived(
+def summaries(
     attempts: Sequence[tuple[Attempt, Columns]],
     events: Sequence[Mapping[str, Any]],
     submitted: Sequence[float],
     *,
     now: str = "",
-) -> list[Lived]:
+) -> list[AttemptSummary]:
     """The attempts of a run with what each logged. `events`: of all. `submitted`: times of its submissions.
 
     now: what the newest one is doing, where it may still be at work.
     """
-    found: list[Lived] = []
+    found: list[AttemptSummary] = []
     for attempt, logged in attempts:
         own = [event for event in events if event["attempt"] == attempt.number]
         newest = attempt is attempts[-1][0]
-        found.append(_one(attempt, own, logged, submitted, found[-1:], now if newest else ""))
+        found.append(_summary(attempt, own, logged, submitted, found[-1:], now if newest else ""))
     return found
 
 
-def _one(
+def _summary(
     attempt: Attempt,
     events: Sequence[Mapping[str, Any]],
     logged: Columns,
     submitted: Sequence[float],
-    before: Sequence[Lived],
+    before: Sequence[AttemptSummary],
     now: str,
-) -> Lived:
+) -> AttemptSummary:
     claim, outcome, verdict = attempt.claim(), attempt.outcome() or {}, history.last_verdict(attempt) or {}
     began = claim.get("time")
     signs = [time for time in (began, *_times(events), *_last_times(logged)) if time]
@@ -109,7 +109,7 @@ def _one(
     spent = {"queue": max(0.0, began - since) if began is not None and since is not None else 0.0}
     if began is not None and ended is not None:
         spent |= _spent(began, ended, events, logged, first)
-    return Lived(
+    return AttemptSummary(
         number=attempt.number,
         job=str(claim.get("job") or ""),
         host=str(claim.get("host") or ""),

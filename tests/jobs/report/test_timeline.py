@@ -5,13 +5,13 @@ import pytest
 from clipcluster.runs.columns import columns_of
 from clipcluster.runs.merge import events
 from jobs.endings.verdict import Facts, Job, decide
-from jobs.report.timeline import KINDS, PREEMPTED, lived
+from jobs.report.timeline import KINDS, PREEMPTED, summaries
 from tests.jobs.report.example_runs import BEGIN, claimed, made, preempted, told, trained
 
 
 def attempts_of(run, submitted=(), *, now=""):
     logs = [(attempt, columns_of(attempt)) for attempt in run.attempts()]
-    return lived(logs, events(run), submitted, now=now)
+    return summaries(logs, events(run), submitted, now=now)
 
 
 def test_a_preemption_is_called_what_the_verdict_calls_it():
