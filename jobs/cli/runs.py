@@ -281,7 +281,7 @@ def evaluate(
 ) -> None:
     """Measure a model in this process, by the evaluations of its run's recipe; nothing is written to the run.
 
-    For another program's model name the shards: evaluate.zero_shot=[FOLDER] evaluate.retrieval=[FOLDER].
+    For another program's model name the shards: 'evaluate.zero_shot=[FOLDER]' 'evaluate.retrieval=[FOLDER]'.
     """
     from jobs.evaluate import evaluate as measure
 
