@@ -197,12 +197,12 @@ def evaluate_owed(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Out
 
     evaluations, progress = build_evaluations(owed.run, recipe, owed.checkpoint, world)
 
-    def heed() -> None:
+    def tick() -> None:
         if world.agree(stop.wishes()) & Wish.STOP:
             raise Interrupted
 
     try:
-        measured = evaluations.measure(progress, heed)
+        measured = evaluations.measure(progress, tick)
     except Interrupted:
         return _stopped(world, attempt, stop, "the evaluation")
     about = {**progress.counts(), "ema": evaluations.ema is not None}

@@ -57,14 +57,14 @@ class Suite:
         model: Model,
         progress: Any = None,
         *,
-        wishes: Tick = lambda: None,
+        tick: Tick = lambda: None,
         averaged: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> Measured:
         """Measure a model (without DDP around it): SET/METRIC -> value, the same on every rank.
 
         The details are by set and kind (SET -> {KIND: …}), of the weights that count.
 
-        Every rank calls it, with the same weights. `wishes` is called between batches, equally often on all
+        Every rank calls it, with the same weights. `tick` is called between batches, equally often on all
         ranks, and leaves the evaluation by raising. The model is left as it was found, training or not.
         Inside `averaged` the model has other weights, which are then what is measured; the kinds with metrics
         of the raw weights are measured with these too, and their metrics begin with `RAW`.
@@ -73,10 +73,10 @@ class Suite:
         model.eval()
         try:
             with averaged() if averaged else nullcontext():
-                measured = self._measured(model, self.evaluations, progress, wishes)
+                measured = self._measured(model, self.evaluations, progress, tick)
             if averaged:
                 again = [(kind, images) for kind, images in self.evaluations if _raw_metrics(kind)]
-                raw = self._measured(model, again, progress, wishes).metrics
+                raw = self._measured(model, again, progress, tick).metrics
                 for kind, images in again:
                     for metric in _raw_metrics(kind):
                         if (name := f"{images.name}/{metric.removeprefix(RAW)}") in raw:
@@ -91,16 +91,16 @@ class Suite:
         model: Model,
         evaluations: Sequence[tuple[str, EvaluationSet]],
         progress: Any,
-        wishes: Tick,
+        tick: Tick,
     ) -> Measured:
         """What these evaluations find, with the weights that the model has."""
         found = Measured({})
         for kind, images in evaluations:
-            wishes()
+            tick()
             if self.context.world.is_main:
                 step = f" at step {progress.step}" if progress is not None else ""
                 logger.info("%s on %s%s: %d images", kind, images.name, step, images.samples)
-            measured = KINDS[kind](model, images, self.context, wishes)
+            measured = KINDS[kind](model, images, self.context, tick)
             found.metrics.update({f"{images.name}/{name}": own for name, own in measured.metrics.items()})
             if measured.details:
                 found.details.setdefault(images.name, {})[kind] = measured.details

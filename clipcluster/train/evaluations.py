@@ -41,8 +41,8 @@ class Evaluations:
             return False
         return step == self.total_steps or (self.every is not None and step % self.every == 0)
 
-    def measure(self, progress: Progress, wishes: Callable[[], None]) -> Measured:
-        """Evaluate; every rank calls it. `wishes` runs between batches and may raise Interrupted."""
+    def measure(self, progress: Progress, tick: Callable[[], None]) -> Measured:
+        """Evaluate; every rank calls it. `tick` runs between batches and may raise Interrupted."""
         averaged = self.ema.applied if self.ema else None
         with uncompiled(), self.precision.autocast():
-            return self.suite.run(self.model, progress, wishes=wishes, averaged=averaged)
+            return self.suite.run(self.model, progress, tick=tick, averaged=averaged)

@@ -92,7 +92,7 @@ def measure(out: Path, rank: int, size: int, shards: Path) -> None:
         suite = build_suite(settings, world=world, tokenizer=tokenizer)
         calls = 0
 
-        def wishes() -> None:
+        def tick() -> None:
             # Only the last rank wishes to stop; all ranks learn it at the same call.
             nonlocal calls
             calls += 1
@@ -102,11 +102,11 @@ def measure(out: Path, rank: int, size: int, shards: Path) -> None:
 
         stopping = True
         try:
-            suite.run(model, wishes=wishes)
+            suite.run(model, tick=tick)
         except Stopped:
             stopped_at = calls
         stopping, calls = False, 0
-        measured = suite.run(model, wishes=wishes)
+        measured = suite.run(model, tick=tick)
         settings = classifying(shards, batch_size=50)
         torch.manual_seed(0)
         classifier = build_classifier(settings, None)
