@@ -1,6 +1,6 @@
 """Run by test_suite: a recipe's evaluations by several worlds of real processes.
 
-python suite_of_ranks.py OUT SHARDS SIZE …  writes OUT/SIZE-RANK.json: results, calls of `wishes`, and how
+python suite_of_ranks.py OUT SHARDS SIZE …  writes OUT/SIZE-RANK.json: results, calls of `tick`, and how
 many of them it took until a stop was noticed. The processes are forked after the imports.
 """
 
