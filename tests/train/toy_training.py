@@ -233,11 +233,11 @@ class ToySuite:
         self.script, self.stop = script, stop
         self.steps: list[int] = []
 
-    def run(self, model: Any, progress: Progress, *, wishes: Any, averaged: Any) -> Measured:
+    def run(self, model: Any, progress: Progress, *, tick: Any, averaged: Any) -> Measured:
         if self.script.stop_in_evaluation:
             self.stop.request("the test's wish in an evaluation")
         for _ in range(3):
-            wishes()
+            tick()
         self.steps.append(progress.step)
         with averaged() if averaged else nullcontext():
             size = float(model.first.weight.detach().abs().sum())
