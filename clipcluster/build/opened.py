@@ -5,6 +5,7 @@ Nothing here loads torch before a model is built, so that a folder without one i
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.load import from_mapping, from_run
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
-from clipcluster.runs.checkpoints import MANIFEST, is_complete, name_of, step_of, steps_in
+from clipcluster.runs.checkpoints import MANIFEST, is_complete, name_of, steps_in
 from clipcluster.runs.files import read_object
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import all_runs, find_run, runs_folder
@@ -102,7 +103,9 @@ def find_model(what: str | Path, runs: Path | None = None) -> ModelFolder:
     """The model that `what` names: a folder as for `model_folder`, or a run in `runs` as for `find_run`."""
     folder, name, within = Path(what), str(what), runs_folder(runs)
     known = any(is_one(folder.absolute()) for is_one, _ in _KINDS)
-    if known or (folder.is_dir() and not any(run.name.startswith(name) for run in all_runs(within))):
+    if known or os.sep in name or folder.is_file():  # a run's name has no separator
+        return model_folder(folder)
+    if folder.is_dir() and not any(run.name.startswith(name) for run in all_runs(within)):
         return model_folder(folder)
     return _of_run(find_run(name, within))
 
@@ -185,8 +188,8 @@ def described(folder: Path, sections: Mapping[str, Any]) -> ModelFolder:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    in_a_run = step_of(folder.name) is not None and Run(folder.parent.parent).exists()
-    return in_a_run or (folder / MANIFEST).is_file()
+    run = Run(folder.parent.parent)
+    return (folder.parent == run.checkpoints and run.exists()) or (folder / MANIFEST).is_file()
 
 
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], ModelFolder]], ...] = (

@@ -216,7 +216,7 @@ def _hf_cfg(recipe: Recipe, tower: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     if settings.model_type not in HF_TYPES:
         raise UserError(
             f"model.text: {settings.model_type}, and OpenCLIP takes of transformers {', '.join(HF_TYPES)} "
-            "alone; choose --format hf, safetensors or onnx."
+            "alone; choose --format safetensors or onnx, or hf where it takes the image tower."
         )
     poolers = {ours: theirs for theirs, ours in HF_POOLS.items()}
     if tower.pool not in poolers:

@@ -43,15 +43,6 @@ _POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet", "rob
 _LEARNED_POSITIONS = {"gpt2", "opt", "bert", "distilbert", "electra", "albert", "ernie"}
 _LEARNED_POSITIONS |= _POSITIONS_AFTER_PADDING
 _WHOLE_VOCABULARY = 0.9  # of a tower's embeddings, some of which have more rows than their tokenizer tokens
-# Arguments of timm's create_model that other keys of the recipe decide.
-_OWN_IMAGE_ARGS = {
-    "pretrained": "model.image.weights",
-    "checkpoint_path": "model.image.weights",
-    "img_size": "data.image.size",
-    "patch_drop_rate": "model.image.mask_ratio",
-    "num_classes": "the task",
-    "features_only": "the task",
-}
 
 
 class ImageTower(nn.Module):
@@ -142,9 +133,6 @@ def _timm_tower(config: sections.TimmImageTower, image_size: int) -> ImageTower:
         raise UserError(
             unknown(f"model.image.timm: timm {timm.__version__} has no model", name, timm.list_models())
         )
-    for key, decides in _OWN_IMAGE_ARGS.items():
-        if key in args:
-            raise UserError(f"model.image.args.{key} is decided by {decides}: remove it.")
     if config.mask_ratio:
         args["patch_drop_rate"] = config.mask_ratio
     with refusing(f"model.image: timm cannot build {name} for images of {image_size} pixels with {args}"):

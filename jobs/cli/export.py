@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,6 +33,7 @@ def export(
     from clipcluster.runtime.environment import share_cores
 
     share_cores()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers
     opened = write(what, kind, out, weights=weights, runs=runs)
     of = opened.name if opened.step is None else f"{opened.name}, step {opened.step:,}"
     say(f"{out}: {of}{', averaged weights' if opened.averaged else ''}, as {kind}")

@@ -68,6 +68,8 @@ def pointer(words: Sequence[str], commands: Any, option: str | None) -> str:
         value = value.rpartition(":")[2]  # of gpu:a100:2
     if words[:1] == ["status"] and option in ("--follow", "-f"):
         return "--watch"
+    if words[:1] in (["evaluate"], ["export"], ["search"]) and option in ("--step", "--checkpoint"):
+        return f"RUN/checkpoints/step-{value:0>8}" if value.isdecimal() else "RUN/checkpoints/step-…"
     if words[:1] not in (["submit"], ["check"], ["evaluate"]):
         return ""
     if option in OPTIONS:

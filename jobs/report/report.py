@@ -34,7 +34,7 @@ def write(runs: Sequence[Run], out: Path, queue: Queue) -> int:
     if out.suffix.lower() not in ENDINGS:
         raise UserError(f"--out {out}: give a name that ends in .html")
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: no folder {out.parent}; make it first")
+        raise UserError(f"--out {out}: {out.parent} is not a folder; make it first, or name another")
     # a caption may hold half of a surrogate pair, which UTF-8 cannot say
     content = page(runs, queue).encode(errors="replace")
     files.write_bytes(out, content)

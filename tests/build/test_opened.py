@@ -125,6 +125,13 @@ def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -
         model_folder(tmp_path / "nothing").open()
     with pytest.raises(UserError, match="There is no run 'nothing'"):
         find_model("nothing", run.path.parent)
+    for name, told in (
+        (str(tmp_path / "nothing"), "is not a folder; give"),
+        (str(run.path / "recipe.yaml"), r"recipe\.yaml is not a folder; give"),
+        (str(run.checkpoints / "step-999"), r"step-999 is not a complete checkpoint; .* has step-00000008"),
+    ):
+        with pytest.raises(UserError, match=told):
+            find_model(name, run.path.parent)
     empty = write_run(tmp_path / "runs" / "empty", shards, "train.ema=null", steps=())
     with pytest.raises(UserError, match="empty has no checkpoint: none was written yet"):
         model_folder(empty.path).open()

@@ -77,12 +77,6 @@ def test_an_argument_the_image_tower_does_not_take_is_refused() -> None:
         build_image_tower(image_section("resnet10t", depht=3), image_size=SIZE)
 
 
-@pytest.mark.parametrize("key", ["num_classes", "img_size", "pretrained"])
-def test_an_argument_other_keys_decide_is_refused(key: str) -> None:
-    with pytest.raises(UserError, match=f"model.image.args.{key}"):
-        build_image_tower(image_section("resnet10t", **{key: 1}), image_size=SIZE)
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("pool", [None, "mean", "last", "first"])
 def test_padding_changes_nothing(arch: str, pool: str | None) -> None:

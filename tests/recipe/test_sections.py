@@ -220,6 +220,13 @@ def test_images_that_are_refused(change: dict[str, Any]) -> None:
         Image(**change)
 
 
+@pytest.mark.parametrize("name", ["num_classes", "img_size", "pretrained"])
+def test_arguments_that_other_keys_decide_are_refused(name: str) -> None:
+    tower = {"timm": "resnet18", "args": {name: 1}}
+    with pytest.raises(ValidationError, match=r"is decided by .*; remove it"):
+        Recipe.model_validate(recipe_of(model={"image": tower, "text": {"arch": "gpt2"}}))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -87,7 +87,9 @@ def search(
         raise UserError("There is nothing to look for: give --text or --image, several where you like.")
     for path in images:
         if not path.is_file():
-            raise UserError(f"--image {path}: there is no such file.")
+            raise UserError(f"--image {path} is not a file; name an image file.")
+    if not all(text.strip() for text in texts):
+        raise UserError("--text is empty; give the words to look for.")
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder; name one with image files or shards.")
     find_model(what, runs)  # before torch is loaded
@@ -103,6 +105,9 @@ def search(
     except BadImage as error:
         raise UserError(f"--image {error}") from None
     found, encoded = up_to_date(folder, model, file, identity, say=say, progress=progress)
+    if not found.places:
+        first = f" that can be used ({found.bad[0].shown}: {found.bad[0].reason})" if found.bad else ""
+        raise UserError(f"--images {folder} has no image{first}; name a folder with image files or shards.")
     asked: list[tuple[Literal["text", "image"], str]] = [("text", text) for text in texts]
     asked += [("image", str(path)) for path in images]
     queries = [

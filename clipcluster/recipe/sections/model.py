@@ -52,6 +52,17 @@ def _mask_ratio() -> Any:
     )
 
 
+# Arguments of timm's create_model -> what decides them here.
+_OWN_ARGS = {
+    "pretrained": "model.image.weights",
+    "checkpoint_path": "model.image.weights",
+    "img_size": "data.image.size",
+    "patch_drop_rate": "model.image.mask_ratio",
+    "num_classes": "the task",
+    "features_only": "the task",
+}
+
+
 class TimmImageTower(Section):
     """An image tower of timm."""
 
@@ -61,6 +72,13 @@ class TimmImageTower(Section):
     args: dict[str, Any] = key("result", "Arguments for timm's create_model, such as drop_path_rate.", {})
     mask_ratio: Float = _mask_ratio()
     _file = field_validator("weights")(_a_file)
+
+    @model_validator(mode="after")
+    def _own_args(self) -> TimmImageTower:
+        for name, decides in _OWN_ARGS.items():
+            if name in self.args:
+                raise KeyProblem(f"args.{name}", f"is decided by {decides}; remove it")
+        return self
 
 
 class HfImageTower(Section):

@@ -243,6 +243,7 @@ def test_one_message_for_an_error(words, parts, tmp_path):
         ("--gpus 2 submit r.yaml", "No such option: --gpus; instead: cluster.gpus_per_node=2"),
         ("submit r.yaml --batch-size 2", "No such option: --batch-size; instead: data.batch_size=2"),
         ("submit --mem r.yaml", "No such option: --mem; instead: cluster.mem=r.yaml"),
+        ("export toy --step 999", "No such option: --step; instead: RUN/checkpoints/step-00000999"),
         ("convert csv", "No such command 'convert'; instead: clipcluster shards convert"),
         ("metrics toy --every ten", "Invalid value for '--every': should be a valid integer; got 'ten'"),
         (

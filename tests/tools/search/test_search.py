@@ -247,6 +247,9 @@ def test_equal_scores_come_in_order() -> None:
 
 def test_the_command(run: Run, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "<b>&.png").write_bytes(picture(30))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.jpg").write_bytes(b"<html>")
     words = ["search", run.path, "--images", photos, "--text", "a <cat>", "--image", photos / "<b>&.png"]
     file = tmp_path / "found.html"
 
@@ -277,15 +280,21 @@ def test_the_command(run: Run, photos: Path, tmp_path: Path, capsys: pytest.Capt
         ((), "nothing to look for"),
         (("--text", "a", "--out", photos / "3.png"), r"ends in \.html"),
         (("--text", "a", "--out", tmp_path / "none" / "x.html"), "a folder that exists"),
-        (("--image", tmp_path / "none.png"), "there is no such file"),
+        (("--image", tmp_path / "none.png"), r"none\.png is not a file"),
+        (("--text", " "), "--text is empty"),
         (("--image", photos / "page.jpg"), r"page\.jpg: HTML or XML, no image"),
     ):
         words[4:] = [str(word) for word in more]
         with pytest.raises(UserError, match=told):
             said()
-    words[3:] = [tmp_path / "nowhere", "--text", "a"]
-    with pytest.raises(UserError, match="nowhere is not a folder"):
-        said()
+    for name, told in (
+        ("nowhere", "nowhere is not a folder"),
+        ("empty", "empty has no image; name"),
+        ("pages", r"pages has no image that can be used \(a\.jpg: HTML or XML, no image\)"),
+    ):
+        words[3:] = [tmp_path / name, "--text", "a"]
+        with pytest.raises(UserError, match=told):
+            said()
 
 
 @pytest.mark.long
