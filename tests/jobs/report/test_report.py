@@ -171,7 +171,7 @@ def test_runs_that_have_nothing_yet_and_files_that_cannot_be_written(tmp_path):
     assert "<svg" not in (tmp_path / "new.html").read_text()
     with pytest.raises(UserError, match=r"ends in \.html"):
         write([run], tmp_path / "recipe.yaml", Queue())
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         write([run], tmp_path / "absent" / "x.html", Queue())
 
 
