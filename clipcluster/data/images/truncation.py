@@ -46,6 +46,8 @@ def doubtful(data: bytes) -> bool:
     if frame is None or frame + 10 > len(data):
         raise BrokenMarkers("no frame header")
     components = data[frame + 9]
+    if frame + 10 + 3 * components > len(data):
+        raise BrokenMarkers("truncated: the frame header is not whole")
     first = data.find(_SCAN, frame)
     if first < 0 or first + 10 > len(data):
         raise BrokenMarkers("truncated: no pixels")

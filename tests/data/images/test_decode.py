@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, features
 
@@ -216,6 +216,7 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
 
 
 @given(st.binary(max_size=300), st.integers(0, 300), st.booleans())
+@example(b"\0\0\0\0\xfa", 163, True)  # more components than bytes
 def test_the_markers_of_any_bytes_have_an_answer(noise: bytes, at: int, progressive: bool) -> None:
     whole = saved(SMOOTH, "JPEG", quality=20, progressive=progressive)
     for data in (noise, whole[:at] + noise, whole[:at] + noise + whole[at:]):
