@@ -115,14 +115,16 @@ def site(sandbox, digits, tmp_path_factory):
 
 
 def wait_until(true, run: Run, what: str, seconds: float = SECONDS) -> None:
-    deadline = time.monotonic() + seconds
+    """Wait; the test fails after `seconds` in which the run wrote no step."""
+    begin = time.time()
     while not true():
-        if time.monotonic() > deadline:
+        written = [path.stat().st_mtime for path in run.path.glob("attempts/*/metrics.jsonl")]
+        if time.time() > max([begin, *written]) + seconds:
             logs = "\n".join(
                 f"== {path}\n{path.read_text(errors='replace')[-2000:]}"
                 for path in [*run.path.glob("attempts/*/rank-0.out"), *run.submitit.glob("*_0_log.err")]
             )
-            pytest.fail(f"{run.name}: {what} did not come within {seconds:g} s\n{logs}")
+            pytest.fail(f"{run.name}: {what} did not come, and no step for {seconds:g} s\n{logs}")
         time.sleep(0.05)
 
 
