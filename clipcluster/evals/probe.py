@@ -35,8 +35,8 @@ def probe(model: ImageEncoder, images: EvaluationSet, context: Context, tick: Ti
 
     The features are the model's embeddings. knn: 20 nearest neighbours, weighted by exp(cosine / 0.07), as
     DINO measures (Caron et al. 2021, appendix). linear: logistic regression by L-BFGS, C = 30, at most 500
-    iterations. Rank 0 fits; what it finds is that of every rank. Both are NaN where
-    a feature is not finite. Collective; raises UserError where a set has no classes, or the first only one.
+    iterations. Rank 0 fits; what it finds is that of every rank. Both are NaN where a feature is not finite.
+    Collective; raises UserError where a set has no classes, or the first only one.
     """
     assert images.train is not None, "a probe has a set to train on"
     train, test = (_labelled(model, own, context, tick) for own in (images.train, images))

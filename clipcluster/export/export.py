@@ -100,10 +100,11 @@ def _check_replaceable(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     written = _written(out)
-    if written is None and (out.exists() or out.is_symlink()):
-        raise UserError(f"{out} exists and is not an export; name another folder, or delete it first.")
-    found = _sizes(out) if written else {}
-    changed = sorted(name for name, size in found.items() if (written or {}).get(name) != size)
+    if written is None:
+        if out.exists() or out.is_symlink():
+            raise UserError(f"{out} exists and is not an export; name another folder, or delete it first.")
+        return
+    changed = sorted(name for name, size in _sizes(out).items() if written.get(name) != size)
     if changed:
         shown = ", ".join(changed[:6]) + (f", … ({len(changed)} in all)" if len(changed) > 6 else "")
         raise UserError(
