@@ -143,7 +143,7 @@ _RESNETS = {
     ((3, 15, 36, 10), 128): "resnet50x64_clip",
 }
 """OpenCLIP's ModifiedResNets in timm, by layers and width."""
-_TEXT_POOLS = {"argmax": "last", "eos": "last", "first": "first", "last": "last_place"}
+_TEXT_POOLS = {"argmax": "last", "eos": "last", "first": "first", "last": "last_position"}
 HF_POOLS = {"mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "first"}
 """OpenCLIP's poolings of a text tower of transformers -> those here."""
 HF_TYPES = ("roberta", "xlm-roberta", "bert")

@@ -370,6 +370,8 @@ def _check_classes(shards: Dataset, key: str, entry: ZeroShot, findings: Finding
             f"{key}: zero-shot needs classnames.txt beside the shards or in the folder above, or "
             "{shards: …, classnames: FILE}"
         )
+    elif entry.classnames:
+        findings.attempt(key, prompts.check_count, entry.classnames, count, shards.classnames)
     if entry.templates:
         prompts.check_named(entry.templates)
     elif not shards.templates:

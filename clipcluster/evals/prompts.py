@@ -55,12 +55,21 @@ def check_templates(lines: Sequence[str], where: object) -> None:
         raise UserError(f"{where}: a template has no {PLACEHOLDER} for the class name: {without[0]!r}")
 
 
-def count_of(given: str) -> int | None:
-    """How many classes `classnames` has, without torch; None where only OpenCLIP tells. Raises as above."""
+def count_of(given: str) -> int:
+    """How many classes `classnames` has, without torch. Raises UserError as `class_names`."""
     if given == OPENAI:
         _require_open_clip()
-        return None
+        return IMAGENET["imagenet-1k"]
     return IMAGENET.get(given) or len(class_names(given))
+
+
+def check_count(given: str, count: int, own: Sequence[str] | None) -> None:
+    """UserError unless `classnames` has as many classes as a set's own classnames.txt (None: no file)."""
+    if own is not None and len(own) != count:
+        raise UserError(
+            f"classnames: {given} names {count:,} classes, and the {captions.CLASS_NAMES} of the shards "
+            f"{len(own):,}; give one name for each of these, in their order"
+        )
 
 
 def check_named(given: str) -> None:

@@ -19,7 +19,7 @@ from clipcluster.evals.classification import classification
 from clipcluster.evals.features import Context, EvaluationSet, Measured, Tick
 from clipcluster.evals.headline import named_sets, set_names
 from clipcluster.evals.probe import probe
-from clipcluster.evals.prompts import class_names, templates
+from clipcluster.evals.prompts import check_count, class_names, templates
 from clipcluster.evals.retrieval import retrieval
 from clipcluster.evals.zero_shot import zero_shot
 from clipcluster.model.protocols import Model
@@ -137,7 +137,9 @@ def _set_of(entry: Entry, name: str, opened: Mapping[str, EvaluationSet]) -> Eva
     if isinstance(entry, Probe):
         return replace(found, train=opened[entry.train])
     if isinstance(entry, ZeroShot) and entry.classnames:
-        found = replace(found, classnames=class_names(entry.classnames))
+        names = class_names(entry.classnames)
+        check_count(entry.classnames, len(names), found.classnames)
+        found = replace(found, classnames=names)
     if isinstance(entry, ZeroShot) and entry.templates:
         found = replace(found, templates=templates(entry.templates))
     return found

@@ -205,7 +205,7 @@ def _own_text(recipe: Recipe, tower: Any, tokenizer: Tokenizer) -> dict[str, Any
     }
     found |= {key: value for key, (value, default) in changed.items() if value != default}
     if clip.pool != "last":
-        return {**found, "pool_type": {"last_place": "last", "first": "first"}[clip.pool]}
+        return {**found, "pool_type": {"last_position": "last", "first": "first"}[clip.pool]}
     if isinstance(tokenizer, ClipTokenizer):  # its end token has the largest id, which is OpenCLIP's default
         return found
     return {**found, "pool_type": "eos", "eos_id": tokenizer.eos_id}

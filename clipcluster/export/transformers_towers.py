@@ -122,7 +122,7 @@ def text_tower(opened: Opened) -> TransformersTower:
         return TransformersTower(tower.transformer.config, tower.transformer.state_dict(), tower.pool)
     first: Any = tower.transformer.resblocks[0]
     causal = first.attn.causal
-    forms = {(True, "last"): _clip_text, (False, "last_place"): _siglip_text}
+    forms = {(True, "last"): _clip_text, (False, "last_position"): _siglip_text}
     if (causal, tower.pool) not in forms:
         raise UserError(
             f"model.text.clip: causal: {str(causal).lower()} with pool: {tower.pool} is not supported "

@@ -22,7 +22,7 @@ class ClipTextTower(nn.Module):
     """A pre-norm transformer: (B, L) int64 tokens, (B, L) bool mask -> (B, width).
 
     The features of a caption are those of its `last` real token, the end token, of its `first` token, or of
-    the `last_place`, the last of the L positions, padding or not. L is at most `positions`; without
+    the `last_position` of all L, padding or not. L is at most `positions`; without
     `causal` attention padding is attended to, so that L must be the length that the tower was trained with.
     """
 
@@ -38,7 +38,7 @@ class ClipTextTower(nn.Module):
         quick_gelu: bool = False,
         tanh_gelu: bool = False,
         causal: bool = True,
-        pool: Literal["last", "first", "last_place"] = "last",
+        pool: Literal["last", "first", "last_position"] = "last",
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()

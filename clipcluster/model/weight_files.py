@@ -31,6 +31,7 @@ from clipcluster.runs.checkpoints import (
     steps_in,
     tensors_file,
     unverified,
+    weights_file,
 )
 from clipcluster.runs.folder import Run
 
@@ -137,8 +138,10 @@ def _newest(run: Path) -> Path:
     folder, reasons = run / "checkpoints", []
     for step in reversed(steps_in(folder)):
         path = folder / name_of(step)
-        files = [name for name in (tensors_file(MODEL), tensors_file(AVERAGE)) if (path / name).exists()]
-        reason = unverified(path, files or [tensors_file(MODEL)])
+        files = {weights_file(path)[0].name}
+        if (path / tensors_file(MODEL)).exists():
+            files.add(tensors_file(MODEL))
+        reason = unverified(path, sorted(files))
         if not reason:
             if not Run(run).finished():
                 logger.warning(
@@ -160,12 +163,10 @@ def _both(checkpoint: Path) -> dict[WeightsFrom, Path]:
 
 
 def _file_of_checkpoint(folder: Path, prefer: WeightsFrom | None) -> Path:
-    both = _both(folder)
-    part = prefer or ("ema" if both["ema"].exists() else "raw")
-    file = both[part]
+    file, averaged = weights_file(folder, prefer)
     if not file.exists():
-        what = "no averaged weights" if part == "ema" else f"no {file.name}"
-        hint = "; set model.weights_from: raw" if part == "ema" and both["raw"].exists() else ""
+        what = "no averaged weights" if averaged else f"no {file.name}"
+        hint = "; set model.weights_from: raw" if averaged and _both(folder)["raw"].exists() else ""
         with naming_deleted(folder):
             raise UserError(f"The checkpoint {folder} holds {what}{hint}.")
     return file

@@ -37,7 +37,10 @@ def write(runs: Sequence[Run], out: Path, queue: Queue) -> int:
         raise UserError(f"--out {out}: {out.parent} is not a folder; make it first, or name another")
     # a caption may hold half of a surrogate pair, which UTF-8 cannot say
     content = page(runs, queue).encode(errors="replace")
-    files.write_bytes(out, content)
+    try:
+        files.write_bytes(out, content)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
     return len(content)
 
 

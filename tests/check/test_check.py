@@ -298,6 +298,8 @@ def test_zero_shot_needs_names_and_templates(checked: Callable[..., Checked], fo
     (folder / "data/classnames.txt").write_text("even\n")
     (error,) = checked().errors
     assert error.endswith("evaluate.zero_shot.0: a sample has class 1, and the classes are 0 to 0")
+    (error,) = checked("evaluate.zero_shot=[{shards: data/test, classnames: imagenet-1k}]").errors
+    assert "imagenet-1k names 1,000 classes, and the classnames.txt of the shards 1;" in error
     write_shard(folder / "data/none/00000.tar", 5, classes=0)
     index_folder(folder / "data/none")
     (error,) = checked("evaluate={retrieval: [], zero_shot: [data/none]}").errors

@@ -28,7 +28,7 @@ SIGLIP_TEXT = {
         "heads": 2,
         "tanh_gelu": True,
         "causal": False,
-        "pool": "last_place",
+        "pool": "last_position",
         "norm_eps": 1e-6,
     }
 }

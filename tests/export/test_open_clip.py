@@ -42,7 +42,7 @@ VIT_ARGS = {
 }
 VIT = {"timm": "vit_base_patch16_clip_quickgelu_224", "args": VIT_ARGS}
 WORDS_OF_CLIP = {"width": 16, "layers": 2, "heads": 2}
-SIGLIP_TEXT = {**WORDS_OF_CLIP, "causal": False, "pool": "last_place", "norm_eps": 1e-6, "tanh_gelu": True}
+SIGLIP_TEXT = {**WORDS_OF_CLIP, "causal": False, "pool": "last_position", "norm_eps": 1e-6, "tanh_gelu": True}
 BERT = {
     "arch": "bert",
     "config": {key: WORDS[key] for key in WORDS if key.endswith(("_size", "layers", "heads"))},

@@ -142,13 +142,14 @@ class ClipText(Section):
     tanh_gelu: bool = key("result", "GELU in its tanh approximation, as SigLIP 2 was trained with.", False)
     causal: bool = key(
         "result",
-        "Whether a token attends only to itself and those before it. false: to all places, padding included, "
-        "as SigLIP was trained.",
+        "Whether a token attends only to itself and those before it. false: to all positions, padding "
+        "included, as SigLIP was trained.",
         True,
     )
-    pool: Literal["last", "first", "last_place"] = key(
+    pool: Literal["last", "first", "last_position"] = key(
         "result",
-        "Pooling: the last token that is not padding, the first, or the last place, padding or not (SigLIP).",
+        "Pooling: the last token that is not padding, the first, or the last position, padding or not "
+        "(SigLIP).",
         "last",
     )
     norm_eps: Float = key(
