@@ -110,6 +110,15 @@ def evaluated(run: Run, attempt: int, steps: Sequence[int], *, best: float = 0.8
         files.write_json(run.evals / f"step-{step:08d}.json", document)
 
 
+def long(folder: Path, steps: int) -> Run:
+    """A run of one attempt with a logged line for each of so many steps."""
+    run = made(folder / "runs" / "long-00000000", {"optim": {"lr": 1e-3}}, {"plan": {"total_steps": steps}})
+    attempt, part = claimed(run, 0), 100_000
+    for begin in range(0, steps, part):
+        trained(attempt, range(begin + 1, min(begin + part, steps) + 1), 10 + begin, lr=1 / steps)
+    return run
+
+
 def details(run: Run, step: int, *, caption: str = "a red field", shard: str = "00000.tar") -> None:
     """What there is to see of the evaluation at a step: one query that failed and one found, each way."""
 
