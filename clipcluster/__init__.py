@@ -1,4 +1,4 @@
-"""clipcluster from Python: `load` a trained model, read a recipe's shards by `webdataset`.
+"""clipcluster from Python: `submit` a recipe, `load` a trained model, read a recipe's shards by `webdataset`.
 
 Importing it loads neither torch nor webdataset; docs/python.md has examples.
 """
@@ -10,7 +10,16 @@ if TYPE_CHECKING:
     from clipcluster.build.loaded import load as load
     from clipcluster.data.loading.stream import webdataset as webdataset
 
-_PLACES = {"load": "clipcluster.build.loaded", "webdataset": "clipcluster.data.loading.stream"}
+_PLACES = {
+    "load": "clipcluster.build.loaded",
+    "webdataset": "clipcluster.data.loading.stream",
+    # of the floor above, by name alone: training needs no cluster
+    "submit": "jobs.api",
+    "submission": "jobs.api",
+    "convert": "jobs.api",
+    "evaluate": "jobs.api",
+    "export": "jobs.api",
+}
 
 
 def __getattr__(name: str) -> Any:

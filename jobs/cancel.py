@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Sequence
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
@@ -12,6 +13,23 @@ from clipcluster.runtime.job_id import local_job_runs
 from jobs.state import Queue, evaluations_of, state_of
 from jobs.submissions import adopt, job_ids, record, unanswered
 from tools.slurm import SlurmRefused, SlurmUnavailable
+
+
+def cancel_all(runs: Sequence[Run], queue: Queue) -> list[str]:
+    """End runs, those that wait first, so that none starts meanwhile; returns what was done, a line each.
+
+    Raises UserError where jobs cannot be ended from here, once all others are.
+    """
+    waiting = [run for run in runs if state_of(run, queue).name == "PENDING"]
+    done, refused = [], []
+    for run in [*waiting, *(run for run in runs if run not in waiting)]:
+        try:
+            done.append(cancel(run, queue))
+        except UserError as refusal:
+            refused.append(str(refusal))
+    if refused:
+        raise UserError("\n".join([*refused, *done]))
+    return done
 
 
 def cancel(run: Run, queue: Queue) -> str:
@@ -38,6 +56,11 @@ def _cancel(run: Run, queue: Queue) -> str:
         return f"{run.name} is {state}: nothing to cancel"
     if state.name == "SUBMITTING":
         raise UserError(f"{run.name} is {state}. Cancel it in a minute: until then its job may appear.")
+    intent = unanswered(run)
+    if intent is not None and intent.waits:
+        record(run, intent, refused="cancelled")
+        run.mark_cancelled(job_ids(run))
+        return f"{run.name}: cancelled before its turn came"
     if state.job:
         adopt(run, state.job)
     jobs = job_ids(run)

@@ -10,6 +10,7 @@ folder holds the code the tasks run, their logs and their claims.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from tools.convert.plan import Plan, Settings, Shard
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 FOLDER = "convert-jobs"
-_JOB = "job.json"
+JOB = "job.json"
 _CLAIMS = "claims"
 _TIME_IS_UP = "SIGUSR1"
 _LEAD_SECONDS = 60  # before the time limit: SLURM keeps limits by the minute
@@ -164,15 +165,15 @@ def submit(job: ConvertJob, cluster: Cluster, jobs: int) -> list[str]:
         (folder / _CLAIMS).mkdir(parents=True)
         code = snapshot.take(folder)
         members = min(jobs, len(plan.shards))
-        files.write_json(folder / _JOB, {"jobs": []})
+        files.write_json(folder / JOB, {"jobs": []})
         ids = launch.queue([job] * members, _parameters(cluster, job.out, code), folder / "submitit")
-        files.write_json(folder / _JOB, {"jobs": ids})
+        files.write_json(folder / JOB, {"jobs": ids})
     return ids
 
 
 def refuse_running(out: Path) -> None:
     """UserError if SLURM still shows a job of the conversion into `out`, or cannot be asked about one."""
-    known = files.read_object(out / FOLDER / _JOB, jobs=list)
+    known = files.read_object(out / FOLDER / JOB, jobs=list)
     if known is None:
         return
     try:
@@ -198,7 +199,9 @@ def _parameters(cluster: Cluster, out: Path, code: Path) -> dict[str, Any]:
         cluster,
         name=f"convert-{out.name}",
         comment=str(out),
-        setup=script.setup(cluster, code, "-m jobs.convert", logs=out / FOLDER / "submitit"),
+        setup=script.setup(
+            cluster, shlex.quote(str(code)), "-m jobs.convert", logs=out / FOLDER / "submitit"
+        ),
         lead=min(_LEAD_SECONDS, int(cluster.time.minutes * 20)),
     )
 

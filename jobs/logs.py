@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
+from jobs.submissions import job_ids, log_folder
 
 LOOK_SECONDS = 0.5
 
@@ -28,11 +29,18 @@ def log_files(run: Run, *, rank: int = 0, attempt: int | None = None) -> list[Pa
                 f"attempt {chosen.number} of {run.name} has no rank {rank}; its ranks: 0 to {ranks[-1]}"
             )
     # where no rank came to its own file: what submitit, srun and the batch script wrote
-    pattern = f"{chosen.job}_*_log.err" if chosen else "*_log.err"
-    found = [path for path in sorted(run.submitit.glob(pattern)) if path.stat().st_size]
+    found = [path for path in _of_jobs(run, chosen.job if chosen else None) if path.stat().st_size]
     if not found:
         raise UserError(f"{run.name} has printed nothing yet; see: clipcluster status {run.name}")
     return found
+
+
+def _of_jobs(run: Run, job: str | None) -> list[Path]:
+    """submitit's files of one job of the run, or of all."""
+    if job is not None:
+        return sorted(log_folder(run, job).glob(f"{job}_*_log.err"))
+    shared = [one for one in job_ids(run) if log_folder(run, one) != run.submitit]
+    return [*sorted(run.submitit.glob("*_log.err")), *(path for one in shared for path in _of_jobs(run, one))]
 
 
 def stream(paths: Callable[[], list[Path]], ended: Callable[[], bool]) -> Iterator[str]:
@@ -49,6 +57,26 @@ def stream(paths: Callable[[], list[Path]], ended: Callable[[], bool]) -> Iterat
                 content = file.read()
             read[path] = read.get(path, 0) + len(content)
             yield content.decode(errors="replace")
+        if last:
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def stream_all(
+    runs: Sequence[Run], files: Callable[[Run], list[Path]], ended: Callable[[], bool]
+) -> Iterator[tuple[Run, str]]:
+    """What several runs write, until `ended()`, each part with its run; `files` are those of a run now."""
+    read: dict[Path, int] = {}
+    while True:
+        last = ended()
+        for run in runs:
+            for path in files(run):
+                with path.open("rb") as file:
+                    file.seek(read.get(path, 0))
+                    content = file.read()
+                read[path] = read.get(path, 0) + len(content)
+                if content:
+                    yield run, content.decode(errors="replace")
         if last:
             return
         time.sleep(LOOK_SECONDS)

@@ -16,7 +16,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import history
-from jobs.submissions import Intent, job_ids, unanswered
+from jobs.submissions import Intent, gave_up_waiting, job_ids, log_folder, unanswered
 from tools.slurm import QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
 
 ENDED = frozenset({"FINISHED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "LOST", "NEW"})
@@ -73,8 +73,11 @@ class Queue:
         """A job that waits, runs or is completing."""
         return (self._jobs or {}).get(job_id)
 
-    def jobs_of(self, run: Run) -> list[str]:
-        """The jobs that carry the run's name and, as their comment, its folder."""
+    def jobs_of(self, run: Run, intent: Intent) -> list[str]:
+        """The jobs of a launch: the member of its array, else those with the run's name and folder."""
+        if intent.task is not None:
+            ids = (job.job_id for job in (self._jobs or {}).values() if job.comment == intent.comment)
+            return [job_id for job_id in ids if job_id.endswith(f"_{intent.task}")]
         folder = os.path.realpath(run.path)
         return [
             job.job_id
@@ -111,6 +114,10 @@ def state_of(run: Run, queue: Queue) -> State:
     job = _live(run, queue, intent)
     if job is not None:
         return _while_queued(run, queue, job, newest if newest and newest.job == job else None)
+    if intent is not None and intent.waits:
+        return State("PENDING", "waits for its turn on this machine", queued=True)
+    if intent is not None and intent.waits_elsewhere:
+        return State("UNKNOWN", f"waits for its turn on {intent.host}, which cannot be asked here")
     if intent is not None and not intent.settled:
         return State("SUBMITTING", f"on {intent.host}; its job is not known yet", queued=True)
     if intent is not None and intent.executor == "slurm" and queue.silent:
@@ -127,7 +134,7 @@ def _live(run: Run, queue: Queue, intent: Intent | None) -> str | None:
         if local_job_runs(job) if job.startswith("local-") else queue.job(job):
             return job
     if intent is not None and intent.executor == "slurm":
-        return next(reversed(queue.jobs_of(run)), None)
+        return next(reversed(queue.jobs_of(run, intent)), None)
     return None
 
 
@@ -175,6 +182,10 @@ def _by_outcome(attempt: Attempt) -> State | None:
 def _gone(run: Run, queue: Queue, newest: Attempt | None) -> State:
     """The state of a run whose job is in no queue and that no verdict ended."""
     jobs = job_ids(run)
+    refused = gave_up_waiting(run)
+    if not jobs and refused:
+        detail = "before its turn came" if refused == "cancelled" else refused
+        return State("CANCELLED", detail, code=Outcome.CANCELLED)
     if not jobs:
         return State("NEW", "nothing was submitted yet")
     job = jobs[-1]
@@ -191,11 +202,11 @@ def _gone(run: Run, queue: Queue, newest: Attempt | None) -> State:
             return State("UNKNOWN", f"job {job} of SLURM, which cannot be asked here", job=job)
         ended = queue.afterwards(job) or ""
         if ended.startswith("CANCELLED"):
-            return State("CANCELLED", job=job, code=Outcome.CANCELLED)
+            return State("CANCELLED", "" if newest else "before it started", job=job, code=Outcome.CANCELLED)
         if ended == "TIMEOUT":
             return State("TIMEOUT", "the ranks outlived the time limit", _RESUBMIT, job, code=1)
     where = f"attempt {newest.number}" if newest else "it never claimed the run"
-    log = run.submitit / f"{job}_0_log.err"
+    log = log_folder(run, job) / f"{job}_0_log.err"
     detail = f"job {job} ended without recording an outcome: {where}"
     return State("LOST", detail, f"{_RESUBMIT} Its log: {log}" if log.exists() else _RESUBMIT, job, code=1)
 

@@ -9,10 +9,13 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
+from clipcluster.runs.sweeps import array_folder, membership
+from clipcluster.runtime.job_id import local_job_runs
 
 FILE = "jobs.jsonl"
 SETTLE_SECONDS = 60.0  # how long after its intent a job may still appear although its submitter died
@@ -20,24 +23,43 @@ SETTLE_SECONDS = 60.0  # how long after its intent a job may still appear althou
 
 @dataclass(frozen=True)
 class Intent:
-    """A launch that was begun: its token, the executor ("slurm", "local"), `time` in seconds since 1970."""
+    """A launch that was begun: its token, the executor ("slurm", "local"), `time` in seconds since 1970.
+
+    Of a member of an array the `task`, its number there, and the `comment` of the array's job. Of a run that
+    waits for its turn on this machine `queue`, the job id of the process that will start it.
+    """
 
     launch: str
     executor: str
     code: str
     host: str
     time: float
+    comment: str = ""
+    task: int | None = None
+    queue: str = ""
 
     @property
     def settled(self) -> bool:
         """Whether a job of this launch would be known by now."""
+        if self.queue:
+            return not self.waits
         return time.time() - self.time > SETTLE_SECONDS
 
+    @property
+    def waits(self) -> bool:
+        """Whether a process of this machine will start the run when its turn comes."""
+        return bool(self.queue and local_job_runs(self.queue))
 
-def intend(run: Run, executor: str, code: str) -> Intent:
-    """Record, durably, that a job is about to be launched."""
+    @property
+    def waits_elsewhere(self) -> bool:
+        """Whether a process of another machine may do so, which cannot be asked here."""
+        return bool(self.queue) and local_job_runs(self.queue) is None
+
+
+def intend(run: Run, executor: str, code: str, **more: Any) -> Intent:
+    """Record, durably, that a job is about to be launched; `more` are other fields of the intent."""
     run.submitit.mkdir(exist_ok=True)
-    intent = Intent(secrets.token_hex(4), executor, code, socket.gethostname(), round(time.time(), 3))
+    intent = Intent(secrets.token_hex(4), executor, code, socket.gethostname(), round(time.time(), 3), **more)
     record(run, intent)
     files.fsync_folder(run.submitit)
     return intent
@@ -67,6 +89,23 @@ def job_ids(run: Run) -> list[str]:
         if line.get("job"):
             latest[line["job"]] = max(line.get("time", 0.0), latest.get(line["job"], 0.0))
     return sorted(latest, key=lambda job: latest[job])
+
+
+def gave_up_waiting(run: Run) -> str | None:
+    """Why the run, which waited for its turn on this machine, was not started; None where it was or waits."""
+    lines = files.read_lines(run.submitit / FILE)
+    return lines[-1].get("refused") if lines and lines[-1].get("queue") else None
+
+
+def queues(run: Run) -> set[str]:
+    """The processes of this machine that ever had the run wait for its turn, as job ids."""
+    return {line["queue"] for line in files.read_lines(run.submitit / FILE) if line.get("queue")}
+
+
+def log_folder(run: Run, job: str) -> Path:
+    """Where submitit's files of a job are: in the run's folder, of a member of an array in its sweep's."""
+    sweep = None if job.startswith("local-") or "_" not in job else membership(run)
+    return array_folder(sweep["sweep"], run.path.parent) / "submitit" if sweep else run.submitit
 
 
 def unanswered(run: Run) -> Intent | None:

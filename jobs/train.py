@@ -9,6 +9,7 @@ from clipcluster.runtime.outcome import Outcome, leave
 from clipcluster.runtime.stop import Stop
 
 TRAINEE = "clipcluster.run:train"
+EVALUATOR = "clipcluster.run:evaluate_owed"  # what a job of an evaluation runs in place of it
 
 
 class TrainJob:

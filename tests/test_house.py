@@ -41,6 +41,9 @@ TORCH_FREE = [
     "clipcluster.export.export",
     "jobs.init",
     "jobs.report.report",
+    "jobs.api",
+    "jobs.submit.waiting",
+    "jobs.steps",
 ]
 
 

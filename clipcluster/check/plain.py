@@ -15,7 +15,7 @@ from clipcluster.errors import UserError
 from clipcluster.evals import prompts
 from clipcluster.evals.headline import named_sets
 from clipcluster.recipe.load import Loaded, load, result_keys
-from clipcluster.recipe.plan import Plan, plan_for_nodes
+from clipcluster.recipe.plan import Plan, plan_for_nodes, usable_nodes
 from clipcluster.recipe.rates import describe_rates
 from clipcluster.recipe.sections.checks import CheckName, Checks
 from clipcluster.recipe.sections.data import Source
@@ -30,6 +30,7 @@ from clipcluster.recipe.sections.model import (
     TimmImageTower,
 )
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.sweep import Member
 from clipcluster.recipe.tasks import METRICS, RAW, TASKS
 from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.folder import Run
@@ -90,16 +91,31 @@ class Checked(Findings):
     Attributes:
         plan: None where the data or the arithmetic failed.
         unchecked: keys that only the deep check or the hub can check, each with the reason.
+        awaited: what other jobs make before the run starts; what lies there is not looked at yet.
     """
 
     loaded: Loaded
     plan: Plan | None = None
     unchecked: list[str] = field(default_factory=list)
+    awaited: Sequence[Path] = ()
 
     @property
     def recipe(self) -> Recipe:
         """The recipe, its paths absolute."""
         return self.loaded.recipe
+
+    @property
+    def world_size(self) -> int:
+        """The ranks of the run, with the most nodes that it may be granted."""
+        if self.plan is not None:
+            return self.plan.world_size
+        cluster = self.recipe.cluster
+        return usable_nodes(self.recipe, cluster.nodes.most) * cluster.ranks_per_node
+
+    def is_awaited(self, path: object) -> bool:
+        """Whether other jobs make this path, or the folder around it, before the run starts."""
+        here = Path(os.path.abspath(str(path)))
+        return any(here == made or made in here.parents for made in self.awaited)
 
 
 def check(
@@ -108,17 +124,26 @@ def check(
     *,
     site: str | None = None,
     runs: Path | None = None,
+    member: Member | None = None,
+    awaited: Sequence[Path] = (),
 ) -> Checked:
     """Check a recipe without torch: the recipe, files, indexes, arithmetic.
 
     Args:
-        path, overrides, site: as of `load`.
+        path, overrides, site, member: as of `load`.
         runs: the folder of runs; what an earlier submission of the same run fetched is found there.
+        awaited: what other jobs make before the run starts (absolute): not looked at. With data among it
+            there is no plan.
 
     Raises:
         UserError: the recipe itself cannot be read. What is found later is in the result's `errors`.
     """
-    checked = Checked(loaded=load(path, overrides, site=site))
+    checked = Checked(loaded=load(path, overrides, site=site, member=member), awaited=awaited)
+    checked.unchecked += [
+        f"{key} ({path} is made first)"
+        for key, path in checked.loaded.paths.items()
+        if checked.is_awaited(path)
+    ]
     _check_files(checked)
     _check_starts(checked)
     _check_names(checked, runs or Path())
@@ -127,6 +152,8 @@ def check(
     _check_best(checked)
     if samples is not None:
         _check_plans(checked, samples)
+    elif not checked.errors:
+        checked.attempt("", usable_nodes, checked.recipe, checked.recipe.cluster.nodes.most)
     _check_optimizer(checked)
     workers, cores = checked.recipe.data.workers, checked.recipe.cluster.cpus_per_task
     if workers > cores:
@@ -151,7 +178,8 @@ def _check_optimizer(checked: Checked) -> None:
 def _check_files(checked: Checked) -> None:
     """Weights, tokenizers and configurations given as paths exist."""
     for key, path in checked.loaded.paths.items():
-        if key.startswith(("model.", "data.text.", "distill.")) and not os.path.exists(path):
+        mine = key.startswith(("model.", "data.text.", "distill."))
+        if mine and not os.path.exists(path) and not checked.is_awaited(path):
             folder = Path(path).parent
             only_folders = key.endswith(".run")
             entries = (entry for entry in folder.glob("*") if entry.is_dir() or not only_folders)
@@ -175,10 +203,12 @@ def _check_starts(checked: Checked) -> None:
     for place, model in models.items():
         checked.warnings += [f"{loaded.place(f'{place}.{key}')}: {said}" for key, said in _idle_keys(model)]
     for number, given in enumerate(checked.recipe.distill.teachers if checked.recipe.distill else ()):
-        if isinstance(given, RunTeacher) and os.path.exists(given.run):
+        if not isinstance(given, RunTeacher) or checked.is_awaited(given.run):
+            continue
+        if os.path.exists(given.run):
             checked.attempt(loaded.place(f"distill.teachers.{number}.run"), run_and_recipe, Path(given.run))
     for key, path in loaded.paths.items():
-        if not key.startswith(("model.", "distill.")):
+        if not key.startswith(("model.", "distill.")) or checked.is_awaited(path):
             continue
         if _never_saved(Path(path)):
             checked.errors.append(
@@ -226,7 +256,7 @@ def _idle_keys(model: Model) -> Iterator[tuple[str, str]]:
 def _check_names(checked: Checked, runs: Path) -> None:
     """Check the names of towers, tokenizer and optimizer by files on this machine; note what these lack."""
     loaded, recipe = checked.loaded, checked.recipe
-    assets = Run(runs / run_name(recipe.name, result_keys(loaded))).assets
+    assets = Run(runs / run_name(loaded.title, result_keys(loaded))).assets
     checks: NameChecks = {
         "optim.name": partial(names.check_optimizer, recipe.optim.name),
         **_named(recipe, "", "data.text", assets),
@@ -265,6 +295,8 @@ def _check_sources(checked: Checked) -> int | None:
     opened: list[Dataset] = []
     recipe, needed = checked.recipe, TASKS[checked.recipe.task]
     for number, source in enumerate(recipe.data.train):
+        if any(checked.is_awaited(path) for path in _shards_of(source)):
+            continue
         place = checked.loaded.place(f"data.train.{number}.shards")
         shards = checked.attempt(place, open_indexed, source, needed.captions)
         if shards is not None:
@@ -278,6 +310,10 @@ def _check_sources(checked: Checked) -> int | None:
             checked.attempt("", check_classes, count, opened)
     checked.attempt("data.cache", _check_cache, checked, opened)
     return checked.attempt("", lambda: sampler_of(checked.recipe, opened).samples)
+
+
+def _shards_of(source: Source) -> Sequence[str]:
+    return (source.shards,) if isinstance(source.shards, str) else source.shards
 
 
 def _check_members(shards: Dataset, recipe: Recipe) -> None:
@@ -332,6 +368,8 @@ def _check_evaluations(checked: Checked) -> None:
         for number, entry in enumerate(getattr(evaluate, kind)):
             key = loaded.place(f"evaluate.{kind}.{number}")
             for folder in folders_of(entry):
+                if checked.is_awaited(folder):
+                    continue
                 shards = checked.attempt(key, open_indexed, Source(shards=folder), kind == "retrieval")
                 if shards is not None and kind == "zero_shot":
                     checked.attempt(key, _check_classes, shards, key, entry, checked)
@@ -345,7 +383,10 @@ def _check_same_classes(shards: Dataset, key: str, checked: Checked) -> None:
     """A class number is one of the model's and means the same in an evaluation, as far as both name them."""
     from clipcluster.data.shards.classes import check_measured
 
-    trained = open_indexed(checked.recipe.data.train[0], False).classnames
+    first = checked.recipe.data.train[0]
+    if any(checked.is_awaited(path) for path in _shards_of(first)):
+        return
+    trained = open_indexed(first, False).classnames
     named, count = shards.classnames, checked.recipe.model.classes or len(trained or ())
     if count:  # else it is an error of the training data
         checked.attempt(key, check_measured, count, shards)

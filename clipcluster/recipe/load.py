@@ -25,8 +25,10 @@ from clipcluster.recipe.sections.base import (
     sections_of,
     walk,
 )
+from clipcluster.recipe.sections.chain import Chain
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.sweep import SECTION, Member, Sweep, read_sweep
 from clipcluster.recipe.tree import (
     COMMAND_LINE,
     Entry,
@@ -41,6 +43,8 @@ from clipcluster.recipe.tree import (
     tree_of,
 )
 
+_CHAIN = ("first", "then")  # sections that are no part of the run itself
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -51,12 +55,19 @@ class Loaded:
         written: the same with the paths as they were written; it names the run.
         paths: dotted path of a key -> its absolute path here, or its address (hub names are absent).
         tree: every entry with the place where it was written.
+        label: of a member of a sweep, what its name says of the keys that differ.
     """
 
     recipe: Recipe
     written: Recipe
     paths: dict[str, str]
     tree: Entry
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """The first part of the run's name, before the digits of the hash."""
+        return f"{self.recipe.name}-{self.label}" if self.label else self.recipe.name
 
     def place(self, key: str) -> str:
         """Where a key was written (``recipes/x.yaml:12: optim.lr``), for messages of later checks."""
@@ -69,6 +80,7 @@ def load(
     environ: Mapping[str, str] = os.environ,
     *,
     site: str | None = None,
+    member: Member | None = None,
 ) -> Loaded:
     """Read a recipe, its parents, a site profile and the command line's overrides.
 
@@ -77,17 +89,101 @@ def load(
         overrides: ``a.b.0.c=value``, the value in YAML.
         environ: the environment for ``${NAME}``.
         site: name of the site profile; default the user's, if there is exactly one.
+        member: the run of the recipe's sweep.
 
     Raises:
-        UserError: all errors, each with file, line, dotted path and what is allowed.
+        UserError: all errors, each with file, line, dotted path and what is allowed; a sweep of which no
+            member was chosen.
     """
+    file, tree, section = _read(path, overrides, environ, site)
+    if member is not None:
+        tree = _as_member(tree, member)
+    elif section is not None:
+        count = len(read_sweep(section, environ).members)
+        raise UserError(
+            section.origin.problem(SECTION, f"a sweep of {count} runs; {SECTION}=null makes it one run")
+        )
+    paths: dict[str, str] = {}
+    recipe = validated(tree, environ, shown(file), Recipe, paths)
+    written = Recipe.model_validate(values(tree, environ, {}))
+    return Loaded(recipe, written, paths, tree, member.label if member else "")
+
+
+def load_sweep(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    *,
+    site: str | None = None,
+) -> Sweep | None:
+    """The sweep that a recipe describes, or None; arguments as of `load`, which reads each member.
+
+    Raises:
+        UserError: the files, the overrides or the section cannot be read.
+    """
+    _, _, section = _read(path, overrides, environ, site)
+    return None if section is None else read_sweep(section, environ)
+
+
+def load_chain(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    *,
+    site: str | None = None,
+) -> Chain:
+    """What a recipe says of what comes first and what follows; arguments as of `load`. Paths are absolute.
+
+    Raises:
+        UserError: the files or the overrides cannot be read, or one of the two sections is not valid.
+    """
+    file = existing(Path(path))
+    tree = _with_overrides(with_parents(file, environ), overrides)
+    both = {name: tree.entries[name] for name in _CHAIN if name in tree.entries}
+    chain = validated(Entry(both, tree.origin), environ, shown(file), Chain)
+    return chain.model_copy(
+        update={name: tuple(_absolute(one) for one in getattr(chain, name)) for name in _CHAIN}
+    )
+
+
+def _absolute(part: Section) -> Section:
+    """A part of a chain with the paths that it writes and reads made absolute."""
+    found: dict[str, Any] = {}
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if extra_of(field).get("path") == "path":
+            made = [os.path.abspath(os.path.expanduser(one)) for one in _texts(value)]
+            found[name] = made[0] if isinstance(value, str) else tuple(made)
+    return part.model_copy(update=found)
+
+
+def _texts(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _read(
+    path: str | Path, overrides: Sequence[str], environ: Mapping[str, str], site: str | None
+) -> tuple[Path, Entry, Entry | None]:
+    """The file, its tree with parents, site profile and overrides, and apart from it the section `sweep`."""
     file = existing(Path(path))
     tree = with_parents(file, environ)
     profile = find_site(site, environ)
     tree = _with_overrides(merge(profile, tree) if profile else tree, overrides)
-    paths: dict[str, str] = {}
-    recipe = validated(tree, environ, shown(file), Recipe, paths)
-    return Loaded(recipe, Recipe.model_validate(values(tree, environ, {})), paths, tree)
+    section = tree.entries.pop(SECTION, None)
+    for name in _CHAIN:
+        tree.entries.pop(name, None)
+    return file, tree, section if section is not None and section.value is not None else None
+
+
+def _as_member(tree: Entry, member: Member) -> Entry:
+    """The tree with a member's values. UserError for one that the command line gives, too."""
+    for key, value in member.values.items():
+        there = find(tree, loc_of(key))
+        if there is not None and there.origin.override is not None:
+            message = f"swept; give {SECTION}.{key}=[…], or {SECTION}=null for one run"
+            raise UserError(there.origin.problem("", message))
+        tree = assign(tree, key.split("."), value)
+    return tree
 
 
 def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] = os.environ) -> Recipe:

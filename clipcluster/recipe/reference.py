@@ -39,6 +39,12 @@ def schema() -> dict[str, Any]:
         entry["properties"] = {name: _for_editors(value) for name, value in entry["properties"].items()}
     made["properties"] = {
         "extends": {"type": "string", "description": "Another recipe that this one starts from."},
+        "sweep": {
+            "type": ["object", "null"],
+            "description": "Keys with several values each: every combination is a run of its own.",
+        },
+        "first": {"type": "array", "description": "What must be finished before the run starts."},
+        "then": {"type": "array", "description": "What follows once the run has finished."},
         **made["properties"],
     }
     # A recipe that extends another need not say everything itself.

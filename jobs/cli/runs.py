@@ -11,10 +11,20 @@ from typing import Annotated, Any, Literal
 import typer
 
 from clipcluster.errors import UserError
-from clipcluster.runs.names import all_runs, as_typed, find_run, runs_folder
+from clipcluster.runs.names import all_runs, as_typed, runs_folder
+from clipcluster.runs.sweeps import find_runs
 from jobs.cli.export import export
 from jobs.cli.options import AnyModel, AsJson, Runs, Weights, console, print_document, say, show
 from jobs.cli.search import search
+from jobs.cli.sweeps import (
+    all_of,
+    awaited_by,
+    cancel_conversions,
+    check_sweep,
+    compare,
+    logs_of_all,
+    say_sweep,
+)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -23,7 +33,10 @@ Overrides = Annotated[
 ]
 Site = Annotated[str | None, typer.Option("--site", metavar="NAME", help="The site profile.")]
 OneRun = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's folder, its name, or a unique beginning of its name.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run's folder, its name, or a unique beginning of its name; or a sweep's name."
+    ),
 ]
 
 
@@ -39,13 +52,16 @@ def check(
     from clipcluster.check import plain
     from jobs.submit import executor
 
-    checked = plain.check(recipe, overrides or [], site=site, runs=runs_folder())
+    awaited, given = awaited_by(recipe, overrides or [], site)
+    overrides = [*(overrides or []), *given]
+    if check_sweep(recipe, overrides, site, awaited, deep):
+        return
+    checked = plain.check(recipe, overrides, site=site, runs=runs_folder(), awaited=awaited)
     checked.raise_errors()
-    if deep:
+    if deep and not awaited:
         from clipcluster.check import deep as deep_check
 
-        ranks = checked.plan.world_size if checked.plan else 1
-        found = deep_check.check(checked.recipe, world_size=ranks)
+        found = deep_check.check(checked.recipe, world_size=checked.world_size)
         found.raise_errors()
         checked.summary += found.summary
         checked.warnings += found.warnings
@@ -104,31 +120,32 @@ def submit(
     runs: Runs = None,
 ) -> None:
     """Start a run, or resume it: the same recipe always means the same run."""
-    from jobs.submit import submit as submission
+    from jobs import api
 
-    submitted = submission.submit(
-        submission.Wanted(
-            recipe=recipe,
-            overrides=overrides or [],
-            runs=runs_folder(runs),
-            site=site,
-            executor=executor,
-            follow=follow,
-            dry_run=dry_run,
-            quick=quick,
-            say=say,
-        )
+    submitted = api.submit(
+        recipe,
+        overrides or [],
+        runs=runs,
+        site=site,
+        executor=executor,
+        follow=follow,
+        dry_run=dry_run,
+        quick=quick,
+        say=say,
     )
     if dry_run:
         return
-    if follow:
+    if len(submitted.runs) > 1:
+        say_sweep(submitted, follow)
+    elif follow:
         from jobs import follow as following
 
-        raise typer.Exit(following.follow(submitted.run, console()))
-    if submitted.job is not None:
-        say(f"run folder: {submitted.run.path}")
-        say(f"  clipcluster logs -f {as_typed(submitted.run)}")
-        say(f"  clipcluster status {as_typed(submitted.run)}")
+        raise typer.Exit(following.follow(submitted.runs[0], console()))
+    elif submitted.jobs or submitted.first:
+        typed = as_typed(submitted.runs[0])
+        say(f"run folder: {submitted.path}")
+        say(f"  clipcluster logs -f {typed}")
+        say(f"  clipcluster status {typed}")
 
 
 def status(
@@ -143,7 +160,7 @@ def status(
     folder = runs_folder(runs)
 
     def look() -> list[dict[str, Any]]:
-        chosen = [find_run(name, folder) for name in names] if names else all_runs(folder)
+        chosen = all_of(names, folder, chains=True) if names else all_runs(folder)
         queue = state.Queue()
         return [state.report(run, queue) for run in chosen]
 
@@ -188,7 +205,11 @@ def logs(
     from jobs import logs as printing
     from jobs.state import Watched
 
-    found = find_run(run, runs_folder(runs))
+    members = find_runs(run, runs_folder(runs))
+    if len(members) > 1:
+        logs_of_all(members, rank, attempt, following)
+        return
+    found = members[0]
     watched = Watched(found)
     first = printing.log_files(found, rank=rank, attempt=attempt)
 
@@ -222,6 +243,9 @@ def metrics(
     plot: Annotated[
         bool, typer.Option("--plot", help="Plot the columns (default: loss) on the terminal.")
     ] = False,
+    best: Annotated[
+        str | None, typer.Option("--by", metavar="METRIC", help="Of a sweep: the best members by it first.")
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE", help="Plot them into a .png, .pdf or .svg.")
     ] = None,
@@ -229,16 +253,22 @@ def metrics(
     as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSON, one line a step.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Print the metrics of all attempts as one table; of a long run a selection of its steps."""
+    """Print the metrics of all attempts as one table; of a long run a selection of its steps.
+
+    Of a sweep, a line for each member with the last value of each metric.
+    """
     from jobs import metrics as printing
 
     forms = {"--csv": as_csv, "--jsonl": as_jsonl, "--plot": plot, "--picture": picture is not None}
     given = [name for name, wanted in forms.items() if wanted]
     if len(given) > 1:
         raise UserError(f"metrics: {' and '.join(given)} were given; give one of them")
-    found = find_run(run, runs_folder(runs))
+    members = find_runs(run, runs_folder(runs))
+    found, wanted = members[0], [name.strip() for name in names.split(",") if name.strip()]
+    if len(members) > 1 or best is not None:
+        compare(members, wanted, best, [*given, *(["--every"] if every else [])])
+        return
     lines = printing.lines_of(found, every=every)
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
     if as_csv or as_jsonl:
         printing.write(lines, printing.columns(lines, wanted), sys.stdout, kind="csv" if as_csv else "jsonl")
     elif picture is not None:
@@ -260,13 +290,13 @@ def cancel(
     runs: Runs = None,
 ) -> None:
     """End runs: they are not requeued. Submitting one again resumes it from its last checkpoint."""
-    from jobs.cancel import cancel as end
+    from jobs.cancel import cancel_all as end
     from jobs.state import Queue
 
     folder = runs_folder(runs)
-    queue = Queue()
-    for run in [find_run(name, folder) for name in names]:
-        say(end(run, queue))
+    for line in end(all_of(names, folder, chains=True), Queue()):
+        say(line)
+    cancel_conversions(names, folder)
 
 
 def evaluate(
@@ -306,7 +336,7 @@ def report(
     from jobs.state import Queue
 
     folder = runs_folder(runs)
-    chosen = {found.path.resolve(): found for found in (find_run(name, folder) for name in names)}
+    chosen = {found.path.resolve(): found for found in all_of(names, folder)}
     size = write(list(chosen.values()), out, Queue())
     say(f"wrote {out} ({max(1, size // 1000):,} kB): open it in a browser")
 

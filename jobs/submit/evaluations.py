@@ -28,9 +28,9 @@ from jobs.state import Queue, State, state_of
 from jobs.submissions import submissions
 from jobs.submit import launch, parameters
 from jobs.submit.recorded import launched
+from jobs.train import EVALUATOR
 from tools.slurm import Slurm
 
-TRAINEE = "clipcluster.run:evaluate_owed"
 LOOK_SECONDS, LOCAL_LOOK_SECONDS = 3.0, 0.5  # between two looks at what is owed
 ASK_SECONDS = 60.0  # between two questions about jobs that are known
 LAUNCHES = 3  # of one evaluation whose jobs left no verdict
@@ -121,7 +121,7 @@ def _launch(owed: Owed) -> str:
         Run.create(owed.job.path, run.recipe(), {**settings, "cluster": cluster.model_dump(mode="json")})
     executor = settings["executor"]
     grace = parameters.grace_seconds(cluster, Slurm() if executor == "slurm" else None)
-    code, trainee = run.path / str(settings["code"]), settings.get("evaluator", TRAINEE)
+    code, trainee = run.path / str(settings["code"]), settings.get("evaluator", EVALUATOR)
     return launched(owed.job, cluster, code, executor, grace=grace, trainee=trainee, say=say)
 
 
@@ -141,7 +141,7 @@ def resume(run: Run, tell: Callable[[str], None], *, watched: bool) -> None:
         if settings["executor"] == "slurm":
             start(run, ready)
         elif settings["executor"] == "local" and not watched:
-            launch.detached(run, run.path / str(settings["code"]), __name__, str(run.path), "finish")
+            launch.detached(run.submitit, run.path / str(settings["code"]), __name__, str(run.path), "finish")
     except (UserError, OSError) as refusal:
         tell(f"not started: {refusal}")
 

@@ -43,15 +43,38 @@ def on_slurm(
     trainee: str = TRAINEE,
     used: Callable[[int], int] = lambda granted: granted,
     evaluations: bool = False,
+    after: Sequence[str] = (),
 ) -> str:
     """Submit the job of a run that runs the code in `code`; returns its id.
 
-    `evaluations`: its script starts what the training leaves to jobs of their own. Raises UserError with
-    SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
+    `evaluations`: its script starts what the training leaves to jobs of their own. `after`: jobs that must
+    end well before. Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have
+    accepted.
     """
     job = _write_job(run, trainee)
-    chosen = parameters.of_run(cluster, run, code, grace=grace, used=used, evaluations=evaluations)
+    chosen = parameters.of_run(
+        cluster, run, code, grace=grace, used=used, evaluations=evaluations, after=after
+    )
     return queue([job], chosen, run.submitit)[0]
+
+
+def array_on_slurm(
+    cluster: Cluster,
+    runs: Sequence[tuple[Run, Path]],
+    array: parameters.Array,
+    *,
+    grace: float,
+    trainee: str = TRAINEE,
+    used: Callable[[int], int] = lambda granted: granted,
+    evaluations: bool = False,
+    after: Sequence[str] = (),
+) -> list[str]:
+    """Submit the jobs of several runs as one array; returns their ids. Arguments and errors as `on_slurm`."""
+    jobs = [_write_job(run, trainee) for run, _ in runs]
+    chosen = parameters.of_array(
+        cluster, runs, array, grace=grace, used=used, evaluations=evaluations, after=after
+    )
+    return queue(jobs, chosen, array.logs)
 
 
 def refuse_patterns(logs: Path) -> None:
@@ -149,12 +172,15 @@ def locally(
         evaluations=evaluations,
     )
     files.write_json(run.submitit / local.ORDER, asdict(order))
-    return local_job_id(detached(run, code, "jobs.endings", "local", str(run.path)))
+    return local_job_id(detached(run.submitit, code, "jobs.endings", "local", str(run.path)))
 
 
-def detached(run: Run, code: Path, *module: str) -> int:
-    """Start a module of the code in `code` in a session of its own, its output in the run's log; its pid."""
-    with _outside_of_jobs(), (run.submitit / LOCAL_LOG).open("ab") as stream:
+def detached(logs: Path, code: Path, *module: str) -> int:
+    """Start a module of the code in `code` in a session of its own, its output in LOCAL_LOG of `logs`.
+
+    Returns its pid.
+    """
+    with _outside_of_jobs(), (logs / LOCAL_LOG).open("ab") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
             cwd=code,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.stop import GRACE_SECONDS
 from jobs.submit import script
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
+
+
+@dataclass(frozen=True)
+class Array:
+    """What an array of jobs is called, where submitit's files of it are, and how many may run at once."""
+
+    name: str
+    comment: str
+    logs: Path
+    parallel: int | None = None  # None: all
 
 
 def grace_seconds(cluster: Cluster, slurm: Slurm | None) -> int:
@@ -50,20 +61,49 @@ def of_run(
     grace: float,
     used: Callable[[int], int] = lambda granted: granted,
     evaluations: bool = False,
+    after: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Parameters of a run's job, which runs the code in `code`; for the others see `script.of_run`."""
     lead = lead_seconds(cluster.time.minutes * 60, grace)
-    setup = script.of_run(cluster, run, code, lead=lead, used=used, evaluations=evaluations)
-    return of_job(cluster, name=run.name, comment=str(run.path), setup=setup, lead=lead)
+    setup = script.of_runs(
+        cluster, [(run, code)], logs=run.submitit, lead=lead, used=used, evaluations=evaluations
+    )
+    return of_job(cluster, name=run.name, comment=str(run.path), setup=setup, lead=lead, after=after)
 
 
-def of_job(cluster: Cluster, *, name: str, comment: str, setup: Sequence[str], lead: int) -> dict[str, Any]:
+def of_array(
+    cluster: Cluster,
+    runs: Sequence[tuple[Run, Path]],
+    array: Array,
+    *,
+    grace: float,
+    used: Callable[[int], int] = lambda granted: granted,
+    evaluations: bool = False,
+    after: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Parameters of an array of jobs, one for each run, which runs the code in the folder beside it."""
+    lead = lead_seconds(cluster.time.minutes * 60, grace)
+    setup = script.of_runs(cluster, runs, logs=array.logs, lead=lead, used=used, evaluations=evaluations)
+    job = of_job(cluster, name=array.name, comment=array.comment, setup=setup, lead=lead, after=after)
+    return {**job, "array_parallelism": array.parallel or max(1, len(runs))}
+
+
+def of_job(
+    cluster: Cluster,
+    *,
+    name: str,
+    comment: str,
+    setup: Sequence[str],
+    lead: int,
+    after: Sequence[str] = (),
+) -> dict[str, Any]:
     """Parameters of a job for submitit's SlurmExecutor.
 
     By name and comment, a folder, a job is found whose submitter died before it learned the job's id. `setup`
     is what the batch script does before srun (see `jobs.submit.script`); `lead` seconds before its time limit
-    the ranks get USR1.
+    the ranks get USR1. It starts once the jobs `after` have ended well; else SLURM cancels it.
     """
+    dependency = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
     chosen = {
         "job_name": name,
         "comment": comment,
@@ -84,6 +124,11 @@ def of_job(cluster: Cluster, *, name: str, comment: str, setup: Sequence[str], l
             "--open-mode=append",
             f"--cpus-per-task={cluster.cpus_per_task}",
         ],
-        "additional_parameters": {"requeue": True, "nodes": str(cluster.nodes), "signal": f"USR1@{lead}"},
+        "additional_parameters": {
+            "requeue": True,
+            "nodes": str(cluster.nodes),
+            "signal": f"USR1@{lead}",
+            **dependency,
+        },
     }
     return {key: value for key, value in chosen.items() if value is not None}

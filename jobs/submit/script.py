@@ -73,15 +73,17 @@ clipcluster_without_verdict() {  # sets clipcluster_code
 
 def setup(
     cluster: Cluster,
-    code: Path,
+    code: str,
     verdict: str,
     *,
     logs: Path,
-    marks: Path | str = "",
+    marks: str = "''",
+    whose: Sequence[str] = (),
     before_ranks: Sequence[str] = (),
 ) -> list[str]:
     """What a batch script does before srun: from its first line on however it ends, its end is decided.
 
+    `code` and `marks` are folders in words of the shell, which may use what the lines of `whose` set.
     `verdict` are the words of the Python command that decides (it is given srun's exit code and prints the
     script's), called once srun was reached. A line of `before_ranks` may set `clipcluster_code`: the script
     then leaves with that code, undecided. It may read `clipcluster_job`, the job as SLURM is told it.
@@ -92,47 +94,50 @@ def setup(
         "trap 'clipcluster_end $?' EXIT",
         "trap : TERM  # outlive the ranks, so that their end is decided",
         "clipcluster_code= clipcluster_began= clipcluster_watch=",
-        f"clipcluster_marks={shlex.quote(str(marks))}",
+        *whose,
+        f"clipcluster_marks={marks}",
         'clipcluster_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'clipcluster_job="${clipcluster_job:-$SLURM_JOB_ID}"  # as scontrol requeue must be told it',
         f"export {LOGS}={shlex.quote(str(logs))}",
         *_END.replace("LOGS", LOGS).replace("VERDICT", decide).strip().split("\n"),
         *(f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()),
         *cluster.setup,
-        f"cd {shlex.quote(str(code))} || exit",
+        f"cd {code} || exit",
         'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
         *before_ranks,
         "clipcluster_began=1",
     ]
 
 
-def of_run(
+def of_runs(
     cluster: Cluster,
-    run: Run,
-    code: Path,
+    runs: Sequence[tuple[Run, Path]],
     *,
+    logs: Path,
     lead: int,
     used: Callable[[int], int],
     evaluations: bool = False,
 ) -> list[str]:
     """What the batch script of a run does before srun: it claims an attempt, and says what the ranks need.
 
+    `runs`: each with the folder of its code; of several, the members of an array, each task takes one.
     Where the run is finished or cancelled the script leaves with 0; where another job owns it with 88.
     `used`: of a range of nodes SLURM grants some, of which so many take part; the rest idle. `evaluations`: a
     process beside the ranks starts jobs for those that the training leaves to them.
     """
-    folder, python = shlex.quote(str(run.path)), shlex.quote(sys.executable)
+    folder, python = '"$clipcluster_run"', shlex.quote(sys.executable)
     return setup(
         cluster,
-        code,
+        '"$clipcluster_code_folder"',
         f"-m jobs.endings verdict {folder}",
-        logs=run.submitit,
-        marks=run.marks,
+        logs=logs,
+        marks='"$clipcluster_run/marks"',
+        whose=_whose(runs),
         before_ranks=[
             f"export {LEAD}={lead}",
             f'pickle="${LOGS}/${{clipcluster_job}}_submitted.pkl"',
             # submitit names it after sbatch: a submitter that dies in between leaves it without its name
-            f'[ -e "$pickle" ] || cp "${LOGS}/{PICKLE}" "$pickle"',
+            f'[ -e "$pickle" ] || cp "$clipcluster_run/submitit/{PICKLE}" "$pickle"',
             f'{ATTEMPT}="$({python} -m jobs.endings claim {folder})" || {{',
             "    rc=$?",
             "    [ $rc -ne 88 ] || clipcluster_code=88  # another job owns the run",
@@ -143,17 +148,31 @@ def of_run(
             "    exit",
             "fi",
             f"export {ATTEMPT}",
-            *(_evaluation_lines(run) if evaluations else []),
+            *(_evaluation_lines() if evaluations else []),
             *_node_lines(cluster, used),
         ],
     )
 
 
-def _evaluation_lines(run: Run) -> list[str]:
+def _whose(runs: Sequence[tuple[Run, Path]]) -> list[str]:
+    """Set the run and the folder of its code, of several by the number of the array's task."""
+    folders = {"clipcluster_run": [run.path for run, _ in runs]}
+    folders["clipcluster_code_folder"] = [code for _, code in runs]
+    lines = []
+    for name, paths in folders.items():
+        words = [shlex.quote(str(path)) for path in paths]
+        if len(words) == 1:
+            lines.append(f"{name}={words[0]}")
+        else:
+            lines += [f"{name}s=(", *words, ")", f'{name}="${{{name}s[$SLURM_ARRAY_TASK_ID]}}"']
+    return lines
+
+
+def _evaluation_lines() -> list[str]:
     """Start jobs for owed evaluations beside the ranks; `clipcluster_end` starts the last ones."""
-    words = [sys.executable, "-m", "jobs.submit.evaluations", str(run.path)]
+    words = [sys.executable, "-m", "jobs.submit.evaluations"]
     return [
-        f"clipcluster_evaluate=({shlex.join(words)})",
+        f'clipcluster_evaluate=({shlex.join(words)} "$clipcluster_run")',
         '"${clipcluster_evaluate[@]}" watch "$$" </dev/null >&2 &',
         "clipcluster_watch=$!",
         "disown  # the shell says nothing of its end",

@@ -27,12 +27,13 @@ CHECK = (
 )
 
 
-def take(folder: Path) -> Path:
+def take(folder: Path, like: Path | None = None) -> Path:
     """Copy the packages into `code-N` unless an earlier folder holds the same; check that it can start.
 
+    `like`: a snapshot that was taken for another run a moment ago, which is copied as it is.
     Raises UserError where the copy cannot start (and removes it).
     """
-    sources = {name: _folder_of(name) for name in PACKAGES}
+    sources = {name: like / name if like else _folder_of(name) for name in PACKAGES}
     digest = _digest(sources)
     there = sorted((path for path in folder.glob("code-*") if _NAME.fullmatch(path.name)), key=_number)
     for path in reversed(there):
@@ -42,8 +43,11 @@ def take(folder: Path) -> Path:
     target = folder / f"code-{number}"
     aside = folder / f".code-{number}.{secrets.token_hex(4)}.tmp"
     try:
-        _copy(sources, aside, digest)
-        _check(aside)
+        if like is not None:
+            shutil.copytree(like, aside)
+        else:
+            _copy(sources, aside, digest)
+            _check(aside)
         os.rename(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -8,50 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clipcluster.check import plain
 from clipcluster.data.storage.urls import redacted_within
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import Loaded, recipe_keys, result_keys, settings_keys
-from clipcluster.recipe.plan import usable_nodes
-from clipcluster.recipe.sections.recipe import Recipe
+from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
+from clipcluster.recipe.sweep import Member
 from clipcluster.runs.folder import Run
-from clipcluster.runs.names import as_typed, run_name, similar_runs
+from clipcluster.runs.names import as_typed, similar_runs
+from clipcluster.runs.sweeps import run_of
 from clipcluster.text import counted
 from jobs import submissions
 from jobs.state import Queue, State, state_of
-from jobs.submit import assets, evaluations, executor, launch, parameters, snapshot
+from jobs.submit import assets, evaluations, executor, launch, parameters, waiting
+from jobs.submit.prepared import Prepared, folder_alone, grace_of, prepare
 from jobs.submit.recorded import launched
-from jobs.train import TRAINEE
-from tools.slurm import Slurm
+from jobs.submit.wanted import Wanted
 
 LOCK = ".submit.lock"  # in the folder of runs
 LOCK_SECONDS = 30.0
 ENDING_SECONDS = 600.0  # how long a submission waits for a job that is still ending
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the command line asked for."""
-
-    recipe: Path
-    overrides: Sequence[str] = ()
-    runs: Path = Path("runs")
-    site: str | None = None
-    executor: str | None = None  # slurm | local | none (the folder alone); None: slurm where there is one
-    follow: bool = False
-    dry_run: bool = False
-    quick: bool = False
-    trainee: str = TRAINEE  # what a rank of the training runs
-    evaluator: str = evaluations.TRAINEE  # … and one of an evaluation's own job
-    say: Callable[[str], None] = field(default=print)
 
 
 @dataclass(frozen=True)
@@ -65,13 +48,13 @@ class Submitted:
 def submit(wanted: Wanted) -> Submitted:
     """Do what `clipcluster submit` does, but for following. Raises UserError, with nothing written."""
     chosen = executor.choose(wanted.executor, wanted.say)
+    refuse_unqueued(wanted, chosen)
     checked = checked_for(wanted, chosen)
-    loaded, plan = checked.loaded, checked.plan
-    assert plan is not None  # else there were errors
-    run = Run(wanted.runs / run_name(loaded.recipe.name, result_keys(loaded)))
-    state = _settled(run, wanted)
+    loaded = checked.loaded
+    run = run_of(loaded.recipe.name, loaded.title, result_keys(loaded), wanted.runs)
+    state = settled(run, wanted)
     if state.queued or state.name == "FINISHED":
-        return _as_it_is(run, state, wanted)
+        return as_it_is(run, state, wanted)
     if state.name != "NEW":
         wanted.say(f"{run.name} was {state}: it resumes from its last checkpoint")
     if chosen != "none":
@@ -85,28 +68,40 @@ def submit(wanted: Wanted) -> Submitted:
         fetched = run.assets if run.exists() else Path(aside)  # copied into the new run
         for name in assets.fetch(loaded.recipe, fetched):
             wanted.say(f"fetched {name}")
-        if not wanted.quick:
+        if not wanted.quick and wanted.after:
+            wanted.say("the deep check is left out: what the run starts from is not made yet")
+        elif not wanted.quick:
             from clipcluster.check import deep
 
-            found = deep.check(loaded.recipe, world_size=plan.world_size, assets=fetched)
+            found = deep.check(loaded.recipe, world_size=checked.world_size, assets=fetched)
             found.raise_errors()
-            _warn(found.warnings, wanted)
-        with _only_submission(wanted):
-            state = _settled(run, wanted)
+            warn(found.warnings, wanted)
+        with only_submission(wanted.runs, wanted.say):
+            state = settled(run, wanted)
             if state.queued or state.name == "FINISHED":  # somebody submitted it during the checks
-                return _as_it_is(run, state, wanted)
+                return as_it_is(run, state, wanted)
             return Submitted(run, _start(run, checked, chosen, wanted, fetched))
 
 
-def _settled(run: Run, wanted: Wanted) -> State:
+def refuse_unqueued(wanted: Wanted, chosen: str) -> None:
+    """UserError where the run would start before what comes first is made: nothing queued makes it."""
+    for one in () if wanted.dry_run else wanted.after:
+        if not (one.jobs if chosen == "slurm" else one.runs):
+            raise UserError(
+                f"{one.path} is not made yet, and nothing is queued that makes it; start that first"
+            )
+
+
+def settled(run: Run, wanted: Wanted, queue: Queue | None = None) -> State:
     """The state of the run, once no job of it is ending and none may still appear.
 
-    With --follow that is waited for. Raises UserError where it is not, and where nobody can know.
+    With --follow that is waited for. Raises UserError where it is not, and where nobody can know. `queue`: as
+    SLURM was asked a moment ago.
     """
     deadline = time.monotonic() + ENDING_SECONDS
     waiting = False
     while True:
-        state = state_of(run, Queue())
+        state, queue = state_of(run, queue or Queue()), None
         if state.name == "UNKNOWN":
             raise UserError(
                 f"{run.name}: {state.detail}. Submit from a machine that reaches SLURM; or, knowing that the "
@@ -124,7 +119,7 @@ def _settled(run: Run, wanted: Wanted) -> State:
         time.sleep(1.0)
 
 
-def _as_it_is(run: Run, state: State, wanted: Wanted) -> Submitted:
+def as_it_is(run: Run, state: State, wanted: Wanted) -> Submitted:
     """A run that needs no submission, but perhaps its evaluations. A dry run records nothing.
 
     A job whose submitter died is recorded.
@@ -136,53 +131,55 @@ def _as_it_is(run: Run, state: State, wanted: Wanted) -> Submitted:
         return Submitted(run, None)
     if state.job and not wanted.dry_run:
         submissions.adopt(run, state.job)
-    wanted.say(f"{run.name} is {state}, as job {state.job}")
+    wanted.say(f"{run.name} is {state}" + (f", as job {state.job}" if state.job else ""))
     return Submitted(run, state.job)
 
 
 @contextlib.contextmanager
-def _only_submission(wanted: Wanted) -> Iterator[None]:
+def only_submission(runs: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One submission at a time in a folder of runs; who dies releases the lock. Raises UserError."""
     from filelock import FileLock, Timeout
 
-    wanted.runs.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(wanted.runs / LOCK, timeout=LOCK_SECONDS)
+    runs.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(runs / LOCK, timeout=LOCK_SECONDS)
     try:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"another submission to {wanted.runs} has been under way for {LOCK_SECONDS:g} s; wait for it. "
-            f"If there is none, remove {wanted.runs / LOCK}"
+            f"another submission to {runs} has been under way for {LOCK_SECONDS:g} s; wait for it. "
+            f"If there is none, remove {runs / LOCK}"
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        wanted.say(f"{wanted.runs} is on a file system without locks: do not submit one recipe twice at once")
+        say(f"{runs} is on a file system without locks: do not submit one recipe twice at once")
     try:
         yield
     finally:
         lock.release()
 
 
-def checked_for(wanted: Wanted, chosen: str) -> plain.Checked:
+def checked_for(wanted: Wanted, chosen: str, member: Member | None = None) -> plain.Checked:
     """The plain check, for one node where the run stays on this machine. Raises UserError."""
     overrides = list(wanted.overrides)
-    checked = plain.check(wanted.recipe, overrides, site=wanted.site, runs=wanted.runs)
+    given: dict[str, Any] = {"site": wanted.site, "runs": wanted.runs, "member": member}
+    given["awaited"] = [one.path.absolute() for one in wanted.after]
+    checked = plain.check(wanted.recipe, overrides, **given)
     nodes = checked.recipe.cluster.nodes
     if chosen == "local" and nodes.most > 1:
         wanted.say(f"this machine is one node: cluster.nodes=1 instead of {nodes}")
         overrides.append("cluster.nodes=1")
-        checked = plain.check(wanted.recipe, overrides, site=wanted.site, runs=wanted.runs)
+        checked = plain.check(wanted.recipe, overrides, **given)
     checked.raise_errors()
     if chosen == "local" and (reason := executor.missing_devices(checked.recipe.cluster)):
         raise UserError(reason)
     if chosen == "local" and checked.recipe.cluster.setup:
         wanted.say("cluster.setup belongs to the cluster: its lines are left out on this machine")
-    _warn(checked.warnings, wanted)
+    warn(checked.warnings, wanted)
     return checked
 
 
-def _warn(warnings: Sequence[str], wanted: Wanted) -> None:
+def warn(warnings: Sequence[str], wanted: Wanted) -> None:
     for warning in warnings:
         wanted.say(f"warning: {warning}")
 
@@ -215,9 +212,14 @@ def _say_plan(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted) -> 
         wanted.say(f"would start {ranks} on this machine, for {cluster.time} at most")
         return
     flags = parameters.of_run(
-        cluster, run, run.path / "code-N", grace=parameters.grace_seconds(cluster, Slurm())
+        cluster, run, run.path / "code-N", grace=grace_of(checked.recipe, "slurm"), after=wanted.after_jobs
     )
     wanted.say("would submit to SLURM:")
+    say_flags(flags, wanted)
+
+
+def say_flags(flags: dict[str, Any], wanted: Wanted) -> None:
+    """The flags of a job that would be submitted, a line each, without what its script does."""
     additional = flags.pop("additional_parameters")
     for key, value in {**flags, **additional}.items():
         if not isinstance(value, list):
@@ -229,42 +231,23 @@ def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetche
 
     None where nothing was to be launched. A new folder does not outlive a refusal. Raises UserError.
     """
-    plan, cluster, say = checked.plan, checked.recipe.cluster, wanted.say
-    assert plan is not None
-    grace = parameters.grace_seconds(cluster, Slurm() if chosen == "slurm" else None)
-    keys = settings_keys(checked.loaded)
-    settings = {
-        **keys,
-        # what the ranks have for a save, found here because only here SLURM is asked
-        "cluster": {**keys["cluster"], "grace": f"{grace:g} s"},
-        # for `status`; the attempts plan for themselves, with the nodes that they are given
-        "plan": {"total_steps": plan.total_steps},
-        "executor": chosen,
-        "code": None,
-        "evaluator": wanted.evaluator,
-    }
-    made = not run.exists()
-    if made:
-        Run.create(run.path, recipe_keys(checked.loaded), settings, assets=fetched)
+    cluster, say = checked.recipe.cluster, wanted.say
     if chosen == "none":
-        run.update_settings(settings)
-        say(f"{run.name}: made, and nothing started. Train it with one of:")
-        say(f"  clipcluster train {run.path}")
-        say(f"  torchrun --nproc-per-node={plan.world_size} -m jobs.cli train {run.path}")
+        folder_alone(run, checked, wanted, fetched)
         return None
-    try:
-        code = snapshot.take(run.path)
-        last = submissions.submissions(run)[-1:]
-        if last and last[0].get("code") != code.name:
-            say(f"the code differs from the last submission's: {code.name}")
-        run.update_settings({**settings, "code": code.name})
-    except BaseException:
-        if made:
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
-    job = _launch(run, checked.recipe, code, chosen, wanted, grace=grace, made=made)
+    grace = grace_of(checked.recipe, chosen)
+    prepared = prepare(run, checked, chosen, wanted, fetched, grace=grace)
+    if chosen == "local" and wanted.after:
+        waiting.hand_over([prepared], run.submitit, parallel=1, trainee=wanted.trainee)
+        say(f"{run.name}: starts on this machine once what comes first has finished")
+        return None
+    job = start(prepared, chosen, wanted)
     named = f"job {job}" if chosen == "slurm" else counted(cluster.ranks_per_node, "local rank")
-    say(f"{run.name}: {counted(plan.total_steps, 'step')}, as {named}")
+    steps = counted(checked.plan.total_steps, "step") if checked.plan else "steps not known yet"
+    say(
+        f"{run.name}: {steps}, as {named}"
+        + (f", after {', '.join(wanted.after_jobs)}" if wanted.after else "")
+    )
     say(executor.devices(cluster, chosen))
     if chosen == "local" and not launch.await_claim(run, job):
         say(
@@ -275,25 +258,23 @@ def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetche
     return job
 
 
-def _launch(
-    run: Run, recipe: Recipe, code: Path, chosen: str, wanted: Wanted, *, grace: float, made: bool
-) -> str:
+def start(prepared: Prepared, chosen: str, wanted: Wanted) -> str:
     """The job's id. What SLURM refused leaves no folder behind; after any other failure the job may exist."""
     try:
         return launched(
-            run,
-            recipe.cluster,
-            code,
+            prepared.run,
+            prepared.recipe.cluster,
+            prepared.code,
             chosen,
-            grace=grace,
+            grace=prepared.grace,
             trainee=wanted.trainee,
             say=wanted.say,
-            used=lambda granted: usable_nodes(recipe, granted),
-            evaluations=recipe.evaluate.where == "job",
+            used=prepared.used,
+            evaluations=prepared.recipe.evaluate.where == "job",
+            after=wanted.after_jobs,
         )
     except launch.NoAnswer:
         raise
     except UserError:
-        if made:
-            shutil.rmtree(run.path, ignore_errors=True)
+        prepared.undo()
         raise

@@ -245,7 +245,7 @@ def test_a_verdict_that_fails_is_followed_by_one_requeue(job):
 
 def test_the_interpreter_may_lie_anywhere(job, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/LOGS/VERDICT/line\u2028break/python")
-    decide = f"'/LOGS/VERDICT/line\u2028break/python' -m jobs.endings verdict {job.run.path}"
+    decide = "'/LOGS/VERDICT/line\u2028break/python' -m jobs.endings verdict \"$clipcluster_run\""
     assert f'"$({decide} "$1")"' in job.script("exit 0")
 
 

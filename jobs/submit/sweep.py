@@ -1,0 +1,351 @@
+"""What `clipcluster submit` does with a sweep: each member is a run; those that need a job get one array.
+
+Members that run, wait or have finished are left as they are: a sweep that is submitted again with more values
+starts the new ones, and resumes those that ended before their last step.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from clipcluster.check import plain
+from clipcluster.errors import UserError
+from clipcluster.recipe.load import result_keys
+from clipcluster.recipe.sweep import Member, Sweep
+from clipcluster.runs.folder import Run
+from clipcluster.runs.names import run_name
+from clipcluster.runs.sweeps import array_folder, join, run_of
+from clipcluster.text import counted
+from jobs.state import Queue, State
+from jobs.submit import assets, evaluations, executor, launch, parameters, waiting
+from jobs.submit.prepared import Prepared, folder_alone, grace_of, prepare
+from jobs.submit.recorded import launched_array
+from jobs.submit.submit import (
+    as_it_is,
+    checked_for,
+    only_submission,
+    refuse_unqueued,
+    say_flags,
+    settled,
+    start,
+)
+from jobs.submit.wanted import Wanted
+
+SHOWN = 20  # members that are named one by one
+# What the deep check of a recipe does not look at: members that differ in it alone are examined once.
+UNEXAMINED = ("name", "seed", "checkpoint", "cluster", "checks")
+
+
+@dataclass(frozen=True)
+class SubmittedSweep:
+    """The members of a sweep, and the jobs of those that are queued: name of the run -> job."""
+
+    name: str
+    runs: list[Run]
+    jobs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A member as it is at the submission."""
+
+    member: Member
+    checked: plain.Checked
+    run: Run
+    state: State
+
+    @property
+    def rests(self) -> bool:
+        """Whether it needs no job."""
+        return self.state.queued or self.state.name == "FINISHED"
+
+
+@dataclass
+class Told:
+    """What is said of several members: each text once, with the members where it is not about all."""
+
+    whom: dict[str, list[str]] = field(default_factory=dict)
+
+    def of(self, label: str) -> Callable[[str], None]:
+        """Takes what is said of one member."""
+        return lambda text: self.whom.setdefault(text, []).append(label)
+
+    def lines(self, members: int) -> list[str]:
+        return [
+            text if len(set(labels)) == members else f"{text} (in {_several(labels)})"
+            for text, labels in self.whom.items()
+        ]
+
+
+def _several(labels: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(labels))
+    more = f" and {len(distinct) - 3} more" if len(distinct) > 3 else ""
+    return ", ".join(distinct[:3]) + more
+
+
+def submit_sweep(wanted: Wanted, sweep: Sweep) -> SubmittedSweep:
+    """Check all members, then start those that need it. Raises UserError, with nothing started."""
+    chosen = executor.choose(wanted.executor, wanted.say)
+    refuse_unqueued(wanted, chosen)
+    checked = check_members(wanted, sweep, chosen)
+    name = checked[0].recipe.name
+    runs = _runs(wanted, checked)
+    found = _look(wanted, sweep, checked, runs)
+    if chosen != "none":
+        launch.refuse_patterns(wanted.runs)
+    _say_members(name, found, wanted)
+    if wanted.dry_run:
+        _say_plan(name, sweep, found, chosen, wanted)
+        return SubmittedSweep(name, runs, {})
+    with tempfile.TemporaryDirectory(prefix="clipcluster-assets-") as aside:
+        fetched = Path(aside)
+        for one in (one for one in found if not one.rests):
+            for asset in assets.fetch(one.checked.recipe, one.run.assets if one.run.exists() else fetched):
+                wanted.say(f"fetched {asset}")
+        if not wanted.quick and not wanted.after:
+            _deep(wanted, found, fetched)
+        with only_submission(wanted.runs, wanted.say):
+            found = _look(wanted, sweep, checked, runs)  # somebody may have submitted it during the checks
+            jobs = _start(name, sweep, found, chosen, wanted, fetched)
+    return SubmittedSweep(name, runs, jobs)
+
+
+def check_sweep(wanted: Wanted, sweep: Sweep) -> None:
+    """What `clipcluster check` says of a sweep; the deep check too unless `quick`. Raises UserError."""
+    chosen = executor.likely()
+    checked = check_members(wanted, sweep, chosen)
+    new = State("NEW")
+    found = [Found(*one, new) for one in zip(sweep.members, checked, _runs(wanted, checked), strict=True)]
+    wanted.say(f"{checked[0].recipe.name}: a sweep of {counted(len(found), 'run')}")
+    _say_runs(found, wanted)
+    if not wanted.quick and not wanted.after:
+        _deep(wanted, found, None)
+    more = " (clipcluster check --deep also builds the towers and decodes samples)" if wanted.quick else ""
+    wanted.say(f"{wanted.recipe}: no problems found{more}")
+
+
+def check_members(wanted: Wanted, sweep: Sweep, chosen: str) -> list[plain.Checked]:
+    """The plain check of every member; what is said of all of them is said once. Raises UserError."""
+    errors, said, checked = Told(), Told(), []
+    for member in sweep.members:
+        try:
+            quiet = replace(wanted, say=said.of(member.label))
+            checked.append(checked_for(quiet, chosen, member))
+        except UserError as error:
+            errors.of(member.label)(str(error))
+    if errors.whom:
+        raise UserError("\n".join(errors.lines(len(sweep.members))))
+    for line in said.lines(len(sweep.members)):
+        wanted.say(line)
+    return checked
+
+
+def _runs(wanted: Wanted, checked: Sequence[plain.Checked]) -> list[Run]:
+    """Each member's run: one of the same result keys that had another name before, where no other fits it."""
+    names = [run_name(one.loaded.title, result_keys(one.loaded)) for one in checked]
+    digits = Counter(name[-8:] for name in names)
+    runs = []
+    for one, name in zip(checked, names, strict=True):
+        keys = result_keys(one.loaded)
+        alone = digits[name[-8:]] == 1
+        own = Run(wanted.runs / name)
+        runs.append(run_of(one.recipe.name, one.loaded.title, keys, wanted.runs) if alone else own)
+    twice = next((run for run, count in Counter(run.name for run in runs).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"two members of the sweep would be the run {twice}; give keys that tell them apart")
+    return runs
+
+
+def _look(wanted: Wanted, sweep: Sweep, checked: Sequence[plain.Checked], runs: Sequence[Run]) -> list[Found]:
+    """The members as they are now. Raises UserError where a job of one is still ending."""
+    queue = Queue()
+    states = [settled(run, wanted, queue) for run in runs]
+    return [Found(*one) for one in zip(sweep.members, checked, runs, states, strict=True)]
+
+
+def _say_members(name: str, found: Sequence[Found], wanted: Wanted) -> None:
+    fresh = [one for one in found if one.state.name == "NEW"]
+    again = [one for one in found if not one.rests and one not in fresh]
+    resting = Counter(one.state.name.lower() for one in found if one.rests)
+    parts = [f"{len(fresh)} to start" if fresh else "", f"{len(again)} to resume" if again else ""]
+    parts += [f"{count} {state}" for state, count in resting.items()]
+    wanted.say(f"{name}: a sweep of {counted(len(found), 'run')}: {', '.join(filter(None, parts))}")
+    for one in again:
+        wanted.say(f"  {one.run.name} was {one.state}: it resumes from its last checkpoint")
+
+
+def _say_plan(name: str, sweep: Sweep, found: Sequence[Found], chosen: str, wanted: Wanted) -> None:
+    """What a dry run says."""
+    starting = [one for one in found if not one.rests]
+    if not starting:
+        return
+    _say_runs(starting, wanted)
+    if chosen == "none":
+        wanted.say("would make the folders, and start nothing")
+    elif chosen == "local":
+        wanted.say(f"would start them on this machine, {sweep.parallel or 1} at a time")
+    else:
+        graces = _Graces(chosen)
+        prepared = [
+            Prepared(one.run, one.checked.recipe, one.run.path / "code-N", graces.of(one.checked), False)
+            for one in starting
+        ]
+        for group in _groups(prepared):
+            array = _array(name, sweep, wanted)
+            members = [(one.run, one.code) for one in group]
+            flags = parameters.of_array(
+                group[0].recipe.cluster, members, array, grace=group[0].grace, after=wanted.after_jobs
+            )
+            wanted.say(f"would submit to SLURM, for {counted(len(group), 'run')}:")
+            say_flags(flags, wanted)
+
+
+def _say_runs(found: Sequence[Found], wanted: Wanted) -> None:
+    """The runs, and what is the same or different in what they do."""
+    said = Told()
+    for number, one in enumerate(found):
+        plan = one.checked.plan
+        if number < SHOWN:
+            wanted.say(f"  {one.run.name}" + (f": {counted(plan.total_steps, 'step')}" if plan else ""))
+        for line in one.checked.summary:
+            said.of(one.member.label)(line)
+    if len(found) > SHOWN:
+        wanted.say(f"  and {len(found) - SHOWN} more")
+    for line in said.lines(len(found)):
+        wanted.say(line)
+
+
+def _deep(wanted: Wanted, found: Sequence[Found], fetched: Path | None) -> None:
+    """The deep check of the members that start: of those that it cannot tell apart, the first."""
+    from clipcluster.check import deep
+
+    distinct: dict[str, Found] = {}
+    for one in (one for one in found if not one.rests):
+        distinct.setdefault(_examined(one.checked), one)
+    said = Told()
+    for one in distinct.values():
+        there = one.run.assets if one.run.exists() else fetched
+        findings = deep.check(one.checked.recipe, world_size=one.checked.world_size, assets=there)
+        if findings.errors and len(distinct) > 1:
+            raise UserError(f"{one.member.label}: " + "\n  ".join(findings.errors))
+        findings.raise_errors()
+        for warning in findings.warnings:
+            said.of(one.member.label)(f"warning: {warning}")
+    for line in said.lines(len(distinct)):
+        wanted.say(line)
+
+
+def _examined(checked: plain.Checked) -> str:
+    """What the deep check looks at, as text: all but durations, the seed and the optimizer's numbers."""
+    keys = {
+        key: value for key, value in checked.recipe.model_dump(mode="json").items() if key not in UNEXAMINED
+    }
+    numbers = (int, float)
+    keys["optim"] = {key: value for key, value in keys["optim"].items() if type(value) not in numbers}
+    keys["train"] = {key: value for key, value in keys["train"].items() if key != "duration"}
+    return json.dumps([keys, checked.world_size], sort_keys=True, default=str)
+
+
+class _Graces:
+    """The grace time of each cluster section, SLURM asked once for each partition."""
+
+    def __init__(self, chosen: str) -> None:
+        self.chosen, self.known = chosen, dict[tuple[str, str], float]()
+
+    def of(self, checked: plain.Checked) -> float:
+        cluster = checked.recipe.cluster
+        key = str(cluster.partition), str(cluster.grace)
+        if key not in self.known:
+            self.known[key] = grace_of(checked.recipe, self.chosen)
+        return self.known[key]
+
+
+def _start(
+    name: str, sweep: Sweep, found: Sequence[Found], chosen: str, wanted: Wanted, fetched: Path
+) -> dict[str, str]:
+    """Make or update the folders, and launch; the jobs by the names of their runs."""
+    quiet = replace(wanted, say=lambda text: None)
+    graces = _Graces(chosen)
+    prepared: list[Prepared] = []
+    for one in found:
+        if one.rests:
+            as_it_is(one.run, one.state, quiet)
+        elif chosen == "none":
+            folder_alone(one.run, one.checked, wanted, fetched)
+        else:
+            like = prepared[0].code if prepared else None
+            grace = graces.of(one.checked)
+            prepared.append(prepare(one.run, one.checked, chosen, quiet, fetched, grace=grace, like=like))
+        join(one.run, name, one.member.plain())
+    array_folder(name, wanted.runs).mkdir(parents=True, exist_ok=True)
+    jobs = {one.run.name: one.state.job for one in found if one.state.queued and one.state.job}
+    if not prepared:
+        return jobs
+    if chosen == "local":
+        _local(name, sweep, prepared, wanted)
+    else:
+        jobs |= _queue(name, sweep, prepared, wanted)
+    for each in prepared:
+        if not each.made:
+            evaluations.resume(each.run, wanted.say, watched=each.recipe.evaluate.where == "job")
+    return jobs
+
+
+def _array(name: str, sweep: Sweep, wanted: Wanted) -> parameters.Array:
+    folder = array_folder(name, wanted.runs).absolute()
+    return parameters.Array(name, str(folder), folder / "submitit", sweep.parallel)
+
+
+def _groups(prepared: Sequence[Prepared]) -> list[list[Prepared]]:
+    """Members whose jobs ask for the same, script included: an array's jobs differ in their run alone."""
+    groups: dict[str, list[Prepared]] = {}
+    nothing = parameters.Array("", "", Path())
+    for one in prepared:
+        own = one.recipe.evaluate.where == "job"
+        asks = parameters.of_array(
+            one.recipe.cluster, [], nothing, grace=one.grace, used=one.used, evaluations=own
+        )
+        groups.setdefault(json.dumps(asks, sort_keys=True), []).append(one)
+    return list(groups.values())
+
+
+def _queue(name: str, sweep: Sweep, prepared: Sequence[Prepared], wanted: Wanted) -> dict[str, str]:
+    """Submit to SLURM: an array for members that ask for the same, an ordinary job for one that is alone."""
+    jobs: dict[str, str] = {}
+    groups = _groups(prepared)
+    for number, group in enumerate(groups):
+        try:
+            if len(group) == 1:
+                ids = [start(group[0], "slurm", wanted)]
+            else:
+                ids = launched_array(
+                    group,
+                    _array(name, sweep, wanted),
+                    trainee=wanted.trainee,
+                    say=wanted.say,
+                    after=wanted.after_jobs,
+                )
+        except UserError as refusal:
+            refused = groups[number + 1 :] if isinstance(refusal, launch.NoAnswer) else groups[number:]
+            for one in (one for each in refused for one in each):
+                one.undo()
+            raise
+        jobs |= {one.run.name: job for one, job in zip(group, ids, strict=True)}
+        at_once = f", {sweep.parallel} at a time" if sweep.parallel and len(group) > 1 else ""
+        wanted.say(f"{name}: {counted(len(group), 'run')} as job {ids[0].partition('_')[0]}{at_once}")
+    wanted.say(executor.devices(prepared[0].recipe.cluster, "slurm"))
+    return jobs
+
+
+def _local(name: str, sweep: Sweep, prepared: Sequence[Prepared], wanted: Wanted) -> None:
+    """Hand the members to a process that starts one after the other on this machine; no job is known yet."""
+    at_once = sweep.parallel or 1
+    logs = array_folder(name, wanted.runs).absolute()
+    waiting.hand_over(prepared, logs, parallel=at_once, trainee=wanted.trainee)
+    wanted.say(f"{name}: {counted(len(prepared), 'run')} on this machine, {at_once} at a time")
+    wanted.say(executor.devices(prepared[0].recipe.cluster, "local"))

@@ -1,0 +1,132 @@
+"""Submitting from Python and chains on this machine: one plan, one after the other, cancelled as one."""
+
+import subprocess
+import sys
+
+import pytest
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.load import load_chain
+from jobs import api
+from jobs.conversions import Conversion
+
+PLAN = ["data.batch_size=128", "train.duration=15 epochs", "cluster.tasks_per_node=1"]
+
+
+@pytest.fixture
+def chain(recipe, tmp_path, monkeypatch, local, no_slurm):
+    """A recipe that starts from another run, by the torch-free trainee; `chain.said` is what was said."""
+    said = []
+    (tmp_path / "before.yaml").write_text(f"extends: {recipe}\nname: before\n")
+    (tmp_path / "main.yaml").write_text(
+        f"extends: {recipe}\nname: main\n"
+        "first: [{recipe: before.yaml, overrides: [train.duration=2 epochs], gives: [model.image.weights]}]\n"
+    )
+
+    def submit(*overrides, orders="{}", **more):
+        monkeypatch.setenv("TRAINEE", orders)
+        said.clear()
+        given = {"trainee": "trainee:train", "quick": True, "runs": tmp_path / "runs", **more}
+        return api.submit(tmp_path / "main.yaml", [*PLAN, *overrides], say=said.append, **given)
+
+    submit.said = said
+    return submit
+
+
+@pytest.mark.long
+def test_what_follows_a_failure_says_so(chain, local):
+    done = chain(orders='{"steps": 9, "seconds": 0.05, "raises": {"step": 2, "error": "DataError"}}')
+    assert done.wait(20) == "CANCELLED"
+    (state,) = done.states()
+    assert state.detail == f"what comes first did not finish: {done.first[0].name} is FAILED"
+    again = chain(orders='{"steps": 4, "seconds": 0.02}')
+    assert again.wait(20) == "FINISHED"
+
+
+@pytest.mark.long
+def test_a_run_starts_once_the_one_before_has_finished(chain, tmp_path):
+    done = chain(orders='{"steps": 6, "seconds": 0.1}')
+    (first,) = done.first
+    assert done.path.name.startswith("main-")
+    assert (first.state, done.state) == ("RUNNING", "PENDING")
+    assert done.runs[0].settings()["paths"]["model.image.weights"] == str(first.path)
+    assert done.wait(30) == "FINISHED"
+    begun = done.runs[0].attempt(1).claim()["time"]
+    ended = first.runs[0].attempt(1).outcome()["time"]
+    assert begun > ended
+    again = chain()
+    assert (again.jobs, again.state) == ({}, "FINISHED")
+    assert [len(run.attempts()) for run in api.submission("main", runs=tmp_path / "runs").runs] == [1, 1]
+
+
+@pytest.mark.long
+def test_cancelled_as_one(chain, local):
+    done = chain(orders='{"steps": 400}')
+    first = done.first[0].runs[0]
+    local.until(first.newest)
+    done.cancel()
+    local.until(lambda: done.first[0].states()[0].name == "CANCELLED")
+    assert done.wait(10) == "CANCELLED"
+    assert done.runs[0].newest() is None
+
+
+def test_one_plan(chain, tmp_path):
+    done = chain("then=[{export: safetensors, out: exported}]", dry_run=True)
+    text = "\n".join(chain.said)
+    assert text.index("before-") < text.index(f"run: {done.path} (new)") < text.index("then: export as")
+    assert f"model.image.weights ({done.first[0].path} is made first)" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_made_first_need_not_be_there_and_all_else_must(recipe, tmp_path, monkeypatch, no_slurm):
+    said = []
+    first = f"first=[{{convert: digits, out: {tmp_path / 'new'}}}]"
+    shards = f"data.train.0.shards={tmp_path / 'new' / 'train'}"
+    given = {"dry_run": True, "runs": tmp_path / "runs", "say": said.append}
+    api.submit(recipe, [*PLAN, first, shards], **given)
+    assert f"first: digits to {tmp_path / 'new'}" in said
+    assert any("data.train.0.shards" in line and "is made first" in line for line in said)
+    with pytest.raises(UserError, match="elsewhere"):
+        api.submit(recipe, [*PLAN, first, f"data.train.0.shards={tmp_path / 'elsewhere'}"], **given)
+    overrides = [*PLAN, first, shards, "data.batch_size=129", "cluster.tasks_per_node=2"]
+    with pytest.raises(UserError, match="does not divide by 2 ranks"):
+        api.submit(recipe, overrides, **given)
+
+
+def test_a_conversion_here_is_made_before_it_returns(tmp_path, no_slurm):
+    said = []
+    done = api.convert("digits", out=tmp_path / "digits", say=said.append)
+    assert (done.state, done.wait()) == ("FINISHED", "FINISHED")
+    api.convert("digits", out=tmp_path / "digits", say=said.append)
+    assert said[-1] == f"{tmp_path / 'digits'}: complete already"
+    assert Conversion(tmp_path / "nothing").state == "STOPPED"
+    with pytest.raises(UserError, match="no option smaples_per_shard; did you mean samples_per_shard"):
+        api.convert("digits", out=tmp_path / "other", options={"smaples_per_shard": 3})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("first=[{recipe: a.yaml, convert: digits}]", "has recipe and convert|has convert and recipe"),
+        ("first=[{recipe: a.yaml, givse: []}]", "unknown key"),
+        ("first=[{convert: digits}]", "the key first.0.convert.out|the key first.0.out is missing"),
+        ("then=[{export: pdf, out: x}]", "should be"),
+    ],
+)
+def test_what_is_wrong_in_a_chain_is_said(recipe, section, message):
+    with pytest.raises(UserError, match=message):
+        load_chain(recipe, [section])
+
+
+def test_python_says_what_the_command_says(recipe, tmp_path, no_slurm):
+    said = []
+    api.submit(recipe, {"optim.lr": 2e-3, "data.workers": 0}, runs=tmp_path, dry_run=True, say=said.append)
+    words = [sys.executable, "-m", "jobs.cli", "submit", str(recipe), "optim.lr=2e-3", "data.workers=0"]
+    done = subprocess.run([*words, "--runs", tmp_path, "--dry-run"], capture_output=True, text=True)
+    assert done.stdout.splitlines() == said
+
+
+def test_one_import_without_torch():
+    code = "import sys; from clipcluster import submit; print(submit.__module__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["jobs.api", "False"]

@@ -1,0 +1,35 @@
+"""The examples of jobs/examples/ on this machine, shortened."""
+
+import json
+
+import pytest
+
+from jobs.examples.pipeline import pipeline
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+SHORT = {
+    "train.duration": "6 steps",
+    "optim.warmup": "2 steps",
+    "evaluate.every": None,
+    "cluster.tasks_per_node": 1,
+    "cluster.cpus_per_task": 1,
+}
+
+
+def test_the_pipeline_goes_one_after_the_other(tmp_path, monkeypatch, no_slurm):
+    monkeypatch.setattr("jobs.examples.pipeline.SHORT", SHORT)
+    runs = tmp_path / "runs"
+    clip = pipeline(tmp_path / "digits", runs)
+    try:
+        assert clip.wait(400) == "FINISHED"
+        assert [step.state for step in clip.then] == ["FINISHED"] * 2
+        assert (runs / "exported" / "export.json").is_file()
+        measured = json.loads((runs / "measured.json").read_text())
+        assert measured["step"] == 6
+        assert {name.partition("/")[0] for name in measured["metrics"]} == {"test"}
+        assert any("t2i" in name for name in measured["metrics"])
+    finally:
+        clip.cancel()
+    begun = [run.attempt(1).claim()["time"] for link in (clip, *clip.then) for run in link.runs]
+    ended = clip.runs[0].attempt(1).outcome()["time"]
+    assert min(begun[1:]) > ended
