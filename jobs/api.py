@@ -180,15 +180,23 @@ def submit(
         **more,
     )
     chain = load_chain(wanted.recipe, wanted.overrides, site=site)
+    if chain.first and not dry_run:  # so that nothing starts where a later part of the chain is wrong
+        _submit_chain(chain, replace(wanted, dry_run=True, say=lambda line: None), after)
+    done = _submit_chain(chain, wanted, after)
+    if (chain.first or chain.then) and not dry_run:
+        name = done.runs[0].settings()["name"]
+        record(name, wanted.runs, _conversions(done), _runs(done))
+    return done
+
+
+def _submit_chain(chain: Chain, wanted: Wanted, after: Sequence[Submission | Conversion]) -> Submission:
+    """What comes first, the run or the sweep itself, and what follows."""
     first, given = _first(chain, wanted)
     links = [*after, *first]
     wanted = replace(wanted, after=_awaited(links), overrides=[*wanted.overrides, *given])
     done = _submitted(wanted)
     done.first = links
     _follow(chain, wanted, done)
-    if (chain.first or chain.then) and not dry_run:
-        name = done.runs[0].settings()["name"]
-        record(name, wanted.runs, _conversions(done), _runs(done))
     return done
 
 

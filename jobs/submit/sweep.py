@@ -214,6 +214,8 @@ def _say_runs(found: Sequence[Found], wanted: Wanted) -> None:
             wanted.say(f"  {one.run.name}" + (f": {counted(plan.total_steps, 'step')}" if plan else ""))
         for line in one.checked.summary:
             said.of(one.member.label)(line)
+        if one.checked.unchecked:
+            said.of(one.member.label)(f"not checked: {'; '.join(one.checked.unchecked)}")
     if len(found) > SHOWN:
         wanted.say(f"  and {len(found) - SHOWN} more")
     for line in said.lines(len(found)):

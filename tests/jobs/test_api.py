@@ -45,7 +45,7 @@ def test_what_follows_a_failure_says_so(chain, local):
 
 @pytest.mark.long
 def test_a_run_starts_once_the_one_before_has_finished(chain, tmp_path):
-    done = chain(orders='{"steps": 6, "seconds": 0.1}')
+    done = chain(orders='{"steps": 40, "seconds": 0.1}')
     (first,) = done.first
     assert done.path.name.startswith("main-")
     assert (first.state, done.state) == ("RUNNING", "PENDING")
@@ -86,8 +86,11 @@ def test_what_is_made_first_need_not_be_there_and_all_else_must(recipe, tmp_path
     api.submit(recipe, [*PLAN, first, shards], **given)
     assert f"first: digits to {tmp_path / 'new'}" in said
     assert any("data.train.0.shards" in line and "is made first" in line for line in said)
-    with pytest.raises(UserError, match="elsewhere"):
-        api.submit(recipe, [*PLAN, first, f"data.train.0.shards={tmp_path / 'elsewhere'}"], **given)
+    elsewhere = [*PLAN, first, f"data.train.0.shards={tmp_path / 'elsewhere'}"]
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match="elsewhere"):
+            api.submit(recipe, elsewhere, **{**given, "dry_run": dry_run})
+        assert not (tmp_path / "new").exists()  # nothing was started
     overrides = [*PLAN, first, shards, "data.batch_size=129", "cluster.tasks_per_node=2"]
     with pytest.raises(UserError, match="does not divide by 2 ranks"):
         api.submit(recipe, overrides, **given)
