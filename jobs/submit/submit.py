@@ -95,7 +95,7 @@ def refuse_unqueued(wanted: Wanted, chosen: str) -> None:
 def settled(run: Run, wanted: Wanted, queue: Queue | None = None) -> State:
     """The state of the run, once no job of it is ending and none may still appear.
 
-    With --follow that is waited for. Raises UserError where it is not, and where nobody can know. `queue`: as
+    With --follow that is waited for, but in a dry run, which takes it as it is. Raises UserError where it is not, and where nobody can know. `queue`: as
     SLURM was asked a moment ago.
     """
     deadline = time.monotonic() + ENDING_SECONDS
@@ -107,11 +107,11 @@ def settled(run: Run, wanted: Wanted, queue: Queue | None = None) -> State:
                 f"{run.name}: {state.detail}. Submit from a machine that reaches SLURM; or, knowing that the "
                 f"job has ended: clipcluster cancel {as_typed(run)}"
             )
-        if not state.queued or state.name in ("RUNNING", "PENDING"):
+        if not state.queued or state.name in ("RUNNING", "PENDING") or (wanted.dry_run and wanted.follow):
             return state
         ending = f"job {state.job} is still ending ({state.name})"
         what = ending if state.job else f"an earlier submission was interrupted ({state})"
-        if not wanted.follow or wanted.dry_run or time.monotonic() > deadline:
+        if not wanted.follow or time.monotonic() > deadline:
             raise UserError(f"{run.name}: {what}. Submit again in a moment, or with --follow, which waits.")
         if not waiting:
             wanted.say(f"{run.name}: {what}; waiting for it")
