@@ -95,8 +95,8 @@ def refuse_unqueued(wanted: Wanted, chosen: str) -> None:
 def settled(run: Run, wanted: Wanted, queue: Queue | None = None) -> State:
     """The state of the run, once no job of it is ending and none may still appear.
 
-    With --follow that is waited for, but in a dry run, which takes it as it is. Raises UserError where it is not, and where nobody can know. `queue`: as
-    SLURM was asked a moment ago.
+    With --follow that is waited for; a dry run then takes it as it is. Raises UserError where it is not
+    waited for, and where nobody can know. `queue`: as SLURM was asked a moment ago.
     """
     deadline = time.monotonic() + ENDING_SECONDS
     waiting = False
