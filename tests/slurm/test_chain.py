@@ -80,7 +80,7 @@ def test_a_preempted_run_keeps_the_next_waiting_until_it_has_finished(bench, cha
     assert done.runs[0].newest().job == job
 
 
-def test_what_comes_after_a_failure_never_starts_and_is_gone_on_with(bench, chain):
+def test_what_comes_after_a_failure_never_starts_and_is_resumed(bench, chain):
     done = chain({"steps": 10, "raises": {"step": 3, "rank": 0, "error": "DataError"}})
     over(bench, *done.first, done)
     assert done.first[0].state == "FAILED"
@@ -104,7 +104,7 @@ def test_cancelled_as_one_by_the_command(bench, chain, tmp_path, capsys):
     assert again.state == "FINISHED"
 
 
-def test_the_pipeline_is_cancelled_in_the_middle_and_goes_on(bench, tmp_path, monkeypatch):
+def test_the_pipeline_is_cancelled_in_the_middle_and_resumes(bench, tmp_path, monkeypatch):
     """From images to shards, a classifier, a CLIP model that starts from it, an export and an evaluation."""
     monkeypatch.setattr("jobs.examples.pipeline.SHORT", SHORT)
     data, runs = tmp_path / "digits", tmp_path / "runs"

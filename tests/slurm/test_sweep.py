@@ -105,7 +105,7 @@ def test_an_array_with_parallelism_whose_members_are_runs(bench, sweep, submit):
     assert {membership(run)["values"]["optim.lr"] for run in done.runs} == {1e-3, 2e-3}
 
 
-def test_cancelled_as_one_and_gone_on_with(bench, sweep, submit):
+def test_cancelled_and_resumed_as_one(bench, sweep, submit):
     recipe = sweep("{seed: [0, 1, 2], parallel: 1}")
     done = submit(recipe, {"steps": 40, "seconds": 0.1})
     first = bench.until(lambda: running(bench, done))[0]

@@ -1,4 +1,4 @@
-"""A sweep on this machine: members wait for their turn, are compared, cancelled as one and gone on with."""
+"""A sweep on this machine: members wait for their turn, are compared, cancelled and resumed as one."""
 
 import json
 import subprocess
