@@ -42,8 +42,6 @@ TORCH_FREE = [
     "jobs.init",
     "jobs.report.report",
     "jobs.api",
-    "jobs.submit.waiting",
-    "jobs.steps",
 ]
 
 
