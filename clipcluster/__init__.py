@@ -16,9 +16,6 @@ _PLACES = {
     # of the floor above, by name alone: training needs no cluster
     "submit": "jobs.api",
     "submission": "jobs.api",
-    "convert": "jobs.api",
-    "evaluate": "jobs.api",
-    "export": "jobs.api",
 }
 
 

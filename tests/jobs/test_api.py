@@ -129,5 +129,5 @@ def test_python_says_what_the_command_says(recipe, tmp_path, no_slurm, capsys):
 
 
 def test_one_import():
-    names = ("submit", "submission", "convert", "export", "evaluate")
+    names = ("submit", "submission")
     assert all(getattr(clipcluster, name) is getattr(api, name) for name in names)
