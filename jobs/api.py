@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runs.names import runs_folder
 from clipcluster.runs.sweeps import find_runs, find_sweep
-from jobs.cancel import cancel_all
+from jobs.cancel import cancel_all, end_each
 from jobs.conversions import Conversion
 from jobs.conversions import start as start_conversion
 from jobs.state import ASK_SECONDS, Queue, State, state_of
@@ -112,16 +113,13 @@ class Submission:
 
         return Submission(*_named(ranked(self.runs, metric)[0].run))
 
-    def cancel(self) -> None:
-        """End every queued run for good, what follows and what came first; submitting again resumes them.
+    def cancel(self) -> list[str]:
+        """End for good what follows, the runs and what came first; submitting again resumes them.
 
-        Raises UserError, as the command.
+        Returns what was done, a line each. Raises UserError, as the command, once all others are ended.
         """
-        for link in (*self.then, self, *self.first):
-            if link is self:
-                cancel_all(self.runs, Queue())
-            else:
-                link.cancel()
+        own = partial(cancel_all, self.runs, Queue())
+        return end_each([*(step.cancel for step in self.then), own, *(link.cancel for link in self.first)])
 
 
 def _named(run: Run) -> tuple[str, list[Run]]:
@@ -183,8 +181,10 @@ def submit(
     if chain.first and not dry_run:  # so that nothing starts where a later part of the chain is wrong
         _submit_chain(chain, replace(wanted, dry_run=True, say=lambda line: None), after)
     done = _submit_chain(chain, wanted, after)
-    if (chain.first or chain.then) and not dry_run:
-        name = done.runs[0].settings()["name"]
+    if dry_run:
+        return done
+    name = str(done.runs[0].settings()["name"])
+    if chain.first or chain.then or find_chain(name, wanted.runs):
         record(name, wanted.runs, _conversions(done), _runs(done))
     return done
 
@@ -237,11 +237,15 @@ def awaited(chain: Chain, recipe: Path, *, runs: Path, site: str | None) -> tupl
 
 def _before(one: Before, wanted: Wanted, links: Sequence[Submission | Conversion]) -> Submission:
     """Another run that comes first, after those conversions that come before it."""
+    beside = wanted.recipe.parent / one.recipe
+    recipe = beside if beside.is_file() else Path(one.recipe)
+    chain = (*wanted.chain, (recipe.resolve(), one.overrides))
+    if chain[-1] in wanted.chain:
+        raise UserError(f"first: {one.recipe} would have to be finished before itself; remove it there")
     if wanted.dry_run:
         wanted.say(f"first: the run of {one.recipe}")
-    beside = wanted.recipe.parent / one.recipe
     return submit(
-        beside if beside.is_file() else one.recipe,
+        recipe,
         one.overrides,
         runs=wanted.runs,
         site=wanted.site,
@@ -252,6 +256,7 @@ def _before(one: Before, wanted: Wanted, links: Sequence[Submission | Conversion
         after=[link for link in links if isinstance(link, Conversion)],
         say=wanted.say,
         trainee=wanted.trainee,
+        chain=chain,
     )
 
 
@@ -263,14 +268,17 @@ def _converted(one: Convert, wanted: Wanted) -> Conversion:
         tasks = f" by an array of {one.jobs} jobs" if chosen == "slurm" else ""
         wanted.say(f"first: {one.convert} to {one.out}{tasks}" + f" ({state})" * (state != "STOPPED"))
         return conversion
-    more = {
-        "executor": chosen,
-        "jobs": one.jobs,
-        "cluster": one.cluster,
-        "site": wanted.site,
-        "say": wanted.say,
-    }
-    return start_conversion(one.convert, one.inputs, one.out, one.options, **more)  # type: ignore[arg-type]
+    return convert(
+        one.convert,
+        one.inputs,
+        out=one.out,
+        options=one.options,
+        executor=chosen,
+        jobs=one.jobs,
+        cluster=one.cluster,
+        site=wanted.site,
+        say=wanted.say,
+    )
 
 
 def _awaited(links: Sequence[Submission | Conversion]) -> list[Awaited]:
@@ -292,9 +300,7 @@ def _follow(chain: Chain, wanted: Wanted, done: Submission) -> None:
     """Queue what follows each run, for a sweep in a folder for each of its runs."""
     for step in chain.then:
         for run in done.runs:
-            order = order_of(step)
-            if len(done.runs) > 1:
-                order["out"] = str(Path(order["out"]) / run.name)
+            order = order_of(step, "" if run.name == done.name else run.name)
             if wanted.dry_run:
                 say_step(run, order, wanted.say)
                 continue
@@ -373,7 +379,7 @@ def submission(name: str, *, runs: str | Path | None = None) -> Submission:
     """What was submitted before: a run, a sweep or a chain, by name or folder. UserError: there is none."""
     folder = runs_folder(Path(runs) if runs is not None else None)
     chain = find_chain(name, folder)
-    if chain is not None:
+    if chain is not None and chain.runs:
         found = Submission(name, chain.runs)
         found.first = [Conversion(path) for path in chain.conversions]
         return found
@@ -383,4 +389,10 @@ def submission(name: str, *, runs: str | Path | None = None) -> Submission:
 
 def _texts(overrides: Mapping[str, Any]) -> list[str]:
     """``key=value`` in YAML, of which JSON is a part."""
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    written = partial(json.dumps, default=_plain, ensure_ascii=False)
+    return [f"{key}={written(value)}" for key, value in overrides.items()]
+
+
+def _plain(value: Any) -> Any:
+    """The numbers of an array, a path as text. TypeError for what a recipe cannot hold."""
+    return value.tolist() if hasattr(value, "tolist") else os.fspath(value)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from jobs.state import Queue, evaluations_of, state_of
-from jobs.submissions import adopt, job_ids, record, unanswered
+from jobs.submissions import adopt, job_ids, record, settle, unanswered
 from tools.slurm import SlurmRefused, SlurmUnavailable
 
 
@@ -21,15 +22,25 @@ def cancel_all(runs: Sequence[Run], queue: Queue) -> list[str]:
     Raises UserError where jobs cannot be ended from here, once all others are.
     """
     waiting = [run for run in runs if state_of(run, queue).name == "PENDING"]
+    ordered = [*waiting, *(run for run in runs if run not in waiting)]
+    return end_each(partial(_lines, run, queue) for run in ordered)
+
+
+def end_each(ends: Iterable[Callable[[], list[str]]]) -> list[str]:
+    """Call all of them; the lines that they return. UserError, once all were called, where one raised it."""
     done, refused = [], []
-    for run in [*waiting, *(run for run in runs if run not in waiting)]:
+    for end in ends:
         try:
-            done.append(cancel(run, queue))
+            done += end()
         except UserError as refusal:
             refused.append(str(refusal))
     if refused:
         raise UserError("\n".join([*refused, *done]))
     return done
+
+
+def _lines(run: Run, queue: Queue) -> list[str]:
+    return [cancel(run, queue)]
 
 
 def cancel(run: Run, queue: Queue) -> str:
@@ -58,7 +69,8 @@ def _cancel(run: Run, queue: Queue) -> str:
         raise UserError(f"{run.name} is {state}. Cancel it in a minute: until then its job may appear.")
     intent = unanswered(run)
     if intent is not None and intent.waits:
-        record(run, intent, refused="cancelled")
+        if not settle(run, intent, refused="cancelled"):
+            raise UserError(f"{run.name} is just being started. Cancel it again in a moment.")
         run.mark_cancelled(job_ids(run))
         return f"{run.name}: cancelled before its turn came"
     if state.job:

@@ -17,6 +17,7 @@ from clipcluster.recipe.load import load_cluster
 from clipcluster.runs import files
 from clipcluster.text import did_you_mean
 from jobs.state import Queue
+from tools.slurm import SlurmRefused, SlurmUnavailable
 
 if TYPE_CHECKING:
     from tools.convert.plan import Settings
@@ -67,12 +68,17 @@ class Conversion:
             time.sleep(LOOK_SECONDS)
         return state
 
-    def cancel(self) -> str:
-        """End its jobs, and say what was done; converting again continues."""
+    def cancel(self) -> list[str]:
+        """End its jobs, and say what was done, a line; converting again continues. Raises UserError."""
         queue = Queue()
         jobs = self.queued(queue)
-        queue.slurm.cancel(jobs)
-        return f"cancelled {', '.join(jobs)}" if jobs else "no jobs to cancel"
+        try:
+            queue.slurm.cancel(jobs)
+        except (SlurmUnavailable, SlurmRefused) as error:
+            raise UserError(
+                f"{self.out}: its jobs could not be ended ({error}); end them with: scancel {' '.join(jobs)}"
+            ) from None
+        return [f"{self.out}: " + (f"cancelled {', '.join(jobs)}" if jobs else "no jobs to cancel")]
 
 
 def start(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from jobs.submissions import job_ids, log_folder
 
+S = TypeVar("S")
 LOOK_SECONDS = 0.5
 
 
@@ -48,35 +50,24 @@ def stream(paths: Callable[[], list[Path]], ended: Callable[[], bool]) -> Iterat
 
     A file that came to the list only later is read from its beginning.
     """
-    read: dict[Path, int] = {}
-    while True:
-        last = ended()  # asked before reading: what was written until then is printed
-        for path in paths():
-            with path.open("rb") as file:
-                file.seek(read.get(path, 0))
-                content = file.read()
-            read[path] = read.get(path, 0) + len(content)
-            yield content.decode(errors="replace")
-        if last:
-            return
-        time.sleep(LOOK_SECONDS)
+    return (text for _, text in stream_all([None], lambda nobody: paths(), ended))
 
 
 def stream_all(
-    runs: Sequence[Run], files: Callable[[Run], list[Path]], ended: Callable[[], bool]
-) -> Iterator[tuple[Run, str]]:
+    sources: Sequence[S], files: Callable[[S], list[Path]], ended: Callable[[], bool]
+) -> Iterator[tuple[S, str]]:
     """What several runs write, until `ended()`, each part with its run; `files` are those of a run now."""
     read: dict[Path, int] = {}
     while True:
-        last = ended()
-        for run in runs:
-            for path in files(run):
+        last = ended()  # asked before reading: what was written until then is printed
+        for source in sources:
+            for path in files(source):
                 with path.open("rb") as file:
                     file.seek(read.get(path, 0))
                     content = file.read()
                 read[path] = read.get(path, 0) + len(content)
                 if content:
-                    yield run, content.decode(errors="replace")
+                    yield source, content.decode(errors="replace")
         if last:
             return
         time.sleep(LOOK_SECONDS)

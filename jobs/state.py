@@ -10,13 +10,14 @@ from typing import Any
 
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.chains import runs_before
 from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.evaluations import Owed, failed_of, owed_by
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import history
-from jobs.submissions import Intent, gave_up_waiting, job_ids, log_folder, unanswered
+from jobs.submissions import Intent, job_ids, last_wait, log_folder, unanswered
 from tools.slurm import QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
 
 ENDED = frozenset({"FINISHED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "LOST", "NEW"})
@@ -149,6 +150,8 @@ def _while_queued(run: Run, queue: Queue, job: str, attempt: Attempt | None) -> 
     if shown is None:
         return State("RUNNING", job=job, queued=True)
     verdict = history.last_verdict(attempt) if attempt else None
+    if shown.reason == "DependencyNeverSatisfied":
+        return State("COMPLETING", "SLURM is about to cancel it", job=job, queued=True)
     if shown.state == "PENDING" or (shown.state == "COMPLETING" and verdict):
         why = ["requeued" if attempt else "", shown.reason if shown.reason != "None" else ""]
         return State("PENDING", ", ".join(filter(None, why)), job=job, queued=True)
@@ -182,12 +185,8 @@ def _by_outcome(attempt: Attempt) -> State | None:
 def _gone(run: Run, queue: Queue, newest: Attempt | None) -> State:
     """The state of a run whose job is in no queue and that no verdict ended."""
     jobs = job_ids(run)
-    refused = gave_up_waiting(run)
-    if not jobs and refused:
-        detail = "before its turn came" if refused == "cancelled" else refused
-        return State("CANCELLED", detail, code=Outcome.CANCELLED)
     if not jobs:
-        return State("NEW", "nothing was submitted yet")
+        return _never_submitted(run)
     job = jobs[-1]
     if job in run.cancelled_jobs():
         return State("CANCELLED", job=job, code=Outcome.CANCELLED)
@@ -200,6 +199,10 @@ def _gone(run: Run, queue: Queue, newest: Attempt | None) -> State:
     if not job.startswith("local-"):
         if queue.silent:
             return State("UNKNOWN", f"job {job} of SLURM, which cannot be asked here", job=job)
+        unfinished = "" if newest else unfinished_before(run, queue)
+        if unfinished:
+            detail = f"what comes first did not finish: {unfinished}"
+            return State("CANCELLED", detail, job=job, code=Outcome.CANCELLED)
         ended = queue.afterwards(job) or ""
         if ended.startswith("CANCELLED"):
             return State("CANCELLED", "" if newest else "before it started", job=job, code=Outcome.CANCELLED)
@@ -209,6 +212,25 @@ def _gone(run: Run, queue: Queue, newest: Attempt | None) -> State:
     log = log_folder(run, job) / f"{job}_0_log.err"
     detail = f"job {job} ended without recording an outcome: {where}"
     return State("LOST", detail, f"{_RESUBMIT} Its log: {log}" if log.exists() else _RESUBMIT, job, code=1)
+
+
+def _never_submitted(run: Run) -> State:
+    """The state of a run without any job: new, or it waited for its turn on this machine, in vain."""
+    waited = last_wait(run)
+    if waited is None:
+        return State("NEW", "nothing was submitted yet")
+    refused = waited.get("refused")
+    if refused is None:
+        return State("LOST", "the process that was to start it has ended", _RESUBMIT, code=1)
+    detail = "before its turn came" if refused == "cancelled" else refused
+    return State("CANCELLED", detail, code=Outcome.CANCELLED)
+
+
+def unfinished_before(run: Run, queue: Queue) -> str:
+    """The runs that it waited for and that ended unfinished, and how; empty where there are none."""
+    states = {first.name: state_of(first, queue) for first in runs_before(run)}
+    ended = {name: state.name for name, state in states.items() if state.ended and not state.queued}
+    return ", ".join(f"{name} is {state}" for name, state in ended.items() if state != "FINISHED")
 
 
 def report(run: Run, queue: Queue) -> dict[str, Any]:

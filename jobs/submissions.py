@@ -26,7 +26,8 @@ class Intent:
     """A launch that was begun: its token, the executor ("slurm", "local"), `time` in seconds since 1970.
 
     Of a member of an array the `task`, its number there, and the `comment` of the array's job. Of a run that
-    waits for its turn on this machine `queue`, the job id of the process that will start it.
+    waits for its turn on this machine `queue`, the job id of the process that will start it; and `taken` once
+    that does.
     """
 
     launch: str
@@ -37,6 +38,7 @@ class Intent:
     comment: str = ""
     task: int | None = None
     queue: str = ""
+    taken: str = ""
 
     @property
     def settled(self) -> bool:
@@ -70,6 +72,14 @@ def record(run: Run, intent: Intent, **answer: str) -> None:
     files.append_lines(run.submitit / FILE, [{**vars(intent), **answer}], durable=True)
 
 
+def settle(run: Run, intent: Intent, **answer: str) -> bool:
+    """Record an answer that two processes may give, `taken` or `refused`; whether this one came first."""
+    record(run, intent, **answer)
+    lines = files.read_lines(run.submitit / FILE)
+    first = [line for line in lines if line.get("launch") == intent.launch][1]
+    return all(first.get(name) == value for name, value in answer.items())
+
+
 def adopt(run: Run, job: str) -> None:
     """Record the job of a launch whose process died before it did; no line is needed for any other job."""
     intent = unanswered(run)
@@ -91,10 +101,10 @@ def job_ids(run: Run) -> list[str]:
     return sorted(latest, key=lambda job: latest[job])
 
 
-def gave_up_waiting(run: Run) -> str | None:
-    """Why the run, which waited for its turn on this machine, was not started; None where it was or waits."""
+def last_wait(run: Run) -> dict[str, Any] | None:
+    """The last line, where it is of a launch for which the run waited on this machine, `refused` or not."""
     lines = files.read_lines(run.submitit / FILE)
-    return lines[-1].get("refused") if lines and lines[-1].get("queue") else None
+    return lines[-1] if lines and lines[-1].get("queue") else None
 
 
 def queues(run: Run) -> set[str]:

@@ -139,7 +139,8 @@ def load_chain(
     """
     file = existing(Path(path))
     tree = _with_overrides(with_parents(file, environ), overrides)
-    both = {name: tree.entries[name] for name in _CHAIN if name in tree.entries}
+    given = {name: tree.entries[name] for name in _CHAIN if name in tree.entries}
+    both = {name: entry for name, entry in given.items() if entry.value is not None}
     chain = validated(Entry(both, tree.origin), environ, shown(file), Chain)
     return chain.model_copy(
         update={name: tuple(_absolute(one) for one in getattr(chain, name)) for name in _CHAIN}
@@ -179,11 +180,20 @@ def _as_member(tree: Entry, member: Member) -> Entry:
     """The tree with a member's values. UserError for one that the command line gives, too."""
     for key, value in member.values.items():
         there = find(tree, loc_of(key))
-        if there is not None and there.origin.override is not None:
+        given = None if there is None else _from_command_line(there)
+        if given is not None:
             message = f"swept; give {SECTION}.{key}=[…], or {SECTION}=null for one run"
-            raise UserError(there.origin.problem("", message))
+            raise UserError(given.origin.problem("", message))
         tree = assign(tree, key.split("."), value)
     return tree
+
+
+def _from_command_line(entry: Entry) -> Entry | None:
+    """The entry, or one inside it, that the command line gives."""
+    if entry.origin.override is not None:
+        return entry
+    inside = entry.value if isinstance(entry.value, list) else entry.entries.values()
+    return next(filter(None, map(_from_command_line, inside)), None)
 
 
 def override(recipe: Recipe, overrides: Sequence[str], environ: Mapping[str, str] = os.environ) -> Recipe:

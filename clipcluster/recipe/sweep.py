@@ -37,7 +37,7 @@ Distribution = Callable[[float, float, float], float]
 DISTRIBUTIONS: dict[str, Distribution] = {
     "uniform": lambda low, high, at: low + at * (high - low),
     "log_uniform": lambda low, high, at: low * (high / low) ** at,
-    "integers": lambda low, high, at: math.floor(low + at * (high - low + 1)),
+    "integers": lambda low, high, at: low + at * (high - low + 1),
 }
 
 
@@ -185,11 +185,9 @@ def _drawn(key: str, entry: Entry, count: int, seed: int, environ: Mapping[str, 
         kinds = " or ".join(f"{{{kind}: [LOW, HIGH]}}" for kind in DISTRIBUTIONS)
         raise _problem(entry, key, f"should be a list to choose from, or {kinds}")
     low, high = _bounds(entry.entries[name], key, name, environ)
-    values: list[float] = []
-    for place in places:
-        value = DISTRIBUTIONS[name](low, high, place)
-        values.append(int(value) if name == "integers" else min(high, max(low, float(f"{value:.4g}"))))
-    return [Entry(value, entry.origin) for value in values]
+    drawn = [DISTRIBUTIONS[name](low, high, place) for place in places]
+    rounded = [math.floor(value) if name == "integers" else float(f"{value:.4g}") for value in drawn]
+    return [Entry(min(high, max(low, value)), entry.origin) for value in rounded]
 
 
 def _place(seed: int, key: str, number: int) -> float:

@@ -1,10 +1,12 @@
 """Chains: what was submitted together with a run, before it and after it, by the name of its recipe.
 
-RUNS/chains/NAME.json   {"conversions": [folder], "runs": [folder]}: in the order in which they go
+RUNS/chains/NAME.json   {"conversions": [folder], "runs": [folder]}: in the order in which they were submitted;
+                        runs as seen from RUNS
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +26,15 @@ class Chain:
 
 
 def record(name: str, runs: Path, conversions: Sequence[Path], links: Sequence[Run]) -> None:
-    """Write down what belongs to the chain `name`, in place of what an earlier submission wrote."""
-    document = {
-        "conversions": [str(path) for path in conversions],
-        "runs": [str(run.path) for run in links],
+    """Write down what belongs to the chain `name`, beside what earlier submissions wrote."""
+    known = find_chain(name, runs) or Chain([], [])
+    root = runs.absolute()
+    both = {
+        "conversions": [str(path) for path in [*known.conversions, *conversions]],
+        "runs": [os.path.relpath(run.path, root) for run in [*known.runs, *links]],
     }
     (runs / FOLDER).mkdir(parents=True, exist_ok=True)
-    files.write_json(runs / FOLDER / f"{name}.json", document)
+    files.write_json(runs / FOLDER / f"{name}.json", {key: list(dict.fromkeys(both[key])) for key in both})
 
 
 def find_chain(name: str, runs: Path) -> Chain | None:
@@ -40,5 +44,14 @@ def find_chain(name: str, runs: Path) -> Chain | None:
     found = files.read_object(runs / FOLDER / f"{name}.json", conversions=list, runs=list)
     if found is None:
         return None
-    links = [Run(path) for path in found["runs"]]
+    links = [Run(runs / path) for path in found["runs"]]
     return Chain([Path(path) for path in found["conversions"]], [run for run in links if run.exists()])
+
+
+def runs_before(run: Run) -> list[Run]:
+    """The runs that had not finished when this one was submitted, and that it waits for."""
+    try:
+        settings = run.settings()
+    except FileNotFoundError:
+        return []
+    return [Run(path) for path in settings.get("after") or ()]

@@ -72,10 +72,13 @@ def find_runs(text: str, runs: Path, *, chains: bool = False) -> list[Run]:
     return sweep[1] if sweep else [find_run(text, runs)]
 
 
-def run_of(name: str, title: str, result: Mapping[str, Any], runs: Path) -> Run:
+def run_of(
+    name: str, title: str, result: Mapping[str, Any], runs: Path, values: Mapping[str, Any] | None = None
+) -> Run:
     """The run of these result keys: TITLE-8hex, or one of the recipe `name` that was called otherwise.
 
-    A sweep with one more key calls its members otherwise, and so does a recipe without its sweep.
+    A sweep with one more key calls its members otherwise, and so does a recipe without its sweep. `values`: a
+    member's, in none of which that run differs as a member.
     """
     run = Run(runs / run_name(title, result))
     if run.exists():
@@ -83,4 +86,8 @@ def run_of(name: str, title: str, result: Mapping[str, Any], runs: Path) -> Run:
     digits = run.name[-8:]
     paths = [*runs.glob(f"{name}-{digits}"), *runs.glob(f"{name}-*-{digits}")]
     others = [other for other in map(Run, paths) if other.exists() and other.settings().get("name") == name]
-    return others[0] if len(others) == 1 else run
+    if len(others) != 1:
+        return run
+    theirs = (membership(others[0]) or {"values": {}})["values"]
+    same = all(theirs.get(key, value) == value for key, value in (values or {}).items())
+    return others[0] if same else run

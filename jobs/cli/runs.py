@@ -19,7 +19,6 @@ from jobs.cli.search import search
 from jobs.cli.sweeps import (
     all_of,
     awaited_by,
-    cancel_conversions,
     check_sweep,
     compare,
     logs_of_all,
@@ -290,13 +289,12 @@ def cancel(
     runs: Runs = None,
 ) -> None:
     """End runs: they are not requeued. Submitting one again resumes it from its last checkpoint."""
-    from jobs.cancel import cancel_all as end
-    from jobs.state import Queue
+    from jobs.api import submission
+    from jobs.cancel import end_each
 
-    folder = runs_folder(runs)
-    for line in end(all_of(names, folder, chains=True), Queue()):
+    found = [submission(name, runs=runs) for name in names]
+    for line in end_each(one.cancel for one in found):
         say(line)
-    cancel_conversions(names, folder)
 
 
 def evaluate(

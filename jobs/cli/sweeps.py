@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from clipcluster.errors import UserError
-from clipcluster.runs.chains import find_chain
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import runs_folder
 from clipcluster.runs.sweeps import array_folder, find_runs
@@ -109,12 +108,3 @@ def compare(members: Sequence[Run], names: Sequence[str], best: str | None, form
         comparing.write(found, chosen, sys.stdout, kind=forms[0].removeprefix("--"))
     else:
         show(comparing.table(found, chosen))
-
-
-def cancel_conversions(names: Sequence[str], folder: Path) -> None:
-    """End the conversions that come first in the chains among the names."""
-    for chain in filter(None, (find_chain(name, folder) for name in names)):
-        from jobs.conversions import Conversion
-
-        for path in chain.conversions:
-            say(f"{path}: " + Conversion(path).cancel())

@@ -14,6 +14,7 @@ from typing import Any
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.chains import runs_before
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome
@@ -29,6 +30,8 @@ EXCLUDE_SECONDS = 3.0
 def claim(run: Run, job_id: str, slurm: Slurm) -> Attempt | None:
     """The attempt for this job; None where the run is finished, or cancelled for this job.
 
+    None, too, where what comes before the run did not finish, whatever SLURM made of the dependency.
+
     Raises AlreadyOwned, naming the job that owns the run and still runs.
     """
     if run.finished():
@@ -36,6 +39,10 @@ def claim(run: Run, job_id: str, slurm: Slurm) -> Attempt | None:
         return None
     if job_id in run.cancelled_jobs():
         say(f"{run.name} was cancelled: job {job_id} does nothing")
+        return None
+    before = [] if run.newest() else [first for first in runs_before(run) if first.exists()]
+    if unfinished := [first.name for first in before if not first.finished()]:
+        say(f"{run.name} does not start: {', '.join(unfinished)} did not finish")
         return None
     attempt = run.claim(
         job_id,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
@@ -26,12 +26,13 @@ FOLDER = "then"
 TRAINEE = "jobs.steps:perform"
 
 
-def order_of(step: Export | Measure) -> dict[str, Any]:
-    """What is asked of the job, as its settings hold it."""
-    common = {"out": step.out, "weights": step.weights}
+def order_of(step: Export | Measure, member: str = "") -> dict[str, Any]:
+    """What is asked of the job, as its settings hold it; of a sweep's `member` in a place of its own."""
+    out = Path(step.out)
     if isinstance(step, Export):
-        return {"do": "export", "format": step.export, **common}
-    return {"do": "evaluate", "overrides": list(step.evaluate), **common}
+        return {"do": "export", "format": step.export, "out": str(out / member), "weights": step.weights}
+    out = out.with_suffix("") / f"{member}{out.suffix}" if member else out
+    return {"do": "evaluate", "overrides": list(step.evaluate), "out": str(out), "weights": step.weights}
 
 
 def step_of(run: Run, order: Mapping[str, Any]) -> Run:
@@ -43,8 +44,7 @@ def step_of(run: Run, order: Mapping[str, Any]) -> Run:
 def submit_step(run: Run, order: Mapping[str, Any], say: Callable[[str], None]) -> tuple[Run, str | None]:
     """Queue the job, unless it is queued or has done its work; returns its run folder and the job.
 
-    A step is done again after its run has trained on. Raises UserError for a run that has not finished and is
-    not queued, and where SLURM refuses.
+    Raises UserError for a run that has not finished and is not queued, and where SLURM refuses.
     """
     with only_submission(run.path.parent, say):
         return _submit_step(run, order, say)
@@ -53,20 +53,22 @@ def submit_step(run: Run, order: Mapping[str, Any], say: Callable[[str], None]) 
 def _submit_step(run: Run, order: Mapping[str, Any], say: Callable[[str], None]) -> tuple[Run, str | None]:
     step, queue = step_of(run, order), Queue()
     training, state = state_of(run, queue), state_of(step, queue)
-    if state.queued or (state.name == "FINISHED" and training.name == "FINISHED" and not training.queued):
+    for each in (training, state):
+        if each.name == "UNKNOWN":
+            raise UserError(f"{run.name}: {each.detail}. Submit from a machine that reaches SLURM.")
+    if state.queued or state.name == "FINISHED":
         say(f"{step.name} is {state}")
         return step, state.job if state.queued else None
-    if not training.queued and training.name != "FINISHED":
-        raise UserError(f"{run.name} is {training}: submit it first, then what follows it")
-    if state.name == "FINISHED":  # of the run as it was before
-        shutil.rmtree(step.path)
     executor = "slurm" if run.settings()["executor"] == "slurm" else "local"
+    waits = training.queued and bool(training.job or executor == "local")
+    if training.name != "FINISHED" and not waits:
+        raise UserError(f"{run.name} is {training}: submit it first, then what follows it")
     prepared = _prepared(run, step, order, executor)
     if executor == "local" and training.queued:
         waiting.hand_over([prepared], step.submitit, parallel=1, trainee=TRAINEE)
         say(f"{step.name}: starts on this machine once {run.name} has finished")
         return step, None
-    after = [training.job] if training.queued and training.job else []
+    after = training.job if training.queued else None
     job = launched(
         step,
         prepared.recipe.cluster,
@@ -75,9 +77,9 @@ def _submit_step(run: Run, order: Mapping[str, Any], say: Callable[[str], None])
         grace=prepared.grace,
         trainee=TRAINEE,
         say=say,
-        after=after,
+        dependency=f"afterok:{after}" if after else "",
     )
-    say(f"{step.name}: as job {job}" + (f", after {after[0]}" if after else ""))
+    say(f"{step.name}: as job {job}" + (f" (afterok:{after})" if after else ""))
     return step, job
 
 

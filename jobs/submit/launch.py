@@ -43,17 +43,16 @@ def on_slurm(
     trainee: str = TRAINEE,
     used: Callable[[int], int] = lambda granted: granted,
     evaluations: bool = False,
-    after: Sequence[str] = (),
+    dependency: str = "",
 ) -> str:
     """Submit the job of a run that runs the code in `code`; returns its id.
 
-    `evaluations`: its script starts what the training leaves to jobs of their own. `after`: jobs that must
-    end well before. Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have
-    accepted.
+    `evaluations`: its script starts what the training leaves to jobs of their own. `dependency`: what it waits
+    for. Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
     """
     job = _write_job(run, trainee)
     chosen = parameters.of_run(
-        cluster, run, code, grace=grace, used=used, evaluations=evaluations, after=after
+        cluster, run, code, grace=grace, used=used, evaluations=evaluations, dependency=dependency
     )
     return queue([job], chosen, run.submitit)[0]
 
@@ -67,12 +66,12 @@ def array_on_slurm(
     trainee: str = TRAINEE,
     used: Callable[[int], int] = lambda granted: granted,
     evaluations: bool = False,
-    after: Sequence[str] = (),
+    dependency: str = "",
 ) -> list[str]:
     """Submit the jobs of several runs as one array; returns their ids. Arguments and errors as `on_slurm`."""
     jobs = [_write_job(run, trainee) for run, _ in runs]
     chosen = parameters.of_array(
-        cluster, runs, array, grace=grace, used=used, evaluations=evaluations, after=after
+        cluster, runs, array, grace=grace, used=used, evaluations=evaluations, dependency=dependency
     )
     return queue(jobs, chosen, array.logs)
 

@@ -61,14 +61,14 @@ def of_run(
     grace: float,
     used: Callable[[int], int] = lambda granted: granted,
     evaluations: bool = False,
-    after: Sequence[str] = (),
+    dependency: str = "",
 ) -> dict[str, Any]:
     """Parameters of a run's job, which runs the code in `code`; for the others see `script.of_run`."""
     lead = lead_seconds(cluster.time.minutes * 60, grace)
     setup = script.of_runs(
         cluster, [(run, code)], logs=run.submitit, lead=lead, used=used, evaluations=evaluations
     )
-    return of_job(cluster, name=run.name, comment=str(run.path), setup=setup, lead=lead, after=after)
+    return of_job(cluster, name=run.name, comment=str(run.path), setup=setup, lead=lead, dependency=dependency)
 
 
 def of_array(
@@ -79,12 +79,12 @@ def of_array(
     grace: float,
     used: Callable[[int], int] = lambda granted: granted,
     evaluations: bool = False,
-    after: Sequence[str] = (),
+    dependency: str = "",
 ) -> dict[str, Any]:
     """Parameters of an array of jobs, one for each run, which runs the code in the folder beside it."""
     lead = lead_seconds(cluster.time.minutes * 60, grace)
     setup = script.of_runs(cluster, runs, logs=array.logs, lead=lead, used=used, evaluations=evaluations)
-    job = of_job(cluster, name=array.name, comment=array.comment, setup=setup, lead=lead, after=after)
+    job = of_job(cluster, name=array.name, comment=array.comment, setup=setup, lead=lead, dependency=dependency)
     return {**job, "array_parallelism": array.parallel or max(1, len(runs))}
 
 
@@ -95,15 +95,15 @@ def of_job(
     comment: str,
     setup: Sequence[str],
     lead: int,
-    after: Sequence[str] = (),
+    dependency: str = "",
 ) -> dict[str, Any]:
     """Parameters of a job for submitit's SlurmExecutor.
 
     By name and comment, a folder, a job is found whose submitter died before it learned the job's id. `setup`
     is what the batch script does before srun (see `jobs.submit.script`); `lead` seconds before its time limit
-    the ranks get USR1. It starts once the jobs `after` have ended well; else SLURM cancels it.
+    the ranks get USR1. `dependency`, as sbatch takes it: where it can no longer be met, SLURM cancels the job.
     """
-    dependency = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
+    waits = {"dependency": dependency, "kill-on-invalid-dep": "yes"} if dependency else {}
     chosen = {
         "job_name": name,
         "comment": comment,
@@ -128,7 +128,7 @@ def of_job(
             "requeue": True,
             "nodes": str(cluster.nodes),
             "signal": f"USR1@{lead}",
-            **dependency,
+            **waits,
         },
     }
     return {key: value for key, value in chosen.items() if value is not None}

@@ -31,7 +31,7 @@ def launched(
     say: Callable[[str], None],
     used: Callable[[int], int] = lambda granted: granted,
     evaluations: bool = False,
-    after: Sequence[str] = (),
+    dependency: str = "",
 ) -> str:
     """Launch the run's job on "slurm" or "local", as `jobs.submit.launch` says; returns the job's id.
 
@@ -50,7 +50,7 @@ def launched(
                 trainee=trainee,
                 used=used,
                 evaluations=evaluations,
-                after=after,
+                dependency=dependency,
             )
     except launch.NoAnswer as silence:
         found = Queue().jobs_of(run, intent)
@@ -78,7 +78,7 @@ def launched_array(
     *,
     trainee: str,
     say: Callable[[str], None],
-    after: Sequence[str] = (),
+    dependency: str = "",
 ) -> list[str]:
     """Launch runs whose jobs ask for the same as one array on SLURM; returns their jobs' ids, in order.
 
@@ -99,7 +99,7 @@ def launched_array(
             trainee=trainee,
             used=first.used,
             evaluations=first.recipe.evaluate.where == "job",
-            after=after,
+            dependency=dependency,
         )
     except launch.NoAnswer as silence:
         jobs = _found(members, intents)

@@ -211,8 +211,9 @@ def _say_plan(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted) -> 
         ranks = counted(cluster.ranks_per_node, "rank")
         wanted.say(f"would start {ranks} on this machine, for {cluster.time} at most")
         return
+    grace = grace_of(checked.recipe, "slurm")
     flags = parameters.of_run(
-        cluster, run, run.path / "code-N", grace=grace_of(checked.recipe, "slurm"), after=wanted.after_jobs
+        cluster, run, run.path / "code-N", grace=grace, dependency=wanted.dependency
     )
     wanted.say("would submit to SLURM:")
     say_flags(flags, wanted)
@@ -241,13 +242,10 @@ def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetche
         waiting.hand_over([prepared], run.submitit, parallel=1, trainee=wanted.trainee)
         say(f"{run.name}: starts on this machine once what comes first has finished")
         return None
-    job = start(prepared, chosen, wanted)
+    job = start(prepared, chosen, wanted, wanted.dependency)
     named = f"job {job}" if chosen == "slurm" else counted(cluster.ranks_per_node, "local rank")
     steps = counted(checked.plan.total_steps, "step") if checked.plan else "steps not known yet"
-    say(
-        f"{run.name}: {steps}, as {named}"
-        + (f", after {', '.join(wanted.after_jobs)}" if wanted.after else "")
-    )
+    say(f"{run.name}: {steps}, as {named}" + (f" ({wanted.dependency})" if wanted.dependency else ""))
     say(executor.devices(cluster, chosen))
     if chosen == "local" and not launch.await_claim(run, job):
         say(
@@ -258,7 +256,7 @@ def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetche
     return job
 
 
-def start(prepared: Prepared, chosen: str, wanted: Wanted) -> str:
+def start(prepared: Prepared, chosen: str, wanted: Wanted, dependency: str) -> str:
     """The job's id. What SLURM refused leaves no folder behind; after any other failure the job may exist."""
     try:
         return launched(
@@ -271,7 +269,7 @@ def start(prepared: Prepared, chosen: str, wanted: Wanted) -> str:
             say=wanted.say,
             used=prepared.used,
             evaluations=prepared.recipe.evaluate.where == "job",
-            after=wanted.after_jobs,
+            dependency=dependency,
         )
     except launch.NoAnswer:
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def submit_sweep(wanted: Wanted, sweep: Sweep) -> SubmittedSweep:
     refuse_unqueued(wanted, chosen)
     checked = check_members(wanted, sweep, chosen)
     name = checked[0].recipe.name
-    runs = _runs(wanted, checked)
+    runs = _runs(wanted, sweep, checked)
     found = _look(wanted, sweep, checked, runs)
     if chosen != "none":
         launch.refuse_patterns(wanted.runs)
@@ -119,8 +119,8 @@ def check_sweep(wanted: Wanted, sweep: Sweep) -> None:
     """What `clipcluster check` says of a sweep; the deep check too unless `quick`. Raises UserError."""
     chosen = executor.likely()
     checked = check_members(wanted, sweep, chosen)
-    new = State("NEW")
-    found = [Found(*one, new) for one in zip(sweep.members, checked, _runs(wanted, checked), strict=True)]
+    new, runs = State("NEW"), _runs(wanted, sweep, checked)
+    found = [Found(*one, new) for one in zip(sweep.members, checked, runs, strict=True)]
     wanted.say(f"{checked[0].recipe.name}: a sweep of {counted(len(found), 'run')}")
     _say_runs(found, wanted)
     if not wanted.quick and not wanted.after:
@@ -145,16 +145,15 @@ def check_members(wanted: Wanted, sweep: Sweep, chosen: str) -> list[plain.Check
     return checked
 
 
-def _runs(wanted: Wanted, checked: Sequence[plain.Checked]) -> list[Run]:
+def _runs(wanted: Wanted, sweep: Sweep, checked: Sequence[plain.Checked]) -> list[Run]:
     """Each member's run: one of the same result keys that had another name before, where no other fits it."""
     names = [run_name(one.loaded.title, result_keys(one.loaded)) for one in checked]
     digits = Counter(name[-8:] for name in names)
     runs = []
-    for one, name in zip(checked, names, strict=True):
-        keys = result_keys(one.loaded)
+    for one, name, member in zip(checked, names, sweep.members, strict=True):
         alone = digits[name[-8:]] == 1
-        own = Run(wanted.runs / name)
-        runs.append(run_of(one.recipe.name, one.loaded.title, keys, wanted.runs) if alone else own)
+        asked = one.recipe.name, one.loaded.title, result_keys(one.loaded), wanted.runs, member.plain()
+        runs.append(run_of(*asked) if alone else Run(wanted.runs / name))
     twice = next((run for run, count in Counter(run.name for run in runs).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"two members of the sweep would be the run {twice}; give keys that tell them apart")
@@ -199,7 +198,7 @@ def _say_plan(name: str, sweep: Sweep, found: Sequence[Found], chosen: str, want
             array = _array(name, sweep, wanted)
             members = [(one.run, one.code) for one in group]
             flags = parameters.of_array(
-                group[0].recipe.cluster, members, array, grace=group[0].grace, after=wanted.after_jobs
+                group[0].recipe.cluster, members, array, grace=group[0].grace, dependency=wanted.dependency
             )
             wanted.say(f"would submit to SLURM, for {counted(len(group), 'run')}:")
             say_flags(flags, wanted)
@@ -271,31 +270,43 @@ def _start(
     name: str, sweep: Sweep, found: Sequence[Found], chosen: str, wanted: Wanted, fetched: Path
 ) -> dict[str, str]:
     """Make or update the folders, and launch; the jobs by the names of their runs."""
-    quiet = replace(wanted, say=lambda text: None)
-    graces = _Graces(chosen)
-    prepared: list[Prepared] = []
-    for one in found:
-        if one.rests:
-            as_it_is(one.run, one.state, quiet)
-        elif chosen == "none":
-            folder_alone(one.run, one.checked, wanted, fetched)
-        else:
-            like = prepared[0].code if prepared else None
-            grace = graces.of(one.checked)
-            prepared.append(prepare(one.run, one.checked, chosen, quiet, fetched, grace=grace, like=like))
-        join(one.run, name, one.member.plain())
-    array_folder(name, wanted.runs).mkdir(parents=True, exist_ok=True)
-    jobs = {one.run.name: one.state.job for one in found if one.state.queued and one.state.job}
-    if not prepared:
-        return jobs
-    if chosen == "local":
-        _local(name, sweep, prepared, wanted)
-    else:
-        jobs |= _queue(name, sweep, prepared, wanted)
+    prepared = _prepared(name, found, chosen, wanted, fetched)
+    queued = [one for one in found if one.state.queued]
+    jobs = {one.run.name: one.state.job for one in queued if one.state.job}
+    if chosen == "local" and prepared:
+        _local(name, sweep, prepared, [one.run for one in queued], wanted)
+    elif prepared:
+        jobs |= _queue(name, sweep, prepared, jobs, wanted)
     for each in prepared:
         if not each.made:
             evaluations.resume(each.run, wanted.say, watched=each.recipe.evaluate.where == "job")
     return jobs
+
+
+def _prepared(
+    name: str, found: Sequence[Found], chosen: str, wanted: Wanted, fetched: Path
+) -> list[Prepared]:
+    """Make or update the folders; those to launch. None that was made outlives an error."""
+    quiet = replace(wanted, say=lambda text: None)
+    graces = _Graces(chosen)
+    prepared: list[Prepared] = []
+    try:
+        for one in found:
+            if one.rests:
+                as_it_is(one.run, one.state, quiet)
+            elif chosen == "none":
+                folder_alone(one.run, one.checked, wanted, fetched)
+            else:
+                like = prepared[0].code if prepared else None
+                grace = graces.of(one.checked)
+                prepared.append(prepare(one.run, one.checked, chosen, quiet, fetched, grace=grace, like=like))
+            join(one.run, name, one.member.plain())
+        array_folder(name, wanted.runs).mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        for each in prepared:
+            each.undo()
+        raise
+    return prepared
 
 
 def _array(name: str, sweep: Sweep, wanted: Wanted) -> parameters.Array:
@@ -316,21 +327,34 @@ def _groups(prepared: Sequence[Prepared]) -> list[list[Prepared]]:
     return list(groups.values())
 
 
-def _queue(name: str, sweep: Sweep, prepared: Sequence[Prepared], wanted: Wanted) -> dict[str, str]:
-    """Submit to SLURM: an array for members that ask for the same, an ordinary job for one that is alone."""
+def _dependency(sweep: Sweep, jobs: Iterable[str], wanted: Wanted) -> str:
+    """What further jobs of a sweep wait for: where only so many may run at once, its `jobs` on SLURM too."""
+    others = dict.fromkeys(job.partition("_")[0] for job in jobs if not job.startswith("local-"))
+    behind = f"afterany:{':'.join(others)}" if sweep.parallel and others else ""
+    return ",".join(filter(None, (wanted.dependency, behind)))
+
+
+def _queue(
+    name: str, sweep: Sweep, prepared: Sequence[Prepared], queued: Mapping[str, str], wanted: Wanted
+) -> dict[str, str]:
+    """Submit to SLURM: an array for members that ask for the same, an ordinary job for one that is alone.
+
+    `queued`: the jobs of other members.
+    """
     jobs: dict[str, str] = {}
     groups = _groups(prepared)
     for number, group in enumerate(groups):
+        dependency = _dependency(sweep, [*queued.values(), *jobs.values()], wanted)
         try:
             if len(group) == 1:
-                ids = [start(group[0], "slurm", wanted)]
+                ids = [start(group[0], "slurm", wanted, dependency)]
             else:
                 ids = launched_array(
                     group,
                     _array(name, sweep, wanted),
                     trainee=wanted.trainee,
                     say=wanted.say,
-                    after=wanted.after_jobs,
+                    dependency=dependency,
                 )
         except UserError as refusal:
             refused = groups[number + 1 :] if isinstance(refusal, launch.NoAnswer) else groups[number:]
@@ -339,15 +363,21 @@ def _queue(name: str, sweep: Sweep, prepared: Sequence[Prepared], wanted: Wanted
             raise
         jobs |= {one.run.name: job for one, job in zip(group, ids, strict=True)}
         at_once = f", {sweep.parallel} at a time" if sweep.parallel and len(group) > 1 else ""
-        wanted.say(f"{name}: {counted(len(group), 'run')} as job {ids[0].partition('_')[0]}{at_once}")
+        waits = f" ({dependency})" if dependency else ""
+        wanted.say(f"{name}: {counted(len(group), 'run')} as job {ids[0].partition('_')[0]}{at_once}{waits}")
     wanted.say(executor.devices(prepared[0].recipe.cluster, "slurm"))
     return jobs
 
 
-def _local(name: str, sweep: Sweep, prepared: Sequence[Prepared], wanted: Wanted) -> None:
-    """Hand the members to a process that starts one after the other on this machine; no job is known yet."""
+def _local(
+    name: str, sweep: Sweep, prepared: Sequence[Prepared], queued: Sequence[Run], wanted: Wanted
+) -> None:
+    """Hand the members to a process that starts one after the other on this machine; no job is known yet.
+
+    `queued`: other members, which end before.
+    """
     at_once = sweep.parallel or 1
     logs = array_folder(name, wanted.runs).absolute()
-    waiting.hand_over(prepared, logs, parallel=at_once, trainee=wanted.trainee)
+    waiting.hand_over(prepared, logs, parallel=at_once, trainee=wanted.trainee, behind=queued)
     wanted.say(f"{name}: {counted(len(prepared), 'run')} on this machine, {at_once} at a time")
     wanted.say(executor.devices(prepared[0].recipe.cluster, "local"))

@@ -1,6 +1,6 @@
 """Runs that wait for their turn on this machine: a process starts them, so many at a time.
 
-    python -m jobs.submit.waiting PARALLEL TRAINEE RUN_DIR …
+    python -m jobs.submit.waiting PARALLEL N TRAINEE RUN_DIR …    the first N have to end before any other starts
 
 Each has an intent that names the process. A run whose intent was answered meanwhile (it was cancelled, or
 submitted alone) is left out.
@@ -15,11 +15,12 @@ from pathlib import Path
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import from_run
+from clipcluster.runs.chains import runs_before
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_id, local_job_runs
 from jobs import submissions
 from jobs.endings.log import say
-from jobs.state import Queue, state_of
+from jobs.state import Queue, state_of, unfinished_before
 from jobs.submit import launch, parameters
 from jobs.submit.prepared import Prepared
 from jobs.submit.recorded import launched
@@ -27,11 +28,18 @@ from jobs.submit.recorded import launched
 POLL_SECONDS = 0.5
 
 
-def hand_over(members: Sequence[Prepared], logs: Path, *, parallel: int, trainee: str) -> None:
-    """Start the process, and return once all members wait for it or were started. Raises UserError."""
+def hand_over(
+    members: Sequence[Prepared], logs: Path, *, parallel: int, trainee: str, behind: Sequence[Run] = ()
+) -> None:
+    """Start the process, and return once all members wait for it or were started. Raises UserError.
+
+    None starts before the runs `behind` have ended.
+    """
     paths = [str(member.run.path) for member in members]
+    before = [str(run.path) for run in behind]
     logs.mkdir(parents=True, exist_ok=True)
-    pid = launch.detached(logs, members[0].code, __name__, str(parallel), trainee, *paths)
+    words = [str(parallel), str(len(before)), trainee, *before, *paths]
+    pid = launch.detached(logs, members[0].code, __name__, *words)
     process = local_job_id(pid)
     deadline = time.monotonic() + launch.START_SECONDS
     while not all(process in submissions.queues(member.run) for member in members):
@@ -41,30 +49,30 @@ def hand_over(members: Sequence[Prepared], logs: Path, *, parallel: int, trainee
         time.sleep(0.05)
 
 
-def main(parallel: int, trainee: str, runs: Sequence[Run]) -> None:
+def main(parallel: int, trainee: str, runs: Sequence[Run], behind: Sequence[Run]) -> None:
     """Start the runs in their order, and return when the last one was started."""
     process = local_job_id()
-    for run in runs:
-        submissions.intend(run, "local", str(run.settings()["code"]), queue=process)
+    intents = [
+        submissions.intend(run, "local", str(run.settings()["code"]), queue=process) for run in runs
+    ]
     running: list[str] = []
-    for run in runs:
-        first = [Run(path) for path in run.settings().get("after") or ()]
-        while len(running) >= parallel or not all(map(_is_over, first)):
+    for run, intent in zip(runs, intents, strict=True):
+        before = [*behind, *runs_before(run)]
+        while len(running) >= parallel or not all(map(_is_over, before)):
             time.sleep(POLL_SECONDS)
             running = [job for job in running if local_job_runs(job)]
             if not _waits(run, process):
                 break
         if not _waits(run, process):
             continue
-        if unfinished := _unfinished(first):
-            intent = submissions.unanswered(run)
-            assert intent is not None
-            submissions.record(run, intent, refused=f"what comes first did not finish: {unfinished}")
-            continue
-        try:
-            running.append(_start(run, trainee))
-        except (UserError, OSError) as error:  # the others may start all the same
-            say(f"{run.name} could not be started: {error}")
+        if unfinished := unfinished_before(run, Queue()):
+            submissions.settle(run, intent, refused=f"what comes first did not finish: {unfinished}")
+        elif submissions.settle(run, intent, taken=process):
+            try:
+                running.append(_start(run, trainee))
+            except (UserError, OSError) as error:  # the others may start all the same
+                say(f"{run.name} could not be started: {error}")
+                submissions.record(run, intent, refused=f"it could not be started: {error}")
 
 
 def _waits(run: Run, process: str) -> bool:
@@ -77,12 +85,6 @@ def _is_over(run: Run) -> bool:
     """Whether the run has ended, in whatever way."""
     state = state_of(run, Queue())
     return state.ended and not state.queued
-
-
-def _unfinished(runs: Sequence[Run]) -> str:
-    """Those that did not finish, and how they ended; empty where all finished."""
-    states = {run.name: state_of(run, Queue()).name for run in runs}
-    return ", ".join(f"{name} is {state}" for name, state in states.items() if state != "FINISHED")
 
 
 def _start(run: Run, trainee: str) -> str:
@@ -101,4 +103,5 @@ def _start(run: Run, trainee: str) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], [Run(path) for path in sys.argv[3:]])
+    first, given = int(sys.argv[2]), [Run(path) for path in sys.argv[4:]]
+    main(int(sys.argv[1]), sys.argv[3], given[first:], given[:first])

@@ -31,14 +31,16 @@ class Wanted:
     dry_run: bool = False
     quick: bool = False
     after: Sequence[Awaited] = ()  # what has not ended yet
+    chain: tuple[tuple[Path, tuple[str, ...]], ...] = ()  # recipes, with overrides, that wait for it
     trainee: str = TRAINEE  # what a rank of the training runs
     evaluator: str = EVALUATOR  # … and one of an evaluation's own job
     say: Callable[[str], None] = field(default=print)
 
     @property
-    def after_jobs(self) -> tuple[str, ...]:
-        """The jobs of SLURM that must end well before."""
-        return tuple(job for one in self.after for job in one.jobs)
+    def dependency(self) -> str:
+        """What its jobs on SLURM wait for, as sbatch takes it: jobs that end well. Empty where for none."""
+        jobs = [job for one in self.after for job in one.jobs]
+        return f"afterok:{':'.join(jobs)}" if jobs else ""
 
     @property
     def after_runs(self) -> list[str]:

@@ -1,13 +1,22 @@
 """Submitting from Python and chains on this machine: one plan, one after the other, cancelled as one."""
 
+from pathlib import Path
+
+import numpy
 import pytest
 
 import clipcluster
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load_chain
-from jobs import api
+from clipcluster.recipe.sections.chain import Chain, Export, Measure
+from clipcluster.runs import chains
+from clipcluster.runs.folder import Run
+from jobs import api, submissions
 from jobs.cli.app import command_for
 from jobs.conversions import Conversion
+from jobs.endings.act import claim
+from jobs.submit.follow_up import order_of, submit_step
+from tools.slurm import Slurm
 
 PLAN = ["data.batch_size=128", "train.duration=15 epochs", "cluster.tasks_per_node=1"]
 
@@ -118,12 +127,62 @@ def test_a_conversion_here_is_made_before_it_returns(tmp_path, no_slurm):
 def test_what_is_wrong_in_a_chain_is_said(recipe, section, message):
     with pytest.raises(UserError, match=message):
         load_chain(recipe, [section])
+    assert load_chain(recipe, [section, f"{section.partition('=')[0]}=null"]) == Chain()
+
+
+def test_a_run_that_would_come_before_itself_is_refused(recipe, tmp_path, no_slurm):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {recipe}\nfirst: [{{recipe: {other}.yaml}}]\n")
+    with pytest.raises(UserError, match=r"first: b.yaml would have to be finished before itself"):
+        api.submit(tmp_path / "a.yaml", dry_run=True)
+
+
+def test_what_follows_each_member_of_a_sweep_has_a_place_of_its_own():
+    export = Export(export="hf", out="/out/v1.0")
+    measure = Measure(evaluate=(), out="/out/v1.json")
+    assert [order_of(step)["out"] for step in (export, measure)] == ["/out/v1.0", "/out/v1.json"]
+    places = [order_of(step, "toy-lr=0.1-0")["out"] for step in (export, measure)]
+    assert places == ["/out/v1.0/toy-lr=0.1-0", "/out/v1/toy-lr=0.1-0.json"]
+
+
+def test_nothing_follows_a_run_whose_job_is_not_known_yet(run):
+    run.update_settings({"executor": "slurm", "code": "code-1"})
+    submissions.intend(run, "slurm", "code-1")
+    order = order_of(Export(export="hf", out="/out"))
+    with pytest.raises(UserError, match="is SUBMITTING"):
+        submit_step(run, order, print)
+
+
+def test_a_job_does_not_start_before_what_it_waits_for_has_finished(run, tmp_path, no_slurm):
+    first = Run.create(tmp_path / "runs" / "first-00000000", {}, {})
+    run.update_settings({**run.settings(), "after": [str(first.path), str(tmp_path / "gone")]})
+    attempt = first.claim("16", host="n1", still_running=lambda job: False)
+    assert claim(run, "17", Slurm()) is None
+    attempt.write_outcome(outcome_name="finished", code=0, rank=0)
+    assert claim(run, "17", Slurm()).number == 1
+    first.claim("18", host="n1", still_running=lambda job: False)
+    assert claim(run, "17", Slurm()).number == 2  # what has begun goes on
+
+
+def test_a_chain_is_found_by_its_name_wherever_its_runs_were_moved(run):
+    runs = run.path.parent
+    step = Run.create(run.path / "then" / "toy-export", {}, {})
+    chains.record("toy", runs, [Path("/data")], [run])
+    chains.record("toy", runs, [Path("/data"), Path("/more")], [run, step])
+    moved = runs.rename(runs.with_name("moved"))
+    found = chains.find_chain("toy", moved)
+    assert found.conversions == [Path("/data"), Path("/more")]
+    paths = [moved / run.name, moved / run.name / "then" / "toy-export"]
+    assert [link.path.resolve() for link in found.runs] == paths
+    assert [link.name for link in api.submission("toy", runs=moved).runs] == [run.name, "toy-export"]
 
 
 def test_python_says_what_the_command_says(recipe, tmp_path, no_slurm, capsys):
     said = []
-    api.submit(recipe, {"optim.lr": 2e-3, "data.workers": 0}, runs=tmp_path, dry_run=True, say=said.append)
-    words = ["submit", str(recipe), "optim.lr=2e-3", "data.workers=0", "--runs", str(tmp_path), "--dry-run"]
+    keys = {"optim.lr": 2e-3, "optim.betas": numpy.array([0.9, 0.98]), "data.workers": numpy.int64(0)}
+    api.submit(recipe, keys, runs=tmp_path, dry_run=True, say=said.append)
+    words = ["submit", str(recipe), "optim.lr=2e-3", "data.workers=0", "optim.betas=[0.9, 0.98]"]
+    words += ["--runs", str(tmp_path), "--dry-run"]
     command_for(words).main(words, standalone_mode=False)
     assert capsys.readouterr().out.splitlines() == said
 

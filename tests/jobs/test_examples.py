@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jobs.examples.pipeline import pipeline
+from jobs.examples.sweep import VALUES, best_of
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 SHORT = {
@@ -33,3 +34,15 @@ def test_the_pipeline_goes_one_after_the_other(tmp_path, monkeypatch, no_slurm):
     begun = [run.attempt(1).claim()["time"] for link in (clip, *clip.then) for run in link.runs]
     ended = clip.runs[0].attempt(1).outcome()["time"]
     assert min(begun[1:]) > ended
+
+
+def test_the_best_of_a_sweep_is_exported(recipe, tmp_path, monkeypatch, no_slurm):
+    short = {**VALUES, **SHORT, "train.log_every": "1 steps", "sweep.optim.lr": [1e-5, 3e-3], "sweep.seed": [0]}
+    monkeypatch.setattr("jobs.examples.sweep.VALUES", short)
+    exported = best_of(tmp_path / "runs")
+    try:
+        assert exported.wait(200) == "FINISHED"
+        about = json.loads((tmp_path / "runs" / "best" / "export.json").read_text())
+        assert about["name"].startswith("digits-lr=0.003-")
+    finally:
+        exported.cancel()

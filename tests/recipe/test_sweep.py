@@ -81,6 +81,12 @@ def test_draws_lie_within_their_bounds_and_stay_when_more_are_drawn(count: int, 
         assert drawn["loss.name"] in ("clip", "siglip")
 
 
+def test_a_draw_at_the_end_of_its_range_is_still_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipcluster.recipe.sweep._place", lambda seed, key, number: 1 - 2**-53)
+    bounds = [2**31, 2**31 + 9]
+    assert values({"random": {"count": 1, "keys": {"seed": {"integers": bounds}}}}) == [{"seed": bounds[1]}]
+
+
 def test_draws_spread_over_their_range() -> None:
     found = values({"random": {"count": 400, "keys": KEYS}})
     rates = sorted(drawn["optim.lr"] for drawn in found)
@@ -150,6 +156,9 @@ def test_one_run_cannot_be_read_of_a_sweep(members: Callable[..., list[Member]],
         load(recipe_file)
     with pytest.raises(UserError, match=r"optim.lr=5.*swept; give sweep.optim.lr="):
         load(recipe_file, ["optim.lr=5"], member=found[0])
+    betas = sweep_of({"optim.betas": [[0.9, 0.98]]}).members[0]  # which would replace what is given inside
+    with pytest.raises(UserError, match=r"optim.betas.0=0.8.*swept"):
+        load(recipe_file, ["optim.betas=[0.9, 0.9]", "optim.betas.0=0.8"], member=betas)
     assert load_sweep(recipe_file, ["sweep=null"]) is None
 
 

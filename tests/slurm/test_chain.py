@@ -84,7 +84,8 @@ def test_what_comes_after_a_failure_never_starts_and_is_resumed(bench, chain):
     done = chain({"steps": 10, "raises": {"step": 3, "rank": 0, "error": "DataError"}})
     over(bench, *done.first, done)
     assert done.first[0].state == "FAILED"
-    assert str(done.states(fresh=True)[0]) == "CANCELLED (before it started)"
+    why = f"what comes first did not finish: {done.first[0].name} is FAILED"
+    assert str(done.states(fresh=True)[0]) == f"CANCELLED ({why})"
     again = chain({"steps": 6, "seconds": 0.02})
     over(bench, *again.first, again)
     assert (again.first[0].state, again.state) == ("FINISHED", "FINISHED")
@@ -135,3 +136,27 @@ def test_the_pipeline_is_cancelled_in_the_middle_and_resumes(bench, tmp_path, mo
     third = pipeline(data, runs)
     assert third.jobs == {}
     assert [len(run.attempts()) for link in links for run in link.runs] == before
+
+
+def test_a_chain_around_a_sweep_written_in_its_recipe(bench, tmp_path, monkeypatch):
+    """Images are converted, then two members trained, then each of them exported and measured."""
+    monkeypatch.setenv("DIGITS", str(tmp_path / "digits"))
+    (tmp_path / "whole.yaml").write_text(
+        f"extends: {ROOT}/recipes/digits.yaml\nname: whole\n"
+        "first: [{convert: digits, out: \"${DIGITS}\", jobs: 2, cluster: [partition=low]}]\n"
+        "sweep: {seed: [0, 1]}\n"
+        f"then:\n  - {{export: safetensors, out: {tmp_path}/exported}}\n"
+        f"  - {{evaluate: [\"evaluate.zero_shot=[]\"], out: {tmp_path}/measured.json}}\n"
+    )
+    given = {"runs": tmp_path / "runs", "quick": True}
+    done = api.submit(tmp_path / "whole.yaml", {**SHORT, "cluster.partition": "low"}, **given)
+    bench.jobs += [job for link in (done, *done.then) for job in link.jobs.values()]
+    assert len(done.jobs) == 2
+    assert len(done.then) == 4
+    over(bench, done, *done.then, seconds=500)
+    assert [link.state for link in (done, *done.then)] == ["FINISHED"] * 5, bench.story()
+    for run in done.runs:
+        assert json.loads((tmp_path / "exported" / run.name / "export.json").read_text())["step"] == STEPS
+        measured = json.loads((tmp_path / "measured" / f"{run.name}.json").read_text())
+        assert {name.partition("/")[0] for name in measured["metrics"]} == {"test"}
+    assert api.submit(tmp_path / "whole.yaml", {**SHORT, "cluster.partition": "low"}, **given).jobs == {}

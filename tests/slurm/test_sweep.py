@@ -96,8 +96,17 @@ def test_an_array_with_parallelism_whose_members_are_runs(bench, sweep, submit):
     again = submit(recipe, {"steps": 30})
     assert [run.name for run in again.runs] == [run.name for run in done.runs]
     assert again.jobs == done.jobs
+    more = submit(recipe, {"steps": 5}, "sweep.seed=[0, 1, 2]")  # two more, which wait for the four
+    added = sorted(set(more.jobs.values()) - set(done.jobs.values()))
+    assert len(added) == 2
+    assert {job.reason for job in bench.slurm.queue(job_ids=added)} == {"Dependency"}
     let_all_end(bench, done)
     assert done.state == "FINISHED"
+    let_all_end(bench, more)
+    assert more.state == "FINISHED"
+    began = {run.name: run.attempt(1).claim()["time"] for run in more.runs}
+    last = max(run.attempt(1).outcome()["time"] for run in done.runs)
+    assert [began[run.name] > last for run in more.runs] == [run.name not in done.jobs for run in more.runs]
     for run in done.runs:
         assert len(run.attempts()) == 1
         assert run.newest().job == done.jobs[run.name]

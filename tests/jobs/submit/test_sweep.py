@@ -2,15 +2,19 @@
 
 import json
 import subprocess
+import threading
+import time
 
 import pytest
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
-from clipcluster.runs.names import all_runs
-from clipcluster.runs.sweeps import find_runs, join, members
+from clipcluster.runs.names import all_runs, run_name
+from clipcluster.runs.sweeps import find_runs, join, members, run_of
+from clipcluster.runtime.job_id import local_job_id
 from jobs import api, compare, submissions
+from jobs.cancel import cancel
 from jobs.cli.app import command_for
 from jobs.state import Queue, state_of
 from jobs.submit.sweep import check_members
@@ -59,12 +63,23 @@ def test_cancelled_as_one(ask, local):
     first, *others = done.runs
     local.until(lambda: first.newest())
     assert [state_of(run, Queue()).name for run in done.runs] == ["RUNNING", "PENDING", "PENDING"]
-    assert ask("sweep.seed=[0, 1, 2]").jobs == {first.name: first.newest().job}
+    done = ask("sweep.seed=[0, 1, 2, 3]")  # the new one waits for all of them
+    assert done.jobs == {first.name: first.newest().job}
     done.cancel()
     assert done.wait(20) == "CANCELLED"
-    process = submissions.queues(others[0]).pop()
-    local.until(lambda: not submissions.local_job_runs(process))
-    assert [len(run.attempts()) for run in done.runs] == [1, 0, 0]
+    for process in {*submissions.queues(others[0]), *submissions.queues(done.runs[3])}:
+        local.until(lambda process=process: not submissions.local_job_runs(process))
+    assert [len(run.attempts()) for run in done.runs] == [1, 0, 0, 0]
+
+
+def test_folders_that_were_made_do_not_outlive_an_error(ask, tmp_path):
+    ask("sweep.seed=[0, 1]", dry_run=True)
+    second = [line.split(":")[0].strip() for line in ask.said if line.startswith("  digits-seed=1")]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / second[0]).write_text("something else")
+    with pytest.raises(FileExistsError):
+        ask("sweep.seed=[0, 1]")
+    assert all_runs(tmp_path / "runs") == []
 
 
 def test_what_is_wrong_in_members_is_said_once(ask, recipe, tmp_path):
@@ -166,6 +181,26 @@ def test_the_verbs_take_a_sweep(toys, capsys, no_slurm):
     assert str(caught.value).count("is marked as cancelled") == 2
 
 
+def test_logs_of_a_sweep_are_followed_until_all_have_ended(toys, capsys, no_slurm):
+    first, second = members("toy", toys)
+
+    def write():
+        first.attempt(1).write_outcome(outcome_name="finished", code=0, rank=0)
+        time.sleep(0.2)
+        again = second.claim("1", host="here", still_running=lambda job: False)
+        (again.path / "rank-0.out").write_text("seed 1 resumes\n")
+        again.write_outcome(outcome_name="finished", code=0, rank=0)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    words = ["logs", "toy", "-f", "--runs", str(toys)]
+    command_for(words).main(words, standalone_mode=False)
+    writer.join()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"==> {first.name} <==", "seed 0 says", f"==> {second.name} <==", *lines[3:]]
+    assert lines[-1] == "seed 1 resumes"
+
+
 def test_each_task_of_an_array_takes_its_run(run, tmp_path):
     from jobs.submit.script import of_runs
 
@@ -189,6 +224,34 @@ def test_each_task_of_an_array_takes_its_run(run, tmp_path):
             check=True,
         )
         assert done.stdout.strip() == f"{member.path}|{code}|{member.marks}|{tmp_path / 'logs'}"
+
+
+def test_a_member_is_not_taken_for_one_that_differs_in_what_does_not_decide_the_weights(tmp_path):
+    result = {"seed": 1}
+    eight = Run.create(tmp_path / run_name("toy-workers=8", result), {}, {"name": "toy"})
+    join(eight, "toy", {"data.workers": 8})
+    others = {"toy": None, "toy-seed=1+workers=8": {"seed": 1, "data.workers": 8}}
+    for title, values in others.items():
+        assert run_of("toy", title, result, tmp_path, values).path == eight.path
+    other = run_of("toy", "toy-workers=16", result, tmp_path, {"data.workers": 16})
+    assert other.path == tmp_path / run_name("toy-workers=16", result)
+
+
+def test_of_two_that_answer_a_wait_one_is_first(run):
+    intent = submissions.intend(run, "local", "code-1", queue=local_job_id())
+    assert submissions.settle(run, intent, taken="here")
+    assert not submissions.settle(run, intent, refused="cancelled")
+    intent = submissions.intend(run, "local", "code-1", queue=local_job_id())
+    assert "before its turn came" in cancel(run, Queue())
+    assert not submissions.settle(run, intent, taken="here")
+
+
+def test_a_run_whose_turn_never_came_is_lost(run):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        submissions.intend(run, "local", "code-1", queue=local_job_id(process.pid))
+        assert state_of(run, Queue()).name == "PENDING"
+        process.kill()
+    assert state_of(run, Queue()).name == "LOST"
 
 
 def test_what_waits_on_another_machine_is_not_started_here(run):
