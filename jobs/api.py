@@ -147,7 +147,7 @@ def submit(
     dry_run: bool = False,
     quick: bool = False,
     after: Sequence[Submission | Conversion] = (),
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = print,
     **more: Any,
 ) -> Submission:
     """Start what a recipe describes, a run or a sweep, or resume it: the same recipe finds its runs again.
@@ -159,7 +159,7 @@ def submit(
         site, executor, follow, dry_run, quick: as the options of `clipcluster submit`; `follow` only waits
             for jobs that are still ending.
         after: what must finish before it starts; keys may name the folders that it makes.
-        say: takes what the command prints.
+        say: takes what the command prints, warnings among it.
         more: other fields of `jobs.submit.wanted.Wanted`.
 
     Raises:
@@ -180,13 +180,7 @@ def submit(
     chain = load_chain(wanted.recipe, wanted.overrides, site=site)
     if chain.first and not dry_run:  # so that nothing starts where a later part of the chain is wrong
         _submit_chain(chain, replace(wanted, dry_run=True, say=lambda line: None), after)
-    done = _submit_chain(chain, wanted, after)
-    if dry_run:
-        return done
-    name = str(done.runs[0].settings()["name"])
-    if chain.first or chain.then or find_chain(name, wanted.runs):
-        record(name, wanted.runs, _conversions(done), _runs(done))
-    return done
+    return _submit_chain(chain, wanted, after)
 
 
 def _submit_chain(chain: Chain, wanted: Wanted, after: Sequence[Submission | Conversion]) -> Submission:
@@ -196,7 +190,12 @@ def _submit_chain(chain: Chain, wanted: Wanted, after: Sequence[Submission | Con
     wanted = replace(wanted, after=_awaited(links), overrides=[*wanted.overrides, *given])
     done = _submitted(wanted)
     done.first = links
-    _follow(chain, wanted, done)
+    try:
+        _follow(chain, wanted, done)
+    finally:
+        name = "" if wanted.dry_run else str(done.runs[0].settings()["name"])
+        if name and (chain.first or chain.then or find_chain(name, wanted.runs)):
+            record(name, wanted.runs, _conversions(done), _runs(done))
     return done
 
 
@@ -297,7 +296,10 @@ def _awaited(links: Sequence[Submission | Conversion]) -> list[Awaited]:
 
 
 def _follow(chain: Chain, wanted: Wanted, done: Submission) -> None:
-    """Queue what follows each run, for a sweep in a folder for each of its runs."""
+    """Queue what follows each run, for a sweep in a place for each of its runs."""
+    if chain.then and wanted.executor == "none":
+        wanted.say("what follows is left out: nothing is started")
+        return
     for step in chain.then:
         for run in done.runs:
             order = order_of(step, "" if run.name == done.name else run.name)
@@ -330,7 +332,7 @@ def convert(
     jobs: int = 4,
     cluster: Sequence[str] = (),
     site: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = print,
 ) -> Conversion:
     """Convert data into shards: on SLURM by an array of `jobs` tasks, on this machine before this returns.
 
@@ -348,7 +350,7 @@ def export(
     *,
     out: str | Path,
     weights: Literal["ema", "raw"] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = print,
 ) -> Submission:
     """Export a run once it has finished, by a job of its own. Raises UserError."""
     return _step(run, Export(export=kind, out=os.path.abspath(out), weights=weights), say)
@@ -360,7 +362,7 @@ def evaluate(
     *,
     out: str | Path,
     weights: Literal["ema", "raw"] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = print,
 ) -> Submission:
     """Evaluate a run once it has finished, by a job of its own, into a JSON file. Raises UserError."""
     texts = _texts(overrides) if isinstance(overrides, Mapping) else overrides

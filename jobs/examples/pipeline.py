@@ -21,7 +21,7 @@ SHORT = {"train.duration": "6 epochs", "evaluate.every": None, "cluster.tasks_pe
 
 def pipeline(data: Path, runs: Path) -> Submission:
     """Queue the conversion into `data`, both trainings and what follows; returns the CLIP model's run."""
-    images = convert("digits", out=data, say=print)
+    images = convert("digits", out=data)
     shards = {"data.train.0.shards": str(data / "train")}
 
     classifier = submit(
@@ -29,7 +29,6 @@ def pipeline(data: Path, runs: Path) -> Submission:
         {**SHORT, **shards, "evaluate.classification": [str(data / "test")]},
         after=[images],
         runs=runs,
-        say=print,
     )
     clip = submit(
         RECIPES / "digits.yaml",
@@ -47,10 +46,9 @@ def pipeline(data: Path, runs: Path) -> Submission:
         },
         after=[images, classifier],
         runs=runs,
-        say=print,
     )
-    export(clip, "safetensors", out=runs / "exported", say=print)
-    evaluate(clip, {"evaluate.retrieval": [str(data / "test")]}, out=runs / "measured.json", say=print)
+    export(clip, "safetensors", out=runs / "exported")
+    evaluate(clip, {"evaluate.retrieval": [str(data / "test")]}, out=runs / "measured.json")
     return clip
 
 

@@ -16,11 +16,11 @@ VALUES = {"sweep.optim.lr": [1e-3, 3e-3, 5e-3], "sweep.seed": [0, 1], "sweep.par
 
 def best_of(runs: Path) -> Submission:
     """Submit six runs, two at a time, wait for them, and export the one with the smallest loss."""
-    sweep = submit(RECIPES / "digits.yaml", VALUES, runs=runs, say=print)
+    sweep = submit(RECIPES / "digits.yaml", VALUES, runs=runs)
     sweep.wait(say=print)
     best = sweep.best("loss")
     print(f"the best is {best.name}")
-    return export(best, "safetensors", out=runs / "best", say=print)
+    return export(best, "safetensors", out=runs / "best")
 
 
 if __name__ == "__main__":

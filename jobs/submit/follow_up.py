@@ -20,7 +20,8 @@ from jobs.state import Queue, state_of
 from jobs.submit import waiting
 from jobs.submit.prepared import Prepared, grace_of
 from jobs.submit.recorded import launched
-from jobs.submit.submit import only_submission
+from jobs.submit.submit import only_submission, settled
+from jobs.submit.wanted import Wanted
 
 FOLDER = "then"
 TRAINEE = "jobs.steps:perform"
@@ -52,10 +53,7 @@ def submit_step(run: Run, order: Mapping[str, Any], say: Callable[[str], None]) 
 
 def _submit_step(run: Run, order: Mapping[str, Any], say: Callable[[str], None]) -> tuple[Run, str | None]:
     step, queue = step_of(run, order), Queue()
-    training, state = state_of(run, queue), state_of(step, queue)
-    for each in (training, state):
-        if each.name == "UNKNOWN":
-            raise UserError(f"{run.name}: {each.detail}. Submit from a machine that reaches SLURM.")
+    training, state = state_of(run, queue), settled(step, Wanted(step.path, say=say), queue)
     if state.queued or state.name == "FINISHED":
         say(f"{step.name} is {state}")
         return step, state.job if state.queued else None

@@ -73,7 +73,7 @@ class Told:
 
     def of(self, label: str) -> Callable[[str], None]:
         """Takes what is said of one member."""
-        return lambda text: self.whom.setdefault(text, []).append(label)
+        return lambda text: self.whom.setdefault(text, []).append(label or "the recipe as it is")
 
     def lines(self, members: int) -> list[str]:
         return [
