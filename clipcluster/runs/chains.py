@@ -1,7 +1,7 @@
 """Chains: what was submitted together with a run, before it and after it, by the name of its recipe.
 
-RUNS/chains/NAME.json   {"conversions": [folder], "runs": [folder]}: in the order in which they were submitted;
-                        runs as seen from RUNS
+RUNS/chains/NAME.json   {"conversions": [folder], "runs": [folder]}: in the order of their submission; runs as
+                        seen from RUNS
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ def on_slurm(
 ) -> str:
     """Submit the job of a run that runs the code in `code`; returns its id.
 
-    `evaluations`: its script starts what the training leaves to jobs of their own. `dependency`: what it waits
-    for. Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
+    `evaluations`: its script starts what the training leaves to jobs of their own. `dependency`: what it
+    waits for. Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have
+    accepted.
     """
     job = _write_job(run, trainee)
     chosen = parameters.of_run(

@@ -68,7 +68,9 @@ def of_run(
     setup = script.of_runs(
         cluster, [(run, code)], logs=run.submitit, lead=lead, used=used, evaluations=evaluations
     )
-    return of_job(cluster, name=run.name, comment=str(run.path), setup=setup, lead=lead, dependency=dependency)
+    return of_job(
+        cluster, name=run.name, comment=str(run.path), setup=setup, lead=lead, dependency=dependency
+    )
 
 
 def of_array(
@@ -84,7 +86,9 @@ def of_array(
     """Parameters of an array of jobs, one for each run, which runs the code in the folder beside it."""
     lead = lead_seconds(cluster.time.minutes * 60, grace)
     setup = script.of_runs(cluster, runs, logs=array.logs, lead=lead, used=used, evaluations=evaluations)
-    job = of_job(cluster, name=array.name, comment=array.comment, setup=setup, lead=lead, dependency=dependency)
+    job = of_job(
+        cluster, name=array.name, comment=array.comment, setup=setup, lead=lead, dependency=dependency
+    )
     return {**job, "array_parallelism": array.parallel or max(1, len(runs))}
 
 
@@ -101,7 +105,7 @@ def of_job(
 
     By name and comment, a folder, a job is found whose submitter died before it learned the job's id. `setup`
     is what the batch script does before srun (see `jobs.submit.script`); `lead` seconds before its time limit
-    the ranks get USR1. `dependency`, as sbatch takes it: where it can no longer be met, SLURM cancels the job.
+    the ranks get USR1. `dependency`, as sbatch takes it: where it cannot be met any more, SLURM ends the job.
     """
     waits = {"dependency": dependency, "kill-on-invalid-dep": "yes"} if dependency else {}
     chosen = {

@@ -212,9 +212,7 @@ def _say_plan(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted) -> 
         wanted.say(f"would start {ranks} on this machine, for {cluster.time} at most")
         return
     grace = grace_of(checked.recipe, "slurm")
-    flags = parameters.of_run(
-        cluster, run, run.path / "code-N", grace=grace, dependency=wanted.dependency
-    )
+    flags = parameters.of_run(cluster, run, run.path / "code-N", grace=grace, dependency=wanted.dependency)
     wanted.say("would submit to SLURM:")
     say_flags(flags, wanted)
 

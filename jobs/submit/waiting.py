@@ -1,6 +1,6 @@
 """Runs that wait for their turn on this machine: a process starts them, so many at a time.
 
-    python -m jobs.submit.waiting PARALLEL N TRAINEE RUN_DIR …    the first N have to end before any other starts
+    python -m jobs.submit.waiting PARALLEL N TRAINEE RUN_DIR …   no other starts before the first N have ended
 
 Each has an intent that names the process. A run whose intent was answered meanwhile (it was cancelled, or
 submitted alone) is left out.
@@ -52,9 +52,7 @@ def hand_over(
 def main(parallel: int, trainee: str, runs: Sequence[Run], behind: Sequence[Run]) -> None:
     """Start the runs in their order, and return when the last one was started."""
     process = local_job_id()
-    intents = [
-        submissions.intend(run, "local", str(run.settings()["code"]), queue=process) for run in runs
-    ]
+    intents = [submissions.intend(run, "local", str(run.settings()["code"]), queue=process) for run in runs]
     running: list[str] = []
     for run, intent in zip(runs, intents, strict=True):
         before = [*behind, *runs_before(run)]

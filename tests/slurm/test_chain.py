@@ -143,10 +143,10 @@ def test_a_chain_around_a_sweep_written_in_its_recipe(bench, tmp_path, monkeypat
     monkeypatch.setenv("DIGITS", str(tmp_path / "digits"))
     (tmp_path / "whole.yaml").write_text(
         f"extends: {ROOT}/recipes/digits.yaml\nname: whole\n"
-        "first: [{convert: digits, out: \"${DIGITS}\", jobs: 2, cluster: [partition=low]}]\n"
+        'first: [{convert: digits, out: "${DIGITS}", jobs: 2, cluster: [partition=low]}]\n'
         "sweep: {seed: [0, 1]}\n"
         f"then:\n  - {{export: safetensors, out: {tmp_path}/exported}}\n"
-        f"  - {{evaluate: [\"evaluate.zero_shot=[]\"], out: {tmp_path}/measured.json}}\n"
+        f'  - {{evaluate: ["evaluate.zero_shot=[]"], out: {tmp_path}/measured.json}}\n'
     )
     given = {"runs": tmp_path / "runs", "quick": True}
     done = api.submit(tmp_path / "whole.yaml", {**SHORT, "cluster.partition": "low"}, **given)
