@@ -37,14 +37,8 @@ def test_the_pipeline_goes_one_after_the_other(tmp_path, monkeypatch, no_slurm):
 
 
 def test_the_best_of_a_sweep_is_exported(recipe, tmp_path, monkeypatch, no_slurm):
-    short = {
-        **VALUES,
-        **SHORT,
-        "train.log_every": "1 steps",
-        "sweep.optim.lr": [1e-5, 3e-3],
-        "sweep.seed": [0],
-    }
-    monkeypatch.setattr("jobs.examples.sweep.VALUES", short)
+    values = {**VALUES, "sweep.optim.lr": [1e-5, 3e-3], "sweep.seed": [0], "train.log_every": "1 steps"}
+    monkeypatch.setattr("jobs.examples.sweep.VALUES", {**values, **SHORT})
     exported = best_of(tmp_path / "runs")
     try:
         assert exported.wait(200) == "FINISHED"
