@@ -75,8 +75,7 @@ def test_cancelled_as_one(ask, local):
 def test_folders_that_were_made_do_not_outlive_an_error(ask, tmp_path):
     ask("sweep.seed=[0, 1]", dry_run=True)
     second = [line.split(":")[0].strip() for line in ask.said if line.startswith("  digits-seed=1")]
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / second[0]).write_text("something else")
+    (tmp_path / "runs" / second[0] / "something else").mkdir(parents=True)
     with pytest.raises(FileExistsError):
         ask("sweep.seed=[0, 1]")
     assert all_runs(tmp_path / "runs") == []
