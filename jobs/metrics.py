@@ -12,7 +12,7 @@ from typing import IO, Any
 from rich.table import Table
 
 from clipcluster.errors import UserError
-from clipcluster.runs.files import NON_FINITE, finite
+from clipcluster.runs.files import NON_FINITE, finite, require_writable
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runs.names import as_typed
@@ -140,12 +140,9 @@ def terminal_plot(name: str, curve: Sequence[tuple[int, float]]) -> list[str]:
 def picture(found: dict[str, list[tuple[int, float]]], title: str, file: Path) -> None:
     """The curves, one below the other, as a picture of the kind that the file's ending names.
 
-    Raises UserError for another ending than .png, .pdf and .svg, and for a folder that does not exist.
+    Raises UserError for another ending than .png, .pdf and .svg, and where it cannot be written.
     """
-    if file.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--picture {file}: give a name that ends in .png, .pdf or .svg")
-    if not file.parent.is_dir():
-        raise UserError(f"--picture {file}: no folder {file.parent}; make it first")
+    require_writable("--picture", file, (".png", ".pdf", ".svg"))
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(8, 2.6 * len(found)), layout="constrained")

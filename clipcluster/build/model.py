@@ -29,7 +29,7 @@ from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runs.attempts import Attempt
-from clipcluster.runs.checkpoints import STATE, name_of, steps_in, weights_file
+from clipcluster.runs.checkpoints import MANIFEST, STATE, name_of, steps_in, weights_file
 from clipcluster.runs.files import file_sha256, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.outcome import CheckpointError
@@ -189,4 +189,7 @@ def load_checkpoint(
         return path, step, averaged
     what = {"ema": "averaged weights", "raw": "raw weights", None: "weights"}[weights]
     hint = " Averaged weights are kept by train.ema." if weights == "ema" else ""
-    raise UserError(f"No checkpoint here has {what} that verify ({'; '.join(reasons)}).{hint}")
+    if any(f"{MANIFEST} is missing" in reason for reason in reasons):
+        hint += f" One without {MANIFEST} may still be being written: try again after the run's next save."
+    where = newest_first[0].parent
+    raise UserError(f"No checkpoint in {where} has {what} that verify ({'; '.join(reasons)}).{hint}")

@@ -93,8 +93,9 @@ class ModelFolder:
             model = build_model(recipe, tokenizer, self.assets, starting_weights=not self.checkpoints)
         path, step = self.path, None
         averaged = any(coverage.part == "ema" for coverage in model.starting_weights)
-        if self.checkpoints:
-            path, step, averaged = load_checkpoint(model, self.checkpoints, weights)
+        if self.checkpoints:  # of a run those of now: its training may have deleted the ones found before
+            checkpoints = _newest_first(Run(self.path)) or self.checkpoints
+            path, step, averaged = load_checkpoint(model, checkpoints, weights)
         model.eval().to(device or pick_device(0))
         return Opened(model, recipe, tokenizer, path, step, averaged, self.name, self.assets)
 
@@ -131,10 +132,16 @@ def model_folder(what: Path) -> ModelFolder:
 
 def _of_run(run: Run) -> ModelFolder:
     recipe = from_run(run.recipe(), run.settings())
-    found = [run.checkpoints / name_of(step) for step in reversed(steps_in(run.checkpoints))]
+    found = _newest_first(run)
     if not found:
-        raise UserError(f"{run.name} has no checkpoint: none was written yet.")
+        raise UserError(
+            f"{run.name} has no checkpoint: none was written yet. Wait for its first (clipcluster status)."
+        )
     return ModelFolder(recipe, run.path, run.name, run.assets, found)
+
+
+def _newest_first(run: Run) -> list[Path]:
+    return [run.checkpoints / name_of(step) for step in reversed(steps_in(run.checkpoints))]
 
 
 def _of_checkpoint(folder: Path) -> ModelFolder:

@@ -59,8 +59,8 @@ def export(
         raise UserError(f"{out} is the model that is to be exported; name another folder.")
     from clipcluster.export.card import card
 
-    opened = found.open(weights=weights, device="cpu")
-    with _telling_of_space(out), written_whole(out) as folder:
+    with _telling_of_space(out), written_whole(out) as folder:  # before the model, which may take minutes
+        opened = found.open(weights=weights, device="cpu")
         place = {"final": out} if kind == "open_clip" else {}  # a part of it is looked for by its path
         resolve_name(FORMATS[kind])(opened, folder, **place)
         (folder / "README.md").write_text(card(opened, kind), encoding="utf-8", errors="backslashreplace")
@@ -141,10 +141,12 @@ def written_whole(out: Path) -> Iterator[Path]:
     `.NAME.….old`.
     """
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
     before = aside.with_suffix(".old")
-    aside.mkdir()
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); name another folder.") from error
     try:
         yield aside
         for path in (aside, *aside.rglob("*")):

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,21 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False, durable: b
         raise
     if durable:
         fsync_folder(path.parent)
+
+
+def require_writable(option: str, path: Path, endings: Sequence[str]) -> None:
+    """UserError where the file that an option names cannot be made there, before the work that fills it."""
+    if path.suffix.lower() not in endings:
+        raise UserError(f"{option} {path}: give a name that ends in {', '.join(endings)}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: {path.parent} is not a folder; make it first, or name another")
+    try:
+        _write_aside(path, b"", durable=False).unlink()
+    except OSError as error:
+        why = error.strerror
+        raise UserError(f"{option} {path}: cannot be written ({why}); name another file") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipcluster.errors import UserError
-from clipcluster.runs.files import write_bytes
+from clipcluster.runs.files import require_writable, write_bytes
 from clipcluster.runs.names import runs_folder
 from clipcluster.text import counted
 from jobs.cli.options import AnyModel, AsJson, Runs, Weights, print_document, say
@@ -52,8 +51,8 @@ def search(
     from clipcluster.runtime.environment import share_cores
     from tools.search.search import search as find
 
-    if out is not None and (out.suffix.lower() not in (".html", ".htm") or not out.parent.is_dir()):
-        raise UserError(f"--out {out}: give a name that ends in .html, in a folder that exists")
+    if out is not None:
+        require_writable("--out", out, (".html", ".htm"))
     share_cores()
     with progress_bar("files", quiet=as_json) as progress:
         answers = find(

@@ -11,7 +11,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from clipcluster.errors import UserError
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
 from jobs.report import words
@@ -29,18 +28,12 @@ ENDINGS = (".html", ".htm")
 def write(runs: Sequence[Run], out: Path, queue: Queue) -> int:
     """Write the page about these runs to `out`, replacing it; returns its bytes.
 
-    Raises UserError for another kind of file, a folder that does not exist, and a run that cannot be read.
+    Raises UserError for a file that cannot be written, and for a run that cannot be read.
     """
-    if out.suffix.lower() not in ENDINGS:
-        raise UserError(f"--out {out}: give a name that ends in .html")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: {out.parent} is not a folder; make it first, or name another")
+    files.require_writable("--out", out, ENDINGS)
     # a caption may hold half of a surrogate pair, which UTF-8 cannot say
     content = page(runs, queue).encode(errors="replace")
-    try:
-        files.write_bytes(out, content)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
+    files.write_bytes(out, content)
     return len(content)
 
 

@@ -110,6 +110,19 @@ def test_a_run_and_its_checkpoints(run: Run, tmp_path: Path, caplog: pytest.LogC
     assert "step-00000008: ema.safetensors is missing" in caplog.text
 
 
+def test_a_training_may_delete_the_checkpoints_that_were_found(shards: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "tiny", shards, "train.ema=null")
+    newest, older = (run.checkpoints / f"step-0000000{step}" for step in (8, 3))
+    aside = newest.rename(tmp_path / "saved-later")
+    found = model_folder(run.path)
+    aside.rename(newest)  # between finding and opening, while torch is loaded
+    shutil.rmtree(older)
+    assert found.open(device="cpu").step == 8
+    (newest / "manifest.json").unlink()
+    with pytest.raises(UserError, match=rf"in {run.checkpoints} has .* after the run's next save"):
+        found.open(device="cpu")
+
+
 def test_what_cannot_be_opened_is_told(run: Run, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"contains no model; give a run, one of its checkpoints, a dual encoder"

@@ -82,6 +82,8 @@ def test_an_older_export_is_replaced_and_nothing_else(
     for place in (other, tmp_path / "file", folder.path):
         with pytest.raises(UserError, match="exists and is not an export; name another folder"):
             export(str(folder.path), "hf", place)
+    with pytest.raises(UserError, match=r"/proc/out cannot be written \(No such file .*; name another"):
+        export(str(folder.path), "hf", Path("/proc/out"))
     for about in ({"format": 3}, {"format": "hf"}, {"format": "hf", "files": []}):
         (other / "export.json").write_text(json.dumps(about))
         with pytest.raises(UserError, match="exists and is not an export"):

@@ -1,13 +1,12 @@
 """The figures of `shards stats` as a picture: one row of histograms a folder."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipcluster.errors import UserError
+from clipcluster.runs.files import require_writable
 from tools.shards.stats import Stats
 
 _COLOUR, _SECOND = "#33658a", "#f26419"
@@ -17,12 +16,7 @@ _KINDS = (".png", ".pdf", ".svg", ".jpg")
 
 def require_drawable(path: Path) -> None:
     """UserError for a name that cannot be drawn to, before hours of reading."""
-    if path.suffix.lower() not in _KINDS:
-        raise UserError(f"--picture {path}: give a name that ends in {', '.join(_KINDS)}")
-    if not path.parent.is_dir():
-        raise UserError(f"--picture {path}: no folder {path.parent}; make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--picture {path}: cannot be written there; choose another path")
+    require_writable("--picture", path, _KINDS)
 
 
 def draw(figures: Sequence[Stats], path: Path) -> None:

@@ -173,6 +173,8 @@ def test_runs_that_have_nothing_yet_and_files_that_cannot_be_written(tmp_path):
         write([run], tmp_path / "recipe.yaml", Queue())
     with pytest.raises(UserError, match="is not a folder"):
         write([run], tmp_path / "absent" / "x.html", Queue())
+    with pytest.raises(UserError, match=r"/proc/x\.html: cannot be written \(No such file .* name another"):
+        write([run], Path("/proc/x.html"), Queue())
 
 
 def test_batches_of_different_sizes_are_drawn_over_samples(tmp_path):

@@ -279,7 +279,8 @@ def test_the_command(run: Run, photos: Path, tmp_path: Path, capsys: pytest.Capt
     for more, told in (
         ((), "nothing to look for"),
         (("--text", "a", "--out", photos / "3.png"), r"ends in \.html"),
-        (("--text", "a", "--out", tmp_path / "none" / "x.html"), "a folder that exists"),
+        (("--text", "a", "--out", tmp_path / "none" / "x.html"), "none is not a folder; make it"),
+        (("--text", "a", "--out", "/proc/x.html"), r"--out /proc/x\.html: cannot be written \(No such file"),
         (("--image", tmp_path / "none.png"), r"none\.png is not a file"),
         (("--text", " "), "--text is empty"),
         (("--image", photos / "page.jpg"), r"page\.jpg: HTML or XML, no image"),
