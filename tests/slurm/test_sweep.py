@@ -99,7 +99,7 @@ def test_an_array_with_parallelism_whose_members_are_runs(bench, sweep, submit):
     more = submit(recipe, {"steps": 5}, "sweep.seed=[0, 1, 2]")  # two more, which wait for the four
     added = sorted(set(more.jobs.values()) - set(done.jobs.values()))
     assert len(added) == 2
-    assert {job.reason for job in bench.slurm.queue(job_ids=added)} == {"Dependency"}
+    bench.until(lambda: {job.reason for job in bench.slurm.queue(job_ids=added)} == {"Dependency"})
     let_all_end(bench, done)
     assert done.state == "FINISHED"
     let_all_end(bench, more)
