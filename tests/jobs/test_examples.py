@@ -43,6 +43,6 @@ def test_the_best_of_a_sweep_is_exported(recipe, tmp_path, monkeypatch, no_slurm
     try:
         assert exported.wait(200) == "FINISHED"
         about = json.loads((tmp_path / "runs" / "best" / "export.json").read_text())
-        assert about["name"].startswith("digits-lr=0.003-")
+        assert about["name"].startswith("digits-lr=0.003+seed=0-")
     finally:
         exported.cancel()

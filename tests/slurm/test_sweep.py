@@ -135,6 +135,27 @@ def test_cancelled_and_resumed_as_one(bench, sweep, submit):
     assert more.state == "CANCELLED"
 
 
+def test_people_requeue_a_member_and_end_an_array_with_slurms_own_commands(bench, sweep, submit):
+    recipe = sweep("{seed: [0, 1, 2], parallel: 2}")
+    done = submit(recipe, {"steps": 40, "seconds": 0.1})
+    first, other = bench.until(lambda: len(found := running(bench, done)) == 2 and found)
+    bench.at_step(first, 3)
+    bench.at_step(other, 3)
+    bench.slurm.requeue(first.newest().job)
+    bench.verdict(first, 1)
+    bench.come_back(done.jobs[first.name])
+    bench.until(lambda: len(first.attempts()) == 2)
+    assert len(other.attempts()) == 1
+    bench.slurm.cancel([done.jobs[first.name].partition("_")[0]])
+    let_all_end(bench, done)
+    ends = {run.name: state.name for run, state in zip(done.runs, done.states(fresh=True), strict=True)}
+    assert ends[first.name] == "CANCELLED"
+    assert set(ends.values()) <= {"CANCELLED", "FINISHED"}, ends
+    again = submit(recipe, {"steps": 12, "seconds": 0.02})
+    let_all_end(bench, again)
+    assert again.state == "FINISHED"
+
+
 def test_members_that_ask_for_other_nodes_are_arrays_of_their_own(bench, sweep, submit):
     recipe = sweep("{seed: [0, 1], cluster.nodes: [1, 2]}")
     done = submit(recipe, {"steps": 4, "seconds": 0.05}, "data.batch_size=64")
