@@ -43,9 +43,15 @@ def hand_over(
     process = local_job_id(pid)
     deadline = time.monotonic() + launch.START_SECONDS
     while not all(process in submissions.queues(member.run) for member in members):
-        if local_job_runs(process) is False or time.monotonic() > deadline:
-            said = "\n".join((logs / launch.LOCAL_LOG).read_text(errors="replace").splitlines()[-3:])
-            raise UserError(f"the runs could not be started on this machine:\n{said}")
+        log = logs / launch.LOCAL_LOG
+        if local_job_runs(process) is False:
+            said = "\n".join(log.read_text(errors="replace").splitlines()[-3:])
+            raise UserError(f"the runs could not be started on this machine:\n{said}\nSee {log}")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the process that is to start the runs has not begun within {launch.START_SECONDS:g} s; it "
+                f"may still start them: look with clipcluster status before you submit again, and see {log}"
+            )
         time.sleep(0.05)
 
 
