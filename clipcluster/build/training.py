@@ -44,6 +44,7 @@ from clipcluster.train.stages import Stages
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Guard, Step
 from clipcluster.train.trainer import Trainer
+from clipcluster.train.watchdog import Watchdog
 from clipcluster.train.wrapping import WrappedTask
 
 TRIED_SAMPLES = 2  # of each micro-batch; a batch norm in training needs more than one
@@ -80,6 +81,8 @@ def build_trainer(
     records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
     metrics = Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps)
 
+    patience = recipe.train.stalled_after
+
     def opened(at: Progress) -> Loader:
         return open_batches(recipe, sources, world, at.batches_drawn, at.skipped)
 
@@ -91,7 +94,7 @@ def build_trainer(
         progress=Progress(steps_per_epoch=plan_.steps_per_epoch, batch_size=plan_.batch_size),
         total_steps=plan_.total_steps,
         step=step,
-        feed=Feed(opened, world.device, metrics.waited),
+        feed=Feed(opened, world.device, metrics.work.waited),
         parts=parts,
         saver=build_saver(run, recipe, plan_, records, constants, evaluated=evaluated_by_job),
         evaluations=Evaluations(
@@ -108,6 +111,7 @@ def build_trainer(
         record_samples=recipe.train.record_samples,
         grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_SECONDS,
         memory_advice=memory_advice(recipe, world.size),
+        watchdog=Watchdog(world.pulse, attempt, world.rank, world.size, patience.seconds) if patience else None,
     )
 
 

@@ -45,6 +45,7 @@ class Task(nn.Module, ABC):
 
     frozen: name -> file or folder of weights that the task uses and never trains; a checkpoint has their
     hashes.
+    after_features: called where this rank has computed its features, before it needs those of others.
 
     A wrapper reduces gradients for its own `forward` only: those of a method that is called on the wrapped
     module directly are not reduced, without an error. Callers therefore write `wrapped(Task.report, batch)`,
@@ -52,6 +53,7 @@ class Task(nn.Module, ABC):
     """
 
     frozen: Mapping[str, Path] = {}
+    after_features: Callable[[], None] = staticmethod(lambda: None)
 
     def forward(self, call: Callable[..., T], *args: Any) -> T:
         """`call(self, *args)`."""
@@ -71,7 +73,9 @@ class Task(nn.Module, ABC):
     @final
     def features(self, batch: Batch) -> Features:
         """The whole input of the loss."""
-        return {**self.encode(batch), **self.targets(batch)}
+        found = {**self.encode(batch), **self.targets(batch)}
+        self.after_features()
+        return found
 
     @abstractmethod
     def loss(self, features: Features) -> Report:

@@ -17,7 +17,7 @@ from clipcluster.rank.claiming import open_attempt
 from clipcluster.rank.ending import raised, returned
 from clipcluster.rank.output import announce, log_to, redirect, say_ending
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.environment import ATTEMPT, share_cores
+from clipcluster.runtime.environment import ATTEMPT, node_name, share_cores
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.outcome import Outcome
@@ -59,7 +59,8 @@ def serve(
         attempt.check()
         redirect(attempt.path / f"{writer}.out")
         log_to(sys.stdout, launch.rank)
-        attempt.event("start", writer=writer, rank=launch.rank, host=socket.gethostname(), pid=os.getpid())
+        here = {"host": socket.gethostname(), "node": node_name(), "pid": os.getpid()}
+        attempt.event("start", writer=writer, rank=launch.rank, **here)
         outcome = resolve_name(trainee)(run, attempt, launch, stop)
         code = returned(Outcome(outcome), attempt, launch, stop)
     except BaseException as error:

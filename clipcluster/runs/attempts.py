@@ -81,6 +81,11 @@ class Attempt:
             line["step"] = self.step
         self._append(f"events-{writer}.jsonl", [{**line, **fields}])
 
+    def start(self, rank: int) -> dict[str, Any]:
+        """The event `start` of a rank, with its `node`, `host` and `pid`; empty where there is none."""
+        lines = files.read_lines(self.path / f"events-rank-{rank}.jsonl")
+        return next((line for line in lines if line.get("event") == "start"), {})
+
     def phase(self, rank: int, phase: str) -> None:
         """Rank 0's event of what the attempt does before its first step; the other ranks write nothing."""
         if rank == 0:

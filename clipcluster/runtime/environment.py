@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 
 ATTEMPT = "CLIPCLUSTER_ATTEMPT"  # number of the attempt that the batch script claimed for this job
 TAKE_OVER = "CLIPCLUSTER_TAKE_OVER"  # id of a job that the user knows to have ended
 INTERFACE = "CLIPCLUSTER_INTERFACE"  # network interface by which the site's nodes reach each other
 LOGS = "CLIPCLUSTER_LOGS"  # folder of submitit's files
 LEAD = "CLIPCLUSTER_LEAD"  # seconds before the time limit at which the ranks are asked to stop
+
+
+def node_name() -> str:
+    """This machine as SLURM calls it, else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def share_cores() -> None:

@@ -22,6 +22,7 @@ from clipcluster.runtime.devices import backends
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.network import address_of, interface_of, listen, site_interface
 from clipcluster.runtime.outcome import Failure, LostPeers, described, restored
+from clipcluster.runtime.pulse import Pulse
 from clipcluster.runtime.stop import Stop, Wish
 
 _BEAT_S = 1.0  # between two signs of life of rank 0 while it works alone
@@ -48,6 +49,7 @@ class World:
     """This process among `size` ranks; `device` is where its towers live.
 
     Made by `World.join`, or as `World(0, 1, 0, device)` for a single process.
+    `pulse`: its signs of life; every collective that ends is one.
     """
 
     def __init__(self, rank: int, size: int, local_rank: int, device: torch.device) -> None:
@@ -55,6 +57,7 @@ class World:
         self.size = size
         self.local_rank = local_rank
         self.device = device
+        self.pulse = Pulse()
 
     @property
     def is_main(self) -> bool:
@@ -105,10 +108,14 @@ class World:
         return world
 
     @contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
-        """Raise a collective's error about a dead or silent peer as LostPeers."""
+    def _telling(self, what: str, *, counts: bool = True) -> Iterator[None]:
+        """Raise a collective's error about a dead or silent peer as LostPeers.
+
+        counts: its end is a sign of life of this rank.
+        """
         try:
-            yield
+            with self.pulse.with_others(counts=counts):
+                yield
         except (RuntimeError, TimeoutError) as error:
             if isinstance(error, TimeoutError) or is_lost_peer(error):
                 raise LostPeers(f"rank {self.rank} of {self.size} {what}: {error}") from error
@@ -203,7 +210,7 @@ class World:
         """One short collective; whether rank 0 is still at work."""
         unfinished = wait([work], timeout=_BEAT_S).not_done if work else ()
         at_work = torch.tensor([len(unfinished)])
-        with self._telling("lost its peers"):
+        with self._telling("lost its peers", counts=work is None):
             dist.all_reduce(at_work)
         return bool(at_work)
 

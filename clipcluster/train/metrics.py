@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
 from clipcluster.train.progress import Progress
+from clipcluster.train.work import Slowness, Work, slow_ranks
 
 if TYPE_CHECKING:
     from clipcluster.evals.features import Measured
@@ -40,6 +42,8 @@ class Metrics:
     def __init__(self, attempt: Attempt, world: World, *, every: int, total_steps: int) -> None:
         self._run, self._attempt, self._world = Run(attempt.run), attempt, world
         self._every, self._total = every, total_steps
+        self.work = Work(world.device, world.pulse)
+        self._slowness = Slowness()
         self._last_line: dict[str, Any] = {}
         self._board: Board | None = None
         self._unwritten: list[tuple[dict[str, Any], Measured]] = []
@@ -55,11 +59,8 @@ class Metrics:
 
     def restart_clock(self, samples: int) -> None:
         """Measure rates from here on: the time of an evaluation or a roll-back is not training."""
-        self._since, self._samples_before, self._waited = time.monotonic(), samples, 0.0
-
-    def waited(self, seconds: float) -> None:
-        """Add seconds that this rank spent waiting for a batch."""
-        self._waited += seconds
+        self._since, self._samples_before = time.monotonic(), samples
+        self.work.restart()
 
     def due(self, progress: Progress) -> bool:
         """Whether this step has a line of metrics."""
@@ -73,17 +74,39 @@ class Metrics:
         """
         names = sorted(report.metrics)
         values = torch.stack([report.metrics[name].detach().reshape(()).double() for name in names])
-        own = torch.tensor([self._waited, float(bad)], dtype=torch.float64, device=values.device)
-        summed = self._world.all_reduce_sum(torch.cat((values, own)))
-        *means, waited, all_bad = (summed / self._world.size).tolist()
+        size = self._world.size
+        own = torch.zeros(2 * size + 1, dtype=torch.float64)  # of each rank its own, zero of the others
+        own[self._world.rank], own[size + self._world.rank] = self.work.take()
+        own[-1] = bad
+        summed = self._world.all_reduce_sum(torch.cat((values, own.to(values.device)))).tolist()
+        seconds = max(1e-9, time.monotonic() - self._since)
+        means = [value / size for value in summed[: len(names)]]
+        waits, computes = summed[len(names) : -1][:size], summed[len(names) : -1][size:]
         if self._world.is_main:
-            rate = (progress.samples - self._samples_before) / max(1e-9, time.monotonic() - self._since)
+            rate, waited = (progress.samples - self._samples_before) / seconds, sum(waits) / size
             line = {**progress.counts(), **dict(zip(names, means, strict=True)), "lr": lr}
             line |= {"samples_per_second": round(rate, 2), **extra, "data_wait_seconds": round(waited, 4)}
             self._put("train", line, line)
+            self._judge(waits, computes, seconds)
             logger.info("step %s/%s  %s", f"{progress.step:,}", f"{self._total:,}", _summary(line))
         self.restart_clock(progress.samples)
-        return round(all_bad * self._world.size)
+        return round(summed[-1])
+
+    def _judge(self, waits: list[float], computes: list[float], seconds: float) -> None:
+        """Record which ranks hold up the others, where that changed; `seconds` since the last line."""
+        own = [wait + compute for wait, compute in zip(waits, computes, strict=True)]
+        if not self._slowness.changed(slow_ranks(own, seconds)):
+            return
+        ranks = self._slowness.ranks
+        nodes = sorted({self._attempt.start(rank).get("node", "") for rank in ranks} - {""})
+        share = [round(own[rank] / seconds, 3) for rank in ranks]
+        waiting = [round(waits[rank] / seconds, 3) for rank in ranks]
+        usual = round(median_low(own) / seconds, 3)
+        about = {"ranks": ranks, "nodes": nodes, "share": share, "data_share": waiting, "median_share": usual}
+        self._attempt.event("slow", writer="rank-0", **about)
+        if ranks:
+            named = ", ".join(map(str, ranks[:8]))
+            logger.warning("slow: rank %s (%s): the others wait for it", named, ", ".join(nodes))
 
     def write_results(self, progress: Progress, measured: Measured, *, averaged: bool) -> None:
         """Write `evals/step-….json`, and the results into the line of their step.

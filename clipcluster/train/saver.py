@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from clipcluster.recipe.sections.checkpoint import Keep
@@ -19,6 +19,7 @@ from clipcluster.train.progress import Progress
 from clipcluster.train.records import Records
 
 logger = logging.getLogger("clipcluster")
+SAVING = "saving a checkpoint"
 FAILED_SAVES = 2
 """The number of consecutive failed saves that ends the run."""
 
@@ -26,7 +27,9 @@ FAILED_SAVES = 2
 class _Write(threading.Thread):
     """The thread that writes one checkpoint."""
 
-    def __init__(self, folder: CheckpointFolder, contents: Contents) -> None:
+    def __init__(
+        self, folder: CheckpointFolder, contents: Contents, beat: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.step = contents.step
         self.drop, self.peers_lost = threading.Event(), threading.Event()
@@ -34,7 +37,7 @@ class _Write(threading.Thread):
         self.seconds = 0.0
         self.error: BaseException | None = None
         self._written = 0
-        self._folder, self._contents = folder, contents
+        self._folder, self._contents, self._beat = folder, contents, beat
 
     def run(self) -> None:
         try:
@@ -45,6 +48,8 @@ class _Write(threading.Thread):
 
     def _tell(self, size: int) -> None:
         self._written += size
+        if size:
+            self._beat()
         waiting_for_peers = size == 0
         if self.drop.is_set() or (waiting_for_peers and self.peers_lost.is_set()):
             raise Dropped
@@ -141,6 +146,7 @@ class Saver:
         sound: the number of batches before an unread streak of non-finite steps, None where there is none.
         The newest checkpoint of at most so many batches is kept for a roll-back.
         """
+        self._world.pulse.begin(SAVING)
         if self._world.while_main(lambda: self._wanted(progress.step)):
             self._start(progress, parts)
             self._sound = progress.step if sound is None else sound
@@ -158,7 +164,7 @@ class Saver:
             state = {**progress.state_dict(), **self.constants}
             rank, ranks = self._world.rank, self._world.size
             contents = take_copy(progress.step, state, parts, rank=rank, ranks=ranks, number=self._begun)
-            self._write = _Write(self.folder, contents)
+            self._write = _Write(self.folder, contents, self._world.pulse.beat)
             self._write.start()
 
     def save_and_wait(
@@ -175,6 +181,7 @@ class Saver:
         length of a save is estimated from the last one, and from the speed of the one under way. sound: as of
         `save`.
         """
+        self._world.pulse.begin(SAVING)
         self._world.while_main(lambda: self._finish_or_drop(progress.step, seconds_left))
         while self._world.while_main(lambda: self._wanted(progress.step)):
             self._start(progress, parts)

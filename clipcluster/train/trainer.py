@@ -21,6 +21,7 @@ from clipcluster.train.records import Records
 from clipcluster.train.resume import record_roll_back, restore
 from clipcluster.train.saver import Saver
 from clipcluster.train.step import Step, Streak
+from clipcluster.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
@@ -40,6 +41,7 @@ class Trainer:
         grace_seconds: time between the request to stop and the kill.
         memory_advice: advice for a step that does not fit into memory.
         results: metrics of the last evaluation in this attempt, by name.
+        watchdog: ends this rank where it no longer gets ahead; None: nothing does.
     """
 
     world: World
@@ -58,7 +60,11 @@ class Trainer:
     record_samples: bool = False
     grace_seconds: float = GRACE_SECONDS
     memory_advice: str = ""
+    watchdog: Watchdog | None = None
     results: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.step.backward.task.task.after_features = self.metrics.work.end
 
     def run(self) -> Outcome:
         """Train. Returns FINISHED or STOPPED once `outcome.json` is written and everything is durable.
@@ -79,6 +85,8 @@ class Trainer:
             self.feed.close()
             self.saver.finish()  # a checkpoint on its way is worth the wait, whatever ended the run
             self.metrics.close()
+            if self.watchdog:
+                self.watchdog.close()
 
     def _run(self) -> Outcome:
         self.attempt.phase(self.world.rank, "checkpoint")
@@ -94,20 +102,14 @@ class Trainer:
         self.attempt.phase(self.world.rank, "first batch")
         if self.world.agree(self.stop.wishes()) & Wish.STOP:
             return self._stopped()
+        if self.watchdog:
+            self.watchdog.start()
         while self._more():
             if self.evaluations.owed(self.progress):
                 self._evaluate()
             else:
-                batch = self.feed.next()
-                with advising_on_memory("a training step", self.memory_advice):
-                    if self.step.needs_rehearsal:
-                        self.step.rehearse(batch)
-                        self.metrics.restart_clock(self.progress.samples)
-                    report = self.step(batch, self.progress)
-                self._count(batch)
-                self._enter(self.progress.step)  # before a checkpoint of this step is made
-                if self.metrics.due(self.progress):
-                    self._log(report)
+                with self.world.pulse.step():
+                    self._train()
             wishes = self.stop.wishes() | self.saver.wishes(self.progress)
             wishes = self.world.agree(wishes | self.records.wishes())
             if wishes & Wish.ABORT:
@@ -119,11 +121,27 @@ class Trainer:
         self.saver.save_and_wait(self.progress, self.parts, self.step.guard.first_unread())
         return self._leave(Outcome.FINISHED, "all steps done")
 
+    def _train(self) -> None:
+        """One step: from its batch to its line of metrics."""
+        batch = self.feed.next()
+        with advising_on_memory("a training step", self.memory_advice):
+            if self.step.needs_rehearsal:
+                self.world.pulse.restart("rehearsing")
+                self.step.rehearse(batch)
+                self.metrics.restart_clock(self.progress.samples)
+            self.metrics.work.begin()
+            report = self.step(batch, self.progress)
+        self._count(batch)
+        self._enter(self.progress.step)  # before a checkpoint of this step is made
+        if self.metrics.due(self.progress):
+            self._log(report)
+
     def _more(self) -> bool:
         return self.progress.step < self.total_steps or self.evaluations.owed(self.progress)
 
     def _resume(self) -> Path | None:
         """Continue from the newest checkpoint, on all ranks; None where there is none."""
+        self.world.pulse.restart("restoring a checkpoint")
         found = restore(self.world, self.saver, self.progress, self.parts, self._enter)
         if self.resumes and found is None:
             raise CheckpointError(
@@ -198,6 +216,7 @@ class Trainer:
         if self.evaluations.by_job:
             self._owe_evaluation()
             return
+        self.world.pulse.begin("evaluating")
         advice = "Lower evaluate.batch_size, then submit again."
         began = time.monotonic()
         try:
@@ -213,6 +232,7 @@ class Trainer:
         self.metrics.restart_clock(self.progress.samples)
 
     def _stop_evaluating(self) -> None:
+        self.world.pulse.beat()
         if self.world.agree(self.stop.wishes()) & Wish.STOP:
             raise Interrupted
 

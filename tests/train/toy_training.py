@@ -345,7 +345,7 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         progress=progress,
         total_steps=script.steps,
         step=step,
-        feed=Feed(lambda at: ToyBatches(script, world, stop, at), world.device, metrics.waited),
+        feed=Feed(lambda at: ToyBatches(script, world, stop, at), world.device, metrics.work.waited),
         parts=parts,
         saver=saver_of(script, attempt, world, records),
         evaluations=evaluations,

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from clipcluster.recipe.sections.base import KeyProblem, Section, key, section
 from clipcluster.recipe.sections.values import Float, Int
-from clipcluster.recipe.units import Interval, Length
+from clipcluster.recipe.units import Interval, Length, Time
 
 
 class Ema(Section):
@@ -94,6 +94,12 @@ class Train(Section):
     ema: Ema | None = section("A moving average of the weights, evaluated and saved beside them.", None)
     record_samples: bool = key("record", "Record every consumed sample: step, slot, shard and key.", False)
     log_every: Interval = key("record", "How often a line of metrics is written.", "10 steps")
+    stalled_after: Time | None = key(
+        "record",
+        "A rank without a step for this long, and for 20 times the median step, has stalled: the stacks of all "
+        "ranks go into their logs, and the run is requeued. null: never.",
+        "5 min",
+    )
     non_finite: NonFinite = section("Losses and gradients that are not finite.", {})
 
     @model_validator(mode="after")

@@ -1,0 +1,198 @@
+"""A rank that no longer gets ahead: it says where it is, and leaves, so that the run is requeued. No torch.
+
+Every rank watches itself, and none needs another for it: what holds up one rank holds up all of them, so all
+notice it at the same time, but for those that were stopped or sit on a dead node. What they find meets in
+`attempts/N/stalled/`: each rank writes where it is, and the first one that finds all reports there, or has
+waited long enough, names the ranks that hold up the others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipcluster.errors import StaleAttempt
+from clipcluster.runs import files
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runtime import stacks
+from clipcluster.runtime.outcome import Outcome
+from clipcluster.runtime.pulse import STEP, Pulse
+
+TIMES_MEDIAN = 20
+OTHERWISE_SECONDS = 1800.0
+"""Patience with what is no step and says nothing meanwhile: between two batches of an evaluation, say."""
+REPORT_SECONDS = 90.0
+"""A rank leaves so long after it stalled at the latest: what it reports may go to the disk that hangs."""
+_log = logging.getLogger("clipcluster")
+
+
+class Watchdog(threading.Thread):
+    """Ends this process with `Outcome.STALLED` once it has stalled; nothing is saved.
+
+    Only the time in which this thread itself runs counts, so that a process that was suspended and continued
+    has not stalled.
+
+    Args:
+        least_seconds: patience with a step, and `TIMES_MEDIAN` times the median of the last steps.
+    """
+
+    def __init__(self, pulse: Pulse, attempt: Attempt, rank: int, size: int, least_seconds: float) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._pulse, self._attempt, self._rank, self._size = pulse, attempt, rank, size
+        self._least = least_seconds
+        self._poll = min(5.0, least_seconds / 10)
+        self._closed = threading.Event()
+
+    def patience(self) -> float:
+        """Seconds without a sign of life after which this rank has stalled."""
+        median = self._pulse.median_seconds
+        if median is None or self._pulse.doing not in STEP:
+            return max(self._least, OTHERWISE_SECONDS)
+        return max(self._least, TIMES_MEDIAN * median)
+
+    def run(self) -> None:
+        stacks.allow_py_spy()
+        beats, waited, before = -1, 0.0, time.monotonic()
+        while not self._closed.wait(self._poll):
+            now = time.monotonic()
+            waited += min(now - before, 2 * self._poll)
+            before = now
+            if self._pulse.beats != beats:
+                beats, waited = self._pulse.beats, 0.0
+            patience = self.patience()
+            if waited > patience:
+                self._end(waited, patience)
+            # For a thread that never yields the interpreter: then this one is not there to report.
+            faulthandler.dump_traceback_later(patience + REPORT_SECONDS, file=2)
+        faulthandler.cancel_dump_traceback_later()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        if self.is_alive():
+            self.join()
+
+    def _end(self, seconds: float, patience: float) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        code = [Outcome.STALLED]
+        report = threading.Thread(target=self._report, args=(seconds, patience, code), daemon=True)
+        report.start()
+        report.join(REPORT_SECONDS)
+        os._exit(code[0])
+
+    def _report(self, seconds: float, patience: float, code: list[Outcome]) -> None:
+        """Say where this rank is; the last to be done is what may hang."""
+        state = self._pulse.state
+        _log.error("no sign of life for %.0f s (%.0f s are allowed): %s", seconds, patience, state)
+        try:
+            self._attempt.check()
+            reports = Reports(self._attempt.path / "stalled", self._size)
+            mine = {"doing": state, "place": self._pulse.place, "step": self._attempt.step or 0}
+            reports.write(self._rank, {**mine, "seconds": round(seconds, 1), "pid": os.getpid()})
+            stacks.dump_stacks()
+            reports.wait(max(2.0, 3 * self._poll))
+            if reports.take("judged"):
+                self._judge(reports.read(), seconds)
+            self._look_at_silent(reports)
+            if records := stacks.flight_records():
+                files.write_json(reports.folder / f"collectives-{self._rank}.json", records)
+        except StaleAttempt as stale:
+            code[0] = Outcome.STALE
+            _log.warning("%s", stale)
+        except Exception:
+            _log.exception("the stall could not be recorded")
+
+    def _judge(self, reports: Mapping[int, Mapping[str, Any]], seconds: float) -> None:
+        """Write the event that names the ranks which hold up the others."""
+        ranks = behind(reports, self._size)
+        starts = {rank: self._attempt.start(rank) for rank in ranks}
+        nodes = sorted({str(start.get("node")) for start in starts.values() if start.get("node")})
+        doing = sorted({str(reports[rank]["doing"]) if rank in reports else "silent" for rank in ranks})
+        said = f"no step for {seconds:.0f} s: {_named(ranks, self._size)}"
+        said += f" on {', '.join(nodes)}" if nodes else ""
+        reason = f"{said}: {'; '.join(doing)}"
+        _log.error("%s", reason)
+        self._attempt.event(
+            "stalled",
+            writer=f"rank-{self._rank}",
+            ranks=ranks,
+            seconds=round(seconds, 1),
+            nodes=nodes if len(ranks) < self._size else [],
+            doing=doing,
+            reason=reason,
+        )
+
+    def _look_at_silent(self, reports: Reports) -> None:
+        """Say what can be seen from outside of the silent ranks of this node."""
+        here = self._attempt.start(self._rank).get("node")
+        for rank in reports.silent():
+            start = self._attempt.start(rank)
+            if start and start["node"] == here and reports.take(f"looked-at-{rank}"):
+                _log.error("rank %d: %s", rank, stacks.describe(start["pid"]))
+                stacks.look_into(start["pid"], "--nonblocking")
+
+
+class Reports:
+    """The folder in which the ranks of a stalled attempt meet."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self._size = folder, size
+        folder.mkdir(exist_ok=True)
+
+    def write(self, rank: int, report: Mapping[str, Any]) -> None:
+        """Say where a rank is."""
+        files.write_json(self.folder / f"rank-{rank}.json", report)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the reports of all ranks."""
+        deadline = time.monotonic() + seconds
+        while self.silent() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def silent(self) -> list[int]:
+        """The ranks that reported nothing."""
+        return sorted(set(range(self._size)) - set(self._files()))
+
+    def take(self, work: str) -> bool:
+        """Whether the caller is the first to ask for this work, which one rank does for all."""
+        try:
+            os.mkdir(self.folder / work)
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """What each rank said, by rank."""
+        return {
+            rank: files.read_object(path, place=int, step=int) or {} for rank, path in self._files().items()
+        }
+
+    def _files(self) -> dict[int, Path]:
+        return {int(path.stem.removeprefix("rank-")): path for path in self.folder.glob("rank-*.json")}
+
+
+def behind(reports: Mapping[int, Mapping[str, Any]], size: int) -> list[int]:
+    """The ranks that hold up the others: those that said nothing, else those that got least far.
+
+    reports: by rank, `step` and `place` (`Pulse.place`).
+    """
+    silent = [rank for rank in range(size) if rank not in reports]
+    if silent:
+        return silent
+    reached = {rank: (report["step"], report["place"]) for rank, report in reports.items()}
+    least = min(reached.values())
+    return sorted(rank for rank, place in reached.items() if place == least)
+
+
+
+def _named(ranks: Sequence[int], size: int) -> str:
+    if len(ranks) == size:
+        return "all ranks" if size > 1 else "its only rank"
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

@@ -1,0 +1,102 @@
+"""How long each rank works in a step before it needs the others, and which ranks are slow.
+
+From the first collective of a step on all ranks take equally long: the fast ones wait for the slow one. What a
+rank does before is its own: it waits for its batch and computes features. On an accelerator two events around
+the features are read at log steps, which wait for the device anyway.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median_low
+
+import torch
+
+from clipcluster.runtime.pulse import FEATURES, GRADIENTS, Pulse
+
+SLOW = 1.3
+"""A rank is slow whose own part of a step takes so many times the median of all ranks, …"""
+RELEVANT = 0.1
+"""… and holds up every step by this fraction of it, …"""
+LINES = 3
+"""… in so many lines of metrics one after the other."""
+
+
+class Work:
+    """The stopwatch of one rank. Every step calls `begin` once and `end` once or more."""
+
+    def __init__(self, device: torch.device, pulse: Pulse) -> None:
+        self._device, self._pulse = device, pulse
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self._waited = self._computed = 0.0
+        self._began = self._ended = 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
+
+    def waited(self, seconds: float) -> None:
+        """Add seconds that this rank spent waiting for a batch."""
+        self._waited += seconds
+
+    def begin(self) -> None:
+        """The batch of a step is there."""
+        self._pulse.begin(FEATURES)
+        self._settle()
+        self._began = self._ended = time.perf_counter()
+        if self._device.type != "cpu":
+            begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+            begin.record()
+            self._events.append((begin, end))
+
+    def end(self) -> None:
+        """Features are computed, or queued on the device; what follows may need the other ranks."""
+        self._pulse.begin(GRADIENTS)
+        self._ended = time.perf_counter()
+        if self._events:
+            self._events[-1][1].record()
+
+    def _settle(self) -> None:
+        """Count the step before."""
+        self._computed += self._ended - self._began
+        self._began = self._ended
+
+    def take(self) -> tuple[float, float]:
+        """Seconds since `restart` of waiting for batches, and of computing features.
+
+        On an accelerator the caller has waited for the device.
+        """
+        self._settle()
+        computed = self._computed
+        if self._device.type != "cpu":
+            computed = sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        return self._waited, computed
+
+
+def slow_ranks(own: Sequence[float], wall: float) -> list[int]:
+    """The ranks that hold up the others; `own` seconds by rank, in `wall` seconds of training."""
+    usual = median_low(own)
+    return [
+        rank
+        for rank, seconds in enumerate(own)
+        if seconds >= SLOW * usual and seconds - usual >= RELEVANT * wall
+    ]
+
+
+class Slowness:
+    """Which ranks are slow for longer than a moment."""
+
+    def __init__(self) -> None:
+        self.ranks: list[int] = []
+        self._seen: list[int] = []
+        self._lines = 0
+
+    def changed(self, found: list[int]) -> bool:
+        """Add the slow ranks of a line of metrics; whether `ranks` is other than before."""
+        self._lines = self._lines + 1 if found == self._seen else 1
+        self._seen = found
+        if self._lines < LINES or found == self.ranks:
+            return False
+        self.ranks = found
+        return True

@@ -1,0 +1,61 @@
+"""Run by test_watchdog: one of three ranks without torch, with a watchdog.
+
+python watched.py RUN RANK [FIFO]   from step 20 on rank 1 reads its batches from FIFO, where there is one
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+from clipcluster.rank.output import log_to, redirect
+from clipcluster.runs.attempts import Attempt
+from clipcluster.runs.folder import Run
+from clipcluster.runtime.pulse import FEATURES, GRADIENTS, Pulse
+from clipcluster.runtime.stop import Wish
+from clipcluster.train.watchdog import Watchdog
+from tests.jobs.trainee import Peers
+
+SIZE, NODES = 3, ("n1", "n1", "n2")
+
+
+def next_batch(fifo: str) -> None:
+    if fifo:
+        with open(fifo) as stream:
+            stream.read()
+    time.sleep(0.01)
+
+
+def main() -> None:
+    run, rank, fifo = Run(sys.argv[1]), int(sys.argv[2]), "".join(sys.argv[3:])
+    attempt = run.newest()
+    assert attempt
+    redirect(attempt.path / f"rank-{rank}.out")
+    log_to(sys.stdout, rank)
+    attempt.event("start", writer=f"rank-{rank}", node=NODES[rank], pid=os.getpid())
+    peers, pulse = Peers(SimpleNamespace(rank=rank, size=SIZE), attempt), Pulse()
+    watchdog = Watchdog(pulse, attempt, rank, SIZE, 1.0)
+    watchdog.start()
+    try:
+        train(attempt, rank, peers, pulse, fifo)
+    finally:
+        watchdog.close()
+
+
+def train(attempt: Attempt, rank: int, peers: Peers, pulse: Pulse, fifo: str) -> None:
+    for step in range(1, 10_000):
+        with pulse.step():
+            next_batch(fifo if rank == 1 and step >= 20 else "")
+            pulse.begin(FEATURES)
+            pulse.begin(GRADIENTS)
+        attempt.step = step
+        with pulse.with_others():
+            peers.agree(Wish.NONE)
+        if rank == 0 and step == 15:
+            attempt.metrics({"step": step})
+
+
+if __name__ == "__main__":
+    main()
