@@ -60,8 +60,8 @@ def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mappi
     seen = facts.on_slurm(run, attempt, code, job, environ)
     verdict = decide(seen)
     node = None
-    if verdict.action == "requeue" and verdict.ending == "crashed":
-        node = blamed(seen.errors, facts.down(slurm, job))
+    if verdict.action == "requeue" and verdict.ending in ("crashed", "stalled"):
+        node = blamed(seen.errors, facts.down(slurm, job), seen.stalled)
     if not record(run, attempt, seen, verdict, job_id, blamed=node):
         return int(Outcome.STALE)
     if verdict.action != "requeue":

@@ -53,6 +53,7 @@ def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) ->
         checkpoint=checkpoint,
         started=any(event.get("event") == "start" for event in events),
         raised=_raised(events),
+        stalled=next((event for event in events if event.get("event") == "stalled"), None),
         raised_before=before.get("raised", []) if before.get("checkpoint") == checkpoint else [],
         fruitless=_fruitless(earlier, checkpoint),
         broken_before=before.get("ending") == "never started",

@@ -46,6 +46,7 @@ class Facts:
     # without what differs from one attempt to the next
     raised: Sequence[Mapping[str, Any]] = ()
     raised_before: Sequence[Mapping[str, Any]] = ()  # just before, with no newer checkpoint since
+    stalled: Mapping[str, Any] | None = None  # their event: `reason`, and `nodes` where some alone are behind
     checkpoint: int | None = None  # the step of the newest complete one
     fruitless: int = 0  # endings in a row just before this one that count, with no newer checkpoint since
     broken_before: bool = False  # the ending just before was "never started"
@@ -112,6 +113,8 @@ def _by_ranks(facts: Facts) -> Verdict:
         where = "before the first step" if again["step"] is None else f"at step {again['step']}"
         reason = f"{again['signature']} ({where}, twice in a row)"
         return Verdict("fail", "failed", Outcome.ERROR, reason, ADVICE[Outcome.ERROR])
+    if facts.stalled:
+        return _unless_fruitless(facts, _requeue("stalled", facts.stalled["reason"]))
     if facts.started:
         reason = "; ".join(facts.errors[:3]) or (
             f"a rank or a node ended without recording an outcome (code {facts.code})"
@@ -144,7 +147,8 @@ def _unless_fruitless(facts: Facts, verdict: Verdict) -> Verdict:
 # "srun: error: n2: task 1: Killed", "srun: error: n[2-3]: tasks 0-3: …", "srun: error: Node failure on n3"
 _OF_TASKS = re.compile(r"srun: error: ([A-Za-z0-9.,\[\]_-]+): tasks? [0-9,\-]+: (.*)")
 _OF_NODE = re.compile(r"srun: error: Node failure on ([A-Za-z0-9.,\[\]_-]+)")
-_SURVIVOR = re.compile(rf"exit code ({Outcome.STOPPED:d}|{Outcome.LOST_PEERS:d})\b")
+_SURVIVORS = (Outcome.STOPPED, Outcome.LOST_PEERS, Outcome.STALLED)
+_SURVIVOR = re.compile(rf"exit code ({'|'.join(str(int(code)) for code in _SURVIVORS)})\b")
 
 
 def error_lines(text: str) -> list[str]:
@@ -152,13 +156,19 @@ def error_lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if _OF_TASKS.search(line) or _OF_NODE.search(line)]
 
 
-def blamed(errors: Sequence[str], down: Sequence[str]) -> str | None:
+def blamed(
+    errors: Sequence[str], down: Sequence[str], stalled: Mapping[str, Any] | None = None
+) -> str | None:
     """The node a crash is blamed on: one that the scheduler calls down, else the first in srun's errors.
 
-    Ranks that stopped or lost their peers are survivors and blame no node. Of a list of nodes the first.
+    Ranks that stopped, stalled or lost their peers are survivors and blame no node. Of a list of nodes the
+    first. A stall (the event `stalled`) is blamed on the one node whose ranks held up the others.
     """
     if down:
         return down[0]
+    if stalled:
+        behind = stalled.get("nodes", [])
+        return behind[0] if len(behind) == 1 else None
     for line in errors:
         match = _OF_NODE.search(line) or _OF_TASKS.search(line)
         if match and not _SURVIVOR.search(line):

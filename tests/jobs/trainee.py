@@ -12,6 +12,7 @@ misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the
     deaf: {attempts, until}                      all ranks ignore what they agreed on (till that signal comes)
     save_seconds: seconds                        that the save of a stop takes
     evaluation: {seconds, fails}                 owed at every save, and made by `evaluate` in its own job
+    stalled_after: seconds                       a watchdog ends ranks that no longer get ahead
 """
 
 import builtins
@@ -25,7 +26,9 @@ import time
 
 from clipcluster.runs import evaluations, files
 from clipcluster.runtime.outcome import DataError, LostPeers, Outcome
+from clipcluster.runtime.pulse import FEATURES, Pulse
 from clipcluster.runtime.stop import Wish
+from clipcluster.train.watchdog import Watchdog
 
 
 class Peers:
@@ -140,21 +143,26 @@ def train(run, attempt, place, stop):
     heard = set()
     if orders.get("deaf"):
         signal.signal(signal.SIGTERM, lambda number, frame: (stop.request("TERM"), heard.add("SIGTERM")))
-    peers = Peers(place, attempt)
+    peers, pulse = Peers(place, attempt), Pulse()
+    if "stalled_after" in orders:
+        Watchdog(pulse, attempt, place.rank, place.size, orders["stalled_after"]).start()
     attempt.step = step = newest(run)
     if place.rank == 0:
         attempt.event("resume", writer="rank-0", step=step)
     last = orders.get("steps", 20)
     every = orders.get("save_every", 5)
     while step < last:
-        misbehave(orders, place, attempt, step)
-        nap(orders.get("seconds", 0.1))
+        with pulse.step():
+            pulse.begin(FEATURES)
+            misbehave(orders, place, attempt, step)
+            nap(orders.get("seconds", 0.1))
         step += 1
         attempt.step = step
         attempt.samples(place.rank, [{"step": step, "slot": place.rank, "shard": "s", "key": str(step)}])
         if place.rank == 0:
             attempt.metrics({"step": step, "loss": 1 / step, "samples_per_second": 10.0})
-        agreed = peers.agree(stop.wishes())
+        with pulse.with_others():
+            agreed = peers.agree(stop.wishes())
         if agreed & Wish.STOP and not is_deaf(orders.get("deaf"), attempt, heard):
             if place.rank == 0:
                 nap(orders.get("save_seconds", 0))

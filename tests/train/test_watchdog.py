@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def watched(run: Run) -> Iterator[Callable[..., list[subprocess.Popen[bytes]]]]:
-    """Start the ranks of watched.py and wait until they have done 20 steps."""
+    """Start the ranks of watched.py and wait until they have done 15 steps."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*more: str) -> list[subprocess.Popen[bytes]]:
@@ -66,7 +66,7 @@ def test_a_stopped_rank_is_named_by_the_others(run: Run, watched: Any) -> None:
     event = stalled(run)
     assert (event["ranks"], event["nodes"], event["doing"]) == ([1], ["n1"], ["silent"])
     assert event["attempt"] == 1
-    assert event["step"] >= 20
+    assert event["step"] >= 15
     assert 1 <= event["seconds"] < 3
     assert run.attempt(1).outcome() is None, "the verdict requeues what ends without an outcome"
     for rank in (0, 2):

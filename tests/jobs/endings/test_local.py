@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from clipcluster.runs.checkpoints import newest_complete
-from clipcluster.runs.merge import merged_metrics
+from clipcluster.runs.merge import events, merged_metrics
 from jobs.cancel import cancel
 from jobs.endings import history
 from jobs.endings.local import visible_gpus
@@ -201,3 +201,21 @@ def test_hidden_gpus_stay_hidden(monkeypatch, given, seen):
     if given is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     assert visible_gpus(2) == seen
+
+
+@pytest.mark.long
+def test_a_stopped_rank_stalls_the_attempt_and_the_next_one_finishes(local, run):
+    local.start(run, json.dumps({"steps": 60, "seconds": 0.02, "stalled_after": 1.0}))
+    local.at_step(run, 12)
+    pid = run.attempt(1).start(1)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    first = local.verdict(run)
+    assert (first["event"], first["ending"], first["counts"]) == ("requeue", "stalled", True)
+    assert "rank 1 on" in first["reason"]
+    (stalled,) = [event for event in events(run) if event["event"] == "stalled"]
+    assert (stalled["ranks"], stalled["attempt"]) == ([1], 1)
+    assert f"process {pid} is stopped" in (run.attempt(1).path / "rank-0.out").read_text()
+    assert local.verdict(run, 2)["event"] == "finish"
+    check_whole(run, 60, 2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

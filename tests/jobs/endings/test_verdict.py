@@ -19,6 +19,7 @@ FAILED = {
     "rank": 1,
     "host": "n2",
 }
+STALLED = {"event": "stalled", "ranks": [1], "nodes": ["n2"], "reason": "no step for 300 s: rank 1 on n2: silent"}
 
 # Every line of the table with facts that fit it, in the table's order. The facts of a line hold whatever the
 # lines below it would say, so that joining two lines must give the upper one.
@@ -33,6 +34,7 @@ LINES = {
     "preempted": Facts(85, job=replace(RUNNING, preempted=True)),
     "stopped": Facts(85, said=STOPPED, job=RUNNING),
     "failed": Facts(90, said=FAILED, job=RUNNING),
+    "stalled": Facts(94, stalled=STALLED, started=True, job=RUNNING),
     "crashed": Facts(1, started=True, job=RUNNING),
     "never started": Facts(1, job=RUNNING),
 }
@@ -47,6 +49,7 @@ EXPECTED = {
     "preempted": ("requeue", 85),
     "stopped": ("requeue", 85),
     "failed": ("fail", 90),
+    "stalled": ("requeue", 85),
     "crashed": ("requeue", 85),
     "never started": ("requeue", 85),
 }
@@ -206,3 +209,14 @@ def test_blame_falls_on_the_first_that_did_not_survive():
     assert blamed(["srun: error: Node failure on n3"], []) == "n3"
     assert blamed([lines[0]], []) is None
     assert blamed([], []) is None
+
+
+def test_a_stall_blames_the_node_that_held_up_the_others():
+    lines = error_lines(SRUN.replace("87", "94"))
+    assert blamed(lines[:1], []) is None
+    assert blamed(lines, [], STALLED) == "n2"
+    assert blamed(lines, ["n9"], STALLED) == "n9"
+    assert blamed(lines, [], {**STALLED, "nodes": []}) is None  # all ranks, as by a disk that all use
+    assert blamed(lines, [], {**STALLED, "nodes": ["n2", "n3"]}) is None
+    assert decide(LINES["stalled"]).reason == STALLED["reason"]
+    assert decide(replace(LINES["stalled"], fruitless=2)).action == "fail"
