@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -34,6 +36,21 @@ def test_a_node_blamed_twice_is_excluded(bench):
     bench.finished(run, job, 3, 12, 1)
     assert bench.slurm.job(job).nodes != (first["blamed"],)
 
+
+@pytest.mark.long
+def test_a_stopped_rank_is_requeued_and_its_node_is_blamed(bench):
+    """Two of four ranks are on its node: SLURM kills them with it, and does not name them first."""
+    run, job = bench.submit({"steps": 60, "save_every": 1, "stalled_after": 2.0}, nodes=2)
+    bench.at_step(run, 12)
+    ranks = {start["rank"]: start for start in map(run.attempt(1).start, range(4))}
+    os.kill(ranks[2]["pid"], signal.SIGSTOP)
+    verdict = bench.verdict(run, 1)
+    assert (verdict["event"], verdict["ending"]) == ("requeue", "stalled")
+    assert verdict["blamed"] == ranks[2]["node"]
+    assert ranks[2]["node"] != ranks[0]["node"]
+    assert f"process {ranks[2]['pid']} is stopped" in (run.attempt(1).path / "rank-3.out").read_text()
+    bench.come_back(job)
+    bench.finished(run, job, 2, 60, 2)
 
 def test_a_crash_that_repeats_ends_the_run(bench):
     run, job = bench.submit({"crash": {"step": 2, "rank": 0}})
