@@ -186,3 +186,37 @@ def test_averages_begin_alike_on_all_ranks(toy: ModuleType, tmp_path: Path) -> N
     subprocess.run([sys.executable, script, tmp_path, run.path], check=True)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+@pytest.mark.long
+def test_a_stopped_rank_stalls_the_others(toy: ModuleType, tmp_path: Path, start_ranks: Any) -> None:
+    """They wait for it inside a collective of the backward pass, which no thread of Python can leave."""
+    run = ranked_run(toy, tmp_path / "run")
+    ranks = start_ranks(run, 3, {"steps": 5000, "save_every": 7, "record": False, "stalled_after": 1.5})
+    wait_for_checkpoint(run)
+    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    for rank in (0, 2):
+        ranks.processes[rank].join(60)
+        assert ranks.processes[rank].exitcode == 94, ranks.logs[rank].read_text()
+    (stalled,) = [event for event in events(run) if event["event"] == "stalled"]
+    assert stalled["ranks"] == [1]
+    assert "in _train\n" in ranks.logs[0].read_text()
+    assert run.newest().outcome() is None
+    records = read_json(run.newest().path / "stalled/collectives-0.json")
+    assert records["gloo"]["entries"][-1]["state"] != "completed"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backward", ["whole", "cached"])
+def test_a_slow_rank_is_named(toy: ModuleType, tmp_path: Path, start_ranks: Any, backward: str) -> None:
+    """All ranks take equally long for a step; the time that is a rank's own is longer for one of them."""
+    run = ranked_run(toy, tmp_path / "run")
+    start_ranks(run, 4, {"steps": 12, "slow": {1: 0.3}, "backward": backward}).finish(0)
+    (slow,) = [event for event in events(run) if event["event"] == "slow"]
+    assert slow["ranks"] == [1]
+    assert slow["share"][0] > 0.5
+    assert slow["median_share"] < 0.3
+    assert slow["data_share"][0] < 0.1
+    fast = ranked_run(toy, tmp_path / "fast")
+    start_ranks(fast, 4, {"steps": 12, "slow": dict.fromkeys(range(4), 0.3), "backward": backward}).finish(0)
+    assert not [event for event in events(fast) if event["event"] == "slow"]

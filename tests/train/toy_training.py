@@ -47,6 +47,7 @@ from clipcluster.train.stages import Stage, Stages
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Guard, Step
 from clipcluster.train.trainer import Trainer
+from clipcluster.train.watchdog import Watchdog
 from clipcluster.train.wrapping import WrappedTask
 
 BATCH, WORDS, LENGTH = 16, 50, 6
@@ -84,6 +85,8 @@ class Script:
     slow_disk: float = 0.0  # seconds that reading and writing a checkpoint takes
     blind: int | None = None  # a rank that sees no evaluation yet which another node recorded
     silence: float = 60.0  # seconds after which a rank is lost
+    stalled_after: float | None = None  # seconds after which a watchdog ends a rank
+    slow: dict[int, float] = field(default_factory=dict)  # seconds more in each step, by rank
     backward: str = "whole"
     compile: bool = False
     thaw_at: int | None = None  # until this step the words do not train, then at half the learning rate
@@ -171,6 +174,7 @@ class ToyTask(Task):
         self.seen = Seen()
 
     def encode(self, batch: Batch) -> Features:
+        time.sleep(self.script.slow.get(self.world.rank, 0.0))
         if batch.index == self.script.exhausts_at:
             torch.empty(1 << 60)
         image, text = self.model(batch.images, batch.tokens)
@@ -354,6 +358,9 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         record_samples=script.record,
         grace_seconds=30.0,
         memory_advice="Set train.micro_batch to 8; then submit again.",
+        watchdog=Watchdog(world.pulse, attempt, world.rank, world.size, script.stalled_after)
+        if script.stalled_after
+        else None,
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from clipcluster.data.loading.worker import PartialBatch, Reader, WorkItem, reduced
+from clipcluster.runtime.stacks import dump_on_request
 from clipcluster.runtime.stop import ignore_signals
 
 PREFETCH = 2  # batches a worker prepares ahead of the one in use
@@ -124,6 +125,7 @@ def _unchanged(result: Any) -> Any:
 def _initialize(worker: int) -> None:
     """Run in each worker before its first work item."""
     ignore_signals()
+    dump_on_request()
     importlib.import_module(_SINGLE_THREAD)  # again: others may have started the fork server
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)

@@ -1,0 +1,56 @@
+"""How much time an attempt has: until the kill that follows a signal, and until the job's time limit."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+
+from clipcluster.runtime.environment import EARLY_SECONDS, ENDS, GRACE, LEAD
+from clipcluster.runtime.stop import GRACE_SECONDS, Stop
+
+MARGIN_SECONDS = 10.0
+"""Between the last save and the time limit, for the ranks to leave and the verdict to be recorded."""
+NEAR = "notice of the time limit"
+
+
+class Deadline:
+    """The time of one attempt.
+
+    Args:
+        grace: seconds from the signal of a preemption to the kill.
+        ends: the job's time limit, in seconds since 1970; None where there is none.
+        lead: seconds before it at which the scheduler sends USR1.
+    """
+
+    def __init__(self, grace: float = GRACE_SECONDS, ends: float | None = None, lead: float = 0.0) -> None:
+        self.grace, self.ends, self.lead = grace, math.inf if ends is None else ends, lead
+        self._most = (self.ends - time.time()) / 3
+
+    @classmethod
+    def of_environment(cls, grace: float | None, environ: Mapping[str, str] | None = None) -> Deadline:
+        """What the batch script or the local supervisor says; else `grace`, where the recipe has it."""
+        environ = os.environ if environ is None else environ
+        given = environ.get(GRACE) or grace or GRACE_SECONDS
+        ends = environ.get(ENDS)
+        return cls(float(given), float(ends) if ends else None, float(environ.get(LEAD) or 0))
+
+    def near(self, needed: float) -> bool:
+        """Whether a stop that takes `needed` seconds has to begin now to end before the time limit.
+
+        It begins in the last third of the attempt's time at the earliest.
+        """
+        return self.ends - time.time() <= min(needed + MARGIN_SECONDS, self._most)
+
+    def seconds_left(self, stop: Stop) -> float:
+        """Seconds until the kill, after a request to stop.
+
+        A site may send USR1 for a preemption too: it is that of the time limit only close to it.
+        """
+        now = time.time()
+        asked = stop.time or now
+        at_limit = self.ends - asked <= self.lead + EARLY_SECONDS
+        if stop.signal is None or (stop.signal == "SIGUSR1" and at_limit):
+            return self.ends - now if self.ends < math.inf else self.grace - (now - asked)
+        return min(self.ends - now, self.grace - (now - asked))
