@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from clipcluster.build.model import hash_of, hashes_at_resume
-from clipcluster.build.training import seconds_of_a_save, try_task
+from clipcluster.build.training import try_task
 from clipcluster.data.storage import download
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import from_run, load, recipe_keys, settings_keys
@@ -27,6 +27,7 @@ from clipcluster.runs.evaluations import Owed, owe, owed_by
 from clipcluster.runs.files import file_sha256, read_json, write_json
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, merged_metrics
+from clipcluster.runs.timing import seconds_of_a_save
 from clipcluster.runtime.launch import Launch, Manager
 from clipcluster.runtime.outcome import DataError, Outcome, RecipeFailure
 from clipcluster.runtime.stop import Stop, Wish

@@ -25,14 +25,15 @@ from clipcluster.recipe.units import Time
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
-from clipcluster.runs.merge import events
+from clipcluster.runs.timing import seconds_of_a_save
 from clipcluster.runtime.outcome import NonFiniteError
-from clipcluster.runtime.stop import GRACE_SECONDS, Stop
+from clipcluster.runtime.stop import Stop
 from clipcluster.runtime.world import World
 from clipcluster.train.backward import Backward, Cached, Independent, Whole
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_writer import versions
 from clipcluster.train.compiling import compile_towers
+from clipcluster.train.deadline import Deadline
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
@@ -94,7 +95,7 @@ def build_trainer(
         progress=Progress(steps_per_epoch=plan_.steps_per_epoch, batch_size=plan_.batch_size),
         total_steps=plan_.total_steps,
         step=step,
-        feed=Feed(opened, world.device, metrics.work.waited),
+        feed=Feed(opened, world.device, metrics.work),
         parts=parts,
         saver=build_saver(run, recipe, plan_, records, constants, evaluated=evaluated_by_job),
         evaluations=Evaluations(
@@ -109,7 +110,7 @@ def build_trainer(
         metrics=metrics,
         records=records,
         record_samples=recipe.train.record_samples,
-        grace_seconds=recipe.cluster.grace.seconds if recipe.cluster.grace else GRACE_SECONDS,
+        deadline=Deadline.of_environment(recipe.cluster.grace.seconds if recipe.cluster.grace else None),
         memory_advice=memory_advice(recipe, world.size),
         watchdog=Watchdog(world.pulse, attempt, world.rank, world.size, patience.seconds) if patience else None,
     )
@@ -239,12 +240,6 @@ def try_task(recipe: Recipe, assets: Path | None, world_size: int = 1) -> list[s
         )
     task.after_step()
     return [name for name, value in task.named_parameters() if value.requires_grad and value.grad is None]
-
-
-def seconds_of_a_save(run: Run) -> float:
-    """Seconds that the slowest of the run's last three saves took; 0.0 before the first."""
-    saves = [event["seconds"] for event in events(run) if event["event"] == "checkpoint"]
-    return max(saves[-3:], default=0.0)
 
 
 def _commit(run: Run, attempt: Attempt) -> str | None:

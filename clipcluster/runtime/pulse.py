@@ -31,7 +31,13 @@ class Pulse:
         self.beats = 0
         self.doing = "starting"
         self.waits_for_others = False
+        self._began = 0.0
         self.step_seconds: deque[float] = deque(maxlen=101)
+
+    def fetch(self) -> None:
+        """A step begins: this rank waits for its batch."""
+        self._began = time.monotonic()
+        self.begin(BATCH)
 
     def beat(self) -> None:
         """This rank got ahead."""
@@ -47,13 +53,9 @@ class Pulse:
         self.step_seconds.clear()
         self.begin(doing)
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """A training step, which begins with the wait for its batch."""
-        began = time.monotonic()
-        self.begin(BATCH)
-        yield
-        self.step_seconds.append(time.monotonic() - began)
+    def stepped(self) -> None:
+        """A step that began with the wait for its batch is done."""
+        self.step_seconds.append(time.monotonic() - self._began)
         self.begin(BETWEEN)
 
     @contextmanager
@@ -72,6 +74,11 @@ class Pulse:
         """The median of the last steps; None before there are `KNOWN`."""
         seconds = tuple(self.step_seconds)
         return median(seconds) if len(seconds) >= KNOWN else None
+
+    @property
+    def longest_seconds(self) -> float:
+        """The longest of the last steps; 0.0 before the first."""
+        return max(tuple(self.step_seconds), default=0.0)
 
     @property
     def state(self) -> str:

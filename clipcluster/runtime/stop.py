@@ -13,6 +13,8 @@ from types import FrameType
 
 GRACE_SECONDS = 30
 """From the request to stop to the kill, where neither the recipe nor the scheduler says."""
+MARGIN_SECONDS = 10.0
+"""Between the last save and the time limit, for the ranks to leave and the verdict to be recorded."""
 
 
 class Wish(IntFlag):

@@ -8,11 +8,7 @@ import time
 from collections.abc import Mapping
 
 from clipcluster.runtime.environment import EARLY_SECONDS, ENDS, GRACE, LEAD
-from clipcluster.runtime.stop import GRACE_SECONDS, Stop
-
-MARGIN_SECONDS = 10.0
-"""Between the last save and the time limit, for the ranks to leave and the verdict to be recorded."""
-NEAR = "notice of the time limit"
+from clipcluster.runtime.stop import GRACE_SECONDS, MARGIN_SECONDS, Stop
 
 
 class Deadline:
@@ -26,6 +22,8 @@ class Deadline:
 
     def __init__(self, grace: float = GRACE_SECONDS, ends: float | None = None, lead: float = 0.0) -> None:
         self.grace, self.ends, self.lead = grace, math.inf if ends is None else ends, lead
+        if self.ends <= time.time():  # no limit that one could keep
+            self.ends = math.inf
         self._most = (self.ends - time.time()) / 3
 
     @classmethod
@@ -35,6 +33,15 @@ class Deadline:
         given = environ.get(GRACE) or grace or GRACE_SECONDS
         ends = environ.get(ENDS)
         return cls(float(given), float(ends) if ends else None, float(environ.get(LEAD) or 0))
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a time limit."""
+        return self.ends < math.inf
+
+    def by_clock(self, stop: Stop) -> bool:
+        """Whether it was rank 0's clock that asked to stop, not a signal."""
+        return self.known and stop.requested and stop.signal is None
 
     def near(self, needed: float) -> bool:
         """Whether a stop that takes `needed` seconds has to begin now to end before the time limit.
@@ -50,7 +57,7 @@ class Deadline:
         """
         now = time.time()
         asked = stop.time or now
-        at_limit = self.ends - asked <= self.lead + EARLY_SECONDS
-        if stop.signal is None or (stop.signal == "SIGUSR1" and at_limit):
-            return self.ends - now if self.ends < math.inf else self.grace - (now - asked)
+        at_limit = stop.signal == "SIGUSR1" and self.ends - asked <= self.lead + EARLY_SECONDS
+        if self.by_clock(stop) or at_limit:
+            return self.ends - now
         return min(self.ends - now, self.grace - (now - asked))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from clipcluster.train.work import Work
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
@@ -63,16 +64,16 @@ class Feed:
 
     Args:
         open_batches: opens the loader at a progress.
-        waited: called with the seconds spent waiting for each batch.
+        work: told of every wait for a batch.
     """
 
     def __init__(
         self,
         open_batches: Callable[[Progress], Loader],
         device: torch.device,
-        waited: Callable[[float], None],
+        work: Work,
     ) -> None:
-        self._open_batches, self._device, self._waited = open_batches, device, waited
+        self._open_batches, self._device, self._work = open_batches, device, work
         self._loader: Loader | None = None
         self._batches: Iterator[Batch] = iter(())
 
@@ -84,9 +85,9 @@ class Feed:
 
     def next(self) -> Batch:
         """The next batch, on the device."""
-        began = time.monotonic()
+        self._work.fetch()
         batch = next(self._batches).to(self._device)
-        self._waited(time.monotonic() - began)
+        self._work.fetched()
         return batch
 
     def close(self) -> None:

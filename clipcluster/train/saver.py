@@ -139,6 +139,12 @@ class Saver:
             return False  # a save that is due by the clock does not wait for the one under way
         return time.monotonic() - self._clock >= self._every_seconds
 
+    def seconds_to_stop(self) -> float:
+        """Seconds that the write under way and one more save take; 0.0 before a save of this run was timed."""
+        passed, whole = self._write.expected_seconds() if self._write else (0.0, 0.0)
+        whole = max(whole, self.last_seconds) if self.last_seconds else 0.0
+        return whole + (max(0.0, whole - passed) if self._write else 0.0)
+
     def save(self, progress: Progress, parts: Parts, sound: int | None = None) -> None:
         """Copy the parts now and let a thread write them. Collective.
 
@@ -163,8 +169,10 @@ class Saver:
         if self._world.is_main or any(map(is_per_rank, parts.values())):
             state = {**progress.state_dict(), **self.constants}
             rank, ranks = self._world.rank, self._world.size
+            began = time.monotonic()
             contents = take_copy(progress.step, state, parts, rank=rank, ranks=ranks, number=self._begun)
             self._write = _Write(self.folder, contents, self._world.pulse.beat)
+            self._write.began = began  # the copy is a part of the save
             self._write.start()
 
     def save_and_wait(

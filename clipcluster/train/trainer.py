@@ -12,8 +12,9 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import Parts
 from clipcluster.runs.evaluations import drop_results_after
 from clipcluster.runtime.outcome import CheckpointError, Failure, LostPeers, Outcome, advising_on_memory
-from clipcluster.runtime.stop import GRACE_SECONDS, Stop, Wish
+from clipcluster.runtime.stop import Stop, Wish
 from clipcluster.runtime.world import World, is_lost_peer
+from clipcluster.train.deadline import Deadline
 from clipcluster.train.evaluations import Evaluations, Interrupted
 from clipcluster.train.metrics import Metrics
 from clipcluster.train.progress import Feed, Progress
@@ -38,7 +39,7 @@ class Trainer:
     Args:
         parts: what a checkpoint holds, by name.
         resumes: the parts wait for a checkpoint: the model has none of its starting weights.
-        grace_seconds: time between the request to stop and the kill.
+        deadline: how much time this attempt has.
         memory_advice: advice for a step that does not fit into memory.
         results: metrics of the last evaluation in this attempt, by name.
         watchdog: ends this rank where it no longer gets ahead; None: nothing does.
@@ -58,7 +59,7 @@ class Trainer:
     records: Records
     resumes: bool = False
     record_samples: bool = False
-    grace_seconds: float = GRACE_SECONDS
+    deadline: Deadline = field(default_factory=Deadline)
     memory_advice: str = ""
     watchdog: Watchdog | None = None
     results: dict[str, float] = field(default_factory=dict)
@@ -108,9 +109,17 @@ class Trainer:
             if self.evaluations.owed(self.progress):
                 self._evaluate()
             else:
-                with self.world.pulse.step():
-                    self._train()
-            wishes = self.stop.wishes() | self.saver.wishes(self.progress)
+                batch = self.feed.next()
+                with advising_on_memory("a training step", self.memory_advice):
+                    if self.step.needs_rehearsal:
+                        self.step.rehearse(batch)
+                        self.metrics.restart_clock(self.progress.samples)
+                    report = self.step(batch, self.progress)
+                self._count(batch)
+                self._enter(self.progress.step)  # before a checkpoint of this step is made
+                if self.metrics.due(self.progress):
+                    self._log(report)
+            wishes = self._wishes_to_stop() | self.saver.wishes(self.progress)
             wishes = self.world.agree(wishes | self.records.wishes())
             if wishes & Wish.ABORT:
                 self.world.raise_first(self.records.failure)
@@ -120,21 +129,6 @@ class Trainer:
                 self.saver.save(self.progress, self.parts, self.step.guard.first_unread())
         self.saver.save_and_wait(self.progress, self.parts, self.step.guard.first_unread())
         return self._leave(Outcome.FINISHED, "all steps done")
-
-    def _train(self) -> None:
-        """One step: from its batch to its line of metrics."""
-        batch = self.feed.next()
-        with advising_on_memory("a training step", self.memory_advice):
-            if self.step.needs_rehearsal:
-                self.world.pulse.restart("rehearsing")
-                self.step.rehearse(batch)
-                self.metrics.restart_clock(self.progress.samples)
-            self.metrics.work.begin()
-            report = self.step(batch, self.progress)
-        self._count(batch)
-        self._enter(self.progress.step)  # before a checkpoint of this step is made
-        if self.metrics.due(self.progress):
-            self._log(report)
 
     def _more(self) -> bool:
         return self.progress.step < self.total_steps or self.evaluations.owed(self.progress)
@@ -158,6 +152,7 @@ class Trainer:
     def _enter(self, step: int) -> None:
         """Enter the stage of a step, and record what trains where the stage changes."""
         if counts := self.step.stages.enter(step):
+            self.world.pulse.restart("entering a stage")  # the steps that follow may compile
             by_part = {name: {"trainable": part[0], "of": part[1]} for name, part in counts.parts.items()}
             self.records.event("stage", **{**vars(counts), "step": step, "parts": by_part})
             self.metrics.say(str(counts))
@@ -166,6 +161,7 @@ class Trainer:
         """Count what the step consumed, and record its samples where the recipe asks for it."""
         self.progress.advance(batch)
         self.attempt.step = self.progress.step
+        self.world.pulse.stepped()
         self.records.bad_samples(batch.bad)
         if self.record_samples:
             self.records.samples(self.progress.step, batch.keys)
@@ -233,15 +229,24 @@ class Trainer:
 
     def _stop_evaluating(self) -> None:
         self.world.pulse.beat()
-        if self.world.agree(self.stop.wishes()) & Wish.STOP:
+        if self.world.agree(self._wishes_to_stop()) & Wish.STOP:
             raise Interrupted
+
+    def _wishes_to_stop(self) -> Wish:
+        """This rank's; rank 0 stops in time for what a stop takes, once a save has shown how long that is."""
+        if self.world.is_main and not self.stop.requested:
+            saving = self.saver.seconds_to_stop()
+            if saving and self.deadline.near(saving + 2 * self.world.pulse.longest_seconds):
+                self.stop.request(f"notice of the time limit, {self.deadline.ends - time.time():.0f} s before it")
+        return self.stop.wishes()
 
     def _stopped(self) -> Outcome:
         """Make the current step durable, then leave so that another attempt follows."""
         if self.stop.requested:
-            self.records.own_event("stop_requested", reason=self.stop.reason)
+            limit = {"time_limit": True} if self.deadline.by_clock(self.stop) else {}
+            self.records.own_event("stop_requested", reason=self.stop.reason, **limit)
         if self.progress.step:
-            left = self.grace_seconds - (time.time() - (self.stop.time or time.time()))
+            left = self.deadline.seconds_left(self.stop)
             sound = self.step.guard.first_unread()
             self.saver.save_and_wait(self.progress, self.parts, sound, seconds_left=left)
         return self._leave(Outcome.STOPPED, self.world.reason_to_stop(self.stop))

@@ -24,7 +24,7 @@ LINES = 3
 
 
 class Work:
-    """The stopwatch of one rank. Every step calls `begin` once and `end` once or more."""
+    """The stopwatch of one rank. Every step calls `fetch`, `fetched`, and `end` once or more."""
 
     def __init__(self, device: torch.device, pulse: Pulse) -> None:
         self._device, self._pulse = device, pulse
@@ -36,15 +36,17 @@ class Work:
         self._began = self._ended = 0.0
         self._events: list[tuple[torch.Event, torch.Event]] = []
 
-    def waited(self, seconds: float) -> None:
-        """Add seconds that this rank spent waiting for a batch."""
-        self._waited += seconds
+    def fetch(self) -> None:
+        """A step begins with the wait for its batch."""
+        self._pulse.fetch()
+        self._asked = time.perf_counter()
 
-    def begin(self) -> None:
-        """The batch of a step is there."""
+    def fetched(self) -> None:
+        """The batch is there; features follow."""
         self._pulse.begin(FEATURES)
         self._settle()
         self._began = self._ended = time.perf_counter()
+        self._waited += self._began - self._asked
         if self._device.type != "cpu":
             begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
             begin.record()
@@ -53,7 +55,7 @@ class Work:
     def end(self) -> None:
         """Features are computed, or queued on the device; what follows may need the other ranks."""
         self._pulse.begin(GRADIENTS)
-        self._ended = time.perf_counter()
+        self._ended = time.perf_counter() if self._began else 0.0  # not where it was restarted in between
         if self._events:
             self._events[-1][1].record()
 

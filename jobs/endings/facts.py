@@ -12,14 +12,13 @@ from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.environment import LEAD, LOGS
+from clipcluster.runtime.environment import EARLY_SECONDS, LEAD, LOGS
 from clipcluster.runtime.job_id import slurm_job_id
 from jobs.endings import history
 from jobs.endings.log import marker, say, tail
 from jobs.endings.verdict import Facts, Job, error_lines
 from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
 
-EARLY_SECONDS = 90  # SLURM may send that signal up to a minute early, and looks every half minute
 NEUTRAL = frozenset({"preempted", "requeued already"})  # never count against a run, and break no row
 RAISED = 8  # of how many ranks the exception is kept: their messages may differ
 
@@ -29,11 +28,12 @@ def on_slurm(
 ) -> Facts:
     """All facts of an attempt whose srun left with `code`; `environ` is the batch script's."""
     logs = Path(environ.get(LOGS) or run.submitit)
+    seen = gather(run, attempt, code, job_id=slurm_job_id(environ), logs=logs)
     return replace(
-        gather(run, attempt, code, job_id=slurm_job_id(environ), logs=logs),
+        seen,
         job=as_seen(job),
         restart_count=int(environ.get("SLURM_RESTART_COUNT") or 0),
-        time_nearly_over=_nearly_over(job, environ),
+        time_nearly_over=seen.time_nearly_over or _nearly_over(job, environ),
     )
 
 
@@ -52,6 +52,7 @@ def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) ->
         cancelled=job_id in run.cancelled_jobs(),
         checkpoint=checkpoint,
         started=any(event.get("event") == "start" for event in events),
+        time_nearly_over=any(event.get("time_limit") for event in events),
         raised=_raised(events),
         stalled=next((event for event in events if event.get("event") == "stalled"), None),
         raised_before=before.get("raised", []) if before.get("checkpoint") == checkpoint else [],

@@ -24,7 +24,7 @@ from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.folder import AlreadyOwned, Run
-from clipcluster.runtime.environment import ATTEMPT, LOGS
+from clipcluster.runtime.environment import ATTEMPT, ENDS, GRACE, LEAD, LOGS
 from clipcluster.runtime.job_id import local_job_id
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import holding_signals
@@ -77,12 +77,12 @@ class Ranks:
     def __init__(self, run: Run, attempt: Attempt, job_id: str, order: Order) -> None:
         self.order = order
         self.attempt = attempt
-        self.began = time.monotonic()
+        self.began, self.ends = time.monotonic(), time.time() + order.time
         self.first_exit: float | None = None
         self.termed: float | None = None
         self.asked = False
         self.out_of_time = False
-        self.processes = [_start(run, attempt, job_id, order, rank) for rank in range(order.tasks)]
+        self.processes = [_start(run, attempt, job_id, order, rank, self.ends) for rank in range(order.tasks)]
 
     def listening(self) -> bool:
         """Whether every rank has started: before its handlers are installed, a USR1 would kill it."""
@@ -128,7 +128,9 @@ class Ranks:
         return self.termed is not None and now - self.termed > self.order.grace
 
 
-def _start(run: Run, attempt: Attempt, job_id: str, order: Order, rank: int) -> subprocess.Popen[bytes]:
+def _start(
+    run: Run, attempt: Attempt, job_id: str, order: Order, rank: int, ends: float
+) -> subprocess.Popen[bytes]:
     """One of submitit's local tasks, as its own controller would start it."""
     environment = {
         **os.environ,
@@ -136,6 +138,9 @@ def _start(run: Run, attempt: Attempt, job_id: str, order: Order, rank: int) -> 
         **order.environment,
         ATTEMPT: str(attempt.number),
         LOGS: str(run.submitit),
+        GRACE: str(order.grace),
+        LEAD: str(order.lead),
+        ENDS: str(ends),
         "SUBMITIT_EXECUTOR": "local",
         "SUBMITIT_LOCAL_JOB_ID": job_id,
         "SUBMITIT_LOCAL_NTASKS": str(order.tasks),
@@ -186,11 +191,12 @@ def live(run: Run) -> int:
         ranks = Ranks(run, attempt, job_id, order)
         ranks.watch(signals)
         try:
+            seen = gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit)
             seen = replace(
-                gather(run, attempt, ranks.code(), job_id=job_id, logs=run.submitit),
+                seen,
                 told=signals.told,
                 job=Job(running=not ranks.out_of_time, time_limit=ranks.out_of_time),
-                time_nearly_over=ranks.asked,
+                time_nearly_over=ranks.asked or seen.time_nearly_over,
             )
             verdict = decide(seen)
         except Exception as error:  # nobody else would end the run

@@ -19,6 +19,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
+from clipcluster.runs.timing import seconds_to_stop
 from clipcluster.runtime.job_id import local_job_id, local_job_runs
 from clipcluster.runtime.stop import holding_signals
 from jobs.endings import local
@@ -166,7 +167,7 @@ def locally(
         gpus=cluster.gpus_per_node,
         cpus_per_task=cluster.cpus_per_task,
         time=cluster.time.seconds,
-        lead=parameters.lead_seconds(cluster.time.seconds, grace),
+        lead=parameters.lead_seconds(cluster.time.seconds, grace, seconds_to_stop(run)),
         grace=grace,
         environment=script.environment(cluster),
         evaluations=evaluations,

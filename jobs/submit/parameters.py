@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.stop import GRACE_SECONDS
+from clipcluster.runs.timing import seconds_to_stop
+from clipcluster.runtime.stop import GRACE_SECONDS, MARGIN_SECONDS
 from jobs.submit import script
 from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
@@ -45,12 +47,14 @@ def grace_seconds(cluster: Cluster, slurm: Slurm | None) -> int:
     return max(1, min(grace, wait) if grace else wait)
 
 
-def lead_seconds(time_seconds: float, grace: float) -> int:
-    """How long before its time limit an attempt is asked to stop: two saves, each of which fits the grace.
+def lead_seconds(time_seconds: float, grace: float, measured: float = 0.0) -> int:
+    """How long before its time limit an attempt is asked to stop: two steps and two saves.
 
-    At least a minute, because SLURM keeps limits by the minute; never more than a third of the time.
+    `measured`: how long they took in earlier attempts; 0.0 in the first one, where each save is taken to fit
+    the grace. At least a minute, because SLURM keeps limits by the minute; never more than a third of the time.
     """
-    return int(max(1, min(max(60, 2 * grace), time_seconds / 3)))
+    needed = math.ceil(measured + MARGIN_SECONDS) if measured else 2 * grace
+    return int(max(1, min(max(60, needed), time_seconds / 3)))
 
 
 def of_run(
@@ -63,10 +67,11 @@ def of_run(
     evaluations: bool = False,
     dependency: str = "",
 ) -> dict[str, Any]:
-    """Parameters of a run's job, which runs the code in `code`; for the others see `script.of_run`."""
-    lead = lead_seconds(cluster.time.minutes * 60, grace)
+    """Parameters of a run's job, which runs the code in `code`; for the others see `script.of_runs`."""
+    runs = [(run, code)]
+    lead = _lead(cluster, runs, grace)
     setup = script.of_runs(
-        cluster, [(run, code)], logs=run.submitit, lead=lead, used=used, evaluations=evaluations
+        cluster, runs, logs=run.submitit, lead=lead, grace=grace, used=used, evaluations=evaluations
     )
     return of_job(
         cluster, name=run.name, comment=str(run.path), setup=setup, lead=lead, dependency=dependency
@@ -84,12 +89,21 @@ def of_array(
     dependency: str = "",
 ) -> dict[str, Any]:
     """Parameters of an array of jobs, one for each run, which runs the code in the folder beside it."""
-    lead = lead_seconds(cluster.time.minutes * 60, grace)
-    setup = script.of_runs(cluster, runs, logs=array.logs, lead=lead, used=used, evaluations=evaluations)
+    lead = _lead(cluster, runs, grace)
+    setup = script.of_runs(
+        cluster, runs, logs=array.logs, lead=lead, grace=grace, used=used, evaluations=evaluations
+    )
     job = of_job(
         cluster, name=array.name, comment=array.comment, setup=setup, lead=lead, dependency=dependency
     )
     return {**job, "array_parallelism": array.parallel or max(1, len(runs))}
+
+
+def _lead(cluster: Cluster, runs: Sequence[tuple[Run, Path]], grace: float) -> int:
+    """`lead_seconds` of one job for each run: the longest."""
+    limit = cluster.time.minutes * 60
+    leads = (lead_seconds(limit, grace, seconds_to_stop(run)) for run, _ in runs)
+    return max(leads, default=lead_seconds(limit, grace))
 
 
 def of_job(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.environment import ATTEMPT, INTERFACE, LEAD, LOGS
+from clipcluster.runtime.environment import ATTEMPT, ENDS, GRACE, INTERFACE, LEAD, LOGS
 from jobs.endings.local import PICKLE
 
 TEARDOWN = ["clipcluster_end $?"]  # said after srun too, because a site's line may have replaced the trap
@@ -115,6 +115,7 @@ def of_runs(
     *,
     logs: Path,
     lead: int,
+    grace: float,
     used: Callable[[int], int],
     evaluations: bool = False,
 ) -> list[str]:
@@ -122,10 +123,12 @@ def of_runs(
 
     `runs`: each with the folder of its code; of several, the members of an array, each task takes one.
     Where the run is finished or cancelled the script leaves with 0; where another job owns it with 88.
+    `grace`: seconds from the signal of a preemption to the kill; `lead`: from USR1 to the time limit.
     `used`: of a range of nodes SLURM grants some, of which so many take part; the rest idle. `evaluations`: a
     process beside the ranks starts jobs for those that the training leaves to them.
     """
     folder, python = '"$clipcluster_run"', shlex.quote(sys.executable)
+    seconds = cluster.time.minutes * 60
     return setup(
         cluster,
         '"$clipcluster_code_folder"',
@@ -135,6 +138,9 @@ def of_runs(
         whose=_whose(runs),
         before_ranks=[
             f"export {LEAD}={lead}",
+            f"export {GRACE}={grace:g}",
+            # newer versions of SLURM say when the time limit is; SECONDS are those of this script so far
+            f'export {ENDS}="${{SLURM_JOB_END_TIME:-$(($(date +%s) - SECONDS + {seconds}))}}"',
             f'pickle="${LOGS}/${{clipcluster_job}}_submitted.pkl"',
             # submitit names it after sbatch: a submitter that dies in between leaves it without its name
             f'[ -e "$pickle" ] || cp "$clipcluster_run/submitit/{PICKLE}" "$pickle"',

@@ -152,10 +152,11 @@ def train(run, attempt, place, stop):
     last = orders.get("steps", 20)
     every = orders.get("save_every", 5)
     while step < last:
-        with pulse.step():
-            pulse.begin(FEATURES)
-            misbehave(orders, place, attempt, step)
-            nap(orders.get("seconds", 0.1))
+        pulse.fetch()
+        pulse.begin(FEATURES)
+        misbehave(orders, place, attempt, step)
+        nap(orders.get("seconds", 0.1))
+        pulse.stepped()
         step += 1
         attempt.step = step
         attempt.samples(place.rank, [{"step": step, "slot": place.rank, "shard": "s", "key": str(step)}])

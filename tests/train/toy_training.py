@@ -34,6 +34,7 @@ from clipcluster.runtime.world import World
 from clipcluster.train.backward import Backward, Cached, Independent, Whole
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.compiling import compile_towers
+from clipcluster.train.deadline import Deadline
 from clipcluster.train.ema import Ema
 from clipcluster.train.evaluations import Evaluations
 from clipcluster.train.metrics import Metrics
@@ -87,6 +88,7 @@ class Script:
     silence: float = 60.0  # seconds after which a rank is lost
     stalled_after: float | None = None  # seconds after which a watchdog ends a rank
     slow: dict[int, float] = field(default_factory=dict)  # seconds more in each step, by rank
+    ends: float | None = None  # time limit, seconds since 1970
     backward: str = "whole"
     compile: bool = False
     thaw_at: int | None = None  # until this step the words do not train, then at half the learning rate
@@ -349,14 +351,14 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         progress=progress,
         total_steps=script.steps,
         step=step,
-        feed=Feed(lambda at: ToyBatches(script, world, stop, at), world.device, metrics.work.waited),
+        feed=Feed(lambda at: ToyBatches(script, world, stop, at), world.device, metrics.work),
         parts=parts,
         saver=saver_of(script, attempt, world, records),
         evaluations=evaluations,
         metrics=metrics,
         records=records,
         record_samples=script.record,
-        grace_seconds=30.0,
+        deadline=Deadline(30.0, script.ends),
         memory_advice="Set train.micro_batch to 8; then submit again.",
         watchdog=Watchdog(world.pulse, attempt, world.rank, world.size, script.stalled_after)
         if script.stalled_after

@@ -46,11 +46,12 @@ def main() -> None:
 
 def train(attempt: Attempt, rank: int, peers: Peers, pulse: Pulse, fifo: str) -> None:
     for step in range(1, 10_000):
-        with pulse.step():
-            next_batch(fifo if rank == 1 and step >= 20 else "")
-            pulse.begin(FEATURES)
-            pulse.begin(GRADIENTS)
+        pulse.fetch()
+        next_batch(fifo if rank == 1 and step >= 20 else "")
+        pulse.begin(FEATURES)
+        pulse.begin(GRADIENTS)
         attempt.step = step
+        pulse.stepped()
         with pulse.with_others():
             peers.agree(Wish.NONE)
         if rank == 0 and step == 15:

@@ -1,0 +1,40 @@
+"""How long the steps and saves of a run take, as its earlier attempts measured them. No torch."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from clipcluster.runs import files
+from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import events
+
+_TAIL_BYTES = 65536
+
+
+def seconds_of_a_save(run: Run) -> float:
+    """Seconds that the slowest of the run's last three saves took; 0.0 before the first."""
+    saves = [event["seconds"] for event in events(run) if event["event"] == "checkpoint" and "seconds" in event]
+    return max(saves[-3:], default=0.0)
+
+
+def seconds_of_a_step(run: Run) -> float:
+    """The median over the last lines of metrics, the wait for data included; 0.0 before the first."""
+    for attempt in reversed(run.attempts()):
+        lines = files.read_lines(attempt.path / "metrics.jsonl", last_bytes=_TAIL_BYTES)
+        found = [
+            line["samples"] / line["step"] / line["samples_per_second"]
+            for line in lines
+            if line.get("step") and line.get("samples") and line.get("samples_per_second")
+        ]
+        if found:
+            return median(found)
+    return 0.0
+
+
+def seconds_to_stop(run: Run) -> float:
+    """Seconds from a request to stop to the durable checkpoint, at most; 0.0 before the first save.
+
+    The step under way may have just begun, and so may a save in the background, which is finished first.
+    """
+    save = seconds_of_a_save(run)
+    return 2 * seconds_of_a_step(run) + 2 * save if save else 0.0
