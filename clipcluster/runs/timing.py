@@ -38,3 +38,16 @@ def seconds_to_stop(run: Run) -> float:
     """
     save = seconds_of_a_save(run)
     return 2 * seconds_of_a_step(run) + 2 * save if save else 0.0
+
+
+def suspect_nodes(run: Run) -> dict[str, list[int]]:
+    """Nodes whose ranks were slow, or held up the others until the attempt stalled, in two attempts or more.
+
+    They are returned with the numbers of these attempts.
+    """
+    found: dict[str, set[int]] = {}
+    for event in events(run):
+        if event["event"] in ("slow", "stalled"):
+            for node in event.get("nodes", ()):
+                found.setdefault(node, set()).add(event["attempt"])
+    return {node: sorted(attempts) for node, attempts in sorted(found.items()) if len(attempts) > 1}

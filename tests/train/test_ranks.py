@@ -220,3 +220,29 @@ def test_a_slow_rank_is_named(toy: ModuleType, tmp_path: Path, start_ranks: Any,
     fast = ranked_run(toy, tmp_path / "fast")
     start_ranks(fast, 4, {"steps": 12, "slow": dict.fromkeys(range(4), 0.3), "backward": backward}).finish(0)
     assert not [event for event in events(fast) if event["event"] == "slow"]
+
+
+@pytest.mark.long
+def test_a_save_under_way_at_the_signal_is_finished_and_not_begun_again(
+    toy: ModuleType, tmp_path: Path, start_ranks: Any
+) -> None:
+    """All ranks get the signal, as at a preemption, and a second one while the last save is written."""
+    run = ranked_run(toy, tmp_path / "run")
+    script = {"steps": 5000, "save_every": 20, "pause": 0.02, "slow_disk": 3.0, "record": False}
+    ranks = start_ranks(run, 2, script)
+    deadline = time.monotonic() + 90
+    while max((line["step"] for line in merged_metrics(run)), default=0) < 22:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not list(run.checkpoints.glob("step-*")), "the save of step 20 is under way"
+    for process in ranks.processes:
+        os.kill(process.pid, signal.SIGTERM)
+    while not list(run.checkpoints.glob("step-*")):
+        time.sleep(0.02)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    ranks.finish(85)
+    step = run.newest().outcome()["step"]
+    assert step > 20
+    saves = [event["step"] for event in events(run) if event["event"] == "checkpoint"]
+    assert saves == [20, step]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000020", f"step-{step:08d}"]

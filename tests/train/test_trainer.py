@@ -127,6 +127,23 @@ def test_a_stop_before_the_first_step_leaves_nothing_and_ends_cleanly(toy: Modul
     assert toy.go(run).outcome is Outcome.FINISHED
 
 
+@pytest.mark.long
+def test_it_stops_in_time_for_the_time_limit(toy: ModuleType, run: Any) -> None:
+    """Without a signal: saves were measured, and the limit is near."""
+    ends = time.time() + 6
+    script = toy.Script(steps=100_000, save_every=20, pause=0.01, record=False, ends=ends)
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), script)
+    trainer.saver.folder.seconds = 0.3
+    assert trainer.run() is Outcome.STOPPED
+    assert time.time() < ends
+    outcome = run.newest().outcome()
+    assert "notice of the time limit" in outcome["reason"]
+    assert outcome["step"] == trainer.saver.durable_step
+    (asked,) = [event for event in events(run) if event["event"] == "stop_requested"]
+    assert asked["time_limit"] is True
+    assert asked["time"] > ends - 3, "in the last third of its time"
+
+
 def test_a_stop_while_a_save_is_under_way_leaves_both_checkpoints(toy: ModuleType, run: Any) -> None:
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script(stop_at=4))
     trainer.saver.folder.seconds = 0.3

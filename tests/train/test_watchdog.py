@@ -75,6 +75,7 @@ def test_a_stopped_rank_is_named_by_the_others(run: Run, watched: Any) -> None:
     assert f"process {ranks[1].pid} is stopped" in log(run, 0) + log(run, 2)
 
 
+@pytest.mark.long
 def test_a_disk_that_hangs_is_named_by_its_own_rank(run: Run, watched: Any, tmp_path: Path) -> None:
     fifo = tmp_path / "batches"
     os.mkfifo(fifo)
@@ -123,7 +124,7 @@ def test_a_sign_of_life_keeps_a_rank_alive(run: Run) -> None:
     pulse.begin(BATCH)
     watchdog = Watchdog(pulse, run.attempt(1), 0, 1, 0.2)
     watchdog.start()
-    for _ in range(8):
+    for _ in range(6):
         time.sleep(0.1)
         pulse.beat()
     watchdog.close()

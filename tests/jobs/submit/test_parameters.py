@@ -1,6 +1,8 @@
 """A cluster section as submitit's parameters, and the batch script it makes."""
 
+import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,28 @@ def test_the_lead_time_covers_two_saves():
     assert lead_seconds(24 * 3600, 10) == 60
     assert lead_seconds(60, 120) == 20
     assert lead_seconds(1, 30) == 1
+
+
+def test_the_lead_time_follows_what_was_measured(script, tmp_path):
+    assert lead_seconds(24 * 3600, 120, measured=7.5) == 60
+    assert lead_seconds(24 * 3600, 10, measured=300.2) == 311
+    assert lead_seconds(600, 10, measured=300.2) == 200
+    run = Run.create(tmp_path / "run 0", {}, {})
+    attempt = run.claim("1", host="here", still_running=lambda job: False)
+    attempt.event("checkpoint", writer="rank-0", seconds=50.0)
+    assert "#SBATCH --signal=USR1@110" in script(Cluster(time="4 h"))
+
+
+@pytest.mark.parametrize("known", [{}, {"SLURM_JOB_END_TIME": "1900000000"}])
+def test_the_ranks_are_told_how_much_time_they_have(script, known):
+    lines = script(Cluster(time="4 h")).splitlines()
+    exports = [line for line in lines if line.startswith("export CLIPCLUSTER_") and "LOGS" not in line]
+    shell = "\n".join([*exports, "echo $CLIPCLUSTER_LEAD $CLIPCLUSTER_GRACE $CLIPCLUSTER_ENDS"])
+    environment = {"PATH": os.environ["PATH"], **known}
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment)
+    lead, grace, ends = map(int, done.stdout.split())
+    assert (lead, grace) == (60, 30)
+    assert ends == pytest.approx(int(known.get("SLURM_JOB_END_TIME", time.time() + 4 * 3600)), abs=5)
 
 
 def test_the_grace_time_without_slurm():
