@@ -42,14 +42,15 @@ def until(true: Callable[[], Any], run: Run, seconds: float = 90) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := true()):
         if time.monotonic() > deadline:
-            logs = [path.read_text(errors="replace")[-3000:] for path in run.path.glob("attempts/*/rank-*.out")]
-            pytest.fail("\n".join(logs))
+            logs = run.path.glob("attempts/*/rank-*.out")
+            pytest.fail("\n".join(path.read_text(errors="replace")[-3000:] for path in logs))
         time.sleep(0.02)
     return found
 
 
 def submit(recipe: Path, runs: Path) -> Run:
     command = [sys.executable, "-m", "jobs.cli", "submit", str(recipe), "--executor", "local", "--quick"]
+    command += ["--runs", str(runs)]
     keys = [
         "data.order={lanes: 1, window: 8, full_shuffle_below: 0}",
         "data.workers=1",
@@ -59,7 +60,7 @@ def submit(recipe: Path, runs: Path) -> Run:
         "cluster={gpus_per_node: 0, tasks_per_node: 2, cpus_per_task: 1, time: 10 min}",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "--runs", str(runs), *keys], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, *keys], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (Run(path) for path in runs.iterdir() if (path / "recipe.yaml").exists())
     return run

@@ -82,8 +82,6 @@ def build_trainer(
     records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
     metrics = Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps)
 
-    patience = recipe.train.stalled_after
-
     def opened(at: Progress) -> Loader:
         return open_batches(recipe, sources, world, at.batches_drawn, at.skipped)
 
@@ -112,7 +110,7 @@ def build_trainer(
         record_samples=recipe.train.record_samples,
         deadline=Deadline.of_environment(recipe.cluster.grace.seconds if recipe.cluster.grace else None),
         memory_advice=memory_advice(recipe, world.size),
-        watchdog=Watchdog(world.pulse, attempt, world.rank, world.size, patience.seconds) if patience else None,
+        watchdog=build_watchdog(recipe, attempt, world),
     )
 
 
@@ -138,6 +136,12 @@ def build_saver(
         evaluated=evaluated,
         last_seconds=seconds_of_a_save(run),
     )
+
+
+def build_watchdog(recipe: Recipe, attempt: Attempt, world: World) -> Watchdog | None:
+    """What ends a rank that no longer gets ahead, or None where the recipe wants none."""
+    patience = recipe.train.stalled_after
+    return Watchdog(world.pulse, attempt, world.rank, world.size, patience.seconds) if patience else None
 
 
 def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Path | None) -> Step:

@@ -13,7 +13,7 @@ _TAIL_BYTES = 65536
 
 def seconds_of_a_save(run: Run) -> float:
     """Seconds that the slowest of the run's last three saves took; 0.0 before the first."""
-    saves = [event["seconds"] for event in events(run) if event["event"] == "checkpoint" and "seconds" in event]
+    saves = [event.get("seconds", 0.0) for event in events(run) if event["event"] == "checkpoint"]
     return max(saves[-3:], default=0.0)
 
 

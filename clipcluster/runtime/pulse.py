@@ -60,7 +60,7 @@ class Pulse:
 
     @contextmanager
     def with_others(self, *, counts: bool = True) -> Iterator[None]:
-        """What ends once all ranks are there. It counts for nothing where this rank itself works meanwhile."""
+        """What ends once all ranks are there. It counts for nothing where this rank works meanwhile."""
         self.waits_for_others = counts
         try:
             yield

@@ -140,7 +140,7 @@ class Saver:
         return time.monotonic() - self._clock >= self._every_seconds
 
     def seconds_to_stop(self) -> float:
-        """Seconds that the write under way and one more save take; 0.0 before a save of this run was timed."""
+        """Seconds that the write under way and one more save take; 0.0 before a save was timed."""
         passed, whole = self._write.expected_seconds() if self._write else (0.0, 0.0)
         whole = max(whole, self.last_seconds) if self.last_seconds else 0.0
         return whole + (max(0.0, whole - passed) if self._write else 0.0)
@@ -216,6 +216,8 @@ class Saver:
         write, self._write = self._write, None
         if write is None:
             return
+        if write.is_alive():
+            self._world.pulse.begin(SAVING)
         write.join()
         error = write.error
         if isinstance(error, OSError):

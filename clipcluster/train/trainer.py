@@ -237,7 +237,8 @@ class Trainer:
         if self.world.is_main and not self.stop.requested:
             saving = self.saver.seconds_to_stop()
             if saving and self.deadline.near(saving + 2 * self.world.pulse.longest_seconds):
-                self.stop.request(f"notice of the time limit, {self.deadline.ends - time.time():.0f} s before it")
+                left = self.deadline.ends - time.time()
+                self.stop.request(f"notice of the time limit, {left:.0f} s before it")
         return self.stop.wishes()
 
     def _stopped(self) -> Outcome:

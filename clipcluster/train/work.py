@@ -1,8 +1,8 @@
 """How long each rank works in a step before it needs the others, and which ranks are slow.
 
-From the first collective of a step on all ranks take equally long: the fast ones wait for the slow one. What a
-rank does before is its own: it waits for its batch and computes features. On an accelerator two events around
-the features are read at log steps, which wait for the device anyway.
+From the first collective of a step on all ranks take equally long: the fast ones wait for the slow one. What
+a rank does before is its own: it waits for its batch and computes features. On an accelerator two events
+around the features are read at log steps, which wait for the device anyway.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ def grace_seconds(cluster: Cluster, slurm: Slurm | None) -> int:
 def lead_seconds(time_seconds: float, grace: float, measured: float = 0.0) -> int:
     """How long before its time limit an attempt is asked to stop: two steps and two saves.
 
-    `measured`: how long they took in earlier attempts; 0.0 in the first one, where each save is taken to fit
-    the grace. At least a minute, because SLURM keeps limits by the minute; never more than a third of the time.
+    `measured`: how long they took in earlier attempts; 0.0 in the first one, where each save is taken to
+    fit the grace. At least a minute, because SLURM keeps limits by the minute; never more than a third of the
+    time.
     """
     needed = math.ceil(measured + MARGIN_SECONDS) if measured else 2 * grace
     return int(max(1, min(max(60, needed), time_seconds / 3)))

@@ -25,6 +25,7 @@ def test_slow_ranks(own: list[float], wall: float, expected: list[int]) -> None:
 
 def test_a_moment_is_not_slowness() -> None:
     slowness = Slowness()
-    changes = [slowness.changed(found) for found in ([3], [3], [], [3], [3], [3], [3], [], [], [3], [], [], [])]
+    seen: list[list[int]] = [[3], [3], [], [3], [3], [3], [3], [], [], [3], [], [], []]
+    changes = [slowness.changed(found) for found in seen]
     assert [line for line, changed in enumerate(changes) if changed] == [5, 12]
     assert slowness.ranks == []

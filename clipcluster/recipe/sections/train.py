@@ -96,8 +96,8 @@ class Train(Section):
     log_every: Interval = key("record", "How often a line of metrics is written.", "10 steps")
     stalled_after: Time | None = key(
         "record",
-        "A rank without a step for this long, and for 20 times the median step, has stalled: the stacks of all "
-        "ranks go into their logs, and the run is requeued. null: never.",
+        "A rank without a step for this long, and for 20 times the median step, has stalled: the stacks of "
+        "all ranks go into their logs, and the run is requeued. null: never.",
         "5 min",
     )
     non_finite: NonFinite = section("Losses and gradients that are not finite.", {})

@@ -19,7 +19,7 @@ FAILED = {
     "rank": 1,
     "host": "n2",
 }
-STALLED = {"event": "stalled", "ranks": [1], "nodes": ["n2"], "reason": "no step for 300 s: rank 1 on n2: silent"}
+STALLED = {"ranks": [1], "nodes": ["n2"], "reason": "no step for 300 s: rank 1 on n2: silent"}
 
 # Every line of the table with facts that fit it, in the table's order. The facts of a line hold whatever the
 # lines below it would say, so that joining two lines must give the upper one.
