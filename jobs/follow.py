@@ -21,7 +21,7 @@ LOOK_SECONDS = 0.5
 LINE_SECONDS = 5.0  # between two plain lines of progress
 STARTING = frozenset({"claim", "phase", "resume"})
 TOLD = {
-    "events-rank-0.jsonl": frozenset({"phase", "resume", "stage"}),
+    "events-rank-0.jsonl": frozenset({"phase", "resume", "stage", "slow"}),
     "events-verdict.jsonl": frozenset({"requeue", "note", "requeue_refused", "fail", "cancel", "stop"}),
 }
 PHASES = {

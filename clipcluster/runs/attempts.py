@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,10 @@ class Attempt:
         """The event `start` of a rank, with its `node`, `host` and `pid`; empty where there is none."""
         lines = files.read_lines(self.path / f"events-rank-{rank}.jsonl")
         return next((line for line in lines if line.get("event") == "start"), {})
+
+    def nodes(self, ranks: Iterable[int]) -> list[str]:
+        """The nodes of these ranks, as far as they are known."""
+        return sorted({str(start["node"]) for start in map(self.start, ranks) if "node" in start})
 
     def phase(self, rank: int, phase: str) -> None:
         """Rank 0's event of what the attempt does before its first step; the other ranks write nothing."""

@@ -20,6 +20,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
 from clipcluster.train.progress import Progress
+from clipcluster.train.watchdog import named
 from clipcluster.train.work import Slowness, Work, slow_ranks
 
 if TYPE_CHECKING:
@@ -98,15 +99,15 @@ class Metrics:
         if not self._slowness.changed(slow_ranks(own, seconds)):
             return
         ranks = self._slowness.ranks
-        nodes = sorted({self._attempt.start(rank).get("node", "") for rank in ranks} - {""})
-        share = [round(own[rank] / seconds, 3) for rank in ranks]
-        waiting = [round(waits[rank] / seconds, 3) for rank in ranks]
-        usual = round(median_low(own) / seconds, 3)
-        about = {"ranks": ranks, "nodes": nodes, "share": share, "data_share": waiting, "median_share": usual}
-        self._attempt.event("slow", writer="rank-0", **about)
-        if ranks:
-            named = ", ".join(map(str, ranks[:8]))
-            logger.warning("slow: rank %s (%s): the others wait for it", named, ", ".join(nodes))
+        nodes = self._attempt.nodes(ranks)
+        shares = {
+            "share": [round(own[rank] / seconds, 3) for rank in ranks],
+            "data_share": [round(waits[rank] / seconds, 3) for rank in ranks],
+            "median_share": round(median_low(own) / seconds, 3),
+        }
+        reason = f"{named(ranks, nodes)}: the others wait" if ranks else "no rank any more"
+        self._attempt.event("slow", writer="rank-0", ranks=ranks, nodes=nodes, **shares, reason=reason)
+        logger.warning("slow: %s", reason)
 
     def write_results(self, progress: Progress, measured: Measured, *, averaged: bool) -> None:
         """Write `evals/step-….json`, and the results into the line of their step.

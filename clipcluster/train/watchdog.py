@@ -111,12 +111,10 @@ class Watchdog(threading.Thread):
     def _judge(self, reports: Mapping[int, Mapping[str, Any]], seconds: float) -> None:
         """Write the event that names the ranks which hold up the others."""
         ranks = behind(reports, self._size)
-        starts = {rank: self._attempt.start(rank) for rank in ranks}
-        nodes = sorted({str(start.get("node")) for start in starts.values() if start.get("node")})
+        nodes = self._attempt.nodes(ranks)
         doing = sorted({str(reports[rank]["doing"]) if rank in reports else "silent" for rank in ranks})
-        said = f"no step for {seconds:.0f} s: {_named(ranks, self._size)}"
-        said += f" on {', '.join(nodes)}" if nodes else ""
-        reason = f"{said}: {'; '.join(doing)}"
+        who = named(ranks, nodes) if len(ranks) < self._size else "all ranks"
+        reason = f"no step for {seconds:.0f} s: {who}: {'; '.join(doing)}"
         _log.error("%s", reason)
         self._attempt.event(
             "stalled",
@@ -190,9 +188,7 @@ def behind(reports: Mapping[int, Mapping[str, Any]], size: int) -> list[int]:
     return sorted(rank for rank, place in reached.items() if place == least)
 
 
-
-def _named(ranks: Sequence[int], size: int) -> str:
-    if len(ranks) == size:
-        return "all ranks" if size > 1 else "its only rank"
-    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+def named(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    """Ranks and their nodes in words, the first eight of each."""
+    shown, where = (", ".join(map(str, names[:8])) + ", …" * (len(names) > 8) for names in (ranks, nodes))
+    return f"rank{'s' * (len(ranks) > 1)} {shown}" + (f" on {where}" if nodes else "")
