@@ -87,6 +87,19 @@ def test_a_disk_that_hangs_is_named_by_its_own_rank(run: Run, watched: Any, tmp_
     assert "in next_batch\n" in log(run, 1)
 
 
+@pytest.mark.long
+def test_a_rank_that_keeps_the_interpreter_for_itself_leaves_its_stacks(run: Run, watched: Any) -> None:
+    """Its watchdog gets no turn: the others name it, and a thread that needs no interpreter writes them."""
+    ranks = watched("interpreter")
+    assert [ranks[rank].wait(20) for rank in (0, 2)] == [94, 94]
+    assert (stalled(run)["ranks"], stalled(run)["doing"]) == ([1], ["silent"])
+    deadline = time.monotonic() + 20
+    while "in next_batch\n" not in log(run, 1) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "Timeout (" in log(run, 1)
+    assert ranks[1].poll() is None
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     [

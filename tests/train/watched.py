@@ -1,10 +1,12 @@
 """Run by test_watchdog: one of three ranks without torch, with a watchdog.
 
-python watched.py RUN RANK [FIFO]   from step 20 on rank 1 reads its batches from FIFO, where there is one
+python watched.py RUN RANK [FIFO|interpreter]   from step 20 on rank 1 reads its batches from FIFO, or keeps
+the interpreter for itself
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -15,39 +17,43 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.pulse import FEATURES, GRADIENTS, Pulse
 from clipcluster.runtime.stop import Wish
-from clipcluster.train.watchdog import Watchdog
+from clipcluster.train import watchdog
 from tests.jobs.trainee import Peers
 
 SIZE, NODES = 3, ("n1", "n1", "n2")
 
 
-def next_batch(fifo: str) -> None:
-    if fifo:
-        with open(fifo) as stream:
+def next_batch(how: str) -> None:
+    if how == "interpreter":
+        ctypes.PyDLL(None).sleep(60)  # unlike CDLL it gives no other thread a turn
+    elif how:
+        with open(how) as stream:
             stream.read()
     time.sleep(0.01)
 
 
 def main() -> None:
-    run, rank, fifo = Run(sys.argv[1]), int(sys.argv[2]), "".join(sys.argv[3:])
+    run, rank, how = Run(sys.argv[1]), int(sys.argv[2]), "".join(sys.argv[3:])
     attempt = run.newest()
     assert attempt
     redirect(attempt.path / f"rank-{rank}.out")
     log_to(sys.stdout, rank)
     attempt.event("start", writer=f"rank-{rank}", node=NODES[rank], pid=os.getpid())
     peers, pulse = Peers(SimpleNamespace(rank=rank, size=SIZE), attempt), Pulse()
-    watchdog = Watchdog(pulse, attempt, rank, SIZE, 1.0)
-    watchdog.start()
+    if how == "interpreter":
+        watchdog.REPORT_SECONDS = 5.0
+    watching = watchdog.Watchdog(pulse, attempt, rank, SIZE, 1.0)
+    watching.start()
     try:
-        train(attempt, rank, peers, pulse, fifo)
+        train(attempt, rank, peers, pulse, how)
     finally:
-        watchdog.close()
+        watching.close()
 
 
-def train(attempt: Attempt, rank: int, peers: Peers, pulse: Pulse, fifo: str) -> None:
+def train(attempt: Attempt, rank: int, peers: Peers, pulse: Pulse, how: str) -> None:
     for step in range(1, 10_000):
         pulse.fetch()
-        next_batch(fifo if rank == 1 and step >= 20 else "")
+        next_batch(how if rank == 1 and step >= 20 else "")
         pulse.begin(FEATURES)
         pulse.begin(GRADIENTS)
         attempt.step = step
