@@ -52,6 +52,7 @@ def test_a_stopped_rank_is_requeued_and_its_node_is_blamed(bench):
     bench.come_back(job)
     bench.finished(run, job, 2, 60, 2)
 
+
 def test_a_crash_that_repeats_ends_the_run(bench):
     run, job = bench.submit({"crash": {"step": 2, "rank": 0}})
     for attempt in (1, 2):
