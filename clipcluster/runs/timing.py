@@ -27,7 +27,7 @@ def seconds_of_a_step(run: Run) -> float:
             if line.get("step") and line.get("samples") and line.get("samples_per_second")
         ]
         if found:
-            return median(found)
+            return float(median(found))
     return 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,8 @@ def test_a_disk_that_hangs_is_named_by_its_own_rank(run: Run, watched: Any, tmp_
     assert (event["ranks"], event["nodes"], event["doing"]) == ([1], ["n1"], [BATCH])
     assert event["reason"].endswith("rank 1 on n1: waiting for a batch")
     assert "in next_batch\n" in log(run, 1)
+    if shutil.which("py-spy"):
+        assert "(libc.so" in log(run, 1), "native frames"
 
 
 @pytest.mark.long
