@@ -38,7 +38,7 @@ time.sleep(60)
 """
 
 
-def until(true: Callable[[], Any], run: Run, seconds: float = 90) -> Any:
+def until(true: Callable[[], Any], run: Run, seconds: float = 240) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := true()):
         if time.monotonic() > deadline:
@@ -71,6 +71,7 @@ def consumed(run: Run) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_disk_that_hangs_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", 800, per_shard=20)
     recipe = tmp_path / "tiny.yaml"

@@ -19,8 +19,8 @@ SLOW = 1.3
 """A rank is slow whose own part of a step takes so many times the median of all ranks, …"""
 RELEVANT = 0.1
 """… and holds up every step by this fraction of it, …"""
-LINES = 3
-"""… in so many lines of metrics one after the other."""
+LINES, SECONDS = 3, 30.0
+"""… in so many lines of metrics one after the other, and for so long."""
 
 
 class Work:
@@ -92,13 +92,14 @@ class Slowness:
     def __init__(self) -> None:
         self.ranks: list[int] = []
         self._seen: list[int] = []
-        self._lines = 0
+        self._lines, self._seconds = 0, 0.0
 
-    def changed(self, found: list[int]) -> bool:
-        """Add the slow ranks of a line of metrics; whether `ranks` is other than before."""
-        self._lines = self._lines + 1 if found == self._seen else 1
-        self._seen = found
-        if self._lines < LINES or found == self.ranks:
+    def changed(self, found: list[int], seconds: float) -> bool:
+        """Add the slow ranks of a line of metrics, of so many seconds; whether `ranks` is other than before."""
+        if found != self._seen:
+            self._seen, self._lines, self._seconds = found, 0, 0.0
+        self._lines, self._seconds = self._lines + 1, self._seconds + seconds
+        if self._lines < LINES or self._seconds < SECONDS or found == self.ranks:
             return False
         self.ranks = found
         return True

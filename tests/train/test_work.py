@@ -26,6 +26,8 @@ def test_slow_ranks(own: list[float], wall: float, expected: list[int]) -> None:
 def test_a_moment_is_not_slowness() -> None:
     slowness = Slowness()
     seen: list[list[int]] = [[3], [3], [], [3], [3], [3], [3], [], [], [3], [], [], []]
-    changes = [slowness.changed(found) for found in seen]
+    changes = [slowness.changed(found, 12.0) for found in seen]
     assert [line for line, changed in enumerate(changes) if changed] == [5, 12]
     assert slowness.ranks == []
+    assert not any(slowness.changed([1], 5.0) for _ in range(5))
+    assert slowness.changed([1], 5.0), "three lines, and half a minute"

@@ -31,6 +31,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 from clipcluster.runtime.world import World
+from clipcluster.train import work
 from clipcluster.train.backward import Backward, Cached, Independent, Whole
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.compiling import compile_towers
@@ -343,6 +344,8 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         ema=ema,
         by_job=script.by_job,
     )
+    if script.slow:
+        work.SECONDS = 0.5
     metrics = Metrics(attempt, world, every=script.log_every, total_steps=script.steps)
     return Trainer(
         world=world,
