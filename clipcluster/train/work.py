@@ -95,7 +95,7 @@ class Slowness:
         self._lines, self._seconds = 0, 0.0
 
     def changed(self, found: list[int], seconds: float) -> bool:
-        """Add the slow ranks of a line of metrics, of so many seconds; whether `ranks` is other than before."""
+        """Add the slow ranks of so many seconds, a line of metrics; whether `ranks` is other than before."""
         if found != self._seen:
             self._seen, self._lines, self._seconds = found, 0, 0.0
         self._lines, self._seconds = self._lines + 1, self._seconds + seconds
