@@ -32,12 +32,16 @@ def seconds_of_a_step(run: Run) -> float:
 
 
 def seconds_to_stop(run: Run) -> float:
-    """Seconds from a request to stop to the durable checkpoint, at most; 0.0 before the first save.
+    """Seconds from a request to stop to the durable checkpoint, at most; 0.0 before the first save,
+    and where the folder cannot be read.
 
     The step under way may have just begun, and so may a save in the background, which is finished first.
     """
-    save = seconds_of_a_save(run)
-    return 2 * seconds_of_a_step(run) + 2 * save if save else 0.0
+    try:
+        save = seconds_of_a_save(run)
+        return 2 * seconds_of_a_step(run) + 2 * save if save else 0.0
+    except OSError:  # it is told where the run is claimed
+        return 0.0
 
 
 def suspect_nodes(run: Run) -> dict[str, list[int]]:

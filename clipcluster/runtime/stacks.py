@@ -78,7 +78,7 @@ def describe(pid: int) -> str:
     """A process in one line: whether it runs, sleeps, waits for a disk, or was stopped."""
     try:
         process = psutil.Process(pid)
-        state, name = process.status(), " ".join(process.cmdline()[:4])
+        state, name = process.status(), " ".join(process.cmdline())[:160]
     except psutil.Error as error:
         return f"process {pid}: {error}"
     where = ""
