@@ -214,9 +214,8 @@ def test_a_slow_rank_is_named(toy: ModuleType, tmp_path: Path, start_ranks: Any,
     start_ranks(run, 4, {"steps": 12, "slow": {1: 0.3}, "backward": backward}).finish(0)
     (slow,) = [event for event in events(run) if event["event"] == "slow"]
     assert slow["ranks"] == [1]
-    assert slow["share"][0] > 0.5
-    assert slow["median_share"] < 0.3
-    assert slow["data_share"][0] < 0.1
+    assert slow["share"][0] > 1.5 * slow["median_share"]
+    assert slow["data_share"][0] < slow["share"][0] / 2, "it computes for longer"
     fast = ranked_run(toy, tmp_path / "fast")
     start_ranks(fast, 4, {"steps": 12, "slow": dict.fromkeys(range(4), 0.3), "backward": backward}).finish(0)
     assert not [event for event in events(fast) if event["event"] == "slow"]
