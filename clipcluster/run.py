@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +55,14 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
     attempt.event("device", writer=f"rank-{launch.rank}", device=describe(device))
     attempt.phase(launch.rank, "rendezvous")
     world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
+    with watched(recipe, attempt, world):
+        return _train(run, attempt, launch, stop, recipe, world)
+
+
+def _train(
+    run: Run, attempt: Attempt, launch: Launch, stop: Stop, recipe: Recipe, world: World
+) -> Outcome:
+    """The same once the ranks have met."""
     began = time.monotonic()
     if world.agree(stop.wishes()) & Wish.STOP:
         return _stopped(world, attempt, stop)
@@ -74,6 +83,16 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
         _summarise(run, trainer, outcome, time.monotonic() - began)
     world.leave()
     return outcome
+
+
+def watched(recipe: Recipe, attempt: Attempt, world: World) -> AbstractContextManager[object]:
+    """Inside, this rank ends where it no longer gets ahead (`train.stalled_after`)."""
+    from clipcluster.train.watchdog import Watchdog
+
+    patience = recipe.train.stalled_after
+    if patience is None:
+        return nullcontext()
+    return Watchdog(world.pulse, attempt, world.rank, world.size, patience.seconds)
 
 
 def _stopped(world: World, attempt: Attempt, stop: Stop, during: str = "start-up") -> Outcome:
@@ -185,6 +204,12 @@ def evaluate_owed(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Out
     device = use_processors(recipe, launch)
     attempt.phase(launch.rank, "rendezvous")
     world = World.join(launch, publish=attempt.publish, find=attempt.find, device=device, timeout_s=SILENCE_S)
+    with watched(recipe, attempt, world):
+        return _evaluate_owed(owed, attempt, stop, recipe, world)
+
+
+def _evaluate_owed(owed: Owed, attempt: Attempt, stop: Stop, recipe: Recipe, world: World) -> Outcome:
+    """The same once the ranks have met."""
     if world.agree(stop.wishes()) & Wish.STOP:
         return _stopped(world, attempt, stop)
     if not world.while_main(lambda: attempt_of(owed) is not None):
@@ -196,6 +221,7 @@ def evaluate_owed(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Out
     from clipcluster.train.evaluations import Interrupted
 
     evaluations, progress = build_evaluations(owed.run, recipe, owed.checkpoint, world)
+    world.pulse.begin("evaluating")
 
     def tick() -> None:
         if world.agree(stop.wishes()) & Wish.STOP:

@@ -45,7 +45,6 @@ from clipcluster.train.stages import Stages
 from clipcluster.train.statistics import RunningStatistics
 from clipcluster.train.step import Guard, Step
 from clipcluster.train.trainer import Trainer
-from clipcluster.train.watchdog import Watchdog
 from clipcluster.train.wrapping import WrappedTask
 
 TRIED_SAMPLES = 2  # of each micro-batch; a batch norm in training needs more than one
@@ -110,7 +109,6 @@ def build_trainer(
         record_samples=recipe.train.record_samples,
         deadline=Deadline.of_environment(recipe.cluster.grace.seconds if recipe.cluster.grace else None),
         memory_advice=memory_advice(recipe, world.size),
-        watchdog=build_watchdog(recipe, attempt, world),
     )
 
 
@@ -136,12 +134,6 @@ def build_saver(
         evaluated=evaluated,
         last_seconds=seconds_of_a_save(run),
     )
-
-
-def build_watchdog(recipe: Recipe, attempt: Attempt, world: World) -> Watchdog | None:
-    """What ends a rank that no longer gets ahead, or None where the recipe wants none."""
-    patience = recipe.train.stalled_after
-    return Watchdog(world.pulse, attempt, world.rank, world.size, patience.seconds) if patience else None
 
 
 def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Path | None) -> Step:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from statistics import median
+from typing import Any
 
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
@@ -13,8 +15,8 @@ _TAIL_BYTES = 65536
 
 def seconds_of_a_save(run: Run) -> float:
     """Seconds that the slowest of the run's last three saves took; 0.0 before the first."""
-    saves = [event.get("seconds", 0.0) for event in events(run) if event["event"] == "checkpoint"]
-    return max(saves[-3:], default=0.0)
+    saves = [event.get("seconds") for event in events(run) if event["event"] == "checkpoint"]
+    return max((float(taken) for taken in saves[-3:] if isinstance(taken, int | float)), default=0.0)
 
 
 def seconds_of_a_step(run: Run) -> float:
@@ -44,13 +46,13 @@ def seconds_to_stop(run: Run) -> float:
         return 0.0
 
 
-def suspect_nodes(run: Run) -> dict[str, list[int]]:
+def suspect_nodes(events: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Nodes whose ranks were slow, or held up the others until the attempt stalled, in two attempts or more.
 
-    They are returned with the numbers of these attempts.
+    They are returned with the numbers of these attempts. events: those of all attempts.
     """
     found: dict[str, set[int]] = {}
-    for event in events(run):
+    for event in events:
         if event["event"] in ("slow", "stalled"):
             for node in event.get("nodes", ()):
                 found.setdefault(node, set()).add(event["attempt"])

@@ -25,12 +25,16 @@ class Pulse:
 
     beats: signs so far; one that waits gives none. step_seconds: how long each of the last steps took, from
     the wait for its batch on; empty again where steps of another length begin.
+
+    Args:
+        queues: steps are queued on a device: how far this process is says little of how far the device is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, queues: bool = False) -> None:
         self.beats = 0
         self.doing = "starting"
         self.waits_for_others = False
+        self._queues = queues
         self._began = 0.0
         self.step_seconds: deque[float] = deque(maxlen=101)
 
@@ -59,9 +63,12 @@ class Pulse:
         self.begin(BETWEEN)
 
     @contextmanager
-    def with_others(self, *, counts: bool = True) -> Iterator[None]:
-        """What ends once all ranks are there. It counts for nothing where this rank works meanwhile."""
-        self.waits_for_others = counts
+    def with_others(self, *, waits: bool = True, counts: bool = True) -> Iterator[None]:
+        """What ends once all ranks are there; `waits`: this rank does nothing else meanwhile.
+
+        counts: its end is a sign of life.
+        """
+        self.waits_for_others = waits
         try:
             yield
         finally:
@@ -76,9 +83,10 @@ class Pulse:
         return median(seconds) if len(seconds) >= KNOWN else None
 
     @property
-    def longest_seconds(self) -> float:
-        """The longest of the last steps; 0.0 before the first."""
-        return max(tuple(self.step_seconds), default=0.0)
+    def long_seconds(self) -> float:
+        """Nine in ten of the last steps took no longer: not those that compiled. 0.0 before the first."""
+        seconds = sorted(self.step_seconds)
+        return seconds[(len(seconds) - 1) * 9 // 10] if seconds else 0.0
 
     @property
     def state(self) -> str:
@@ -87,7 +95,12 @@ class Pulse:
 
     @property
     def place(self) -> int:
-        """How far this rank is within its step: it holds up those with a larger one."""
+        """How far this rank is within its step: it holds up those with a larger one.
+
+        Where steps are queued, a rank whose device is stuck and one whose device waits for it look alike.
+        """
+        if self._queues and self.doing in STEP:
+            return min(1, STEP.index(self.doing))
         if self.waits_for_others:
             return len(STEP)
         return STEP.index(self.doing) if self.doing in STEP else 1

@@ -42,14 +42,32 @@ def allow_py_spy() -> None:
 def dump_stacks() -> None:
     """The stacks of all threads of this process and of its workers, to descriptor 2."""
     faulthandler.dump_traceback(file=2, all_threads=True)
-    workers = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
-    for pid in workers:
+    for pid in _workers():
         _say(describe(pid))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, ON_REQUEST)
-        time.sleep(0.1)  # one after the other
-    for pid in (os.getpid(), *workers):
+        if _listens(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, ON_REQUEST)
+            time.sleep(0.1)  # one after the other
+
+
+def dump_native() -> None:
+    """The same with native frames, where py-spy is installed; it may take its time."""
+    for pid in (os.getpid(), *_workers()):
         look_into(pid, "--native")
+
+
+def _workers() -> list[int]:
+    return [worker.pid for worker in multiprocessing.active_children() if worker.pid]
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process called `dump_on_request`: any other would be killed."""
+    try:
+        with open(f"/proc/{pid}/status") as stream:
+            caught = next(line for line in stream if line.startswith("SigCgt:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(caught.split()[1], 16) >> (ON_REQUEST - 1) & 1)
 
 
 def look_into(pid: int, *options: str) -> None:

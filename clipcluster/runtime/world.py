@@ -57,7 +57,7 @@ class World:
         self.size = size
         self.local_rank = local_rank
         self.device = device
-        self.pulse = Pulse()
+        self.pulse = Pulse(queues=device.type != "cpu")
 
     @property
     def is_main(self) -> bool:
@@ -108,13 +108,13 @@ class World:
         return world
 
     @contextmanager
-    def _telling(self, what: str, *, counts: bool = True) -> Iterator[None]:
+    def _telling(self, what: str, *, waits: bool = True, counts: bool = True) -> Iterator[None]:
         """Raise a collective's error about a dead or silent peer as LostPeers.
 
-        counts: its end is a sign of life of this rank.
+        waits, counts: see `Pulse.with_others`.
         """
         try:
-            with self.pulse.with_others(counts=counts):
+            with self.pulse.with_others(waits=waits, counts=counts):
                 yield
         except (RuntimeError, TimeoutError) as error:
             if isinstance(error, TimeoutError) or is_lost_peer(error):
@@ -127,6 +127,7 @@ class World:
         Raises LostPeers where a rank is gone, or silent for longer than the timeout.
         """
         if self.size == 1:
+            self.pulse.beat()
             return wishes
         mask = torch.tensor([int(wishes)], dtype=torch.int64)
         with self._telling("lost its peers"):
@@ -193,26 +194,30 @@ class World:
         """Let rank 0 run `action`, however long it takes, and return its value on every rank.
 
         Called by all ranks at the same point. Rank 0 runs it in a thread and takes part in a short collective
-        every second meanwhile, so that the others can tell a slow action from a lost rank. The value is sent
-        as by `broadcast`; what `action` raises is raised on all ranks, as by `raise_first`. Raises LostPeers.
+        every second meanwhile, so that the others can tell a slow action from a lost rank. Signs of life
+        are those of rank 0: where its action gets no further, no rank does. The value is sent as by
+        `broadcast`; what `action` raises is raised on all ranks, as by `raise_first`. Raises LostPeers.
         """
         if self.size == 1:
             return self.broadcast(action())
         with ThreadPoolExecutor(1) as pool:  # left once the action has ended, where a peer is lost too
             work = pool.submit(action) if self.is_main else None
-            while self._beat(work):
-                pass
+            before = -1
+            while (beats := self._beat(work)) is not None:
+                if beats != before and not self.is_main:
+                    self.pulse.beat()
+                before = beats
         error = work.exception() if work else None
         self.raise_first(error if isinstance(error, Exception | None) else RuntimeError(repr(error)))
         return self.broadcast(work.result() if work else None)
 
-    def _beat(self, work: Future[Any] | None) -> bool:
-        """One short collective; whether rank 0 is still at work."""
+    def _beat(self, work: Future[Any] | None) -> int | None:
+        """One short collective: rank 0's signs of life so far, None once it is no longer at work."""
         unfinished = wait([work], timeout=_BEAT_S).not_done if work else ()
-        at_work = torch.tensor([len(unfinished)])
-        with self._telling("lost its peers", counts=work is None):
-            dist.all_reduce(at_work)
-        return bool(at_work)
+        main = torch.tensor([len(unfinished), self.pulse.beats if work else 0])
+        with self._telling("lost its peers", waits=work is None, counts=False):
+            dist.all_reduce(main)
+        return int(main[1]) if main[0] else None
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` (any shape, on the CPU or the world's device) over the ranks, in place; returns it.

@@ -16,15 +16,17 @@ class Deadline:
 
     Args:
         grace: seconds from the signal of a preemption to the kill.
-        ends: the job's time limit, in seconds since 1970; None where there is none.
+        ends: the job's time limit, in seconds since 1970; None where there is none. It is looked at once: a
+            clock that is set, or a laptop that sleeps, changes nothing afterwards.
         lead: seconds before it at which the scheduler sends USR1.
     """
 
     def __init__(self, grace: float = GRACE_SECONDS, ends: float | None = None, lead: float = 0.0) -> None:
-        self.grace, self.ends, self.lead = grace, math.inf if ends is None else ends, lead
-        if self.ends <= time.time():  # no limit that one could keep
-            self.ends = math.inf
-        self._most = (self.ends - time.time()) / 3
+        left = math.inf if ends is None else ends - time.time()
+        if left <= 0:  # no limit that one could keep
+            left = math.inf
+        self.grace, self.lead = grace, lead
+        self._ends, self._most = time.monotonic() + left, left / 3
 
     @classmethod
     def of_environment(cls, grace: float | None, environ: Mapping[str, str] | None = None) -> Deadline:
@@ -35,29 +37,28 @@ class Deadline:
         return cls(float(given), float(ends) if ends else None, float(environ.get(LEAD) or 0))
 
     @property
-    def known(self) -> bool:
-        """Whether there is a time limit."""
-        return self.ends < math.inf
+    def left(self) -> float:
+        """Seconds until the time limit; infinite where there is none."""
+        return self._ends - time.monotonic()
 
     def by_clock(self, stop: Stop) -> bool:
         """Whether it was rank 0's clock that asked to stop, not a signal."""
-        return self.known and stop.requested and stop.signal is None
+        return self.left < math.inf and stop.requested and stop.signal is None
 
     def near(self, needed: float) -> bool:
         """Whether a stop that takes `needed` seconds has to begin now to end before the time limit.
 
         It begins in the last third of the attempt's time at the earliest.
         """
-        return self.ends - time.time() <= min(needed + MARGIN_SECONDS, self._most)
+        return self.left <= min(needed + MARGIN_SECONDS, self._most)
 
     def seconds_left(self, stop: Stop) -> float:
         """Seconds until the kill, after a request to stop.
 
         A site may send USR1 for a preemption too: it is that of the time limit only close to it.
         """
-        now = time.time()
-        asked = stop.time or now
-        at_limit = stop.signal == "SIGUSR1" and self.ends - asked <= self.lead + EARLY_SECONDS
+        ago = time.time() - stop.time if stop.time else 0.0
+        at_limit = stop.signal == "SIGUSR1" and self.left + ago <= self.lead + EARLY_SECONDS
         if self.by_clock(stop) or at_limit:
-            return self.ends - now
-        return min(self.ends - now, self.grace - (now - asked))
+            return self.left
+        return min(self.left, self.grace - ago)

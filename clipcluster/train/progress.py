@@ -86,9 +86,9 @@ class Feed:
     def next(self) -> Batch:
         """The next batch, on the device."""
         self._work.fetch()
-        batch = next(self._batches).to(self._device)
+        batch = next(self._batches)
         self._work.fetched()
-        return batch
+        return batch.to(self._device)
 
     def close(self) -> None:
         """End the loader's workers. Harmless where nothing is open."""

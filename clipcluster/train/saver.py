@@ -171,9 +171,14 @@ class Saver:
             rank, ranks = self._world.rank, self._world.size
             began = time.monotonic()
             contents = take_copy(progress.step, state, parts, rank=rank, ranks=ranks, number=self._begun)
-            self._write = _Write(self.folder, contents, self._world.pulse.beat)
+            self._write = _Write(self.folder, contents, self._beat)
             self._write.began = began  # the copy is a part of the save
             self._write.start()
+
+    def _beat(self) -> None:
+        """A write is a sign of life while this rank waits for it, not beside a training that is stuck."""
+        if self._world.pulse.doing == SAVING:
+            self._world.pulse.beat()
 
     def save_and_wait(
         self,

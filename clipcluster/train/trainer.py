@@ -22,7 +22,6 @@ from clipcluster.train.records import Records
 from clipcluster.train.resume import record_roll_back, restore
 from clipcluster.train.saver import Saver
 from clipcluster.train.step import Step, Streak
-from clipcluster.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
@@ -42,7 +41,6 @@ class Trainer:
         deadline: how much time this attempt has.
         memory_advice: advice for a step that does not fit into memory.
         results: metrics of the last evaluation in this attempt, by name.
-        watchdog: ends this rank where it no longer gets ahead; None: nothing does.
     """
 
     world: World
@@ -61,7 +59,6 @@ class Trainer:
     record_samples: bool = False
     deadline: Deadline = field(default_factory=Deadline)
     memory_advice: str = ""
-    watchdog: Watchdog | None = None
     results: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,8 +83,6 @@ class Trainer:
             self.feed.close()
             self.saver.finish()  # a checkpoint on its way is worth the wait, whatever ended the run
             self.metrics.close()
-            if self.watchdog:
-                self.watchdog.close()
 
     def _run(self) -> Outcome:
         self.attempt.phase(self.world.rank, "checkpoint")
@@ -103,8 +98,6 @@ class Trainer:
         self.attempt.phase(self.world.rank, "first batch")
         if self.world.agree(self.stop.wishes()) & Wish.STOP:
             return self._stopped()
-        if self.watchdog:
-            self.watchdog.start()
         while self._more():
             if self.evaluations.owed(self.progress):
                 self._evaluate()
@@ -184,6 +177,7 @@ class Trainer:
 
     def _roll_back(self, streak: Streak) -> None:
         """Roll back to the last checkpoint before a streak of non-finite steps, and skip its batches."""
+        self.world.pulse.begin("rolling back")
         self.world.while_main(self.saver.finish)
         try:
             record = partial(record_roll_back, self.saver.folder, self.progress, streak)
@@ -228,7 +222,6 @@ class Trainer:
         self.metrics.restart_clock(self.progress.samples)
 
     def _stop_evaluating(self) -> None:
-        self.world.pulse.beat()
         if self.world.agree(self._wishes_to_stop()) & Wish.STOP:
             raise Interrupted
 
@@ -236,9 +229,8 @@ class Trainer:
         """This rank's; rank 0 stops in time for what a stop takes, once a save has shown how long that is."""
         if self.world.is_main and not self.stop.requested:
             saving = self.saver.seconds_to_stop()
-            if saving and self.deadline.near(saving + 2 * self.world.pulse.longest_seconds):
-                left = self.deadline.ends - time.time()
-                self.stop.request(f"notice of the time limit, {left:.0f} s before it")
+            if saving and self.deadline.near(saving + 2 * self.world.pulse.long_seconds):
+                self.stop.request(f"notice of the time limit, {self.deadline.left:.0f} s before it")
         return self.stop.wishes()
 
     def _stopped(self) -> Outcome:

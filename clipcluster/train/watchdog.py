@@ -1,8 +1,8 @@
 """A rank that no longer gets ahead: it says where it is, and leaves, so that the run is requeued. No torch.
 
 Every rank watches itself, and none needs another for it: what holds up one rank holds up all of them, so all
-notice it at the same time, but for those that were stopped or sit on a dead node. What they find meets in
-`attempts/N/stalled/`: each rank writes where it is, and the first one that finds all reports there, or has
+notice it at nearly the same time, but for those that were stopped or sit on a dead node. What they find meets
+in `attempts/N/stalled/`: each rank writes where it is, and the first one that finds all reports there, or has
 waited long enough, names the ranks that hold up the others.
 """
 
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Self
 
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs import files
@@ -25,15 +28,19 @@ from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.pulse import STEP, Pulse
 
 TIMES_MEDIAN = 20
+AT_MOST_SECONDS = 450.0
+"""It counts up to here where there are other ranks, which soon take a silent one for lost."""
 OTHERWISE_SECONDS = 1800.0
 """Patience with what is no step and says nothing meanwhile: between two batches of an evaluation, say."""
+AWAITED_SECONDS = 75.0
+"""How long a report may take to be seen on other nodes: those of a network file system look once a minute."""
 REPORT_SECONDS = 90.0
-"""A rank leaves so long after it stalled at the latest: what it reports may go to the disk that hangs."""
+"""A rank leaves so long after that at the latest: what it reports may go to the disk that hangs."""
 _log = logging.getLogger("clipcluster")
 
 
 class Watchdog(threading.Thread):
-    """Ends this process with `Outcome.STALLED` once it has stalled; nothing is saved.
+    """Inside, as a context, this process ends with `Outcome.STALLED` once it has stalled; nothing is saved.
 
     Only the time in which this thread itself runs counts, so that a process that was suspended and continued
     has not stalled.
@@ -45,16 +52,25 @@ class Watchdog(threading.Thread):
     def __init__(self, pulse: Pulse, attempt: Attempt, rank: int, size: int, least_seconds: float) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._pulse, self._attempt, self._rank, self._size = pulse, attempt, rank, size
-        self._least = least_seconds
+        self._least, self._most = least_seconds, AT_MOST_SECONDS if size > 1 else math.inf
         self._poll = min(5.0, least_seconds / 10)
+        self._awaited = max(2.0, min(AWAITED_SECONDS, least_seconds / 4))
         self._closed = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        self.join()
 
     def patience(self) -> float:
         """Seconds without a sign of life after which this rank has stalled."""
         median = self._pulse.median_seconds
         if median is None or self._pulse.doing not in STEP:
             return max(self._least, OTHERWISE_SECONDS)
-        return max(self._least, TIMES_MEDIAN * median)
+        return max(self._least, min(self._most, TIMES_MEDIAN * median))
 
     def run(self) -> None:
         stacks.allow_py_spy()
@@ -67,39 +83,40 @@ class Watchdog(threading.Thread):
                 beats, waited = self._pulse.beats, 0.0
             patience = self.patience()
             if waited > patience:
-                self._end(waited, patience)
+                self._end(beats, waited, patience)
             # For a thread that never yields the interpreter: then this one is not there to report.
-            faulthandler.dump_traceback_later(patience + REPORT_SECONDS, file=2)
+            faulthandler.dump_traceback_later(patience + self._awaited + REPORT_SECONDS, file=2)
         faulthandler.cancel_dump_traceback_later()
 
-    def close(self) -> None:
-        """Stop watching."""
-        self._closed.set()
-        if self.is_alive():
-            self.join()
-
-    def _end(self, seconds: float, patience: float) -> None:
+    def _end(self, beats: int, seconds: float, patience: float) -> None:
+        """Report, and leave; returns where this rank gets ahead again meanwhile."""
         faulthandler.cancel_dump_traceback_later()
-        code = [Outcome.STALLED]
-        report = threading.Thread(target=self._report, args=(seconds, patience, code), daemon=True)
+        code: list[Outcome | None] = [Outcome.STALLED]
+        report = threading.Thread(target=self._report, args=(beats, seconds, patience, code), daemon=True)
         report.start()
-        report.join(REPORT_SECONDS)
-        os._exit(code[0])
+        report.join(self._awaited + REPORT_SECONDS)
+        if code[0] is not None:
+            os._exit(code[0])
 
-    def _report(self, seconds: float, patience: float, code: list[Outcome]) -> None:
-        """Say where this rank is; the last to be done is what may hang."""
-        state = self._pulse.state
+    def _report(self, beats: int, seconds: float, patience: float, code: list[Outcome | None]) -> None:
+        """Say where this rank is, what may take long last; `code` becomes None where it gets ahead again."""
+        state, place = self._pulse.state, self._pulse.place
         _log.error("no sign of life for %.0f s (%.0f s are allowed): %s", seconds, patience, state)
         try:
             self._attempt.check()
-            reports = Reports(self._attempt.path / "stalled", self._size)
-            mine = {"doing": state, "place": self._pulse.place, "step": self._attempt.step or 0}
-            reports.write(self._rank, {**mine, "seconds": round(seconds, 1), "pid": os.getpid()})
             stacks.dump_stacks()
-            reports.wait(max(2.0, 3 * self._poll))
+            reports = Reports(self._attempt.path / "stalled", self._size)
+            mine = {"doing": state, "place": place, "step": self._attempt.step or 0}
+            reports.write(self._rank, {**mine, "seconds": round(seconds, 1), "pid": os.getpid()})
+            reports.wait(self._awaited)
+            if self._pulse.beats != beats:
+                code[0] = None
+                _log.warning("this rank gets ahead again")
+                return
             if reports.take("judged"):
                 self._judge(reports.read(), seconds)
             self._look_at_silent(reports)
+            stacks.dump_native()
             if records := stacks.flight_records():
                 files.write_json(reports.folder / f"collectives-{self._rank}.json", records)
         except StaleAttempt as stale:
@@ -122,6 +139,7 @@ class Watchdog(threading.Thread):
             ranks=ranks,
             seconds=round(seconds, 1),
             nodes=nodes if len(ranks) < self._size else [],
+            silent=ranks[0] not in reports,
             doing=doing,
             reason=reason,
         )

@@ -1,8 +1,9 @@
 """How long each rank works in a step before it needs the others, and which ranks are slow.
 
 From the first collective of a step on all ranks take equally long: the fast ones wait for the slow one. What
-a rank does before is its own: it waits for its batch and computes features. On an accelerator two events
-around the features are read at log steps, which wait for the device anyway.
+a rank does before is its own: it waits for its batch and computes features. On an accelerator events are put
+among the queued work, and read at log steps, which wait for the device anyway: a wait for a batch counts as
+far as the device waits too.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ class Work:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was measured."""
+        """Forget what was measured, a step that has begun too."""
         self._waited = self._computed = 0.0
         self._began = self._ended = 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._events: list[list[torch.Event]] = []  # of each step: asked for a batch, had it, had features
 
     def fetch(self) -> None:
         """A step begins with the wait for its batch."""
         self._pulse.fetch()
         self._asked = time.perf_counter()
+        if self._device.type != "cpu":
+            self._events.append([self._mark()])
 
     def fetched(self) -> None:
         """The batch is there; features follow."""
@@ -47,17 +50,20 @@ class Work:
         self._settle()
         self._began = self._ended = time.perf_counter()
         self._waited += self._began - self._asked
-        if self._device.type != "cpu":
-            begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
-            begin.record()
-            self._events.append((begin, end))
+        if self._events:
+            self._events[-1].append(self._mark())
 
     def end(self) -> None:
         """Features are computed, or queued on the device; what follows may need the other ranks."""
         self._pulse.begin(GRADIENTS)
         self._ended = time.perf_counter() if self._began else 0.0  # not where it was restarted in between
         if self._events:
-            self._events[-1][1].record()
+            self._events[-1][2:] = [self._mark()]
+
+    def _mark(self) -> torch.Event:
+        mark = torch.Event(self._device, enable_timing=True)
+        mark.record()
+        return mark
 
     def _settle(self) -> None:
         """Count the step before."""
@@ -69,11 +75,12 @@ class Work:
 
         On an accelerator the caller has waited for the device.
         """
-        self._settle()
-        computed = self._computed
-        if self._device.type != "cpu":
-            computed = sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-        return self._waited, computed
+        if self._device.type == "cpu":
+            self._settle()
+            return self._waited, self._computed
+        steps = [step for step in self._events if len(step) == 3]
+        waited = sum(asked.elapsed_time(had) for asked, had, _ in steps)
+        return waited / 1000, sum(had.elapsed_time(end) for _, had, end in steps) / 1000
 
 
 def slow_ranks(own: Sequence[float], wall: float) -> list[int]:

@@ -46,7 +46,7 @@ class Facts:
     # without what differs from one attempt to the next
     raised: Sequence[Mapping[str, Any]] = ()
     raised_before: Sequence[Mapping[str, Any]] = ()  # just before, with no newer checkpoint since
-    stalled: Mapping[str, Any] | None = None  # their event: `reason`, and `nodes` where some alone are behind
+    stalled: Mapping[str, Any] | None = None  # their event: `reason`, `silent`, `nodes` where some are behind
     checkpoint: int | None = None  # the step of the newest complete one
     fruitless: int = 0  # endings in a row just before this one that count, with no newer checkpoint since
     broken_before: bool = False  # the ending just before was "never started"
@@ -114,7 +114,7 @@ def _by_ranks(facts: Facts) -> Verdict:
         reason = f"{again['signature']} ({where}, twice in a row)"
         return Verdict("fail", "failed", Outcome.ERROR, reason, ADVICE[Outcome.ERROR])
     if facts.stalled:
-        return _unless_fruitless(facts, _requeue("stalled", facts.stalled["reason"]))
+        return _unless_fruitless(facts, _requeue("stalled", str(facts.stalled.get("reason", ""))))
     if facts.started:
         reason = "; ".join(facts.errors[:3]) or (
             f"a rank or a node ended without recording an outcome (code {facts.code})"
@@ -149,6 +149,7 @@ _OF_TASKS = re.compile(r"srun: error: ([A-Za-z0-9.,\[\]_-]+): tasks? [0-9,\-]+: 
 _OF_NODE = re.compile(r"srun: error: Node failure on ([A-Za-z0-9.,\[\]_-]+)")
 _SURVIVORS = (Outcome.STOPPED, Outcome.LOST_PEERS, Outcome.STALLED)
 _SURVIVOR = re.compile(rf"exit code ({'|'.join(str(int(code)) for code in _SURVIVORS)})\b")
+_STALLED = re.compile(rf"exit code {Outcome.STALLED:d}\b")
 
 
 def error_lines(text: str) -> list[str]:
@@ -162,15 +163,18 @@ def blamed(
     """The node a crash is blamed on: one that the scheduler calls down, else the first in srun's errors.
 
     Ranks that stopped, stalled or lost their peers are survivors and blame no node. Of a list of nodes the
-    first. A stall (the event `stalled`) is blamed on the one node whose ranks held up the others.
+    first. A stall (the event `stalled`) is blamed on the one node whose ranks gave no sign of life: one that
+    waits for a disk may wait for one that all nodes use. Ranks that srun killed once others had stalled blame
+    no node either.
     """
     if down:
         return down[0]
     if stalled:
-        behind = stalled.get("nodes", [])
-        return behind[0] if len(behind) == 1 else None
+        nodes = stalled.get("nodes", []) if stalled.get("silent") else []
+        return nodes[0] if len(nodes) == 1 else None
+    after_a_stall = any(_STALLED.search(line) for line in errors)
     for line in errors:
-        match = _OF_NODE.search(line) or _OF_TASKS.search(line)
+        match = _OF_NODE.search(line) or (None if after_a_stall else _OF_TASKS.search(line))
         if match and not _SURVIVOR.search(line):
             nodes = expand_nodes(match[1])
             return nodes[0] if nodes else None

@@ -139,8 +139,12 @@ def of_runs(
         before_ranks=[
             f"export {LEAD}={lead}",
             f"export {GRACE}={grace:g}",
-            # newer versions of SLURM say when the time limit is; SECONDS are those of this script so far
-            f'export {ENDS}="${{SLURM_JOB_END_TIME:-$(($(date +%s) - SECONDS + {seconds}))}}"',
+            # By this node's clock, SECONDS after the script began; newer versions of SLURM say it by that of
+            # their server. What comes first: a job begins before its script, and clocks differ.
+            f"clipcluster_ends=$(($(date +%s) - SECONDS + {seconds}))",
+            "clipcluster_told=${SLURM_JOB_END_TIME:-0}",
+            f"export {ENDS}=$((0 < clipcluster_told && clipcluster_told < clipcluster_ends"
+            " ? clipcluster_told : clipcluster_ends))",
             f'pickle="${LOGS}/${{clipcluster_job}}_submitted.pkl"',
             # submitit names it after sbatch: a submitter that dies in between leaves it without its name
             f'[ -e "$pickle" ] || cp "$clipcluster_run/submitit/{PICKLE}" "$pickle"',

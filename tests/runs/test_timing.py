@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import events
 from clipcluster.runs.timing import seconds_of_a_step, seconds_to_stop, suspect_nodes
 
 
@@ -38,4 +39,4 @@ def test_nodes_that_were_slow_or_stalled_in_several_attempts(run: Run) -> None:
         attempt = claim(run)
         for _ in range(2):
             attempt.event(kind, writer="rank-0", ranks=[1], nodes=nodes)
-    assert suspect_nodes(run) == {"n2": [1, 2], "n3": [1, 4]}
+    assert suspect_nodes(events(run)) == {"n2": [1, 2], "n3": [1, 4]}

@@ -45,10 +45,23 @@ def values(world):
         "none": int(world.agree(Wish.NONE)),
         "plain": world.broadcast({"from": world.rank, "text": "é" * world.rank}, src=world.size - 1),
         "all": world.gather([world.rank] * world.rank),
-        "slow": world.while_main(lambda: time.sleep(SLOW_S) or "done"),
+        "slow": slow(world),
         "sum": world.all_reduce_sum(torch.full((2,), float(world.rank + 1))).tolist(),
         "main": world.is_main,
     }
+
+
+def slow(world):
+    """What rank 0's work gives, which gets ahead once, and the signs of life of this rank meanwhile."""
+
+    def work():
+        time.sleep(SLOW_S / 2)
+        world.pulse.beat()
+        time.sleep(SLOW_S / 2)
+        return "done"
+
+    before = world.pulse.beats
+    return [world.while_main(work), world.pulse.beats - before]
 
 
 def failures(world):

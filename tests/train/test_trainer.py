@@ -30,8 +30,10 @@ from clipcluster.runtime.outcome import (
     OutOfMemory,
     RecipeFailure,
 )
+from clipcluster.runtime.pulse import BATCH
 from clipcluster.runtime.stop import Stop, Wish
 from clipcluster.train.checkpoint_writer import Dropped
+from clipcluster.train.saver import SAVING
 from tests.consumed import merged_samples
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
@@ -154,6 +156,22 @@ def test_a_stop_while_a_save_is_under_way_leaves_both_checkpoints(toy: ModuleTyp
     toy.go(whole)
     toy.go(run)
     assert losses(run) == losses(whole)
+
+
+def test_a_save_beside_the_training_is_no_sign_of_life(toy: ModuleType, run: Any) -> None:
+    """Else rank 0 alone would seem to get ahead where all are stuck while it saves."""
+    trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script())
+    pulse, saver = trainer.world.pulse, trainer.saver
+    saver.folder.prepare()
+    saver.folder.seconds = 0.2
+    for step, doing, signs in ((1, BATCH, False), (2, SAVING, True)):
+        trainer.progress.step = step
+        saver.save(trainer.progress, trainer.parts)
+        pulse.begin(doing)
+        before = pulse.beats
+        saver._write.join()
+        assert (pulse.beats > before) is signs
+    saver.finish()
 
 
 def test_a_stop_in_an_evaluation_leaves_it_owed(toy: ModuleType, run: Any) -> None:

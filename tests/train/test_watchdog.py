@@ -14,10 +14,18 @@ from typing import Any
 
 import pytest
 
+from clipcluster.run import SILENCE_S
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events
-from clipcluster.runtime.pulse import BATCH, FEATURES, Pulse
-from clipcluster.train.watchdog import OTHERWISE_SECONDS, Watchdog, behind
+from clipcluster.runtime import stacks
+from clipcluster.runtime.pulse import BATCH, BETWEEN, FEATURES, GRADIENTS, Pulse
+from clipcluster.train.watchdog import (
+    AT_MOST_SECONDS,
+    AWAITED_SECONDS,
+    OTHERWISE_SECONDS,
+    Watchdog,
+    behind,
+)
 
 SCRIPT, ROOT = Path(__file__).with_name("watched.py"), Path(__file__).parents[2]
 
@@ -50,6 +58,13 @@ def watched(run: Run) -> Iterator[Callable[..., list[subprocess.Popen[bytes]]]]:
         process.wait()
 
 
+def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def log(run: Run, rank: int) -> str:
     return (run.attempt(1).path / f"rank-{rank}.out").read_text()
 
@@ -66,6 +81,7 @@ def test_a_stopped_rank_is_named_by_the_others(run: Run, watched: Any) -> None:
     assert ranks[1].poll() is None
     event = stalled(run)
     assert (event["ranks"], event["nodes"], event["doing"]) == ([1], ["n1"], ["silent"])
+    assert event["silent"] is True
     assert event["attempt"] == 1
     assert event["step"] >= 15
     assert 1 <= event["seconds"] < 3
@@ -84,6 +100,7 @@ def test_a_disk_that_hangs_is_named_by_its_own_rank(run: Run, watched: Any, tmp_
     assert [rank.wait(20) for rank in ranks] == [94, 94, 94]
     event = stalled(run)
     assert (event["ranks"], event["nodes"], event["doing"]) == ([1], ["n1"], [BATCH])
+    assert event["silent"] is False, "its node is not to blame: others may use the disk too"
     assert event["reason"].endswith("rank 1 on n1: waiting for a batch")
     assert "in next_batch\n" in log(run, 1)
     if shutil.which("py-spy"):
@@ -101,6 +118,19 @@ def test_a_rank_that_keeps_the_interpreter_for_itself_leaves_its_stacks(run: Run
         time.sleep(0.1)
     assert "Timeout (" in log(run, 1)
     assert ranks[1].poll() is None
+
+
+@pytest.mark.long
+def test_ranks_that_get_ahead_again_go_on(run: Run, watched: Any) -> None:
+    """The third is continued while the others still wait for its report."""
+    ranks = watched()
+    ranks[1].send_signal(signal.SIGSTOP)
+    wait_until(lambda: len(list(run.attempt(1).path.glob("stalled/rank-*.json"))) == 2)
+    ranks[1].send_signal(signal.SIGCONT)
+    wait_until(lambda: all("gets ahead again" in log(run, rank) for rank in (0, 2)))
+    time.sleep(0.5)
+    assert [rank.poll() for rank in ranks] == [None] * 3
+    assert not [event for event in events(run) if event["event"] == "stalled"]
 
 
 @pytest.mark.parametrize(
@@ -121,12 +151,15 @@ def test_who_holds_up_the_others(places: dict[int, tuple[int, int]], expected: l
 def test_the_patience_follows_the_median_step(run: Run) -> None:
     pulse = Pulse()
     watchdog = Watchdog(pulse, run.attempt(1), 0, 1, 300)
+    beside_others = Watchdog(pulse, run.attempt(1), 0, 2, 300)
     pulse.begin(BATCH)
     assert watchdog.patience() == OTHERWISE_SECONDS, "the first steps may compile"
     pulse.step_seconds.extend([2.0] * 5 + [90.0])
     assert watchdog.patience() == 300
     pulse.step_seconds.extend([40.0] * 9)
     assert watchdog.patience() == 800
+    assert beside_others.patience() == AT_MOST_SECONDS < SILENCE_S - AWAITED_SECONDS
+    assert Watchdog(pulse, run.attempt(1), 0, 2, 500).patience() == 500, "as the recipe wants it"
     pulse.begin("evaluating")
     assert watchdog.patience() == OTHERWISE_SECONDS
     pulse.restart(FEATURES)
@@ -138,11 +171,43 @@ def test_a_sign_of_life_keeps_a_rank_alive(run: Run) -> None:
     pulse = Pulse()
     pulse.step_seconds.extend([0.01] * 5)
     pulse.begin(BATCH)
-    watchdog = Watchdog(pulse, run.attempt(1), 0, 1, 0.2)
-    watchdog.start()
-    for _ in range(6):
-        time.sleep(0.1)
-        pulse.beat()
-    watchdog.close()
+    with Watchdog(pulse, run.attempt(1), 0, 1, 0.2):
+        for _ in range(6):
+            time.sleep(0.1)
+            pulse.beat()
     time.sleep(0.4)
     assert not (run.attempt(1).path / "stalled").exists()
+
+
+def test_how_far_a_rank_is_in_its_step() -> None:
+    """A process that queues its steps on a device may be anywhere in one while the device is stuck."""
+    places = {}
+    for queues in (False, True):
+        pulse = Pulse(queues=queues)
+        pulse.begin(BATCH)
+        places[queues] = [pulse.place]
+        for doing in (FEATURES, GRADIENTS, BETWEEN):
+            pulse.begin(doing)
+            places[queues].append(pulse.place)
+        with pulse.with_others():
+            places[queues].append(pulse.place)
+        pulse.begin("saving a checkpoint")
+        places[queues].append(pulse.place)
+        with pulse.with_others():
+            places[queues].append(pulse.place)
+    assert places == {False: [0, 1, 2, 3, 4, 1, 4], True: [0, 1, 1, 1, 1, 1, 4]}
+
+
+def test_steps_that_compiled_do_not_count_as_long() -> None:
+    pulse = Pulse()
+    assert pulse.long_seconds == 0.0
+    pulse.step_seconds.extend([90.0, 2.0])
+    assert pulse.long_seconds == 2.0
+    pulse.step_seconds.extend([2.0, 2.1, 2.2, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert pulse.long_seconds == 2.2
+
+
+def test_only_who_listens_is_asked_for_its_stacks() -> None:
+    with subprocess.Popen(["sleep", "60"]) as deaf:
+        assert not stacks._listens(deaf.pid), "the signal would kill it"
+        deaf.kill()

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -363,9 +363,6 @@ def build(run: Run, attempt: Any, world: World, stop: Stop, script: Script) -> T
         record_samples=script.record,
         deadline=Deadline(30.0, script.ends),
         memory_advice="Set train.micro_batch to 8; then submit again.",
-        watchdog=Watchdog(world.pulse, attempt, world.rank, world.size, script.stalled_after)
-        if script.stalled_after
-        else None,
     )
 
 
@@ -386,6 +383,12 @@ def go(run: Run, world: World | None = None, **wishes: Any) -> Trainer:
     trainer = build(run, claim(run), world or alone(), Stop(), Script(**wishes))
     trainer.outcome = trainer.run()  # type: ignore[attr-defined]
     return trainer
+
+
+def watched(script: Script, attempt: Any, world: World) -> AbstractContextManager[object]:
+    if not script.stalled_after:
+        return nullcontext()
+    return Watchdog(world.pulse, attempt, world.rank, world.size, script.stalled_after)
 
 
 def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, Any]]) -> None:
@@ -416,5 +419,6 @@ def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, A
         distributed_c10d._set_pg_timeout(timedelta(seconds=silence), distributed_c10d._get_default_group())
         stop = Stop()
         stop.install(interactive=False)
-        outcome = build(run, run.attempt(attempt), world, stop, Script(**script)).run()
+        with watched(Script(**script), run.attempt(attempt), world):
+            outcome = build(run, run.attempt(attempt), world, stop, Script(**script)).run()
     os._exit(int(outcome))

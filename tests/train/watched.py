@@ -42,12 +42,8 @@ def main() -> None:
     peers, pulse = Peers(SimpleNamespace(rank=rank, size=SIZE), attempt), Pulse()
     if how == "interpreter":
         watchdog.REPORT_SECONDS = 5.0
-    watching = watchdog.Watchdog(pulse, attempt, rank, SIZE, 1.0)
-    watching.start()
-    try:
+    with watchdog.Watchdog(pulse, attempt, rank, SIZE, 1.0):
         train(attempt, rank, peers, pulse, how)
-    finally:
-        watching.close()
 
 
 def train(attempt: Attempt, rank: int, peers: Peers, pulse: Pulse, how: str) -> None:

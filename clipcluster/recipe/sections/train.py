@@ -98,7 +98,7 @@ class Train(Section):
         "record",
         "A rank without a step for this long, and for 20 times the median step, has stalled: the stacks of "
         "all ranks go into their logs, and the run is requeued. null: never.",
-        "5 min",
+        "7 min",
     )
     non_finite: NonFinite = section("Losses and gradients that are not finite.", {})
 

@@ -19,7 +19,7 @@ FAILED = {
     "rank": 1,
     "host": "n2",
 }
-STALLED = {"ranks": [1], "nodes": ["n2"], "reason": "no step for 300 s: rank 1 on n2: silent"}
+STALLED = {"ranks": [1], "nodes": ["n2"], "silent": True, "reason": "no step for 300 s: rank 1 on n2: silent"}
 
 # Every line of the table with facts that fit it, in the table's order. The facts of a line hold whatever the
 # lines below it would say, so that joining two lines must give the upper one.
@@ -211,11 +211,15 @@ def test_blame_falls_on_the_first_that_did_not_survive():
     assert blamed([], []) is None
 
 
-def test_a_stall_blames_the_node_that_held_up_the_others():
+def test_a_stall_blames_the_node_whose_ranks_gave_no_sign_of_life():
     lines = error_lines(SRUN.replace("87", "94"))
     assert blamed(lines[:1], []) is None
     assert blamed(lines, [], STALLED) == "n2"
     assert blamed(lines, ["n9"], STALLED) == "n9"
+    assert blamed(lines, [], {**STALLED, "silent": False}) is None  # it waits for a disk: that of all nodes?
+    killed = "srun: error: n3: task 4: Killed"
+    assert blamed(error_lines(f"srun: error: n1: task 0: Exited with exit code 94\n{killed}"), []) is None
+    assert blamed(error_lines(f"{killed}\nsrun: error: n1: task 0: Exited with exit code 85"), []) == "n3"
     assert blamed(lines, [], {**STALLED, "nodes": []}) is None  # all ranks, as by a disk that all use
     assert blamed(lines, [], {**STALLED, "nodes": ["n2", "n3"]}) is None
     assert decide(LINES["stalled"]).reason == STALLED["reason"]

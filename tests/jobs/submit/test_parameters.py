@@ -108,16 +108,19 @@ def test_the_lead_time_follows_what_was_measured(script, tmp_path):
     assert "#SBATCH --signal=USR1@110" in script(Cluster(time="4 h"))
 
 
-@pytest.mark.parametrize("known", [{}, {"SLURM_JOB_END_TIME": "1900000000"}])
-def test_the_ranks_are_told_how_much_time_they_have(script, known):
+@pytest.mark.parametrize(("told", "expected"), [(None, 4), (3, 3), (5, 4)])
+def test_the_ranks_are_told_how_much_time_they_have(script, told, expected):
+    """Hours until the limit: as this node's clock has it, or SLURM's, whatever comes first."""
     lines = script(Cluster(time="4 h")).splitlines()
-    exports = [line for line in lines if line.startswith("export CLIPCLUSTER_") and "LOGS" not in line]
-    shell = "\n".join([*exports, "echo $CLIPCLUSTER_LEAD $CLIPCLUSTER_GRACE $CLIPCLUSTER_ENDS"])
+    kinds = ("export CLIPCLUSTER_", "clipcluster_ends=", "clipcluster_told=")
+    exports = [line for line in lines if line.startswith(kinds) and "LOGS" not in line]
+    known = {"SLURM_JOB_END_TIME": str(int(time.time() + told * 3600))} if told else {}
+    shell = "\n".join(["set -eu", *exports, "echo $CLIPCLUSTER_LEAD $CLIPCLUSTER_GRACE $CLIPCLUSTER_ENDS"])
     environment = {"PATH": os.environ["PATH"], **known}
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment)
     lead, grace, ends = map(int, done.stdout.split())
     assert (lead, grace) == (60, 30)
-    assert ends == pytest.approx(int(known.get("SLURM_JOB_END_TIME", time.time() + 4 * 3600)), abs=5)
+    assert ends == pytest.approx(time.time() + expected * 3600, abs=5)
 
 
 def test_the_grace_time_without_slurm():
