@@ -96,7 +96,8 @@ class Metrics:
     def _judge(self, waits: list[float], computes: list[float], seconds: float) -> None:
         """Record which ranks hold up the others, where that changed; `seconds` since the last line."""
         own = [wait + compute for wait, compute in zip(waits, computes, strict=True)]
-        if not self._slowness.changed(slow_ranks(own, seconds), seconds):
+        found = slow_ranks(own, seconds) if self.work.compares else []
+        if not self._slowness.changed(found, seconds):
             return
         ranks = self._slowness.ranks
         nodes = self._attempt.nodes(ranks)

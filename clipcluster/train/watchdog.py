@@ -63,6 +63,7 @@ class Watchdog(threading.Thread):
 
     def __exit__(self, *error: object) -> None:
         self._closed.set()
+        self._pulse.beat()
         self.join()
 
     def patience(self) -> float:
@@ -169,7 +170,7 @@ class Reports:
         """Wait for the reports of all ranks."""
         deadline = time.monotonic() + seconds
         while self.silent() and time.monotonic() < deadline:
-            time.sleep(0.2)
+            time.sleep(min(1.0, seconds / 10))
 
     def silent(self) -> list[int]:
         """The ranks that reported nothing."""

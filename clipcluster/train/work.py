@@ -8,6 +8,7 @@ far as the device waits too.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from statistics import median_low
@@ -16,6 +17,7 @@ import torch
 
 from clipcluster.runtime.pulse import FEATURES, GRADIENTS, Pulse
 
+logger = logging.getLogger("clipcluster")
 SLOW = 1.3
 """A rank is slow whose own part of a step takes so many times the median of all ranks, …"""
 RELEVANT = 0.1
@@ -25,10 +27,15 @@ LINES, SECONDS = 3, 30.0
 
 
 class Work:
-    """The stopwatch of one rank. Every step calls `fetch`, `fetched`, and `end` once or more."""
+    """The stopwatch of one rank. Every step calls `fetch`, `fetched`, and `end` once or more.
+
+    compares: what it measures is this rank's own; False on a device that does not say how long its work took.
+    """
 
     def __init__(self, device: torch.device, pulse: Pulse) -> None:
         self._device, self._pulse = device, pulse
+        self._by_events = device.type != "cpu" and _keeps_time(device)
+        self.compares = device.type == "cpu" or self._by_events
         self.restart()
 
     def restart(self) -> None:
@@ -41,7 +48,7 @@ class Work:
         """A step begins with the wait for its batch."""
         self._pulse.fetch()
         self._asked = time.perf_counter()
-        if self._device.type != "cpu":
+        if self._by_events:
             self._events.append([self._mark()])
 
     def fetched(self) -> None:
@@ -75,12 +82,26 @@ class Work:
 
         On an accelerator the caller has waited for the device.
         """
-        if self._device.type == "cpu":
+        if not self._by_events:
             self._settle()
             return self._waited, self._computed
         steps = [step for step in self._events if len(step) == 3]
         waited = sum(asked.elapsed_time(had) for asked, had, _ in steps)
         return waited / 1000, sum(had.elapsed_time(end) for _, had, end in steps) / 1000
+
+
+def _keeps_time(device: torch.device) -> bool:
+    """Whether events of a device have times; not every backend of torch implements that."""
+    try:
+        begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        begin.record()
+        end.record()
+        end.synchronize()
+        begin.elapsed_time(end)
+    except RuntimeError as error:
+        logger.warning("slow ranks are not looked for: %s events have no times (%s)", device.type, error)
+        return False
+    return True
 
 
 def slow_ranks(own: Sequence[float], wall: float) -> list[int]:
