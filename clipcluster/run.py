@@ -59,9 +59,7 @@ def train(run: Run, attempt: Attempt, launch: Launch, stop: Stop) -> Outcome:
         return _train(run, attempt, launch, stop, recipe, world)
 
 
-def _train(
-    run: Run, attempt: Attempt, launch: Launch, stop: Stop, recipe: Recipe, world: World
-) -> Outcome:
+def _train(run: Run, attempt: Attempt, launch: Launch, stop: Stop, recipe: Recipe, world: World) -> Outcome:
     """The same once the ranks have met."""
     began = time.monotonic()
     if world.agree(stop.wishes()) & Wish.STOP:
