@@ -63,7 +63,6 @@ class Watchdog(threading.Thread):
 
     def __exit__(self, *error: object) -> None:
         self._closed.set()
-        self._pulse.beat()
         self.join()
 
     def patience(self) -> float:
