@@ -36,6 +36,7 @@ AWAITED_SECONDS = 75.0
 """How long a report may take to be seen on other nodes: those of a network file system look once a minute."""
 REPORT_SECONDS = 90.0
 """A rank leaves so long after that at the latest: what it reports may go to the disk that hangs."""
+JUDGED = "judged"
 _log = logging.getLogger("clipcluster")
 
 
@@ -113,7 +114,7 @@ class Watchdog(threading.Thread):
                 code[0] = None
                 _log.warning("this rank gets ahead again")
                 return
-            if reports.take("judged"):
+            if reports.take(JUDGED):
                 self._judge(reports.read(), seconds)
             self._look_at_silent(reports)
             stacks.dump_native()
@@ -166,9 +167,9 @@ class Reports:
         files.write_json(self.folder / f"rank-{rank}.json", report)
 
     def wait(self, seconds: float) -> None:
-        """Wait for the reports of all ranks."""
+        """Wait for the reports of all ranks, or until another rank has waited long enough."""
         deadline = time.monotonic() + seconds
-        while self.silent() and time.monotonic() < deadline:
+        while self.silent() and not (self.folder / JUDGED).exists() and time.monotonic() < deadline:
             time.sleep(min(1.0, seconds / 10))
 
     def silent(self) -> list[int]:

@@ -16,6 +16,7 @@ misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the
 """
 
 import builtins
+import contextlib
 import hashlib
 import json
 import os
@@ -138,14 +139,19 @@ def nap(seconds):
 
 
 def train(run, attempt, place, stop):
-    orders = json.loads(os.environ.get("TRAINEE", "{}"))
+    orders, pulse = json.loads(os.environ.get("TRAINEE", "{}")), Pulse()
+    with contextlib.ExitStack() as inside:
+        if "stalled_after" in orders:
+            inside.enter_context(Watchdog(pulse, attempt, place.rank, place.size, orders["stalled_after"]))
+        return steps(run, attempt, place, stop, orders, pulse)
+
+
+def steps(run, attempt, place, stop, orders, pulse):
     nap(orders.get("imports", 0))
     heard = set()
     if orders.get("deaf"):
         signal.signal(signal.SIGTERM, lambda number, frame: (stop.request("TERM"), heard.add("SIGTERM")))
-    peers, pulse = Peers(place, attempt), Pulse()
-    if "stalled_after" in orders:
-        Watchdog(pulse, attempt, place.rank, place.size, orders["stalled_after"]).start()
+    peers = Peers(place, attempt)
     attempt.step = step = newest(run)
     if place.rank == 0:
         attempt.event("resume", writer="rank-0", step=step)
