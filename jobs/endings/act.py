@@ -15,7 +15,7 @@ from typing import Any
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.chains import runs_before
-from clipcluster.runs.folder import Run
+from clipcluster.runs.folder import LISTED_SECONDS, Run
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import facts, history
@@ -41,9 +41,12 @@ def claim(run: Run, job_id: str, slurm: Slurm) -> Attempt | None:
         say(f"{run.name} was cancelled: job {job_id} does nothing")
         return None
     before = [] if run.newest() else [first for first in runs_before(run) if first.exists()]
-    if unfinished := [first.name for first in before if not first.finished()]:
-        say(f"{run.name} does not start: {', '.join(unfinished)} did not finish")
-        return None
+    deadline = time.monotonic() + LISTED_SECONDS
+    while unfinished := [first.name for first in before if not first.finished()]:
+        if time.monotonic() > deadline:
+            say(f"{run.name} does not start: {', '.join(unfinished)} did not finish")
+            return None
+        time.sleep(1.0)  # over a network file system, an outcome may show after its job has ended
     attempt = run.claim(
         job_id,
         host=socket.gethostname(),

@@ -153,7 +153,8 @@ def test_nothing_follows_a_run_whose_job_is_not_known_yet(run):
         submit_step(run, order, print)
 
 
-def test_a_job_does_not_start_before_what_it_waits_for_has_finished(run, tmp_path, no_slurm):
+def test_a_job_does_not_start_before_what_it_waits_for_has_finished(run, tmp_path, no_slurm, monkeypatch):
+    monkeypatch.setattr("jobs.endings.act.LISTED_SECONDS", 0)
     first = Run.create(tmp_path / "runs" / "first-00000000", {}, {})
     run.update_settings({**run.settings(), "after": [str(first.path), str(tmp_path / "gone")]})
     attempt = first.claim("16", host="n1", still_running=lambda job: False)
