@@ -11,7 +11,6 @@ from typing import Any
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.chains import runs_before
-from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.evaluations import Owed, failed_of, owed_by
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
@@ -233,40 +232,6 @@ def unfinished_before(run: Run, queue: Queue) -> str:
     return ", ".join(f"{name} is {state}" for name, state in ended.items() if state != "FINISHED")
 
 
-def report(run: Run, queue: Queue) -> dict[str, Any]:
-    """One run in `clipcluster status`: state and progress, from the ends of its files.
-
-    What is not known is None; `last_event_time` is in seconds since 1970. `evaluations` are those that jobs
-    of their own are to make, or failed to.
-    """
-    state = state_of(run, queue)
-    newest = run.newest()
-    line = last_metrics(run) or {}
-    event = (_last_event(newest) if newest else None) or {}
-    checkpoint = newest_complete(run.checkpoints)
-    return {
-        "name": run.name,
-        "path": str(run.path),
-        "state": state.name,
-        "detail": state.detail,
-        "advice": state.advice,
-        "job": state.job,
-        "attempt": newest.number if newest else None,
-        "step": max((step for step in (line.get("step"), checkpoint) if step is not None), default=None),
-        "total_steps": total_steps(run),
-        "epoch": line.get("epoch"),
-        "loss": line.get("loss"),
-        "samples_per_second": line.get("samples_per_second"),
-        "checkpoint": checkpoint,
-        "last_event": event.get("event"),
-        "last_event_time": event.get("time"),
-        "evaluations": [
-            {"step": owed.step, "state": found.name, "detail": found.detail, "job": found.job}
-            for owed, found in evaluations_of(run, queue)
-        ],
-    }
-
-
 def evaluations_of(run: Run, queue: Queue) -> list[tuple[Owed, State]]:
     """The evaluations left to jobs of their own that have no results yet, by step; OWED before their job."""
     found = sorted([*owed_by(run), *failed_of(run)], key=lambda owed: owed.step)
@@ -296,10 +261,3 @@ def last_metrics(run: Run) -> dict[str, Any] | None:
         if lines:
             return lines[-1]
     return None
-
-
-def _last_event(attempt: Attempt) -> dict[str, Any] | None:
-    """The latest event of an attempt, whoever wrote it."""
-    written = attempt.path.glob("events-*.jsonl")
-    ends = (files.read_lines(path, last_bytes=_TAIL_BYTES)[-1:] for path in written)
-    return max((line for end in ends for line in end), key=lambda line: line.get("time", 0), default=None)

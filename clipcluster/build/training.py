@@ -79,7 +79,9 @@ def build_trainer(
         parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
     records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
-    metrics = Metrics(attempt, world, every=plan_.log_every, total_steps=plan_.total_steps)
+    metrics = Metrics(
+        attempt, world, every=plan_.log_every, total_steps=plan_.total_steps, log_to=recipe.train.log_to
+    )
 
     def opened(at: Progress) -> Loader:
         return open_batches(recipe, sources, world, at.batches_drawn, at.skipped)

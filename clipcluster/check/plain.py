@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -161,6 +162,12 @@ def check(
             f"data.workers: {workers} loader processes share cluster.cpus_per_task {cores} with the rank; "
             f"raise cluster.cpus_per_task to at least {workers}, or lower data.workers"
         )
+    for package in checked.recipe.train.log_to:
+        if find_spec(package) is None:
+            checked.warnings.append(
+                f"train.log_to: the package {package} is not installed here (pip install {package}); without "
+                "it the run has its curves in metrics.jsonl and TensorBoard alone"
+            )
     return checked
 
 

@@ -9,14 +9,23 @@ step-00001234/
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from clipcluster.runs.files import file_sha256, read_json
 
 STATE, MANIFEST, EVALUATION = "state.json", "manifest.json", "evaluation.json"
+WRITING, DELETING, BROKEN = ".writing-", ".deleting-", "broken-"
+"""Names that checkpoints have before they are complete, while they are removed, and once set aside."""
+PINNED = "pinned-"
+"""A file in a checkpoint that a process is reading."""
+PIN_SECONDS = 3600.0
+"""A pin older than this was left by a reader that died."""
 MODEL, AVERAGE = "model", "ema"
 """The parts whose tensors are the weights that others read."""
 _NAME = re.compile(r"step-(\d{8,})")
@@ -152,6 +161,19 @@ def is_complete(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == size for name, (size, _) in listed.items())
     except (OSError, ValueError):
         return False
+
+
+def is_pinned(checkpoint: Path) -> bool:
+    """Whether a process is reading this checkpoint. Raises OSError where its folder cannot be listed."""
+    try:  # glob() takes a folder that it cannot read for an empty one
+        names = os.listdir(checkpoint)
+    except FileNotFoundError:
+        return False
+    for pin in (checkpoint / name for name in names if name.startswith(PINNED)):
+        with suppress(FileNotFoundError):
+            if time.time() - pin.stat().st_mtime < PIN_SECONDS:
+                return True
+    return False
 
 
 def newest_complete(folder: Path) -> int | None:

@@ -279,8 +279,10 @@ def read_lines(path: Path, *, last_bytes: int | None = None) -> list[dict[str, A
         return [line for lines in line_chunks(path) for line in lines]
     try:
         with path.open("rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - last_bytes))
-            return _objects(stream.read())
+            skipped = max(0, os.fstat(stream.fileno()).st_size - last_bytes)
+            stream.seek(skipped)
+            content = stream.read()
+            return _objects(content.partition(b"\n")[2] if skipped else content)
     except FileNotFoundError:
         return []
 
@@ -303,20 +305,29 @@ def line_chunks(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 _CHUNK = 4 << 20
-_AT_ONCE = 64 << 10  # bytes from which a faster parser is worth its import
+_AT_ONCE = 8 << 10  # bytes from which a faster parser is worth its import
+
+
+def _parsed(content: bytes) -> list[Any]:
+    """A JSON list."""
+    if len(content) < _AT_ONCE:
+        return list(json.loads(content))
+    from pydantic_core import from_json
+
+    return list(from_json(content, cache_strings="keys"))
 
 
 def _objects(content: bytes) -> list[dict[str, Any]]:
     """The JSON objects among lines: not those that are empty, torn by a kill, or cut where reading began."""
-    if len(content) >= _AT_ONCE:
-        from pydantic_core import from_json
-
-        try:
-            at_once = from_json(b"[" + content.replace(b"\n", b",") + b"]", cache_strings="keys")
-        except ValueError:  # some line is none: each for itself, below
-            at_once = []
-        if len(at_once) == content.count(b"\n") + 1 and set(map(type, at_once)) == {dict}:
-            return list(at_once)
+    content = content.removesuffix(b"\n")
+    if not content:
+        return []
+    try:
+        at_once = _parsed(b"[" + content.replace(b"\n", b",") + b"]")
+    except (ValueError, RecursionError):  # some line is none: each for itself, below
+        at_once = []
+    if len(at_once) == content.count(b"\n") + 1 and set(map(type, at_once)) == {dict}:
+        return at_once
     lines = []
     for text in content.split(b"\n"):
         try:

@@ -118,8 +118,12 @@ class Run:
             raise UserError(f"{self.name} has no attempt {number}; there are: {there}.")
         return found
 
-    def claim(self, job_id: str, *, host: str, still_running: Callable[[str], bool]) -> Attempt:
+    def claim(
+        self, job_id: str, *, host: str, still_running: Callable[[str], bool], began: float | None = None
+    ) -> Attempt:
         """Become the run's owner: make the next attempt, with `claim.json` and the settings in force.
+
+        began: when the job was given its nodes, where that is known (seconds since 1970).
 
         Claims only where the newest attempt is this job's own, or its job no longer runs. Of several that
         claim at once one succeeds. Whether the run is finished or cancelled is for the caller to ask before.
@@ -136,19 +140,20 @@ class Run:
                     self.name, owner["job"], newest.number, owner.get("host", "an unknown host")
                 )
             try:
-                return self._claim_number(newest.number + 1 if newest else 1, job_id, host)
+                return self._claim_number(newest.number + 1 if newest else 1, job_id, host, began)
             except FileExistsError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)  # another job was first: look at which
 
-    def _claim_number(self, number: int, job_id: str, host: str) -> Attempt:
+    def _claim_number(self, number: int, job_id: str, host: str, began: float | None) -> Attempt:
         # Made aside and renamed, so that no attempt is ever seen without its claim. As with mkdir one caller
         # alone succeeds: rename(2) replaces no folder that holds a file.
         aside = self.attempts_dir / f".{number}.{secrets.token_hex(4)}.tmp"
         aside.mkdir()
         try:
             claim = {"job": job_id, "host": host, "time": round(time.time(), 3), "attempt": number}
+            claim |= {} if began is None else {"began": began}
             files.write_json(aside / "claim.json", claim, private=True)
             files.write_bytes(aside / "settings.yaml", self.settings_file.read_bytes())
             _rename_new(aside, self.attempts_dir / str(number))

@@ -10,6 +10,7 @@ TAKE_OVER = "CLIPCLUSTER_TAKE_OVER"  # id of a job that the user knows to have e
 INTERFACE = "CLIPCLUSTER_INTERFACE"  # network interface by which the site's nodes reach each other
 LOGS = "CLIPCLUSTER_LOGS"  # folder of submitit's files
 LEAD = "CLIPCLUSTER_LEAD"  # seconds before the time limit at which the ranks are asked to stop
+BEGAN = "CLIPCLUSTER_BEGAN"  # when the batch script began, in seconds since 1970
 GRACE = "CLIPCLUSTER_GRACE"  # seconds from the signal of a preemption to the kill
 ENDS = "CLIPCLUSTER_ENDS"  # the time limit of this attempt, in seconds since 1970
 EARLY_SECONDS = 90  # SLURM may send the signal of the lead time a minute early, and looks every half minute

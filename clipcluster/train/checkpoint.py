@@ -24,11 +24,16 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import (
+    BROKEN,
+    DELETING,
     EVALUATION,
     MANIFEST,
+    PINNED,
     STATE,
+    WRITING,
     Parts,
     is_per_rank,
+    is_pinned,
     may_be_absent,
     name_of,
     read_manifest,
@@ -43,9 +48,6 @@ from clipcluster.runtime.outcome import CheckpointError
 from clipcluster.train.checkpoint_writer import Contents, Tell, write_complete, write_own_files
 from clipcluster.train.rotation import kept
 
-WRITING, DELETING, BROKEN, PINNED = ".writing-", ".deleting-", "broken-", "pinned-"
-PIN_SECONDS = 3600.0
-"""A pin older than this was left by a reader that died."""
 FORMATS = (1, 2)
 """The formats that can be read. In format 1 the logit scale is 0-dimensional, and no part differs by rank."""
 logger = logging.getLogger("clipcluster")
@@ -169,15 +171,7 @@ class CheckpointFolder:
         """Whether a process is reading this checkpoint, or a job of its own is still to evaluate it."""
         if any(owed.step == step for owed in owed_by(Run(self.attempt.run))):
             return True
-        try:  # glob() takes a folder that it cannot read for an empty one
-            names = os.listdir(self.path(step))
-        except FileNotFoundError:
-            return False
-        for pin in (self.path(step) / name for name in names if name.startswith(PINNED)):
-            with suppress(FileNotFoundError):
-                if time.time() - pin.stat().st_mtime < PIN_SECONDS:
-                    return True
-        return False
+        return is_pinned(self.path(step))
 
     def rotate(self, keep: Keep, every: int | None, sound: int) -> None:
         """Delete what `keep` does not keep; `every`: its `every` in steps.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median_low
@@ -20,6 +20,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
 from clipcluster.train.progress import Progress
+from clipcluster.train.sinks import Sink, open_sinks
 from clipcluster.train.watchdog import named
 from clipcluster.train.work import Slowness, Work, slow_ranks
 
@@ -38,9 +39,12 @@ class Metrics:
 
     Args:
         every: steps between two lines; the first and the last step of the run have one too.
+        log_to: what else gets the curves (`clipcluster.train.sinks`).
     """
 
-    def __init__(self, attempt: Attempt, world: World, *, every: int, total_steps: int) -> None:
+    def __init__(
+        self, attempt: Attempt, world: World, *, every: int, total_steps: int, log_to: Sequence[str] = ()
+    ) -> None:
         self._run, self._attempt, self._world = Run(attempt.run), attempt, world
         self._every, self._total = every, total_steps
         self.work = Work(world.device, world.pulse)
@@ -48,6 +52,7 @@ class Metrics:
         self._last_line: dict[str, Any] = {}
         self._board: Board | None = None
         self._unwritten: list[tuple[dict[str, Any], Measured]] = []
+        self._log_to, self._sinks = log_to, list[Sink]()
         self.restart_clock(0)
 
     def open(self, progress: Progress) -> None:
@@ -57,6 +62,7 @@ class Metrics:
             number = self._attempt.number
             purge = progress.step + 1 if number > 1 else None
             self._board = Board(self._run.tensorboard, f".attempt-{number}", purge)
+            self._sinks = open_sinks(self._log_to, self._run)
 
     def restart_clock(self, samples: int) -> None:
         """Measure rates from here on: the time of an evaluation or a roll-back is not training."""
@@ -153,6 +159,8 @@ class Metrics:
         self._last_line = line
         if self._board:
             self._board.add(group, curves)
+        for sink in self._sinks:
+            sink.add(group, curves)
 
     def say(self, text: str) -> None:
         """Log a message on rank 0."""
@@ -160,9 +168,12 @@ class Metrics:
             logger.info("%s", text)
 
     def close(self) -> None:
-        """Flush TensorBoard's file."""
+        """Flush TensorBoard's file, and end what else has the curves."""
         if self._board:
             self._board.close()
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
 
 
 class Board:

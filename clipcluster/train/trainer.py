@@ -22,6 +22,7 @@ from clipcluster.train.records import Records
 from clipcluster.train.resume import record_roll_back, restore
 from clipcluster.train.saver import Saver
 from clipcluster.train.step import Step, Streak
+from clipcluster.train.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from clipcluster.data.loading.batch import Batch
@@ -41,6 +42,7 @@ class Trainer:
         deadline: how much time this attempt has.
         memory_advice: advice for a step that does not fit into memory.
         results: metrics of the last evaluation in this attempt, by name.
+        stopwatch: where this rank's seconds go, from its first batch on; rank 0 records it as `spent`.
     """
 
     world: World
@@ -60,6 +62,8 @@ class Trainer:
     deadline: Deadline = field(default_factory=Deadline)
     memory_advice: str = ""
     results: dict[str, float] = field(default_factory=dict)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    _waits: str = field(default="start", init=False)
 
     def __post_init__(self) -> None:
         self.step.backward.task.task.after_features = self.metrics.work.end
@@ -96,32 +100,44 @@ class Trainer:
         for line in self.step.optimizer.describe():
             self.metrics.say(line)
         self.attempt.phase(self.world.rank, "first batch")
+        self.stopwatch.begin()
         if self.world.agree(self.stop.wishes()) & Wish.STOP:
             return self._stopped()
         while self._more():
             if self.evaluations.owed(self.progress):
                 self._evaluate()
             else:
-                batch = self.feed.next()
+                batch = self._fetch()
                 with advising_on_memory("a training step", self.memory_advice):
                     if self.step.needs_rehearsal:
-                        self.step.rehearse(batch)
+                        with self.stopwatch.on("rehearsal"):
+                            self.step.rehearse(batch)
                         self.metrics.restart_clock(self.progress.samples)
                     report = self.step(batch, self.progress)
                 self._count(batch)
                 self._enter(self.progress.step)  # before a checkpoint of this step is made
                 if self.metrics.due(self.progress):
                     self._log(report)
-            wishes = self._wishes_to_stop() | self.saver.wishes(self.progress)
+            with self.stopwatch.on("save"):  # a write that is done is followed by the rotation
+                wishes = self._wishes_to_stop() | self.saver.wishes(self.progress)
             wishes = self.world.agree(wishes | self.records.wishes())
             if wishes & Wish.ABORT:
                 self.world.raise_first(self.records.failure)
             if wishes & Wish.STOP and self._more():
                 return self._stopped()
             if wishes & Wish.SAVE:
-                self.saver.save(self.progress, self.parts, self.step.guard.first_unread())
-        self.saver.save_and_wait(self.progress, self.parts, self.step.guard.first_unread())
+                with self.stopwatch.on("save"):
+                    self.saver.save(self.progress, self.parts, self.step.guard.first_unread())
+                self._record_spent()
+        with self.stopwatch.on("save"):
+            self.saver.save_and_wait(self.progress, self.parts, self.step.guard.first_unread())
         return self._leave(Outcome.FINISHED, "all steps done")
+
+    def _fetch(self) -> Batch:
+        """The next batch; to wait for the first one is part of the start."""
+        waits, self._waits = self._waits, "data"
+        with self.stopwatch.on(waits):
+            return self.feed.next()
 
     def _more(self) -> bool:
         return self.progress.step < self.total_steps or self.evaluations.owed(self.progress)
@@ -172,20 +188,29 @@ class Trainer:
                 self.records.judge_bad()
         with self.records.keeping():
             self.metrics.write_unwritten()
+        if self.stopwatch.due:
+            self._record_spent()
         if streak.length > self.step.guard.limit:
             self._roll_back(streak)
+
+    def _record_spent(self) -> None:
+        """Record where the seconds of this attempt went so far, and of how many steps this one is."""
+        self.records.event("spent", seconds=self.stopwatch.read(), total_steps=self.total_steps)
 
     def _roll_back(self, streak: Streak) -> None:
         """Roll back to the last checkpoint before a streak of non-finite steps, and skip its batches."""
         self.world.pulse.begin("rolling back")
-        self.world.while_main(self.saver.finish)
+        with self.stopwatch.on("save"):
+            self.world.while_main(self.saver.finish)
+        self._record_spent()
         try:
             record = partial(record_roll_back, self.saver.folder, self.progress, streak)
             self.world.while_main(record)
         except Failure as error:
             self.records.failure = error
             return
-        found = self._resume()
+        with self.stopwatch.on("start"):
+            found = self._resume()
         assert found
         self.records.event("roll_back", reason=str(streak), checkpoint=found.name)
         self.metrics.say(f"{streak}: back to {found.name}, without these batches")
@@ -210,7 +235,7 @@ class Trainer:
         advice = "Lower evaluate.batch_size, then submit again."
         began = time.monotonic()
         try:
-            with advising_on_memory("an evaluation", advice):
+            with advising_on_memory("an evaluation", advice), self.stopwatch.on("evaluate"):
                 measured = self.evaluations.measure(self.progress, self._stop_evaluating)
         except Interrupted:
             return  # still owed; the boundary that follows agrees on the stop again
@@ -218,7 +243,9 @@ class Trainer:
         with self.records.keeping():
             self.metrics.write_results(self.progress, measured, averaged=self.step.ema is not None)
         self.records.event("evaluation", seconds=round(time.monotonic() - began, 3))
-        self.saver.record_evaluation(self.progress.step, self.results)
+        with self.stopwatch.on("save"):
+            self.saver.record_evaluation(self.progress.step, self.results)
+        self._record_spent()
         self.metrics.restart_clock(self.progress.samples)
 
     def _stop_evaluating(self) -> None:
@@ -241,7 +268,8 @@ class Trainer:
         if self.progress.step:
             left = self.deadline.seconds_left(self.stop)
             sound = self.step.guard.first_unread()
-            self.saver.save_and_wait(self.progress, self.parts, sound, seconds_left=left)
+            with self.stopwatch.on("save"):
+                self.saver.save_and_wait(self.progress, self.parts, sound, seconds_left=left)
         return self._leave(Outcome.STOPPED, self.world.reason_to_stop(self.stop))
 
     def _leave(self, outcome: Outcome, reason: str) -> Outcome:
@@ -249,6 +277,7 @@ class Trainer:
         with self.records.keeping():
             self.metrics.write_unwritten()
         self.world.raise_first(self.records.failure)
+        self._record_spent()
         if self.world.is_main:
             self.attempt.end(outcome.name.lower(), outcome, reason)
         self.world.barrier()

@@ -45,7 +45,12 @@ def _top(
     """Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe."""
 
 
-GROUPS = ("shards", "sandbox", "bench")
+GROUPS = {
+    "shards": "jobs.cli.shards:shards",
+    "runs": "jobs.cli.space:runs",
+    "sandbox": "jobs.cli.sandbox:sandbox",
+    "bench": "jobs.cli.bench:bench",
+}
 
 
 def command_for(words: Sequence[str]) -> Any:
@@ -59,9 +64,9 @@ def command_for(words: Sequence[str]) -> Any:
         app.command()(verb)
     known = {*GROUPS, *(verb.__name__ for verb in VERBS)}
     needed = words[:1] if words and words[0] in known else GROUPS
-    for name in GROUPS:
+    for name, target in GROUPS.items():
         if name in needed:
-            app.add_typer(resolve_name(f"jobs.cli.{name}:{name}"), name=name)
+            app.add_typer(resolve_name(target), name=name)
     return typer.main.get_command(app)
 
 

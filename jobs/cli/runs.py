@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from clipcluster.errors import UserError
-from clipcluster.runs.names import all_runs, as_typed, runs_folder
+from clipcluster.runs.names import as_typed, runs_folder
 from clipcluster.runs.sweeps import find_runs
 from jobs.cli.export import export
 from jobs.cli.options import AnyModel, AsJson, Runs, Weights, console, print_document, say, show
 from jobs.cli.search import search
+from jobs.cli.status import status
 from jobs.cli.sweeps import (
     all_of,
     awaited_by,
@@ -147,52 +146,11 @@ def submit(
         say(f"  clipcluster status {typed}")
 
 
-def status(
-    names: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Runs. Default: all.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds.")] = False,
-    as_json: AsJson = False,
-    runs: Runs = None,
-) -> None:
-    """Show the state of runs."""
-    from jobs import state
-
-    folder = runs_folder(runs)
-
-    def look() -> list[dict[str, Any]]:
-        chosen = all_of(names, folder, chains=True) if names else all_runs(folder)
-        queue = state.Queue()
-        return [state.report(run, queue) for run in chosen]
-
-    if as_json:
-        print_document(look())
-        return
-    from jobs.cli.tables import status_table
-
-    found = look()
-    if not found and not watch:
-        say(f"no runs in {folder}; make one with: clipcluster submit RECIPE")
-        return
-    if watch:
-        from rich.live import Live
-
-        with (
-            suppress(KeyboardInterrupt),
-            Live(status_table(found), console=console(), auto_refresh=False) as live,
-        ):
-            while True:
-                time.sleep(5.0)
-                live.update(status_table(look()), refresh=True)
-        return
-    show(status_table(found))
-    for one in found:
-        if one["advice"]:
-            say(f"{one['name']}: {one['advice']}")
-
-
 def logs(
     run: OneRun,
     following: Annotated[
-        bool, typer.Option("-f", "--follow", help="Keep printing until the run ends.")
+        bool,
+        typer.Option("-f", "--follow", help="Keep printing, also in later attempts, until the run ends."),
     ] = False,
     rank: Annotated[int, typer.Option("--rank", metavar="R", help="Whose output, from 0.")] = 0,
     attempt: Annotated[
@@ -210,16 +168,15 @@ def logs(
         return
     found = members[0]
     watched = Watched(found)
-    first = printing.log_files(found, rank=rank, attempt=attempt)
+    files = [] if following else printing.log_files(found, rank=rank, attempt=attempt)
+    paths = printing.followed(found, rank=rank, attempt=attempt) if following else lambda: files
 
-    def paths() -> list[Path]:
-        try:
-            return printing.log_files(found, rank=rank, attempt=attempt)
-        except UserError:
-            return first  # the next attempt has begun, and this rank has printed nothing in it yet
+    def ended() -> bool:
+        over = attempt is not None and found.attempt(attempt).is_stale()
+        return not following or over or watched.state().ended
 
     try:
-        for text in printing.stream(paths, lambda: not following or watched.state().ended):
+        for text in printing.stream(paths, ended):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         return

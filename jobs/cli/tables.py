@@ -1,10 +1,9 @@
-"""Tables for people: the state of runs, and what is in shards."""
+"""Tables for people about shards."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group
@@ -24,59 +23,6 @@ _COLUMNS = ("min", "p5", "median", "p95", "max", "mean")
 def _figure(value: float | None, form: str = ",") -> str:
     """A number in this format; empty where there is none."""
     return "" if value is None else format(value, form)
-
-
-def status_table(reports: Sequence[Mapping[str, Any]]) -> Table:
-    """One line a run: state, progress, and when something last happened; one an evaluation of its own job."""
-    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("run", no_wrap=True)
-    table.add_column("state", overflow="fold", min_width=len("CANCELLED"))
-    table.add_column("job", overflow="fold")
-    for name in ("attempt", "step", "loss", "samples/s", "saved"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("last event", overflow="fold", min_width=6)
-    for report in reports:
-        total = report["total_steps"]
-        step = 0 if total and report["step"] is None else report["step"]
-        table.add_row(
-            report["name"],
-            _state(report),
-            _job(report),
-            _figure(report["attempt"]),
-            _figure(step) + (f"/{total:,}" if total else ""),
-            _figure(report["loss"], ".4f"),
-            _figure(report["samples_per_second"], ",.0f"),
-            _figure(report["checkpoint"]),
-            _event(report),
-        )
-        for owed in report["evaluations"]:
-            table.add_row(f"  evaluation of step {owed['step']:,}", _state(owed), _job(owed))
-    return table
-
-
-def _job(report: Mapping[str, Any]) -> str:
-    job = report["job"] or ""
-    return "local" if job.startswith("local-") else job
-
-
-def _state(report: Mapping[str, Any]) -> str:
-    """The state and, in few words, why."""
-    detail = " ".join(report["detail"].split())
-    short = detail if len(detail) <= 100 else detail[:99] + "…"
-    return f"{report['state']} ({short})" if detail else str(report["state"])
-
-
-def _event(report: Mapping[str, Any]) -> str:
-    event, happened = (report["last_event"] or "").replace("_", " "), report["last_event_time"]
-    return f"{event} {age(time.time() - happened)} ago" if event and happened is not None else event
-
-
-def age(seconds: float) -> str:
-    """A span in the largest unit that it fills: 42 s, 7 min, 3 h, 2 d."""
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {name}"
-    return f"{max(0.0, seconds):.0f} s"
 
 
 def stats_table(stats: Stats) -> Group:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import AlreadyOwned, Run
-from clipcluster.runtime.environment import ATTEMPT
+from clipcluster.runtime.environment import ATTEMPT, BEGAN
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import local
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     command, run = arguments[0], Run(arguments[1])
     if command == "claim":
         try:
-            claimed = claim(run, slurm_job_id(os.environ), Slurm())
+            began = float(os.environ.get(BEGAN) or 0) or None
+            claimed = claim(run, slurm_job_id(os.environ), Slurm(), began=began)
         except AlreadyOwned as error:
             say(str(error))
             return int(Outcome.STALE)

@@ -18,7 +18,7 @@ from clipcluster.runs.chains import runs_before
 from clipcluster.runs.folder import LISTED_SECONDS, Run
 from clipcluster.runtime.job_id import slurm_job_id
 from clipcluster.runtime.outcome import Outcome
-from jobs.endings import facts, history
+from jobs.endings import facts, history, notify
 from jobs.endings.log import marker, say
 from jobs.endings.verdict import Facts, Verdict, blamed, decide
 from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
@@ -27,10 +27,11 @@ REFUSED_SECONDS = 30.0  # how long a requeue that SLURM refuses is tried again
 EXCLUDE_SECONDS = 3.0
 
 
-def claim(run: Run, job_id: str, slurm: Slurm) -> Attempt | None:
+def claim(run: Run, job_id: str, slurm: Slurm, *, began: float | None = None) -> Attempt | None:
     """The attempt for this job; None where the run is finished, or cancelled for this job.
 
     None, too, where what comes before the run did not finish, whatever SLURM made of the dependency.
+    began: when the job was given its nodes, where that is known.
 
     Raises AlreadyOwned, naming the job that owns the run and still runs.
     """
@@ -51,6 +52,7 @@ def claim(run: Run, job_id: str, slurm: Slurm) -> Attempt | None:
         job_id,
         host=socket.gethostname(),
         still_running=lambda other: history.job_runs(run, other, slurm),
+        began=began,
     )
     say(f"{marker(attempt)} (job {job_id} on {socket.gethostname()})")
     return attempt
@@ -68,14 +70,20 @@ def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mappi
     if not record(run, attempt, seen, verdict, job_id, blamed=node):
         return int(Outcome.STALE)
     if verdict.action != "requeue":
+        notify.wait(notify.start(run, attempt, seen, verdict))
         return verdict.code
     refusal = requeue(slurm, job_id, seen)
     if isinstance(refusal, Verdict):
         return refusal.code if record(run, attempt, seen, refusal, job_id) else int(Outcome.STALE)
     if refusal is not None:
         attempt.event("requeue_refused", writer=history.WRITER, reason=refusal)
-    elif node and job:
+        refused = replace(verdict, action="fail", reason=f"SLURM did not requeue the job: {refusal}")
+        notify.wait(notify.start(run, attempt, seen, refused))
+        return verdict.code
+    told = notify.start(run, attempt, seen, verdict)
+    if node and job:
         _exclude(slurm, job, job_id, blamed_twice(run, attempt, node))
+    notify.wait(told)
     return verdict.code
 
 

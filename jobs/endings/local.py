@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from clipcluster.runtime.environment import ATTEMPT, ENDS, GRACE, LEAD, LOGS
 from clipcluster.runtime.job_id import local_job_id
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import holding_signals
-from jobs.endings import act
+from jobs.endings import act, notify
 from jobs.endings.facts import gather
 from jobs.endings.log import marker, say
 from jobs.endings.verdict import Facts, Job, Verdict, decide
@@ -177,6 +178,7 @@ def live(run: Run) -> int:
     if order.evaluations:  # it outlives this process until nothing is left to start
         command = [sys.executable, "-m", "jobs.submit.evaluations", str(run.path), "watch", str(os.getpid())]
         subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    told: list[threading.Thread | None] = []
     while True:
         try:
             attempt = act.claim(run, job_id, Slurm())
@@ -206,5 +208,8 @@ def live(run: Run) -> int:
             verdict = Verdict("fail", "not judged", Outcome.ERROR, reason)
         if not act.record(run, attempt, seen, verdict, job_id):
             return int(Outcome.STALE)
+        told.append(notify.start(run, attempt, seen, verdict))
         if verdict.action != "requeue":
+            for thread in told:
+                notify.wait(thread)
             return verdict.code

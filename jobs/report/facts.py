@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +17,16 @@ from clipcluster.data.storage.urls import redacted_within
 from clipcluster.errors import UserError
 from clipcluster.evals.headline import COUNTS, HEADLINE, Result, ordered
 from clipcluster.runs import files
+from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import MANIFEST, STATE, name_of, newest_complete
 from clipcluster.runs.columns import Columns, columns_of, merged
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import bad_samples, events
 from clipcluster.runs.names import flat
-from jobs.report.timeline import AttemptSummary, summaries
-from jobs.state import Queue, last_metrics, state_of, total_steps
-from jobs.submissions import submissions
+from jobs.accounting import device_seconds, goodput
+from jobs.report.timeline import AttemptSummary, summary
+from jobs.state import Queue, State, last_metrics, state_of, total_steps
+from jobs.status import accounts_of
 
 NOT_COMPARED = re.compile(r"(name|code|executor)$|(paths|plan)\.")
 """Dotted keys of the settings that say nothing about a run beside another."""
@@ -97,13 +99,18 @@ class Facts:
         return float(known[0]) if known else None
 
     def spent(self, kind: str) -> float:
-        """Seconds of all attempts on one of `timeline.KINDS`."""
+        """Seconds of all attempts on one of `accounting.KINDS`."""
         return sum(one.spent.get(kind, 0.0) for one in self.attempts)
 
     @property
     def seconds(self) -> float:
-        """Seconds of all attempts, from claim to end."""
+        """Seconds of all attempts, as long as they had their devices."""
         return sum(one.seconds for one in self.attempts)
+
+    @property
+    def goodput(self) -> float | None:
+        """The fraction of the allocated device-seconds that went into steps that count."""
+        return goodput(device_seconds(self.attempts))
 
     @property
     def rank_seconds(self) -> float:
@@ -151,8 +158,7 @@ def facts_of(run: Run, queue: Queue) -> Facts:
             f"{run.settings_file} is missing: the run's folder was copied in part; copy it whole."
         )
     logs = [(attempt, columns_of(attempt)) for attempt in run.attempts()]
-    submitted = [line["time"] for line in submissions(run) if isinstance(line.get("time"), (int, float))]
-    attempts = summaries(logs, events(run), submitted, now="" if state.ended else state.name.lower())
+    attempts = _attempts(run, state, logs)
     recipe, settings = redacted_within(run.recipe()), _shown(run.settings())
     newest = newest_complete(run.checkpoints)
     reached = [step for step in ((last_metrics(run) or {}).get("step"), newest) if isinstance(step, int)]
@@ -186,6 +192,16 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
         names = dict.fromkeys(cluster["environment"], "…")
         settings = {**settings, "cluster": {**cluster, "environment": names}}
     return dict(redacted_within(settings))
+
+
+def _attempts(run: Run, state: State, logs: Sequence[tuple[Attempt, Columns]]) -> list[AttemptSummary]:
+    accounts, every = accounts_of(run, state), events(run)
+    now = "" if state.ended else state.name.lower()
+    newest = len(accounts) - 1
+    return [
+        summary(account, attempt, every, logged, now=now if number == newest else "")
+        for number, (account, (attempt, logged)) in enumerate(zip(accounts, logs, strict=False))
+    ]
 
 
 def _text(mapping: Mapping[str, Any]) -> str:

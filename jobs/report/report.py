@@ -13,12 +13,13 @@ from markupsafe import Markup
 
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
+from jobs.accounting import KINDS
 from jobs.report import words
 from jobs.report.facts import differences, facts_of
 from jobs.report.figures import figures_of
 from jobs.report.gallery import IMAGE_BYTES, gallery_of
 from jobs.report.plots import COLOURS
-from jobs.report.timeline import KINDS, SHORT
+from jobs.report.timeline import SHORT
 from jobs.state import Queue
 
 HERE = Path(__file__).resolve().parent

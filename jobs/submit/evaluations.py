@@ -118,7 +118,8 @@ def _launch(owed: Owed) -> str:
     recipe = from_run(run.recipe(), settings)
     cluster = recipe.evaluate.cluster_of_job(recipe.cluster)
     if not owed.job.exists():
-        Run.create(owed.job.path, run.recipe(), {**settings, "cluster": cluster.model_dump(mode="json")})
+        own = {"cluster": cluster.model_dump(mode="json"), "on_event": None}
+        Run.create(owed.job.path, run.recipe(), {**settings, **own})
     executor = settings["executor"]
     grace = parameters.grace_seconds(cluster, Slurm() if executor == "slurm" else None)
     code, trainee = run.path / str(settings["code"]), settings.get("evaluator", EVALUATOR)

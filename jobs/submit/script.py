@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
-from clipcluster.runtime.environment import ATTEMPT, ENDS, GRACE, INTERFACE, LEAD, LOGS
+from clipcluster.runtime.environment import ATTEMPT, BEGAN, ENDS, GRACE, INTERFACE, LEAD, LOGS
 from jobs.endings.local import PICKLE
 
 TEARDOWN = ["clipcluster_end $?"]  # said after srun too, because a site's line may have replaced the trap
@@ -93,6 +93,7 @@ def setup(
     return [
         "trap 'clipcluster_end $?' EXIT",
         "trap : TERM  # outlive the ranks, so that their end is decided",
+        f'export {BEGAN}="${{EPOCHREALTIME/,/.}}"  # some locales write a comma; bash before 5 has none',
         "clipcluster_code= clipcluster_began= clipcluster_watch=",
         *whose,
         f"clipcluster_marks={marks}",

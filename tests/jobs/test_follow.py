@@ -113,15 +113,26 @@ def test_logs_are_followed_into_the_next_attempt(run):
 
     def write():
         time.sleep(0.2)
-        second = run.claim("17", host="n1", still_running=lambda job: False)
-        (second.path / "rank-0.out").write_text("two\n")
+        with (first.path / "rank-0.out").open("a") as stream:
+            stream.write("more\n")  # in the moment before the next attempt is seen
+        for text in ("two", "three"):
+            attempt = run.claim("17", host="n1", still_running=lambda job: False)
+            (attempt.path / "rank-0.out").write_text(f"{text}\n")
         over.set()
 
     writer = threading.Thread(target=write)
     writer.start()
-    text = "".join(logs.stream(lambda: logs.log_files(run), over.is_set))
+    text = "".join(logs.stream(logs.followed(run), over.is_set))
     writer.join()
-    assert text == "one\ntwo\n"
+    assert text == "one\nmore\n==> attempt 2\ntwo\n==> attempt 3\nthree\n"
+
+
+def test_logs_of_a_run_that_waits_are_waited_for(run):
+    paths = logs.followed(run)
+    assert paths() == []
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    (attempt.path / "rank-0.out").write_text("")
+    assert paths() == [attempt.path / "rank-0.out"]
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path):

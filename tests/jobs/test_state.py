@@ -12,9 +12,10 @@ from clipcluster.runs import evaluations, files
 from clipcluster.runs.folder import Run
 from jobs import submissions
 from jobs.cancel import cancel
-from jobs.cli.tables import age, status_table
+from jobs.cli.status_table import breakdown, span, status_table
 from jobs.endings import history
-from jobs.state import Queue, Watched, last_metrics, report, state_of
+from jobs.state import Queue, Watched, last_metrics, state_of
+from jobs.status import report
 from tools.slurm import Slurm, SlurmUnavailable, parse_queue
 
 
@@ -194,12 +195,94 @@ def test_a_report_counts_steps_that_only_a_checkpoint_tells_of(run):
     assert (found["step"], found["checkpoint"]) == (8, 8)
 
 
+def shown(found, width):
+    console = Console(width=width, file=io.StringIO())
+    console.print(status_table(found, width))
+    return console.file.getvalue().splitlines()
+
+
+def running(run, *, step=30):
+    """An attempt that has trained for 20 of its 25 seconds, and waits a fifth of its time for data."""
+    now = time.time()
+    attempt = claimed(run)
+    claim = {**attempt.claim(), "time": now - 25}
+    files.write_json(attempt.path / "claim.json", claim, private=True)
+    attempt.event("start", writer="rank-0", rank=0)
+    for at in range(10, step + 1, 10):
+        samples = {"samples": 64 * at, "samples_per_second": 96.0, "data_wait_seconds": 10 * 64 / 96 / 5}
+        attempt.metrics({"step": at, "loss": 1.5, **samples})
+    attempt.step = step
+    attempt.event(
+        "spent", writer="rank-0", seconds={"train": 15.0, "data": 4.0, "evaluate": 1.0}, total_steps=90
+    )
+    return attempt
+
+
+def test_a_running_run_at_a_glance(run):
+    running(run)
+    found = report(run, Answers({"17": ("RUNNING", "None")}))
+    assert (found["step"], found["total_steps"], found["data_wait"]) == (30, 90, pytest.approx(0.2))
+    # 60 steps of 64 samples at 96 samples/s, and an evaluation for every 19 seconds of training
+    assert found["seconds_left"] == pytest.approx(60 * 64 / 96 * (1 + 1 / 19), rel=0.02)
+    assert found["goodput"] == pytest.approx(15 / 25, rel=0.05)
+    assert sum(found["seconds"].values()) == pytest.approx(25, rel=0.05)
+    (line,) = (line for line in shown([found], 200) if run.name in line)
+    assert line.split()[:8] == [run.name, "RUNNING", "17", "1", "30/90", "1.5000", "96", "20%"]
+    assert f"{found['goodput']:.1%}" in line
+    (text,) = breakdown(found)
+    assert text.startswith("of 0.01 device-hours: training ")
+    assert "starting 2" in text
+    narrow = shown([found], 70)
+    assert all(len(line.rstrip()) <= 70 for line in narrow)
+    assert [name in narrow[0] for name in ("run", "state", "step", "goodput", "data wait")] == [True] * 4 + [
+        False
+    ]
+
+
+def test_a_crash_says_why_and_what_was_lost(run):
+    attempt = running(run)
+    judged(attempt, "requeue", ending="crashed", reason="srun: error: n1: task 1: Killed")
+    found = report(run, Answers({"17": ("PENDING", "BeginTime")}))
+    assert (found["ended"], found["lost_steps"]) == ("crashed", 30), "nothing was saved"
+    assert found["goodput"] == 0
+    assert found["seconds_left"] > 0
+    text = "\n".join([*shown([found], 200), *breakdown(found)])
+    assert "crashed: srun: error: n1: task 1: Killed" in text
+    assert "30 steps lost" in text
+    claimed(run)  # the next attempt has begun, and has not resumed yet
+    assert report(run, Answers({"17": ("RUNNING", "None")}))["lost_steps"] == 30
+
+
+def test_a_sweep_is_a_line_and_its_members_are_below_it(run):
+    alone = Run.create(run.path.parent / "alone-00000000", {"name": "alone"}, {"plan": {"total_steps": 5}})
+    members = []
+    for number in range(2):
+        member = Run.create(
+            run.path.parent / f"lr-{number}-00000000", {"name": "lr"}, {"plan": {"total_steps": 90}}
+        )
+        files.write_json(member.path / "sweep.json", {"sweep": "lr", "values": {"optim.lr": number}})
+        members.append(member)
+    running(members[1])
+    found = [report(one, Answers({"17": ("RUNNING", "None")})) for one in (members[0], alone, members[1])]
+    assert [one["sweep"] for one in found] == ["lr", None, "lr"]
+    lines = shown(found, 200)
+    assert [line.split()[0] for line in lines] == [
+        "run",
+        "sweep",
+        "lr-0-00000000",
+        "lr-1-00000000",
+        "alone-00000000",
+    ]
+    assert "1 NEW, 1 RUNNING" in lines[1]
+    assert "30/180" in lines[1]
+
+
 def test_the_table_keeps_names_and_states_whole_on_a_narrow_terminal(run):
     console = Console(width=80, file=io.StringIO())
     job = "local-node-with-a-long-name-123456-7890123"
     attempt = run.claim(job, host="n1", still_running=lambda job: False)
     judged(attempt, "cancel", code=130, reason="cancelled with clipcluster cancel")
-    console.print(status_table([report(run, Answers())]))
+    console.print(status_table([report(run, Answers())], 80))
     (line,) = (line for line in console.file.getvalue().splitlines() if run.name in line)
     assert line.split()[:3] == [run.name, "CANCELLED", "local"]
 
@@ -214,10 +297,19 @@ def test_without_slurm(run, no_slurm):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(-1, "0 s"), (59, "59 s"), (61, "1 min"), (7200, "2 h"), (9e5, "10 d")]
+    ("seconds", "text"),
+    [
+        (None, ""),
+        (-1, "0 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "119 min"),
+        (9e4, "25 h"),
+        (9e5, "10 d"),
+    ],
 )
-def test_age(seconds, text):
-    assert age(seconds) == text
+def test_spans(seconds, text):
+    assert span(seconds) == text
 
 
 def test_a_launch_without_an_answer(run, monkeypatch):
@@ -278,7 +370,7 @@ def test_the_evaluations_of_a_run_are_named_and_cancelled_with_it(run):
         {"step": 15, "state": "FAILED", "detail": "shard 3 changed", "job": "21"},
     ]
     console = Console(width=100, file=io.StringIO())
-    console.print(status_table([found]))
+    console.print(status_table([found], 100))
     lines = console.file.getvalue().splitlines()
     assert "evaluation of step 10" in lines[3]
     assert "PENDING (Priority)" in lines[3]

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,7 @@ from clipcluster.runtime.outcome import (
 from clipcluster.runtime.pulse import BATCH
 from clipcluster.runtime.stop import Stop, Wish
 from clipcluster.train.checkpoint_writer import Dropped
+from jobs.accounting import accounted, told_by
 from clipcluster.train.saver import SAVING
 from tests.consumed import merged_samples
 
@@ -89,6 +91,18 @@ def test_a_run_leaves_metrics_checkpoints_and_an_outcome(toy: ModuleType, run: A
     assert kinds.count("checkpoint") == 3
     assert kinds[-1] == "finish"
     assert list(run.tensorboard.iterdir())
+    recorded = [event for event in events(run) if event["event"] == "spent"]
+    assert [event["step"] for event in recorded] == sorted(event["step"] for event in recorded)
+    assert {event["step"] for event in recorded} == {1, 4, 5, 8, 10, 12}, "at saves and evaluations too"
+    assert {"start", "data", "evaluate", "save", "train"} <= recorded[-1]["seconds"].keys()
+    for before, after in pairwise(recorded):
+        passed = after["time"] - before["time"]
+        assert sum(after["seconds"].values()) - sum(before["seconds"].values()) == pytest.approx(
+            passed, abs=0.05
+        )
+    (account,) = accounted([told_by(run.newest())])
+    assert account.seconds == pytest.approx(account.ended - account.began)
+    assert (account.spent["lost"], account.ending, account.last_step) == (0, "finished", 12)
     keys = [(line["step"], line["slot"], line["key"]) for line in merged_samples(run)]
     assert keys == [(t + 1, slot, f"{t}-{slot}") for t in range(12) for slot in range(16)]
 

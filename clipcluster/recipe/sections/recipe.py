@@ -52,6 +52,13 @@ class Recipe(Section):
     checkpoint: Checkpoint = section("When to save, and what to keep.", {})
     evaluate: Evaluate = section("What is measured, and when.", {})
     cluster: Cluster = section("Where the run takes place.", {})
+    on_event: str | None = key(
+        "record",
+        "Shell command that is told when an attempt finishes, fails, stalls or is requeued: a script, or one "
+        'line such as curl -d "$CLIPCLUSTER_MESSAGE" ADDRESS.',
+        None,
+        shell=True,
+    )
     checks: Checks = section("Findings of the check that are intended.", {})
 
     @model_validator(mode="after")

@@ -100,6 +100,9 @@ class Train(Section):
         "all ranks go into their logs, and the run is requeued. null: never.",
         "7 min",
     )
+    log_to: tuple[Literal["wandb", "trackio"], ...] = key(
+        "record", "Programs that get the curves too, beside TensorBoard; their packages are optional.", ()
+    )
     non_finite: NonFinite = section("Losses and gradients that are not finite.", {})
 
     @model_validator(mode="after")

@@ -180,8 +180,14 @@ def preempted(folder: Path, *, caption: str = "a red field") -> Run:
         first,
         "rank-0",
         ("checkpoint", 60, {"step": 40, "seconds": 1.5}),
-        ("stop_requested", 124, {"step": 101, "reason": "SIGTERM"}),
-        ("checkpoint", 128, {"step": 101, "seconds": 2.5}),
+        ("stop_requested", 123, {"step": 101, "reason": "SIGTERM"}),
+        ("checkpoint", 125.5, {"step": 101, "seconds": 2.5}),
+        (
+            "spent",
+            125.6,
+            {"step": 101, "seconds": {"rehearsal": 2.0, "train": 100.0, "data": 1.1, "save": 2.5}},
+        ),
+        ("stop", 125.7, {"step": 101}),
     )
     told(first, "verdict", ("requeue", 130, {"ending": "preempted", "code": 85, "reason": "preempted"}))
 
@@ -191,7 +197,9 @@ def preempted(folder: Path, *, caption: str = "a red field") -> Run:
         second,
         "rank-0",
         ("resume", 210, {"step": 101}),
-        ("roll_back", 240, {"step": 110, "reason": "3 steps"}),
+        ("roll_back", 217, {"step": 101, "reason": "3 steps"}),
+        ("spent", 236, {"step": 120, "seconds": {"train": 19.0, "data": 1.0}}),
+        ("spent", 256, {"step": 140, "seconds": {"train": 38.0, "data": 2.0}}),
     )
     trained(second, range(110, 141, 10), 216)
     second.bad_sample(0, "00001.tar", "x", "JPEG: truncated")
@@ -203,7 +211,14 @@ def preempted(folder: Path, *, caption: str = "a red field") -> Run:
     told(third, "rank-0", ("start", 266, {"rank": 0}), ("phase", 280, {"phase": "first batch"}))
     told(third, "rank-0", ("device", 268, {"device": "cuda:0 (NVIDIA H200)"}), ("resume", 270, {"step": 120}))
     trained(third, range(130, 401, 10), 284, seconds=0.75)
-    told(third, "rank-0", ("evaluation", 511, {"step": 400, "seconds": 12.0}), ("finish", 519, {"step": 400}))
+    measured = {"train": 207.2, "data": 2.8, "evaluate": 12.0, "save": 8.0}
+    told(
+        third,
+        "rank-0",
+        ("evaluation", 511, {"step": 400, "seconds": 12.0}),
+        ("spent", 514, {"step": 400, "seconds": measured}),
+        ("finish", 519, {"step": 400}),
+    )
     third.write_outcome(outcome_name="finished", code=0, rank=0, step=400)
     told(third, "verdict", ("finish", 520, {"ending": "finished", "code": 0}))
     evaluated(run, 3, [100, 200, 300, 400])

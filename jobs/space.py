@@ -1,0 +1,150 @@
+"""`clipcluster runs du` and `prune`: what takes space in run folders, and what may go. No torch.
+
+Nothing is removed of a run that has a job or may have one. The newest checkpoint that verifies always stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipcluster.errors import UserError
+from clipcluster.recipe.load import from_run
+from clipcluster.runs.checkpoints import (
+    BROKEN,
+    DELETING,
+    EVALUATION,
+    STATE,
+    WRITING,
+    is_complete,
+    is_pinned,
+    name_of,
+    steps_in,
+    unverified,
+)
+from clipcluster.runs.evaluations import owed_by
+from clipcluster.runs.files import fsync_folder, read_object
+from clipcluster.runs.folder import Run
+from clipcluster.train.rotation import kept
+from jobs.state import ENDED, Queue, state_of
+
+PARTS = ("checkpoints", "code", "attempts", "evals", "assets", "other")
+
+
+@dataclass(frozen=True)
+class Removable:
+    """Something that no later attempt and no evaluation needs."""
+
+    path: Path
+    bytes: int
+    why: str
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file or of all files in a folder; what goes meanwhile counts nothing."""
+    total = 0
+    waiting = [path]
+    while waiting:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            here = waiting.pop()
+            if here.is_symlink() or not here.is_dir():
+                total += here.lstat().st_size
+                continue
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def used(run: Run, queue: Queue) -> dict[str, Any]:
+    """What a run takes: `parts` by `PARTS` and in all, in bytes; `removable` in bytes, by sizes alone."""
+    state = state_of(run, queue)
+    parts = dict.fromkeys(PARTS, 0)
+    for path in run.path.iterdir():
+        name = "code" if path.name.startswith("code-") else path.name
+        parts[name if name in parts else "other"] += size_of(path)
+    idle = _is_idle(state.name, queued=state.queued)
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "state": state.name,
+        "bytes": sum(parts.values()),
+        "parts": parts,
+        "checkpoints": len(steps_in(run.checkpoints)),
+        "removable": sum(one.bytes for one in removable(run, is_complete)) if idle else 0,
+    }
+
+
+def _is_idle(state: str, *, queued: bool) -> bool:
+    """Whether no job of the run is there or may come by itself."""
+    return state in ENDED and not queued
+
+
+def removable(run: Run, sound: Callable[[Path], bool]) -> list[Removable]:
+    """What may go of a run that has no job. `sound`: whether a checkpoint can be resumed from.
+
+    Nothing where there are checkpoints and none is sound. Raises UserError for a run that cannot be read.
+    """
+    steps = steps_in(run.checkpoints)
+    newest = next((step for step in reversed(steps) if sound(run.checkpoints / name_of(step))), None)
+    if newest is None and steps:
+        return []
+    found = []
+    if newest is not None:
+        for step in sorted({step for step in steps if step < newest} - _kept(run, steps, newest)):
+            found.append(_entry(run.checkpoints / name_of(step), f"older than {name_of(newest)}"))
+    for path in sorted(run.checkpoints.glob(f"{BROKEN}*")) if newest is not None else []:
+        found.append(_entry(path, "set aside: it does not verify"))
+    for prefix in (WRITING, DELETING):
+        for path in sorted(run.checkpoints.glob(f"{prefix}*")):
+            found.append(_entry(path, "left by a process that was killed"))
+    return found
+
+
+def _entry(path: Path, why: str) -> Removable:
+    return Removable(path, size_of(path), why)
+
+
+def _kept(run: Run, steps: list[int], newest: int) -> set[int]:
+    """The steps that `checkpoint.keep` keeps for good, that are read, or that are still to be evaluated."""
+    keep = from_run(run.recipe(), run.settings()).checkpoint.keep
+    folders = {step: run.checkpoints / name_of(step) for step in steps}
+    owed = {one.step for one in owed_by(run)}
+    pinned = [step for step, folder in folders.items() if step in owed or is_pinned(folder)]
+    plan = (read_object(folders[newest] / STATE) or {}).get("plan") or {}
+    values = {}
+    for step, folder in folders.items() if keep.best else ():
+        metrics = (read_object(folder / EVALUATION, metrics=dict) or {}).get("metrics", {})
+        value = metrics.get(keep.best.metric) if keep.best else None
+        if isinstance(value, (int, float)):
+            values[step] = value
+    only_last = keep.model_copy(update={"last": 1})
+    return kept(only_last, plan.get("keep_every"), steps, values, pinned)
+
+
+def prune(run: Run, queue: Queue) -> Iterator[Removable]:
+    """Remove what may go, one after the other, each yielded before it is removed.
+
+    Checkpoints are read in full first: the newest whose every byte matches its manifest stays. The caller
+    keeps submissions away meanwhile. Raises UserError for a run that has a job, or may have one.
+    """
+    state = state_of(run, queue)
+    if not _is_idle(state.name, queued=state.queued):
+        raise UserError(f"{run.name} is {state}: nothing of it is removed")
+    for one in removable(run, lambda checkpoint: not unverified(checkpoint)):
+        yield one
+        aside = one.path
+        if not aside.name.startswith((WRITING, DELETING)):  # renamed first: no name holds half a checkpoint
+            aside = one.path.parent / f"{DELETING}{one.path.name}-{secrets.token_hex(4)}"
+            os.rename(one.path, aside)
+            fsync_folder(aside.parent)
+        shutil.rmtree(aside)

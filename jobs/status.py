@@ -1,0 +1,183 @@
+"""`clipcluster status`: what runs do, how far they are, and where their time went.
+
+From the run folders and the queue alone: quick for hundreds of runs, and without sacct.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from clipcluster.runs import files
+from clipcluster.runs.checkpoints import MANIFEST, name_of, newest_complete
+from clipcluster.runs.folder import Run
+from jobs.accounting import KINDS, STEPS, Account, Told, accounted, device_seconds, goodput, told_by
+from jobs.state import Queue, State, evaluations_of, state_of, total_steps
+from jobs.submissions import submissions
+
+SWEEP = "sweep.json"  # of a member: `sweep`, its name, and `values`, the keys in which it differs
+ACTIVE = frozenset({"RUNNING", "COMPLETING"})
+
+
+def accounts_of(run: Run, state: State, told: Sequence[Told] | None = None) -> list[Account]:
+    """Where the time of the run's attempts went, until now."""
+    if told is None:
+        told = [told_by(attempt) for attempt in run.attempts()]
+    submitted = [line["time"] for line in submissions(run) if isinstance(line.get("time"), (int, float))]
+    active = state.name in ACTIVE
+    newest = told[-1] if active and told else None
+    goes_on = newest and (newest.lines or any(one["event"] == "resume" for one in newest.events))
+    to_resume = state.name not in ("FINISHED", "UNKNOWN") and not goes_on
+    return accounted(
+        told,
+        submitted,
+        now=time.time() if active else None,
+        resumes_at=(newest_complete(run.checkpoints) or 0) if to_resume else None,
+    )
+
+
+def report(run: Run, queue: Queue) -> dict[str, Any]:
+    """One run in `clipcluster status`. What is not known is None; times are seconds since 1970.
+
+    data_wait: the fraction of the last steps that waited for data. seconds_left: until the last step, by the
+    speed of the last ones and what evaluations and saves took so far; None where no job is to do them.
+    lost_seconds: of `lost_steps`, which were done again or have to be. ended: how the last attempt that ended
+    did. seconds, device_seconds: by `jobs.accounting.KINDS`. evaluations: those that jobs of their own are to
+    make, or failed to.
+    """
+    state = state_of(run, queue)
+    told = [told_by(attempt) for attempt in run.attempts()]
+    accounts = accounts_of(run, state, told)
+    logged = next((one for one in reversed(told) if one.lines), None)
+    line: Mapping[str, Any] = logged.last_line if logged else {}
+    checkpoint = newest_complete(run.checkpoints)
+    step = max((step for step in (line.get("step"), checkpoint) if step is not None), default=None)
+    total, event, ended = _total_steps(run, told), _last_event(told), _last_ended(accounts)
+    pace, waits = _pace(logged.lines if logged else ())
+    devices = device_seconds(accounts)
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        **_membership(run),
+        "state": state.name,
+        "detail": state.detail,
+        "advice": state.advice,
+        "job": state.job,
+        "attempt": told[-1].number if told else None,
+        "step": step,
+        "total_steps": total,
+        "epoch": line.get("epoch"),
+        "loss": line.get("loss"),
+        "samples_per_second": line.get("samples_per_second"),
+        "data_wait": waits,
+        "seconds_left": None if state.ended else _left(step, total, pace, accounts),
+        "checkpoint": checkpoint,
+        "checkpoint_time": _written(run, checkpoint),
+        "lost_steps": sum(one.lost_steps for one in accounts),
+        "lost_seconds": sum(one.spent["lost"] for one in accounts),
+        "ended": ended.ending if ended else None,
+        "ended_reason": ended.reason if ended else None,
+        "ended_time": ended.ended if ended else None,
+        "seconds": {kind: sum(one.spent[kind] for one in accounts) for kind in KINDS},
+        "device_seconds": devices,
+        "goodput": goodput(devices),
+        "last_event": event.get("event"),
+        "last_event_time": event.get("time"),
+        "evaluations": [
+            {"step": owed.step, "state": found.name, "detail": found.detail, "job": found.job}
+            for owed, found in evaluations_of(run, queue)
+        ],
+    }
+
+
+def groups(found: Sequence[Mapping[str, Any]]) -> list[tuple[str | None, list[Mapping[str, Any]]]]:
+    """The reports by sweep, each where its first member is; every other run alone, with None."""
+    grouped: dict[str, tuple[str | None, list[Mapping[str, Any]]]] = {}
+    for one in found:
+        key = f"sweep {one['sweep']}" if one["sweep"] else f"run {one['path']}"
+        grouped.setdefault(key, (one["sweep"], []))[1].append(one)
+    return list(grouped.values())
+
+
+def together(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is said of a sweep as a whole, under the names that `report` has."""
+    sums = {name: sum(one[name] or 0 for one in members) for name in ("attempt", "step", "lost_seconds")}
+    totals = [one["total_steps"] for one in members]
+    left = [one["seconds_left"] for one in members if one["seconds_left"] is not None]
+    devices = {kind: sum(one["device_seconds"][kind] for one in members) for kind in KINDS}
+    return {
+        **sums,
+        "states": dict(Counter(one["state"] for one in members)),
+        "total_steps": None if None in totals else sum(totals),
+        "seconds_left": max(left, default=None),
+        "device_seconds": devices,
+        "goodput": goodput(devices),
+    }
+
+
+def _membership(run: Run) -> dict[str, Any]:
+    """`sweep` (None where it is in none) and `values`."""
+    found = files.read_object(run.path / SWEEP, sweep=str, values=dict) or {}
+    return {"sweep": found.get("sweep"), "values": found.get("values", {})}
+
+
+def _total_steps(run: Run, told: Sequence[Told]) -> int | None:
+    """As an attempt recorded it; before any did, as the settings have it, which take longer to read."""
+    for one in reversed(told):
+        for event in reversed(one.events):
+            if isinstance(event.get("total_steps"), int):
+                return int(event["total_steps"])
+    return total_steps(run)
+
+
+def _last_event(told: Sequence[Told]) -> Mapping[str, Any]:
+    """The newest attempt's last event that is one for people."""
+    events = told[-1].events if told else ()
+    return next((event for event in reversed(events) if event["event"] != "spent"), {})
+
+
+def _last_ended(accounts: Sequence[Account]) -> Account | None:
+    return next((one for one in reversed(accounts) if one.ending), None)
+
+
+def _pace(lines: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
+    """Of an attempt's last lines: seconds a step, and the fraction of them that waited for data."""
+    steps, seconds, waited = 0, 0.0, 0.0
+    for before, line in pairwise(lines):
+        numbers = [one.get(name) for one in (before, line) for name in ("step", "samples")]
+        rate, wait = line.get("samples_per_second"), line.get("data_wait_seconds")
+        if not all(isinstance(number, (int, float)) for number in (*numbers, rate)) or not rate:
+            continue
+        if line["step"] > before["step"]:
+            steps += line["step"] - before["step"]
+            seconds += (line["samples"] - before["samples"]) / rate
+            waited += wait if isinstance(wait, (int, float)) else 0.0
+    if not steps or seconds <= 0:
+        return None, None
+    return seconds / steps, min(1.0, waited / seconds)
+
+
+def _left(
+    step: int | None, total: int | None, pace: float | None, accounts: Sequence[Account]
+) -> float | None:
+    """Seconds until the last step, evaluations and saves as so far."""
+    if step is None or total is None or pace is None:
+        return None
+    spent = {kind: sum(one.spent[kind] for one in accounts) for kind in (*STEPS, "evaluate", "save")}
+    stepping = sum(spent[kind] for kind in STEPS)
+    more = (spent["evaluate"] + spent["save"]) / stepping if stepping else 0.0
+    return max(0, total - step) * pace * (1 + more)
+
+
+def _written(run: Run, ) -> float | None:
+    """When the checkpoint of a step was complete; None without one, or where it has just been deleted."""
+    if checkpoint is None:
+        return None
+    try:
+        return os.stat(run.checkpoints / name_of(checkpoint) / MANIFEST).st_mtime
+    except FileNotFoundError:
+        return None
