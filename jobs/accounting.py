@@ -8,6 +8,7 @@ other events. Steps that a later attempt did again, because nothing had saved th
 from __future__ import annotations
 
 import os
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -37,6 +38,7 @@ ALLOCATED = tuple(kind for kind in KINDS if kind not in WAITING)
 STEPS = ("train", "data")
 """What the time of a step consists of: lost where the step is done again."""
 _TAIL_BYTES = (4096, 1 << 20)
+_OF_RANK = re.compile(r"events-rank-(\d+)\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Told:
     """What an attempt recorded, as far as the accounting needs it. Times are seconds since 1970.
 
     began: when its allocation began, None where that is not known. events: of rank 0 and the batch side, by
-    time. ranks: how many wrote `start`. lines: the last few of its metrics.
+    time. ranks: how many there were, by those that wrote something. lines: the last few of its metrics.
     """
 
     number: int
@@ -94,7 +96,6 @@ def told_by(attempt: Attempt) -> Told:
     claim = attempt.claim()
     names = os.listdir(attempt.path)
     writers = [name for name in names if name.startswith("events-")]
-    ranks = sum(name.startswith("events-rank-") for name in writers)
     read = [name for name in writers if name == "events-rank-0.jsonl" or not name.startswith("events-rank-")]
     events = [line for name in read for line in files.read_lines(attempt.path / name) if _dated(line)]
     if "stalled" in names:  # some rank, perhaps not rank 0, has said so in its own file
@@ -103,9 +104,9 @@ def told_by(attempt: Attempt) -> Told:
     return Told(
         number=attempt.number,
         job=str(claim.get("job") or ""),
-        began=claim.get("began") or claim.get("time"),
+        began=next(iter(_numbers(claim.get("began"), claim.get("time"))), None),
         events=sorted(events, key=lambda line: float(line["time"])),
-        ranks=ranks,
+        ranks=max((int(match[1]) + 1 for match in map(_OF_RANK.fullmatch, names) if match), default=0),
         lines=_last_lines(attempt.path / "metrics.jsonl"),
     )
 
@@ -120,17 +121,19 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _dated(line: Mapping[str, Any]) -> bool:
-    return isinstance(line.get("event"), str) and isinstance(line.get("time"), (int, float))
+    """Whether it is an event as the accounting reads it: of some time, and of a step or none."""
+    has_step = isinstance(line.get("step"), (int, type(None)))
+    return has_step and isinstance(line.get("event"), str) and isinstance(line.get("time"), (int, float))
 
 
 def accounted(
     attempts: Sequence[Told],
-    submitted: Sequence[float] = (),
+    submitted: Mapping[str, float] | None = None,
     *,
     now: float | None = None,
     resumes_at: int | None = None,
 ) -> list[Account]:
-    """Where the time of every attempt went. `submitted`: when the run was submitted, each time.
+    """Where the time of every attempt went. `submitted`: when each job of the run was, by its id.
 
     now: the time, where the newest attempt still runs. resumes_at: the step from which the next attempt would
     go on, where none runs and the run is not finished.
@@ -138,8 +141,11 @@ def accounted(
     cuts = {int(_first(told, "resume").get("step") or 0) for told in attempts} | {resumes_at or 0}
     steps, found = _Steps(), list[Account]()
     for number, told in enumerate(attempts):
-        alive = now if told is attempts[-1] else None
-        found.append(_account(told, number, steps, cuts, found[-1:], submitted, alive))
+        later = (one.began for one in attempts[number + 1 :] if one.began is not None)
+        until = next(later, None) if told is not attempts[-1] else now
+        alive = told is attempts[-1] and now is not None
+        account = _account(told, number, steps, cuts, until, alive=alive)
+        found.append(_waited(account, found[-1:], submitted or {}))
     if resumes_at is not None:
         steps.back_to(resumes_at)
     return [steps.settled(account, number) for number, account in enumerate(found)]
@@ -210,39 +216,31 @@ class _Steps:
 
 
 def _account(
-    told: Told,
-    number: int,
-    steps: _Steps,
-    cuts: Collection[int],
-    before: Sequence[Account],
-    submitted: Sequence[float],
-    now: float | None,
+    told: Told, number: int, steps: _Steps, cuts: Collection[int], until: float | None, *, alive: bool
 ) -> Account:
-    """One attempt; its steps are added to `steps`. `before`: the attempt before it, if any.
+    """One attempt; its steps are added to `steps`.
 
-    cuts: the steps at which an attempt resumes.
+    cuts: the steps at which an attempt resumes. until: when the next attempt began; of one that is `alive`,
+    now. What an attempt wrote after that, on a node that had lost its job, was nobody's any more.
     """
     verdict: Mapping[str, Any] = next((one for one in reversed(told.events) if "ending" in one), {})
-    now = None if verdict else now
     left = _first(told, "finish", "stop", "fail")
     signs = [*(event["time"] for event in told.events), *_numbers(told.last_line.get("time"))]
     began = told.began if told.began is not None else min(signs, default=None)
-    ended = verdict.get("time") or (max(signs, default=began) if now is None else now)
+    alive = alive and not verdict
+    ended = until if alive else verdict.get("time") or max(signs, default=began)
     first = int(_first(told, "resume").get("step") or 0)
     reached = [one["step"] for one in (*told.events, told.last_line) if isinstance(one.get("step"), int)]
     spent = dict.fromkeys(KINDS, 0.0)
     if began is not None and ended is not None:
         marks = _needed(_recorded(told), told, cuts) or _estimated(told)
         ended = max(began, ended, *(mark["time"] for mark in marks))
+        if until is not None and until > began:  # else the clocks of two nodes differ
+            ended = min(ended, until)
         if marks:
-            spent |= _Attempt(number, steps, told, first, now).taken_apart(marks, began, ended)
+            spent |= _Attempt(number, steps, told, first, alive).taken_apart(marks, began, ended)
         else:
             spent["start"] = ended - began
-    asked = [time for time in submitted if began is not None and time <= began]
-    previous = before[-1].ended if before else None
-    since = max([*asked[-1:], *_numbers(previous)], default=began)
-    if began is not None and since is not None:
-        spent["requeue" if since == previous else "queue"] = max(0.0, began - since)
     return Account(
         number=told.number,
         job=told.job,
@@ -254,8 +252,21 @@ def _account(
         first_step=first,
         last_step=int(max([first, *reached])),
         spent=spent,
-        idle=max(0.0, since - previous) if since is not None and previous is not None else 0.0,
     )
+
+
+def _waited(account: Account, before: Sequence[Account], submitted: Mapping[str, float]) -> Account:
+    """The account with what was waited before it: after the attempt `before` it, if its job was requeued."""
+    began, ended = account.began, before[-1].ended if before else None
+    if began is None:
+        return account
+    if before and before[-1].job == account.job:
+        kind, since = "requeue", ended
+    else:
+        kind, since = "queue", submitted.get(account.job)
+    asked = min(began, began if since is None else since)
+    idle = max(0.0, asked - ended) if kind == "queue" and ended is not None else 0.0
+    return replace(account, spent={**account.spent, kind: began - asked}, idle=idle)
 
 
 ENDINGS = {"finish": "finished", "stop": "stopped", "fail": "failed"}
@@ -273,7 +284,8 @@ def _numbers(*values: Any) -> list[Any]:
 
 def _recorded(told: Told) -> list[Mapping[str, Any]]:
     """What rank 0 measured: `time`, `step`, and `seconds` by kind since it began to train."""
-    return [one for one in told.events if one["event"] == "spent" and isinstance(one.get("seconds"), dict)]
+    found = [one for one in told.events if one["event"] == "spent" and isinstance(one.get("seconds"), dict)]
+    return [one for one in found if len(_numbers(*one["seconds"].values())) == len(one["seconds"])]
 
 
 def _needed(
@@ -336,7 +348,7 @@ class _Attempt:
     steps: _Steps
     told: Told
     step: int
-    now: float | None
+    alive: bool
 
     def __post_init__(self) -> None:
         self.roll_backs = [one for one in self.told.events if one["event"] == "roll_back"]
@@ -347,7 +359,7 @@ class _Attempt:
         self.steps.back_to(self.step)
         spent = dict.fromkeys(ALLOCATED, 0.0)
         gained = _gained(marks)
-        last, total = max(began, marks[-1]["time"]), sum(sum(taken.values()) for taken in gained)
+        last, total = min(ended, max(began, marks[-1]["time"])), sum(sum(taken.values()) for taken in gained)
         scale = min(1.0, (last - began) / total) if total > 0 else 1.0  # below 1 where a clock was set
         since = last - scale * total
         spent["start"] = since - began
@@ -380,11 +392,11 @@ class _Attempt:
         if left:
             spent["end"] += rest
             return
-        stood = min(rest, self._stood(since, ended, ends=self.now is None))
+        stood = min(rest, self._stood(since, ended, ends=not self.alive))
         spent["stalled"] += stood
         logged = self.told.last_line.get("step")
         reached = logged if isinstance(logged, int) else self.step
-        if self.now is not None:
+        if self.alive:
             self._take(spent, {"train": rest - stood}, reached)
         else:
             spent["lost"] += rest - stood

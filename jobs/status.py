@@ -9,17 +9,21 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from clipcluster.runs import files
+from clipcluster.errors import UserError
 from clipcluster.runs.checkpoints import MANIFEST, name_of, newest_complete
 from clipcluster.runs.folder import Run
+from clipcluster.runs.sweeps import membership
+from clipcluster.runs.timing import suspect_nodes
 from jobs.accounting import KINDS, STEPS, Account, Told, accounted, device_seconds, goodput, told_by
 from jobs.state import Queue, State, evaluations_of, state_of, total_steps
 from jobs.submissions import submissions
 
-SWEEP = "sweep.json"  # of a member: `sweep`, its name, and `values`, the keys in which it differs
+UNREADABLE = "UNREADABLE"
+DATA_BOUND = 0.15  # the fraction of the last steps that waited for data, from which a run is called so
 ACTIVE = frozenset({"RUNNING", "COMPLETING"})
 
 
@@ -27,17 +31,32 @@ def accounts_of(run: Run, state: State, told: Sequence[Told] | None = None) -> l
     """Where the time of the run's attempts went, until now."""
     if told is None:
         told = [told_by(attempt) for attempt in run.attempts()]
-    submitted = [line["time"] for line in submissions(run) if isinstance(line.get("time"), (int, float))]
-    active = state.name in ACTIVE
-    newest = told[-1] if active and told else None
-    goes_on = newest and (newest.lines or any(one["event"] == "resume" for one in newest.events))
-    to_resume = state.name not in ("FINISHED", "UNKNOWN") and not goes_on
+    times = [(str(line["job"]), line.get("time")) for line in submissions(run)]
+    alive = bool(told) and state.name in ACTIVE and told[-1].job == state.job
+    resumed = alive and (told[-1].lines or any(one["event"] == "resume" for one in told[-1].events))
+    to_resume = state.name not in ("FINISHED", "UNKNOWN") and not resumed
     return accounted(
         told,
-        submitted,
-        now=time.time() if active else None,
+        {job: time for job, time in times if isinstance(time, (int, float))},
+        now=time.time() if alive else None,
         resumes_at=(newest_complete(run.checkpoints) or 0) if to_resume else None,
     )
+
+
+def reports(runs: Sequence[Run], queue: Queue) -> list[dict[str, Any]]:
+    """`report` of each run; of several, one that cannot be read is UNREADABLE, and `detail` says why.
+
+    Raises UserError for the only one.
+    """
+    if len(runs) == 1:
+        return [report(runs[0], queue)]
+    found = []
+    for run in runs:
+        try:
+            found.append(report(run, queue))
+        except (UserError, OSError) as error:
+            found.append({**_UNKNOWN, "name": run.name, "path": str(run.path), "detail": str(error)})
+    return found
 
 
 def report(run: Run, queue: Queue) -> dict[str, Any]:
@@ -46,8 +65,10 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
     data_wait: the fraction of the last steps that waited for data. seconds_left: until the last step, by the
     speed of the last ones and what evaluations and saves took so far; None where no job is to do them.
     lost_seconds: of `lost_steps`, which were done again or have to be. ended: how the last attempt that ended
-    did. seconds, device_seconds: by `jobs.accounting.KINDS`. evaluations: those that jobs of their own are to
-    make, or failed to.
+    did. slow: the ranks that hold up the others now, and their `nodes`. stalls: the attempts that a watchdog
+    ended. suspect_nodes: with the attempts that each was slow or stalled in. notes: what people should know of
+    these, a line each. seconds, device_seconds: by `jobs.accounting.KINDS`. evaluations: those that jobs of
+    their own are to make, or failed to.
     """
     state = state_of(run, queue)
     told = [told_by(attempt) for attempt in run.attempts()]
@@ -56,7 +77,7 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
     line: Mapping[str, Any] = logged.last_line if logged else {}
     checkpoint = newest_complete(run.checkpoints)
     step = max((step for step in (line.get("step"), checkpoint) if step is not None), default=None)
-    total, event, ended = _total_steps(run, told), _last_event(told), _last_ended(accounts)
+    total, event, ended = _total_steps(run, told), _last_event(told), _last_ended(accounts, state)
     pace, waits = _pace(logged.lines if logged else ())
     devices = device_seconds(accounts)
     return {
@@ -80,11 +101,12 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
         "lost_steps": sum(one.lost_steps for one in accounts),
         "lost_seconds": sum(one.spent["lost"] for one in accounts),
         "ended": ended.ending if ended else None,
-        "ended_reason": ended.reason if ended else None,
+        "ended_reason": (ended.reason or None) if ended else None,
         "ended_time": ended.ended if ended else None,
         "seconds": {kind: sum(one.spent[kind] for one in accounts) for kind in KINDS},
         "device_seconds": devices,
         "goodput": goodput(devices),
+        **_troubles(told, state, waits),
         "last_event": event.get("event"),
         "last_event_time": event.get("time"),
         "evaluations": [
@@ -92,6 +114,22 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
             for owed, found in evaluations_of(run, queue)
         ],
     }
+
+
+_NO_TIME = dict.fromkeys(KINDS, 0.0)
+_UNKNOWN: Mapping[str, Any] = {
+    **dict.fromkeys(
+        (
+            *("attempt", "step", "total_steps", "epoch", "loss", "samples_per_second", "data_wait", "job"),
+            *("seconds_left", "checkpoint", "checkpoint_time", "ended", "ended_reason", "ended_time"),
+            *("goodput", "last_event", "last_event_time", "lost_steps", "lost_seconds", "sweep"),
+        )
+    ),
+    **{"state": UNREADABLE, "advice": "", "seconds": _NO_TIME, "device_seconds": _NO_TIME},
+    **{"values": {}, "slow": {"ranks": [], "nodes": []}, "stalls": [], "suspect_nodes": {}, "notes": []},
+    "evaluations": [],
+}
+"""What `report` says of a run that cannot be read."""
 
 
 def groups(found: Sequence[Mapping[str, Any]]) -> list[tuple[str | None, list[Mapping[str, Any]]]]:
@@ -121,8 +159,7 @@ def together(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _membership(run: Run) -> dict[str, Any]:
     """`sweep` (None where it is in none) and `values`."""
-    found = files.read_object(run.path / SWEEP, sweep=str, values=dict) or {}
-    return {"sweep": found.get("sweep"), "values": found.get("values", {})}
+    return membership(run) or {"sweep": None, "values": {}}
 
 
 def _total_steps(run: Run, told: Sequence[Told]) -> int | None:
@@ -140,8 +177,40 @@ def _last_event(told: Sequence[Told]) -> Mapping[str, Any]:
     return next((event for event in reversed(events) if event["event"] != "spent"), {})
 
 
-def _last_ended(accounts: Sequence[Account]) -> Account | None:
+def _last_ended(accounts: Sequence[Account], state: State) -> Account | None:
+    """The last attempt that has ended; where it left no verdict, it ended as the state says."""
+    newest = accounts[-1] if accounts else None
+    if newest and not newest.ending and state.ended and state.name != "NEW" and newest.job == state.job:
+        return replace(newest, ending=state.name.lower())
     return next((one for one in reversed(accounts) if one.ending), None)
+
+
+def _troubles(told: Sequence[Told], state: State, waits: float | None) -> dict[str, Any]:
+    """What holds a run up: `slow`, `stalls`, `suspect_nodes`, and `notes` about them for people."""
+    events = [event for one in told for event in one.events]
+    newest = told[-1].events if told and state.name in ACTIVE else ()
+    slow: Mapping[str, Any] = next((one for one in reversed(newest) if one["event"] == "slow"), {})
+    stalls = sorted({one.number for one in told for event in one.events if event["event"] == "stalled"})
+    suspects = suspect_nodes(events)
+    notes = [f"slow: {slow['reason']}"] if slow.get("ranks") else []
+    if newest and waits is not None and waits >= DATA_BOUND:
+        more = "raise data.workers and cluster.cpus_per_task, or bring the shards nearer"
+        notes.append(f"data-bound: {waits:.0%} of the last steps waited for data; {more}")
+    if stalls:
+        last = next(one for one in reversed(events) if one["event"] == "stalled")
+        notes.append(f"stalled in {_numbered('attempt', stalls)}: {last.get('reason', '')}")
+    for node, numbers in suspects.items():
+        notes.append(f"suspect node {node}: slow or stalled in {_numbered('attempt', numbers)}")
+    return {
+        "slow": {name: slow.get(name, []) for name in ("ranks", "nodes")},
+        "stalls": stalls,
+        "suspect_nodes": suspects,
+        "notes": notes,
+    }
+
+
+def _numbered(word: str, numbers: Sequence[int]) -> str:
+    return f"{word}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _pace(lines: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
@@ -173,7 +242,7 @@ def _left(
     return max(0, total - step) * pace * (1 + more)
 
 
-def _written(run: Run, ) -> float | None:
+def _written(run: Run, checkpoint: int | None) -> float | None:
     """When the checkpoint of a step was complete; None without one, or where it has just been deleted."""
     if checkpoint is None:
         return None

@@ -99,7 +99,8 @@ def test_loading_it_loads_no_torch() -> None:
 
 
 def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tiny.make("whole")
+    secrets = ("on_event=echo TOKEN-0123", "cluster.environment.HF_TOKEN=TOKEN-0123")
+    run = tiny.make("whole", *secrets)
     assert tiny.go(run) is Outcome.FINISHED
     lines = merged_metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -127,6 +128,7 @@ def test_a_run_folder_becomes_a_trained_model(tiny: Tiny, capsys: pytest.Capture
     assert len(state["index"][0]["shards"]) > 1
     assert {"image_projection.weight", "logit_scale"} <= load_file(newest / "model.safetensors").keys()
     assert read_json(newest / "manifest.json")["versions"]["torch"] == torch.__version__
+    assert not [path for path in newest.iterdir() if b"TOKEN-0123" in path.read_bytes()]
     assert run.newest().outcome()["outcome"] == "finished"  # type: ignore[union-attr, index]
     document = evaluate(run.path)
     assert (document["step"], document["ema"], document["run"]) == (8, True, "whole")

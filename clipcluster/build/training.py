@@ -47,6 +47,8 @@ from clipcluster.train.step import Guard, Step
 from clipcluster.train.trainer import Trainer
 from clipcluster.train.wrapping import WrappedTask
 
+_SECRETS: Mapping[str, Any] = {"on_event": True, "cluster": {"environment": True}}
+"""Keys that often hold tokens, and that no checkpoint has: it may be copied out of its run."""
 TRIED_SAMPLES = 2  # of each micro-batch; a batch norm in training needs more than one
 
 
@@ -123,7 +125,7 @@ def build_saver(
         "versions": versions(),
         "commit": _commit(run, attempt),
         "world_size": records.world.size,
-        "recipe": redacted_within(recipe.model_dump(mode="json")),  # for a checkpoint copied out of its run
+        "recipe": redacted_within(recipe.model_dump(mode="json", exclude=_SECRETS)),
     }
     return Saver(
         CheckpointFolder(attempt, about),

@@ -100,7 +100,15 @@ def all_runs(folder: Path) -> list[Run]:
     if not folder.is_dir():
         return []
     runs = (Run(path) for path in sorted(folder.iterdir()) if not path.name.startswith("."))
-    return [run for run in runs if run.exists()]
+    return [run for run in runs if _may_exist(run)]
+
+
+def _may_exist(run: Run) -> bool:
+    """Whether it is a run; of a folder into which this user may not look, its name says so."""
+    try:
+        return run.exists()
+    except PermissionError:
+        return _RUN_NAME.fullmatch(run.name) is not None
 
 
 def find_run(text: str, folder: Path) -> Run:

@@ -20,7 +20,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.world import World
 from clipcluster.train.progress import Progress
-from clipcluster.train.sinks import Sink, open_sinks
+from clipcluster.train.sinks import CLOSE_SECONDS, HURRY_SECONDS, Sink, close_sinks, open_sinks
 from clipcluster.train.watchdog import named
 from clipcluster.train.work import Slowness, Work, slow_ranks
 
@@ -35,7 +35,8 @@ class Metrics:
     """Averages what the ranks report at log steps and writes it, on rank 0, into `metrics.jsonl`.
 
     The loss is that of the step, not a mean since the last line, so that a resumed run logs the same numbers.
-    `samples_per_second` and `data_wait_seconds` are measured since the last line.
+    `samples_per_second` and `data_wait_seconds` are measured since the last line; `waited_for_others` are the
+    seconds that this rank, with its own batches there, stood still for another that waited longer.
 
     Args:
         every: steps between two lines; the first and the last step of the run have one too.
@@ -53,6 +54,7 @@ class Metrics:
         self._board: Board | None = None
         self._unwritten: list[tuple[dict[str, Any], Measured]] = []
         self._log_to, self._sinks = log_to, list[Sink]()
+        self.waited_for_others = 0.0
         self.restart_clock(0)
 
     def open(self, progress: Progress) -> None:
@@ -89,6 +91,7 @@ class Metrics:
         seconds = max(1e-9, time.monotonic() - self._since)
         means = [value / size for value in summed[: len(names)]]
         waits, computes = summed[len(names) : -1][:size], summed[len(names) : -1][size:]
+        self.waited_for_others = max(waits) - waits[self._world.rank]
         if self._world.is_main:
             rate, waited = (progress.samples - self._samples_before) / seconds, sum(waits) / size
             line = {**progress.counts(), **dict(zip(names, means, strict=True)), "lr": lr}
@@ -167,12 +170,11 @@ class Metrics:
         if self._world.is_main:
             logger.info("%s", text)
 
-    def close(self) -> None:
-        """Flush TensorBoard's file, and end what else has the curves."""
+    def close(self, *, patient: bool = True) -> None:
+        """Flush TensorBoard's file, and end what else has the curves; `patient`: nobody waits for the nodes."""
         if self._board:
             self._board.close()
-        for sink in self._sinks:
-            sink.close()
+        close_sinks(self._sinks, CLOSE_SECONDS if patient else HURRY_SECONDS)
         self._sinks = []
 
 

@@ -8,15 +8,17 @@ again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.runs.checkpoints import STATE, Parts, name_of
 from clipcluster.runs.evaluations import drop_after, failed_of, owed_by
-from clipcluster.runs.files import read_json, write_json
+from clipcluster.runs.files import BrokenFile, read_json, write_json
 from clipcluster.runs.folder import Run
+from clipcluster.runs.roll_backs import FILE as ROLL_BACK
+from clipcluster.runs.roll_backs import saved_within, skipped_by
 from clipcluster.runtime.outcome import CheckpointError, DataError, NonFiniteError, RecipeFailure
 from clipcluster.runtime.world import World
 from clipcluster.train.checkpoint import CheckpointFolder, load_parts
@@ -24,7 +26,6 @@ from clipcluster.train.progress import Progress
 from clipcluster.train.saver import Saver
 from clipcluster.train.step import Streak
 
-ROLL_BACK = "roll_back.json"
 logger = logging.getLogger("clipcluster")
 
 
@@ -45,8 +46,8 @@ def restore(
 
     def look() -> dict[str, Any]:
         attempts = Run(folder.attempt.run).attempts()
-        skipped = [pair for attempt in attempts for pair in _skipped_by(attempt.path / ROLL_BACK)]
-        newest = folder.newest(lambda state: _saved_within(skipped, state))
+        skipped = [pair for attempt in attempts for pair in _skipped(attempt.path)]
+        newest = folder.newest(lambda state: saved_within(skipped, state))
         if newest is None:
             drop_after(folder.attempt, 0)
             return {"skipped": skipped, "name": None, "state": {"step": 0}}
@@ -88,17 +89,6 @@ def _is_evaluated(folder: CheckpointFolder, state: Mapping[str, Any]) -> bool:
     except (OSError, UserError) as error:
         logger.warning("the results of %s cannot be read, so it is evaluated again: %s", name_of(step), error)
         return False
-
-
-def _saved_within(skipped: Iterable[tuple[int, int]], state: Mapping[str, Any]) -> str:
-    """Why a checkpoint that was saved within these ranges of batches is unusable; "" for any other."""
-    for first, past in skipped:
-        if state["batches_drawn"] > first and [first, past] not in state["skipped"]:
-            return (
-                f"saved within batches {first} to {past - 1}, which the run skips: their loss or gradient "
-                "was not finite"
-            )
-    return ""
 
 
 def _check_same(state: Mapping[str, Any], constants: Mapping[str, Any], folder: Path) -> None:
@@ -163,15 +153,13 @@ def record_roll_back(folder: CheckpointFolder, progress: Progress, streak: Strea
         ) from error
 
 
-def _skipped_by(path: Path) -> list[tuple[int, int]]:
-    """The ranges of batches that a record of a roll-back skips; none where there is no such file."""
+def _skipped(attempt: Path) -> list[tuple[int, int]]:
+    """The ranges of batches that an attempt skips; raises CheckpointError where their record is damaged."""
     try:
-        return [(int(first), int(past)) for first, past in read_json(path)["skipped"]]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError, KeyError) as error:
+        return skipped_by(attempt)
+    except BrokenFile as error:
         raise CheckpointError(
-            f"{path} is damaged: {error}",
+            f"{ROLL_BACK} is damaged: {error}",
             'It names the batches that the run skips, as {"skipped": [[first, past the last]]}. '
-            f"Write it again from the event roll_back in {path.parent / 'events-rank-0.jsonl'}.",
+            f"Write it again from the event roll_back in {attempt / 'events-rank-0.jsonl'}.",
         ) from error

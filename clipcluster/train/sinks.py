@@ -11,15 +11,18 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from clipcluster.data.storage.urls import redacted_within
 from clipcluster.runs.folder import Run
 
 PROJECT = "clipcluster"
-CLOSE_SECONDS = 5.0  # how long the end of an attempt waits for what is still to be sent
+CLOSE_SECONDS = 20.0  # how long the end of a run waits for what is still to be sent
+HURRY_SECONDS = 2.0  # the same where the nodes are taken away, or an error is to be told
 CONNECT_SECONDS = 3.0
 logger = logging.getLogger("clipcluster")
 
@@ -49,7 +52,7 @@ class Wandb:
             id=run.name,
             resume="allow",
             dir=str(run.path),
-            config=run.recipe(),
+            config=redacted_within(run.recipe()),
             mode=os.environ.get("WANDB_MODE") or ("online" if reachable(server) else "offline"),
             settings=wandb.Settings(console="off"),
         )
@@ -69,7 +72,7 @@ class Trackio:
         import trackio
 
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-        self._run = trackio.init(project=project, name=run.name, config=run.recipe(), resume="allow")
+        self._run = trackio.init(project=project, name=run.name, config=redacted_within(run.recipe()), resume="allow")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -99,12 +102,9 @@ class Sink(threading.Thread):
         if self.is_alive():
             self._lines.put((line["step"], values))
 
-    def close(self) -> None:
-        """Send what is left, for CLOSE_SECONDS at most."""
+    def end(self) -> None:
+        """Nothing more is added; the thread ends once everything is sent."""
         self._lines.put(None)
-        self.join(CLOSE_SECONDS)
-        if self.is_alive():
-            logger.warning("%s did not take the last lines within %g s", self.name, CLOSE_SECONDS)
 
     def run(self) -> None:
         try:
@@ -123,11 +123,24 @@ def open_sinks(names: Sequence[str], run: Run) -> list[Sink]:
     return [Sink(name, lambda kind=KINDS[name]: kind(run)) for name in names]  # type: ignore[misc]
 
 
+def close_sinks(sinks: Sequence[Sink], seconds: float) -> None:
+    """Have all sinks send what is left, for so long at most."""
+    for sink in sinks:
+        sink.end()
+    deadline = time.monotonic() + seconds
+    for sink in sinks:
+        sink.join(max(0.0, deadline - time.monotonic()))
+        if sink.is_alive():
+            logger.warning("%s did not take the last lines within %g s", sink.name, seconds)
+
+
 def reachable(address: str) -> bool:
     """Whether a server, or the proxy before it, takes a connection."""
-    place = urlsplit(getproxies().get("https") or address)
+    given = getproxies().get("https") or address
+    place = urlsplit(given if "://" in given else f"//{given}")
+    port = place.port or (80 if place.scheme == "http" else 443)
     try:
-        socket.create_connection((place.hostname or "", place.port or 443), CONNECT_SECONDS).close()
+        socket.create_connection((place.hostname or "", port), CONNECT_SECONDS).close()
     except OSError:
         return False
     return True

@@ -30,6 +30,10 @@ class Stopwatch:
         finally:
             self._seconds[kind] = self._seconds.get(kind, 0.0) + time.monotonic() - began
 
+    def add(self, kind: str, seconds: float) -> None:
+        """Count so many seconds since `begin`, which nothing else counted, as `kind`."""
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+
     @property
     def due(self) -> bool:
         """Whether EVERY_SECONDS have passed since the last reading, or there was none."""

@@ -74,8 +74,10 @@ class Trainer:
         Raises a Failure (on all ranks together, and marked `agreed`, where it was found at a step boundary),
         StaleAttempt, LostPeers.
         """
+        outcome = None
         try:
-            return self._run()
+            outcome = self._run()
+            return outcome
         except (RuntimeError, LostPeers) as error:
             if not is_lost_peer(error):
                 raise
@@ -86,7 +88,7 @@ class Trainer:
         finally:
             self.feed.close()
             self.saver.finish()  # a checkpoint on its way is worth the wait, whatever ended the run
-            self.metrics.close()
+            self.metrics.close(patient=outcome is Outcome.FINISHED)
 
     def _run(self) -> Outcome:
         self.attempt.phase(self.world.rank, "checkpoint")
@@ -184,6 +186,7 @@ class Trainer:
             self.attempt.check()
         with self.records.keeping():
             bad = self.metrics.write(self.progress, report, lr=lr, bad=self.records.take_bad(), **skipped)
+            self.stopwatch.add("data", self.metrics.waited_for_others)
             if bad and self.world.is_main:
                 self.records.judge_bad()
         with self.records.keeping():

@@ -168,7 +168,8 @@ def logs(
         return
     found = members[0]
     watched = Watched(found)
-    files = [] if following else printing.log_files(found, rank=rank, attempt=attempt)
+    waits = following and not watched.state().ended
+    files = [] if waits else printing.log_files(found, rank=rank, attempt=attempt)  # or says what is there
     paths = printing.followed(found, rank=rank, attempt=attempt) if following else lambda: files
 
     def ended() -> bool:

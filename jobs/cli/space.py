@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
-from clipcluster.runs.names import all_runs, find_run, runs_folder
+from clipcluster.runs.names import all_runs, runs_folder
 from jobs.cli.options import AsJson, Runs, group, print_document, say, show
+from jobs.cli.sweeps import all_of
 
 runs = group("Run folders: what takes space, and what may go.")
 Names = Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Runs. Default: all.")]
@@ -18,13 +21,16 @@ Names = Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Runs. De
 @runs.command()
 def du(names: Names = None, as_json: AsJson = False, runs: Runs = None) -> None:
     """Show what runs take, the largest first, and how much of it `prune` would remove."""
-    from jobs.space import PARTS, used
+    from jobs.space import PARTS, named_by_others, used
     from jobs.state import Queue
 
-    queue = Queue()
-    found = sorted(
-        (used(run, queue) for run in _chosen(names, runs)), key=lambda one: one["bytes"], reverse=True
-    )
+    queue, named, found = Queue(), cache(named_by_others), list[dict[str, Any]]()
+    for run in _chosen(names, runs):
+        try:
+            found.append(used(run, queue, named(run.path.parent)))
+        except UserError as refusal:
+            typer.echo(f"{run.name}: {refusal}", err=True)
+    found.sort(key=lambda one: one["bytes"], reverse=True)
     if as_json:
         print_document(found)
         return
@@ -53,31 +59,31 @@ def prune(
 ) -> None:
     """Remove what nothing needs any more of runs without a job: old checkpoints, broken ones, leftovers.
 
-    The newest checkpoint that verifies stays, those that checkpoint.keep keeps by `every` and `best`, and
-    those that are still to be evaluated.
+    The newest checkpoint that verifies stays, those that checkpoint.keep keeps by `every` and `best`, those
+    that are still to be evaluated, and those that another run of the folder starts from.
     """
     from rich.filesize import decimal
 
     from clipcluster.runs.checkpoints import is_complete
+    from jobs.space import named_by_others, removable
     from jobs.space import prune as remove
-    from jobs.space import removable
     from jobs.state import Queue, state_of
     from jobs.submit.submit import only_submission
 
-    queue, freed = Queue(), 0
+    queue, named, freed = Queue(), cache(named_by_others), 0
     for run in _chosen(names, runs):
-        state = state_of(run, queue)
-        if state.queued or not state.ended:
-            say(f"{run.name} is {state}: nothing of it is removed")
-            continue
         try:
+            state = state_of(run, queue)
+            if state.queued or not state.ended:
+                say(f"{run.name} is {state}: nothing of it is removed")
+                continue
             if yes:
                 with only_submission(run.path.parent, say):
                     for one in remove(run, Queue()):
                         say(f"removed {one.path} ({decimal(one.bytes)}): {one.why}")
                         freed += one.bytes
                 continue
-            for one in removable(run, is_complete):
+            for one in removable(run, is_complete, named(run.path.parent)):
                 say(f"would remove {one.path} ({decimal(one.bytes)}): {one.why}")
                 freed += one.bytes
         except UserError as refusal:
@@ -85,6 +91,6 @@ def prune(
     say(f"{decimal(freed)} {'freed' if yes else 'would be freed; to remove it: --yes'}")
 
 
-def _chosen(names: list[str] | None, folder: Runs) -> list[Run]:
+def _chosen(names: list[str] | None, folder: Path | None) -> list[Run]:
     where = runs_folder(folder)
-    return [find_run(name, where) for name in names] if names else all_runs(where)
+    return all_of(names, where) if names else all_runs(where)

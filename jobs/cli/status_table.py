@@ -11,7 +11,6 @@ from rich.text import Text
 
 from clipcluster.text import counted
 from jobs.accounting import ALLOCATED, KINDS, WAITING
-from jobs.state import ENDED
 from jobs.status import groups, together
 
 
@@ -26,7 +25,7 @@ class _Column(NamedTuple):
 
 _STATUS = (
     _Column("run", lambda one: one["label"], right=False),
-    _Column("state", lambda one: _state(one), right=False),
+    _Column("state", lambda one: _state(one, ended_shown=True), right=False),
     _Column("job", lambda one: _job(one), right=False, drop=4),
     _Column("attempts", lambda one: _figure(one["attempt"]), drop=6),
     _Column("step", lambda one: _progress(one)),
@@ -57,6 +56,8 @@ def status_table(found: Sequence[Mapping[str, Any]], width: int | None = None) -
         if not least.drop:
             break
         del needs[least]
+    if not any(column.name == "last ended" for column in needs):
+        cells[_STATUS[1]] = [_state(row, ended_shown=False) for row in rows]
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for column in needs:
         fold = column.name in _FOLDED
@@ -140,11 +141,11 @@ def _job(report: Mapping[str, Any]) -> str:
     return "local" if job.startswith("local-") else job
 
 
-def _state(report: Mapping[str, Any]) -> str:
-    """The state and, in few words, why; of a run that has ended, `last ended` says it."""
-    detail = shortened(" ".join((report["detail"] or "").split()), 100)
-    told = report["state"] in ENDED and report.get("ended")
-    return f"{report['state']} ({detail})" if detail and not told else str(report["state"])
+def _state(report: Mapping[str, Any], *, ended_shown: bool) -> str:
+    """The state and, in few words, why, unless the column `last ended` is shown and says the same."""
+    detail, reason = (" ".join((report.get(name) or "").split()) for name in ("detail", "ended_reason"))
+    told = ended_shown and detail == reason
+    return f"{report['state']} ({shortened(detail, 100)})" if detail and not told else str(report["state"])
 
 
 def span(seconds: float | None, after: str = "") -> str:

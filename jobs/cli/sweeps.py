@@ -73,12 +73,15 @@ def say_sweep(submitted: Submission, follow: bool) -> None:
 def logs_of_all(members: Sequence[Run], rank: int, attempt: int | None, following: bool) -> None:
     """What the members of a sweep write, under their names."""
     from jobs.api import Submission
-    from jobs.logs import log_files, stream_all
+    from jobs.logs import followed, log_files, stream_all
 
     sweep = Submission("", members)
     shown: Run | None = None
+    paths = {one.path: followed(one, rank=rank, attempt=attempt) for one in members} if following else {}
 
     def files(member: Run) -> list[Path]:
+        if following:
+            return paths[member.path]()
         with suppress(UserError):  # it has printed nothing yet
             return log_files(member, rank=rank, attempt=attempt)
         return []

@@ -29,8 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     command, run = arguments[0], Run(arguments[1])
     if command == "claim":
         try:
-            began = float(os.environ.get(BEGAN) or 0) or None
-            claimed = claim(run, slurm_job_id(os.environ), Slurm(), began=began)
+            claimed = claim(run, slurm_job_id(os.environ), Slurm(), began=_began(os.environ.get(BEGAN)))
         except AlreadyOwned as error:
             say(str(error))
             return int(Outcome.STALE)
@@ -43,11 +42,19 @@ def main(arguments: Sequence[str]) -> int:
     if command == "verdict":
         attempt = run.attempt(int(os.environ[ATTEMPT]))
         code = conclude(run, attempt, int(arguments[2]), Slurm(), os.environ)
-        print(int(code))
+        print(int(code), flush=True)  # the script has it, whatever becomes of what this process still does
         return code
     if command == "local":
         return local.live(run)
     raise SystemExit(f"unknown: {command}")
+
+
+def _began(said: str | None) -> float | None:
+    """When the batch script began; None where bash did not say it in digits and a point."""
+    try:
+        return float(said or "") or None
+    except ValueError:
+        return None
 
 
 if __name__ == "__main__":

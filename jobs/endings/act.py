@@ -70,7 +70,7 @@ def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mappi
     if not record(run, attempt, seen, verdict, job_id, blamed=node):
         return int(Outcome.STALE)
     if verdict.action != "requeue":
-        notify.wait(notify.start(run, attempt, seen, verdict))
+        notify.start(run, attempt, seen, verdict)
         return verdict.code
     refusal = requeue(slurm, job_id, seen)
     if isinstance(refusal, Verdict):
@@ -78,12 +78,11 @@ def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mappi
     if refusal is not None:
         attempt.event("requeue_refused", writer=history.WRITER, reason=refusal)
         refused = replace(verdict, action="fail", reason=f"SLURM did not requeue the job: {refusal}")
-        notify.wait(notify.start(run, attempt, seen, refused))
+        notify.start(run, attempt, seen, refused)
         return verdict.code
-    told = notify.start(run, attempt, seen, verdict)
+    notify.start(run, attempt, seen, verdict)
     if node and job:
         _exclude(slurm, job, job_id, blamed_twice(run, attempt, node))
-    notify.wait(told)
     return verdict.code
 
 

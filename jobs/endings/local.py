@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -178,7 +177,6 @@ def live(run: Run) -> int:
     if order.evaluations:  # it outlives this process until nothing is left to start
         command = [sys.executable, "-m", "jobs.submit.evaluations", str(run.path), "watch", str(os.getpid())]
         subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    told: list[threading.Thread | None] = []
     while True:
         try:
             attempt = act.claim(run, job_id, Slurm())
@@ -208,8 +206,6 @@ def live(run: Run) -> int:
             verdict = Verdict("fail", "not judged", Outcome.ERROR, reason)
         if not act.record(run, attempt, seen, verdict, job_id):
             return int(Outcome.STALE)
-        told.append(notify.start(run, attempt, seen, verdict))
+        notify.start(run, attempt, seen, verdict)
         if verdict.action != "requeue":
-            for thread in told:
-                notify.wait(thread)
             return verdict.code

@@ -1,7 +1,7 @@
 """The user's command that is told how an attempt ended: `on_event` of the recipe. Standard library only.
 
-It can neither fail nor hold up a run: it runs in a process group of its own, for `SECONDS` at most, and what
-goes wrong with it is said in the job's log and nothing more.
+It can neither fail nor hold up a run: it starts after the verdict was recorded and acted on, runs in a process
+group of its own, for some seconds at most, and what goes wrong with it is said in the job's log.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from contextlib import suppress
 
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
+from clipcluster.runtime.environment import ATTEMPT
 from jobs.endings.log import say
 from jobs.endings.verdict import Facts, Verdict
 
 SECONDS = 10.0
+PREEMPTED_SECONDS = 2.0  # where somebody waits for the nodes
+REASON_CHARACTERS = 1000  # the end of a log may be a reason; a process takes no variable of any length
 LOG = "on_event.out"  # in the attempt's folder: what the command printed
 TOLD = {"finish": "finished", "fail": "failed", "requeue": "requeued", "stall": "stalled, and requeued"}
 """What is told of, and what it is called in a message."""
@@ -25,13 +28,17 @@ TOLD = {"finish": "finished", "fail": "failed", "requeue": "requeued", "stall": 
 
 def event_of(verdict: Verdict) -> str | None:
     """finish, fail, requeue or stall; None for an ending that nobody is told of (the user's own, say)."""
-    if verdict.action == "requeue" and verdict.ending == "stalled":
+    action = "requeue" if verdict.action == "note" else verdict.action  # SLURM did it itself
+    if action == "requeue" and verdict.ending == "stalled":
         return "stall"
-    return verdict.action if verdict.action in TOLD else None
+    return action if action in TOLD else None
 
 
 def start(run: Run, attempt: Attempt, seen: Facts, verdict: Verdict) -> threading.Thread | None:
-    """Start the command for this verdict, and a thread that ends with it; None where there is none."""
+    """Start the command for this verdict, and a thread that ends with it; None where there is none.
+
+    This process does not leave before the thread does: SLURM ends what a job that has ended left behind.
+    """
     event = event_of(verdict)
     if event is None:
         return None
@@ -39,7 +46,9 @@ def start(run: Run, attempt: Attempt, seen: Facts, verdict: Verdict) -> threadin
         command = attempt.settings().get("on_event")
         if not command:
             return None
-        with (attempt.path / LOG).open("ab") as out:
+        # readable by its owner alone: it may hold what the command knows, a token say
+        out = os.open(attempt.path / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", command],
                 env={**os.environ, **_told(run, attempt, seen, verdict, event)},
@@ -49,28 +58,26 @@ def start(run: Run, attempt: Attempt, seen: Facts, verdict: Verdict) -> threadin
                 stderr=out,
                 start_new_session=True,
             )
+        finally:
+            os.close(out)
     except Exception as error:  # whatever it is, the run goes its way
         say(f"on_event could not be started: {type(error).__name__}: {error}")
         return None
-    thread = threading.Thread(target=_watch, args=(process, event), daemon=True)
+    seconds = PREEMPTED_SECONDS if verdict.ending == "preempted" else SECONDS
+    thread = threading.Thread(target=_watch, args=(process, event, seconds))
     thread.start()
     return thread
 
 
-def wait(thread: threading.Thread | None) -> None:
-    """Wait for a command that was started: a job that leaves takes its processes with it."""
-    if thread is not None:
-        thread.join(SECONDS + 1)
-
-
-def _watch(process: subprocess.Popen[bytes], event: str) -> None:
+def _watch(process: subprocess.Popen[bytes], event: str, seconds: float) -> None:
     try:
-        code = process.wait(SECONDS)
+        code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        say(f"on_event ({event}) was ended after {SECONDS:g} s")
-        process.wait()
+        say(f"on_event ({event}) was ended after {seconds:g} s")
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a disk outlives even that
+            process.wait(1)
         return
     if code:
         say(f"on_event ({event}) ended with code {code}; what it printed is in {LOG} of the attempt")
@@ -79,9 +86,10 @@ def _watch(process: subprocess.Popen[bytes], event: str) -> None:
 def _told(run: Run, attempt: Attempt, seen: Facts, verdict: Verdict, event: str) -> dict[str, str]:
     """The command's variables, besides those of the job."""
     step = seen.said.get("step") if seen.said else seen.checkpoint
-    reason = " ".join(verdict.reason.split())
+    reason = " ".join(verdict.reason.replace("\0", " ").split())[:REASON_CHARACTERS]
     message = f"{run.name} {TOLD[event]}" + (f" at step {step:,}" if isinstance(step, int) else "")
     return {
+        ATTEMPT: str(attempt.number),
         "CLIPCLUSTER_EVENT": event,
         "CLIPCLUSTER_RUN": run.name,
         "CLIPCLUSTER_RUN_DIR": str(run.path),

@@ -186,11 +186,13 @@ def facts_of(run: Run, queue: Queue) -> Facts:
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without what may be a key: values of the job's environment are tokens as often as not."""
+    """The settings without what may be a key: the job's environment and `on_event` often hold tokens."""
     cluster = settings.get("cluster")
     if isinstance(cluster, Mapping) and isinstance(cluster.get("environment"), Mapping):
         names = dict.fromkeys(cluster["environment"], "…")
         settings = {**settings, "cluster": {**cluster, "environment": names}}
+    if settings.get("on_event"):
+        settings = {**settings, "on_event": "…"}
     return dict(redacted_within(settings))
 
 

@@ -26,8 +26,8 @@ def verdict(at, ending, kind="requeue", **fields):
     return event(kind, at, ending=ending, **fields)
 
 
-def told(number, began, *events, ranks=1, lines=()):
-    return Told(number, "17", BEGIN + began, sorted(events, key=lambda one: one["time"]), ranks, lines)
+def told(number, began, *events, ranks=1, lines=(), job="17"):
+    return Told(number, job, BEGIN + began, sorted(events, key=lambda one: one["time"]), ranks, lines)
 
 
 def line(at, step):
@@ -50,7 +50,7 @@ def test_what_rank_0_measured_is_what_counts():
                 verdict(203, "preempted"),
             )
         ],
-        [BEGIN - 30],
+        {"17": BEGIN - 30},
     )
     # the first batch was waited for from second 20 on
     parts = {"start": 25, "rehearsal": 3, "data": 12, "train": 135, "evaluate": 20, "save": 5, "end": 3}
@@ -64,7 +64,7 @@ def test_what_a_crash_had_not_saved_is_lost_and_a_requeue_is_no_first_wait():
         1, 0, spent(60, 40, train=50.0), verdict(100, "crashed", reason="n1 died"), lines=[line(88, 66)]
     )
     second = told(2, 130, event("resume", 140, step=40), spent(200, 90, train=55.0, data=5.0), ranks=2)
-    accounts = accounted([first, second], [BEGIN - 5], now=BEGIN + 210)
+    accounts = accounted([first, second], {"17": BEGIN - 5}, now=BEGIN + 210)
     assert nonzero(accounts[0]) == {"queue": 5, "start": 10, "train": 50, "lost": 40}
     assert (accounts[0].lost_steps, accounts[0].last_step) == (26, 66)
     assert nonzero(accounts[1]) == {"requeue": 30, "start": 10, "train": 65, "data": 5}
@@ -153,14 +153,31 @@ def test_without_measurements_the_other_events_tell():
 
 def test_time_before_a_run_is_submitted_again_is_no_queue():
     first = told(1, 0, verdict(10, "failed", "fail", reason="disk full"))
-    before, after = accounted([first, told(2, 1000)], [BEGIN - 5, BEGIN + 900], now=BEGIN + 1010)
+    submitted = {"17": BEGIN - 5, "18": BEGIN + 900}
+    before, after = accounted([first, told(2, 1000, job="18")], submitted, now=BEGIN + 1010)
     assert (before.spent["queue"], before.reason) == (5, "disk full")
     assert (after.spent["queue"], after.spent["requeue"], after.idle) == (100, 0, 890)
+    _, by_hand = accounted([first, told(2, 1000, job="local-n1-2-3")], submitted, now=BEGIN + 1010)
+    assert (by_hand.spent["queue"], by_hand.spent["requeue"], by_hand.idle) == (0, 0, 990)
+    submitted["18"] = BEGIN + 1002  # by the clock of the machine it was submitted on
+    _, after = accounted([first, told(2, 1000, job="18")], submitted, now=BEGIN + 1010)
+    assert (after.spent["queue"], after.spent["requeue"]) == (0, 0)
+
+
+def test_an_attempt_is_over_once_the_next_has_begun():
+    """The node of the first was lost: its ranks train on and write, while the second runs elsewhere."""
+    first = told(1, 0, spent(20, 20, train=20.0), spent(60, 60, train=60.0), lines=[line(70, 70)])
+    second = told(2, 50, event("resume", 52, step=20), spent(60, 28, train=8.0))
+    one, two = accounted([first, second], now=BEGIN + 60)
+    assert (one.seconds, two.seconds, two.spent["requeue"]) == (50, 10, 0)
+    assert one.spent["train"] + one.spent["lost"] == pytest.approx(50)
+    one, two = accounted([first, told(2, -30, spent(60, 80, train=60.0))], now=BEGIN + 60)
+    assert one.seconds == 70, "a clock that is behind by minutes says nothing about the end of another"
 
 
 def test_it_is_read_from_the_folder(run):
     attempt = run.claim("17", host="n1", still_running=lambda job: False)
-    for rank in range(3):
+    for rank in (0, 2):  # rank 1 has not come to it
         attempt.event("start", writer=f"rank-{rank}", rank=rank)
     attempt.step = 4
     attempt.event("spent", writer="rank-0", seconds={"train": 0.5})

@@ -1,5 +1,6 @@
 """What takes space in run folders, and what may go: never the last checkpoint that verifies."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.runs import evaluations, files
 from clipcluster.runs.folder import Run
 from jobs.endings import history
-from jobs.space import prune, removable, size_of, used
+from jobs.space import named_by_others, prune, removable, size_of, used
 from jobs.state import Queue
 from tests.jobs.trainee import save
 from tools.slurm import parse_queue
@@ -51,7 +52,7 @@ def steps(found):
 
 def test_old_checkpoints_go_and_the_best_and_the_newest_stay(ended):
     before = size_of(ended.path)
-    told = used(ended, Nothing())
+    told = used(ended, Nothing(), {})
     assert (told["bytes"], told["state"], told["checkpoints"]) == (before, "FAILED", 5)
     gone = list(prune(ended, Nothing()))
     assert steps(gone) == [10, 30, 40]
@@ -83,6 +84,32 @@ def test_what_is_read_or_still_to_be_evaluated_stays(ended):
     assert steps(prune(ended, Nothing())) == [40]
 
 
+def test_what_another_run_starts_from_stays(ended):
+    """By the name of the run and of its checkpoint: the folder of runs may have had another path then."""
+    weights = f"/elsewhere/{ended.name}/checkpoints/step-00000030/model.safetensors"
+    loaded = load(RECIPE, [f"model.image.weights={weights}"], {"DIGITS": "/nowhere"})
+    keys = recipe_keys(loaded), settings_keys(loaded)
+    Run.create(ended.path.parent / "other-00000000", *keys)
+    assert named_by_others(ended.path.parent) == {ended.name: {30}}
+    assert steps(prune(ended, Nothing())) == [10, 40]
+
+
+def test_a_checkpoint_that_a_resume_would_not_take_is_not_the_newest(ended):
+    """The run rolled back from steps after 35 and was cancelled before it had set step 40 and 50 aside."""
+    for step in (10, 20, 30, 40, 50):
+        folder = ended.checkpoints / f"step-{step:08d}"
+        content = json.dumps({"step": step, "batches_drawn": step, "skipped": []}).encode()
+        files.write_bytes(folder / "state.json", content)
+        entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files.write_json(folder / "manifest.json", {"files": {"state.json": entry}})
+    files.write_json(ended.newest().path / "roll_back.json", {"skipped": [[35, 38]]})
+    assert steps(prune(ended, Nothing())) == [10]
+    assert (ended.checkpoints / "step-00000030").exists()
+    (ended.newest().path / "roll_back.json").write_text("{}")
+    with pytest.raises(UserError, match="roll_back"):
+        list(prune(ended, Nothing()))
+
+
 def test_leftovers_and_broken_ones_go(ended):
     for name in (".writing-step-00000060-1-1", ".deleting-step-00000001-1a2b", "broken-step-00000045-1"):
         (ended.checkpoints / name).mkdir()
@@ -103,9 +130,9 @@ def test_nothing_of_a_run_with_a_job_goes(ended):
     waiting = Nothing({"18": job})
     with pytest.raises(UserError, match="PENDING"):
         list(prune(ended, waiting))
-    assert used(ended, waiting)["removable"] == 0
+    assert used(ended, waiting, {})["removable"] == 0
     assert len(list(ended.checkpoints.iterdir())) == 5
-    assert steps(removable(ended, lambda checkpoint: True)) == [10, 30, 40]
+    assert steps(removable(ended, lambda checkpoint: True, {})) == [10, 30, 40]
 
 
 @pytest.mark.long
@@ -116,7 +143,7 @@ def test_as_people_type_it(ended):
         return done.stdout
 
     (told,) = json.loads(clipcluster("du", "--json"))
-    assert told["removable"] == used(ended, Nothing())["removable"] > 0
+    assert told["removable"] == used(ended, Nothing(), {})["removable"] > 0
     assert "would remove" in clipcluster("prune")
     assert len(list(ended.checkpoints.iterdir())) == 5
     said = clipcluster("prune", "--yes", ended.name).splitlines()

@@ -11,11 +11,12 @@ from clipcluster.errors import UserError
 from clipcluster.runs import evaluations, files
 from clipcluster.runs.folder import Run
 from jobs import submissions
+from jobs.accounting import ALLOCATED
 from jobs.cancel import cancel
 from jobs.cli.status_table import breakdown, span, status_table
 from jobs.endings import history
 from jobs.state import Queue, Watched, last_metrics, state_of
-from jobs.status import report
+from jobs.status import groups, report, reports
 from tools.slurm import Slurm, SlurmUnavailable, parse_queue
 
 
@@ -251,6 +252,75 @@ def test_a_crash_says_why_and_what_was_lost(run):
     assert "30 steps lost" in text
     claimed(run)  # the next attempt has begun, and has not resumed yet
     assert report(run, Answers({"17": ("RUNNING", "None")}))["lost_steps"] == 30
+
+
+def test_a_run_that_cannot_be_read_is_a_line_and_hides_no_other(run):
+    broken = Run.create(run.path.parent / "broken-00000000", {"name": "broken"}, {})
+    (claimed(broken).path / "claim.json").write_text("{")
+    running(run)
+    first, second = reports([broken, run], Answers({"17": ("RUNNING", "None")}))
+    assert (first["state"], second["state"]) == ("UNREADABLE", "RUNNING")
+    assert first.keys() == second.keys()
+    assert "claim.json is not valid JSON" in first["detail"]
+    lines = shown([first, second], 200)
+    assert "UNREADABLE" in lines[1]
+    assert breakdown(first) == []
+    assert groups([first, second]) == [(None, [first]), (None, [second])]
+    with pytest.raises(UserError, match="claim.json is not valid JSON"):
+        reports([broken], Answers())
+
+
+def test_how_the_last_attempt_ended_is_said_where_it_left_no_verdict(run):
+    judged(running(run), "requeue", ending="preempted")
+    running(run)
+    lost = report(run, Answers())
+    assert (lost["state"], lost["ended"]) == ("LOST", "lost")
+    (line,) = (line for line in shown([lost], 200) if "LOST" in line)
+    assert "ended without" in line
+    assert report(run, Answers({"17": ("RUNNING", "None")}))["ended"] == "preempted"
+    run.mark_cancelled(["17"])
+    assert report(run, Answers())["ended"] == "cancelled"
+
+
+def test_a_new_job_that_starts_does_not_keep_the_last_attempt_alive(run):
+    """The node of job 17 died; job 18 runs, and has not claimed the run yet."""
+    attempt = running(run)
+    for path in attempt.path.glob("*.jsonl"):
+        lines = [{**line, "time": line["time"] - 5000} for line in files.read_lines(path)]
+        path.unlink()
+        files.append_lines(path, lines)
+    files.write_json(attempt.path / "claim.json", {**attempt.claim(), "time": time.time() - 5025})
+    submitted(run, "18")
+    found = report(run, Answers({"18": ("RUNNING", "None")}))
+    assert (found["state"], found["job"]) == ("RUNNING", "18")
+    assert sum(found["seconds"][kind] for kind in ALLOCATED) == pytest.approx(25, abs=2)
+
+
+def test_what_holds_a_run_up_is_named(run):
+    slow = {"ranks": [1], "nodes": ["n2"], "reason": "rank 1 on n2: the others wait"}
+    running(run).event("slow", writer="rank-0", **slow)
+    second = running(run)
+    second.event("stalled", writer="rank-2", ranks=[1], nodes=["n2"], seconds=400.0, reason="rank 1 stood still")
+    (second.path / "stalled").mkdir()
+    third = running(run)
+    queue = Answers({"17": ("RUNNING", "None")})
+    found = report(run, queue)
+    assert (found["slow"], found["stalls"]) == ({"ranks": [], "nodes": []}, [2])
+    assert found["suspect_nodes"] == {"n2": [1, 2]}
+    third.event("slow", writer="rank-0", **slow)
+    found = report(run, queue)
+    assert found["slow"] == {"ranks": [1], "nodes": ["n2"]}
+    assert [note.partition(":")[0] for note in found["notes"]] == [
+        "slow",
+        "data-bound",
+        "stalled in attempt 2",
+        "suspect node n2",
+    ]
+    assert "20% of the last steps" in found["notes"][1]
+    third.event("slow", writer="rank-0", ranks=[], nodes=[], reason="no rank any more")
+    judged(third, "fail", code=90)
+    found = report(run, Answers())
+    assert [note.partition(":")[0] for note in found["notes"]] == ["stalled in attempt 2", "suspect node n2"]
 
 
 def test_a_sweep_is_a_line_and_its_members_are_below_it(run):

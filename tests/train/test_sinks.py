@@ -16,16 +16,17 @@ from clipcluster.runs.merge import merged_metrics
 from clipcluster.runtime.network import listen
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.train import sinks
-from clipcluster.train.sinks import Sink, Trackio, Wandb, reachable
+from clipcluster.train.sinks import Sink, Trackio, Wandb, close_sinks, reachable
 
 LINE = {"step": 5, "samples": 80, "epoch": 0.5, "loss": 1.25, "note": "text", "non": None}
 
 
 class Kept:
-    """Keeps what it is given; raises at a step, or waits in the beginning."""
+    """Keeps what it is given; raises at a step, or waits in the beginning until it is told."""
 
-    def __init__(self, fails_at: int | None = None, waits: float = 0.0) -> None:
-        time.sleep(waits)
+    def __init__(self, fails_at: int | None = None, told: threading.Event | None = None) -> None:
+        if told:
+            told.wait()
         self.fails_at, self.got, self.closed = fails_at, [], False
 
     def add(self, step: int, values: Any) -> None:
@@ -42,7 +43,7 @@ def test_a_sink_gets_the_numbers_in_their_order_and_is_closed() -> None:
     sink = Sink("kept", lambda: kept)
     for step in (5, 6):
         sink.add("train", {**LINE, "step": step})
-    sink.close()
+    close_sinks([sink], 10)
     assert kept.got == [(5, {"train/loss": 1.25}), (6, {"train/loss": 1.25})]
     assert kept.closed
 
@@ -53,7 +54,7 @@ def test_one_that_fails_is_given_up_with_a_warning(caplog: Any) -> None:
     with caplog.at_level(logging.WARNING, "clipcluster"):
         for step in range(5, 9):
             sink.add("train", {**LINE, "step": step})
-        sink.close()
+        close_sinks([sink], 10)
     assert [step for step, _ in kept.got] == [5]
     (record,) = caplog.records
     assert "kept has nothing more of this attempt: ConnectionError: the server is gone" in record.message
@@ -61,13 +62,16 @@ def test_one_that_fails_is_given_up_with_a_warning(caplog: Any) -> None:
     assert sink._lines.qsize() <= 3, "nothing is kept for a writer that is gone"
 
 
-def test_one_that_does_not_answer_holds_nothing_up(monkeypatch: Any) -> None:
-    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 0.1)
-    began = time.monotonic()
-    sink = Sink("kept", lambda: Kept(waits=2.0))
-    sink.add("train", LINE)
-    sink.close()
+def test_some_that_do_not_answer_hold_nothing_up_together() -> None:
+    began, told = time.monotonic(), threading.Event()
+    hanging = [Sink("kept", lambda: Kept(told=told)) for _ in range(8)]
+    for sink in hanging:
+        sink.add("train", LINE)
+    close_sinks(hanging, 0.2)
     assert time.monotonic() - began < 1.0
+    told.set()
+    for sink in hanging:
+        sink.join()
 
 
 def test_a_package_that_is_missing_is_said_and_the_run_finishes(
@@ -98,6 +102,8 @@ def test_whether_a_server_takes_connections(monkeypatch: Any) -> None:
         assert reachable(f"http://127.0.0.1:{port}")
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
         assert reachable("https://nowhere.invalid")
+        monkeypatch.setenv("https_proxy", f"127.0.0.1:{port}")
+        assert reachable("https://nowhere.invalid"), "as other programs take it"
     assert not reachable("https://nowhere.invalid"), "the proxy is gone"
 
 

@@ -17,7 +17,8 @@ from clipcluster.runs import files
 from jobs.report.facts import facts_of
 from jobs.report.figures import figures_of
 from jobs.report.report import write
-from jobs.state import Queue, report
+from jobs.state import Queue
+from jobs.status import report
 from jobs.submit.submit import Wanted, submit
 from tests.browser import PAPER, PHONE, overflowing
 from tests.jobs.report.example_runs import (
@@ -256,6 +257,7 @@ def test_files_that_are_not_as_we_left_them(tmp_path, opened):
     settings = {
         "evaluate": {"retrieval": [f"/absent/{'x' * 200}/colours"], "zero_shot": [f"/{strange[:50]}/set"]},
         "cluster": {"environment": {"WANDB_API_KEY": "0123456789abcdef"}},
+        "on_event": "curl https://hooks.example/services/0123456789abcdef",
     }
     runs = [
         made(tmp_path / "runs" / name, {"model": {"image": {"timm": f"{number}{strange[:-7]}"}}}, settings)

@@ -2,7 +2,9 @@
 
 import errno
 import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import yaml
 
 from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.runs.checkpoints import newest_complete
 from clipcluster.runs.folder import Run
+from clipcluster.runs.merge import merged_metrics
 from clipcluster.runs.names import all_runs
 from clipcluster.runtime.accelerators import count_accelerators
 from jobs.cancel import cancel
@@ -136,6 +140,29 @@ def test_other_settings_go_on_other_results_are_another_run(ask, local):
     other = ask("optim.lr=2e-3", dry_run=True)
     assert other.run.path != run.path
     assert any(f"{run.name} differs in optim.lr (0.001 there, 0.002 here)" in line for line in ask.said)
+
+
+@pytest.mark.long
+def test_a_run_that_was_moved_and_its_copy_both_resume(ask, local, tmp_path):
+    """Each from the checkpoint that was there, by the recipe alone; neither touches the other."""
+    run = ask(orders='{"steps": 400, "seconds": 0.05}').run
+    local.at_step(run, 6)
+    os.kill(local.pid(), signal.SIGTERM)
+    assert local.end(run).name == "STOPPED"
+    reached = newest_complete(run.checkpoints)
+    moved, copied = tmp_path / "moved", tmp_path / "copied"
+    moved.mkdir()
+    run.path.rename(moved / run.name)
+    shutil.copytree(moved, copied)
+    for place in (moved, copied):
+        again = ask(runs=place, orders=json.dumps({"steps": reached + 2, "seconds": 0.05})).run
+        assert again.path == place / run.name
+        assert local.end(again).name == "FINISHED"
+        assert newest_complete(again.checkpoints) == reached + 2
+        steps = [line["step"] for line in merged_metrics(again)]
+        assert steps == list(range(1, reached + 3))
+        assert len(again.attempts()) == 2
+    assert not run.exists()
 
 
 def test_at_once_after_a_cancel_it_refuses(ask, local):
