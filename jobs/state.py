@@ -55,6 +55,8 @@ class Queue:
 
     def __init__(self, slurm: Slurm | None = None) -> None:
         self.slurm = slurm or Slurm()
+        self._ended = dict[str, str | None]()
+        self._lost_touch = False
 
     @cached_property
     def _jobs(self) -> dict[str, QueuedJob] | None:
@@ -87,11 +89,18 @@ class Queue:
 
     def afterwards(self, job_id: str) -> str | None:
         """How SLURM says that a job ended, as long as it remembers it."""
-        try:
-            job = None if self.silent else self.slurm.job(job_id)
-        except (SlurmUnavailable, SlurmRefused):
+        if self.silent or self._lost_touch:
             return None
-        return job.state if job else None
+        if job_id not in self._ended:
+            try:
+                job = self.slurm.job(job_id)
+            except SlurmUnavailable:  # not asked again for every other run
+                self._lost_touch = True
+                return None
+            except SlurmRefused:
+                job = None
+            self._ended[job_id] = job.state if job else None
+        return self._ended[job_id]
 
 
 class Watched:

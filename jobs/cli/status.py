@@ -73,6 +73,7 @@ def _watch(look: Callable[[Queue], list[dict[str, Any]]]) -> None:
     live = Live(console=where, auto_refresh=False) if where.is_terminal else None
     with live or nullcontext():
         while True:
+            began = time.monotonic()
             found = sorted(look(queue), key=lambda one: one["state"] in {*ENDED, UNREADABLE})
             notes = [Text(f"{one['name']}: {note}") for one in found for note in one["notes"]]
             shown = Group(Text(time.strftime("%H:%M:%S")), status_table(found, where.width), *notes)
@@ -80,6 +81,6 @@ def _watch(look: Callable[[Queue], list[dict[str, Any]]]) -> None:
                 live.update(shown, refresh=True)
             else:
                 show(shown)
-            time.sleep(LOOK_SECONDS)
+            time.sleep(max(LOOK_SECONDS, 4 * (time.monotonic() - began)))  # a login node has other users
             if time.monotonic() - asked > ASK_SECONDS:
                 queue, asked = Queue(), time.monotonic()
