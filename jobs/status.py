@@ -66,9 +66,9 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
     speed of the last ones and what evaluations and saves took so far; None where no job is to do them.
     lost_seconds: of `lost_steps`, which were done again or have to be. ended: how the last attempt that ended
     did. slow: the ranks that hold up the others now, and their `nodes`. stalls: the attempts that a watchdog
-    ended. suspect_nodes: with the attempts that each was slow or stalled in. notes: what people should know of
-    these, a line each. seconds, device_seconds: by `jobs.accounting.KINDS`. evaluations: those that jobs of
-    their own are to make, or failed to.
+    ended. suspect_nodes: with the attempts that each was slow or stalled in. notes: what people should know
+    of these, a line each. seconds, device_seconds: by `jobs.accounting.KINDS`. evaluations: those that jobs
+    of their own are to make, or failed to.
     """
     state = state_of(run, queue)
     told = [told_by(attempt) for attempt in run.attempts()]
@@ -116,7 +116,6 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
     }
 
 
-_NO_TIME = dict.fromkeys(KINDS, 0.0)
 _UNKNOWN: Mapping[str, Any] = {
     **dict.fromkeys(
         (
@@ -125,9 +124,13 @@ _UNKNOWN: Mapping[str, Any] = {
             *("goodput", "last_event", "last_event_time", "lost_steps", "lost_seconds", "sweep"),
         )
     ),
-    **{"state": UNREADABLE, "advice": "", "seconds": _NO_TIME, "device_seconds": _NO_TIME},
-    **{"values": {}, "slow": {"ranks": [], "nodes": []}, "stalls": [], "suspect_nodes": {}, "notes": []},
-    "evaluations": [],
+    **dict.fromkeys(("seconds", "device_seconds"), dict.fromkeys(KINDS, 0.0)),
+    "values": {},
+    "suspect_nodes": {},
+    **dict.fromkeys(("stalls", "notes", "evaluations"), ()),
+    "slow": {"ranks": [], "nodes": []},
+    "state": UNREADABLE,
+    "advice": "",
 }
 """What `report` says of a run that cannot be read."""
 

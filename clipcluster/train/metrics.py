@@ -171,7 +171,7 @@ class Metrics:
             logger.info("%s", text)
 
     def close(self, *, patient: bool = True) -> None:
-        """Flush TensorBoard's file, and end what else has the curves; `patient`: nobody waits for the nodes."""
+        """Flush TensorBoard's file, and end what else has the curves; patient: nobody waits for the node."""
         if self._board:
             self._board.close()
         close_sinks(self._sinks, CLOSE_SECONDS if patient else HURRY_SECONDS)

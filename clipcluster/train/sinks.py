@@ -72,7 +72,9 @@ class Trackio:
         import trackio
 
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-        self._run = trackio.init(project=project, name=run.name, config=redacted_within(run.recipe()), resume="allow")
+        self._run = trackio.init(
+            project=project, name=run.name, config=redacted_within(run.recipe()), resume="allow"
+        )
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -1,7 +1,7 @@
 """The user's command that is told how an attempt ended: `on_event` of the recipe. Standard library only.
 
-It can neither fail nor hold up a run: it starts after the verdict was recorded and acted on, runs in a process
-group of its own, for some seconds at most, and what goes wrong with it is said in the job's log.
+It can neither fail nor hold up a run: it starts after the verdict was recorded and acted on, runs in a
+process group of its own, for some seconds at most, and what goes wrong with it is said in the job's log.
 """
 
 from __future__ import annotations

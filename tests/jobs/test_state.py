@@ -266,7 +266,7 @@ def test_a_run_that_cannot_be_read_is_a_line_and_hides_no_other(run):
     assert "UNREADABLE" in lines[1]
     assert breakdown(first) == []
     assert groups([first, second]) == [(None, [first]), (None, [second])]
-    with pytest.raises(UserError, match="claim.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"claim\.json is not valid JSON"):
         reports([broken], Answers())
 
 
@@ -300,7 +300,9 @@ def test_what_holds_a_run_up_is_named(run):
     slow = {"ranks": [1], "nodes": ["n2"], "reason": "rank 1 on n2: the others wait"}
     running(run).event("slow", writer="rank-0", **slow)
     second = running(run)
-    second.event("stalled", writer="rank-2", ranks=[1], nodes=["n2"], seconds=400.0, reason="rank 1 stood still")
+    second.event(
+        "stalled", writer="rank-2", ranks=[1], nodes=["n2"], seconds=400.0, reason="rank 1 stood still"
+    )
     (second.path / "stalled").mkdir()
     third = running(run)
     queue = Answers({"17": ("RUNNING", "None")})
