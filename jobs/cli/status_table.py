@@ -142,9 +142,9 @@ def _job(report: Mapping[str, Any]) -> str:
 
 
 def _state(report: Mapping[str, Any], *, ended_shown: bool) -> str:
-    """The state and, in few words, why, unless the column `last ended` is shown and says the same."""
+    """The state and, in few words, why, unless that is told elsewhere; of a failure always somewhere."""
     detail, reason = (" ".join((report.get(name) or "").split()) for name in ("detail", "ended_reason"))
-    told = ended_shown and detail == reason
+    told = detail == reason and (ended_shown or report["state"] != "FAILED")
     return f"{report['state']} ({shortened(detail, 100)})" if detail and not told else str(report["state"])
 
 

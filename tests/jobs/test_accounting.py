@@ -271,6 +271,7 @@ def truly(attempts, saved):
     return sums
 
 
+@settings(max_examples=60)
 @given(plans)
 def test_every_second_is_accounted_for_as_what_it_was(plan):
     attempts, saved = lived_through(plan)
