@@ -31,6 +31,7 @@ def claim(run: Run, job_id: str, slurm: Slurm, *, began: float | None = None) ->
     """The attempt for this job; None where the run is finished, or cancelled for this job.
 
     None, too, where what comes before the run did not finish, whatever SLURM made of the dependency.
+
     began: when the job was given its nodes, where that is known.
 
     Raises AlreadyOwned, naming the job that owns the run and still runs.

@@ -34,8 +34,8 @@ from clipcluster.runtime.outcome import (
 from clipcluster.runtime.pulse import BATCH
 from clipcluster.runtime.stop import Stop, Wish
 from clipcluster.train.checkpoint_writer import Dropped
-from jobs.accounting import accounted, told_by
 from clipcluster.train.saver import SAVING
+from jobs.accounting import accounted, told_by
 from tests.consumed import merged_samples
 
 VOLATILE = {"attempt", "time", "samples_per_second", "data_wait_seconds"}
