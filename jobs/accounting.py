@@ -233,7 +233,7 @@ def _account(
     reached = [one["step"] for one in (*told.events, told.last_line) if isinstance(one.get("step"), int)]
     spent = dict.fromkeys(KINDS, 0.0)
     if began is not None and ended is not None:
-        marks = _needed(_recorded(told), told, cuts) or _estimated(told)
+        marks = [mark for mark in _needed(_recorded(told), told, cuts) if _is_whole(mark)] or _estimated(told)
         ended = max(began, ended, *(mark["time"] for mark in marks))
         if until is not None and until > began:  # else the clocks of two nodes differ
             ended = min(ended, until)
@@ -284,8 +284,11 @@ def _numbers(*values: Any) -> list[Any]:
 
 def _recorded(told: Told) -> list[Mapping[str, Any]]:
     """What rank 0 measured: `time`, `step`, and `seconds` by kind since it began to train."""
-    found = [one for one in told.events if one["event"] == "spent" and isinstance(one.get("seconds"), dict)]
-    return [one for one in found if len(_numbers(*one["seconds"].values())) == len(one["seconds"])]
+    return [one for one in told.events if one["event"] == "spent" and isinstance(one.get("seconds"), dict)]
+
+
+def _is_whole(mark: Mapping[str, Any]) -> bool:
+    return len(_numbers(*mark["seconds"].values())) == len(mark["seconds"])
 
 
 def _needed(

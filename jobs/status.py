@@ -24,6 +24,7 @@ from jobs.submissions import submissions
 
 UNREADABLE = "UNREADABLE"
 DATA_BOUND = 0.15  # the fraction of the last steps that waited for data, from which a run is called so
+PACE_LINES = 10  # the last ones, which say how fast a run is
 ACTIVE = frozenset({"RUNNING", "COMPLETING"})
 
 
@@ -219,7 +220,7 @@ def _numbered(word: str, numbers: Sequence[int]) -> str:
 def _pace(lines: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
     """Of an attempt's last lines: seconds a step, and the fraction of them that waited for data."""
     steps, seconds, waited = 0, 0.0, 0.0
-    for before, line in pairwise(lines):
+    for before, line in pairwise(lines[-PACE_LINES:]):
         numbers = [one.get(name) for one in (before, line) for name in ("step", "samples")]
         rate, wait = line.get("samples_per_second"), line.get("data_wait_seconds")
         if not all(isinstance(number, (int, float)) for number in (*numbers, rate)) or not rate:
