@@ -66,6 +66,7 @@ def status_table(found: Sequence[Mapping[str, Any]], width: int | None = None) -
             justify="right" if column.right else "left",
             no_wrap=not fold,
             overflow="fold",
+            width=None if fold else needs[column],  # known, so that rich need not look at every cell again
             min_width=len("COMPLETING") if fold else None,
         )
     for number, row in enumerate(rows):

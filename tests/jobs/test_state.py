@@ -220,13 +220,14 @@ def running(run, *, step=30):
 
 
 def test_a_running_run_at_a_glance(run):
-    running(run)
+    attempt = running(run)
     found = report(run, Answers({"17": ("RUNNING", "None")}))
+    late = time.time() - attempt.claim()["time"] - 25  # a busy machine takes seconds to come here
     assert (found["step"], found["total_steps"], found["data_wait"]) == (30, 90, pytest.approx(0.2))
     # 60 steps of 64 samples at 96 samples/s, and an evaluation for every 19 seconds of training
     assert found["seconds_left"] == pytest.approx(60 * 64 / 96 * (1 + 1 / 19), rel=0.02)
-    assert found["goodput"] == pytest.approx(15 / 25, rel=0.05)
-    assert sum(found["seconds"].values()) == pytest.approx(25, rel=0.05)
+    assert 15 / (25 + late) <= found["goodput"] <= (15 + late) / (25 + late)
+    assert 25 <= sum(found["seconds"].values()) <= 25 + late
     (line,) = (line for line in shown([found], 200) if run.name in line)
     assert line.split()[:8] == [run.name, "RUNNING", "17", "1", "30/90", "1.5000", "96", "20%"]
     assert f"{found['goodput']:.1%}" in line
