@@ -61,8 +61,8 @@ def test_ctrl_c_stops_following_only(local, run):
         text=True,
         cwd=Path(logs.__file__).parents[1],
     )
+    assert watcher.stdout.readline(), "it follows"
     local.at_step(run, 4)
-    time.sleep(1)
     watcher.send_signal(signal.SIGINT)
     out, _ = watcher.communicate(timeout=10)
     assert watcher.returncode == 0
