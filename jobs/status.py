@@ -66,8 +66,8 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
     data_wait: the fraction of the last steps that waited for data. seconds_left: until the last step, by the
     speed of the last ones and what evaluations and saves took so far; None where no job is to do them.
     lost_seconds: of `lost_steps`, which were done again or have to be. ended: how the last attempt that ended
-    did. slow: the ranks that hold up the others now, and their `nodes`. stalls: the attempts that a watchdog
-    ended. suspect_nodes: with the attempts that each was slow or stalled in. notes: what people should know
+    did. slow: the ranks that hold up the others now, and their `nodes`. stalls: the attempts that
+    stalled. suspect_nodes: with the attempts that each was slow or stalled in. notes: what people should know
     of these, a line each. seconds, device_seconds: by `jobs.accounting.KINDS`. evaluations: those that jobs
     of their own are to make, or failed to.
     """
