@@ -206,7 +206,12 @@ def test_each_task_of_an_array_takes_its_run(run, tmp_path):
     other = Run.create(tmp_path / "runs" / "toy 1", {}, {})
     pairs = [(run, run.path / "code-1"), (other, other.path / "code 2")]
     lines = of_runs(
-        Cluster(gpus_per_node=0), pairs, logs=tmp_path / "logs", lead=1, used=lambda granted: granted
+        Cluster(gpus_per_node=0),
+        pairs,
+        logs=tmp_path / "logs",
+        lead=1,
+        grace=30.0,
+        used=lambda granted: granted,
     )
     begin = lines[: next(number for number, line in enumerate(lines) if line.startswith("cd "))]
     show = [
