@@ -101,7 +101,7 @@ def test_a_run_leaves_metrics_checkpoints_and_an_outcome(toy: ModuleType, run: A
             passed, abs=0.05
         )
     (account,) = accounted([told_by(run.newest())])
-    assert account.seconds == pytest.approx(account.ended - account.began)
+    assert account.seconds == pytest.approx(account.ended - account.began, abs=1e-6)
     assert (account.spent["lost"], account.ending, account.last_step) == (0, "finished", 12)
     keys = [(line["step"], line["slot"], line["key"]) for line in merged_samples(run)]
     assert keys == [(t + 1, slot, f"{t}-{slot}") for t in range(12) for slot in range(16)]

@@ -141,5 +141,5 @@ def test_the_picture(folder: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "p.png").size[0] > 1000
     with pytest.raises(UserError, match=r"\.png"):
         require_drawable(tmp_path / "p.xyz")
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="is not a folder; make it first"):
         require_drawable(tmp_path / "nowhere" / "p.png")
