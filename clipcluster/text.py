@@ -18,6 +18,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
+def shortened(value: object, limit: int = 300) -> str:
+    """Any value as a text of at most `limit` characters."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def counted(number: int, noun: str) -> str:
     """`1 rank`, `2 ranks`, `3 processes`, `1,000 entries`."""
     if number == 1:

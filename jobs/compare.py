@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from clipcluster.runs.sweeps import membership
 from clipcluster.text import nearest
 from clipcluster.train.rotation import smaller_is_better
 from jobs.metrics import cell
+from jobs.metrics import write as write_lines
 
 ABOUT = ("run", "step")
 
@@ -107,10 +107,4 @@ def _short(value: Any) -> str:
 def write(found: Sequence[Row], names: Sequence[str], out: IO[str], *, kind: str) -> None:
     """The rows as "csv" or "jsonl"."""
     lines = [row.columns(names) for row in found]
-    if kind == "jsonl":
-        out.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-        return
-    keys = list(dict.fromkeys(key for line in lines for key in line))
-    writer = csv.DictWriter(out, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    write_lines(lines, list(dict.fromkeys(key for line in lines for key in line)), out, kind=kind)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from clipcluster.text import counted
+from clipcluster.text import counted, shortened
 from jobs.accounting import ALLOCATED, KINDS, WAITING
 from jobs.status import groups, together
 
@@ -130,11 +130,6 @@ def _ended(one: Mapping[str, Any]) -> str:
 
 def _since(moment: float | None) -> float | None:
     return None if moment is None else max(0.0, time.time() - moment)
-
-
-def shortened(text: str, length: int) -> str:
-    """The text, cut to this many characters."""
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _job(report: Mapping[str, Any]) -> str:

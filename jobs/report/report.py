@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from clipcluster.runs import files
 from clipcluster.runs.folder import Run
+from clipcluster.text import shortened
 from jobs.accounting import KINDS
 from jobs.report import words
 from jobs.report.facts import differences, facts_of
@@ -59,7 +60,7 @@ def page(runs: Sequence[Run], queue: Queue) -> str:
         figure=words.figure,
         moment=words.moment,
         score=words.score,
-        shortened=words.shortened,
+        shortened=shortened,
     )
     return environment.get_template("page.html").render(
         runs=facts,

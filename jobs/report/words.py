@@ -29,12 +29,6 @@ def score(value: float | None) -> str:
     return "not finite" if value is None or not abs(value) < FAR else f"{value:.3f}"
 
 
-def shortened(value: object, limit: int = 300) -> str:
-    """Any value as a text of at most so many characters: a page holds hundreds of them."""
-    text = str(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
 def duration(seconds: float | None) -> str:
     """A span in its two largest units: 2 d 3 h, 12 min 5 s, 4.2 s; empty for None."""
     if seconds is None:
