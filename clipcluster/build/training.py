@@ -21,10 +21,11 @@ from clipcluster.model.norms import group_batch_norms, require_a_row_a_sample, s
 from clipcluster.recipe.plan import Plan, accumulation_of, memory_advice, plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
-from clipcluster.recipe.units import Time
+from clipcluster.recipe.units import AUTO, Time
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.files import read_json
 from clipcluster.runs.folder import Run
+from clipcluster.runs.interruptions import interruptions
 from clipcluster.runs.timing import seconds_of_a_save
 from clipcluster.runtime.outcome import NonFiniteError
 from clipcluster.runtime.stop import Stop
@@ -40,6 +41,7 @@ from clipcluster.train.metrics import Metrics
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
+from clipcluster.train.save_interval import SaveInterval
 from clipcluster.train.saver import Saver
 from clipcluster.train.stages import Stages
 from clipcluster.train.statistics import RunningStatistics
@@ -121,6 +123,7 @@ def build_saver(
 ) -> Saver:
     """What writes and rotates a run's checkpoints; `evaluated`: of every step that is to be evaluated."""
     attempt, every = records.attempt, recipe.checkpoint.every
+    chooses = every == AUTO and records.world.is_main
     about = {
         "versions": versions(),
         "commit": _commit(run, attempt),
@@ -135,6 +138,7 @@ def build_saver(
         constants=constants,
         every_steps=plan_.checkpoint_every,
         every_seconds=every.seconds if isinstance(every, Time) else None,
+        every=SaveInterval(interruptions(run, attempt.number)) if chooses else None,
         evaluated=evaluated,
         last_seconds=seconds_of_a_save(run),
     )

@@ -33,6 +33,7 @@ from clipcluster.recipe.sections.model import (
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.sweep import Member
 from clipcluster.recipe.tasks import METRICS, RAW, TASKS
+from clipcluster.recipe.units import AUTO
 from clipcluster.runs.checkpoints import steps_in
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
@@ -497,6 +498,7 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
     repeated = any(source.repeat != 1 or source.repeat_classes for source in recipe.data.train)
     ranks, nodes = plan.world_size, plan.nodes
     saves = counted(plan.checkpoint_every, "step") if plan.checkpoint_every else str(recipe.checkpoint.every)
+    saves = "as often as measured to be best" if recipe.checkpoint.every == AUTO else f"every {saves}"
     often = f"every {counted(plan.evaluate_every, 'step')} and " if plan.evaluate_every else ""
     sets = sum(len(getattr(recipe.evaluate, kind)) for kind in METRICS)
     where = ", each a job of its own" if recipe.evaluate.where == "job" else ""
@@ -510,7 +512,7 @@ def _summary(recipe: Recipe, plan: Plan, samples: int) -> list[str]:
         f"on {counted(nodes, 'node')}"
         + f", in {plan.accumulation:,} micro-batches of {plan.micro_batch:,}"
         * (plan.accumulation > 1),
-        f"checkpoints: every {saves}; evaluations: " + (f"{often}at the end{where}" if sets else "none"),
+        f"checkpoints: {saves}; evaluations: " + (f"{often}at the end{where}" if sets else "none"),
         f"learning rate: {describe_rates(recipe)}",
         *(f"freeze: {freezing.summary}" for freezing in plan.freezings),
     ]

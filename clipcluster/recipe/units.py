@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import (
     GetCoreSchemaHandler,
@@ -191,22 +191,29 @@ class Time(_Text):
         return f"{_decimal(Fraction(repr(self.seconds)))} s"
 
 
-def parse_period(value: object) -> Interval | Time:
-    """Read a duration or a time; ValueError with what is allowed."""
+AUTO: Final = "auto"
+"""A period that the run chooses itself, by what it measures."""
+
+
+def parse_period(value: object) -> Interval | Time | Literal["auto"]:
+    """Read a duration, a time or `auto`; ValueError with what is allowed."""
     if isinstance(value, (Interval, Time)):
         return value
+    if isinstance(value, str) and value.strip() == AUTO:
+        return AUTO
     kinds: dict[str, type[Interval] | type[Time]] = {
         **dict.fromkeys(Interval.UNITS, Interval),
         **dict.fromkeys(Time.UNITS, Time),
     }
-    return _quantity(value, kinds, f"{Duration.HELP}, {Time.HELP}", "steps min")[1].parse(value)
+    help_ = f"{Duration.HELP}, {Time.HELP}, and 'auto' leaves it to the run"
+    return _quantity(value, kinds, help_, "steps min")[1].parse(value)
 
 
 Period = Annotated[
-    Interval | Time,
+    Interval | Time | Literal["auto"],
     PlainValidator(parse_period),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"anyOf": [Duration.SCHEMA, Time.SCHEMA]}),
+    WithJsonSchema({"anyOf": [Duration.SCHEMA, Time.SCHEMA, {"const": AUTO}]}),
 ]
 
 

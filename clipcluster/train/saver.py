@@ -17,6 +17,7 @@ from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.checkpoint_writer import Contents, Dropped, take_copy
 from clipcluster.train.progress import Progress
 from clipcluster.train.records import Records
+from clipcluster.train.save_interval import SaveCost, SaveInterval
 
 logger = logging.getLogger("clipcluster")
 SAVING = "saving a checkpoint"
@@ -80,8 +81,8 @@ class Saver:
         keep: the rotation policy; keep_every: its `every`, in steps.
         constants: what state.json holds besides the progress: index, starting weights (a resume with others
             is refused), plan.
-        every_steps, every_seconds: the interval between saves; one of them. Steps that `keep.every` keeps,
-            and with `evaluated` or `keep.best` evaluated steps, are saved too.
+        every_steps, every_seconds, every: the interval between saves; one of them. Steps that `keep.every`
+            keeps, and with `evaluated` or `keep.best` evaluated steps, are saved too.
         last_seconds: how long the last save of this run took, where an earlier attempt saved.
     """
 
@@ -95,12 +96,14 @@ class Saver:
         constants: Mapping[str, Any],
         every_steps: int | None = None,
         every_seconds: float | None = None,
+        every: SaveInterval | None = None,
         evaluated: bool = False,
         last_seconds: float = 0.0,
     ) -> None:
         self.folder, self.records, self._world = folder, records, records.world
         self._keep, self._keep_every, self.constants = keep, keep_every, constants
-        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._every_steps, self._every_seconds, self._every = every_steps, every_seconds, every
+        self._cost = SaveCost(self._world.pulse)
         self._evaluated = evaluated or keep.best is not None
         self._write: _Write | None = None
         self._clock = time.monotonic()
@@ -120,8 +123,11 @@ class Saver:
 
     def wishes(self, progress: Progress) -> Wish:
         """SAVE where a save is due or has to be repeated; after `FAILED_SAVES`, `records.failure` is set."""
-        if self._write and not self._write.is_alive():
-            self.finish()
+        if self._write and self._write.is_alive():
+            self._cost.beside(progress.step)
+        elif self._write:
+            with self._cost.waiting():
+                self.finish()
         repeated = bool(self._failures) and self._write is None
         due = self._world.is_main and (repeated or self._due(progress))
         return Wish.SAVE if due else Wish.NONE
@@ -135,9 +141,10 @@ class Saver:
             return True  # rotation can only keep what was saved
         if self._every_steps:
             return progress.step % self._every_steps == 0
-        if self._every_seconds is None or self._write:
+        seconds = self._every.seconds if self._every else self._every_seconds
+        if seconds is None or self._write:
             return False  # a save that is due by the clock does not wait for the one under way
-        return time.monotonic() - self._clock >= self._every_seconds
+        return time.monotonic() - self._clock >= seconds
 
     def seconds_to_stop(self) -> float:
         """Seconds that the write under way and one more save take; 0.0 before a save was timed."""
@@ -153,9 +160,11 @@ class Saver:
         The newest checkpoint of at most so many batches is kept for a roll-back.
         """
         self._world.pulse.begin(SAVING)
-        if self._world.while_main(lambda: self._wanted(progress.step)):
-            self._start(progress, parts)
-            self._sound = progress.step if sound is None else sound
+        with self._cost.waiting():
+            if self._world.while_main(lambda: self._wanted(progress.step)):
+                self._start(progress, parts)
+                self._sound = progress.step if sound is None else sound
+                self._cost.begin()
 
     def _wanted(self, step: int) -> bool:
         """On rank 0: whether a step still has to be written, once the write under way is done."""
@@ -229,10 +238,19 @@ class Saver:
             self._note_failure(write.step, error)
         elif error is None and self._world.is_main:
             self._failures, self.durable_step, self.last_seconds = 0, write.step, write.seconds
-            self.records.event("checkpoint", step=write.step, seconds=round(write.seconds, 3))
+            self._record(write)
             self._settle()
         elif error is not None and not isinstance(error, Dropped):
             self.records.failure = error if isinstance(error, Exception) else RuntimeError(str(error))
+
+    def _record(self, write: _Write) -> None:
+        """Record a durable checkpoint, and what it cost where the training went on meanwhile."""
+        cost, costs = self._cost.take(), dict[str, float]()
+        if cost is not None:
+            costs["cost"] = round(cost, 3)
+            if self._every:
+                self._every.saved(cost)
+        self.records.event("checkpoint", step=write.step, seconds=round(write.seconds, 3), **costs)
 
     def _settle(self) -> None:
         """Record evaluations of durable steps, then rotate; what fails here is repeated at the next save.

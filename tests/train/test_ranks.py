@@ -65,6 +65,7 @@ SIZE = 4
         ("whole", {}),
         pytest.param("cached", {}, marks=pytest.mark.long),
         pytest.param("cached", {"compile": True}, marks=pytest.mark.long),
+        pytest.param("whole", {"auto": True}, marks=pytest.mark.long),
         pytest.param("whole", {"optimizer": "lamb"}, marks=pytest.mark.long),
         pytest.param("cached", {"optimizer": "muon"}, marks=pytest.mark.long),
     ],
@@ -78,7 +79,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     """
     whole, stopped = ranked_run(toy, tmp_path / "whole"), ranked_run(toy, tmp_path / "stopped")
     script = {"evaluate_every": 6, "thaw_at": 6, "backward": backward, "own_part": True, **changes}
-    start_ranks(whole, SIZE, script).finish(0)
+    start_ranks(whole, SIZE, {**script, "auto": False}).finish(0)
     attempts = [
         {**script, "stop_at": 0},  # right after the discarded pass
         {**script, "stop_at": 2, "stop_rank": SIZE - 1},

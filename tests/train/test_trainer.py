@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from clipcluster.errors import StaleAttempt
 from clipcluster.runs.evaluations import attempt_of, owe, owed_by
 from clipcluster.runs.files import read_json, read_lines
+from clipcluster.runs.interruptions import interruptions
 from clipcluster.runs.merge import bad_samples, events, merged_metrics
 from clipcluster.runtime.outcome import (
     CheckpointError,
@@ -33,6 +34,7 @@ from clipcluster.runtime.outcome import (
 )
 from clipcluster.runtime.pulse import BATCH
 from clipcluster.runtime.stop import Stop, Wish
+from clipcluster.train import save_interval
 from clipcluster.train.checkpoint_writer import Dropped
 from clipcluster.train.saver import SAVING
 from jobs.accounting import accounted, told_by
@@ -131,6 +133,24 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert toy.go(other, precision=precision).outcome is Outcome.FINISHED
     assert losses(other) == losses(run)
     assert_same_weights(other.checkpoints / "step-00000012", run.checkpoints / "step-00000012")
+
+
+def test_when_a_save_happens_changes_nothing_that_is_trained(
+    toy: ModuleType, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy.go(run)
+    for name, value in (("FIRST_SECONDS", 0.0), ("LEAST_SECONDS", 0.0), ("ASSUMED_SECONDS", 1e-6)):
+        monkeypatch.setattr(save_interval, name, value)
+    other = fresh(toy, run, "auto")
+    assert toy.go(other, auto=True, stop_at=6, pause=0.02).outcome is Outcome.STOPPED
+    assert toy.go(other, auto=True, pause=0.02).outcome is Outcome.FINISHED
+    assert losses(other) == losses(run)
+    assert_same_weights(other.checkpoints / "step-00000012", run.checkpoints / "step-00000012")
+    saves = [event for event in events(other) if event["event"] == "checkpoint"]
+    assert len(saves) > 4
+    in_background = [event["step"] for event in saves if "cost" in event]
+    assert {7, 12}.isdisjoint(in_background), "those of a stop and of the end are waited for"
+    assert len(interruptions(other, 3).save_costs) == len(in_background) == len(saves) - 2
 
 
 def test_a_stop_before_the_first_step_leaves_nothing_and_ends_cleanly(toy: ModuleType, run: Any) -> None:

@@ -28,10 +28,11 @@ from clipcluster.model.towers import ImageTower, TextTower
 from clipcluster.recipe.sections.checkpoint import Best, Keep
 from clipcluster.recipe.stages import Freezing
 from clipcluster.runs.folder import Run
+from clipcluster.runs.interruptions import interruptions
 from clipcluster.runtime.launch import Launch
 from clipcluster.runtime.stop import Stop
 from clipcluster.runtime.world import World
-from clipcluster.train import work
+from clipcluster.train import save_interval, work
 from clipcluster.train.backward import Backward, Cached, Independent, Whole
 from clipcluster.train.checkpoint import CheckpointFolder
 from clipcluster.train.compiling import compile_towers
@@ -43,6 +44,7 @@ from clipcluster.train.optimizer import Optimizer, StageRate
 from clipcluster.train.precision import Precision
 from clipcluster.train.progress import Feed, Progress
 from clipcluster.train.records import Records
+from clipcluster.train.save_interval import SaveInterval
 from clipcluster.train.saver import Saver
 from clipcluster.train.schedule import learning_rate
 from clipcluster.train.stages import Stage, Stages
@@ -61,6 +63,7 @@ class Script:
 
     steps: int = 12
     save_every: int | None = 4
+    auto: bool = False  # saves as often as is best, with intervals as short as these runs
     log_every: int = 1
     evaluate_every: int | None = None
     by_job: bool = False  # evaluations are left to jobs of their own
@@ -299,7 +302,8 @@ def saver_of(script: Script, attempt: Any, world: World, records: Records) -> Sa
         records,
         keep=Keep(last=script.keep_last, best=Best(metric=script.keep_best) if script.keep_best else None),
         constants=constants,
-        every_steps=script.save_every,
+        every_steps=None if script.auto else script.save_every,
+        every=SaveInterval(interruptions(Run(attempt.run), attempt.number)) if script.auto and world.is_main else None,
         evaluated=script.by_job,
     )
 
@@ -400,6 +404,9 @@ def rank(path: str, number: int, size: int, log: str, attempts: list[dict[str, A
         RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(size)
     )
     torch.set_num_threads(1)
+    if any(script.get("auto") for script in attempts):
+        save_interval.FIRST_SECONDS = save_interval.LEAST_SECONDS = 0.0
+        save_interval.ASSUMED_SECONDS = 1e-6
     run = Run(path)
     first = run.newest()
     assert first

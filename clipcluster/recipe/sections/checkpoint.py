@@ -36,5 +36,10 @@ class Keep(Section):
 class Checkpoint(Section):
     """When to save, and what to keep."""
 
-    every: Period = key("record", "How often to save: a duration or a time.", "15 min")
+    every: Period = key(
+        "record",
+        "How often to save: a duration, a time, or auto: by the measured cost of a save and how often the run "
+        "was interrupted.",
+        "15 min",
+    )
     keep: Keep = section("Which checkpoints are kept.", {})
