@@ -30,7 +30,8 @@ def test_steps_after_the_last_checkpoint_are_lost(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", {}, {})
     assert interruptions(run, 1) == Interruptions()
     attempt_of(run, [opened(1000.0), saved(1100.0, 10, cost=0.5)], [(1050.0, 5), (1150.0, 15)])  # killed
-    attempt_of(run, [opened(2000.0), saved(2100.0, 20, cost=0.7), saved(2130.0, 22)], [(2125.0, 22)])  # stopped
+    stopped = [opened(2000.0), saved(2100.0, 20, cost=0.7), saved(2130.0, 22)]
+    attempt_of(run, stopped, [(2125.0, 22)])
     attempt_of(run, [], [])  # never trained
     attempt_of(run, [opened(3000.0), {"event": "resume", "step": 22, "time": 3000.0}], [(3010.0, 22)])
     assert interruptions(run, 2) == Interruptions(150.0, 1, (0.5,))

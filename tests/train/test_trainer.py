@@ -149,8 +149,8 @@ def test_when_a_save_happens_changes_nothing_that_is_trained(
     saves = [event for event in events(other) if event["event"] == "checkpoint"]
     assert len(saves) > 4
     in_background = [event["step"] for event in saves if "cost" in event]
-    assert {7, 12}.isdisjoint(in_background), "those of a stop and of the end are waited for"
-    assert len(interruptions(other, 3).save_costs) == len(in_background) == len(saves) - 2
+    assert 7 not in in_background, "the training waits for the save of a stop"
+    assert len(interruptions(other, 3).save_costs) == len(in_background) > 2
 
 
 def test_a_stop_before_the_first_step_leaves_nothing_and_ends_cleanly(toy: ModuleType, run: Any) -> None:

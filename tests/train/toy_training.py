@@ -295,6 +295,7 @@ def saver_of(script: Script, attempt: Any, world: World, records: Records) -> Sa
         "starting_weights": {"image": script.weights},
         "plan": {"total_steps": script.steps},
     }
+    history = interruptions(Run(attempt.run), attempt.number)
     checkpoints = SlowDisk(attempt, about={"world_size": world.size})
     checkpoints.seconds, checkpoints.blind = script.slow_disk, script.blind == world.rank
     return Saver(
@@ -303,7 +304,7 @@ def saver_of(script: Script, attempt: Any, world: World, records: Records) -> Sa
         keep=Keep(last=script.keep_last, best=Best(metric=script.keep_best) if script.keep_best else None),
         constants=constants,
         every_steps=None if script.auto else script.save_every,
-        every=SaveInterval(interruptions(Run(attempt.run), attempt.number)) if script.auto and world.is_main else None,
+        every=SaveInterval(history) if script.auto and world.is_main else None,
         evaluated=script.by_job,
     )
 
