@@ -24,6 +24,7 @@ from jobs.endings.verdict import Facts, Verdict, blamed, decide
 from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
 
 REFUSED_SECONDS = 30.0  # how long a requeue that SLURM refuses is tried again
+SILENT_SECONDS = 600.0  # … where it gives no answer: its controller may be restarted
 EXCLUDE_SECONDS = 3.0
 
 
@@ -122,8 +123,9 @@ def record(
 
 
 def requeue(slurm: Slurm, job_id: str, seen: Facts) -> str | Verdict | None:
-    """Have the job run again, asking for up to `REFUSED_SECONDS`; None once it will.
+    """Have the job run again; None once it will.
 
+    SLURM is asked for up to `REFUSED_SECONDS`, where it gives no answer for up to `SILENT_SECONDS`.
     Else why SLURM did not do it, or the verdict on the job if it was cancelled in the meantime.
     """
     cancelled: Verdict | None = None
@@ -141,7 +143,7 @@ def requeue(slurm: Slurm, job_id: str, seen: Facts) -> str | Verdict | None:
         elif now.action != "note":
             slurm.requeue(job_id)
 
-    refusal = _refusal(once, REFUSED_SECONDS, 1.0)
+    refusal = _refusal(once, REFUSED_SECONDS, 1.0, silent=SILENT_SECONDS)
     if refusal is not None:
         say(f"SLURM did not requeue job {job_id}: {refusal}")
     return refusal or cancelled
@@ -172,14 +174,22 @@ def _exclude(slurm: Slurm, job: JobState, job_id: str, nodes: Sequence[str]) -> 
         say(f"SLURM did not exclude {', '.join(nodes)}: {refusal}")
 
 
-def _refusal(ask: Callable[[], None], seconds: float, pause: float) -> str | None:
-    """Ask SLURM again and again for so long; None once it did as it was asked, else why it did not."""
-    deadline = time.monotonic() + seconds
+def _refusal(ask: Callable[[], None], seconds: float, pause: float, *, silent: float = 0.0) -> str | None:
+    """Ask SLURM again and again for so long; None once it did as it was asked, else why it did not.
+
+    `silent`: how long where it gives no answer, if longer; after `seconds` it is asked less often.
+    """
+    began = time.monotonic()
     while True:
+        patience = seconds
         try:
             ask()
             return None
-        except (SlurmUnavailable, SlurmRefused) as refusal:
-            if time.monotonic() >= deadline:
-                return str(refusal)
-        time.sleep(pause)
+        except SlurmRefused as refusal:
+            why = str(refusal)
+        except SlurmUnavailable as silence:
+            why, patience = str(silence), max(seconds, silent)
+        waited = time.monotonic() - began
+        if waited >= patience:
+            return why
+        time.sleep(pause if waited < seconds else 5 * pause)

@@ -16,7 +16,7 @@ from clipcluster.runtime.environment import EARLY_SECONDS, LEAD, LOGS
 from clipcluster.runtime.job_id import slurm_job_id
 from jobs.endings import history
 from jobs.endings.log import marker, say, tail
-from jobs.endings.verdict import Facts, Job, error_lines
+from jobs.endings.verdict import Facts, Job, error_lines, memory_line
 from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
 
 NEUTRAL = frozenset({"preempted", "requeued already"})  # never count against a run, and break no row
@@ -45,6 +45,7 @@ def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) ->
     checkpoint = newest_complete(run.checkpoints)
     earlier = [each for each in history.earlier(run, attempt) if each["ending"] not in NEUTRAL]
     before = earlier[0] if earlier else {}
+    log = tail([first], after=marker(attempt), lines=1000)
     return Facts(
         code=code,
         superseded=attempt.is_stale(),
@@ -58,7 +59,8 @@ def gather(run: Run, attempt: Attempt, code: int, *, job_id: str, logs: Path) ->
         raised_before=before.get("raised", []) if before.get("checkpoint") == checkpoint else [],
         fruitless=_fruitless(earlier, checkpoint),
         broken_before=before.get("ending") == "never started",
-        errors=error_lines(tail([first], after=marker(attempt), lines=1000)),
+        errors=error_lines(log),
+        memory=memory_line(log),
         tail=tail([*others[:1], first], after=marker(attempt)),
     )
 

@@ -17,6 +17,10 @@ from tools.slurm import expand_nodes
 Action = Literal["leave", "finish", "cancel", "stop", "note", "requeue", "fail"]
 FRUITLESS = 3  # endings in a row without a newer checkpoint that end a run
 REPEATED = 1  # exit code of a run that such a row ended
+MORE_MEMORY = (
+    "Ask for more memory on each node (cluster.mem), or use fewer loader workers (data.workers), then submit "
+    "again: the run resumes from its last checkpoint."
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Facts:
     fruitless: int = 0  # endings in a row just before this one that count, with no newer checkpoint since
     broken_before: bool = False  # the ending just before was "never started"
     errors: Sequence[str] = ()  # lines of srun about tasks and nodes
+    memory: str = ""  # the line in which SLURM says that ranks were killed because they exceeded their memory
     tail: str = ""  # the last lines of srun and the ranks
 
 
@@ -108,6 +113,8 @@ def _by_ranks(facts: Facts) -> Verdict:
     if said:
         reason = f"{said['reason']} (rank {said['rank']} on {said['host']})"
         return Verdict("fail", "failed", said["code"], reason, said["advice"] or ADVICE.get(said["code"], ""))
+    if facts.memory:
+        return Verdict("fail", "out of memory", Outcome.OUT_OF_MEMORY, facts.memory, MORE_MEMORY)
     again = next((each for each in facts.raised if each in facts.raised_before), None)
     if again is not None:
         where = "before the first step" if again["step"] is None else f"at step {again['step']}"
@@ -135,12 +142,16 @@ def _unless_fruitless(facts: Facts, verdict: Verdict) -> Verdict:
     if facts.fruitless + 1 < FRUITLESS:
         return verdict
     reason = f"{FRUITLESS} endings in a row with no newer checkpoint; the last: {verdict.ending}"
+    advice = "See clipcluster logs RUN; save more often (checkpoint.every) or ask for more time, submit again."
+    first = _first_culprit(facts.errors)
+    if first and first.string.endswith(": Killed"):
+        advice = f"The kernel kills ranks where a node runs out of memory. {MORE_MEMORY}"
     return Verdict(
         "fail",
         verdict.ending,
         REPEATED,
         f"{reason} ({verdict.reason})" if verdict.reason else reason,
-        "See clipcluster logs RUN; save more often (checkpoint.every) or ask for more time, submit again.",
+        advice,
     )
 
 
@@ -151,10 +162,23 @@ _SURVIVORS = (Outcome.STOPPED, Outcome.LOST_PEERS, Outcome.STALLED)
 _SURVIVOR = re.compile(rf"exit code ({'|'.join(str(int(code)) for code in _SURVIVORS)})\b")
 _STALLED = re.compile(rf"exit code {Outcome.STALLED:d}\b")
 
+# "slurmstepd: error: Detected 1 oom_kill event in StepId=3.0. …", "srun: error: n2: task 1: Out Of Memory"
+_OF_MEMORY = re.compile(
+    r"^\s*((?:srun|slurmstepd): .*"
+    r"(?:oom[-_]kill event|exceeded (?:job |virtual )?memory limit|: out of memory).*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+
 
 def error_lines(text: str) -> list[str]:
     """The lines in which srun tells of tasks and nodes that went wrong."""
     return [line.strip() for line in text.splitlines() if _OF_TASKS.search(line) or _OF_NODE.search(line)]
+
+
+def memory_line(text: str) -> str:
+    """The first line in which SLURM says that tasks were killed for their memory; "" where none does."""
+    found = _OF_MEMORY.search(text)
+    return found[1].strip() if found else ""
 
 
 def blamed(
@@ -172,10 +196,12 @@ def blamed(
     if stalled:
         nodes = stalled.get("nodes", []) if stalled.get("silent") else []
         return nodes[0] if len(nodes) == 1 else None
+    first = _first_culprit(errors)
+    return next(iter(expand_nodes(first[1])), None) if first else None
+
+
+def _first_culprit(errors: Sequence[str]) -> re.Match[str] | None:
+    """The first of the error lines that tells of no survivor; its group is the nodes."""
     after_a_stall = any(_STALLED.search(line) for line in errors)
-    for line in errors:
-        match = _OF_NODE.search(line) or (None if after_a_stall else _OF_TASKS.search(line))
-        if match and not _SURVIVOR.search(line):
-            nodes = expand_nodes(match[1])
-            return nodes[0] if nodes else None
-    return None
+    matches = (_OF_NODE.search(line) or (None if after_a_stall else _OF_TASKS.search(line)) for line in errors)
+    return next((match for match in matches if match and not _SURVIVOR.search(match.string)), None)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.endings.verdict import Facts, Job, blamed, decide, error_lines
+from jobs.endings.verdict import Facts, Job, blamed, decide, error_lines, memory_line
 
 RUNNING = Job(running=True)
 FINISHED = {"outcome": "finished", "code": 0, "reason": "", "advice": ""}
@@ -34,6 +34,7 @@ LINES = {
     "preempted": Facts(85, job=replace(RUNNING, preempted=True)),
     "stopped": Facts(85, said=STOPPED, job=RUNNING),
     "failed": Facts(90, said=FAILED, job=RUNNING),
+    "out of memory": Facts(137, memory="srun: error: n2: task 1: Out Of Memory", started=True, job=RUNNING),
     "stalled": Facts(94, stalled=STALLED, started=True, job=RUNNING),
     "crashed": Facts(1, started=True, job=RUNNING),
     "never started": Facts(1, job=RUNNING),
@@ -49,6 +50,7 @@ EXPECTED = {
     "preempted": ("requeue", 85),
     "stopped": ("requeue", 85),
     "failed": ("fail", 90),
+    "out of memory": ("fail", 91),
     "stalled": ("requeue", 85),
     "crashed": ("requeue", 85),
     "never started": ("requeue", 85),
@@ -150,6 +152,11 @@ def test_three_in_a_row_end_the_run(line):
     assert (verdict.action, verdict.code) == ("fail", 1)
     assert "3 endings in a row with no newer checkpoint" in verdict.reason
     assert verdict.advice
+    survivor = "srun: error: n1: task 0: Exited with exit code 87"
+    killed = replace(LINES[line], fruitless=2, errors=[survivor, "srun: error: n2: task 1: Killed"])
+    assert "cluster.mem" in decide(killed).advice
+    exited = replace(killed, errors=[survivor, "srun: error: n2: task 1: Exited with exit code 1"])
+    assert "cluster.mem" not in decide(exited).advice
 
 
 @pytest.mark.parametrize("line", ["preempted", "stopped", "requeued already"])
@@ -190,6 +197,26 @@ def test_a_failure_keeps_its_reason_and_has_an_advice():
     assert (verdict.reason, verdict.advice) == ("shard 3 changed (rank 1 on n2)", "index it again")
     for code in (86, 89, 90, 91, 92, 93):
         assert decide(replace(LINES["failed"], said={**FAILED, "code": code, "advice": ""})).advice
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.",
+        "slurmstepd: error: Detected 2 oom-kill event(s) in StepId=7.0 cgroup. Some of your processes may have",
+        "slurmstepd: error: StepId=7.0 exceeded memory limit (734003200 > 524288000), being killed",
+        "srun: error: n2: tasks 1-3: Out Of Memory",
+        "srun: Exceeded job memory limit",
+    ],
+)
+def test_what_slurm_kills_for_its_memory_ends_with_advice(line):
+    found = memory_line(f"{SRUN}{line}\nslurmstepd: error: *** STEP 7.0 ON n2 CANCELLED ***\n")
+    assert found == line
+    verdict = decide(replace(LINES["out of memory"], memory=found, errors=error_lines(SRUN)))
+    assert (verdict.reason, verdict.code) == (line, 91)
+    assert "cluster.mem" in verdict.advice
+    assert memory_line(SRUN) == ""
+    assert memory_line("a rank says: Out Of Memory\nTried to allocate: out of memory") == ""
 
 
 SRUN = """\
