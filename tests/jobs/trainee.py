@@ -6,11 +6,12 @@ misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the
     steps: how many there are (default 20)       seconds: of a step (default 0.1)
     save_every: steps between checkpoints (default 5)
     crash: {step, rank, attempts}                os._exit(1); or {at, rank}: at one step for each attempt
-    raises: {step, rank, error, attempts}        an exception of that name, or "DataError"
+    raises: {step, rank, error, attempts}        an exception of that name, or a Failure
     hang: {step, rank, attempts}                 never comes to the next step, and ignores the stop
     imports: seconds                             of what stands for the import of torch
     deaf: {attempts, until}                      all ranks ignore what they agreed on (till that signal comes)
     save_seconds: seconds                        that the save of a stop takes
+    eats: {step, rank, attempts, megabytes}     takes so much more memory, 50 MB at a time
     evaluation: {seconds, fails}                 owed at every save, and made by `evaluate` in its own job
     stalled_after: seconds                       a watchdog ends ranks that no longer get ahead
 """
@@ -26,10 +27,16 @@ import socket
 import time
 
 from clipcluster.runs import evaluations, files
-from clipcluster.runtime.outcome import DataError, LostPeers, Outcome
+from clipcluster.runtime.outcome import DataError, LostPeers, Outcome, OutOfMemory, RecipeFailure
 from clipcluster.runtime.pulse import FEATURES, Pulse
 from clipcluster.runtime.stop import Wish
 from clipcluster.train.watchdog import Watchdog
+
+FAILURES = {
+    "DataError": DataError("shard 00003.tar changed"),
+    "RecipeFailure": RecipeFailure("the starting weights of image do not match", "Restore the file."),
+    "OutOfMemory": OutOfMemory("a training step: CUDA out of memory", "Set train.micro_batch to 8."),
+}
 
 
 class Peers:
@@ -122,13 +129,14 @@ def misbehave(orders, place, attempt, step):
     if applies(orders.get("hang"), place, attempt, step):
         while True:
             time.sleep(1)
+    if applies(orders.get("eats"), place, attempt, step):
+        hoard = []
+        while 50 * len(hoard) < orders["eats"]["megabytes"]:
+            hoard.append(b"x" * 50_000_000)
+            nap(0.2)
     if applies(orders.get("raises"), place, attempt, step):
         name = orders["raises"]["error"]
-        raise (
-            DataError("shard 00003.tar changed")
-            if name == "DataError"
-            else getattr(builtins, name)("on purpose")
-        )
+        raise FAILURES[name] if name in FAILURES else getattr(builtins, name)("on purpose")
 
 
 def nap(seconds):

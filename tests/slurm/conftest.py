@@ -8,7 +8,8 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from jobs.state import Queue, state_of
 from jobs.submit import launch, snapshot
 from tests.consumed import merged_samples
 from tools.sandbox import sandbox as sandboxes
-from tools.sandbox.config import ADMIN_FOLDERS, Sandbox
-from tools.sandbox.preempt import release
+from tools.sandbox.config import ADMIN_FOLDERS, Sandbox, slurm_conf
+from tools.sandbox.preempt import Preemption, preempt, release
 
 MISSING = (
     "SLURM tests skipped: no slurmctld on this machine (apt-get install --no-install-recommends slurm-wlm)"
@@ -54,16 +55,28 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """Four nodes n1 to n4 of 4 CPUs; GraceTime 10 s, KillWait 5 s; partitions low (default) and high.
 
     `@pytest.mark.parametrize("sandbox", [False, True], indirect=True)`: with True the site sends USR2 at a
-    preemption (preempt_send_user_signal).
+    preemption (preempt_send_user_signal). With pairs of texts the first of each is replaced in slurm.conf.
     """
     need_slurm()
     room = Path(tempfile.mkdtemp(prefix="clipcluster-test-", dir="/tmp"))
-    folder = room / "sandbox"
+    folder, param = room / "sandbox", getattr(request, "param", False)
+    changes = () if isinstance(param, bool) else param
     try:
-        yield sandboxes.start(folder, nodes=4, user_signal=bool(getattr(request, "param", False)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sandboxes, "slurm_conf", lambda sandbox: changed(slurm_conf(sandbox), changes))
+            sandbox = sandboxes.start(folder, nodes=4, user_signal=param is True)
+        yield sandbox
     finally:
         sandboxes.stop(folder, patience=0)
         shutil.rmtree(room, ignore_errors=True)
+
+
+def changed(text: str, changes: Iterable[tuple[str, str]]) -> str:
+    """The text with the second of each pair in place of the first, which it must hold."""
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return text
 
 
 TRAINEES = Path(__file__).resolve().parents[1] / "jobs"
@@ -170,17 +183,30 @@ class Bench:
 
 
 @pytest.fixture
-def bench_on(tmp_path, code, monkeypatch):
-    """Makes a bench on a sandbox; for tests that start one of their own."""
-    need_slurm()
-    return lambda sandbox: Bench(sandbox, tmp_path, code, monkeypatch)
-
-
-@pytest.fixture
-def bench(sandbox, bench_on):
-    bench = bench_on(sandbox)
+def bench(sandbox, tmp_path, code, monkeypatch):
+    bench = Bench(sandbox, tmp_path, code, monkeypatch)
     yield bench
     bench.slurm.cancel(bench.jobs)
     deadline = time.monotonic() + 30
     while bench.slurm.queue(job_ids=bench.jobs) and time.monotonic() < deadline:
         time.sleep(0.2)
+
+
+@pytest.fixture
+def preempt_and_watch(sandbox: Sandbox) -> Callable[[str], tuple[Preemption, float]]:
+    """Preempts a job; also returns the seconds from the signal to its ranks until its nodes were free."""
+
+    def watched(job: str) -> tuple[Preemption, float]:
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(preempt, sandbox.folder, job, come_back=False)
+            signalled = None
+            while not done.done():
+                seen, now = sandbox.slurm.job(job), time.monotonic()
+                if signalled is None and seen.preempt_time:
+                    signalled = now  # SLURM sends the signal when it sets this time
+                if signalled is not None and seen.state == "PENDING":
+                    return done.result(), now - signalled
+                time.sleep(0.02)
+        raise AssertionError(f"job {job} was not preempted: {done.result()}")
+
+    return watched

@@ -6,9 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
@@ -225,25 +223,6 @@ def test_a_silent_slurm_leaves_mark_and_outcome(bench, tmp_path):
     assert bench.verdict(other, 1)["event"] == "cancel"
     assert bench.gone(job) == "FAILED"
     assert bench.gone(second) == "CANCELLED"
-
-
-@pytest.mark.long
-def test_preempted_without_grace(bench_on):
-    """GraceTime 0: SLURM has requeued the job already when the ranks hear of it."""
-    folder = Path(tempfile.mkdtemp(prefix="clipcluster-test-", dir="/tmp"))
-    try:
-        bench = bench_on(sandboxes.start(folder / "sandbox", nodes=1, grace_seconds=0))
-        run, job = bench.submit({"steps": 40})
-        bench.at_step(run, 7)
-        assert preempt(folder / "sandbox", job, come_back=False).requeued
-        verdict = history.last_verdict(run.attempt(1))
-        assert verdict is None or verdict["ending"] == "requeued already"
-        assert newest_complete(run.checkpoints) >= 5
-        bench.come_back(job)
-        bench.finished(run, job, 2, 40, 1)
-    finally:
-        sandboxes.stop(folder / "sandbox", patience=0)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_node_without_the_code_is_left_once(bench):
