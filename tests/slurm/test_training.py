@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from clipcluster.runs.folder import Run
-from clipcluster.runs.merge import events, merged_metrics
+from clipcluster.runs.merge import events, lines, merged_metrics
 from clipcluster.runs.names import all_runs
-from jobs.state import Queue, state_of
+from jobs.state import Queue, State, state_of
 from tests.consumed import merged_samples
 from tools.convert.convert import convert
 from tools.sandbox import sandbox as sandboxes
@@ -154,12 +156,12 @@ def codes_of_old_ranks(run: Run) -> list[int]:
 def ranked(run: Run, kind: str) -> list[dict]:
     """Events of the first attempt's ranks, with the rank that wrote each."""
     files = run.attempt(1).path.glob("events-rank-*.jsonl")
-    lines = [
+    written = [
         {**json.loads(line), "rank": int(path.stem.rpartition("-")[2])}
         for path in files
         for line in path.read_text().splitlines()
     ]
-    return [line for line in lines if line["event"] == kind]
+    return [line for line in written if line["event"] == kind]
 
 
 def rank_log(run: Run, rank: int) -> str:
@@ -209,6 +211,57 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(site):
     (resumed,) = of_kind(run, "resume")
     assert resumed["step"] in (8, 16, 24)
     site.assert_as_uninterrupted(run, SHORT)
+
+
+@pytest.mark.long
+def test_a_preemption_loses_no_step_and_the_nodes_are_free_in_time(site, preempt_and_watch):
+    """From the signal to free nodes: one step, the save, and 3 s at most."""
+    run = site.submit(SHORT)
+    wait_for_step(run, 15)
+    preemption, seconds = preempt_and_watch(run.newest().job)
+    assert preemption.requeued
+    saved = of_kind(run, "checkpoint")[-1]
+    times = [line["time"] for line in merged_metrics(run)]
+    step = max(later - earlier for earlier, later in pairwise(times))
+    print(f"{seconds:.2f} s to free nodes; longest step {step:.2f} s, save {saved['seconds']:.2f} s")
+    assert seconds <= step + saved["seconds"] + 3.0
+    assert saved["step"] == len(times) == max(losses(run))
+    site.wait_for_end(run)
+    assert [event["step"] for event in of_kind(run, "resume")] == [saved["step"]]
+    assert len(list(lines(run, "metrics.jsonl"))) == SHORT, "no step was made twice"
+    site.assert_as_uninterrupted(run, SHORT)
+
+
+@pytest.mark.long
+def test_errors_of_data_and_recipe_end_with_advice_that_works(site, tmp_path):
+    def failed(run: Run) -> State:
+        wait_until(lambda: state_of(run, Queue(site.sandbox.slurm)).name == "FAILED", run, "its failure")
+        return state_of(run, Queue(site.sandbox.slurm))
+
+    folder = tmp_path / "digits"
+    shutil.copytree(site.digits, folder)
+    shards = (f"data.train.0.shards={folder}/train", "optim.warmup=2 steps")
+    run = site.submit(8, *shards, f'cluster.setup=["mv {folder}/train {folder}/away"]')
+    state = failed(run)
+    assert state.code == 90
+    assert str(folder / "train") in state.detail
+    assert state.advice
+    (folder / "away").rename(folder / "train")
+    wait_until(lambda: not state_of(run, Queue(site.sandbox.slurm)).queued, run, "the end of its job")
+    site.resubmit(run, 8, *shards)
+    site.wait_for_end(run)
+    assert sorted(losses(run)) == list(range(1, 9))
+
+    wrong = "model.image.timm=resnet10z"
+    state = failed(site.submit(SHORT, wrong))
+    assert state.code == 89
+    assert "resnet10z" in state.detail
+    assert "clipcluster check RECIPE --deep" in state.advice
+    command = [sys.executable, "-m", "jobs.cli", "check", str(ROOT / "recipes/digits.yaml"), wrong, "--deep"]
+    environment = {**os.environ, "DIGITS": str(site.digits)}
+    checked = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert checked.returncode == 2
+    assert "resnet10z" in checked.stderr + checked.stdout
 
 
 @pytest.mark.long
