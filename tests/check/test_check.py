@@ -132,8 +132,9 @@ def test_a_right_recipe(checked: Callable[..., Checked]) -> None:
 
 
 def test_micro_batches_are_said(checked: Callable[..., Checked]) -> None:
-    found = checked("data.batch_size=8", "train.micro_batch=2")
+    found = checked("data.batch_size=8", "train.micro_batch=2", "checkpoint.every=auto")
     assert found.summary[3] == "batch: 8 = 2 ranks x 4 on 1 node, in 2 micro-batches of 2"
+    assert found.summary[4].startswith("checkpoints: as often as measured to be best; evaluations: ")
 
 
 def test_captions_all_counts_pairs(checked: Callable[..., Checked]) -> None:

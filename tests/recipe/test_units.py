@@ -136,7 +136,9 @@ def test_what_is_no_time(text: object) -> None:
 def test_a_period_is_a_duration_or_a_time() -> None:
     assert parse_period("15 min") == Time(900.0)
     assert parse_period("3 epochs") == Interval(Fraction(3), "epochs")
-    with pytest.raises(ValueError, match=r"duration.*time"):
+    assert parse_period("auto") == "auto"
+    assert TypeAdapter(Period).dump_python(parse_period("auto")) == "auto"
+    with pytest.raises(ValueError, match=r"duration.*time.*auto"):
         parse_period("3 weeks")
     with pytest.raises(ValidationError):
         TypeAdapter(Period).validate_python(3)
