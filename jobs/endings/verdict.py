@@ -142,7 +142,9 @@ def _unless_fruitless(facts: Facts, verdict: Verdict) -> Verdict:
     if facts.fruitless + 1 < FRUITLESS:
         return verdict
     reason = f"{FRUITLESS} endings in a row with no newer checkpoint; the last: {verdict.ending}"
-    advice = "See clipcluster logs RUN; save more often (checkpoint.every) or ask for more time, submit again."
+    advice = (
+        "See clipcluster logs RUN; save more often (checkpoint.every) or ask for more time, submit again."
+    )
     first = _first_culprit(facts.errors)
     if first and first.string.endswith(": Killed"):
         advice = f"The kernel kills ranks where a node runs out of memory. {MORE_MEMORY}"

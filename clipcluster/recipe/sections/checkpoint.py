@@ -38,8 +38,8 @@ class Checkpoint(Section):
 
     every: Period = key(
         "record",
-        "How often to save: a duration, a time, or auto: by the measured cost of a save and how often the run "
-        "was interrupted.",
+        "How often to save: a duration, a time, or auto: by the measured cost of a save and how often the "
+        "run was interrupted.",
         "15 min",
     )
     keep: Keep = section("Which checkpoints are kept.", {})
