@@ -164,9 +164,10 @@ _SURVIVORS = (Outcome.STOPPED, Outcome.LOST_PEERS, Outcome.STALLED)
 _SURVIVOR = re.compile(rf"exit code ({'|'.join(str(int(code)) for code in _SURVIVORS)})\b")
 _STALLED = re.compile(rf"exit code {Outcome.STALLED:d}\b")
 
-# "slurmstepd: error: Detected 1 oom_kill event in StepId=3.0. …", "srun: error: n2: task 1: Out Of Memory"
+# "slurmstepd: error: Detected 1 oom_kill event in StepId=3.0. …", "srun: error: n2: task 1: Out Of Memory",
+# "slurmstepd-n2: error: StepId=3.0 exceeded memory limit (7 > 5), being killed"
 _OF_MEMORY = re.compile(
-    r"^\s*((?:srun|slurmstepd): .*"
+    r"^\s*((?:srun|slurmstepd)[^\s:]*: .*"
     r"(?:oom[-_]kill event|exceeded (?:job |virtual )?memory limit|: out of memory).*)",
     re.IGNORECASE | re.MULTILINE,
 )

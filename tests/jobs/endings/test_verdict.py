@@ -204,7 +204,7 @@ def test_a_failure_keeps_its_reason_and_has_an_advice():
     [
         "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM",
         "slurmstepd: error: Detected 2 oom-kill event(s) in StepId=7.0 cgroup. Some of your processes",
-        "slurmstepd: error: StepId=7.0 exceeded memory limit (734003200 > 524288000), being killed",
+        "slurmstepd-n2: error: StepId=7.0 exceeded memory limit (734003200 > 524288000), being killed",
         "srun: error: n2: tasks 1-3: Out Of Memory",
         "srun: Exceeded job memory limit",
     ],
