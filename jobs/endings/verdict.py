@@ -206,5 +206,7 @@ def blamed(
 def _first_culprit(errors: Sequence[str]) -> re.Match[str] | None:
     """The first of the error lines that tells of no survivor; its group is the nodes."""
     after_a_stall = any(_STALLED.search(line) for line in errors)
-    matches = (_OF_NODE.search(line) or (None if after_a_stall else _OF_TASKS.search(line)) for line in errors)
+    matches = (
+        _OF_NODE.search(line) or (None if after_a_stall else _OF_TASKS.search(line)) for line in errors
+    )
     return next((match for match in matches if match and not _SURVIVOR.search(match.string)), None)
