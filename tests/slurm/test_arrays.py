@@ -40,7 +40,7 @@ def submit_array(bench, orders, count, nodes):
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_one_member_then_two_at_once(bench, nodes):
     count = 4 // nodes
-    runs, jobs = submit_array(bench, {"steps": 120}, count, nodes)
+    runs, jobs = submit_array(bench, {"steps": 300}, count, nodes)
     for run in runs:
         bench.at_step(run, 5)
 
@@ -60,4 +60,4 @@ def test_one_member_then_two_at_once(bench, nodes):
     for job in jobs[:2]:
         bench.come_back(job)
     for number, (run, job) in enumerate(zip(runs, jobs, strict=True)):
-        bench.finished(run, job, [3, 2, 1, 1][number], 120, nodes)
+        bench.finished(run, job, [3, 2, 1, 1][number], 300, nodes)
