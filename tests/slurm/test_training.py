@@ -243,7 +243,7 @@ def test_errors_of_data_and_recipe_end_with_advice_that_works(site, tmp_path):
     shards = (f"data.train.0.shards={folder}/train", "optim.warmup=2 steps")
     run = site.submit(8, *shards, f'cluster.setup=["mv {folder}/train {folder}/away"]')
     state = failed(run)
-    assert state.code == 90
+    assert state.code == 89
     assert str(folder / "train") in state.detail
     assert state.advice
     (folder / "away").rename(folder / "train")
