@@ -2,16 +2,19 @@
 # make test       set everything up and pass the tests, on a real SLURM cluster of one machine where possible
 # make test-all   the same with the long repetitions and the whole matrix of endings, and the coverage of each room
 #                 (and the package chromium, where it can); JOBS=4: in so many processes; the tests of a cluster mostly wait
+# make soak       half an hour of preemptions, kills, cancels and lost nodes on a real SLURM cluster of this machine:
+#                 every run must end as it should, equal to one that nothing disturbed; SECONDS=120 SEED=7
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+SECONDS ?= 1800
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all slurm chromium lint clean
+.PHONY: demo test test-all soak slurm chromium lint clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +43,9 @@ test: $(INSTALLED) slurm
 
 test-all: $(INSTALLED) slurm chromium
 	python -m pytest --hypothesis-profile searching -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
+
+soak: $(INSTALLED) slurm
+	python -m tests.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import time
@@ -81,7 +82,7 @@ class Peers:
         return got[0]
 
 
-def save(run, attempt, step):
+def save(run, attempt, step, digest):
     """A whole checkpoint in the trainer's layout: files, a manifest with sizes and hashes, renamed last."""
     target = run.checkpoints / f"step-{step:08d}"
     if target.exists():
@@ -90,7 +91,7 @@ def save(run, attempt, step):
     run.checkpoints.mkdir(exist_ok=True)
     aside = run.checkpoints / f".step-{step:08d}.{secrets.token_hex(4)}.tmp"
     aside.mkdir()
-    content = json.dumps({"step": step}).encode()
+    content = json.dumps({"step": step, "digest": digest}).encode()
     files.write_bytes(aside / "state.json", content)
     manifest = {"state.json": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     files.write_json(aside / "manifest.json", {"files": manifest})
@@ -100,8 +101,12 @@ def save(run, attempt, step):
 
 
 def newest(run):
+    """The step of the newest checkpoint, and the digest of all steps until then."""
     steps = sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*"))
-    return steps[-1] if steps else 0
+    if not steps:
+        return 0, ""
+    state = run.checkpoints / f"step-{steps[-1]:08d}" / "state.json"
+    return steps[-1], json.loads(state.read_text())["digest"]
 
 
 def applies(entry, place, attempt, step):
@@ -160,9 +165,12 @@ def steps(run, attempt, place, stop, orders, pulse):
     if orders.get("deaf"):
         signal.signal(signal.SIGTERM, lambda number, frame: (stop.request("TERM"), heard.add("SIGTERM")))
     peers = Peers(place, attempt)
-    attempt.step = step = newest(run)
+    step, digest = newest(run)
+    attempt.step = step
     if place.rank == 0:
         attempt.event("resume", writer="rank-0", step=step)
+        for leftover in run.checkpoints.glob(".step-*.tmp"):  # of an attempt that was killed
+            shutil.rmtree(leftover)
     last = orders.get("steps", 20)
     every = orders.get("save_every", 5)
     while step < last:
@@ -172,24 +180,25 @@ def steps(run, attempt, place, stop, orders, pulse):
         nap(orders.get("seconds", 0.1))
         pulse.stepped()
         step += 1
+        digest = hashlib.sha256(f"{digest} {step}".encode()).hexdigest()  # shows a step left out or repeated
         attempt.step = step
         attempt.samples(place.rank, [{"step": step, "slot": place.rank, "shard": "s", "key": str(step)}])
         if place.rank == 0:
-            attempt.metrics({"step": step, "loss": 1 / step, "samples_per_second": 10.0})
+            attempt.metrics({"step": step, "loss": int(digest[:8], 16), "samples_per_second": 10.0})
         with pulse.with_others():
             agreed = peers.agree(stop.wishes())
         if agreed & Wish.STOP and not is_deaf(orders.get("deaf"), attempt, heard):
             if place.rank == 0:
                 nap(orders.get("save_seconds", 0))
-                save(run, attempt, step)
+                save(run, attempt, step, digest)
             peers.agree(Wish.NONE)
             return Outcome.STOPPED
         if place.rank == 0 and step % every == 0:
             if "evaluation" in orders:
                 evaluations.owe(attempt, step)
-            save(run, attempt, step)
+            save(run, attempt, step, digest)
     if place.rank == 0:
-        save(run, attempt, step)
+        save(run, attempt, step, digest)
     peers.agree(Wish.NONE)
     return Outcome.FINISHED
 

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,14 +21,17 @@ import pytest
 from clipcluster.runs.folder import Run
 from clipcluster.runs.merge import events, lines, merged_metrics
 from clipcluster.runs.names import all_runs
+from jobs.cancel import cancel
 from jobs.state import Queue, State, state_of
 from tests.consumed import merged_samples
+from tests.ranks import kill_rank
 from tools.convert.convert import convert
 from tools.sandbox import sandbox as sandboxes
 from tools.sandbox.preempt import preempt, release
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT, LENGTHY = 33, 400  # steps; an epoch has 22, and a lost node is noticed after some 25 s
+ELASTIC = 90
 SECONDS = 240
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -168,22 +170,6 @@ def rank_log(run: Run, rank: int) -> str:
     return (run.attempt(1).path / f"rank-{rank}.out").read_text(errors="replace")
 
 
-def kill_rank(run: Run, rank: int) -> None:
-    """SIGKILL one rank, found by its log."""
-    log = os.path.realpath(run.newest().path / f"rank-{rank}.out")
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
-        try:
-            found = os.readlink(folder / "fd/1") == log and b"submitit" in (folder / "cmdline").read_bytes()
-        except OSError:
-            continue  # it ended meanwhile
-        if found:
-            os.kill(int(folder.name), signal.SIGKILL)
-            return
-    pytest.fail(f"no rank writes to {log}")
-
-
 def test_preempted_mid_epoch(site):
     run = site.submit(SHORT)
     wait_for_step(run, 15)
@@ -205,7 +191,7 @@ def test_preempted_mid_epoch(site):
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(site):
     run = site.submit(SHORT)
     wait_for_step(run, 12)
-    kill_rank(run, rank=3)
+    assert kill_rank(run.newest(), rank=3)
     site.wait_for_end(run)
     assert len(run.attempts()) == 2
     (resumed,) = of_kind(run, "resume")
@@ -321,3 +307,28 @@ def test_a_lost_node(site, nodes):
     late = [line for line in events(run) if line["attempt"] == 1 and line["time"] > claimed + 1]
     assert late == []
     site.assert_as_uninterrupted(run, LENGTHY)
+
+
+@pytest.mark.long
+def test_on_four_ranks_then_two_then_four(site):
+    """Cancelled and submitted again with another number of nodes: the same batches, the same losses to 1e-5.
+
+    The towers have layer norms alone and no dropout, and compute in float32.
+    """
+    run = site.submit(ELASTIC)
+    for nodes in (1, 2):
+        wait_for_step(run, max(losses(run), default=0) + 10)
+        job = run.newest().job
+        cancel(run, Queue(site.sandbox.slurm))
+        wait_until(lambda: not site.sandbox.slurm.queue(job_ids=[job]), run, "the end of the cancelled job")
+        site.resubmit(run, ELASTIC, f"cluster.nodes={nodes}")
+        attempts = len(run.attempts())
+        wait_until(lambda: len(run.attempts()) > attempts, run, "the next attempt")
+    site.wait_for_end(run)
+    assert [len(list(attempt.path.glob("rank-*.out"))) for attempt in run.attempts()] == [4, 2, 4]
+    assert [line["step"] for line in of_kind(run, "resume")] == sorted(
+        attempt.outcome()["step"] for attempt in run.attempts()[:2]
+    ), "no step was done twice"
+    keys, table = site.uninterrupted(ELASTIC)
+    assert consumed(run) == keys
+    assert losses(run) == pytest.approx(table, rel=1e-5)
