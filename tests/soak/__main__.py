@@ -3,8 +3,8 @@
     python -m tests.soak --seconds 1800 --seed 7
 
 Preemptions, kills of ranks, cancels, lost nodes and submissions come as the seed has them. Then what should
-finish is left to finish, and compared with runs that nothing disturbed, bit for bit. Prints what it does and a
-table of what the runs lost and spent. Ends with 1 where anything was wrong; its folder is kept then.
+finish is left to finish, and compared, bit for bit, with runs that nothing disturbed. Prints what it does
+and a table of what the runs lost and spent. Ends with 1 where anything was wrong, and keeps its folder then.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -147,7 +148,9 @@ class Soak:
             run = self.fleet.runs[number]
             now = state_of(run, Queue(self.sandbox.slurm)).name, len(run.attempts())
             if now != told:
-                self.problem(f"{run.name} was {told[0]} after {told[1]} attempts, and then {now[0]} after {now[1]}")
+                self.problem(
+                    f"{run.name} was {told[0]} after {told[1]} attempts, and then {now[0]} after {now[1]}"
+                )
         files = [path for run in self.fleet.runs.values() for path in left_over(run)]
         files += [*(self.folder / "tmp").iterdir(), *(self.folder / "runs").glob(".*.tmp")]
         self.problems += [f"a file is left: {path}" for path in files]
@@ -166,9 +169,12 @@ class Soak:
         self.problems += figures.problems(stories)
         finished = sum(run.finished() for run in self.fleet.runs.values())
         done = ", ".join(f"{kind} {count}" for kind, count in self.disturbance.done.most_common())
-        print(f"\nseed {self.seed}, {self.seconds:g} s of disturbance, {time.monotonic() - self.began:,.0f} s in all")
+        whole = time.monotonic() - self.began
+        print(f"\nseed {self.seed}, {self.seconds:g} s of disturbance, {whole:,.0f} s in all")
         print(f"acts: {done}")
-        print(f"runs: {len(stories)}, {finished} finished, {equal} of them equal to their uninterrupted twins")
+        print(
+            f"runs: {len(stories)}, {finished} finished, {equal} of them equal to their uninterrupted twins"
+        )
         for line in figures.table(stories, held, self.disturbance.evicted):
             print(line)
 
@@ -201,17 +207,22 @@ def soak(folder: Path, seed: int, seconds: float) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--seconds", type=float, default=1800, help="how long to disturb (default: 1800)")
     parser.add_argument("--seed", type=int, default=None, help="of the acts (default: a new one)")
     given = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
     folder = Path(tempfile.mkdtemp(prefix=f"soak-{seed}-"))
     (folder / "tmp").mkdir()
-    path = [str(ROOT / "tests" / "jobs"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    path = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "tests" / "jobs")]
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "TMPDIR": str(folder / "tmp")}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     tempfile.tempdir = None  # found anew
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # the cluster is stopped first
     print(f"soak with seed {seed} in {folder}", flush=True)
     problems = ["it did not come to its end"]
     try:

@@ -46,7 +46,9 @@ class Attendant(threading.Thread):
                     if job.state in ("RUNNING", "COMPLETING") and job.partition == "low":
                         self.held[job.job_id] += now - before
                 before = now
-                waiting = {job.job_id for job in queue if job.reason == "BeginTime" and job.state == "PENDING"}
+                waiting = {
+                    job.job_id for job in queue if job.reason == "BeginTime" and job.state == "PENDING"
+                }
                 self._pending = {job_id: self._pending.get(job_id, now) for job_id in waiting}
                 for job_id, since in self._pending.items():
                     if now - since > SETTLE_SECONDS:
@@ -111,7 +113,9 @@ class Disturbance:
         cancelled = next(iter(self.owed.values()), None)
         if cancelled:
             return self.submit(cancelled)
-        fitting = [case for case in self._from(act) if case.number in self._fleet.runs and case.fate != "cancel"]
+        fitting = [
+            case for case in self._from(act) if case.number in self._fleet.runs and case.fate != "cancel"
+        ]
         return self.submit(fitting[0]) if fitting else "nothing was submitted yet"
 
     def _preempt(self, act: Act) -> str:

@@ -55,7 +55,7 @@ def _times(attempt: Attempt) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class Return:
-    """From a requeue to the next attempt's first step: seconds in the queue, and from its start to the step."""
+    """From a requeue to the next attempt's first step: seconds in the queue, and from its start on."""
 
     waited: float
     started: float
@@ -70,6 +70,16 @@ def returns(run: Run) -> list[Return]:
         if verdict and verdict["event"] in ("requeue", "note") and before.job == after.job and first:
             began = claim.get("began") or claim["time"]
             found.append(Return(began - verdict["time"], first[0]["time"] - began))
+    return found
+
+
+def leavings(run: Run) -> list[float]:
+    """Of every attempt that was preempted and stopped: seconds from the saved checkpoint to the verdict."""
+    found = []
+    for attempt in run.attempts():
+        outcome, verdict = attempt.outcome(), history.last_verdict(attempt)
+        if outcome and outcome["outcome"] == "stopped" and verdict and verdict["ending"] == "preempted":
+            found.append(verdict["time"] - outcome["time"])
     return found
 
 
@@ -107,12 +117,16 @@ def table(stories: Sequence[Story], held: float, evicted: Sequence[float]) -> li
     lines.append(_spread("from start to next step", [one.started for one in back]))
     lines.append(_spread("from requeue to next step", [one.waited + one.started for one in back]))
     lines.append(_spread("from preemption to free nodes", evicted))
+    leaving = [seconds for story in stories for seconds in leavings(story.run)]
+    lines.append(_spread("of that, from saved to requeued", leaving))
     spent = Counter[str]()
     for story in stories:
         spent.update(device_seconds(story.accounts))
     total = sum(spent[kind] for kind in ALLOCATED)
     lines.append(f"goodput {goodput(spent) or 0:.1%} of {total:,.0f} allocated rank-seconds")
-    lines += [f"  {KINDS[kind]:<32}{spent[kind]:>12,.0f}{spent[kind] / total:>8.1%}" for kind in ALLOCATED if total]
+    lines += [
+        f"  {KINDS[kind]:<32}{spent[kind]:>12,.0f}{spent[kind] / total:>8.1%}" for kind in ALLOCATED if total
+    ]
     allocated, caused = sum(story.allocated for story in stories), sum(story.caused for story in stories)
     lines.append(
         f"allocated {allocated:,.1f} s by first and last record, {caused:,.1f} s by the sum of all causes "

@@ -77,7 +77,7 @@ class Act:
 
 
 def cases(seconds: float) -> list[Case]:
-    """The runs. Undisturbed each takes about a quarter of the time, those with torch by the machine's speed."""
+    """The runs. Undisturbed each takes about a quarter of the time; with torch, what the machine needs."""
     found = []
     for number in range(RUNS):
         nodes, tasks = SHAPES[number % len(SHAPES)]
@@ -90,7 +90,7 @@ def cases(seconds: float) -> list[Case]:
 
 
 def acts(seed: int, seconds: float) -> list[Act]:
-    """All acts, by time. The runs are submitted in the first fifth; the disturbance ends before `seconds` do."""
+    """All acts, by time: the runs are submitted in the first fifth, and the last tenth has no new act."""
     draw = random.Random(seed).random
     found = [Act(0.2 * seconds * number / RUNS, "submit", number) for number in range(RUNS)]
     found.append(Act(0.5 * seconds, "cancel for good", CANCELLED))

@@ -23,7 +23,9 @@ def run(tmp_path):
 
 
 def account(number, *, lost_steps=0, **spent):
-    return Account(number, "1", 2, 0.0, 1.0, "preempted", "", 0, 9, {**dict.fromkeys(KINDS, 0.0), **spent}, lost_steps)
+    return Account(
+        number, "1", 2, 0.0, 1.0, "preempted", "", 0, 9, {**dict.fromkeys(KINDS, 0.0), **spent}, lost_steps
+    )
 
 
 def test_a_saved_step_that_was_lost_and_a_sum_that_is_off_are_problems(run):
@@ -48,4 +50,8 @@ def test_the_table_names_every_cause(run):
     lines = figures.table([story], 101.0, [2.0, 4.0])
     assert any(line.split() == ["preempted", "1", "7", "40.0"] for line in lines)
     assert "goodput 60.0% of 200 allocated rank-seconds" in lines
-    assert all(any(name in line for line in lines) for kind, name in KINDS.items() if kind not in ("queue", "requeue"))
+    assert all(
+        any(name in line for line in lines)
+        for kind, name in KINDS.items()
+        if kind not in ("queue", "requeue")
+    )

@@ -39,5 +39,7 @@ def test_half_an_hour_has_every_act():
 def test_the_runs_have_every_shape_and_fate():
     found = cases(1800)
     assert [case.number for case in found] == list(range(RUNS))
-    assert {case.ranks for case in found if case.torch} == {2, 3, 4}, "two ranks never differ in the last bits"
+    assert {case.ranks for case in found if case.torch} == {2, 3, 4}, (
+        "two ranks never differ in the last bits"
+    )
     assert [case.fate for case in found].count("finish") == RUNS - 2
