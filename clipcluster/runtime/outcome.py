@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
@@ -133,7 +134,14 @@ class LostPeers(Exception):
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with `code` at once, whatever threads, handlers and destructors are left."""
+    """End the process with `code` at once, whatever threads, handlers and destructors are left.
+
+    Of what the standard library would remove at its exit, the folder of the fork server's socket goes.
+    """
+    if "multiprocessing.forkserver" in sys.modules:
+        from multiprocessing.util import get_temp_dir
+
+        shutil.rmtree(get_temp_dir(), ignore_errors=True)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a full disk must not change the code
             stream.flush()
