@@ -152,8 +152,22 @@ class Soak:
                     f"{run.name} was {told[0]} after {told[1]} attempts, and then {now[0]} after {now[1]}"
                 )
         files = [path for run in self.fleet.runs.values() for path in left_over(run)]
-        files += [*(self.folder / "tmp").iterdir(), *(self.folder / "runs").glob(".*.tmp")]
+        files += [*self._temporary(), *(self.folder / "runs").glob(".*.tmp")]
         self.problems += [f"a file is left: {path}" for path in files]
+
+    def _temporary(self) -> list[Path]:
+        """What is left in the folder of temporary files, but for what killed ranks had no time to remove."""
+        left = [
+            path for path in (self.folder / "tmp").iterdir() if not path.name.startswith("torchinductor_")
+        ]
+        sockets = [path for path in left if path.name.startswith("pymp-")]  # of ranks with loader workers
+        killed = sum(
+            case.ranks
+            for case in self.fleet.cases
+            for attempt in (self.fleet.runs[case.number].attempts() if case.torch else ())
+            if attempt.outcome() is None
+        )
+        return left if len(sockets) > killed else [path for path in left if path not in sockets]
 
     def _tasks(self) -> list[str]:
         left = [process.pid for process in owned(self.sandbox) if process.kind not in DAEMONS]
