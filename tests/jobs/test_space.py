@@ -39,7 +39,7 @@ def ended(tmp_path):
     run = Run.create(tmp_path / "runs" / "digits-00000000", recipe_keys(loaded), settings_keys(loaded))
     attempt = run.claim("17", host="n1", still_running=lambda job: False)
     for step in (10, 20, 30, 40, 50):
-        save(run, attempt, step)
+        save(run, attempt, step, digest="")
         metrics = {"test/t2i_r1": 0.9 if step == 20 else 0.1 + step / 1000}
         files.write_json(run.checkpoints / f"step-{step:08d}" / "evaluation.json", {"metrics": metrics})
     attempt.event("fail", writer=history.WRITER, ending="failed", code=90, reason="disk full")
