@@ -27,7 +27,7 @@ def test_every_key_is_on_the_page() -> None:
 
 def test_defaults_are_in_the_words_of_a_recipe() -> None:
     text = page()
-    assert "| `every` | duration or time | `15 min` |" in text
+    assert "| `every` | duration or time or `auto` | `15 min` |" in text
     assert "| `nodes` | whole number (>= 1) or range | `1` |" in text
     assert "| `mean` | `openai`, `imagenet` or 3 numbers | `openai` |" in text
     assert "{'" not in text
