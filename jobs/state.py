@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -119,8 +120,8 @@ class Watched:
 
 def state_of(run: Run, queue: Queue) -> State:
     """What the run is doing now."""
-    newest, intent = run.newest(), unanswered(run)
-    job = _live(run, queue, intent)
+    newest, intent, jobs = run.newest(), unanswered(run), job_ids(run)
+    job = _live(run, queue, jobs, intent)
     if job is not None:
         return _while_queued(run, queue, job, newest if newest and newest.job == job else None)
     if intent is not None and intent.waits:
@@ -131,15 +132,15 @@ def state_of(run: Run, queue: Queue) -> State:
         return State("SUBMITTING", f"on {intent.host}; its job is not known yet", queued=True)
     if intent is not None and intent.executor == "slurm" and queue.silent:
         return State("UNKNOWN", "a job of SLURM, which cannot be asked here, may have been submitted")
-    if newest is not None and job_ids(run)[-1:] != [newest.job] and not run.finished():
+    if newest is not None and jobs[-1:] != [newest.job] and not run.finished():
         newest = None  # a later job came to its end without a claim
     ended = (_by_verdict(newest) or _by_outcome(newest)) if newest else None
-    return ended or _gone(run, queue, newest)
+    return ended or _gone(run, queue, jobs, newest)
 
 
-def _live(run: Run, queue: Queue, intent: Intent | None) -> str | None:
+def _live(run: Run, queue: Queue, jobs: Sequence[str], intent: Intent | None) -> str | None:
     """The run's job that SLURM shows, or the local process that lives; the newest first."""
-    for job in reversed(job_ids(run)):
+    for job in reversed(jobs):
         if local_job_runs(job) if job.startswith("local-") else queue.job(job):
             return job
     if intent is not None and intent.executor == "slurm":
@@ -190,9 +191,8 @@ def _by_outcome(attempt: Attempt) -> State | None:
     return State(name, detail, outcome["advice"], attempt.job, code=outcome["code"])
 
 
-def _gone(run: Run, queue: Queue, newest: Attempt | None) -> State:
+def _gone(run: Run, queue: Queue, jobs: Sequence[str], newest: Attempt | None) -> State:
     """The state of a run whose job is in no queue and that no verdict ended."""
-    jobs = job_ids(run)
     if not jobs:
         return _never_submitted(run)
     job = jobs[-1]
