@@ -67,6 +67,10 @@ class Queue:
         except (SlurmUnavailable, SlurmRefused):
             return None
 
+    def ask(self) -> None:
+        """Ask SLURM now, unless it was asked before."""
+        _ = self._jobs
+
     @property
     def silent(self) -> bool:
         """Whether there is no SLURM here, or it gives no answer."""

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from jobs.submissions import submissions
 UNREADABLE = "UNREADABLE"
 DATA_BOUND = 0.15  # the fraction of the last steps that waited for data, from which a run is called so
 PACE_LINES = 10  # the last ones, which say how fast a run is
+RUNS_A_PROCESS, PROCESSES = 50, 8  # a network file system answers several at once, and reading takes a core
 ACTIVE = frozenset({"RUNNING", "COMPLETING"})
 
 
@@ -51,13 +53,23 @@ def reports(runs: Sequence[Run], queue: Queue) -> list[dict[str, Any]]:
     """
     if len(runs) == 1:
         return [report(runs[0], queue)]
-    found = []
-    for run in runs:
-        try:
-            found.append(report(run, queue))
-        except (UserError, OSError) as error:
-            found.append({**_UNKNOWN, "name": run.name, "path": str(run.path), "detail": str(error)})
-    return found
+    if len(runs) < 2 * RUNS_A_PROCESS:
+        return [_readable(queue, run) for run in runs]
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    queue.ask()  # once, for all processes
+    processes = min(PROCESSES, len(runs) // RUNS_A_PROCESS)
+    with ProcessPoolExecutor(processes, get_context("fork")) as pool:
+        return list(pool.map(partial(_readable, queue), runs, chunksize=-(-len(runs) // processes)))
+
+
+def _readable(queue: Queue, run: Run) -> dict[str, Any]:
+    """`report` of a run, or that it cannot be read."""
+    try:
+        return report(run, queue)
+    except (UserError, OSError) as error:
+        return {**_UNKNOWN, "name": run.name, "path": str(run.path), "detail": str(error)}
 
 
 def report(run: Run, queue: Queue) -> dict[str, Any]:

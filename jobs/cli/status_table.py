@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -59,20 +60,38 @@ def status_table(found: Sequence[Mapping[str, Any]], width: int | None = None) -
     if not any(column.name == "last ended" for column in needs):
         cells[_STATUS[1]] = [_state(row, ended_shown=False) for row in rows]
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    for column in needs:
-        fold = column.name in _FOLDED
+    parts = list(_parts(needs))
+    for columns in parts:
+        fold = columns[0].name in _FOLDED
         table.add_column(
-            column.name,
-            justify="right" if column.right else "left",
+            _aligned(columns, needs, [column.name for column in columns]),
             no_wrap=not fold,
             overflow="fold",
-            width=None if fold else needs[column],  # known, so that rich need not look at every cell again
+            width=None if fold else sum(needs[column] for column in columns) + len(columns) - 1,
             min_width=len("COMPLETING") if fold else None,
         )
     for number, row in enumerate(rows):
         style = "" if "name" in row else "bold"
-        table.add_row(*(Text(cells[column][number], style) for column in needs))
+        texts = (_aligned(columns, needs, [cells[column][number] for column in columns]) for columns in parts)
+        table.add_row(*(Text(text, style) for text in texts))
     return table
+
+
+def _parts(columns: Iterable[_Column]) -> Iterator[Sequence[_Column]]:
+    """Columns that are one for rich, whose time goes by the cells: neighbours, but for those that fold."""
+    for fold, neighbours in groupby(columns, key=lambda column: column.name in _FOLDED):
+        found = list(neighbours)
+        yield from ([one] for one in found) if fold else [found]
+
+
+def _aligned(columns: Sequence[_Column], widths: Mapping[_Column, int], texts: Sequence[str]) -> str:
+    """Texts of columns of these widths side by side; of a column that folds, its own as it is."""
+    if columns[0].name in _FOLDED:
+        return texts[0]
+    padded = zip(columns, texts, strict=True)
+    return " ".join(
+        text.rjust(widths[column]) if column.right else text.ljust(widths[column]) for column, text in padded
+    )
 
 
 _FOLDED = {"state": 22, "last ended": 18}  # columns that may take several lines, and what they should have

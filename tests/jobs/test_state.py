@@ -10,7 +10,7 @@ from rich.console import Console
 from clipcluster.errors import UserError
 from clipcluster.runs import evaluations, files
 from clipcluster.runs.folder import Run
-from jobs import submissions
+from jobs import status, submissions
 from jobs.accounting import ALLOCATED
 from jobs.cancel import cancel
 from jobs.cli.status_table import breakdown, span, status_table
@@ -269,6 +269,21 @@ def test_a_run_that_cannot_be_read_is_a_line_and_hides_no_other(run):
     assert groups([first, second]) == [(None, [first]), (None, [second])]
     with pytest.raises(UserError, match=r"claim\.json is not valid JSON"):
         reports([broken], Answers())
+
+
+def test_many_runs_are_read_by_several_processes_and_keep_their_order(run, monkeypatch):
+    broken = Run.create(run.path.parent / "broken-00000000", {"name": "broken"}, {})
+    (claimed(broken).path / "claim.json").write_text("{")
+    judged(running(run), "fail", code=90, reason="disk full")
+    queue, several = Answers({"17": ("RUNNING", "None")}), [run, broken, *[run] * 3]
+    one_by_one = reports(several, queue)
+    monkeypatch.setattr(status, "RUNS_A_PROCESS", 2)
+    here = os.getpid()
+    monkeypatch.setattr(status, "report", lambda run, queue: (os.getpid() == here, run.name))
+    assert reports(several, queue) == [(False, one.name) for one in several]
+    monkeypatch.undo()
+    monkeypatch.setattr(status, "RUNS_A_PROCESS", 2)
+    assert reports(several, queue) == one_by_one
 
 
 def test_how_the_last_attempt_ended_is_said_where_it_left_no_verdict(run):
