@@ -106,8 +106,16 @@ class Soak:
         if state.name == "FAILED" and "endings in a row" in state.detail:
             self.say(f"{case.name} was given up, and is to be submitted again: {state}")
             self.disturbance.done["given up"] += 1
+        elif state.name == "LOST" and self._killed_with_its_old_step(state):
+            self.say(f"{case.name} was killed by SLURM, and is to be submitted again: {state}")
+            self.disturbance.done["killed by SLURM"] += 1
         else:
             self.problem(f"{case.name} is {state}")
+
+    def _killed_with_its_old_step(self, state: State) -> bool:
+        """Whether a node came back with ranks of the job while it was requeued, and SLURM killed both."""
+        log = (self.sandbox.logs / "slurmctld.log").read_text(errors="replace")
+        return f"Registered PENDING JobId={state.job} " in log
 
     def _wait(self, ended: Callable[[], bool], otherwise: str) -> None:
         deadline = time.monotonic() + self.seconds + PATIENCE_SECONDS
