@@ -118,7 +118,7 @@ def test_wandb_itself_offline_over_two_attempts(tmp_path: Path, monkeypatch: Any
         writer = Wandb(run)
         writer.add(step, {"train/loss": 1.0})
         writer.close()
-    written = list((run.path / "wandb").glob("offline-run-*-toy-00000000/run-toy-00000000.wandb"))
+    written = list((run.path / "wandb").glob("offline-run-*/run-toy-00000000.wandb"))
     assert len(written) == 2
     assert all(path.stat().st_size for path in written)
 
