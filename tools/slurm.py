@@ -46,6 +46,10 @@ ENDED = frozenset(
 )
 
 
+# SLURM names what it is doing to a running job in place of RUNNING: SIGNALING while a node has not answered.
+RUNNING = frozenset({"RUNNING", "CONFIGURING", "RESIZING", "SIGNALING", "STOPPED", "SUSPENDED"})
+
+
 class SlurmUnavailable(Exception):
     """SLURM gave no answer: a program is missing, the controller is silent, or the call took too long."""
 
@@ -74,6 +78,11 @@ class JobState:
     def ended(self) -> bool:
         """Whether it will not run again by itself."""
         return self.state in ENDED
+
+    @property
+    def running(self) -> bool:
+        """Whether it has its nodes, and is not about to leave them."""
+        return self.state in RUNNING
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,8 @@ def as_seen(job: JobState | None) -> Job | None:
     """What of SLURM's answer the verdict rests on."""
     if job is None:
         return None
-    running = job.state == "RUNNING"
     over = job.reason == "TimeLimit" or job.state == "TIMEOUT"
-    return Job(running, over, job.restarts, running and job.preempt_time is not None)
+    return Job(job.running, over, job.restarts, job.running and job.preempt_time is not None)
 
 
 def _nearly_over(job: JobState | None, environ: Mapping[str, str]) -> bool:

@@ -15,6 +15,7 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.environment import ATTEMPT, BEGAN, ENDS, GRACE, INTERFACE, LEAD, LOGS
 from jobs.endings.local import PICKLE
+from tools.slurm import RUNNING
 
 TEARDOWN = ["clipcluster_end $?"]  # said after srun too, because a site's line may have replaced the trap
 # Bash alone: no interpreter, no code and no run folder may be there. It asks SLURM the questions of the
@@ -45,7 +46,7 @@ clipcluster_without_verdict() {  # sets clipcluster_code
         clipcluster_code=85
         return
     fi
-    if [[ $seen == *JobState=* && ! $seen =~ JobState=(RUNNING|TIMEOUT)|Reason=TimeLimit ]]; then
+    if [[ $seen == *JobState=* && ! $seen =~ JobState=(ALLOCATED|TIMEOUT)|Reason=TimeLimit ]]; then
         clipcluster_say "job $job was cancelled"
         [ ! -d "$clipcluster_marks" ] || echo "$job" >>"$clipcluster_marks/cancelled"
         clipcluster_code=130
@@ -69,6 +70,15 @@ clipcluster_without_verdict() {  # sets clipcluster_code
     clipcluster_say "SLURM did not requeue job $job"
 }
 """
+
+
+def _end(decide: str) -> list[str]:
+    """The lines of `_END`, which call the command `decide`."""
+    words = {"LOGS": LOGS, "VERDICT": decide, "ALLOCATED": "|".join(sorted(RUNNING))}
+    text = _END
+    for mark, word in words.items():
+        text = text.replace(mark, word)
+    return text.strip().split("\n")
 
 
 def setup(
@@ -100,7 +110,7 @@ def setup(
         'clipcluster_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'clipcluster_job="${clipcluster_job:-$SLURM_JOB_ID}"  # as scontrol requeue must be told it',
         f"export {LOGS}={shlex.quote(str(logs))}",
-        *_END.replace("LOGS", LOGS).replace("VERDICT", decide).strip().split("\n"),
+        *_end(decide),
         *(f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()),
         *cluster.setup,
         f"cd {code} || exit",

@@ -167,6 +167,28 @@ def test_a_node_dies(bench, nodes):
 
 
 @pytest.mark.long
+def test_preempted_while_a_node_does_not_answer(bench):
+    """SLURM calls the job SIGNALING then, not RUNNING, until the node answers or is given up."""
+    run, job = bench.submit({"steps": 3000}, nodes=2, tasks=1)
+    bench.at_step(run, 12)
+    state = bench.slurm.job(job)
+    (silent,) = {*state.nodes} - {state.batch_host}
+    try:
+        sandboxes.lose_node(bench.sandbox.folder, silent)
+        high = bench.slurm.submit(
+            "--partition=high", "--exclusive", f"--nodelist={state.batch_host}", "--wrap=sleep 60"
+        )
+        verdict = bench.verdict(run, 1)
+        assert (verdict["event"], verdict["ending"]) == ("requeue", "preempted")
+        assert run.cancelled_jobs() == set()
+        bench.slurm.cancel([high])
+    finally:
+        sandboxes.restore_node(bench.sandbox.folder, silent)
+    bench.come_back(job)
+    bench.at_step(run, run.attempt(1).outcome()["step"] + 1, attempt=2)
+
+
+@pytest.mark.long
 def test_a_node_is_lost_and_its_ranks_live_on(bench):
     run, job = bench.submit({"steps": 3000})
     bench.at_step(run, 12)

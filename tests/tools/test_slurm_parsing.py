@@ -164,6 +164,14 @@ class TestJobs:
         (job,) = slurm.parse_jobs(MEMBER.replace("JobState=RUNNING", f"JobState={state}"))
         assert job.ended is ended
 
+    @pytest.mark.parametrize(
+        ("state", "running"),
+        [("RUNNING", True), ("SIGNALING", True), ("COMPLETING", False), ("PENDING", False)],
+    )
+    def test_running_means_that_it_has_its_nodes(self, state: str, running: bool) -> None:
+        (job,) = slurm.parse_jobs(MEMBER.replace("JobState=RUNNING", f"JobState={state}"))
+        assert job.running is running
+
     def test_an_exit_code_with_a_signal(self) -> None:
         (job,) = slurm.parse_jobs(MEMBER.replace("ExitCode=0:0", "ExitCode=85:9"))
         assert job.exit_code == 85

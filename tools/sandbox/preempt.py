@@ -12,7 +12,7 @@ from pathlib import Path
 from clipcluster.errors import UserError
 from tools.sandbox.config import Sandbox
 from tools.sandbox.sandbox import POLL_SECONDS, find
-from tools.slurm import JobState, SlurmRefused
+from tools.slurm import RUNNING, JobState, SlurmRefused
 
 # A job that starts again in the second of its end is refused its steps: its nodes revoked it by the second.
 SETTLE_SECONDS = 1.5
@@ -88,7 +88,7 @@ def release(folder: Path, job: str | Path, *, seconds: float = 10) -> None:
                 f"job {job_id} will not run again: {state.state if state else 'unknown to SLURM'}"
             )
         waits = state.state == "PENDING"
-        if state.state == "RUNNING" or (waits and asked and state.reason != "BeginTime"):
+        if state.running or (waits and asked and state.reason != "BeginTime"):
             return
         if waits:
             if not asked:
@@ -118,7 +118,7 @@ def _running_job(sandbox: Sandbox, job_id: str) -> JobState:
     state = sandbox.slurm.job(job_id)
     if state is None:
         raise UserError(f"the sandbox in {sandbox.folder} has no job {job_id}")
-    if state.state != "RUNNING":
+    if not state.running:
         raise UserError(f"job {job_id} is {state.state}; only a running job can be preempted")
     if state.partition != "low":
         raise UserError(f"job {job_id} runs in partition {state.partition}; only those in low are preempted")
@@ -148,7 +148,7 @@ def _neighbours(sandbox: Sandbox, job: JobState) -> list[JobState]:
         for other in sandbox.slurm.queue()
         if other.job_id != job.job_id
         and other.partition == "low"
-        and other.state == "RUNNING"
+        and other.state in RUNNING
         and set(other.nodes) & set(job.nodes)
     ]
     return [state for state in map(sandbox.slurm.job, ids) if state is not None]
@@ -163,7 +163,7 @@ def _await_eviction(sandbox: Sandbox, before: JobState, begin: float) -> JobStat
             raise UserError(f"SLURM no longer knows job {before.job_id}")
         if state.ended or state.state == "PENDING":
             return state
-        if state.restarts > before.restarts and state.state == "RUNNING":
+        if state.restarts > before.restarts and state.running:
             return state  # requeued and back already, on other nodes
         if time.monotonic() - begin > limit:
             raise UserError(

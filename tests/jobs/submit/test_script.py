@@ -158,6 +158,14 @@ def test_scancel_before_the_ranks_ends_the_run(job, monkeypatch):
     assert job.run.cancelled_jobs() == {"17"}
 
 
+def test_a_job_that_slurm_is_signaling_runs(job, monkeypatch):
+    no_interpreter(job, monkeypatch)
+    job.seen(JobState="SIGNALING", PreemptTime="2026-11-21T02:23:32")
+    assert job.start() == 85
+    assert job.asked("requeue") == ["requeue 17"]
+    assert job.run.cancelled_jobs() == set()
+
+
 def test_out_of_time_before_the_ranks_is_a_bad_node_too(job):
     job.seen(JobState="COMPLETING", Reason="TimeLimit")
     assert job.start(setup=["exit 3"]) == 85
