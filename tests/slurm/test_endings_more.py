@@ -176,7 +176,11 @@ def test_preempted_while_a_node_does_not_answer(bench):
     try:
         sandboxes.lose_node(bench.sandbox.folder, silent)
         high = bench.slurm.submit(
-            "--partition=high", "--exclusive", f"--nodelist={state.batch_host}", "--wrap=sleep 60"
+            "--partition=high",
+            "--exclusive",
+            f"--nodelist={state.batch_host}",
+            "--output=/dev/null",
+            "--wrap=sleep 60",
         )
         verdict = bench.verdict(run, 1)
         assert (verdict["event"], verdict["ending"]) == ("requeue", "preempted")
