@@ -33,3 +33,11 @@ def counted(number: int, noun: str) -> str:
     if noun.endswith("y") and noun[-2:-1] not in "aeiou":
         return f"{number:,} {noun[:-1]}ies"
     return f"{number:,} {noun}s"
+
+
+def sized(count: float) -> str:
+    """Bytes in the units of recipes and of SLURM, in which 1 GB is 1024 MB: `1.8 GB`, `640 MB`, `3 kB`."""
+    for name, size in (("TB", 1 << 40), ("GB", 1 << 30), ("MB", 1 << 20)):
+        if count >= size:
+            return f"{count / size:.{0 if count >= 100 * size else 1}f} {name}"
+    return f"{count / 1024:.0f} kB"

@@ -7,6 +7,7 @@ Parsers are pure functions over the text the programs print; `Slurm` runs the pr
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 # name and comment last, a unit separator between them: they may hold bars
 QUEUE_FORMAT = "%i|%T|%P|%u|%M|%l|%S|%N|%r|%j\x1f%k"
-NODE_FORMAT = "%N|%T|%P|%c|%m|%E"
+NODE_FORMAT = "%N|%T|%P|%c|%m|%f|%G|%E"
 SILENT = (
     "unable to contact slurm controller",
     "unable to connect to slurm controller",
@@ -110,6 +111,24 @@ class Partition:
     default: bool
     nodes: tuple[str, ...]
     grace_seconds: int
+    state: str = "UP"  # DOWN: jobs wait; DRAIN and INACTIVE: none is accepted
+    preempt_mode: str = ""  # of its jobs, where they are preempted; empty: the cluster's
+    max_seconds: int | None = None  # a job's time limit at most; None: no bound
+    min_nodes: int = 0  # of a job
+    max_nodes: int | None = None
+    max_memory_mb: int | None = None  # of a job on each node
+    accounts: tuple[str, ...] | None = None  # that alone may use it; None: all
+    denied_accounts: tuple[str, ...] = ()
+    qos: tuple[str, ...] | None = None  # that alone may be used in it; None: all
+    denied_qos: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs of one type in a node; the type is empty where the site names none."""
+
+    type: str
+    count: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,32 @@ class Node:
     partitions: tuple[str, ...]
     cpus: int
     memory_mb: int
+    features: tuple[str, ...]
+    gpus: tuple[Gpus, ...]
     reason: str
+
+    @property
+    def gpu_count(self) -> int:
+        """All its GPUs."""
+        return sum(each.count for each in self.gpus)
+
+
+@dataclass(frozen=True)
+class Association:
+    """What a user may use, as the accounting database has it."""
+
+    account: str
+    partition: str  # empty: any
+    qos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Start:
+    """When and where a job would start, as `sbatch --test-only` estimates it."""
+
+    time: datetime
+    nodes: tuple[str, ...]
+    partition: str
 
 
 class Slurm:
@@ -156,12 +200,12 @@ class Slurm:
         return parse_queue(self._ask_of_jobs(*wanted))
 
     def partitions(self) -> list[Partition]:
-        """All partitions that this user may see."""
-        return parse_partitions(self._ask("scontrol", "show", "partition"))
+        """All partitions, hidden ones included."""
+        return parse_partitions(self._ask("scontrol", "--all", "show", "partition"))
 
     def nodes(self) -> list[Node]:
         """All nodes, as sinfo sorts them: n2 before n10."""
-        return parse_nodes(self._ask("sinfo", "--Node", "--noheader", f"--format={NODE_FORMAT}"))
+        return parse_nodes(self._ask("sinfo", "--all", "--Node", "--noheader", f"--format={NODE_FORMAT}"))
 
     def config(self) -> dict[str, str]:
         """The cluster's settings as `scontrol show config` prints them: KillWait -> "30 sec"."""
@@ -193,6 +237,22 @@ class Slurm:
         """sbatch with these arguments; returns the job's id."""
         return self._ask("sbatch", "--parsable", *arguments).strip().split(";")[0]
 
+    def associations(self) -> list[Association]:
+        """What this user may use, where there is an accounting database; SlurmRefused where there is none."""
+        who, columns = f"user={_user_name()}", "format=Account,Partition,QOS"
+        return parse_associations(self._ask("sacctmgr", "-nP", "show", "associations", who, columns))
+
+    def qos_limits(self) -> dict[str, int | None]:
+        """Each quality of service, and the seconds that a job in it may take (None: no bound)."""
+        return parse_qos(self._ask("sacctmgr", "-nP", "show", "qos", "format=Name,MaxWall"))
+
+    def expected_start(self, *arguments: str) -> Start | None:
+        """When a job that sbatch is given with these arguments would start; None where SLURM cannot say.
+
+        Nothing is submitted. Raises SlurmRefused for a job that would be refused.
+        """
+        return parse_start(self._run("sbatch", "--test-only", *arguments, "--wrap=true").stderr)
+
     def _ask_of_jobs(self, *command: str) -> str:
         """`_ask`; nothing where SLURM knows no such job (any more)."""
         try:
@@ -203,6 +263,9 @@ class Slurm:
             raise
 
     def _ask(self, *command: str) -> str:
+        return self._run(*command).stdout
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         conf = self._environment.get("SLURM_CONF")
         if conf and not os.path.exists(conf):  # SLURM's programs would wait a minute for it
             raise SlurmUnavailable(f"SLURM_CONF names {conf}, which does not exist")
@@ -221,11 +284,19 @@ class Slurm:
         except subprocess.TimeoutExpired:
             raise SlurmUnavailable(f"{command[0]} gave no answer in {self.timeout:g} s") from None
         if done.returncode == 0:
-            return done.stdout
+            return done
         message = (done.stderr or done.stdout).strip() or f"{command[0]} ended with {done.returncode}"
         if any(sign in message.lower() for sign in SILENT):
             raise SlurmUnavailable(message)
         raise SlurmRefused(message)
+
+
+def _user_name() -> str:
+    """By number: the variables that name a user may name another one."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        raise SlurmUnavailable(f"user {os.getuid()} has no name on this machine") from None
 
 
 def plain_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -257,25 +328,78 @@ def parse_queue(text: str) -> list[QueuedJob]:
 
 def parse_partitions(text: str) -> list[Partition]:
     """The partitions in the output of `scontrol show partition`."""
+    return [_partition(fields) for fields in _records(text, "PartitionName")]
+
+
+def _partition(fields: Mapping[str, str]) -> Partition:
+    return Partition(
+        name=fields["PartitionName"],
+        default=fields.get("Default") == "YES",
+        nodes=expand_nodes(fields.get("Nodes", "")),
+        grace_seconds=int(fields.get("GraceTime", "0")),
+        state=fields.get("State", "UP"),
+        preempt_mode=fields.get("PreemptMode", ""),
+        max_seconds=parse_span(fields.get("MaxTime", "")),
+        min_nodes=_number(fields.get("MinNodes")) or 0,
+        max_nodes=_number(fields.get("MaxNodes")),
+        max_memory_mb=_number(fields.get("MaxMemPerNode")),
+        accounts=_allowed(fields.get("AllowAccounts")),
+        denied_accounts=_allowed(fields.get("DenyAccounts")) or (),
+        qos=_allowed(fields.get("AllowQos")),
+        denied_qos=_allowed(fields.get("DenyQos")) or (),
+    )
+
+
+def _number(text: str | None) -> int | None:
+    """A limit; None for UNLIMITED and what is not there."""
+    return int(text) if text and text.isdecimal() else None
+
+
+def _allowed(text: str | None) -> tuple[str, ...] | None:
+    """The names in a list; None for ALL and what is not there."""
+    return None if text in (None, "", "ALL", "N/A", "(null)") else tuple(str(text).split(","))
+
+
+def parse_span(text: str) -> int | None:
+    """Seconds of a span as SLURM writes it, [days-]hours:minutes:seconds; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", text.strip())
+    if match is None:
+        return None
+    days, *parts = (int(part or 0) for part in match.groups())
+    hours, minutes, seconds = parts if match[4] else (0, *parts[:2])
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def parse_associations(text: str) -> list[Association]:
+    """The lines of `sacctmgr -nP show associations format=Account,Partition,QOS`."""
+    lines = (line.split("|") for line in text.splitlines())
     return [
-        Partition(
-            name=fields["PartitionName"],
-            default=fields.get("Default") == "YES",
-            nodes=expand_nodes(fields.get("Nodes", "")),
-            grace_seconds=int(fields.get("GraceTime", "0")),
-        )
-        for fields in _records(text, "PartitionName")
+        Association(account, partition, tuple(filter(None, qos.split(","))))
+        for account, partition, qos in (parts for parts in lines if len(parts) == 3)
     ]
+
+
+def parse_qos(text: str) -> dict[str, int | None]:
+    """The lines of `sacctmgr -nP show qos format=Name,MaxWall`."""
+    lines = (line.split("|") for line in text.splitlines())
+    return {parts[0]: parse_span(parts[1]) for parts in lines if len(parts) == 2}
+
+
+def parse_start(text: str) -> Start | None:
+    """What `sbatch --test-only` says; None where it names no time."""
+    found = re.search(r"to start at (\S+) using .* on nodes (\S+)(?: in partition (\S+))?", text)
+    time = parse_time(found[1]) if found else None
+    return Start(time, expand_nodes(found[2]), found[3] or "") if found and time else None
 
 
 def parse_nodes(text: str) -> list[Node]:
     """The nodes in sinfo's output in NODE_FORMAT: one line for each node in each partition."""
     nodes: dict[str, Node] = {}
     for line in text.splitlines():
-        parts = line.split("|", 5)
-        if len(parts) != 6:
+        parts = line.split("|", 7)
+        if len(parts) != 8:
             continue
-        name, state, partition, cpus, memory, reason = parts
+        name, state, partition, cpus, memory, features, gres, reason = parts
         seen = nodes[name].partitions if name in nodes else ()
         nodes[name] = Node(
             name=name,
@@ -284,9 +408,18 @@ def parse_nodes(text: str) -> list[Node]:
             partitions=(*seen, partition.rstrip("*")),
             cpus=int(cpus),
             memory_mb=int(memory),
+            features=() if features == "(null)" else tuple(features.split(",")),
+            gpus=parse_gpus(gres),
             reason="" if reason == "none" else reason,
         )
     return list(nodes.values())
+
+
+def parse_gpus(gres: str) -> tuple[Gpus, ...]:
+    """The GPUs in a list of generic resources: "gpu:a100:4(S:0-1),nvme:1" -> four of type a100."""
+    return tuple(
+        Gpus(kind, int(count)) for kind, count in re.findall(r"(?:^|,)gpu(?::([^:,()]+))?:(\d+)", gres)
+    )
 
 
 def parse_config(text: str) -> dict[str, str]:

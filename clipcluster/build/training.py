@@ -18,6 +18,7 @@ from clipcluster.data.storage.urls import redacted_within
 from clipcluster.evals.suite import build_suite
 from clipcluster.model.activation_checkpointing import checkpoint_activations
 from clipcluster.model.norms import group_batch_norms, require_a_row_a_sample, synchronise
+from clipcluster.model.task import Task
 from clipcluster.recipe.plan import Plan, accumulation_of, memory_advice, plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
@@ -146,6 +147,12 @@ def build_saver(
 
 def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Path | None) -> Step:
     """The optimizer step of a recipe; the model moves to the world's device."""
+    task, precision = ready_task(recipe, model, world, assets)
+    return assemble_step(recipe, plan_, model, task, precision, world)
+
+
+def ready_task(recipe: Recipe, model: Any, world: World, assets: Path | None) -> tuple[Task, Precision]:
+    """The task around a model, on the world's device, and the recipe's precision, for which it is prepared."""
     precision = Precision(recipe.train.precision, world.device)
     prepare_towers(recipe, model)
     if recipe.train.sync_batch_norm:
@@ -156,6 +163,13 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Pa
         model.to(memory_format=torch.channels_last)  # the first convolution converts the images to it
     if recipe.train.compile:
         compile_towers(model, world.device)
+    return task, precision
+
+
+def assemble_step(
+    recipe: Recipe, plan_: Plan, model: Any, task: Task, precision: Precision, world: World
+) -> Step:
+    """The optimizer step around a task that is ready."""
     wrapped = WrappedTask(task, world)
     optimizer = build_optimizer(recipe, model, plan_.total_steps)
     slot = world.rank * plan_.per_rank_batch

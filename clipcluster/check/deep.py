@@ -1,4 +1,4 @@
-"""The deep check: towers, weights, tokenizer, a sample of every source, a training step of a few samples.
+"""The deep check: towers, weights, tokenizer, samples, a step of a few samples, the memory of a whole one.
 
 It needs torch and so runs in a process of its own (``python -m clipcluster.check.deep``): the command itself
 never loads torch.
@@ -73,7 +73,10 @@ def main() -> None:
     os.dup2(2, 1)
     question = json.load(sys.stdin)
     assets = Path(question["assets"]) if question["assets"] else None
-    findings = examine(Recipe.model_validate(question["recipe"]), question["world_size"], assets)
+    recipe, world_size = Recipe.model_validate(question["recipe"]), question["world_size"]
+    findings = examine(recipe, world_size, assets)
+    if not findings.errors:
+        measure(recipe, world_size, assets, findings)
     with answer:
         json.dump(vars(findings), answer)
 
@@ -117,6 +120,26 @@ def examine(recipe: Recipe, world_size: int, assets: Path | None) -> Findings:
         attempt("freeze", _check_stages, recipe, world_size, assets, findings)
     attempt("a training step of a few samples", _check_step, recipe, world_size, assets, findings)
     return findings
+
+
+def measure(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:
+    """Estimate what a training step takes of a device's memory, and what a checkpoint takes of the disk."""
+    from clipcluster.build.memory import estimate
+
+    try:
+        found = estimate(recipe, assets, world_size)
+    except Exception as error:  # of any tower
+        reason = " ".join(str(error).split())[:200]
+        findings.unchecked.append(f"memory (a step cannot be traced: {type(error).__name__}: {reason})")
+        return
+    fewer = f", {found.trainable:,} of them trained" if found.trainable < found.parameters else ""
+    findings.summary.append(f"parameters: {found.parameters:,}{fewer}")
+    findings.figures |= {
+        "parameters": found.parameters,
+        "trained_parameters": found.trainable,
+        "checkpoint_bytes": found.checkpoint,
+        "memory_bytes": found.bytes,
+    }
 
 
 def _check_image_tower(recipe: Recipe, world_size: int, assets: Path | None, findings: Findings) -> None:

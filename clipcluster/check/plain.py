@@ -50,11 +50,25 @@ TRIED_SAMPLES = 8  # per source, whose members are examined
 
 @dataclass
 class Findings:
-    """The findings of a check: `errors` stop a submission, `warnings` do not, `summary` describes the run."""
+    """The findings of a check: `errors` stop a submission, `warnings` do not.
+
+    Attributes:
+        summary: facts about the run, `SUBJECT: TEXT` each.
+        unchecked: what could not be checked, each with the reason.
+        figures: numbers behind the facts, by name; sizes in bytes.
+    """
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, other: Findings) -> None:
+        """Take over the findings of another check."""
+        for name in ("errors", "warnings", "summary", "unchecked"):
+            getattr(self, name).extend(getattr(other, name))
+        self.figures |= other.figures
 
     def attempt(self, key: str, action: Callable[..., T], *args: Any, foreign: bool = False) -> T | None:
         """The result of `action(*args)`, or None with the error's message among `errors`.
@@ -92,13 +106,11 @@ class Checked(Findings):
 
     Attributes:
         plan: None where the data or the arithmetic failed.
-        unchecked: keys that only the deep check or the hub can check, each with the reason.
         awaited: what other jobs make before the run starts; what lies there is not looked at yet.
     """
 
     loaded: Loaded
     plan: Plan | None = None
-    unchecked: list[str] = field(default_factory=list)
     awaited: Sequence[Path] = ()
 
     @property
@@ -462,6 +474,8 @@ def _check_plans(checked: Checked, samples: int) -> None:
         checked.warnings += [text for text in found.warnings if text not in checked.warnings]
     if found is not None:
         checked.plan, checked.summary = found, _summary(checked.recipe, found, samples)
+        names = ("total_steps", "steps_per_epoch", "batch_size", "world_size")
+        checked.figures |= {"samples": samples, **{name: getattr(found, name) for name in names}}
         for name, text in experience.findings(checked.recipe, found, samples):
             checked.advise(checked.recipe.checks, name, text)
         _check_synchronised(checked, found)

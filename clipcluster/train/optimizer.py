@@ -209,6 +209,12 @@ class Optimizer:
         return [f"{self.name}: {count:,} parameters: {own}" for own, count in counts.items()]
 
     @property
+    def state_tensors(self) -> list[Tensor]:
+        """The tensors of the state as it is now, in no order."""
+        states = self._optimizer.state.values()
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+    @property
     def size(self) -> int:
         """How many parameters (numbers, not tensors) it updates."""
         return sum(p.numel() for group in self._optimizer.param_groups for p in group["params"])

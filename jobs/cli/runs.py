@@ -45,35 +45,27 @@ def check(
         bool, typer.Option("--deep", help="Also build the towers and decode samples (with torch, slower).")
     ] = False,
     site: Site = None,
+    as_json: AsJson = False,
+    runs: Runs = None,
 ) -> None:
     """Check a recipe for every error that can be found before its run is queued."""
     from clipcluster.check import plain
-    from jobs.submit import executor
+    from jobs.submit import checking, executor
 
     awaited, given = awaited_by(recipe, overrides or [], site)
     overrides = [*(overrides or []), *given]
-    if check_sweep(recipe, overrides, site, awaited, deep):
+    if check_sweep(recipe, overrides, site, awaited, deep, as_json, runs):
         return
-    checked = plain.check(recipe, overrides, site=site, runs=runs_folder(), awaited=awaited)
-    checked.raise_errors()
-    if deep and not awaited:
-        from clipcluster.check import deep as deep_check
-
-        found = deep_check.check(checked.recipe, world_size=checked.world_size)
-        found.raise_errors()
-        checked.summary += found.summary
-        checked.warnings += found.warnings
-    cluster, where = checked.recipe.cluster, executor.likely()
-    for line in [*checked.summary, executor.devices(cluster, where)]:
+    folder = runs_folder(runs)
+    checked = plain.check(recipe, overrides, site=site, runs=folder, awaited=awaited)
+    checking.complete(checked, checking.run_of(checked, folder), executor.likely(), quick=not deep)
+    if as_json:
+        print_document({"recipe": recipe, **checking.document(checked)})
+        raise typer.Exit(2 if checked.errors else 0)
+    for line in checking.table(checked):
         say(line)
-    if where == "local" and (missing := executor.missing_devices(cluster)):
-        checked.warnings.append(missing)
-    for warning in checked.warnings:
-        say(f"warning: {warning}")
-    if checked.unchecked and not deep:
-        say(f"not checked: {'; '.join(checked.unchecked)}")
-    more = "" if deep else " (clipcluster check --deep also builds the towers and decodes samples)"
-    say(f"{recipe}: no problems found{more}")
+    checked.raise_errors()
+    say(f"{recipe}: no problems found")
 
 
 def init(

@@ -14,7 +14,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import runs_folder
 from clipcluster.runs.sweeps import array_folder, find_runs
-from jobs.cli.options import say, show
+from jobs.cli.options import print_document, say, show
 
 if TYPE_CHECKING:
     from jobs.api import Submission
@@ -26,7 +26,13 @@ def all_of(names: Sequence[str], folder: Path, *, chains: bool = False) -> list[
 
 
 def check_sweep(
-    recipe: Path, overrides: list[str], site: str | None, awaited: list[Path], deep: bool
+    recipe: Path,
+    overrides: list[str],
+    site: str | None,
+    awaited: list[Path],
+    deep: bool,
+    as_json: bool,
+    runs: Path | None,
 ) -> bool:
     """Check the members where the recipe is a sweep; whether it is one."""
     from clipcluster.recipe.load import load_sweep
@@ -34,11 +40,16 @@ def check_sweep(
     sweep = load_sweep(recipe, overrides, site=site)
     if sweep is None:
         return False
+    from jobs.submit import checking
     from jobs.submit.sweep import check_sweep as check
     from jobs.submit.wanted import Awaited, Wanted
 
-    after = [Awaited(path) for path in awaited]
-    check(Wanted(recipe, overrides, runs_folder(), site, quick=not deep, after=after, say=say), sweep)
+    after, told = [Awaited(path) for path in awaited], (lambda text: None) if as_json else say
+    wanted = Wanted(recipe, overrides, runs_folder(runs), site, quick=not deep, after=after, say=told)
+    found = check(wanted, sweep)
+    if as_json:
+        members = [{"name": one.run.name, **checking.document(one.checked)} for one in found]
+        print_document({"recipe": recipe, "members": members})
     return True
 
 

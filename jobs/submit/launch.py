@@ -119,7 +119,7 @@ def queue(jobs: Sequence[Callable[[], None]], chosen: Mapping[str, Any], logs: P
     from submitit.core.utils import FailedJobError
 
     protect(logs)
-    with _outside_of_jobs():
+    with outside_of_jobs():
         held = shlex.join(holding_signals(sys.executable))
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0, python=held)
         executor.update_parameters(**chosen)
@@ -181,7 +181,7 @@ def detached(logs: Path, code: Path, *module: str) -> int:
 
     Returns its pid.
     """
-    with _outside_of_jobs(), (logs / LOCAL_LOG).open("ab") as stream:
+    with outside_of_jobs(), (logs / LOCAL_LOG).open("ab") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
             cwd=code,
@@ -210,8 +210,15 @@ def await_claim(run: Run, job: str) -> bool:
     return False
 
 
+def inherited() -> list[str]:
+    """The variables of an outer job or launcher that a job is not given, by name."""
+    before = set(os.environ)
+    with outside_of_jobs():
+        return sorted(before - set(os.environ))
+
+
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
+def outside_of_jobs() -> Iterator[None]:
     """Hide what an outer job or launcher told this process of itself; the user's own settings stay."""
     import submitit
 

@@ -18,15 +18,14 @@ from typing import Any
 from clipcluster.check import plain
 from clipcluster.data.storage.urls import redacted_within
 from clipcluster.errors import UserError
-from clipcluster.recipe.load import Loaded, recipe_keys, result_keys
+from clipcluster.recipe.load import Loaded, recipe_keys
 from clipcluster.recipe.sweep import Member
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import as_typed, similar_runs
-from clipcluster.runs.sweeps import run_of
 from clipcluster.text import counted
 from jobs import submissions
 from jobs.state import Queue, State, state_of
-from jobs.submit import assets, evaluations, executor, launch, parameters, waiting
+from jobs.submit import assets, checking, evaluations, executor, launch, parameters, waiting
 from jobs.submit.prepared import Prepared, folder_alone, grace_of, prepare
 from jobs.submit.recorded import launched
 from jobs.submit.wanted import Wanted
@@ -51,7 +50,7 @@ def submit(wanted: Wanted) -> Submitted:
     refuse_unqueued(wanted, chosen)
     checked = checked_for(wanted, chosen)
     loaded = checked.loaded
-    run = run_of(loaded.recipe.name, loaded.title, result_keys(loaded), wanted.runs)
+    run = checking.run_of(checked, wanted.runs)
     state = settled(run, wanted)
     if state.queued or state.name == "FINISHED":
         return as_it_is(run, state, wanted)
@@ -62,20 +61,16 @@ def submit(wanted: Wanted) -> Submitted:
     if not run.exists():
         _say_twins(loaded, wanted)
     if wanted.dry_run:
+        checking.complete(checked, run, chosen, quick=True)
+        _say_findings(checked, wanted)
         _say_plan(run, checked, chosen, wanted)
         return Submitted(run, None)
     with tempfile.TemporaryDirectory(prefix="clipcluster-assets-") as aside:
         fetched = run.assets if run.exists() else Path(aside)  # copied into the new run
         for name in assets.fetch(loaded.recipe, fetched):
             wanted.say(f"fetched {name}")
-        if not wanted.quick and wanted.after:
-            wanted.say("the deep check is left out: what the run starts from is not made yet")
-        elif not wanted.quick:
-            from clipcluster.check import deep
-
-            found = deep.check(loaded.recipe, world_size=checked.world_size, assets=fetched)
-            found.raise_errors()
-            warn(found.warnings, wanted)
+        checking.complete(checked, run, chosen, assets=fetched, quick=wanted.quick)
+        _say_findings(checked, wanted)
         with only_submission(wanted.runs, wanted.say):
             state = settled(run, wanted)
             if state.queued or state.name == "FINISHED":  # somebody submitted it during the checks
@@ -175,13 +170,14 @@ def checked_for(wanted: Wanted, chosen: str, member: Member | None = None) -> pl
         raise UserError(reason)
     if chosen == "local" and checked.recipe.cluster.setup:
         wanted.say("cluster.setup belongs to the cluster: its lines are left out on this machine")
-    warn(checked.warnings, wanted)
     return checked
 
 
-def warn(warnings: Sequence[str], wanted: Wanted) -> None:
-    for warning in warnings:
-        wanted.say(f"warning: {warning}")
+def _say_findings(checked: plain.Checked, wanted: Wanted) -> None:
+    """Raise the errors, or say everything else."""
+    checked.raise_errors()
+    for line in checking.table(checked):
+        wanted.say(line)
 
 
 def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
@@ -194,15 +190,8 @@ def _say_twins(loaded: Loaded, wanted: Wanted) -> None:
 
 
 def _say_plan(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted) -> None:
-    """What a dry run says."""
-    cluster, unchecked = checked.recipe.cluster, list(checked.unchecked)
-    if not wanted.quick:
-        unchecked.append("the towers and samples (clipcluster check --deep, and the submission)")
-    for line in checked.summary:
-        wanted.say(line)
-    if unchecked:
-        wanted.say(f"not checked: {'; '.join(unchecked)}")
-    wanted.say(executor.devices(cluster, chosen))
+    """What a dry run says, after the findings."""
+    cluster = checked.recipe.cluster
     wanted.say(f"run: {run.path}" + ("" if run.exists() else " (new)"))
     if chosen == "none":
         wanted.say("would make the folder, and start nothing")
@@ -244,7 +233,6 @@ def _start(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted, fetche
     named = f"job {job}" if chosen == "slurm" else counted(cluster.ranks_per_node, "local rank")
     steps = counted(checked.plan.total_steps, "step") if checked.plan else "steps not known yet"
     say(f"{run.name}: {steps}, as {named}" + (f" ({wanted.dependency})" if wanted.dependency else ""))
-    say(executor.devices(cluster, chosen))
     if chosen == "local" and not launch.await_claim(run, job):
         say(
             f"{run.name}: its process has not claimed the run within {launch.START_SECONDS:g} s; "

@@ -22,7 +22,7 @@ from clipcluster.runs.names import run_name
 from clipcluster.runs.sweeps import array_folder, join, run_of
 from clipcluster.text import counted
 from jobs.state import Queue, State
-from jobs.submit import assets, evaluations, executor, launch, parameters, waiting
+from jobs.submit import assets, checking, evaluations, executor, launch, parameters, waiting
 from jobs.submit.prepared import Prepared, folder_alone, grace_of, prepare
 from jobs.submit.recorded import launched_array
 from jobs.submit.submit import (
@@ -37,8 +37,9 @@ from jobs.submit.submit import (
 from jobs.submit.wanted import Wanted
 
 SHOWN = 20  # members that are named one by one
-# What the deep check of a recipe does not look at: members that differ in it alone are examined once.
-UNEXAMINED = ("name", "seed", "checkpoint", "cluster", "checks")
+# What the check beyond the plain one does not look at: members that differ in it alone are examined once.
+UNEXAMINED = ("name", "seed", "checks")
+FOUND = ("errors", "warnings", "summary", "unchecked", "figures")  # of Findings
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def submit_sweep(wanted: Wanted, sweep: Sweep) -> SubmittedSweep:
         launch.refuse_patterns(wanted.runs)
     _say_members(name, found, wanted)
     if wanted.dry_run:
+        _complete(wanted, found, chosen, None)
         _say_plan(name, sweep, found, chosen, wanted)
         return SubmittedSweep(name, runs, {})
     with tempfile.TemporaryDirectory(prefix="clipcluster-assets-") as aside:
@@ -107,15 +109,14 @@ def submit_sweep(wanted: Wanted, sweep: Sweep) -> SubmittedSweep:
         for one in (one for one in found if not one.rests):
             for asset in assets.fetch(one.checked.recipe, one.run.assets if one.run.exists() else fetched):
                 wanted.say(f"fetched {asset}")
-        if not wanted.quick and not wanted.after:
-            _deep(wanted, found, fetched)
+        _complete(wanted, found, chosen, fetched)
         with only_submission(wanted.runs, wanted.say):
             found = _look(wanted, sweep, checked, runs)  # somebody may have submitted it during the checks
             jobs = _start(name, sweep, found, chosen, wanted, fetched)
     return SubmittedSweep(name, runs, jobs)
 
 
-def check_sweep(wanted: Wanted, sweep: Sweep) -> None:
+def check_sweep(wanted: Wanted, sweep: Sweep) -> list[Found]:
     """What `clipcluster check` says of a sweep; the deep check too unless `quick`. Raises UserError."""
     chosen = executor.likely()
     checked = check_members(wanted, sweep, chosen)
@@ -123,10 +124,9 @@ def check_sweep(wanted: Wanted, sweep: Sweep) -> None:
     found = [Found(*one, new) for one in zip(sweep.members, checked, runs, strict=True)]
     wanted.say(f"{checked[0].recipe.name}: a sweep of {counted(len(found), 'run')}")
     _say_runs(found, wanted)
-    if not wanted.quick and not wanted.after:
-        _deep(wanted, found, None)
-    more = " (clipcluster check --deep also builds the towers and decodes samples)" if wanted.quick else ""
-    wanted.say(f"{wanted.recipe}: no problems found{more}")
+    _complete(wanted, found, chosen, None)
+    wanted.say(f"{wanted.recipe}: no problems found")
+    return found
 
 
 def check_members(wanted: Wanted, sweep: Sweep, chosen: str) -> list[plain.Checked]:
@@ -213,36 +213,43 @@ def _say_runs(found: Sequence[Found], wanted: Wanted) -> None:
             wanted.say(f"  {one.run.name}" + (f": {counted(plan.total_steps, 'step')}" if plan else ""))
         for line in one.checked.summary:
             said.of(one.member.label)(line)
-        if one.checked.unchecked:
-            said.of(one.member.label)(f"not checked: {'; '.join(one.checked.unchecked)}")
+        for warning in one.checked.warnings:
+            said.of(one.member.label)(f"warning: {warning}")
     if len(found) > SHOWN:
         wanted.say(f"  and {len(found) - SHOWN} more")
     for line in said.lines(len(found)):
         wanted.say(line)
 
 
-def _deep(wanted: Wanted, found: Sequence[Found], fetched: Path | None) -> None:
-    """The deep check of the members that start: of those that it cannot tell apart, the first."""
-    from clipcluster.check import deep
+def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path | None) -> None:
+    """The rest of the check for the members that start: of those that it cannot tell apart, for the first.
 
-    distinct: dict[str, Found] = {}
-    for one in (one for one in found if not one.rests):
-        distinct.setdefault(_examined(one.checked), one)
+    What it finds is said, and added to the findings of every member that it is about. Raises UserError.
+    """
+    starting = [one for one in found if not one.rests]
+    alike: dict[str, list[Found]] = {}
+    for one in starting:
+        alike.setdefault(_examined(one.checked), []).append(one)
     said = Told()
-    for one in distinct.values():
-        there = one.run.assets if one.run.exists() else fetched
-        findings = deep.check(one.checked.recipe, world_size=one.checked.world_size, assets=there)
-        if findings.errors and len(distinct) > 1:
-            raise UserError(f"{one.member.label}: " + "\n  ".join(findings.errors))
-        findings.raise_errors()
-        for warning in findings.warnings:
-            said.of(one.member.label)(f"warning: {warning}")
-    for line in said.lines(len(distinct)):
+    for group in alike.values():
+        first = group[0]
+        there = first.run.assets if first.run.exists() else fetched
+        ahead = replace(first.checked, **{name: type(getattr(first.checked, name))() for name in FOUND})
+        quick = wanted.quick or wanted.dry_run
+        checking.complete(ahead, first.run, chosen, assets=there, quick=quick, runs=len(starting))
+        if ahead.errors and len(alike) > 1:
+            raise UserError(f"{first.member.label}: " + "\n  ".join(ahead.errors))
+        ahead.raise_errors()
+        for one in group:
+            one.checked.add(ahead)
+        for line in checking.table(ahead):
+            said.of(first.member.label)(line)
+    for line in said.lines(len(alike)):
         wanted.say(line)
 
 
 def _examined(checked: plain.Checked) -> str:
-    """What the deep check looks at, as text: all but durations, the seed and the optimizer's numbers."""
+    """What the check beyond the plain one looks at, as text: all but durations, the seed and the optimizer's numbers."""
     keys = {
         key: value for key, value in checked.recipe.model_dump(mode="json").items() if key not in UNEXAMINED
     }

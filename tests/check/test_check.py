@@ -14,10 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
-from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
@@ -31,86 +29,7 @@ from clipcluster.recipe.load import load, recipe_keys, result_keys, settings_key
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import run_name
 from clipcluster.runtime.outcome import Outcome
-
-RECIPE = """\
-name: tiny
-data:
-  train:
-    - {shards: data/train}
-  batch_size: 4
-  image: {size: 32}
-  text: {context_length: 16}
-  workers: 1
-model:
-  image: {timm: test_convnext}
-  text: {arch: gpt2, config: {n_layer: 1, n_head: 2, n_embd: 16}}
-  embed_dim: 16
-optim: {lr: 1e-3}
-train: {duration: 10 epochs}
-evaluate: {retrieval: [data/test], zero_shot: [data/test]}
-cluster: {gpus_per_node: 0, tasks_per_node: 2, cpus_per_task: 2}
-checks: {allow: [text-from-scratch]}
-"""
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "png")
-    return out.getvalue()
-
-
-def write_shard(path: Path, count: int, broken: int = 0, classes: int = 2) -> None:
-    """`count` samples, two captions each (the last one none); the first `broken` of them are no images.
-
-    classes: 0 for samples without one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number in range(count):
-            captions = [f"sample {number}", f"number {number}"] if number < count - 1 else []
-            members = {
-                "png": b"no image" if number < broken else png(number),
-                "json": json.dumps({"captions": captions}).encode(),
-                **({"cls": str(number % classes).encode()} if classes else {}),
-            }
-            for extension, content in members.items():
-                entry = tarfile.TarInfo(f"{number:04d}.{extension}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
-
-
-@pytest.fixture(scope="session")
-def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's cache folder in which a deep check has stored timm's names."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        names.store_names()
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path: Path, user_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a recipe, eleven training samples and five test samples."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    write_shard(tmp_path / "data/train/00000.tar", 6)
-    write_shard(tmp_path / "data/train/00001.tar", 5)
-    write_shard(tmp_path / "data/test/00000.tar", 5)
-    (tmp_path / "data/classnames.txt").write_text("even\nodd\n")
-    (tmp_path / "data/zeroshot_classification_templates.txt").write_text("a {c} number\n")
-    for name in ("train", "test"):
-        index_folder(tmp_path / "data" / name)
-    return tmp_path
-
-
-@pytest.fixture
-def checked(folder: Path) -> Callable[..., Checked]:
-    """Check the recipe with overrides."""
-    return lambda *overrides: plain.check("tiny.yaml", overrides)
+from tests.check.tiny import write_shard
 
 
 def test_a_right_recipe(checked: Callable[..., Checked]) -> None:

@@ -88,8 +88,8 @@ def test_twice_after_a_cancel_and_to_the_end(ask, bench):
     assert "is finished" in ask.said[-1]
 
 
-def test_what_slurm_refuses_is_said_once_and_leaves_nothing(ask, tmp_path, capfd):
-    with pytest.raises(UserError, match="SLURM refused the job"):
+def test_what_slurm_would_refuse_is_said_once_and_leaves_nothing(ask, tmp_path, capfd):
+    with pytest.raises(UserError, match="there is no partition 'nowhere'; there are high, low"):
         submit(
             Wanted(
                 recipe=RECIPE,

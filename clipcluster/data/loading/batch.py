@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-_COLUMNS = ("images", "tokens", "mask", "classes")  # of a Batch: tensors with one row a sample, or None
+COLUMNS = ("images", "tokens", "mask", "classes")  # of a Batch: tensors with one row a sample, or None
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Batch:
 
     def _with(self, change: Callable[[Any], Any], **others: Any) -> "Batch":
         """This batch with each of its columns and extras changed."""
-        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _COLUMNS}
+        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in COLUMNS}
         extras = {name: change(values) for name, values in self.extras.items()}
         return replace(self, extras=extras, **columns, **others)
 

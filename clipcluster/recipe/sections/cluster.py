@@ -22,6 +22,12 @@ class Cluster(Section):
     tasks_per_node: Int | None = key(
         "record", "Ranks of each node. Default: one per GPU, or 1 without GPUs.", None, ge=1
     )
+    gpu_memory: Memory | None = key(
+        "record",
+        "Memory of each GPU, with which the check compares what a step takes. Default: by the type that SLURM "
+        "names, such as a100.",
+        None,
+    )
     cpus_per_task: Int = key("record", "CPU cores of each rank.", 4, ge=1)
     mem: Memory | None = key("record", "Memory of each node. Default: the partition's own.", None)
     time: Time = key("record", "Time limit of one attempt; a longer run is requeued and resumes.", "4 h")

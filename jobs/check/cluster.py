@@ -1,0 +1,276 @@
+"""Whether what a recipe asks of the cluster is there: partition, limits, nodes, accounts. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from clipcluster.check.plain import Findings
+from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.recipe.units import Memory, Time
+from clipcluster.text import counted, did_you_mean
+from jobs.check.known import Known
+from tools.slurm import Node, Partition
+
+Place = Callable[[str], str]
+CLOSED = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
+UP = frozenset({"idle", "mixed", "allocated", "completing", "planned", "reserved"})
+SHOWN = 8  # names in a message
+# What compares features with `&` alone or `|` alone is evaluated; of anything else the names are looked up.
+_FEATURE = re.compile(r"[^\s&|,*()\[\]]+")
+
+
+class Problem(NamedTuple):
+    """What is wrong with a key of the section `cluster`, and what to do."""
+
+    key: str
+    text: str
+
+
+def compare(cluster: Cluster, known: Known, place: Place) -> Findings:
+    """The findings about a recipe's section `cluster`; `place` says where a key was written.
+
+    What SLURM did not answer is in `unchecked`, as far as the recipe depends on it.
+    """
+    found = Findings()
+    for key, reason in _unanswered(cluster, known):
+        found.unchecked.append(f"{key} ({reason})")
+    chosen, problems = _partitions(cluster, known)
+    if chosen:
+        by_partition = [list(_of_partition(cluster, part, known)) for part in chosen]
+        # of several partitions SLURM takes one that fits
+        problems += min(by_partition, key=len)
+        found.summary += [_described(part, _nodes_of(part, known)) for part in chosen]
+        if not problems:
+            fitting = next(part for part, own in zip(chosen, by_partition, strict=True) if not own)
+            found.warnings += [f"{place(key)}: {text}" for key, text in _waits(cluster, fitting, known)]
+    problems += _of_accounting(cluster, known)
+    found.errors += [f"{place(key)}: {text}" for key, text in problems]
+    return found
+
+
+def partition_of(cluster: Cluster, known: Known) -> Partition | None:
+    """The partition that a job is most likely to run in: the first one that fits."""
+    chosen = _partitions(cluster, known)[0]
+    return min(chosen, key=lambda part: len(list(_of_partition(cluster, part, known))), default=None)
+
+
+def _unanswered(cluster: Cluster, known: Known) -> Iterator[tuple[str, str]]:
+    """The keys that could not be compared, with the reason."""
+    needs = {
+        "partitions": ("cluster.partition", True),
+        "nodes": ("cluster.nodes", known.partitions is not None),
+        "associations": ("cluster.account", cluster.account is not None),
+        "qos": ("cluster.qos", cluster.qos is not None),
+    }
+    for name, (key, needed) in needs.items():
+        if needed and name in known.silent:
+            yield key, known.silent[name]
+
+
+def _partitions(cluster: Cluster, known: Known) -> tuple[list[Partition], list[Problem]]:
+    """The partitions that a job may run in, and what is wrong with their names."""
+    if known.partitions is None:
+        return [], []
+    by_name = {part.name: part for part in known.partitions}
+    key, there = "cluster.partition", some(sorted(by_name))
+    if cluster.partition is None:
+        default = [part for part in known.partitions if part.default]
+        return default, [] if default else [Problem(key, f"there is no default; set it to one of {there}")]
+    names = cluster.partition.split(",")
+    unknown = [
+        Problem(key, f"there is no partition {name!r}{did_you_mean(name, by_name)}; there are {there}")
+        for name in names
+        if name not in by_name
+    ]
+    return [by_name[name] for name in names if name in by_name], unknown
+
+
+def _of_partition(cluster: Cluster, part: Partition, known: Known) -> Iterator[Problem]:
+    """What a partition does not allow, or does not have."""
+    name, nodes = f"partition {part.name}", cluster.nodes
+    if part.state in CLOSED:
+        others = some([other.name for other in known.partitions or () if other.state == "UP"])
+        yield Problem("cluster.partition", f"{name} is {part.state}: it accepts no jobs; use one of {others}")
+    seconds = 60 * cluster.time.minutes
+    if part.max_seconds is not None and seconds > part.max_seconds:
+        yield Problem("cluster.time", too_long(cluster.time, f"{name} allows", part.max_seconds))
+    if part.max_nodes is not None and nodes.least > part.max_nodes:
+        yield Problem(
+            "cluster.nodes",
+            f"{nodes} requested, and {name} allows a job {part.max_nodes}; set it to at most that",
+        )
+    if nodes.most < part.min_nodes:
+        yield Problem(
+            "cluster.nodes",
+            f"{nodes} requested, and jobs in {name} have at least {part.min_nodes}; set it to that or more",
+        )
+    yield from _listed("account", cluster.account, part.accounts, part.denied_accounts, name)
+    yield from _listed("qos", cluster.qos, part.qos, part.denied_qos, name)
+    if cluster.mem and part.max_memory_mb is not None and cluster.mem.megabytes > part.max_memory_mb:
+        most = Memory(part.max_memory_mb)
+        yield Problem("cluster.mem", f"{cluster.mem} requested, and {name} allows {most}; set it to that")
+    if known.nodes is not None:
+        yield from _of_nodes(cluster, part, _nodes_of(part, known), known)
+
+
+def too_long(time: Time, who: str, seconds: int) -> str:
+    """What is wrong with a time above a limit of so many seconds."""
+    most = Time(float(seconds))
+    return f"{time} requested, and {who} {most}; set it to at most that: a longer run is requeued and resumes"
+
+
+def _listed(
+    key: str, given: str | None, allowed: Sequence[str] | None, denied: Sequence[str], name: str
+) -> Iterator[Problem]:
+    """An account or quality of service that a partition does not take."""
+    if given is not None and allowed is not None and given not in allowed:
+        yield Problem(f"cluster.{key}", f"{name} does not take {given!r}; it takes {some(allowed)}")
+    elif given in denied:
+        yield Problem(f"cluster.{key}", f"{name} does not take {given!r}; choose another {key} or partition")
+
+
+def _nodes_of(part: Partition, known: Known) -> list[Node]:
+    return [node for node in known.nodes or () if part.name in node.partitions]
+
+
+def _of_nodes(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> Iterator[Problem]:
+    """What too few nodes of a partition have."""
+    least, name = cluster.nodes.least, f"partition {part.name}"
+    if least > len(nodes):
+        has = counted(len(nodes), "node")
+        yield Problem(
+            "cluster.nodes", f"{least} requested, and {name} has {has}; set it to at most {len(nodes)}"
+        )
+        return
+    needs = {
+        "cluster.cpus_per_task": (_has_cpus(cluster), _too_many_cpus),
+        "cluster.mem": (_has_memory(cluster), _too_much_memory),
+        "cluster.gpus_per_node": (_has_gpus(cluster), _too_many_gpus),
+        "cluster.constraint": (has_features(cluster.constraint), _unknown_features),
+    }
+    found = False
+    for key, (fits, wrong) in needs.items():
+        if sum(map(fits, nodes)) < least:
+            found = True
+            yield Problem(key, wrong(cluster, part, nodes, known))
+    fitting = [node for node in nodes if all(fits(node) for fits, _ in needs.values())]
+    if not found and len(fitting) < least:
+        yield Problem(
+            "cluster.nodes",
+            f"{least} requested, and {len(fitting)} of the {len(nodes)} nodes of {name} have all that "
+            "cpus_per_task, mem, gpus_per_node and constraint ask for; ask for fewer nodes, or for less",
+        )
+
+
+def _has_cpus(cluster: Cluster) -> Callable[[Node], bool]:
+    return lambda node: node.cpus >= cluster.ranks_per_node * cluster.cpus_per_task
+
+
+def _has_memory(cluster: Cluster) -> Callable[[Node], bool]:
+    return lambda node: cluster.mem is None or node.memory_mb >= cluster.mem.megabytes
+
+
+def _has_gpus(cluster: Cluster) -> Callable[[Node], bool]:
+    return lambda node: node.gpu_count >= cluster.gpus_per_node
+
+
+def has_features(constraint: str | None) -> Callable[[Node], bool]:
+    """Whether a node has the features of a constraint; of one with counts or brackets only as far as known."""
+    names, signs = _FEATURE.findall(constraint or ""), set(re.findall(r"[&|,*()\[\]]", constraint or ""))
+    if signs <= {"&", ","}:
+        return lambda node: set(names) <= set(node.features)
+    if signs == {"|"}:
+        return lambda node: bool(set(names) & set(node.features))
+    return lambda node: True
+
+
+def _too_many_cpus(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> str:
+    ranks, most = cluster.ranks_per_node, _most([node.cpus for node in nodes], cluster)
+    wanted = f"{counted(ranks, 'rank')} x {cluster.cpus_per_task} CPUs are {ranks * cluster.cpus_per_task}"
+    fits = f"set it to at most {most // ranks}" if most >= ranks else "lower cluster.tasks_per_node"
+    return f"{wanted} on a node, and nodes of partition {part.name} have {most}; {fits}"
+
+
+def _too_much_memory(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> str:
+    most = Memory(_most([node.memory_mb for node in nodes], cluster))
+    return f"{cluster.mem} requested, and nodes of partition {part.name} have {most}; set it to at most that"
+
+
+def _too_many_gpus(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> str:
+    most = _most([node.gpu_count for node in nodes], cluster)
+    wanted = f"{cluster.gpus_per_node} requested, and nodes of partition {part.name} have {most or 'none'}"
+    if most:
+        return f"{wanted}; set it to at most {most}"
+    others = {name for node in known.nodes or () if node.gpu_count for name in node.partitions}
+    elsewhere = f"use partition {' or '.join(sorted(others))}" if others else "SLURM knows of no GPUs here"
+    return f"{wanted}; {elsewhere}, or set it to 0 to train on the CPU"
+
+
+def _unknown_features(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> str:
+    there = sorted({feature for node in nodes for feature in node.features})
+    names = [name for name in _FEATURE.findall(cluster.constraint or "") if name not in there]
+    has = f"its features are {some(there)}" if there else "its nodes have no features; remove the key"
+    if not names:
+        return f"too few nodes of partition {part.name} have {cluster.constraint!r}; {has}"
+    return f"no node of partition {part.name} has {names[0]!r}{did_you_mean(names[0], there)}; {has}"
+
+
+def _most(values: Sequence[int], cluster: Cluster) -> int:
+    """What as many nodes as are asked for have at least."""
+    return sorted(values, reverse=True)[cluster.nodes.least - 1]
+
+
+def _waits(cluster: Cluster, part: Partition, known: Known) -> Iterator[Problem]:
+    """Why a job that fits would not start for now."""
+    if part.state == "DOWN":
+        yield Problem("cluster.partition", f"partition {part.name} is DOWN: jobs wait until it is up again")
+    nodes = _nodes_of(part, known)
+    up = [node for node in nodes if node.state in UP and node.responding]
+    if nodes and len(up) < cluster.nodes.least:
+        states = some(sorted({node.state for node in nodes if node not in up}))
+        yield Problem(
+            "cluster.nodes",
+            f"{len(up)} of the {len(nodes)} nodes of partition {part.name} are up, the others {states}: the "
+            "job waits for them",
+        )
+
+
+def _of_accounting(cluster: Cluster, known: Known) -> Iterator[Problem]:
+    """An account or quality of service that this user has not, where SLURM refuses jobs for it."""
+    enforced = (known.config or {}).get("AccountingStorageEnforce", "none").split(",")
+    own = known.associations or []
+    accounts = sorted({each.account for each in own})
+    if cluster.account and own and "associations" in enforced and cluster.account not in accounts:
+        near = did_you_mean(cluster.account, accounts)
+        yield Problem("cluster.account", f"{cluster.account!r} is not yours{near}; yours: {some(accounts)}")
+    if cluster.qos is None or known.qos is None:
+        return
+    used = [each for each in own if cluster.account in (None, each.account)]
+    usable = sorted({name for each in used for name in each.qos}) or sorted(known.qos)
+    if cluster.qos not in usable and ("qos" in enforced or cluster.qos not in known.qos):
+        near = did_you_mean(cluster.qos, usable)
+        yield Problem("cluster.qos", f"{cluster.qos!r} is not yours{near}; yours: {some(usable)}")
+    limit = known.qos.get(cluster.qos)
+    if limit is not None and 60 * cluster.time.minutes > limit:
+        yield Problem("cluster.time", too_long(cluster.time, f"quality of service {cluster.qos} allows", limit))
+
+
+def _described(part: Partition, nodes: Sequence[Node]) -> str:
+    """A fact: the partition, its limit, and what its nodes have."""
+    default = " (the default)" if part.default else ""
+    kinds = {(node.cpus, node.memory_mb, node.gpus) for node in nodes}
+    each = ""
+    if len(kinds) == 1:
+        cpus, megabytes, gpus = kinds.pop()
+        of_type = [f"{own.count} {own.type or 'GPU'}{' GPUs' if own.type else ''}" for own in gpus]
+        each = f" of {', '.join([f'{cpus} CPUs', str(Memory(megabytes)), *of_type])}"
+    limit = "no time limit" if part.max_seconds is None else f"at most {Time(float(part.max_seconds))} a job"
+    return f"partition: {part.name}{default}, {counted(len(nodes) or len(part.nodes), 'node')}{each}; {limit}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The names, of many the first ones."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more if names else "none"

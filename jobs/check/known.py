@@ -1,0 +1,49 @@
+"""What the cluster says of itself: all questions at once, within a bound of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from tools.slurm import Association, Node, Partition, Slurm, SlurmRefused, SlurmUnavailable
+
+ASK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What SLURM answered; None for what it did not, with the reason in `silent`.
+
+    Attributes:
+        qos: each quality of service, and the seconds that a job in it may take (None: no bound).
+        silent: name of the attribute -> why there is no answer.
+    """
+
+    partitions: list[Partition] | None = None
+    nodes: list[Node] | None = None
+    config: dict[str, str] | None = None
+    associations: list[Association] | None = None
+    qos: dict[str, int | None] | None = None
+    silent: Mapping[str, str] = field(default_factory=dict)
+
+
+def ask(slurm: Slurm) -> Known:
+    """Ask everything at once; it takes as long as the slowest answer, at most `slurm.timeout`."""
+    questions: dict[str, Callable[[], Any]] = {
+        "partitions": slurm.partitions,
+        "nodes": slurm.nodes,
+        "config": slurm.config,
+        "associations": slurm.associations,
+        "qos": slurm.qos_limits,
+    }
+    with ThreadPoolExecutor(len(questions)) as pool:
+        asked = {name: pool.submit(question) for name, question in questions.items()}
+    answers, silent = {}, {}
+    for name, answer in asked.items():
+        try:
+            answers[name] = answer.result()
+        except (SlurmUnavailable, SlurmRefused) as error:
+            silent[name] = str(error).splitlines()[-1]
+    return Known(**answers, silent=silent)

@@ -1,0 +1,154 @@
+"""Whether the checkpoints of a run fit on the disk of its folder: free space, quota, speed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from clipcluster.check.plain import Findings
+from clipcluster.recipe.plan import Plan
+from clipcluster.recipe.sections.checkpoint import Keep
+from clipcluster.runs.checkpoints import name_of, steps_in
+from clipcluster.runs.folder import Run
+from clipcluster.text import counted, sized
+
+QUOTA_SECONDS = 2.0  # how long a program that tells quotas may take
+PROBE_BYTES = 64 << 20  # written to measure the speed of a disk
+_CHUNK = 4 << 20
+
+
+def kept_checkpoints(keep: Keep, plan: Plan) -> tuple[int, int]:
+    """How many checkpoints the rotation keeps at least (the last ones), and at the end of the run."""
+    last = keep.last
+    if plan.checkpoint_every:
+        last = min(last, 1 + plan.total_steps // plan.checkpoint_every)
+    lasting = plan.total_steps // plan.keep_every if plan.keep_every else 0
+    return last, last + lasting + (keep.best.count if keep.best else 0)
+
+
+def size_of_newest(run: Run) -> int | None:
+    """Bytes of the run's newest checkpoint; None before the first."""
+    steps = steps_in(run.checkpoints)
+    return bytes_under(run.checkpoints / name_of(steps[-1])) if steps else None
+
+
+def bytes_under(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 where there is none. Files may vanish meanwhile."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += file.lstat().st_size
+    return total
+
+
+def compare(run: Run, size: int, keep: Keep, plan: Plan, runs: int = 1) -> Findings:
+    """The findings about the space for checkpoints of `size` bytes, in so many `runs` that start together.
+
+    One checkpoint more is there while it is written. What the run has already is replaced.
+    """
+    found = Findings()
+    least, most = kept_checkpoints(keep, plan)
+    there, place = bytes_under(run.checkpoints), existing(run.path)
+    free, quota = shutil.disk_usage(place).free, quota_left(place)
+    room = there + (free if quota is None else min(free, quota))
+    limit = f"{sized(free)} free" + ("" if quota is None else f", {sized(quota)} left of your quota")
+    disk, each = f"{place} has {limit}", f"{sized(size)} each"
+    of_all = f", of {counted(runs, 'run')} together" if runs > 1 else ""
+    first, total = runs * (least + 1) * size, runs * (most + 1) * size
+    text = f"{each}, {counted(most, 'checkpoint')} kept and one being written{of_all}: {sized(total)}"
+    if first > room:
+        found.errors.append(
+            f"checkpoint.keep: {each}, the last {least} and one being written{of_all} are {sized(first)}, and "
+            f"{disk}; free space there, or choose a larger disk with --runs"
+        )
+    elif total > room:
+        found.warnings.append(
+            f"checkpoint.keep: {text} in the whole run, and {disk}; keep fewer (checkpoint.keep.every, "
+            "checkpoint.keep.best), free space there, or choose a larger disk with --runs"
+        )
+    else:
+        found.summary.append(f"disk: {text}; {disk}")
+    return found
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def quota_left(folder: Path) -> int | None:
+    """Bytes that this user's quota leaves on the disk of a folder; None where none is told."""
+    mounts = Path("/proc/self/mounts")
+    mount = mount_of(folder, mounts.read_text()) if mounts.exists() else None
+    if mount is None:
+        return None
+    source, kind = mount
+    if kind == "lustre":
+        return parse_quota(_told("lfs", "quota", "-q", "-u", str(os.getuid()), str(folder)), None)
+    return parse_quota(_told("quota", "-w", "-p", "-u"), source)
+
+
+def mount_of(folder: Path, mounts: str) -> tuple[str, str] | None:
+    """Device and type of the file system of a folder, from the text of /proc/mounts."""
+    found: tuple[int, tuple[str, str]] | None = None
+    for line in mounts.splitlines():
+        source, target, kind, *_ = line.split(" ")
+        target = target.replace("\\040", " ")
+        inside = target == "/" or folder == Path(target) or Path(target) in folder.parents
+        if inside and (found is None or len(target) >= found[0]):
+            found = len(target), (source, kind)
+    return found[1] if found else None
+
+
+def _told(*command: str) -> str:
+    """What a program prints; nothing where it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=QUOTA_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def parse_quota(text: str, source: str | None) -> int | None:
+    """Bytes left, from a table of `quota -w -p` or `lfs quota -q`: file system, kB used, quota, limit, ….
+
+    source: the file system of the line; None: the only one. None where there is no limit.
+    """
+    words = text.split()
+    for at, word in enumerate(words[:-3]):
+        numbers = [number.rstrip("*") for number in words[at + 1 : at + 4]]
+        if (word == source or (source is None and at == 0)) and all(map(str.isdecimal, numbers)):
+            used, soft, hard = map(int, numbers)
+            limit = min(filter(None, (soft, hard)), default=0)
+            return max(0, limit - used) * 1024 if limit else None
+    return None
+
+
+def write_speed(folder: Path, size: int) -> float:
+    """Bytes per second at which a file is written, hashed and flushed to the disk of a folder, as in a save.
+
+    A file of at most PROBE_BYTES is written and removed. Raises OSError.
+    """
+    size = max(_CHUNK, min(size, PROBE_BYTES))
+    chunk, digest = os.urandom(_CHUNK), hashlib.sha256()
+    with tempfile.TemporaryFile(prefix=".clipcluster-check-", dir=existing(folder), buffering=0) as stream:
+        began = time.monotonic()
+        for _ in range(size // _CHUNK):
+            digest.update(chunk)
+            stream.write(chunk)
+        os.fsync(stream.fileno())
+        return size // _CHUNK * _CHUNK / (time.monotonic() - began)

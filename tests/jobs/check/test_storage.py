@@ -1,0 +1,81 @@
+"""Checkpoints against the disk: how many are kept, free space, quotas, speed."""
+
+from pathlib import Path
+
+import pytest
+
+from clipcluster.recipe.sections.checkpoint import Keep
+from clipcluster.runs.folder import Run
+from jobs.check import storage
+from tests.jobs.check.plans import plan_of
+
+MOUNTS = """\
+proc /proc proc rw 0 0
+/dev/sda1 / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+10.0.0.1@o2ib:/scratch /scratch lustre rw 0 0
+/dev/sdb1 /data\\040old xfs rw 0 0
+"""
+QUOTA = """\
+Disk quotas for user me (uid 1000):
+     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
+      /dev/sda1    2000       0       0       0      10       0       0       0
+   server:/home 900000* 1000000 1100000       0    1234       0       0       0
+"""
+LUSTRE = "      /scratch/me 5000000 0 6000000 - 812 0 0 -\n"
+
+
+@pytest.mark.parametrize(
+    ("keep", "plan", "expected"),
+    [
+        ({"last": 3}, {"total_steps": 100, "checkpoint_every": 10}, (3, 3)),
+        ({"last": 3}, {"total_steps": 15, "checkpoint_every": 10}, (2, 2)),
+        ({"last": 2, "best": {"metric": "loss", "count": 4}}, {"total_steps": 100}, (2, 6)),
+        ({"last": 2}, {"total_steps": 100, "keep_every": 20}, (2, 7)),
+    ],
+)
+def test_how_many_are_kept(keep, plan, expected) -> None:
+    assert storage.kept_checkpoints(Keep.model_validate(keep), plan_of(**plan)) == expected
+
+
+def test_the_file_system_of_a_folder() -> None:
+    assert storage.mount_of(Path("/home/me/runs"), MOUNTS) == ("server:/home", "nfs4")
+    assert storage.mount_of(Path("/homework"), MOUNTS) == ("/dev/sda1", "ext4")
+    assert storage.mount_of(Path("/data old/runs"), MOUNTS) == ("/dev/sdb1", "xfs")
+    assert storage.mount_of(Path("/scratch"), MOUNTS) == ("10.0.0.1@o2ib:/scratch", "lustre")
+
+
+def test_what_a_quota_leaves() -> None:
+    assert storage.parse_quota(QUOTA, "server:/home") == 100000 * 1024  # of the soft limit
+    assert storage.parse_quota(QUOTA, "/dev/sda1") is None  # no limit
+    assert storage.parse_quota(QUOTA, "/dev/sdc1") is None
+    assert storage.parse_quota(LUSTRE, None) == 1000000 * 1024
+    assert storage.parse_quota("", None) is None
+
+
+def test_a_quota_counts_where_it_is_less_than_the_disk(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    source, kind = storage.mount_of(tmp_path, Path("/proc/self/mounts").read_text())
+    assert kind != "lustre"
+    (folder / "quota").write_text(f"#!/bin/sh\necho '  {source} 1000 0 4000 0 5 0 0 0'\n")
+    (folder / "quota").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    run, plan = Run(tmp_path / "runs" / "new"), plan_of(total_steps=100, checkpoint_every=10, keep_every=10)
+    found = storage.compare(run, 100_000, Keep(last=2), plan)
+    assert (found.errors, found.warnings) == ([], [])
+    assert found.summary[0].endswith("2.9 MB left of your quota")
+    found = storage.compare(run, 500_000, Keep(last=2), plan)
+    assert "12 checkpoints kept and one being written: 6.2 MB in the whole run" in found.warnings[0]
+    found = storage.compare(run, 2_000_000, Keep(last=2), plan)
+    assert found.errors[0].startswith("checkpoint.keep: 1.9 MB each, the last 2 and one being written are 5.7 MB, and ")
+    assert found.errors[0].endswith("or choose a larger disk with --runs")
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
+    (run.checkpoints / "step-00000001" / "model.safetensors").write_bytes(bytes(4_000_000))
+    assert storage.compare(run, 2_000_000, Keep(last=2), plan).errors == []  # they are replaced
+    assert storage.size_of_newest(run) == 4_000_000
+
+
+def test_the_speed_of_a_disk_is_measured_and_nothing_left(tmp_path) -> None:
+    assert storage.write_speed(tmp_path / "not" / "yet", 1000) > 1_000_000
+    assert list(tmp_path.rglob("*")) == []

@@ -1,0 +1,102 @@
+"""The check beside a real cluster: what SLURM has not, its own words of the same, and when a job would start."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from clipcluster.check import plain
+from clipcluster.errors import UserError
+from clipcluster.recipe.sections.cluster import Cluster
+from clipcluster.runs.folder import Run
+from jobs.check.known import ask
+from jobs.submit import checking, launch, parameters
+from tools.convert.convert import convert
+from tools.slurm import SlurmRefused
+
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"
+SMALL = ("cluster.tasks_per_node=2", "data.batch_size=128")
+# Overrides -> what the check says. Partition high takes an hour here, node n1 has the feature fast.
+PLANTED = {
+    ("cluster.partition=lwo",): "there is no partition 'lwo'; did you mean low?",
+    ("cluster.partition=high", "cluster.time=2 h"): "2 h requested, and partition high allows 1 h",
+    ("cluster.nodes=8",): "8 requested, and partition low has 4 nodes; set it to at most 4",
+    ("cluster.constraint=fsat",): "no node of partition low has 'fsat'; did you mean fast?",
+    ("cluster.gpus_per_node=1",): "1 requested, and nodes of partition low have none",
+    ("cluster.mem=9000 MB",): "9000 MB requested, and nodes of partition low have 8000 MB",
+    ("cluster.cpus_per_task=3",): "2 ranks x 3 CPUs are 6 on a node, and nodes of partition low have 4",
+}
+
+
+def scontrol(*words: str) -> None:
+    subprocess.run(["scontrol", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def site(cluster, tmp_path, monkeypatch):
+    """The sandbox with a limit and a feature, asked by a check of the demo's recipe."""
+    convert("digits", tmp_path / "digits")
+    monkeypatch.setenv("DIGITS", str(tmp_path / "digits"))
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    scontrol("update", "PartitionName=high", "MaxTime=60")
+    scontrol("update", "NodeName=n1", "AvailableFeatures=fast")
+    yield cluster
+    scontrol("update", "PartitionName=high", "MaxTime=INFINITE")
+    scontrol("update", "NodeName=n1", "AvailableFeatures=")
+
+
+def checked(folder: Path, *overrides: str) -> plain.Checked:
+    found = plain.check(RECIPE, [*SMALL, *overrides], runs=folder)
+    checking.complete(found, checking.run_of(found, folder), "slurm", quick=True)
+    return found
+
+
+@pytest.mark.parametrize(("overrides", "said"), PLANTED.items(), ids=lambda value: str(value)[:40])
+def test_what_the_cluster_has_not(site, tmp_path, overrides, said):
+    found = checked(tmp_path / "runs", *overrides)
+    (error,) = found.errors
+    assert said in error
+    flags = parameters.of_run(found.recipe.cluster, Run(tmp_path / "run"), tmp_path, grace=5)
+    with pytest.raises(SlurmRefused):  # SLURM's own answer is the same, though it tells less
+        site.slurm.expected_start(*checking.sbatch_arguments(flags))
+
+
+def test_a_right_recipe_and_when_it_would_start(site, tmp_path):
+    found = checked(tmp_path / "runs", "cluster.constraint=fast")
+    assert (found.errors, found.warnings, len(found.unchecked)) == ([], [], 1)
+    facts = {line.partition(": ")[0]: line.partition(": ")[2] for line in found.summary}
+    assert facts["partition"] == "low (the default), 4 nodes of 4 CPUs, 7.8 GB; no time limit"
+    assert facts["preemption"] == "PreemptMode=REQUEUE, GraceTime 10 s, KillWait 5 sec, JobRequeue=1"
+    assert "on n1, by the queue as it is" in facts["start"]
+    assert found.figures["expected_start"]
+    assert site.slurm.queue() == []  # nothing was submitted
+
+
+def test_without_accounting_it_is_said_where_it_matters(site, tmp_path):
+    found = checked(tmp_path / "runs", "cluster.account=vision")
+    assert found.errors == []
+    assert found.unchecked[-1].startswith("cluster.account (")
+    assert set(ask(site.slurm).silent) == {"associations", "qos"}
+
+
+def test_inherited_variables_are_left_out(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
+    monkeypatch.setenv("SBATCH_PARTITION", "high")
+    found = checked(tmp_path / "runs", "cluster.time=2 h")
+    assert "partition high allows 1 h" in found.errors[0]  # sbatch prefers the variable
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    found = checked(tmp_path / "runs", "cluster.time=2 h")
+    assert found.errors == []
+    assert any(
+        line.startswith("environment: left out of the job: ") and "SLURM_MEM_PER_NODE" in line
+        for line in found.summary
+    )
+
+
+def test_a_refusal_of_sbatch_is_told_in_its_own_words(site, tmp_path, code):
+    run = Run.create(tmp_path / "run", {"name": "run"}, {"none": 0})
+    with pytest.raises(UserError, match="SLURM refused the job"):
+        launch.on_slurm(Cluster(partition="nowhere", gpus_per_node=0), run, code, grace=5)
