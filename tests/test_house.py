@@ -33,6 +33,7 @@ TORCH_FREE = [
     "tools.sandbox.sandbox",
     "jobs.cli.app",
     "jobs.submit.submit",
+    "jobs.submit.checking",
     "jobs.submit.parameters",
     "jobs.submit.snapshot",
     "jobs.train",

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipcluster.build.data import Sources, open_batches, open_sources
-from clipcluster.build.model import build_model, build_task
+from clipcluster.build.model import build_model
 from clipcluster.build.training import assemble_step, ready_task
 from clipcluster.data.loading.batch import COLUMNS, Batch
 from clipcluster.recipe.plan import Plan, plan

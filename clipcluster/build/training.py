@@ -152,7 +152,7 @@ def build_step(recipe: Recipe, plan_: Plan, model: Any, world: World, assets: Pa
 
 
 def ready_task(recipe: Recipe, model: Any, world: World, assets: Path | None) -> tuple[Task, Precision]:
-    """The task around a model, on the world's device, and the recipe's precision, for which it is prepared."""
+    """The task around a model on the world's device, and the recipe's precision, both ready for training."""
     precision = Precision(recipe.train.precision, world.device)
     prepare_towers(recipe, model)
     if recipe.train.sync_batch_norm:

@@ -177,7 +177,7 @@ def _has_gpus(cluster: Cluster) -> Callable[[Node], bool]:
 
 
 def has_features(constraint: str | None) -> Callable[[Node], bool]:
-    """Whether a node has the features of a constraint; of one with counts or brackets only as far as known."""
+    """Whether a node has the features of a constraint; any has, where that is more than names with & or |."""
     names, signs = _FEATURE.findall(constraint or ""), set(re.findall(r"[&|,*()\[\]]", constraint or ""))
     if signs <= {"&", ","}:
         return lambda node: set(names) <= set(node.features)
@@ -254,7 +254,9 @@ def _of_accounting(cluster: Cluster, known: Known) -> Iterator[Problem]:
         yield Problem("cluster.qos", f"{cluster.qos!r} is not yours{near}; yours: {some(usable)}")
     limit = known.qos.get(cluster.qos)
     if limit is not None and 60 * cluster.time.minutes > limit:
-        yield Problem("cluster.time", too_long(cluster.time, f"quality of service {cluster.qos} allows", limit))
+        yield Problem(
+            "cluster.time", too_long(cluster.time, f"quality of service {cluster.qos} allows", limit)
+        )
 
 
 def _described(part: Partition, nodes: Sequence[Node]) -> str:

@@ -64,8 +64,8 @@ def compare(run: Run, size: int, keep: Keep, plan: Plan, runs: int = 1) -> Findi
     text = f"{each}, {counted(most, 'checkpoint')} kept and one being written{of_all}: {sized(total)}"
     if first > room:
         found.errors.append(
-            f"checkpoint.keep: {each}, the last {least} and one being written{of_all} are {sized(first)}, and "
-            f"{disk}; free space there, or choose a larger disk with --runs"
+            f"checkpoint.keep: {each}, the last {least} and one being written{of_all} are {sized(first)}, "
+            f"and {disk}; free space there, or choose a larger disk with --runs"
         )
     elif total > room:
         found.warnings.append(

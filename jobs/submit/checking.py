@@ -43,8 +43,8 @@ def complete(
 ) -> None:
     """Add to the plain check what the deep one finds (unless `quick`), and the cluster and the disk.
 
-    chosen: where the run goes: slurm, local or none. assets: folder of what was fetched for the run. runs: how
-    many such runs start together.
+    chosen: where the run goes: slurm, local or none. assets: folder of what was fetched for the run. runs:
+    how many such runs start together.
     """
     if checked.awaited and not quick:
         checked.unchecked.append(f"{DEEP}: what the run starts from is not made yet")
@@ -170,7 +170,9 @@ def table(findings: Findings) -> list[str]:
 
 def document(findings: Findings) -> dict[str, Any]:
     """The findings for programs."""
-    facts = [dict(zip(("subject", "text"), line.partition(": ")[::2], strict=True)) for line in findings.summary]
+    facts = [
+        dict(zip(("subject", "text"), line.partition(": ")[::2], strict=True)) for line in findings.summary
+    ]
     return {
         "errors": findings.errors,
         "warnings": findings.warnings,

@@ -39,7 +39,6 @@ from jobs.submit.wanted import Wanted
 SHOWN = 20  # members that are named one by one
 # What the check beyond the plain one does not look at: members that differ in it alone are examined once.
 UNEXAMINED = ("name", "seed", "checks")
-FOUND = ("errors", "warnings", "summary", "unchecked", "figures")  # of Findings
 
 
 @dataclass(frozen=True)
@@ -234,13 +233,15 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
     for group in alike.values():
         first = group[0]
         there = first.run.assets if first.run.exists() else fetched
-        ahead = replace(first.checked, **{name: type(getattr(first.checked, name))() for name in FOUND})
+        ahead = replace(first.checked, errors=[], warnings=[], summary=[], figures={})
+        ahead.unchecked = list(first.checked.unchecked)
         quick = wanted.quick or wanted.dry_run
         checking.complete(ahead, first.run, chosen, assets=there, quick=quick, runs=len(starting))
         if ahead.errors and len(alike) > 1:
             raise UserError(f"{first.member.label}: " + "\n  ".join(ahead.errors))
         ahead.raise_errors()
         for one in group:
+            one.checked.unchecked.clear()
             one.checked.add(ahead)
         for line in checking.table(ahead):
             said.of(first.member.label)(line)
@@ -249,7 +250,7 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
 
 
 def _examined(checked: plain.Checked) -> str:
-    """What the check beyond the plain one looks at, as text: all but durations, the seed and the optimizer's numbers."""
+    """What the check beyond the plain one looks at: all but durations, the seed, the optimizer's numbers."""
     keys = {
         key: value for key, value in checked.recipe.model_dump(mode="json").items() if key not in UNEXAMINED
     }

@@ -79,14 +79,18 @@ CLUSTER = [
     Planted("cluster.nodes=5", "5 requested, and partition low has 4 nodes", "set it to at most 4"),
     Planted("cluster.mem=100 GB", "nodes of partition low have 64000 MB", "set it to at most that"),
     Planted("cluster.cpus_per_task=9", "2 ranks x 9 CPUs are 18 on a node", "set it to at most 8"),
-    Planted("cluster.gpus_per_node=8", "8 requested, and nodes of partition low have 4", "set it to at most 4"),
+    Planted(
+        "cluster.gpus_per_node=8", "8 requested, and nodes of partition low have 4", "set it to at most 4"
+    ),
     Planted("cluster.constraint=a10", "no node of partition low has 'a10'", "did you mean a100?"),
     Planted("cluster.account=visoin", "'visoin' is not yours", "did you mean vision?"),
     Planted("cluster.qos=lonng", "'lonng' is not yours", "did you mean long?"),
 ]
 # The same for one of its other partitions.
 HIGH = [
-    Planted("cluster.gpus_per_node=1", "nodes of partition high have none", "use partition low, or set it to 0"),
+    Planted(
+        "cluster.gpus_per_node=1", "nodes of partition high have none", "use partition low, or set it to 0"
+    ),
     Planted("cluster.nodes=2", "2 requested, and partition high allows a job 1", "set it to at most that"),
     Planted("cluster.mem=5 GB", "5 GB requested, and partition high allows 4000 MB", "set it to that"),
     Planted("cluster.account=common", "partition high does not take 'common'", "it takes vision, speech"),
@@ -94,7 +98,9 @@ HIGH = [
 ]
 # What needs torch.
 DEEP = [
-    Planted("freeze=[{tower: image, trainable: last 99, at: 1 epochs}]", "the image tower has", "layers: stem"),
+    Planted(
+        "freeze=[{tower: image, trainable: last 99, at: 1 epochs}]", "the image tower has", "layers: stem"
+    ),
     Planted("model.image.args={global_pool: ''}", "and not one vector of", "model.image"),
     Planted("optim.no_decay=[nothing]", "fits no parameter", "optim.no_decay"),
     Planted(

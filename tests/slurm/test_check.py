@@ -1,4 +1,4 @@
-"""The check beside a real cluster: what SLURM has not, its own words of the same, and when a job would start."""
+"""The check beside a real cluster: what SLURM does not have, and when a job would start."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_right_recipe_and_when_it_would_start(site, tmp_path):
     found = checked(tmp_path / "runs", "cluster.constraint=fast")
     assert (found.errors, found.warnings, len(found.unchecked)) == ([], [], 1)
     facts = {line.partition(": ")[0]: line.partition(": ")[2] for line in found.summary}
-    assert facts["partition"] == "low (the default), 4 nodes of 4 CPUs, 7.8 GB; no time limit"
+    assert facts["partition"] == "low (the default), 4 nodes of 4 CPUs, 8000 MB; no time limit"
     assert facts["preemption"] == "PreemptMode=REQUEUE, GraceTime 10 s, KillWait 5 sec, JobRequeue=1"
     assert "on n1, by the queue as it is" in facts["start"]
     assert found.figures["expected_start"]

@@ -83,11 +83,11 @@ QUEUE = """\
 1|RUNNING|low|root|0:01|1:00:00|2026-11-21T02:48:12|n[1-2]|None|a | b JobState=FAKE
 """
 NODES = """\
-n1|mixed|low*|4|8000|none
-n1|mixed|high|4|8000|none
-n2|down*|low*|4|8000|Not responding
-n2|down*|high|4|8000|Not responding
-n10|idle|low*|4|8000|none
+n1|mixed|low*|4|8000|(null)|(null)|none
+n1|mixed|high|4|8000|(null)|(null)|none
+n2|down*|low*|4|8000|a100,ib|gpu:a100:4(S:0,1),nvme:1|Not responding
+n2|down*|high|4|8000|a100,ib|gpu:a100:4(S:0,1),nvme:1|Not responding
+n10|idle|low*|4|8000|(null)|gpu:2,gpu:3g.20gb:1|none
 """
 PARTITIONS = """\
 PartitionName=low
@@ -197,6 +197,10 @@ def test_nodes_with_all_their_partitions() -> None:
         "Not responding",
     )
     assert (tenth.name, tenth.cpus, tenth.memory_mb) == ("n10", 4, 8000)
+    assert (first.features, first.gpus, first.gpu_count) == ((), (), 0)
+    assert (second.features, second.gpus) == (("a100", "ib"), (slurm.Gpus("a100", 4),))
+    assert tenth.gpus == (slurm.Gpus("", 2), slurm.Gpus("3g.20gb", 1))
+    assert tenth.gpu_count == 3
 
 
 def test_partitions() -> None:
@@ -204,6 +208,37 @@ def test_partitions() -> None:
     assert (low.name, low.default, low.grace_seconds) == ("low", True, 10)
     assert low.nodes == ("n1", "n2")
     assert (high.name, high.default, high.grace_seconds) == ("high", False, 0)
+    assert (low.max_seconds, high.max_seconds) == (129600 + 1800, None)
+    assert (low.state, low.preempt_mode, high.preempt_mode) == ("UP", "REQUEUE", "OFF")
+    assert (low.max_nodes, low.min_nodes, low.max_memory_mb) == (None, 0, None)
+    assert (low.accounts, low.denied_accounts, low.qos) == (None, (), None)
+    listed = PARTITIONS.replace("AllowAccounts=ALL AllowQos=ALL", "AllowAccounts=a,b DenyQos=long")
+    (narrow, _) = slurm.parse_partitions(listed.replace("MaxNodes=UNLIMITED", "MaxNodes=3"))
+    assert (narrow.accounts, narrow.denied_qos, narrow.max_nodes) == (("a", "b"), ("long",), 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2-00:00:00", 172800), ("04:00:00", 14400), ("00:30", 30), ("UNLIMITED", None), ("", None)],
+)
+def test_spans(text: str, seconds: int | None) -> None:
+    assert slurm.parse_span(text) == seconds
+
+
+def test_what_accounting_says() -> None:
+    vision, common = slurm.parse_associations("vision||normal,long\ncommon|low|\n")
+    assert vision == slurm.Association("vision", "", ("normal", "long"))
+    assert common == slurm.Association("common", "low", ())
+    assert slurm.parse_qos("normal|\nlong|7-00:00:00\n") == {"normal": None, "long": 604800}
+
+
+def test_an_expected_start() -> None:
+    said = (
+        "sbatch: Job 3 to start at 2026-11-21T04:48:00 using 4 processors on nodes n[1-2] in partition low\n"
+    )
+    assert slurm.parse_start(said) == slurm.Start(datetime(2026, 11, 21, 4, 48), ("n1", "n2"), "low")
+    assert slurm.parse_start("sbatch: Job 3 to start at Unknown using 4 processors on nodes n1\n") is None
+    assert slurm.parse_start("") is None
 
 
 def test_settings() -> None:

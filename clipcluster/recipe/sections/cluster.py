@@ -24,8 +24,8 @@ class Cluster(Section):
     )
     gpu_memory: Memory | None = key(
         "record",
-        "Memory of each GPU, with which the check compares what a step takes. Default: by the type that SLURM "
-        "names, such as a100.",
+        "Memory of each GPU, with which the check compares what a step takes. Default: that of the type "
+        "which SLURM names, such as a100.",
         None,
     )
     cpus_per_task: Int = key("record", "CPU cores of each rank.", 4, ge=1)

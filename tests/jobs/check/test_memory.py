@@ -54,8 +54,8 @@ def test_a_step_that_does_not_fit_is_an_error_only_where_the_memory_is_certain(r
     sure, guessed = memory.Device(40 * GB, "here", True), memory.Device(40 * GB, "there", False)
     (error,) = memory.compare(recipe, 1, parts, sure).errors
     assert error.startswith(
-        "train.micro_batch: a step needs about 50.0 GB a rank (weights 1.0 GB, activations 49.0 GB), of 40.0 GB "
-        "(here). Set train.micro_batch to 32 (64 samples are processed at once); or set "
+        "train.micro_batch: a step needs about 50.0 GB a rank (weights 1.0 GB, activations 49.0 GB), of 40.0 "
+        "GB (here). Set train.micro_batch to 32 (64 samples are processed at once); or set "
         "train.activation_checkpointing to true"
     )
     assert memory.compare(recipe, 1, parts, guessed).warnings == [error.replace("(here)", "(there)")]
@@ -63,4 +63,6 @@ def test_a_step_that_does_not_fit_is_an_error_only_where_the_memory_is_certain(r
     assert (len(tight.errors), len(tight.warnings)) == (0, 1)
     fits = memory.compare(recipe, 1, parts, memory.Device(80 * GB, "here", True))
     assert (fits.errors, fits.warnings) == ([], [])
-    assert fits.summary == ["memory: about 50.0 GB a rank (weights 1.0 GB, activations 49.0 GB), of 80.0 GB (here)"]
+    assert fits.summary == [
+        "memory: about 50.0 GB a rank (weights 1.0 GB, activations 49.0 GB), of 80.0 GB (here)"
+    ]

@@ -68,7 +68,9 @@ def test_a_quota_counts_where_it_is_less_than_the_disk(tmp_path, monkeypatch) ->
     found = storage.compare(run, 500_000, Keep(last=2), plan)
     assert "12 checkpoints kept and one being written: 6.2 MB in the whole run" in found.warnings[0]
     found = storage.compare(run, 2_000_000, Keep(last=2), plan)
-    assert found.errors[0].startswith("checkpoint.keep: 1.9 MB each, the last 2 and one being written are 5.7 MB, and ")
+    assert found.errors[0].startswith(
+        "checkpoint.keep: 1.9 MB each, the last 2 and one being written are 5.7 MB, and "
+    )
     assert found.errors[0].endswith("or choose a larger disk with --runs")
     (run.checkpoints / "step-00000001").mkdir(parents=True)
     (run.checkpoints / "step-00000001" / "model.safetensors").write_bytes(bytes(4_000_000))
