@@ -17,8 +17,6 @@ Place = Callable[[str], str]
 CLOSED = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
 UP = frozenset({"idle", "mixed", "allocated", "completing", "planned", "reserved"})
 SHOWN = 8  # names in a message
-# What compares features with `&` alone or `|` alone is evaluated; of anything else the names are looked up.
-_FEATURE = re.compile(r"[^\s&|,*()\[\]]+")
 
 
 class Problem(NamedTuple):
@@ -95,7 +93,7 @@ def _of_partition(cluster: Cluster, part: Partition, known: Known) -> Iterator[P
         yield Problem("cluster.partition", f"{name} is {part.state}: it accepts no jobs; use one of {others}")
     seconds = 60 * cluster.time.minutes
     if part.max_seconds is not None and seconds > part.max_seconds:
-        yield Problem("cluster.time", too_long(cluster.time, f"{name} allows", part.max_seconds))
+        yield Problem("cluster.time", too_long(cluster.time, f"{name} allows (MaxTime)", part.max_seconds))
     if part.max_nodes is not None and nodes.least > part.max_nodes:
         yield Problem(
             "cluster.nodes",
@@ -148,11 +146,13 @@ def _of_nodes(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: K
         "cluster.cpus_per_task": (_has_cpus(cluster), _too_many_cpus),
         "cluster.mem": (_has_memory(cluster), _too_much_memory),
         "cluster.gpus_per_node": (_has_gpus(cluster), _too_many_gpus),
-        "cluster.constraint": (has_features(cluster.constraint), _unknown_features),
+        "cluster.constraint": (has_features(cluster.constraint), _too_few_features),
     }
-    found = False
+    found, features = False, {feature for node in known.nodes or () for feature in node.features}
     for key, (fits, wrong) in needs.items():
-        if sum(map(fits, nodes)) < least:
+        # SLURM refuses a feature that it has never heard of, even as one of several alternatives
+        unheard = key == "cluster.constraint" and set(features_of(cluster.constraint)) - features
+        if unheard or sum(map(fits, nodes)) < least:
             found = True
             yield Problem(key, wrong(cluster, part, nodes, known))
     fitting = [node for node in nodes if all(fits(node) for fits, _ in needs.values())]
@@ -176,13 +176,18 @@ def _has_gpus(cluster: Cluster) -> Callable[[Node], bool]:
     return lambda node: node.gpu_count >= cluster.gpus_per_node
 
 
+def features_of(constraint: str | None) -> list[str]:
+    """The names of features in a constraint, whatever joins them: a100&ib, [rack1*2|rack2*4]."""
+    return re.findall(r"[^\s&|,()\[\]]+", re.sub(r"\*\d+", "", constraint or ""))
+
+
 def has_features(constraint: str | None) -> Callable[[Node], bool]:
     """Whether a node has the features of a constraint; any has, where that is more than names with & or |."""
-    names, signs = _FEATURE.findall(constraint or ""), set(re.findall(r"[&|,*()\[\]]", constraint or ""))
+    names, signs = set(features_of(constraint)), set(re.findall(r"[&|,*()\[\]]", constraint or ""))
     if signs <= {"&", ","}:
-        return lambda node: set(names) <= set(node.features)
+        return lambda node: names <= set(node.features)
     if signs == {"|"}:
-        return lambda node: bool(set(names) & set(node.features))
+        return lambda node: bool(names & set(node.features))
     return lambda node: True
 
 
@@ -208,13 +213,13 @@ def _too_many_gpus(cluster: Cluster, part: Partition, nodes: Sequence[Node], kno
     return f"{wanted}; {elsewhere}, or set it to 0 to train on the CPU"
 
 
-def _unknown_features(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> str:
+def _too_few_features(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> str:
     there = sorted({feature for node in nodes for feature in node.features})
-    names = [name for name in _FEATURE.findall(cluster.constraint or "") if name not in there]
-    has = f"its features are {some(there)}" if there else "its nodes have no features; remove the key"
-    if not names:
+    has = f"its features are {some(there)}" if there else "its nodes have none; remove the key"
+    lacking = [name for name in features_of(cluster.constraint) if name not in there]
+    if not lacking:
         return f"too few nodes of partition {part.name} have {cluster.constraint!r}; {has}"
-    return f"no node of partition {part.name} has {names[0]!r}{did_you_mean(names[0], there)}; {has}"
+    return f"no node of partition {part.name} has {lacking[0]!r}{did_you_mean(lacking[0], there)}; {has}"
 
 
 def _most(values: Sequence[int], cluster: Cluster) -> int:

@@ -45,5 +45,5 @@ def ask(slurm: Slurm) -> Known:
         try:
             answers[name] = answer.result()
         except (SlurmUnavailable, SlurmRefused) as error:
-            silent[name] = str(error).splitlines()[-1]
+            silent[name] = " ".join(str(error).split())
     return Known(**answers, silent=silent)

@@ -75,7 +75,9 @@ RECIPE = [
 CLUSTER = [
     Planted("cluster.partition=lwo", "there is no partition 'lwo'", "did you mean low?"),
     Planted("cluster.partition=old", "partition old is DRAIN: it accepts no jobs", "use one of low, high"),
-    Planted("cluster.time=3 d", "3 d requested, and partition low allows 2 d", "set it to at most that"),
+    Planted(
+        "cluster.time=3 d", "3 d requested, and partition low allows (MaxTime) 2 d", "set it to at most that"
+    ),
     Planted("cluster.nodes=5", "5 requested, and partition low has 4 nodes", "set it to at most 4"),
     Planted("cluster.mem=100 GB", "nodes of partition low have 64000 MB", "set it to at most that"),
     Planted("cluster.cpus_per_task=9", "2 ranks x 9 CPUs are 18 on a node", "set it to at most 8"),

@@ -24,7 +24,7 @@ def compare(answers: Known | None = None, **keys: object):
         {"partition": "high", "time": "4 h", "account": "vision", "qos": "normal", "mem": "3 GB"},
         {"partition": "high,low", "time": "2 d"},  # fits one of them
         {"constraint": "[a100*1&ib*1]"},  # more than can be evaluated
-        {"constraint": "nowhere|ib"},
+        {"constraint": "a100|ib"},
         {"nodes": "1-9"},  # fewer will do
     ],
 )
@@ -32,6 +32,14 @@ def test_what_the_cluster_has_is_no_problem(keys: dict[str, object]) -> None:
     found = compare(**keys)
     assert (found.errors, found.warnings, found.unchecked) == ([], [], [])
     assert found.summary[0].startswith("partition: ")
+
+
+def test_a_feature_that_no_node_has_is_refused_among_others_too() -> None:
+    for constraint in ("nowhere|ib", "[nowhere*1&ib*1]", "nowhere"):
+        (error,) = compare(constraint=constraint).errors
+        assert (
+            error == "cluster.constraint: no node of partition low has 'nowhere'; its features are a100, ib"
+        )
 
 
 def test_nodes_that_are_down_are_waited_for() -> None:
