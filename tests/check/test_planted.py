@@ -43,8 +43,8 @@ def without_train(folder: Path) -> None:
 
 # What the plain check finds, in the recipe and the files that it names.
 RECIPE = [
-    Planted("optim.learning_rate=1", "unknown key", "did you mean optim.lr?"),
-    Planted("train.duration=10", "a duration is 'N steps'", "did you mean 10 steps"),
+    Planted("optim.lrr=1", "unknown key", "did you mean optim.lr?"),
+    Planted("train.duration=10", "the length of a run is 'N steps'", "did you mean 10 steps"),
     Planted("train.precision=float16", "should be fp32 or tf32 or bf16 or fp16", "did you mean fp16?"),
     Planted("data.train.0.shards='${NOWHERE}/train'", "NOWHERE", "set"),
     Planted("data.batch_size=5", "does not divide by 2 ranks", "set it to 4 or 6"),
@@ -67,7 +67,7 @@ RECIPE = [
         "model.text.weights",
     ),
     Planted("data.train.0.repeat_classes={ood: 2}", "is called 'ood'", "did you mean 'odd'?"),
-    Planted(without_train, "no such folder", "did you mean"),
+    Planted(without_train, "no such folder", "give a folder that holds .tar shards"),
     Planted(without_index, "index", "clipcluster shards index"),
     Planted(without_names, "zero-shot needs classnames.txt", "classnames: FILE"),
 ]
