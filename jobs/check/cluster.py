@@ -38,7 +38,7 @@ def compare(cluster: Cluster, known: Known, place: Place) -> Findings:
     if chosen:
         by_partition = [list(_of_partition(cluster, part, known)) for part in chosen]
         # of several partitions SLURM takes one that fits
-        problems += min(by_partition, key=len)
+        problems += min(by_partition, key=lambda own: len(own))
         found.summary += [_described(part, _nodes_of(part, known)) for part in chosen]
         if not problems:
             fitting = next(part for part, own in zip(chosen, by_partition, strict=True) if not own)

@@ -40,10 +40,15 @@ def ask(slurm: Slurm) -> Known:
     }
     with ThreadPoolExecutor(len(questions)) as pool:
         asked = {name: pool.submit(question) for name, question in questions.items()}
-    answers, silent = {}, {}
+    answers: dict[str, Any] = {}
+    silent: dict[str, str] = {}
     for name, answer in asked.items():
         try:
             answers[name] = answer.result()
         except (SlurmUnavailable, SlurmRefused) as error:
             silent[name] = " ".join(str(error).split())
+    for name in ("partitions", "nodes"):
+        if answers.get(name) == []:
+            del answers[name]
+            silent[name] = f"SLURM names no {name}"
     return Known(**answers, silent=silent)

@@ -21,7 +21,7 @@ from jobs.check.known import ASK_SECONDS, Known, ask
 from jobs.submit import executor, launch, parameters
 from tools.slurm import Partition, Slurm, SlurmRefused, SlurmUnavailable
 
-WIDEST = 24  # subjects of facts are aligned up to so many characters
+WIDEST = 14  # subjects of facts are aligned up to so many characters
 # What sbatch takes from the environment rather than from the batch script -> the key of `cluster`.
 OVERRIDING = {
     "SBATCH_PARTITION": "partition",

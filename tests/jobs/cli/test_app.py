@@ -99,14 +99,28 @@ def test_instant(recipe, words, tmp_path):
     assert list(tmp_path.glob("*-????????")) == []
 
 
-def test_errors_of_the_deep_check_come_first_and_alone(recipe):
+def test_errors_of_the_deep_check_are_one_message_after_the_facts(recipe):
     override = "model.image.args={no_such_argument: 1, and_a_second_one_with_a_rather_long_name: 2}"
     done = clipcluster("check", recipe, "--deep", override)
     assert done.returncode == 2
-    assert done.stdout == ""
+    assert "  data            1,437 samples in 1 source\n" in done.stdout
+    assert "no problems found" not in done.stdout
     said = " ".join(done.stderr.split())
     assert said.startswith("error: model.image: timm cannot build")
     assert "no_such_argument" in said
+
+
+def test_the_check_as_json_is_one_document(recipe, tmp_path, no_slurm):
+    override = "checkpoint.keep.best={metric: test/t2i_r2}"
+    done = clipcluster("check", recipe, override, "data.workers=9", "--json", "--runs", tmp_path)
+    assert (done.returncode, done.stderr) == (2, "")
+    told = json.loads(done.stdout)
+    assert told.keys() == {"recipe", "errors", "warnings", "facts", "not_checked", "figures"}
+    assert "did you mean test/t2i_r5?" in told["errors"][0]
+    assert "data.workers" in told["warnings"][0]
+    assert {"subject": "data", "text": "1,437 samples in 1 source"} in told["facts"]
+    assert told["figures"]["total_steps"] == 528
+    assert "memory" in told["not_checked"][0]
 
 
 def test_status_as_json_is_one_document(finished):
