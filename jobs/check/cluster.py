@@ -37,8 +37,8 @@ def compare(cluster: Cluster, known: Known, place: Place) -> Findings:
     chosen, problems = _partitions(cluster, known)
     if chosen:
         by_partition = [list(_of_partition(cluster, part, known)) for part in chosen]
-        # of several partitions SLURM takes one that fits
-        problems += min(by_partition, key=lambda own: len(own))
+        fewest: list[Problem] = min(by_partition, key=len)  # of several partitions SLURM takes one that fits
+        problems += fewest
         found.summary += [_described(part, _nodes_of(part, known)) for part in chosen]
         if not problems:
             fitting = next(part for part, own in zip(chosen, by_partition, strict=True) if not own)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipcluster.check import deep
 from clipcluster.check.plain import Checked, Findings
 from clipcluster.recipe.load import result_keys
 from clipcluster.recipe.sections.cluster import Cluster
@@ -18,7 +17,7 @@ from clipcluster.text import sized
 from jobs.check import cluster as asked
 from jobs.check import memory, preemption, storage
 from jobs.check.known import ASK_SECONDS, Known, ask
-from jobs.submit import executor, launch, parameters
+from jobs.submit import executor
 from tools.slurm import Partition, Slurm, SlurmRefused, SlurmUnavailable
 
 WIDEST = 14  # subjects of facts are aligned up to so many characters
@@ -51,6 +50,8 @@ def complete(
     elif quick:
         checked.unchecked.append(f"{DEEP} (clipcluster check --deep checks them)")
     elif not checked.errors:
+        from clipcluster.check import deep
+
         checked.unchecked.clear()  # it looks at all of that
         checked.add(deep.check(checked.recipe, world_size=checked.world_size, assets=assets))
     cluster = checked.recipe.cluster
@@ -72,6 +73,8 @@ def complete(
 
 def _cluster(checked: Checked, run: Run) -> tuple[Known, Partition | None, float]:
     """Compare the section `cluster` with what SLURM has; returns that, the partition, and the grace time."""
+    from jobs.submit import launch, parameters
+
     loaded = checked.loaded
     cluster, said = of_environment(checked.recipe.cluster, os.environ)
     checked.warnings += said
@@ -108,6 +111,8 @@ def of_environment(cluster: Cluster, environ: Mapping[str, str]) -> tuple[Cluste
 
 def _expected_start(checked: Checked, run: Run, slurm: Slurm, grace: float) -> None:
     """When the job would start, or why SLURM would refuse it."""
+    from jobs.submit import parameters
+
     flags = parameters.of_run(checked.recipe.cluster, run, run.path / "code", grace=grace)
     try:
         start = slurm.expected_start(*sbatch_arguments(flags))
