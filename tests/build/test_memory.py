@@ -136,7 +136,7 @@ print(now("VmHWM") - before)
     "keys",
     [
         ("data.batch_size=1024",),
-        ("data.batch_size=1024", "train.micro_batch=128"),
+        ("data.batch_size=1024", "train.micro_batch=512"),
         ("data.batch_size=1024", "train.activation_checkpointing=true"),
         ("data.batch_size=64", "train.ema={}", "model.image.args={dims: [128, 256, 512, 1024]}"),
         ("data.batch_size=1024", "train.precision=bf16"),

@@ -46,7 +46,6 @@ def site(cluster, tmp_path, monkeypatch):
     scontrol("update", "NodeName=n1", "AvailableFeatures=fast")
     yield cluster
     scontrol("update", "PartitionName=high", "MaxTime=INFINITE")
-    scontrol("update", "NodeName=n1", "AvailableFeatures=")
 
 
 def checked(folder: Path, *overrides: str) -> plain.Checked:
