@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from clipcluster.train.progress import Progress
 from clipcluster.train.stages import counts_of
 from clipcluster.train.step import Step
 
+T = TypeVar("T")
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 AVERAGE, ACTIVATIONS = "average", "activations"
 FEW_SAMPLES = 2  # a pair can be mixed
@@ -64,15 +65,14 @@ class Live(TorchDispatchMode):
         self._kinds: dict[int, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.count(found, ACTIVATIONS)
-        return found
+        return self.count(func(*args, **(kwargs or {})), ACTIVATIONS)
 
-    def count(self, values: Any, kind: str) -> None:
-        """Count the tensors among `values` (of any nesting) as of this kind."""
+    def count(self, values: T, kind: str) -> T:
+        """Count the tensors among `values` (of any nesting) as of this kind; returns the values."""
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage(), kind)
+        return values
 
     def _count(self, storage: torch.UntypedStorage, kind: str) -> None:
         key, size = id(storage), storage.nbytes()
@@ -113,8 +113,7 @@ def estimate(recipe: Recipe, assets: Path | None, world_size: int = 1) -> Estima
     task, precision = ready_task(recipe, model, world, assets)
     batch = _first_batch(small, sources, world)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Live() as live:
-        task._apply(fake.from_tensor)
-        live.count([*task.parameters(), *task.buffers()], WEIGHTS)
+        task._apply(lambda tensor: live.count(fake.from_tensor(tensor), WEIGHTS))  # those of teachers too
         step = assemble_step(recipe, plan_, model, task, precision, world)
         stage = max(step.stages.stages, key=lambda one: counts_of(model.named_parameters(), one).trainable)
         step.stages.enter(stage.start)
