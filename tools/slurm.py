@@ -161,6 +161,14 @@ class Association:
 
 
 @dataclass(frozen=True)
+class Qos:
+    """A quality of service: the seconds that a job in it may take (None: no bound), and its flags."""
+
+    max_seconds: int | None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Start:
     """When and where a job would start, as `sbatch --test-only` estimates it."""
 
@@ -213,7 +221,7 @@ class Slurm:
 
     def kill_wait(self) -> int:
         """Seconds between SIGTERM and SIGKILL when a job's time is over or it is cancelled."""
-        return int(self.config()["KillWait"].split()[0])  # "30 sec"
+        return kill_wait_of(self.config())
 
     def requeue(self, job_id: str) -> None:
         """Ask for the job to run again; raises SlurmRefused, e.g. when it was submitted without --requeue."""
@@ -242,9 +250,9 @@ class Slurm:
         who, columns = f"user={_user_name()}", "format=Account,Partition,QOS"
         return parse_associations(self._ask("sacctmgr", "-nP", "show", "associations", who, columns))
 
-    def qos_limits(self) -> dict[str, int | None]:
-        """Each quality of service, and the seconds that a job in it may take (None: no bound)."""
-        return parse_qos(self._ask("sacctmgr", "-nP", "show", "qos", "format=Name,MaxWall"))
+    def qos(self) -> dict[str, Qos]:
+        """Each quality of service by its name."""
+        return parse_qos(self._ask("sacctmgr", "-nP", "show", "qos", "format=Name,MaxWall,Flags"))
 
     def expected_start(self, *arguments: str) -> Start | None:
         """When a job that sbatch is given with these arguments would start; None where SLURM cannot say.
@@ -336,13 +344,13 @@ def _partition(fields: Mapping[str, str]) -> Partition:
         name=fields["PartitionName"],
         default=fields.get("Default") == "YES",
         nodes=expand_nodes(fields.get("Nodes", "")),
-        grace_seconds=int(fields.get("GraceTime", "0")),
+        grace_seconds=_number(fields.get("GraceTime")) or 0,
         state=fields.get("State", "UP"),
         preempt_mode=fields.get("PreemptMode", ""),
         max_seconds=parse_span(fields.get("MaxTime", "")),
         min_nodes=_number(fields.get("MinNodes")) or 0,
         max_nodes=_number(fields.get("MaxNodes")),
-        max_memory_mb=_number(fields.get("MaxMemPerNode")),
+        max_memory_mb=_megabytes(fields.get("MaxMemPerNode")),
         accounts=_allowed(fields.get("AllowAccounts")),
         denied_accounts=_allowed(fields.get("DenyAccounts")) or (),
         qos=_allowed(fields.get("AllowQos")),
@@ -355,6 +363,12 @@ def _number(text: str | None) -> int | None:
     return int(text) if text and text.isdecimal() else None
 
 
+def _megabytes(text: str | None) -> int | None:
+    """A limit in megabytes, 4000 or with a unit, 4G or 4.00T; None for UNLIMITED and what is not there."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTP]?)", text or "")
+    return int(float(match[1]) * 1024 ** ("KMGTP".find(match[2] or "M") - 1)) if match else None
+
+
 def _allowed(text: str | None) -> tuple[str, ...] | None:
     """The names in a list; None for ALL and what is not there."""
     return None if text in (None, "", "ALL", "N/A", "(null)") else tuple(str(text).split(","))
@@ -365,8 +379,9 @@ def parse_span(text: str) -> int | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", text.strip())
     if match is None:
         return None
-    days, *parts = (int(part or 0) for part in match.groups())
-    hours, minutes, seconds = parts if match[4] else (0, *parts[:2])
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    if not (match[1] or match[4]):
+        hours, minutes, seconds = 0, hours, minutes
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
@@ -379,10 +394,13 @@ def parse_associations(text: str) -> list[Association]:
     ]
 
 
-def parse_qos(text: str) -> dict[str, int | None]:
-    """The lines of `sacctmgr -nP show qos format=Name,MaxWall`."""
+def parse_qos(text: str) -> dict[str, Qos]:
+    """The lines of `sacctmgr -nP show qos format=Name,MaxWall,Flags`."""
     lines = (line.split("|") for line in text.splitlines())
-    return {parts[0]: parse_span(parts[1]) for parts in lines if len(parts) == 2}
+    return {
+        name: Qos(parse_span(longest), tuple(filter(None, flags.split(","))))
+        for name, longest, flags in (parts for parts in lines if len(parts) == 3)
+    }
 
 
 def parse_start(text: str) -> Start | None:
@@ -406,8 +424,8 @@ def parse_nodes(text: str) -> list[Node]:
             state=state.rstrip("*~#!%$@^-+"),
             responding="*" not in state,
             partitions=(*seen, partition.rstrip("*")),
-            cpus=int(cpus),
-            memory_mb=int(memory),
+            cpus=int(cpus.rstrip("+")),
+            memory_mb=int(memory.rstrip("+")),
             features=() if features == "(null)" else tuple(features.split(",")),
             gpus=parse_gpus(gres),
             reason="" if reason == "none" else reason,
@@ -418,7 +436,8 @@ def parse_nodes(text: str) -> list[Node]:
 def parse_gpus(gres: str) -> tuple[Gpus, ...]:
     """The GPUs in a list of generic resources: "gpu:a100:4(S:0-1),nvme:1" -> four of type a100."""
     return tuple(
-        Gpus(kind, int(count)) for kind, count in re.findall(r"(?:^|,)gpu(?::([^:,()]+))?:(\d+)", gres)
+        Gpus(kind, int(count))
+        for kind, count in re.findall(r"(?:^|,)gpu(?::([^:,()]+))?(?::no_consume)?:(\d+)", gres)
     )
 
 
@@ -426,6 +445,11 @@ def parse_config(text: str) -> dict[str, str]:
     """The `key = value` lines of `scontrol show config`."""
     lines = (line.partition(" = ") for line in text.splitlines())
     return {key.strip(): value.strip() for key, bar, value in lines if bar}
+
+
+def kill_wait_of(config: Mapping[str, str]) -> int:
+    """Seconds between SIGTERM and SIGKILL by the cluster's settings, where it is "30 sec"."""
+    return int(config["KillWait"].split()[0])
 
 
 def parse_time(text: str) -> datetime | None:

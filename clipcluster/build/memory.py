@@ -167,9 +167,13 @@ def _peak_of(step: Step, live: Live, batch: Batch, progress: Progress) -> Counte
     live.count(step.optimizer.state_tensors, OPTIMIZER)
     if step.ema:
         live.count(step.ema.state_dict(), AVERAGE)
+
+    def count_gradient(parameter: Tensor) -> None:
+        live.count(parameter.grad, GRADIENTS)
+
     for parameter in step.backward.task.task.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda own: live.count(own.grad, GRADIENTS))
+            parameter.register_post_accumulate_grad_hook(count_gradient)
     before = len(step.optimizer.state_tensors)
     live.restart()
     step(batch, progress)

@@ -245,10 +245,14 @@ def load_cluster(
     return validated(tree, environ, "the cluster section", _ClusterOnly).cluster
 
 
-def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dict[str, Any]:
-    """The keys of a section whose mark is kept; those at their defaults only if `full`."""
+def _select(
+    section: Section, dumped: Mapping[str, Any], keep: Callable[[str], bool], *, full: bool
+) -> dict[str, Any]:
+    """The keys of a section whose mark is kept; those at their defaults only if `full`.
+
+    dumped: the section as JSON has it.
+    """
     chosen: dict[str, Any] = {}
-    dumped = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         inner = sections_of(field)
@@ -258,9 +262,10 @@ def _select(section: Section, keep: Callable[[str], bool], *, full: bool) -> dic
                 chosen[name] = dumped[name]
         elif is_list_of_sections(field):
             if (value or full) and _decides(inner, keep):  # left out: as a key at its default
-                chosen[name] = [_select(entry, keep, full=full) for entry in value]
+                entries = zip(value, dumped[name], strict=True)
+                chosen[name] = [_select(entry, own, keep, full=full) for entry, own in entries]
         else:
-            below = None if value is None else _select(value, keep, full=full)
+            below = None if value is None else _select(value, dumped[name], keep, full=full)
             # The full form has absent sections too, since a later version may have another default.
             written = full if value is None else field.default is None
             if below or (written and _decides(inner, keep)):
@@ -274,19 +279,24 @@ def _decides(kinds: Sequence[type[Section]], keep: Callable[[str], bool]) -> boo
     return any(keep(extra_of(leaf)["mark"]) for leaf in leaves)
 
 
+def _keys(loaded: Loaded, keep: Callable[[str], bool], *, full: bool) -> dict[str, Any]:
+    """The keys of a recipe, as it is written, whose mark is kept."""
+    return _select(loaded.written, loaded.written.model_dump(mode="json"), keep, full=full)
+
+
 def result_keys(loaded: Loaded) -> dict[str, Any]:
     """The result keys that differ from their defaults, paths as written: what a run's name is the hash of."""
-    return _select(loaded.written, lambda mark: mark == "result", full=False)
+    return _keys(loaded, lambda mark: mark == "result", full=False)
 
 
 def recipe_keys(loaded: Loaded) -> dict[str, Any]:
     """All result keys and the task's name, paths as written: what a run folder's recipe.yaml holds."""
-    return _select(loaded.written, lambda mark: mark == "result", full=True)
+    return _keys(loaded, lambda mark: mark == "result", full=True)
 
 
 def settings_keys(loaded: Loaded) -> dict[str, Any]:
     """All speed and record keys, and ``paths`` (dotted path -> absolute path): settings.yaml."""
-    return {**_select(loaded.written, lambda mark: mark != "result", full=True), "paths": dict(loaded.paths)}
+    return {**_keys(loaded, lambda mark: mark != "result", full=True), "paths": dict(loaded.paths)}
 
 
 def from_run(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def parse_override(text: str) -> tuple[list[str], Entry]:
 def _parse(text: str, origin_of_line: Callable[[int], Origin], hint: str = "") -> Entry:
     """YAML text as a tree; UserError, with a hint, for what is not YAML or not allowed in a recipe."""
     try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        node = _composed(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         why = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
@@ -133,6 +134,11 @@ def _parse(text: str, origin_of_line: Callable[[int], Origin], hint: str = "") -
             message = "a tab character; YAML takes spaces instead"
         raise UserError(origin_of_line(mark.line + 1 if mark else 1).problem("", message)) from None
     return Entry(None, origin_of_line(1)) if node is None else _entry(node, origin_of_line, ())
+
+
+@lru_cache(32)  # a recipe is read once for its chain, once for its sweep and once for each member
+def _composed(text: str) -> yaml.Node | None:
+    return yaml.compose(text, Loader=yaml.BaseLoader)
 
 
 def _entry(node: yaml.Node, origin_of_line: Callable[[int], Origin], around: tuple[yaml.Node, ...]) -> Entry:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from statistics import median
 from typing import Any
 
 from clipcluster.runs import files
@@ -29,6 +28,8 @@ def seconds_of_a_step(run: Run) -> float:
             if line.get("step") and line.get("samples") and line.get("samples_per_second")
         ]
         if found:
+            from statistics import median  # which loads more than a check has time for
+
             return float(median(found))
     return 0.0
 

@@ -15,7 +15,10 @@ from tools.slurm import Node, Partition
 
 Place = Callable[[str], str]
 CLOSED = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
-UP = frozenset({"idle", "mixed", "allocated", "completing", "planned", "reserved"})
+UP = frozenset(  # or brought up for a job
+    {"idle", "mixed", "allocated", "completing", "planned", "reserved"}
+    | {"powering_up", "powering_down", "powered_down", "power_up", "power_down"}
+)
 SHOWN = 8  # names in a message
 
 
@@ -75,7 +78,10 @@ def _partitions(cluster: Cluster, known: Known) -> tuple[list[Partition], list[P
     key, there = "cluster.partition", some(sorted(by_name))
     if cluster.partition is None:
         default = [part for part in known.partitions if part.default]
-        return default, [] if default else [Problem(key, f"there is no default; set it to one of {there}")]
+        routed = (known.config or {}).get("JobSubmitPlugins", "(null)") not in ("(null)", "")
+        if default or routed:  # else the site's own plugin may choose one
+            return default, []
+        return [], [Problem(key, f"there is no default; set it to one of {there}")]
     names = cluster.partition.split(",")
     unknown = [
         Problem(key, f"there is no partition {name!r}{did_you_mean(name, by_name)}; there are {there}")
@@ -92,14 +98,16 @@ def _of_partition(cluster: Cluster, part: Partition, known: Known) -> Iterator[P
         others = some([other.name for other in known.partitions or () if other.state == "UP"])
         yield Problem("cluster.partition", f"{name} is {part.state}: it accepts no jobs; use one of {others}")
     seconds = 60 * cluster.time.minutes
-    if part.max_seconds is not None and seconds > part.max_seconds:
+    unbound = _flag(cluster, known, "PartitionTimeLimit")
+    if part.max_seconds is not None and seconds > part.max_seconds and not unbound:
         yield Problem("cluster.time", too_long(cluster.time, f"{name} allows (MaxTime)", part.max_seconds))
-    if part.max_nodes is not None and nodes.least > part.max_nodes:
+    unbound = _flag(cluster, known, "PartitionMaxNodes")
+    if part.max_nodes is not None and nodes.least > part.max_nodes and not unbound:
         yield Problem(
             "cluster.nodes",
             f"{nodes} requested, and {name} allows a job {part.max_nodes}; set it to at most that",
         )
-    if nodes.most < part.min_nodes:
+    if nodes.most < part.min_nodes and not _flag(cluster, known, "PartitionMinNodes"):
         yield Problem(
             "cluster.nodes",
             f"{nodes} requested, and jobs in {name} have at least {part.min_nodes}; set it to that or more",
@@ -113,6 +121,12 @@ def _of_partition(cluster: Cluster, part: Partition, known: Known) -> Iterator[P
         yield from _of_nodes(cluster, part, _nodes_of(part, known), known)
 
 
+def _flag(cluster: Cluster, known: Known, name: str) -> bool:
+    """Whether the quality of service that is asked for lets its jobs exceed this limit of a partition."""
+    own = (known.qos or {}).get((cluster.qos or "").lower())
+    return own is not None and name in own.flags
+
+
 def too_long(time: Time, who: str, seconds: int) -> str:
     """What is wrong with a time above a limit of so many seconds."""
     most = Time(float(seconds))
@@ -123,9 +137,12 @@ def _listed(
     key: str, given: str | None, allowed: Sequence[str] | None, denied: Sequence[str], name: str
 ) -> Iterator[Problem]:
     """An account or quality of service that a partition does not take."""
-    if given is not None and allowed is not None and given not in allowed:
+    if given is None:
+        return
+    # SLURM keeps these names in lower case
+    if allowed is not None and given.lower() not in map(str.lower, allowed):
         yield Problem(f"cluster.{key}", f"{name} does not take {given!r}; it takes {some(allowed)}")
-    elif given in denied:
+    elif given.lower() in map(str.lower, denied):
         yield Problem(f"cluster.{key}", f"{name} does not take {given!r}; choose another {key} or partition")
 
 
@@ -133,9 +150,17 @@ def _nodes_of(part: Partition, known: Known) -> list[Node]:
     return [node for node in known.nodes or () if part.name in node.partitions]
 
 
+def fitting_nodes(cluster: Cluster, part: Partition, known: Known) -> list[Node]:
+    """The nodes of a partition that a job may run on, as far as their features and GPUs tell."""
+    has_gpus, has = _has_gpus(cluster), has_features(cluster.constraint)
+    return [node for node in _nodes_of(part, known) if has_gpus(node) and has(node)]
+
+
 def _of_nodes(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> Iterator[Problem]:
     """What too few nodes of a partition have."""
     least, name = cluster.nodes.least, f"partition {part.name}"
+    if not nodes:
+        return  # cloud nodes that appear with a job; sbatch knows
     if least > len(nodes):
         has = counted(len(nodes), "node")
         yield Problem(
@@ -244,20 +269,21 @@ def _waits(cluster: Cluster, part: Partition, known: Known) -> Iterator[Problem]
 
 def _of_accounting(cluster: Cluster, known: Known) -> Iterator[Problem]:
     """An account or quality of service that this user has not, where SLURM refuses jobs for it."""
-    enforced = (known.config or {}).get("AccountingStorageEnforce", "none").split(",")
-    own = known.associations or []
+    enforced = (known.config or {}).get("AccountingStorageEnforce", "none").lower()
+    own, account = known.associations or [], cluster.account and cluster.account.lower()
     accounts = sorted({each.account for each in own})
-    if cluster.account and own and "associations" in enforced and cluster.account not in accounts:
-        near = did_you_mean(cluster.account, accounts)
+    if account and own and "associations" in enforced and account not in accounts:
+        near = did_you_mean(account, accounts)
         yield Problem("cluster.account", f"{cluster.account!r} is not yours{near}; yours: {some(accounts)}")
     if cluster.qos is None or known.qos is None:
         return
-    used = [each for each in own if cluster.account in (None, each.account)]
+    qos = cluster.qos.lower()
+    used = [each for each in own if account in (None, each.account)]
     usable = sorted({name for each in used for name in each.qos}) or sorted(known.qos)
-    if cluster.qos not in usable and ("qos" in enforced or cluster.qos not in known.qos):
-        near = did_you_mean(cluster.qos, usable)
+    if qos not in usable and ("qos" in enforced or qos not in known.qos):
+        near = did_you_mean(qos, usable)
         yield Problem("cluster.qos", f"{cluster.qos!r} is not yours{near}; yours: {some(usable)}")
-    limit = known.qos.get(cluster.qos)
+    limit = known.qos[qos].max_seconds if qos in known.qos else None
     if limit is not None and 60 * cluster.time.minutes > limit:
         yield Problem(
             "cluster.time", too_long(cluster.time, f"quality of service {cluster.qos} allows", limit)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.slurm import Association, Node, Partition, Slurm, SlurmRefused, SlurmUnavailable
+from tools.slurm import Association, Node, Partition, Qos, Slurm, SlurmRefused, SlurmUnavailable
 
 ASK_SECONDS = 5.0
 
@@ -17,7 +17,7 @@ class Known:
     """What SLURM answered; None for what it did not, with the reason in `silent`.
 
     Attributes:
-        qos: each quality of service, and the seconds that a job in it may take (None: no bound).
+        qos: each quality of service by its name.
         silent: name of the attribute -> why there is no answer.
     """
 
@@ -25,7 +25,7 @@ class Known:
     nodes: list[Node] | None = None
     config: dict[str, str] | None = None
     associations: list[Association] | None = None
-    qos: dict[str, int | None] | None = None
+    qos: dict[str, Qos] | None = None
     silent: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -36,7 +36,7 @@ def ask(slurm: Slurm) -> Known:
         "nodes": slurm.nodes,
         "config": slurm.config,
         "associations": slurm.associations,
-        "qos": slurm.qos_limits,
+        "qos": slurm.qos,
     }
     with ThreadPoolExecutor(len(questions)) as pool:
         asked = {name: pool.submit(question) for name, question in questions.items()}
@@ -47,6 +47,8 @@ def ask(slurm: Slurm) -> Known:
             answers[name] = answer.result()
         except (SlurmUnavailable, SlurmRefused) as error:
             silent[name] = " ".join(str(error).split())
+        except (ValueError, KeyError) as error:  # other words than those of the versions that are known
+            silent[name] = f"SLURM's answer cannot be read: {error}"
     for name in ("partitions", "nodes"):
         if answers.get(name) == []:
             del answers[name]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from clipcluster.check.plain import Findings
 from clipcluster.recipe.plan import memory_advice
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.text import sized
-from tools.slurm import Node
+
+if TYPE_CHECKING:
+    from tools.slurm import Node
 
 GB = 1 << 30
 TIGHT = 0.9  # of a device's memory; the driver and the allocator take some of it too
@@ -18,10 +21,10 @@ TIGHT = 0.9  # of a device's memory; the driver and the allocator take some of i
 GPU_GB = {
     **dict.fromkeys(("t4", "p100", "v100"), 16),
     **dict.fromkeys(("a10", "a10g", "a30", "l4", "rtx3090", "rtx4090"), 24),
-    **dict.fromkeys(("a100", "a100x"), 40),
+    **dict.fromkeys(("a100", "a800"), 40),
     **dict.fromkeys(("a40", "a6000", "l40", "l40s"), 48),
     **dict.fromkeys(("mi210", "mi250", "mi250x"), 64),
-    **dict.fromkeys(("h100", "h800", "a800"), 80),
+    **dict.fromkeys(("a100x", "h100", "h800"), 80),
     **dict.fromkeys(("gh200", "h20"), 96),
     **dict.fromkeys(("h200",), 141),
     **dict.fromkeys(("b200",), 180),

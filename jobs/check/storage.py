@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from clipcluster.check.plain import Findings
 from clipcluster.recipe.plan import Plan
@@ -47,27 +50,26 @@ def bytes_under(folder: Path) -> int:
     return total
 
 
-def compare(run: Run, size: int, keep: Keep, plan: Plan, runs: int = 1) -> Findings:
-    """The findings about the space for checkpoints of `size` bytes, in so many `runs` that start together.
+def compare(runs: Sequence[Run], size: int, keep: Keep, plan: Plan) -> Findings:
+    """The findings about the space for checkpoints of `size` bytes, in `runs` that start together.
 
-    One checkpoint more is there while it is written. What the run has already is replaced.
+    One checkpoint more is there while it is written. What the runs have already is replaced.
     """
-    found = Findings()
+    found, count = Findings(), len(runs)
     least, most = kept_checkpoints(keep, plan)
-    there, place = bytes_under(run.checkpoints), existing(run.path)
+    there, place = sum(bytes_under(run.checkpoints) for run in runs), existing(runs[0].path)
     free, quota = shutil.disk_usage(place).free, quota_left(place)
-    room = there + (free if quota is None else min(free, quota))
-    left = "no quota told" if quota is None else f"{sized(quota)} left of your quota"
+    left = "no quota told" if quota is None else f"{sized(quota.soft)} left of your quota"
     disk, each = f"{place} has {sized(free)} free, {left}", f"{sized(size)} each"
-    of_all = f", of {counted(runs, 'run')} together" if runs > 1 else ""
-    first, total = runs * (least + 1) * size, runs * (most + 1) * size
+    of_all = f", of {counted(count, 'run')} together" if count > 1 else ""
+    first, total = count * (least + 1) * size, count * (most + 1) * size
     text = f"{each}, {counted(most, 'checkpoint')} kept and one being written{of_all}: {sized(total)}"
-    if first > room:
+    if first > there + (free if quota is None else min(free, quota.hard)):
         found.errors.append(
             f"checkpoint.keep: {each}, the last {least} and one being written{of_all} are {sized(first)}, "
             f"and {disk}; free space there, or choose a larger disk with --runs"
         )
-    elif total > room:
+    elif total > there + (free if quota is None else min(free, quota.soft)):
         found.warnings.append(
             f"checkpoint.keep: {text} in the whole run, and {disk}; keep fewer (checkpoint.keep.every, "
             "checkpoint.keep.best), free space there, or choose a larger disk with --runs"
@@ -83,16 +85,30 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def quota_left(folder: Path) -> int | None:
-    """Bytes that this user's quota leaves on the disk of a folder; None where none is told."""
+class Quota(NamedTuple):
+    """Bytes that a quota leaves: until nothing can be written, and until that is a matter of days."""
+
+    hard: int
+    soft: int
+
+
+def quota_left(folder: Path) -> Quota | None:
+    """What the quotas of this user and of a folder's group leave on its disk; None where none is told."""
     mounts = Path("/proc/self/mounts")
-    mount = mount_of(folder, mounts.read_text()) if mounts.exists() else None
+    mount = mount_of(folder, mounts.read_text(errors="replace")) if mounts.exists() else None
     if mount is None:
         return None
     source, kind = mount
-    if kind == "lustre":
-        return parse_quota(_told("lfs", "quota", "-q", "-u", str(os.getuid()), str(folder)), None)
-    return parse_quota(_told("quota", "-w", "-p", "-u"), source)
+    about = folder.stat()
+    group = about.st_gid if about.st_mode & stat.S_ISGID else os.getegid()  # that of new files
+    found = []
+    for whose in (("-u", str(os.geteuid())), ("-g", str(group))):
+        if kind == "lustre":
+            found.append(parse_quota(_told("lfs", "quota", "-q", *whose, str(folder)), None))
+        else:
+            found.append(parse_quota(_told("quota", "-w", "-p", *whose), source))
+    told = [each for each in found if each is not None]
+    return Quota(min(each.hard for each in told), min(each.soft for each in told)) if told else None
 
 
 def mount_of(folder: Path, mounts: str) -> tuple[str, str] | None:
@@ -123,8 +139,8 @@ def _told(*command: str) -> str:
     return done.stdout
 
 
-def parse_quota(text: str, source: str | None) -> int | None:
-    """Bytes left, from a table of `quota -w -p` or `lfs quota -q`: file system, kB used, quota, limit, ….
+def parse_quota(text: str, source: str | None) -> Quota | None:
+    """What is left, from a table of `quota -w -p` or `lfs quota -q`: file system, kB used, quota, limit, ….
 
     source: the file system of the line; None: the only one. None where there is no limit.
     """
@@ -133,8 +149,10 @@ def parse_quota(text: str, source: str | None) -> int | None:
         numbers = [number.rstrip("*") for number in words[at + 1 : at + 4]]
         if (word == source or (source is None and at == 0)) and all(map(str.isdecimal, numbers)):
             used, soft, hard = map(int, numbers)
-            limit = min(filter(None, (soft, hard)), default=0)
-            return max(0, limit - used) * 1024 if limit else None
+            if not (soft or hard):
+                return None
+            lower = min(filter(None, (soft, hard)))
+            return Quota(max(0, (hard or soft) - used) * 1024, max(0, lower - used) * 1024)
     return None
 
 

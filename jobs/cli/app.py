@@ -54,16 +54,17 @@ GROUPS = {
 
 
 def command_for(words: Sequence[str]) -> Any:
-    """The command, as click has it: with one group of verbs or none where `words` begin so, else with all.
+    """The command, as click has it: with one verb or group of verbs where `words` begin so, else with all.
 
-    Describing the groups' options takes as long as checking a recipe.
+    Describing all their options takes as long as checking a recipe.
     """
     app = group("Trains CLIP-style models on preemptible SLURM clusters from one YAML recipe.")
     app.callback()(_top)
-    for verb in VERBS:
-        app.command()(verb)
     known = {*GROUPS, *(verb.__name__ for verb in VERBS)}
-    needed = words[:1] if words and words[0] in known else GROUPS
+    needed = words[:1] if words and words[0] in known else known
+    for verb in VERBS:
+        if verb.__name__ in needed:
+            app.command()(verb)
     for name, target in GROUPS.items():
         if name in needed:
             app.add_typer(resolve_name(target), name=name)
@@ -81,6 +82,7 @@ _REFUSALS = {
 
 def main() -> NoReturn:
     """Run the command; a user's error is one message on stderr and code 2."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")  # else every installed package is looked into
     command = command_for(sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8

@@ -9,7 +9,6 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runtime.accelerators import count_accelerators
 from clipcluster.text import counted
-from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 NO_CLUSTER = "configuration source"  # what SLURM's programs lack where they are installed and nothing else
 
@@ -54,6 +53,8 @@ def _lack_of_slurm() -> str:
     """
     if shutil.which("sbatch") is None:
         return "no sbatch on the PATH"
+    from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
+
     try:
         Slurm().config()
     except (SlurmUnavailable, SlurmRefused) as error:

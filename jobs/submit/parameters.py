@@ -13,7 +13,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.timing import seconds_to_stop
 from clipcluster.runtime.stop import GRACE_SECONDS, MARGIN_SECONDS
 from jobs.submit import script
-from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
+from tools.slurm import Partition, Slurm, SlurmRefused, SlurmUnavailable
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,15 @@ def grace_seconds(cluster: Cluster, slurm: Slurm | None) -> int:
     if slurm is None:
         return GRACE_SECONDS
     try:
-        wait = slurm.kill_wait()
-        partitions = slurm.partitions()
+        return grace_of(cluster, slurm.kill_wait(), slurm.partitions())
     except (SlurmUnavailable, SlurmRefused, KeyError):
         return GRACE_SECONDS
+
+
+def grace_of(cluster: Cluster, wait: int, partitions: Sequence[Partition]) -> int:
+    """`grace_seconds` by the KillWait and the partitions that SLURM told."""
+    if cluster.grace is not None:
+        return int(cluster.grace.seconds)
     name = (cluster.partition or "").split(",")[0]
     fitting = [part for part in partitions if (part.name == name if name else part.default)]
     grace = fitting[0].grace_seconds if fitting else 0

@@ -236,7 +236,8 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
         ahead = replace(first.checked, errors=[], warnings=[], summary=[], figures={})
         ahead.unchecked = list(first.checked.unchecked)
         quick = wanted.quick or wanted.dry_run
-        checking.complete(ahead, first.run, chosen, assets=there, quick=quick, runs=len(starting))
+        others = [one.run for one in group[1:]]
+        checking.complete(ahead, first.run, chosen, assets=there, quick=quick, others=others)
         if ahead.errors and len(alike) > 1:
             raise UserError(f"{first.member.label}: " + "\n  ".join(ahead.errors))
         ahead.raise_errors()

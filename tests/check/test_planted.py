@@ -168,7 +168,7 @@ def test_on_the_disk_and_in_memory(folder: Path) -> None:
     checked = plain.check("tiny.yaml")
     assert checked.plan is not None
     keep = checked.recipe.checkpoint.keep
-    (error,) = storage.compare(Run(folder / "runs/new"), 1 << 60, keep, checked.plan).errors
+    (error,) = storage.compare([Run(folder / "runs/new")], 1 << 60, keep, checked.plan).errors
     says(error, Planted("", "and one being written are", "choose a larger disk with --runs"))
     device = memory.Device(1 << 20, "cluster.mem by the ranks of a node", True)
     (error,) = memory.compare(checked.recipe, 2, {"activations": 1 << 21}, device).errors

@@ -12,7 +12,7 @@ from clipcluster.errors import UserError
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
 from jobs.check.known import ask
-from jobs.submit import checking, launch, parameters
+from jobs.submit import checking, launch, parameters, placement
 from tools.convert.convert import convert
 from tools.slurm import SlurmRefused
 
@@ -60,7 +60,7 @@ def test_what_the_cluster_has_not(site, tmp_path, overrides, said):
     (error,) = found.errors
     assert said in error
     flags = parameters.of_run(found.recipe.cluster, Run(tmp_path / "run"), tmp_path, grace=5)
-    arguments = checking.sbatch_arguments(flags)
+    arguments = placement.sbatch_arguments(flags)
     if "MaxTime" in said:  # SLURM accepts it, names a time of its start, and would never start it
         assert site.slurm.expected_start(*arguments)
         return

@@ -213,13 +213,22 @@ def test_partitions() -> None:
     assert (low.max_nodes, low.min_nodes, low.max_memory_mb) == (None, 0, None)
     assert (low.accounts, low.denied_accounts, low.qos) == (None, (), None)
     listed = PARTITIONS.replace("AllowAccounts=ALL AllowQos=ALL", "AllowAccounts=a,b DenyQos=long")
-    (narrow, _) = slurm.parse_partitions(listed.replace("MaxNodes=UNLIMITED", "MaxNodes=3"))
+    (narrow, _) = slurm.parse_partitions(listed.replace("MaxNodes=UNLIMITED", "MaxNodes=3 MaxMemPerNode=4G"))
+    assert narrow.max_memory_mb == 4096
     assert (narrow.accounts, narrow.denied_qos, narrow.max_nodes) == (("a", "b"), ("long",), 3)
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("2-00:00:00", 172800), ("04:00:00", 14400), ("00:30", 30), ("UNLIMITED", None), ("", None)],
+    [
+        ("2-00:00:00", 172800),
+        ("1-12:30", 131400),
+        ("04:00:00", 14400),
+        ("00:30", 30),
+        ("UNLIMITED", None),
+        ("INFINITE", None),
+        ("", None),
+    ],
 )
 def test_spans(text: str, seconds: int | None) -> None:
     assert slurm.parse_span(text) == seconds
@@ -229,7 +238,10 @@ def test_what_accounting_says() -> None:
     vision, common = slurm.parse_associations("vision||normal,long\ncommon|low|\n")
     assert vision == slurm.Association("vision", "", ("normal", "long"))
     assert common == slurm.Association("common", "low", ())
-    assert slurm.parse_qos("normal|\nlong|7-00:00:00\n") == {"normal": None, "long": 604800}
+    assert slurm.parse_qos("normal||\nlong|7-00:00:00|DenyOnLimit,PartitionTimeLimit\n") == {
+        "normal": slurm.Qos(None),
+        "long": slurm.Qos(604800, ("DenyOnLimit", "PartitionTimeLimit")),
+    }
 
 
 def test_an_expected_start() -> None:

@@ -26,7 +26,10 @@ Mark = Literal["result", "speed", "record"]
 class Section(BaseModel):
     """Base of all sections: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    # A section's validator is built when it is first used: most are only parts of a recipe's.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), defer_build=True
+    )
 
 
 class KeyProblem(ValueError):

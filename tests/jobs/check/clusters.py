@@ -55,7 +55,7 @@ PreemptMode             = REQUEUE
 PreemptType             = preempt/partition_prio
 """
 ASSOCIATIONS = "vision||normal,long\ncommon|low|normal\n"
-QOS = "normal|\nlong|7-00:00:00\nshort|00:30:00\n"
+QOS = "normal||\nlong|7-00:00:00|PartitionTimeLimit\nshort|00:30:00|\n"
 
 
 def known(**changes: object) -> Known:

@@ -5,8 +5,8 @@ import pytest
 from clipcluster.recipe.sections.cluster import Cluster
 from jobs.check import cluster as asked
 from jobs.check import preemption
-from jobs.check.known import Known
-from jobs.submit.checking import of_environment, sbatch_arguments
+from jobs.check.known import Known, ask
+from jobs.submit.placement import of_environment, sbatch_arguments
 from tests.jobs.check.clusters import known
 from tools import slurm
 
@@ -26,6 +26,8 @@ def compare(answers: Known | None = None, **keys: object):
         {"constraint": "[a100*1&ib*1]"},  # more than can be evaluated
         {"constraint": "a100|ib"},
         {"nodes": "1-9"},  # fewer will do
+        {"time": "3 d", "qos": "long"},  # which allows more than the partition
+        {"partition": "high", "time": "1 h", "account": "Vision", "qos": "Normal"},  # SLURM ignores the case
     ],
 )
 def test_what_the_cluster_has_is_no_problem(keys: dict[str, object]) -> None:
@@ -40,6 +42,45 @@ def test_a_feature_that_no_node_has_is_refused_among_others_too() -> None:
         assert (
             error == "cluster.constraint: no node of partition low has 'nowhere'; its features are a100, ib"
         )
+
+
+def test_a_site_may_choose_the_partition_itself() -> None:
+    several = [part for part in known().partitions or () if not part.default]
+    (error,) = compare(known(partitions=several)).errors
+    assert error == "cluster.partition: there is no default; set it to one of high, old"
+    routed = compare(known(partitions=several, config={"JobSubmitPlugins": "lua"}))
+    assert (routed.errors, routed.warnings, routed.summary) == ([], [], [])
+
+
+def test_the_nodes_that_a_constraint_leaves() -> None:
+    answers = known()
+    low = next(part for part in answers.partitions or () if part.name == "low")
+    asked_for = Cluster(gpus_per_node=1, constraint="ib&a100")
+    assert [node.name for node in asked.fitting_nodes(asked_for, low, answers)] == ["g1", "g2"]
+    asked_for = Cluster(gpus_per_node=0)
+    assert len(asked.fitting_nodes(asked_for, low, answers)) == 4
+
+
+def test_an_answer_that_cannot_be_read_is_none(tmp_path, monkeypatch) -> None:
+    """Programs of another SLURM: one prints words where numbers were, one nothing, one fails, one is missing."""
+    answers = {
+        "sinfo": "echo 'n1|idle|low*|many|8000|(null)|(null)|none'",
+        "scontrol": "test $1 = --all || echo 'KillWait = 30 sec'",
+        "sacctmgr": "echo 'You are not running a supported accounting_storage plugin' >&2; exit 1",
+    }
+    for name, script in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    found = ask(slurm.Slurm())
+    assert (found.partitions, found.nodes, found.config) == (None, None, {"KillWait": "30 sec"})
+    assert found.silent == {
+        "nodes": "SLURM's answer cannot be read: invalid literal for int() with base 10: 'many'",
+        "partitions": "SLURM names no partitions",
+        **dict.fromkeys(("associations", "qos"), "You are not running a supported accounting_storage plugin"),
+    }
+    assert compare(found).unchecked == ["cluster.partition (SLURM names no partitions)"]
 
 
 def test_nodes_that_are_down_are_waited_for() -> None:
@@ -95,6 +136,8 @@ def test_preemption_is_described_and_a_save_that_does_not_fit_is_warned_of() -> 
         by_name["low"], answers, 10, preemption.Saving(11.0, 0.0, "estimated")
     ).warnings
     assert "loses the steps since the last checkpoint; save more often (checkpoint.every)" in warning
+    never = preemption.compare(by_name["high"], answers, 10, preemption.Saving(11.0, 0.0, "estimated"))
+    assert (never.warnings, never.summary[1]) == ([], "saves: a save takes 11.0 s (estimated)")
     (warning,) = preemption.compare(by_name["old"], answers, 30, None).warnings
     assert "cancelled at a preemption (PreemptMode=CANCEL, GraceTime 0): submit the run again" in warning
 
@@ -109,6 +152,10 @@ def test_what_the_environment_overrides_is_said() -> None:
         "cluster.partition: sbatch takes SBATCH_PARTITION=high of the environment instead; unset "
         "SBATCH_PARTITION"
     ]
+    _, (unset,) = of_environment(cluster, {"SBATCH_NO_REQUEUE": "1"})
+    assert unset == (
+        "environment: sbatch takes SBATCH_NO_REQUEUE=1 instead of what is submitted; unset SBATCH_NO_REQUEUE"
+    )
     inside = {"SBATCH_PARTITION": "high", "SLURM_JOB_ID": "7"}
     assert of_environment(cluster, inside) == (cluster, [])
 

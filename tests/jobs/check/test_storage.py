@@ -46,10 +46,10 @@ def test_the_file_system_of_a_folder() -> None:
 
 
 def test_what_a_quota_leaves() -> None:
-    assert storage.parse_quota(QUOTA, "server:/home") == 100000 * 1024  # of the soft limit
+    assert storage.parse_quota(QUOTA, "server:/home") == storage.Quota(200000 * 1024, 100000 * 1024)
     assert storage.parse_quota(QUOTA, "/dev/sda1") is None  # no limit
     assert storage.parse_quota(QUOTA, "/dev/sdc1") is None
-    assert storage.parse_quota(LUSTRE, None) == 1000000 * 1024
+    assert storage.parse_quota(LUSTRE, None) == storage.Quota(1000000 * 1024, 1000000 * 1024)
     assert storage.parse_quota("", None) is None
 
 
@@ -58,23 +58,26 @@ def test_a_quota_counts_where_it_is_less_than_the_disk(tmp_path, monkeypatch) ->
     folder.mkdir()
     source, kind = storage.mount_of(tmp_path, Path("/proc/self/mounts").read_text())
     assert kind != "lustre"
-    (folder / "quota").write_text(f"#!/bin/sh\necho '  {source} 1000 0 4000 0 5 0 0 0'\n")
+    (folder / "quota").write_text(
+        f"#!/bin/sh\ncase $3 in -u) echo '  {source} 1000 0 9000 0 5 0 0 0';;\n"
+        f"-g) echo '  {source} 1000 4000 0 0 5 0 0 0';; esac\n"
+    )
     (folder / "quota").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     run, plan = Run(tmp_path / "runs" / "new"), plan_of(total_steps=100, checkpoint_every=10, keep_every=10)
-    found = storage.compare(run, 100_000, Keep(last=2), plan)
+    found = storage.compare([run], 100_000, Keep(last=2), plan)
     assert (found.errors, found.warnings) == ([], [])
     assert found.summary[0].endswith("2.9 MB left of your quota")
-    found = storage.compare(run, 500_000, Keep(last=2), plan)
+    found = storage.compare([run], 500_000, Keep(last=2), plan)
     assert "12 checkpoints kept and one being written: 6.2 MB in the whole run" in found.warnings[0]
-    found = storage.compare(run, 2_000_000, Keep(last=2), plan)
+    found = storage.compare([run], 2_000_000, Keep(last=2), plan)
     assert found.errors[0].startswith(
         "checkpoint.keep: 1.9 MB each, the last 2 and one being written are 5.7 MB, and "
     )
     assert found.errors[0].endswith("or choose a larger disk with --runs")
     (run.checkpoints / "step-00000001").mkdir(parents=True)
     (run.checkpoints / "step-00000001" / "model.safetensors").write_bytes(bytes(4_000_000))
-    assert storage.compare(run, 2_000_000, Keep(last=2), plan).errors == []  # they are replaced
+    assert storage.compare([run], 2_000_000, Keep(last=2), plan).errors == []  # they are replaced
     assert storage.size_of_newest(run) == 4_000_000
 
 
