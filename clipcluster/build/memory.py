@@ -22,10 +22,12 @@ from clipcluster.build.data import Sources, open_batches, open_sources
 from clipcluster.build.model import build_model
 from clipcluster.build.training import assemble_step, ready_task
 from clipcluster.data.loading.batch import COLUMNS, Batch
+from clipcluster.model.task import Task
 from clipcluster.recipe.plan import Plan, plan
 from clipcluster.recipe.sections.recipe import Recipe
 from clipcluster.recipe.tasks import TASKS
 from clipcluster.runtime.world import World
+from clipcluster.train.backward import Cached, differentiate
 from clipcluster.train.progress import Progress
 from clipcluster.train.stages import counts_of
 from clipcluster.train.step import Step
@@ -34,6 +36,7 @@ T = TypeVar("T")
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 AVERAGE, ACTIVATIONS = "average", "activations"
 FEW_SAMPLES = 2  # a pair can be mixed
+TRACED = 2  # micro-batches at most: the first begins without gradients, each later one is like the second
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, ACTIVATIONS)
 LOGIT_COPIES = 4  # of a rank's logits at the peak of a contrastive loss: two kept, two of the backward pass
 
@@ -114,14 +117,18 @@ def estimate(recipe: Recipe, assets: Path | None, world_size: int = 1) -> Estima
     batch = _first_batch(small, sources, world)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Live() as live:
         task._apply(lambda tensor: live.count(fake.from_tensor(tensor), WEIGHTS))  # those of teachers too
-        step = assemble_step(recipe, plan_, model, task, precision, world)
+        part = _few_micro_batches(plan_)
+        step = assemble_step(recipe, part, model, task, precision, world)
         stage = max(step.stages.stages, key=lambda one: counts_of(model.named_parameters(), one).trainable)
         step.stages.enter(stage.start)
         progress = Progress(steps_per_epoch=plan_.steps_per_epoch, batch_size=plan_.batch_size)
         progress.step = stage.start
-        peak = _peak_of(step, live, _filled(batch, plan_.per_rank_batch), progress)
+        filled = _filled(batch, part.per_rank_batch)
+        peak = _peak_of(step, live, filled, progress)
+        if part != plan_:
+            peak = _of_all_samples(peak, step, live, filled, plan_)
         saved = [model.state_dict(), step.ema.state_dict() if step.ema else {}, step.optimizer.state_tensors]
-        checkpoint = sum(leaf.nbytes for leaf in tree_leaves(saved) if isinstance(leaf, Tensor))
+        checkpoint = _bytes(saved)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = {kind: peak[kind] for kind in KINDS}
     parts[ACTIVATIONS] += _others_logits(recipe, plan_)
@@ -160,6 +167,41 @@ def _filled(small: Batch, count: int) -> Batch:
     columns: dict[str, Any] = {name: rows(getattr(small, name)) for name in COLUMNS}
     extras = {name: rows(values) for name, values in small.extras.items()}
     return replace(small, **columns, extras=extras, keys=rows(small.keys), bad=[])
+
+
+def _few_micro_batches(plan_: Plan) -> Plan:
+    """The plan with no more micro-batches than differ: to trace one takes seconds."""
+    count = min(plan_.accumulation, TRACED)
+    return replace(plan_, accumulation=count, per_rank_batch=count * plan_.micro_batch)
+
+
+def _of_all_samples(peak: Counter[str], step: Step, live: Live, part: Batch, plan_: Plan) -> Counter[str]:
+    """The peak with all samples of a rank, from that of a step over a `part` of them.
+
+    They are in memory as they are read. Where features are cached, those of all samples and their gradients
+    are too, and the loss over all of them may take more than a micro-batch.
+    """
+    samples, size = plan_.per_rank_batch, plan_.micro_batch
+    more = samples - len(part)
+    columns = [getattr(part, name) for name in COLUMNS] + list(part.extras.values())
+    inputs = more * _bytes(columns) // len(part)
+    peak[ACTIVATIONS] += inputs
+    if not isinstance(step.backward, Cached):
+        return peak
+    task = step.backward.task
+    with torch.no_grad(), step.backward.precision.autocast():
+        few = task(Task.features, part.cut(0, size))
+    peak[ACTIVATIONS] += 2 * more * _bytes(list(few.values())) // size
+    every = {name: value.new_empty((samples, *value.shape[1:])) for name, value in few.items()}
+    live.restart()
+    task(differentiate, every, step.backward.precision)
+    live.peak[ACTIVATIONS] += inputs
+    return max(peak, live.peak, key=Counter.total)
+
+
+def _bytes(values: Any) -> int:
+    """Bytes of the tensors among the values."""
+    return sum(leaf.nbytes for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _peak_of(step: Step, live: Live, batch: Batch, progress: Progress) -> Counter[str]:

@@ -120,7 +120,7 @@ class Cached(Backward):
     def __call__(self, batch: Batch, step: int) -> Report:
         with self.task.reduction(False):
             cached = self._features(batch, step)
-            report, by_feature, by_parameter = self.task(_differentiate, cached, self.precision)
+            report, by_feature, by_parameter = self.task(differentiate, cached, self.precision)
         if self._trained() <= by_parameter.keys():  # what makes the features is frozen: no second pass
             if by_parameter:
                 self.task(_product, batch, {}, by_parameter).backward()
@@ -151,7 +151,7 @@ class Cached(Backward):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _differentiate(
+def differentiate(
     task: Task, features: Features, precision: Precision
 ) -> tuple[Report, dict[str, Tensor], dict[str, Tensor]]:
     """The loss, and its gradients with respect to features and to parameters that the loss itself uses."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from clipcluster.build import memory
 from clipcluster.build.data import open_sources
 from clipcluster.build.memory import ACTIVATIONS, AVERAGE, GRADIENTS, OPTIMIZER, WEIGHTS, Live, estimate
 from clipcluster.build.model import build_model
@@ -67,6 +68,25 @@ def test_micro_batches_and_frozen_towers_take_less(digits, monkeypatch) -> None:
     whole = estimate(recipe_of(digits, monkeypatch, "data.batch_size=256"), None).bytes[ACTIVATIONS]
     cached = estimate(recipe_of(digits, monkeypatch, "data.batch_size=256", "train.micro_batch=32"), None)
     assert cached.bytes[ACTIVATIONS] < whole / 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (),
+        ("train.micro_batch=4", "model.image={timm: test_convnext}"),  # the loss over all takes more than one
+        ("task=classify", "model.text=null", "model.classes=10", "evaluate={}"),
+    ],
+    ids=["cached", "the loss", "independent"],
+)
+def test_not_every_micro_batch_is_traced(keys, digits, monkeypatch) -> None:
+    recipe = recipe_of(digits, monkeypatch, "data.batch_size=256", "train.micro_batch=32", *keys)
+    few = estimate(recipe, None)
+    monkeypatch.setattr(memory, "TRACED", 1 << 30)
+    every = estimate(recipe, None)
+    assert sum(few.bytes.values()) == pytest.approx(sum(every.bytes.values()), rel=0.01)
+    assert few.bytes[ACTIVATIONS] == pytest.approx(every.bytes[ACTIVATIONS], rel=0.02)
 
 
 def test_copies_of_the_logits() -> None:

@@ -62,7 +62,7 @@ def test_the_nodes_that_a_constraint_leaves() -> None:
 
 
 def test_an_answer_that_cannot_be_read_is_none(tmp_path, monkeypatch) -> None:
-    """Programs of another SLURM: one prints words where numbers were, one nothing, one fails, one is missing."""
+    """Programs of another SLURM: one prints words where numbers were, one nothing, one fails."""
     answers = {
         "sinfo": "echo 'n1|idle|low*|many|8000|(null)|(null)|none'",
         "scontrol": "test $1 = --all || echo 'KillWait = 30 sec'",
