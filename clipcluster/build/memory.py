@@ -193,6 +193,7 @@ def _of_all_samples(peak: Counter[str], step: Step, live: Live, part: Batch, pla
         few = task(Task.features, part.cut(0, size))
     peak[ACTIVATIONS] += 2 * more * _bytes(list(few.values())) // size
     every = {name: value.new_empty((samples, *value.shape[1:])) for name, value in few.items()}
+    step.optimizer.clear()
     live.restart()
     task(differentiate, every, step.backward.precision)
     live.peak[ACTIVATIONS] += inputs

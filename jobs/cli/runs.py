@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -49,23 +49,43 @@ def check(
     runs: Runs = None,
 ) -> None:
     """Check a recipe for every error that can be found before its run is queued."""
+    overrides = overrides or []
+    try:
+        found = _checked(recipe, overrides, deep, site, runs, as_json)
+    except UserError as error:
+        if not as_json:
+            raise
+        from clipcluster.check.plain import Findings
+        from clipcluster.data.storage.urls import addresses_redacted
+        from jobs.submit.checking import document
+
+        found = {"recipe": recipe, **document(Findings(errors=[addresses_redacted(str(error))]))}
+    if as_json:
+        print_document(found)
+        raise typer.Exit(2 if found["errors"] else 0)
+
+
+def _checked(
+    recipe: Path, overrides: list[str], deep: bool, site: str | None, runs: Path | None, as_json: bool
+) -> dict[str, Any]:
+    """What the check finds; without `as_json` it is said, and errors are raised."""
     from clipcluster.check import plain
     from jobs.submit import checking, executor
 
-    awaited, given = awaited_by(recipe, overrides or [], site)
-    overrides = [*(overrides or []), *given]
-    if check_sweep(recipe, overrides, site, awaited, deep, as_json, runs):
-        return
+    awaited, given = awaited_by(recipe, overrides, site, runs)
+    overrides = [*overrides, *given]
+    members = check_sweep(recipe, overrides, site, awaited, deep, as_json, runs)
+    if members is not None:
+        return {"recipe": recipe, "errors": [], "members": members}
     folder = runs_folder(runs)
     checked = plain.check(recipe, overrides, site=site, runs=folder, awaited=awaited)
     checking.complete(checked, checking.run_of(checked, folder), executor.likely(), quick=not deep)
-    if as_json:
-        print_document({"recipe": recipe, **checking.document(checked)})
-        raise typer.Exit(2 if checked.errors else 0)
-    for line in checking.table(checked):
-        say(line)
-    checked.raise_errors()
-    say(f"{recipe}: no problems found")
+    if not as_json:
+        for line in checking.table(checked):
+            say(line)
+        checked.raise_errors()
+        say(f"{recipe}: no problems found")
+    return {"recipe": recipe, **checking.document(checked)}
 
 
 def init(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,7 +14,7 @@ from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import runs_folder
 from clipcluster.runs.sweeps import array_folder, find_runs
-from jobs.cli.options import print_document, say, show
+from jobs.cli.options import say, show
 
 if TYPE_CHECKING:
     from jobs.api import Submission
@@ -33,13 +33,16 @@ def check_sweep(
     deep: bool,
     as_json: bool,
     runs: Path | None,
-) -> bool:
-    """Check the members where the recipe is a sweep; whether it is one."""
+) -> list[dict[str, Any]] | None:
+    """Check the members where the recipe is a sweep; a document for each. None where it is none.
+
+    Without `as_json` what is found is said.
+    """
     from clipcluster.recipe.load import load_sweep
 
     sweep = load_sweep(recipe, overrides, site=site)
     if sweep is None:
-        return False
+        return None
     from jobs.submit import checking
     from jobs.submit.sweep import check_sweep as check
     from jobs.submit.wanted import Awaited, Wanted
@@ -47,13 +50,12 @@ def check_sweep(
     after, told = [Awaited(path) for path in awaited], (lambda text: None) if as_json else say
     wanted = Wanted(recipe, overrides, runs_folder(runs), site, quick=not deep, after=after, say=told)
     found = check(wanted, sweep)
-    if as_json:
-        members = [{"name": one.run.name, **checking.document(one.checked)} for one in found]
-        print_document({"recipe": recipe, "members": members})
-    return True
+    return [{"name": one.run.name, **checking.document(one.checked)} for one in found]
 
 
-def awaited_by(recipe: Path, overrides: list[str], site: str | None) -> tuple[list[Path], list[str]]:
+def awaited_by(
+    recipe: Path, overrides: list[str], site: str | None, runs: Path | None
+) -> tuple[list[Path], list[str]]:
     """What a recipe's `first` makes and has not made yet, and the keys that are given it, as key=value."""
     from clipcluster.recipe.load import load_chain
 
@@ -62,7 +64,7 @@ def awaited_by(recipe: Path, overrides: list[str], site: str | None) -> tuple[li
         return [], []
     from jobs import api
 
-    return api.awaited(chain, recipe, runs=runs_folder(), site=site)
+    return api.awaited(chain, recipe, runs=runs_folder(runs), site=site)
 
 
 def say_sweep(submitted: Submission, follow: bool) -> None:

@@ -24,12 +24,13 @@ from clipcluster.train.checkpoint_writer import take_copy
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = World(0, 1, 0, torch.device("cpu"))
+TINY_TEXT = "model.text={arch: gpt2, config: {n_layer: 1, n_head: 2, n_embd: 16}}"
 FACTOR = 1.5  # the estimate and the measured peak differ by no more
 
 
-def recipe_of(digits: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str):
+def recipe_of(digits: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, name: str = "digits"):
     monkeypatch.setenv("DIGITS", str(digits))
-    return load(ROOT / "recipes/digits.yaml", ["cluster.gpus_per_node=0", *overrides]).recipe
+    return load(ROOT / f"recipes/{name}.yaml", ["cluster.gpus_per_node=0", *overrides]).recipe
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +73,20 @@ def test_micro_batches_and_frozen_towers_take_less(digits, monkeypatch) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "keys",
+    ("name", "keys"),
     [
-        (),
-        ("train.micro_batch=4", "model.image={timm: test_convnext}"),  # the loss over all takes more than one
-        ("task=classify", "model.text=null", "model.classes=10", "evaluate={}"),
+        ("digits", ()),
+        (
+            "digits",
+            ("data.batch_size=1024", "model.image={timm: test_convnext}", TINY_TEXT),
+        ),  # the loss takes most
+        ("digits-classify", ()),
     ],
     ids=["cached", "the loss", "independent"],
 )
-def test_not_every_micro_batch_is_traced(keys, digits, monkeypatch) -> None:
-    recipe = recipe_of(digits, monkeypatch, "data.batch_size=256", "train.micro_batch=32", *keys)
+def test_not_every_micro_batch_is_traced(name, keys, digits, monkeypatch) -> None:
+    keys = ("data.batch_size=256", "train.micro_batch=32", *keys)
+    recipe = recipe_of(digits, monkeypatch, *keys, name=name)
     few = estimate(recipe, None)
     monkeypatch.setattr(memory, "TRACED", 1 << 30)
     every = estimate(recipe, None)

@@ -121,6 +121,9 @@ def test_the_check_as_json_is_one_document(recipe, tmp_path, no_slurm):
     assert {"subject": "data", "text": "1,437 samples in 1 source"} in told["facts"]
     assert told["figures"]["total_steps"] == 528
     assert "memory" in told["not_checked"][0]
+    done = clipcluster("check", recipe, "optim.lrr=1", "--json")
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "did you mean optim.lr?" in json.loads(done.stdout)["errors"][0]
 
 
 def test_status_as_json_is_one_document(finished):
