@@ -1,7 +1,7 @@
 """How long `clipcluster check` takes, without torch: python tests/measure_check.py [RECIPE].
 
-Each time in a process of its own, with nothing of SLURM on the PATH, and with bytecode as an installed package
-has it. On a busy machine the fastest one counts.
+Each time in a process of its own, with nothing of SLURM on the PATH, and with the bytecode that an installed
+package has. On a busy machine the fastest one counts.
 """
 
 from __future__ import annotations
