@@ -41,6 +41,14 @@ JOB = "job.json"
 _CLAIMS = "claims"
 _TIME_IS_UP = "SIGUSR1"
 _LEAD_SECONDS = 60  # before the time limit: SLURM keeps limits by the minute
+# Of the cluster section: a task is one process without torch, for which the Python of the submission will do.
+_ONE_PROCESS = {
+    "nodes": Nodes(1, 1),
+    "tasks_per_node": 1,
+    "gpus_per_node": 0,
+    "exclusive": False,
+    "container": None,
+}
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,7 @@ def submit(job: ConvertJob, cluster: Cluster, jobs: int) -> list[str]:
     """
     launch.refuse_patterns(job.out)
     refuse_running(job.out)
+    cluster = cluster.model_copy(update=_ONE_PROCESS)
     plan = job.plan()
     if plan.finished:
         return []
@@ -166,7 +175,8 @@ def submit(job: ConvertJob, cluster: Cluster, jobs: int) -> list[str]:
         code = snapshot.take(folder)
         members = min(jobs, len(plan.shards))
         files.write_json(folder / JOB, {"jobs": []})
-        ids = launch.queue([job] * members, _parameters(cluster, job.out, code), folder / "submitit")
+        chosen = _parameters(cluster, job.out, code)
+        ids = launch.queue([job] * members, cluster, chosen, folder / "submitit")
         files.write_json(folder / JOB, {"jobs": ids})
     return ids
 
@@ -194,7 +204,6 @@ def refuse_running(out: Path) -> None:
 
 def _parameters(cluster: Cluster, out: Path, code: Path) -> dict[str, Any]:
     """submitit's parameters: one task a member, requeued when its node is taken away."""
-    cluster = cluster.model_copy(update={"nodes": Nodes(1, 1), "tasks_per_node": 1, "gpus_per_node": 0})
     return parameters.of_job(
         cluster,
         name=f"convert-{out.name}",

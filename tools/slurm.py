@@ -121,6 +121,7 @@ class Partition:
     denied_accounts: tuple[str, ...] = ()
     qos: tuple[str, ...] | None = None  # that alone may be used in it; None: all
     denied_qos: tuple[str, ...] = ()
+    exclusive: bool = False  # whether a job gets whole nodes
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,15 @@ class Slurm:
         """Each quality of service by its name."""
         return parse_qos(self._ask("sacctmgr", "-nP", "show", "qos", "format=Name,MaxWall,Flags"))
 
+    def reservations(self) -> list[str]:
+        """The names of the reservations that this user may see."""
+        text = self._ask("scontrol", "show", "reservation")
+        return [fields["ReservationName"] for fields in _records(text, "ReservationName")]
+
+    def usage(self, program: str) -> str:
+        """What a program of SLURM prints of its options, those of the site's plugins included."""
+        return self._ask(program, "--help")
+
     def expected_start(self, *arguments: str) -> Start | None:
         """When a job that sbatch is given with these arguments would start; None where SLURM cannot say.
 
@@ -355,6 +365,7 @@ def _partition(fields: Mapping[str, str]) -> Partition:
         denied_accounts=_allowed(fields.get("DenyAccounts")) or (),
         qos=_allowed(fields.get("AllowQos")),
         denied_qos=_allowed(fields.get("DenyQos")) or (),
+        exclusive=fields.get("OverSubscribe") == "EXCLUSIVE",
     )
 
 

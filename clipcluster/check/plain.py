@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipcluster.build.teacher_runs import run_and_recipe
-from clipcluster.check import experience, names
+from clipcluster.check import containers, experience, names
 from clipcluster.errors import UserError
 from clipcluster.evals import prompts
 from clipcluster.evals.headline import named_sets
@@ -159,6 +159,7 @@ def check(
         if checked.is_awaited(path)
     ]
     _check_files(checked)
+    checked.warnings += containers.warnings(checked.loaded)
     _check_starts(checked)
     _check_names(checked, runs or Path())
     samples = _check_sources(checked)

@@ -242,7 +242,7 @@ def load_cluster(
     """
     profile = find_site(site, environ) or Entry({}, Origin(COMMAND_LINE))
     tree = _with_overrides(profile, overrides, ["cluster"])
-    return validated(tree, environ, "the cluster section", _ClusterOnly).cluster
+    return validated(tree, environ, "the cluster section", _ClusterOnly, {}).cluster
 
 
 def _select(

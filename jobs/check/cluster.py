@@ -46,7 +46,7 @@ def compare(cluster: Cluster, known: Known, place: Place) -> Findings:
         if not problems:
             fitting = next(part for part, own in zip(chosen, by_partition, strict=True) if not own)
             found.warnings += [f"{place(key)}: {text}" for key, text in _waits(cluster, fitting, known)]
-    problems += _of_accounting(cluster, known)
+    problems += [*_of_accounting(cluster, known), *_of_surroundings(cluster, known)]
     found.errors += [f"{place(key)}: {text}" for key, text in problems]
     return found
 
@@ -64,6 +64,8 @@ def _unanswered(cluster: Cluster, known: Known) -> Iterator[tuple[str, str]]:
         "nodes": ("cluster.nodes", known.partitions is not None),
         "associations": ("cluster.account", cluster.account is not None),
         "qos": ("cluster.qos", cluster.qos is not None),
+        "reservations": ("cluster.reservation", cluster.reservation is not None),
+        "pyxis": ("cluster.container.runtime", _uses_pyxis(cluster)),
     }
     for name, (key, needed) in needs.items():
         if needed and name in known.silent:
@@ -198,7 +200,13 @@ def _has_memory(cluster: Cluster) -> Callable[[Node], bool]:
 
 
 def _has_gpus(cluster: Cluster) -> Callable[[Node], bool]:
-    return lambda node: node.gpu_count >= cluster.gpus_per_node
+    return lambda node: _gpus_of_type(cluster, node) >= cluster.gpus_per_node
+
+
+def _gpus_of_type(cluster: Cluster, node: Node) -> int:
+    """How many GPUs of the type that is asked for a node has; without a type, how many it has."""
+    wanted = cluster.gpu_type
+    return sum(each.count for each in node.gpus if wanted is None or each.type.lower() == wanted.lower())
 
 
 def features_of(constraint: str | None) -> list[str]:
@@ -229,11 +237,16 @@ def _too_much_memory(cluster: Cluster, part: Partition, nodes: Sequence[Node], k
 
 
 def _too_many_gpus(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> str:
-    most = _most([node.gpu_count for node in nodes], cluster)
-    wanted = f"{cluster.gpus_per_node} requested, and nodes of partition {part.name} have {most or 'none'}"
+    most = _most([_gpus_of_type(cluster, node) for node in nodes], cluster)
+    kind = f" of type {cluster.gpu_type}" if cluster.gpu_type else ""
+    has = f"nodes of partition {part.name} have {most or 'none'}"
+    wanted = f"{cluster.gpus_per_node}{kind} requested, and {has}"
     if most:
         return f"{wanted}; set it to at most {most}"
-    others = {name for node in known.nodes or () if node.gpu_count for name in node.partitions}
+    types = sorted({each.type or "no type" for node in nodes for each in node.gpus})
+    if cluster.gpu_type and types:
+        return f"{wanted}; set cluster.gpu_type to what they have: {some(types)}, or leave it out"
+    others = {name for node in known.nodes or () if _gpus_of_type(cluster, node) for name in node.partitions}
     elsewhere = f"use partition {' or '.join(sorted(others))}" if others else "SLURM knows of no GPUs here"
     return f"{wanted}; {elsewhere}, or set it to 0 to train on the CPU"
 
@@ -288,6 +301,26 @@ def _of_accounting(cluster: Cluster, known: Known) -> Iterator[Problem]:
         yield Problem(
             "cluster.time", too_long(cluster.time, f"quality of service {cluster.qos} allows", limit)
         )
+
+
+def _of_surroundings(cluster: Cluster, known: Known) -> Iterator[Problem]:
+    """A reservation that is not there, and a plugin for containers that srun has not."""
+    there = known.reservations
+    for name in (cluster.reservation or "").split(","):
+        if name and there is not None and name not in there:
+            near = did_you_mean(name, there)
+            yield Problem(
+                "cluster.reservation", f"there is no reservation {name!r}{near}; there are {some(there)}"
+            )
+    if _uses_pyxis(cluster) and known.pyxis is False:
+        yield Problem(
+            "cluster.container.runtime",
+            "srun has no --container-image here, so the plugin pyxis is not installed; use apptainer",
+        )
+
+
+def _uses_pyxis(cluster: Cluster) -> bool:
+    return cluster.container is not None and cluster.container.runtime == "pyxis"
 
 
 def _described(part: Partition, nodes: Sequence[Node]) -> str:

@@ -18,6 +18,8 @@ class Known:
 
     Attributes:
         qos: each quality of service by its name.
+        reservations: the names of those that this user may see.
+        pyxis: whether srun takes --container-image.
         silent: name of the attribute -> why there is no answer.
     """
 
@@ -26,6 +28,8 @@ class Known:
     config: dict[str, str] | None = None
     associations: list[Association] | None = None
     qos: dict[str, Qos] | None = None
+    reservations: list[str] | None = None
+    pyxis: bool | None = None
     silent: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -37,6 +41,8 @@ def ask(slurm: Slurm) -> Known:
         "config": slurm.config,
         "associations": slurm.associations,
         "qos": slurm.qos,
+        "reservations": slurm.reservations,
+        "pyxis": lambda: "--container-image" in slurm.usage("srun"),
     }
     with ThreadPoolExecutor(len(questions)) as pool:
         asked = {name: pool.submit(question) for name, question in questions.items()}

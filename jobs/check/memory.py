@@ -62,6 +62,8 @@ def device_of(recipe: Recipe, nodes: Sequence[Node]) -> Device | None:
     if cluster.gpu_memory is not None:
         return Device(cluster.gpu_memory.megabytes << 20, "cluster.gpu_memory", True)
     kinds = {each.type for node in nodes for each in node.gpus}
+    if cluster.gpu_type is not None:
+        kinds = {cluster.gpu_type}
     sizes = {kind: gpu_bytes(kind) for kind in kinds}
     known = {kind: size for kind, size in sizes.items() if size}
     if not known or len(known) < len(sizes):

@@ -48,6 +48,7 @@ def _top(
 GROUPS = {
     "shards": "jobs.cli.shards:shards",
     "runs": "jobs.cli.space:runs",
+    "site": "jobs.cli.site:site",
     "sandbox": "jobs.cli.sandbox:sandbox",
     "bench": "jobs.cli.bench:bench",
 }

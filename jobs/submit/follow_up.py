@@ -17,7 +17,7 @@ from clipcluster.recipe.load import from_run
 from clipcluster.recipe.sections.chain import Export, Measure
 from clipcluster.runs.folder import Run
 from jobs.state import Queue, state_of
-from jobs.submit import waiting
+from jobs.submit import containers, waiting
 from jobs.submit.prepared import Prepared, grace_of
 from jobs.submit.recorded import launched
 from jobs.submit.submit import only_submission, settled
@@ -88,6 +88,7 @@ def _prepared(run: Run, step: Run, order: Mapping[str, Any], executor: str) -> P
     cluster = recipe.evaluate.cluster_of_job(recipe.cluster)
     if order["do"] == "export":  # which computes on the CPU
         cluster = cluster.model_copy(update={"gpus_per_node": 0, "tasks_per_node": 1})
+    cluster = containers.writing_to(cluster, Path(order["out"]).parent)
     own = {
         **settings,
         "cluster": cluster.model_dump(mode="json"),

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -21,9 +20,8 @@ from clipcluster.runs import files
 from clipcluster.runs.folder import Run
 from clipcluster.runs.timing import seconds_to_stop
 from clipcluster.runtime.job_id import local_job_id, local_job_runs
-from clipcluster.runtime.stop import holding_signals
 from jobs.endings import local
-from jobs.submit import parameters, script, snapshot
+from jobs.submit import containers, parameters, script, snapshot
 from jobs.train import TRAINEE, TrainJob
 from tools.slurm import SILENT
 
@@ -56,7 +54,7 @@ def on_slurm(
     chosen = parameters.of_run(
         cluster, run, code, grace=grace, used=used, evaluations=evaluations, dependency=dependency
     )
-    return queue([job], chosen, run.submitit)[0]
+    return queue([job], cluster, chosen, run.submitit)[0]
 
 
 def array_on_slurm(
@@ -75,7 +73,7 @@ def array_on_slurm(
     chosen = parameters.of_array(
         cluster, runs, array, grace=grace, used=used, evaluations=evaluations, dependency=dependency
     )
-    return queue(jobs, chosen, array.logs)
+    return queue(jobs, cluster, chosen, array.logs)
 
 
 def refuse_patterns(logs: Path) -> None:
@@ -110,7 +108,9 @@ def protect(folder: Path) -> None:
         folder.chmod(mode & ~0o022)
 
 
-def queue(jobs: Sequence[Callable[[], None]], chosen: Mapping[str, Any], logs: Path) -> list[str]:
+def queue(
+    jobs: Sequence[Callable[[], None]], cluster: Cluster, chosen: Mapping[str, Any], logs: Path
+) -> list[str]:
     """Submit callables, several as one array, with the `chosen` parameters; returns the job ids.
 
     Raises UserError with SLURM's own words where sbatch refuses, NoAnswer where it may have accepted.
@@ -118,10 +118,11 @@ def queue(jobs: Sequence[Callable[[], None]], chosen: Mapping[str, Any], logs: P
     import submitit
     from submitit.core.utils import FailedJobError
 
+    containers.refuse_folder(cluster, logs)
+    python = containers.before_python(cluster, script.environment(cluster))
     protect(logs)
     with outside_of_jobs():
-        held = shlex.join(holding_signals(sys.executable))
-        executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0, python=held)
+        executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0, python=python)
         executor.update_parameters(**chosen)
         said = io.StringIO()
         try:

@@ -134,12 +134,13 @@ def of_job(
         "time": cluster.time.minutes,
         "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_task,
-        "gpus_per_node": cluster.gpus_per_node or None,
+        **_gpus(cluster),
         "mem": f"{cluster.mem.megabytes}M" if cluster.mem else None,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
+        "exclusive": cluster.exclusive or None,
         "setup": list(setup),
         "teardown": script.TEARDOWN,
         # srun no longer takes --cpus-per-task from sbatch (Slurm 22.05)
@@ -153,6 +154,15 @@ def of_job(
             "nodes": str(cluster.nodes),
             "signal": f"USR1@{lead}",
             **waits,
+            **({"reservation": cluster.reservation} if cluster.reservation else {}),
         },
     }
     return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _gpus(cluster: Cluster) -> dict[str, str]:
+    """How the GPUs are asked for: gpus-per-node=a100:8, or gres=gpu:a100:8."""
+    if not cluster.gpus_per_node:
+        return {}
+    asked = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else str(cluster.gpus_per_node)
+    return {"gres": f"gpu:{asked}"} if cluster.gpus_by == "gres" else {"gpus_per_node": asked}

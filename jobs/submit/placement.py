@@ -22,8 +22,9 @@ OVERRIDING = {
     "SBATCH_ACCOUNT": "account",
     "SBATCH_QOS": "qos",
     "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_RESERVATION": "reservation",
     **dict.fromkeys(("SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_SIGNAL", "SBATCH_ARRAY_INX")),
-    **dict.fromkeys(("SBATCH_GPUS_PER_NODE", "SBATCH_MEM_PER_NODE", "SBATCH_OPEN_MODE")),
+    **dict.fromkeys(("SBATCH_GPUS_PER_NODE", "SBATCH_MEM_PER_NODE", "SBATCH_EXCLUSIVE", "SBATCH_OPEN_MODE")),
 }
 
 

@@ -15,6 +15,7 @@ from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.environment import ATTEMPT, BEGAN, ENDS, GRACE, INTERFACE, LEAD, LOGS
 from jobs.endings.local import PICKLE
+from jobs.submit import containers
 from tools.slurm import RUNNING
 
 TEARDOWN = ["clipcluster_end $?"]  # said after srun too, because a site's line may have replaced the trap
@@ -115,6 +116,7 @@ def setup(
         *cluster.setup,
         f"cd {code} || exit",
         'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
+        *containers.lines(cluster, environment(cluster)),
         *before_ranks,
         "clipcluster_began=1",
     ]

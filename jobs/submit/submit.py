@@ -168,8 +168,9 @@ def checked_for(wanted: Wanted, chosen: str, member: Member | None = None) -> pl
     checked.raise_errors()
     if chosen == "local" and (reason := executor.missing_devices(checked.recipe.cluster)):
         raise UserError(reason)
-    if chosen == "local" and checked.recipe.cluster.setup:
-        wanted.say("cluster.setup belongs to the cluster: its lines are left out on this machine")
+    for key in ("setup", "container"):
+        if chosen == "local" and getattr(checked.recipe.cluster, key):
+            wanted.say(f"cluster.{key} belongs to the cluster: it is left out on this machine")
     return checked
 
 
@@ -204,6 +205,8 @@ def _say_plan(run: Run, checked: plain.Checked, chosen: str, wanted: Wanted) -> 
     flags = parameters.of_run(cluster, run, run.path / "code-N", grace=grace, dependency=wanted.dependency)
     wanted.say("would submit to SLURM:")
     say_flags(flags, wanted)
+    if cluster.container is not None:
+        wanted.say(f"  container: {cluster.container.image} ({cluster.container.runtime})")
 
 
 def say_flags(flags: dict[str, Any], wanted: Wanted) -> None:

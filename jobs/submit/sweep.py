@@ -332,7 +332,8 @@ def _groups(prepared: Sequence[Prepared]) -> list[list[Prepared]]:
         asks = parameters.of_array(
             one.recipe.cluster, [], nothing, grace=one.grace, used=one.used, evaluations=own
         )
-        groups.setdefault(json.dumps(asks, sort_keys=True), []).append(one)
+        image = str(one.recipe.cluster.container)  # on srun's line, which is no parameter
+        groups.setdefault(json.dumps([asks, image], sort_keys=True), []).append(one)
     return list(groups.values())
 
 

@@ -90,6 +90,17 @@ CLUSTER = [
     Planted("cluster.constraint=a10", "no node of partition low has 'a10'", "did you mean a100?"),
     Planted("cluster.account=visoin", "'visoin' is not yours", "did you mean vision?"),
     Planted("cluster.qos=lonng", "'lonng' is not yours", "did you mean long?"),
+    Planted(
+        ("cluster.gpus_per_node=2", "cluster.gpu_type=h100"),
+        "2 of type h100 requested, and nodes of partition low have none",
+        "set cluster.gpu_type to what they have: a100, or leave it out",
+    ),
+    Planted("cluster.reservation=workshp", "there is no reservation 'workshp'", "did you mean workshop?"),
+    Planted(
+        "cluster.container={runtime: pyxis, image: torch.sqsh}",
+        "srun has no --container-image here",
+        "use apptainer",
+    ),
 ]
 # The same for one of its other partitions.
 HIGH = [

@@ -66,5 +66,7 @@ def known(**changes: object) -> Known:
         "config": slurm.parse_config(CONFIG),
         "associations": slurm.parse_associations(ASSOCIATIONS),
         "qos": slurm.parse_qos(QOS),
+        "reservations": ["workshop", "maintenance"],
+        "pyxis": False,
     }
     return Known(**{**answers, **changes})  # type: ignore[arg-type]

@@ -25,6 +25,8 @@ def compare(answers: Known | None = None, **keys: object):
         {"partition": "high,low", "time": "2 d"},  # fits one of them
         {"constraint": "[a100*1&ib*1]"},  # more than can be evaluated
         {"constraint": "a100|ib"},
+        {"gpus_per_node": 4, "gpu_type": "A100", "reservation": "workshop"},
+        {"container": {"runtime": "apptainer", "image": "torch.sif"}},
         {"nodes": "1-9"},  # fewer will do
         {"time": "3 d", "qos": "long"},  # which allows more than the partition
         {"partition": "high", "time": "1 h", "account": "Vision", "qos": "Normal"},  # SLURM ignores the case
@@ -65,6 +67,7 @@ def test_an_answer_that_cannot_be_read_is_none(tmp_path, monkeypatch) -> None:
     """Programs of another SLURM: one prints words where numbers were, one nothing, one fails."""
     answers = {
         "sinfo": "echo 'n1|idle|low*|many|8000|(null)|(null)|none'",
+        "srun": "echo --container-image",
         "scontrol": "test $1 = --all || echo 'KillWait = 30 sec'",
         "sacctmgr": "echo 'You are not running a supported accounting_storage plugin' >&2; exit 1",
     }
@@ -81,6 +84,18 @@ def test_an_answer_that_cannot_be_read_is_none(tmp_path, monkeypatch) -> None:
         **dict.fromkeys(("associations", "qos"), "You are not running a supported accounting_storage plugin"),
     }
     assert compare(found).unchecked == ["cluster.partition (SLURM names no partitions)"]
+
+
+def test_gpus_of_a_type_are_counted_apart() -> None:
+    (error,) = compare(gpus_per_node=5, gpu_type="a100", cpus_per_task=1).errors
+    assert error.endswith("5 of type a100 requested, and nodes of partition low have 4; set it to at most 4")
+
+
+def test_reservations_and_containers_count_where_they_are_asked_for() -> None:
+    silent = known(reservations=None, pyxis=None, silent={"reservations": "no scontrol", "pyxis": "no srun"})
+    assert compare(silent).unchecked == []
+    asks = compare(silent, reservation="workshop", container={"runtime": "pyxis", "image": "x"})
+    assert asks.unchecked == ["cluster.reservation (no scontrol)", "cluster.container.runtime (no srun)"]
 
 
 def test_nodes_that_are_down_are_waited_for() -> None:

@@ -41,6 +41,8 @@ def test_what_a_rank_has(recipe_with) -> None:
     assert memory.device_of(recipe_with(), nodes) == memory.Device(40 * GB, "a GPU of type a100", False)
     given = memory.device_of(recipe_with("cluster.gpu_memory=80 GB"), nodes)
     assert given == memory.Device(80 * GB, "cluster.gpu_memory", True)
+    chosen = memory.device_of(recipe_with("cluster.gpu_type=h100"), nodes)
+    assert chosen == memory.Device(80 * GB, "a GPU of type h100", False)
     unknown = slurm.parse_nodes("g1|idle|low|16|64000|(null)|gpu:4|none\n")
     assert memory.device_of(recipe_with(), unknown) is None
     on_cpu = ("cluster.gpus_per_node=0", "cluster.tasks_per_node=2", "cluster.mem=8 GB")

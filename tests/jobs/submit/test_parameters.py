@@ -60,9 +60,34 @@ def test_the_section_becomes_flags(script):
         assert flag in srun
 
 
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({"gpu_type": "a100", "gpus_per_node": 8}, ["gpus-per-node=a100:8"]),
+        ({"gpus_by": "gres", "gpus_per_node": 8}, ["gres=gpu:8"]),
+        ({"gpus_by": "gres", "gpu_type": "a100", "gpus_per_node": 2}, ["gres=gpu:a100:2"]),
+        ({"exclusive": True, "reservation": "maintenance"}, ["exclusive", "reservation=maintenance"]),
+    ],
+)
+def test_what_a_site_asks_for(script, given, flags):
+    lines = script(Cluster(**given)).splitlines()
+    assert {f"#SBATCH --{flag}" for flag in flags} <= {*lines}
+    assert sum("gpu" in line for line in lines if line.startswith("#SBATCH")) == 1
+
+
 def test_what_is_not_given_is_not_asked_for(script):
     text = script(Cluster(gpus_per_node=0))
-    for flag in ("--gpus", "--mem", "--partition", "--account", "--qos", "--constraint"):
+    for flag in (
+        "--gpus",
+        "--mem",
+        "--partition",
+        "--account",
+        "--qos",
+        "--constraint",
+        "--gres",
+        "--excl",
+        "--reserv",
+    ):
         assert flag not in text
 
 
