@@ -129,8 +129,8 @@ def measure(recipe: Recipe, world_size: int, assets: Path | None, findings: Find
     try:
         found = estimate(recipe, assets, world_size)
     except Exception as error:  # of any tower
-        reason = " ".join(str(error).split())[:200]
-        findings.unchecked.append(f"memory (a step cannot be traced: {type(error).__name__}: {reason})")
+        reason, what = " ".join(str(error).split())[:200], "parameters, memory, checkpoint size"
+        findings.unchecked.append(f"{what} (a step cannot be traced: {type(error).__name__}: {reason})")
         return
     fewer = f", {found.trainable:,} of them trained" if found.trainable < found.parameters else ""
     findings.summary.append(f"parameters: {found.parameters:,}{fewer}")

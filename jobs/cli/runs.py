@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,9 +50,9 @@ def check(
     runs: Runs = None,
 ) -> None:
     """Check a recipe for every error that can be found before its run is queued."""
-    overrides = overrides or []
+    gc.disable()  # it would take a twentieth of the time, for a process that ends soon
     try:
-        found = _checked(recipe, overrides, deep, site, runs, as_json)
+        found = _checked(recipe, overrides or [], deep, site, runs, as_json)
     except UserError as error:
         if not as_json:
             raise
@@ -60,6 +61,8 @@ def check(
         from jobs.submit.checking import document
 
         found = {"recipe": recipe, **document(Findings(errors=[addresses_redacted(str(error))]))}
+    finally:
+        gc.enable()
     if as_json:
         print_document(found)
         raise typer.Exit(2 if found["errors"] else 0)

@@ -79,6 +79,26 @@ def test_a_right_recipe_and_when_it_would_start(site, tmp_path):
     assert site.slurm.queue() == []  # nothing was submitted
 
 
+def test_a_job_that_must_wait_is_no_error(site, tmp_path):
+    """sbatch takes such jobs, although its test refuses them."""
+    scontrol("update", "NodeName=n4", "State=DRAIN", "Reason=fan")
+    try:
+        found = checked(tmp_path / "runs", "cluster.nodes=4", "data.batch_size=128")
+    finally:
+        scontrol("update", "NodeName=n4", "State=RESUME")
+    assert found.errors == []
+    (warning,) = found.warnings
+    assert "3 of the 4 nodes of partition low are up, the others drained: the job waits for them" in warning
+    assert found.unchecked[-1].startswith("expected start (")
+    scontrol("update", "PartitionName=high", "State=DOWN")
+    try:
+        found = checked(tmp_path / "runs", "cluster.partition=high", "cluster.time=30 min")
+    finally:
+        scontrol("update", "PartitionName=high", "State=UP")
+    assert found.errors == []
+    assert "partition high is DOWN: jobs wait until it is up again" in found.warnings[0]
+
+
 def test_without_accounting_it_is_said_where_it_matters(site, tmp_path):
     found = checked(tmp_path / "runs", "cluster.account=vision")
     assert found.errors == []

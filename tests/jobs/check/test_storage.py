@@ -75,6 +75,9 @@ def test_a_quota_counts_where_it_is_less_than_the_disk(tmp_path, monkeypatch) ->
         "checkpoint.keep: 1.9 MB each, the last 2 and one being written are 5.7 MB, and "
     )
     assert found.errors[0].endswith("or choose a larger disk with --runs")
+    several = [Run(tmp_path / "runs" / name) for name in ("new", "newer", "newest")]
+    (error,) = storage.compare(several, 700_000, Keep(last=2), plan).errors  # one alone would fit
+    assert "of 3 runs together are 6.0 MB" in error
     (run.checkpoints / "step-00000001").mkdir(parents=True)
     (run.checkpoints / "step-00000001" / "model.safetensors").write_bytes(bytes(4_000_000))
     assert storage.compare([run], 2_000_000, Keep(last=2), plan).errors == []  # they are replaced
