@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -25,7 +27,8 @@ LOOK_SECONDS = 0.5
 
 
 class Attendant(threading.Thread):
-    """Lets requeued jobs start after seconds instead of SLURM's two minutes; counts how long jobs hold nodes.
+    """What else happens on a cluster: lets requeued jobs start after seconds instead of SLURM's two minutes,
+    takes nodes back into service as an administrator does, counts how long jobs hold nodes.
 
     held: seconds by job id, by squeue.
     """
@@ -33,6 +36,7 @@ class Attendant(threading.Thread):
     def __init__(self, sandbox: Sandbox) -> None:
         super().__init__(daemon=True)
         self._slurm, self._over = sandbox.slurm, threading.Event()
+        self._environment = {**os.environ, **sandbox.environment}
         self._pending: dict[str, float] = {}
         self.held: Counter[str] = Counter()
 
@@ -53,6 +57,14 @@ class Attendant(threading.Thread):
                 for job_id, since in self._pending.items():
                     if now - since > SETTLE_SECONDS:
                         self._slurm.release(job_id)
+                self._resume_nodes()
+
+    def _resume_nodes(self) -> None:
+        """SLURM drains a node to which a requeued job comes back before the node knows of the job's end."""
+        for node in self._slurm.nodes():
+            if node.reason == "Duplicate jobid" and node.state.startswith("drain"):
+                command = ["scontrol", "update", f"NodeName={node.name}", "State=RESUME"]
+                subprocess.run(command, env=self._environment, check=True)
 
     def leave(self) -> None:
         self._over.set()

@@ -82,7 +82,7 @@ def cases(seconds: float) -> list[Case]:
     for number in range(RUNS):
         nodes, tasks = SHAPES[number % len(SHAPES)]
         torch = number < TORCH
-        steps = max(200, int(2.5 * seconds if torch else 0.25 * seconds / STEP_SECONDS))
+        steps = max(200, int(seconds if torch else 0.25 * seconds / STEP_SECONDS))
         fate = {CANCELLED: "cancel", BROKEN: "fail"}.get(number, "finish")
         steps *= 10 if fate == "cancel" else 1  # it must not finish before
         found.append(Case(number, torch, nodes, max(2, tasks) if torch else tasks, steps, fate))
