@@ -18,6 +18,9 @@ DAEMONS = ("slurmctld", "slurmd")
 CLIENTS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 ADMIN_FOLDERS = ("/usr/sbin", "/sbin", "/usr/local/sbin")  # not on every user's PATH
 PORTS = range(20000, 32000)  # below the range from which systems give outgoing connections theirs
+SRUN_PORTS = (
+    100  # after the daemons': what another cluster sends to an srun that has ended finds none of ours
+)
 SOCKET_ROOM = 107 - len("/n999/n999_4294967295.4294967295")  # a Unix socket's path ends at 107 characters
 STATE_FILE = "sandbox.json"
 LOOPBACK = "127.0.0.1"
@@ -107,7 +110,7 @@ def listens_on_loopback() -> bool:
 def free_ports(count: int) -> int:
     """The first of `count` ports in a row that nobody listens on now; raises UserError if there are none."""
     for _ in range(200):
-        first = random.randrange(PORTS.start, PORTS.stop - count)
+        first = random.randrange(PORTS.start, PORTS.stop - count - SRUN_PORTS)
         if all(_is_free(port) for port in range(first, first + count)):
             return first
     raise UserError(f"no {count} free ports in a row between {PORTS.start} and {PORTS.stop}")
@@ -138,6 +141,7 @@ def slurm_conf(sandbox: Sandbox) -> str:
 ClusterName={sandbox.cluster}
 SlurmctldHost=localhost({LOOPBACK})
 SlurmctldPort={port}
+SrunPortRange={port + count + 1}-{port + count + SRUN_PORTS}
 SlurmUser={os.getuid()}
 SlurmdUser={os.getuid()}
 AuthType=auth/none
