@@ -227,11 +227,16 @@ def test_preempted_members_equal_their_twins_and_added_values_alone_start(bench,
     bench.jobs += done.jobs.values()
     assert len(done.runs) == len(done.jobs) == 6
     chance = random.Random(0)
-    for number in sorted(chance.sample(range(6), 3)):
-        run = done.runs[number]
-        step = chance.randrange(2, STEPS - 6)
-        bench.until(lambda run=run, step=step: max(losses(run), default=0) >= step, 300)
-        assert preempt(bench.sandbox.folder, run.path).requeued
+    chosen = {number: chance.randrange(2, STEPS - 6) for number in chance.sample(range(6), 3)}
+
+    def preempted():
+        for number, step in list(chosen.items()):
+            if max(losses(done.runs[number]), default=0) >= step:
+                assert preempt(bench.sandbox.folder, done.runs[number].path).requeued
+                del chosen[number]
+        return not chosen
+
+    bench.until(preempted, 600)
     let_all_end(bench, done, 600)
     assert done.state == "FINISHED"
     assert sum(len(run.attempts()) for run in done.runs) == 9
