@@ -25,7 +25,7 @@ from clipcluster.train.checkpoint_writer import take_copy
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = World(0, 1, 0, torch.device("cpu"))
 TINY_TEXT = "model.text={arch: gpt2, config: {n_layer: 1, n_head: 2, n_embd: 16}}"
-FACTOR = 1.5  # the estimate and the measured peak differ by no more
+FACTOR = 1.75  # the estimate and the measured peak differ by no more: the allocator keeps what is freed
 
 
 def recipe_of(digits: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, name: str = "digits"):
