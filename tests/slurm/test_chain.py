@@ -97,7 +97,7 @@ def test_cancelled_as_one_by_the_command(bench, chain, tmp_path, capsys):
     done = chain({"steps": 400, "seconds": 0.1})
     bench.at_step(done.first[0].runs[0], 3)
     command_for(["cancel"]).main(["cancel", "main", "--runs", str(tmp_path / "runs")], standalone_mode=False)
-    assert capsys.readouterr().out.count("cancelled") == 2
+    assert capsys.readouterr().out.count(": cancelled ") == 2
     over(bench, *done.first, done)
     assert (done.first[0].state, done.state) == ("CANCELLED", "CANCELLED")
     again = chain({"steps": 5, "seconds": 0.02}, follow=True)
