@@ -47,6 +47,7 @@ class Told:
 
     began: when its allocation began, None where that is not known. events: of rank 0 and the batch side, by
     time. ranks: how many there were, by those that wrote something. lines: the last few of its metrics.
+    others: of an attempt without a verdict, when another rank last recorded something.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Told:
     events: Sequence[Mapping[str, Any]]
     ranks: int = 1
     lines: Sequence[Mapping[str, Any]] = ()
+    others: float | None = None
 
     @property
     def last_line(self) -> Mapping[str, Any]:
@@ -101,6 +103,12 @@ def told_by(attempt: Attempt) -> Told:
     if "stalled" in names:  # some rank, perhaps not rank 0, has said so in its own file
         others = (files.read_lines(attempt.path / name) for name in {*writers}.difference(read))
         events += [line for lines in others for line in lines if _dated(line) and line["event"] == "stalled"]
+    last = []
+    if not any(
+        "ending" in event for event in events
+    ):  # rank 0 may have died with its node, before the others
+        rest = (files.read_lines(attempt.path / name, last_bytes=_TAIL_BYTES[0]) for name in writers)
+        last = [line["time"] for lines in rest for line in lines[-1:] if _dated(line)]
     return Told(
         number=attempt.number,
         job=str(claim.get("job") or ""),
@@ -108,6 +116,7 @@ def told_by(attempt: Attempt) -> Told:
         events=sorted(events, key=lambda line: float(line["time"])),
         ranks=max((int(match[1]) + 1 for match in map(_OF_RANK.fullmatch, names) if match), default=0),
         lines=_last_lines(attempt.path / "metrics.jsonl"),
+        others=max(last, default=None),
     )
 
 
@@ -225,7 +234,7 @@ def _account(
     """
     verdict: Mapping[str, Any] = next((one for one in reversed(told.events) if "ending" in one), {})
     left = _first(told, "finish", "stop", "fail")
-    signs = [*(event["time"] for event in told.events), *_numbers(told.last_line.get("time"))]
+    signs = [*(event["time"] for event in told.events), *_numbers(told.last_line.get("time"), told.others)]
     began = told.began if told.began is not None else min(signs, default=None)
     alive = alive and not verdict
     ended = until if alive else verdict.get("time") or max(signs, default=began)
@@ -234,7 +243,8 @@ def _account(
     spent = dict.fromkeys(KINDS, 0.0)
     if began is not None and ended is not None:
         marks = [mark for mark in _needed(_recorded(told), told, cuts) if _is_whole(mark)] or _estimated(told)
-        ended = max(began, ended, *(mark["time"] for mark in marks))
+        # what ranks on a node that SLURM lost wrote after the verdict is nobody's
+        ended = max(began, ended, *(mark["time"] for mark in marks if not verdict))
         if until is not None and until > began:  # else the clocks of two nodes differ
             ended = min(ended, until)
         if marks:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipcluster.runs.files import read_lines
 from jobs.accounting import ALLOCATED, KINDS, Told, accounted, device_seconds, goodput, told_by
 from jobs.endings import history
 
@@ -173,6 +174,26 @@ def test_an_attempt_is_over_once_the_next_has_begun():
     assert one.spent["train"] + one.spent["lost"] == pytest.approx(50)
     one, two = accounted([first, told(2, -30, spent(60, 80, train=60.0))], now=BEGIN + 60)
     assert one.seconds == 70, "a clock that is behind by minutes says nothing about the end of another"
+
+
+def test_what_ranks_of_a_lost_node_write_after_the_verdict_is_nobodys():
+    lost = told(
+        1, 0, spent(40, 30, train=30.0), verdict(42, "requeued already", "note"), spent(60, 50, train=50.0)
+    )
+    (one,) = accounted([lost], resumes_at=30)
+    assert sum(one.spent[kind] for kind in ALLOCATED) == pytest.approx(42)
+
+
+def test_ranks_that_outlive_rank_0_hold_the_allocation(run):
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    attempt.event("resume", writer="rank-0", step=0)
+    attempt.event("fail", writer="rank-1", outcome="lost_peers", code=87)
+    (last,) = (line["time"] for line in read_lines(attempt.path / "events-rank-1.jsonl"))
+    assert told_by(attempt).others == last
+    (one,) = accounted([replace(told_by(attempt), others=last + 9)])
+    assert one.ended == pytest.approx(last + 9)
+    attempt.event("requeue", writer=history.WRITER, ending="crashed")
+    assert told_by(attempt).others is None
 
 
 def test_it_is_read_from_the_folder(run):
