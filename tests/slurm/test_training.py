@@ -239,7 +239,7 @@ def test_errors_of_data_and_recipe_end_with_advice_that_works(site, tmp_path):
     site.wait_for_end(run)
     assert sorted(losses(run)) == list(range(1, 9))
 
-    wrong = "freeze=[{tower: image, trainable: last 99}]"  # what the plain check cannot know
+    wrong = "freeze=[{tower: image, trainable: last 99, at: 1 epochs}]"  # what the plain check cannot know
     state = failed(site.submit(SHORT, wrong))
     assert state.code == 89
     assert "the image tower has" in state.detail
