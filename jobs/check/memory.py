@@ -37,7 +37,7 @@ class Device:
     """The memory of what a rank trains on, in bytes; `certain`: it was given or measured, not guessed."""
 
     bytes: int
-    whence: str
+    source: str
     certain: bool
 
 
@@ -77,7 +77,7 @@ def compare(recipe: Recipe, world_size: int, parts: Mapping[str, int], device: D
     found, needed = Findings(), sum(parts.values())
     listed = ", ".join(f"{name} {sized(size)}" for name, size in parts.items() if size >= 1 << 20)
     text = f"about {sized(needed)} a rank" + (f" ({listed})" if listed else "")
-    has = f", of {sized(device.bytes)} ({device.whence})" if device else ""
+    has = f", of {sized(device.bytes)} ({device.source})" if device else ""
     if device is None or needed <= TIGHT * device.bytes:
         found.summary.append(f"memory: {text}{has}")
         return found

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from clipcluster.check.plain import Findings
 from clipcluster.recipe.plan import Plan
@@ -24,6 +24,19 @@ from clipcluster.text import counted, sized
 QUOTA_SECONDS = 2.0  # how long a program that tells quotas may take
 PROBE_BYTES = 64 << 20  # written to measure the speed of a disk
 _CHUNK = 4 << 20
+
+
+class Mount(Protocol):
+    """A mounted file system, as `psutil.disk_partitions` has it."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def mountpoint(self) -> str: ...
+
+    @property
+    def fstype(self) -> str: ...
 
 
 def kept_checkpoints(keep: Keep, plan: Plan) -> tuple[int, int]:
@@ -94,33 +107,27 @@ class Quota(NamedTuple):
 
 def quota_left(folder: Path) -> Quota | None:
     """What the quotas of this user and of a folder's group leave on its disk; None where none is told."""
-    mounts = Path("/proc/self/mounts")
-    mount = mount_of(folder, mounts.read_text(errors="replace")) if mounts.exists() else None
+    import psutil  # here: the check without sizes needs none of it
+
+    mount = mount_of(folder, psutil.disk_partitions(all=True))
     if mount is None:
         return None
-    source, kind = mount
     about = folder.stat()
     group = about.st_gid if about.st_mode & stat.S_ISGID else os.getegid()  # that of new files
     found = []
     for whose in (("-u", str(os.geteuid())), ("-g", str(group))):
-        if kind == "lustre":
+        if mount.fstype == "lustre":
             found.append(parse_quota(_told("lfs", "quota", "-q", *whose, str(folder)), None))
         else:
-            found.append(parse_quota(_told("quota", "-w", "-p", *whose), source))
+            found.append(parse_quota(_told("quota", "-w", "-p", *whose), mount.device))
     told = [each for each in found if each is not None]
     return Quota(min(each.hard for each in told), min(each.soft for each in told)) if told else None
 
 
-def mount_of(folder: Path, mounts: str) -> tuple[str, str] | None:
-    """Device and type of the file system of a folder, from the text of /proc/mounts."""
-    found: tuple[int, tuple[str, str]] | None = None
-    for line in mounts.splitlines():
-        source, target, kind, *_ = line.split(" ")
-        target = target.replace("\\040", " ")
-        inside = target == "/" or folder == Path(target) or Path(target) in folder.parents
-        if inside and (found is None or len(target) >= found[0]):
-            found = len(target), (source, kind)
-    return found[1] if found else None
+def mount_of(folder: Path, mounts: Sequence[Mount]) -> Mount | None:
+    """Of the mounts, as psutil names them, the one that a folder is on; of several there the last is seen."""
+    over = [each for each in mounts if folder.is_relative_to(each.mountpoint)]
+    return max(reversed(over), key=lambda each: len(each.mountpoint), default=None)
 
 
 def _told(*command: str) -> str:

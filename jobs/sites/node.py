@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from clipcluster.runtime.accelerators import count_accelerators
+from jobs.check.storage import mount_of
 
 _INFINIBAND = Path("/sys/class/infiniband")
 
@@ -58,7 +59,5 @@ def infiniband(root: Path = _INFINIBAND) -> list[str]:
 
 def file_system(folder: Path) -> str:
     """The kind of file system that holds a folder, as the system names it: nfs4, lustre, ext4."""
-    path = Path(os.path.realpath(folder))
-    mounts = [each for each in psutil.disk_partitions(all=True) if path.is_relative_to(each.mountpoint)]
-    # of several on one folder the last one is seen
-    return max(reversed(mounts), key=lambda each: len(each.mountpoint)).fstype if mounts else "?"
+    mount = mount_of(Path(os.path.realpath(folder)), psutil.disk_partitions(all=True))
+    return mount.fstype if mount else "?"

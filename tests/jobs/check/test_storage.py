@@ -1,7 +1,9 @@
 """Checkpoints against the disk: how many are kept, free space, quotas, speed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from clipcluster.recipe.sections.checkpoint import Keep
@@ -9,13 +11,16 @@ from clipcluster.runs.folder import Run
 from jobs.check import storage
 from tests.jobs.check.plans import plan_of
 
-MOUNTS = """\
-proc /proc proc rw 0 0
-/dev/sda1 / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
-10.0.0.1@o2ib:/scratch /scratch lustre rw 0 0
-/dev/sdb1 /data\\040old xfs rw 0 0
-"""
+MOUNTS = [
+    SimpleNamespace(device=device, mountpoint=mountpoint, fstype=kind)
+    for device, mountpoint, kind in (
+        ("proc", "/proc", "proc"),
+        ("/dev/sda1", "/", "ext4"),
+        ("server:/old", "/home", "nfs4"),
+        ("server:/home", "/home", "nfs4"),
+        ("10.0.0.1@o2ib:/scratch", "/scratch", "lustre"),
+    )
+]
 QUOTA = """\
 Disk quotas for user me (uid 1000):
      Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
@@ -38,11 +43,18 @@ def test_how_many_are_kept(keep, plan, expected) -> None:
     assert storage.kept_checkpoints(Keep.model_validate(keep), plan_of(**plan)) == expected
 
 
-def test_the_file_system_of_a_folder() -> None:
-    assert storage.mount_of(Path("/home/me/runs"), MOUNTS) == ("server:/home", "nfs4")
-    assert storage.mount_of(Path("/homework"), MOUNTS) == ("/dev/sda1", "ext4")
-    assert storage.mount_of(Path("/data old/runs"), MOUNTS) == ("/dev/sdb1", "xfs")
-    assert storage.mount_of(Path("/scratch"), MOUNTS) == ("10.0.0.1@o2ib:/scratch", "lustre")
+@pytest.mark.parametrize(
+    ("folder", "device"),
+    [
+        ("/home/me/runs", "server:/home"),
+        ("/homework", "/dev/sda1"),
+        ("/scratch", "10.0.0.1@o2ib:/scratch"),
+    ],
+)
+def test_the_file_system_of_a_folder(folder, device) -> None:
+    found = storage.mount_of(Path(folder), MOUNTS)
+    assert found is not None
+    assert found.device == device
 
 
 def test_what_a_quota_leaves() -> None:
@@ -56,11 +68,12 @@ def test_what_a_quota_leaves() -> None:
 def test_a_quota_counts_where_it_is_less_than_the_disk(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
-    source, kind = storage.mount_of(tmp_path, Path("/proc/self/mounts").read_text())
-    assert kind != "lustre"
+    mount = storage.mount_of(tmp_path, psutil.disk_partitions(all=True))
+    assert mount is not None
+    assert mount.fstype != "lustre"
     (folder / "quota").write_text(
-        f"#!/bin/sh\ncase $3 in -u) echo '  {source} 1000 0 9000 0 5 0 0 0';;\n"
-        f"-g) echo '  {source} 1000 4000 0 0 5 0 0 0';; esac\n"
+        f"#!/bin/sh\ncase $3 in -u) echo '  {mount.device} 1000 0 9000 0 5 0 0 0';;\n"
+        f"-g) echo '  {mount.device} 1000 4000 0 0 5 0 0 0';; esac\n"
     )
     (folder / "quota").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
