@@ -6,6 +6,7 @@ From the run folders and the queue alone: quick for hundreds of runs, and withou
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,8 @@ def reports(runs: Sequence[Run], queue: Queue) -> list[dict[str, Any]]:
 
     queue.ask()  # once, for all processes
     processes = min(PROCESSES, len(runs) // RUNS_A_PROCESS)
-    with ProcessPoolExecutor(processes, get_context("fork")) as pool:
+    no_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for them
+    with ProcessPoolExecutor(processes, get_context("fork"), signal.signal, no_interrupt) as pool:
         return list(pool.map(partial(_readable, queue), runs, chunksize=-(-len(runs) // processes)))
 
 
