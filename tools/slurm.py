@@ -10,10 +10,14 @@ import os
 import pwd
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
+
+Said = TypeVar("Said")
+T = TypeVar("T")
 
 # name and comment last, a unit separator between them: they may hold bars
 QUEUE_FORMAT = "%i|%T|%P|%u|%M|%l|%S|%N|%r|%j\x1f%k"
@@ -49,10 +53,15 @@ ENDED = frozenset(
 
 # SLURM names what it is doing to a running job in place of RUNNING: SIGNALING while a node has not answered.
 RUNNING = frozenset({"RUNNING", "CONFIGURING", "RESIZING", "SIGNALING", "STOPPED", "SUSPENDED"})
+# … and to a waiting one in place of PENDING: SPECIAL_EXIT where an administrator requeued and holds it.
+WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
 
 
 class SlurmUnavailable(Exception):
-    """SLURM gave no answer: a program is missing, the controller is silent, or the call took too long."""
+    """SLURM gave no answer: a program is missing, the controller is silent, or the call took too long.
+
+    Or none that can be read.
+    """
 
 
 class SlurmRefused(Exception):
@@ -192,7 +201,7 @@ class Slurm:
 
     def job(self, job_id: str) -> JobState | None:
         """What SLURM knows of one job or array member; None when it knows nothing of it (any more)."""
-        found = parse_jobs(self._ask_of_jobs("scontrol", "show", "job", job_id))
+        found = _read(parse_jobs, self._ask_of_jobs("scontrol", "show", "job", job_id))
         exact = [state for state in found if state.job_id == job_id]
         return next(iter(exact or found), None)
 
@@ -206,15 +215,16 @@ class Slurm:
             if not ids:
                 return []
             wanted.append(f"--jobs={','.join(ids)}")
-        return parse_queue(self._ask_of_jobs(*wanted))
+        return _read(parse_queue, self._ask_of_jobs(*wanted))
 
     def partitions(self) -> list[Partition]:
         """All partitions, hidden ones included."""
-        return parse_partitions(self._ask("scontrol", "--all", "show", "partition"))
+        return _read(parse_partitions, self._ask("scontrol", "--all", "show", "partition"))
 
     def nodes(self) -> list[Node]:
         """All nodes, as sinfo sorts them: n2 before n10."""
-        return parse_nodes(self._ask("sinfo", "--all", "--Node", "--noheader", f"--format={NODE_FORMAT}"))
+        wanted = ("sinfo", "--all", "--Node", "--noheader", f"--format={NODE_FORMAT}")
+        return _read(parse_nodes, self._ask(*wanted))
 
     def config(self) -> dict[str, str]:
         """The cluster's settings as `scontrol show config` prints them: KillWait -> "30 sec"."""
@@ -222,7 +232,7 @@ class Slurm:
 
     def kill_wait(self) -> int:
         """Seconds between SIGTERM and SIGKILL when a job's time is over or it is cancelled."""
-        return kill_wait_of(self.config())
+        return _read(kill_wait_of, self.config())
 
     def requeue(self, job_id: str) -> None:
         """Ask for the job to run again; raises SlurmRefused, e.g. when it was submitted without --requeue."""
@@ -269,7 +279,7 @@ class Slurm:
 
         Nothing is submitted. Raises SlurmRefused for a job that would be refused.
         """
-        return parse_start(self._run("sbatch", "--test-only", *arguments, "--wrap=true").stderr)
+        return _read(parse_start, self._run("sbatch", "--test-only", *arguments, "--wrap=true").stderr)
 
     def _ask_of_jobs(self, *command: str) -> str:
         """`_ask`; nothing where SLURM knows no such job (any more)."""
@@ -307,6 +317,14 @@ class Slurm:
         if any(sign in message.lower() for sign in SILENT):
             raise SlurmUnavailable(message)
         raise SlurmRefused(message)
+
+
+def _read(parse: Callable[[Said], T], said: Said) -> T:
+    """What was said, parsed; words that no version known here prints are no answer."""
+    try:
+        return parse(said)
+    except (ValueError, KeyError, IndexError) as error:
+        raise SlurmUnavailable(f"SLURM's answer cannot be read: {error}") from None
 
 
 def _user_name() -> str:

@@ -53,10 +53,8 @@ def ask(slurm: Slurm) -> Known:
             answers[name] = answer.result()
         except (SlurmUnavailable, SlurmRefused) as error:
             silent[name] = " ".join(str(error).split())
-        except (ValueError, KeyError) as error:  # other words than those of the versions that are known
-            silent[name] = f"SLURM's answer cannot be read: {error}"
     for name in ("partitions", "nodes"):
         if answers.get(name) == []:
             del answers[name]
-            silent[name] = f"SLURM names no {name}"
+            silent[name] = f"SLURM lists no {name}"
     return Known(**answers, silent=silent)

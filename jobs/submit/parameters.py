@@ -38,7 +38,7 @@ def grace_seconds(cluster: Cluster, slurm: Slurm | None) -> int:
         return GRACE_SECONDS
     try:
         return grace_of(cluster, slurm.kill_wait(), slurm.partitions())
-    except (SlurmUnavailable, SlurmRefused, KeyError):
+    except (SlurmUnavailable, SlurmRefused):
         return GRACE_SECONDS
 
 

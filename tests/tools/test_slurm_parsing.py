@@ -303,6 +303,24 @@ def test_a_program_that_hangs_is_no_answer(tmp_path, monkeypatch: pytest.MonkeyP
         slurm.Slurm(timeout=0.2).queue()
 
 
+def test_an_answer_that_cannot_be_read_is_none(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict then rests on the run's folder alone, and a list of runs is shown without their jobs."""
+    answers = {
+        "scontrol": "echo 'JobId=7 JobState=RUNNING Restarts=few'",
+        "sinfo": "echo 'n1|idle|low*|many|8000|(null)|(null)|none'",
+        "squeue": "echo '7|RUNNING|low|me|0:01|1:00|N/A|n[one]|None|a'",
+    }
+    for name, script in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    asked = slurm.Slurm()
+    for question in (lambda: asked.job("7"), asked.nodes, asked.queue, asked.kill_wait):
+        with pytest.raises(slurm.SlurmUnavailable, match="SLURM's answer cannot be read"):
+            question()
+
+
 def test_asking_and_the_sandbox_need_the_standard_library_only() -> None:
     code = (
         "import sys, tools.slurm, tools.sandbox.sandbox;"

@@ -80,10 +80,10 @@ def test_an_answer_that_cannot_be_read_is_none(tmp_path, monkeypatch) -> None:
     assert (found.partitions, found.nodes, found.config) == (None, None, {"KillWait": "30 sec"})
     assert found.silent == {
         "nodes": "SLURM's answer cannot be read: invalid literal for int() with base 10: 'many'",
-        "partitions": "SLURM names no partitions",
+        "partitions": "SLURM lists no partitions",
         **dict.fromkeys(("associations", "qos"), "You are not running a supported accounting_storage plugin"),
     }
-    assert compare(found).unchecked == ["cluster.partition (SLURM names no partitions)"]
+    assert compare(found).unchecked == ["cluster.partition (SLURM lists no partitions)"]
 
 
 def test_gpus_of_a_type_are_counted_apart() -> None:
