@@ -18,7 +18,7 @@ from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import history
 from jobs.submissions import Intent, job_ids, last_wait, log_folder, unanswered
-from tools.slurm import QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
+from tools.slurm import WAITING, QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
 
 ENDED = frozenset({"FINISHED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "LOST", "NEW"})
 ASK_SECONDS = 10.0  # between two questions to SLURM about a run that is watched
@@ -165,7 +165,7 @@ def _while_queued(run: Run, queue: Queue, job: str, attempt: Attempt | None) -> 
     verdict = history.last_verdict(attempt) if attempt else None
     if shown.reason == "DependencyNeverSatisfied":
         return State("COMPLETING", "SLURM is about to cancel it", job=job, queued=True)
-    if shown.state == "PENDING" or (shown.state == "COMPLETING" and verdict):
+    if shown.state in WAITING or (shown.state == "COMPLETING" and verdict):
         why = ["requeued" if attempt else "", shown.reason if shown.reason != "None" else ""]
         return State("PENDING", ", ".join(filter(None, why)), job=job, queued=True)
     if shown.state == "COMPLETING":

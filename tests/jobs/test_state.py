@@ -69,6 +69,8 @@ def test_while_it_runs_and_comes_back(run):
     judged(attempt, "requeue")
     assert str(state_of(run, Answers({"17": ("COMPLETING", "None")}))) == "PENDING (requeued)"
     assert str(state_of(run, Answers({"17": ("PENDING", "BeginTime")}))) == "PENDING (requeued, BeginTime)"
+    held = state_of(run, Answers({"17": ("SPECIAL_EXIT", "JobHeldAdmin")}))
+    assert str(held) == "PENDING (requeued, JobHeldAdmin)"
 
 
 @pytest.mark.parametrize(
