@@ -16,7 +16,7 @@ from jobs.submit import launch, parameters
 from tools.slurm import Node, Partition, Slurm, SlurmRefused, SlurmUnavailable, kill_wait_of
 
 # What sbatch takes from the environment rather than from the batch script -> the key of `cluster`; None: no
-# key, but of what a submission sets.
+# key, but of what a submission sets: a job is found by its name, and its verdict rests on its log.
 OVERRIDING = {
     "SBATCH_PARTITION": "partition",
     "SBATCH_ACCOUNT": "account",
@@ -25,6 +25,9 @@ OVERRIDING = {
     "SBATCH_RESERVATION": "reservation",
     **dict.fromkeys(("SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_SIGNAL", "SBATCH_ARRAY_INX")),
     **dict.fromkeys(("SBATCH_GPUS_PER_NODE", "SBATCH_MEM_PER_NODE", "SBATCH_EXCLUSIVE", "SBATCH_OPEN_MODE")),
+    **dict.fromkeys(("SBATCH_JOB_NAME", "SBATCH_OUTPUT", "SBATCH_ERROR", "SBATCH_CLUSTERS", "SBATCH_WAIT")),
+    **dict.fromkeys(("SBATCH_GPUS", "SBATCH_GRES", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU")),
+    "SBATCH_EXPORT": None,
 }
 
 

@@ -171,6 +171,8 @@ def test_what_the_environment_overrides_is_said() -> None:
     assert unset == (
         "environment: sbatch takes SBATCH_NO_REQUEUE=1 instead of what is submitted; unset SBATCH_NO_REQUEUE"
     )
+    names = ("SBATCH_JOB_NAME", "SBATCH_OUTPUT", "SBATCH_ERROR", "SBATCH_CLUSTERS")
+    assert len(of_environment(cluster, dict.fromkeys(names, "x"))[1]) == 4
     inside = {"SBATCH_PARTITION": "high", "SLURM_JOB_ID": "7"}
     assert of_environment(cluster, inside) == (cluster, [])
 
