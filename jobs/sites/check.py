@@ -83,14 +83,14 @@ class Found:
             self.ended = "was requeued (preempted, a lost node, or a failing script)" if requeued else ended
 
     def look(self, folder: Path) -> None:
-        """Read the reports, and the clocks in them."""
+        """Read the reports, and the clocks in them; the batch script's first, for it is made last."""
+        self.batch = reports.read(folder / reports.BATCH) or self.batch
         for file in folder.glob("rank-[0-9]*.json"):
             report = reports.read(file)
             if report is not None:
                 rank, behind = report["rank"], time.time() - report["time"]
                 self.behind[rank] = min(behind, self.behind.get(rank, behind))
                 self.ranks[rank] = report
-        self.batch = reports.read(folder / reports.BATCH) or self.batch
 
 
 def refuse(cluster: Cluster, slurm: Slurm, say: Callable[[str], None]) -> None:
