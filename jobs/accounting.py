@@ -104,9 +104,7 @@ def told_by(attempt: Attempt) -> Told:
         others = (files.read_lines(attempt.path / name) for name in {*writers}.difference(read))
         events += [line for lines in others for line in lines if _dated(line) and line["event"] == "stalled"]
     last = []
-    if not any(
-        "ending" in event for event in events
-    ):  # rank 0 may have died with its node, before the others
+    if not any("ending" in event for event in events):  # rank 0 may have died before the others
         rest = (files.read_lines(attempt.path / name, last_bytes=_TAIL_BYTES[0]) for name in writers)
         last = [line["time"] for lines in rest for line in lines[-1:] if _dated(line)]
     return Told(

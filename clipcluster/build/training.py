@@ -78,10 +78,6 @@ def build_trainer(
         check_loaded(model, step.stages.stages[0])
     frozen = step.backward.task.task.frozen
     weights |= world.while_main(lambda: {name: hash_of(file) for name, file in frozen.items()})
-    parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer}
-    parts |= {"scaler": step.backward.precision, "guard": step.guard}
-    if step.ema:
-        parts["ema"] = step.ema
     constants = {"index": sources.index(), "starting_weights": weights, "plan": asdict(plan_)}
     records = Records(attempt, world, samples=sources.samples, limit=recipe.data.bad_samples.limit)
     metrics = Metrics(
@@ -100,7 +96,7 @@ def build_trainer(
         total_steps=plan_.total_steps,
         step=step,
         feed=Feed(opened, world.device, metrics.work),
-        parts=parts,
+        parts=_parts_of(model, step),
         saver=build_saver(run, recipe, plan_, records, constants, evaluated=evaluated_by_job),
         evaluations=Evaluations(
             build_suite(recipe, world=world, tokenizer=sources.tokenizer),
@@ -117,6 +113,13 @@ def build_trainer(
         deadline=Deadline.of_environment(recipe.cluster.grace.seconds if recipe.cluster.grace else None),
         memory_advice=memory_advice(recipe, world.size),
     )
+
+
+def _parts_of(model: Any, step: Step) -> dict[str, Any]:
+    """What a checkpoint holds, by name."""
+    parts: dict[str, Any] = {"model": model, "optimizer": step.optimizer}
+    parts |= {"scaler": step.backward.precision, "guard": step.guard}
+    return parts | ({"ema": step.ema} if step.ema else {})
 
 
 def build_saver(
