@@ -212,7 +212,7 @@ def _troubles(told: Sequence[Told], state: State, waits: float | None) -> dict[s
     suspects = suspect_nodes(events)
     notes = [f"slow: {slow['reason']}"] if slow.get("ranks") else []
     if newest and waits is not None and waits >= DATA_BOUND:
-        more = "raise data.workers and cluster.cpus_per_task, or bring the shards nearer"
+        more = "raise data.workers and cluster.cpus_per_task, or move the shards to faster storage"
         notes.append(f"data-bound: {waits:.0%} of the last steps waited for data; {more}")
     if stalls:
         last = next(one for one in reversed(events) if one["event"] == "stalled")

@@ -286,8 +286,8 @@ def _of_accounting(cluster: Cluster, known: Known) -> Iterator[Problem]:
     own, account = known.associations or [], cluster.account and cluster.account.lower()
     accounts = sorted({each.account for each in own})
     if account and own and "associations" in enforced and account not in accounts:
-        near = did_you_mean(account, accounts)
-        yield Problem("cluster.account", f"{cluster.account!r} is not yours{near}; yours: {some(accounts)}")
+        yours = f"{some(accounts)}{did_you_mean(account, accounts)}"
+        yield Problem("cluster.account", f"{cluster.account!r} is not one of your accounts, {yours}")
     if cluster.qos is None or known.qos is None:
         return
     qos = cluster.qos.lower()
@@ -295,7 +295,7 @@ def _of_accounting(cluster: Cluster, known: Known) -> Iterator[Problem]:
     usable = sorted({name for each in used for name in each.qos}) or sorted(known.qos)
     if qos not in usable and ("qos" in enforced or qos not in known.qos):
         near = did_you_mean(qos, usable)
-        yield Problem("cluster.qos", f"{cluster.qos!r} is not yours{near}; yours: {some(usable)}")
+        yield Problem("cluster.qos", f"{cluster.qos!r} is not one that you may use, {some(usable)}{near}")
     limit = known.qos[qos].max_seconds if qos in known.qos else None
     if limit is not None and 60 * cluster.time.minutes > limit:
         yield Problem(

@@ -190,7 +190,7 @@ def _asked(job: str, slurm: Slurm) -> tuple[JobState | None, str]:
         unknown = JobState(job, "UNKNOWN", "None", "", 0, 0, None, None, (), None, ())
         return unknown, f"SLURM gives no answer ({' '.join(str(error).split())})"
     if state is None:
-        return None, "SLURM knows it no more"
+        return None, "SLURM no longer knows it"
     if state.state == "PENDING" and not state.restarts:
         reason = "" if state.reason == "None" else f" ({state.reason})"
         return state, f"waits{reason}; Ctrl-C cancels it"

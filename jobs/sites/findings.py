@@ -50,27 +50,27 @@ def _reached(found: Found, ranks: Sequence[Report]) -> Iterator[Finding]:
     last = f"; its last lines:\n{found.log}" if found.log else ""
     if found.waits:
         advice = (
-            "Ask for less, or elsewhere (nodes=1, partition=NAME, time=…), in the profile or after its name: "
-            'so the job would wait for ever (squeue\'s manual page: "JOB REASON CODES")'
+            "Request less, or another partition (nodes=1, partition=NAME, time=…), in the profile or after "
+            'its name; as requested, the job would never start (squeue\'s manual page: "JOB REASON CODES")'
         )
         yield Finding("job", "error", f"job {found.job} does not start: {found.waits}", advice)
         return
     if not ranks:
         ended = found.ended or f"its ranks ended with code {(found.batch or {}).get('code')}"
-        advice = "Fix what the last lines say (cluster.setup, the container, a folder that no node has)"
+        advice = "Fix what the last lines say (cluster.setup, the container, a folder missing on the nodes)"
         yield Finding("job", "error", f"job {found.job}: {ended}, and no rank reported{last}", advice)
         return
     if missing:
         lost = f"{counted(len(missing), 'rank')} of {found.expected} did not report ({missing})"
-        yield Finding("job", "error", f"job {found.job}: {lost}{last}", "Look at their nodes")
+        yield Finding("job", "error", f"job {found.job}: {lost}{last}", "Check their nodes")
     elif killed := [report for report in ranks if not {"done", "error"} & report.keys()]:
         what = (
             f"{counted(len(killed), 'rank')} did not finish (srun's code: {(found.batch or {}).get('code')})"
         )
-        advice = "Look at what follows; a preemption, or the time limit, does it too: run the check again"
+        advice = "See the lines below; after a preemption or a time limit run the check again"
         yield Finding("job", "error", f"job {found.job}: {what}{last}", advice)
     elif found.ended:
-        advice = "Run the check again; in a partition without preemption it is not disturbed"
+        advice = "Run the check again, in a partition without preemption if there is one"
         yield Finding("job", "warning", f"job {found.job} {found.ended} before the end of the check", advice)
     else:
         what = f"{counted(len(ranks), 'rank')} on {counted(len(nodes), 'node')}"
@@ -165,7 +165,7 @@ def _folder(ranks: Sequence[Report]) -> Iterator[Finding]:
         yield Finding("shared folder", "error", f"{what}: {late}", advice)
     elif max(seen) > SLOW_SIGHT_SECONDS:
         late = f"what a rank writes is seen after {max(seen):.1f} s"
-        advice = "It is cached for long (NFS: actimeo): attempts start later, and status lags behind"
+        advice = "File attributes are cached for long (NFS: actimeo): attempts start later, status is late"
         yield Finding("shared folder", "warning", f"{what}: {late}", advice)
     else:
         late = f"what a rank writes is seen after {max(seen):.2f} s" if len(seen) > 1 else "one rank alone"
@@ -175,7 +175,7 @@ def _folder(ranks: Sequence[Report]) -> Iterator[Finding]:
 def _clocks(found: Found, ranks: Sequence[Report]) -> Iterator[Finding]:
     """The nodes' clocks against each other, and against the submitter's, as far as they could be bounded."""
     offsets = next((report["clock_offsets"] for report in ranks if "clock_offsets" in report), None)
-    advice = "Synchronize the clocks (chrony, ntp): who submitted and who claimed first is read from them"
+    advice = "Synchronize the clocks (chrony, ntp): the order of submissions and claims is read from them"
     if offsets is not None and len(offsets) > 1:
         apart = max(offsets) - min(offsets)
         kind: Literal["ok", "warning"] = "warning" if apart > CLOCK_SECONDS else "ok"
@@ -196,7 +196,7 @@ def _reduced(found: Found, ranks: Sequence[Report]) -> Iterator[Finding]:
         yield Finding("all-reduce", "warning", "one rank: nothing was reduced", "Check with nodes=2")
         return
     failed = [report for report in ranks if "error" in report and "torch" in report]
-    advice = "Name the network of the nodes (cluster.interface), and see that no firewall is between them"
+    advice = "Set cluster.interface to the network of the nodes, and check for a firewall between them"
     for report in failed[:1]:
         what = f"rank {report['rank']} on {report['node']}: {report['error']}"
         yield Finding("all-reduce", "error", what, advice)
@@ -209,7 +209,7 @@ def _reduced(found: Found, ranks: Sequence[Report]) -> Iterator[Finding]:
     if any(report.get("device_lacks") for report in ranks):
         yield Finding("all-reduce", "error", "not between GPUs: a rank has none", "See the nodes above")
     else:
-        what = f"between GPUs it did not end\n{found.log}".strip()
+        what = f"between GPUs: not completed\n{found.log}".strip()
         yield Finding("all-reduce", "error", what, "Run it again with environment.NCCL_DEBUG=INFO")
 
 
@@ -222,7 +222,7 @@ def _bandwidth(kind: str, measured: Sequence[Report], ranks: Sequence[Report], a
     if not all(one["right"] for one in measured):
         return Finding("all-reduce", "error", f"{what}: the sum is wrong", "Do not train on these nodes")
     if slowest.get("network") == "Socket" and any(report["infiniband"] for report in ranks):
-        text = "NCCL does not use InfiniBand: set NCCL_IB_HCA, or bring its libraries into the container"
+        text = "NCCL does not use InfiniBand: set NCCL_IB_HCA, or add its libraries to the container"
         return Finding("all-reduce", "warning", what, text)
     return Finding("all-reduce", "ok", what)
 
@@ -236,14 +236,17 @@ def _scontrol(found: Found) -> list[Finding]:
         advice = "The Python of the submission must be on every node, outside of the container too"
         return [Finding("scontrol", "error", f"the batch script did not report\n{found.log}".strip(), advice)]
     if batch["show"]:
-        advice = "Without an answer a scancel looks like a preemption: ask for SLURM's programs on the nodes"
+        advice = (
+            "Without an answer a scancel looks like a preemption: ask the administrators to install SLURM's "
+            "programs on the nodes"
+        )
         lines = [Finding("scontrol", "error", f"on {batch['node']}: {batch['show']}", advice)]
     else:
         lines = [Finding("scontrol", "ok", f"answers on {batch['node']} in {batch['seconds']:.2f} s")]
     if "requeue" not in batch:
         return [
             *lines,
-            Finding("requeue", "error", "the job ended before it could try", "Run the check again"),
+            Finding("requeue", "error", "not tried: the job ended first", "Run the check again"),
         ]
     if batch["requeue"]:
         advice = (

@@ -28,7 +28,7 @@ def text(name: str, seen: Seen, asked: str | None) -> str:
         *_paragraph(
             f"The cluster {seen.setting('ClusterName')} (Slurm {seen.setting('SLURM_VERSION')}), as scontrol "
             "and sinfo describe it. Lines that are commented out are choices, or examples of what SLURM does "
-            "not tell; a recipe and the command line override all of it. Then: clipcluster site check "
+            "not report; a recipe and the command line override all of it. Then: clipcluster site check "
             f"{name}"
         ),
         *(
@@ -90,7 +90,7 @@ def _place(seen: Seen, part: Partition) -> Iterator[str]:
     others = [other.name for other in seen.partitions if other.name != part.name]
     yield _row("partition", _value(part.name), f"also: {_some(others)}" if others else "", known=True)
     if part.min_nodes > 1:
-        yield _row("nodes", str(part.min_nodes), "what a job has there at least", known=True)
+        yield _row("nodes", str(part.min_nodes), "the fewest that a job may have there", known=True)
 
 
 def _each_node(seen: Seen, part: Partition, kinds: list[Kind]) -> Iterator[str]:
@@ -159,7 +159,7 @@ def _rights(seen: Seen, part: Partition) -> Iterator[str]:
         remark = _NO_NODES
     yield _row("constraint", _value(features[0]) if features else "FEATURE", remark, known=False)
     there = seen.known.reservations
-    remark = "scontrol gave no answer" if there is None else _some(there) or "there is none now"
+    remark = "scontrol gave no answer" if there is None else _some(there) or "none at present"
     yield _row("reservation", "NAME", remark, known=False)
 
 

@@ -88,8 +88,8 @@ CLUSTER = [
         "cluster.gpus_per_node=8", "8 requested, and nodes of partition low have 4", "set it to at most 4"
     ),
     Planted("cluster.constraint=a10", "no node of partition low has 'a10'", "did you mean a100?"),
-    Planted("cluster.account=visoin", "'visoin' is not yours", "did you mean vision?"),
-    Planted("cluster.qos=lonng", "'lonng' is not yours", "did you mean long?"),
+    Planted("cluster.account=visoin", "'visoin' is not one of your accounts, ", "did you mean vision?"),
+    Planted("cluster.qos=lonng", "'lonng' is not one that you may use, ", "did you mean long?"),
     Planted(
         ("cluster.gpus_per_node=2", "cluster.gpu_type=h100"),
         "2 of type h100 requested, and nodes of partition low have none",
