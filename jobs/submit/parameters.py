@@ -30,7 +30,7 @@ def grace_seconds(cluster: Cluster, slurm: Slurm | None) -> int:
     """Seconds from the signal of a preemption to the kill.
 
     The recipe's, else the smaller of the partition's GraceTime and KillWait where SLURM tells them (a
-    GraceTime of 0 leaves KillWait), else 30.
+    GraceTime of 0 leaves KillWait; of several partitions the smallest counts), else 30.
     """
     if cluster.grace is not None:
         return int(cluster.grace.seconds)
@@ -46,10 +46,9 @@ def grace_of(cluster: Cluster, wait: int, partitions: Sequence[Partition]) -> in
     """`grace_seconds` by the KillWait and the partitions that SLURM told."""
     if cluster.grace is not None:
         return int(cluster.grace.seconds)
-    name = (cluster.partition or "").split(",")[0]
-    fitting = [part for part in partitions if (part.name == name if name else part.default)]
-    grace = fitting[0].grace_seconds if fitting else 0
-    return max(1, min(grace, wait) if grace else wait)
+    names = cluster.partition.split(",") if cluster.partition else None
+    fitting = [part for part in partitions if (part.default if names is None else part.name in names)]
+    return max(1, min([wait, *(part.grace_seconds for part in fitting if part.grace_seconds)]))
 
 
 def lead_seconds(time_seconds: float, grace: float, measured: float = 0.0) -> int:

@@ -167,7 +167,8 @@ class Site:
 
 
 @pytest.mark.parametrize(
-    ("partition", "wait", "expected"), [("low", 30, 10), ("low", 5, 5), ("high", 30, 30), (None, 30, 20)]
+    ("partition", "wait", "expected"),
+    [("low", 30, 10), ("low", 5, 5), ("high", 30, 30), (None, 30, 20), ("high,main,low", 30, 10)],
 )
 def test_the_grace_time_that_slurm_tells(partition, wait, expected):
     from tools.slurm import parse_partitions
