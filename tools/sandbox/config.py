@@ -18,9 +18,8 @@ DAEMONS = ("slurmctld", "slurmd")
 CLIENTS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 ADMIN_FOLDERS = ("/usr/sbin", "/sbin", "/usr/local/sbin")  # not on every user's PATH
 PORTS = range(20000, 32000)  # below the range from which systems give outgoing connections theirs
-SRUN_PORTS = (
-    100  # after the daemons': what another cluster sends to an srun that has ended finds none of ours
-)
+# After the daemons' ports: what another cluster sends to an srun that has ended reaches none of this one.
+SRUN_PORTS = 100
 SOCKET_ROOM = 107 - len("/n999/n999_4294967295.4294967295")  # a Unix socket's path ends at 107 characters
 STATE_FILE = "sandbox.json"
 LOOPBACK = "127.0.0.1"
