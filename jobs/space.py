@@ -31,7 +31,7 @@ from clipcluster.runs.checkpoints import (
     unverified,
 )
 from clipcluster.runs.evaluations import owed_by
-from clipcluster.runs.files import fsync_folder, read_object
+from clipcluster.runs.files import fsync_folder, read_object, size_of
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import all_runs
 from clipcluster.runs.roll_backs import saved_within, skipped_by
@@ -51,25 +51,6 @@ class Removable:
     path: Path
     bytes: int
     why: str
-
-
-def size_of(path: Path) -> int:
-    """The bytes of a file or of all files in a folder; what goes meanwhile counts nothing."""
-    total = 0
-    waiting = [path]
-    while waiting:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            here = waiting.pop()
-            if here.is_symlink() or not here.is_dir():
-                total += here.lstat().st_size
-                continue
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(Path(entry.path))
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_size
-    return total
 
 
 def named_by_others(folder: Path) -> Named:

@@ -13,7 +13,9 @@ import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 import yaml
@@ -337,3 +339,17 @@ def _objects(content: bytes) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder. What vanishes meanwhile counts nothing."""
+    total, waiting = 0, [path]
+    while waiting:
+        here = waiting.pop()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            state = here.lstat()
+            if S_ISDIR(state.st_mode):
+                waiting += [here / name for name in os.listdir(here)]
+            else:
+                total += state.st_size
+    return total

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,6 +17,7 @@ from clipcluster.check.plain import Findings
 from clipcluster.recipe.plan import Plan
 from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.checkpoints import name_of, steps_in
+from clipcluster.runs.files import size_of
 from clipcluster.runs.folder import Run
 from clipcluster.text import counted, sized
 
@@ -51,16 +51,7 @@ def kept_checkpoints(keep: Keep, plan: Plan) -> tuple[int, int]:
 def size_of_newest(run: Run) -> int | None:
     """Bytes of the run's newest checkpoint; None before the first."""
     steps = steps_in(run.checkpoints)
-    return bytes_under(run.checkpoints / name_of(steps[-1])) if steps else None
-
-
-def bytes_under(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 where there is none. Files may vanish meanwhile."""
-    total = 0
-    for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += file.lstat().st_size
-    return total
+    return size_of(run.checkpoints / name_of(steps[-1])) if steps else None
 
 
 def compare(runs: Sequence[Run], size: int, keep: Keep, plan: Plan) -> Findings:
@@ -70,9 +61,9 @@ def compare(runs: Sequence[Run], size: int, keep: Keep, plan: Plan) -> Findings:
     """
     found, count = Findings(), len(runs)
     least, most = kept_checkpoints(keep, plan)
-    there, place = sum(bytes_under(run.checkpoints) for run in runs), existing(runs[0].path)
+    there, place = sum(size_of(run.checkpoints) for run in runs), existing(runs[0].path)
     free, quota = shutil.disk_usage(place).free, quota_left(place)
-    left = "no quota told" if quota is None else f"{sized(quota.soft)} left of your quota"
+    left = "no quota found" if quota is None else f"{sized(quota.soft)} left of your quota"
     disk, each = f"{place} has {sized(free)} free, {left}", f"{sized(size)} each"
     of_all = f", of {counted(count, 'run')} together" if count > 1 else ""
     first, total = count * (least + 1) * size, count * (most + 1) * size

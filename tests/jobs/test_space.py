@@ -13,7 +13,7 @@ from clipcluster.recipe.load import load, recipe_keys, settings_keys
 from clipcluster.runs import evaluations, files
 from clipcluster.runs.folder import Run
 from jobs.endings import history
-from jobs.space import named_by_others, prune, removable, size_of, used
+from jobs.space import named_by_others, prune, removable, used
 from jobs.state import Queue
 from tests.jobs.trainee import save
 from tools.slurm import parse_queue
@@ -51,13 +51,13 @@ def steps(found):
 
 
 def test_old_checkpoints_go_and_the_best_and_the_newest_stay(ended):
-    before = size_of(ended.path)
+    before = files.size_of(ended.path)
     told = used(ended, Nothing(), {})
     assert (told["bytes"], told["state"], told["checkpoints"]) == (before, "FAILED", 5)
     gone = list(prune(ended, Nothing()))
     assert steps(gone) == [10, 30, 40]
     assert sorted(path.name for path in ended.checkpoints.iterdir()) == ["step-00000020", "step-00000050"]
-    assert before - size_of(ended.path) == sum(one.bytes for one in gone) == told["removable"]
+    assert before - files.size_of(ended.path) == sum(one.bytes for one in gone) == told["removable"]
     assert list(prune(ended, Nothing())) == []
 
 

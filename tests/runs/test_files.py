@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -173,3 +174,19 @@ def test_a_name_that_is_not_utf_8_is_kept(tmp_path):
     assert files.read_lines(tmp_path / "lines") == [line]
     assert files.link_once(tmp_path / "outcome.json", line)
     assert files.read_json(tmp_path / "outcome.json") == line
+
+
+def test_the_bytes_of_a_folder_of_which_a_part_vanishes(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"x" * 10)
+    assert (files.size_of(tmp_path), files.size_of(tmp_path / "a" / "file")) == (30, 10)
+    listed = os.listdir
+
+    def removing(path):
+        names = listed(path)
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        return names
+
+    monkeypatch.setattr(os, "listdir", removing)
+    assert (files.size_of(tmp_path), files.size_of(tmp_path / "b")) == (20, 0)
