@@ -1,4 +1,4 @@
-"""The account of a run on a real cluster, and its user being told."""
+"""The account of a run on a real cluster, and the notifications of it."""
 
 from __future__ import annotations
 
