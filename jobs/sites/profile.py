@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from clipcluster.recipe.sections.cluster import Cluster
 from clipcluster.recipe.units import Memory, Time
+from jobs.check.cluster import SHOWN, some
 from jobs.sites.cluster import Kind, Seen
 from tools.slurm import Partition
 
 WIDTH = 110
 _COLUMN = 34  # where the remarks begin
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-_SHOWN = 8  # of partitions, kinds of nodes, features
 _NO_NODES = "SLURM shows no nodes of the partition"
 _CONS_TRES = "select/cons_tres"  # the plugin that knows GPUs per node
 
@@ -37,7 +37,7 @@ def text(name: str, seen: Seen, asked: str | None) -> str:
             for line in _paragraph(f"No answer: {what} ({why})")
         ),
         "#",
-        *(line for part in seen.partitions[:_SHOWN] for line in _about(part, seen)),
+        *(line for part in seen.partitions[:SHOWN] for line in _about(part, seen)),
         "cluster:",
         *_place(seen, chosen),
         *_each_node(seen, chosen, kinds),
@@ -65,14 +65,10 @@ def _value(word: str) -> str:
     return word if plain else json.dumps(word)
 
 
-def _some(words: Sequence[str]) -> str:
-    return ", ".join([*words[:_SHOWN], *["…"] * (len(words) > _SHOWN)])
-
-
 def _about(part: Partition, seen: Seen) -> list[str]:
     """A partition, for the reader: its nodes, its time limit, what becomes of a preempted job."""
     kinds = seen.kinds(part)
-    what = "; ".join(_described(kind) for kind in kinds[:_SHOWN]) or _NO_NODES
+    what = "; ".join(_described(kind) for kind in kinds[:SHOWN]) or _NO_NODES
     state = "" if part.state == "UP" else f", {part.state}"
     mode = part.preempt_mode or seen.setting("PreemptMode", "OFF")
     evicted = "" if mode == "OFF" else f"; preempted: {mode}, {part.grace_seconds} s"
@@ -88,7 +84,7 @@ def _described(kind: Kind) -> str:
 def _place(seen: Seen, part: Partition) -> Iterator[str]:
     """The partition, and how many nodes a job must have there."""
     others = [other.name for other in seen.partitions if other.name != part.name]
-    yield _row("partition", _value(part.name), f"also: {_some(others)}" if others else "", known=True)
+    yield _row("partition", _value(part.name), f"also: {some(others)}" if others else "", known=True)
     if part.min_nodes > 1:
         yield _row("nodes", str(part.min_nodes), "the fewest that a job may have there", known=True)
 
@@ -107,7 +103,7 @@ def _each_node(seen: Seen, part: Partition, kinds: list[Kind]) -> Iterator[str]:
     yield _row("gpus_per_node", str(gpus), unlike, known=bool(kinds))
     types = sorted({each.type for kind in kinds for each in kind.node.gpus if each.type})
     if types:
-        yield _row("gpu_type", _value(types[0]), f"any; there are {_some(types)}", known=False)
+        yield _row("gpu_type", _value(types[0]), f"any; there are {some(types)}", known=False)
     if "gpu" in seen.setting("GresTypes"):
         old = seen.setting("SelectType", _CONS_TRES) != _CONS_TRES
         yield _row("gpus_by", "gres", "where sbatch does not know --gpus-per-node", known=old)
@@ -149,17 +145,17 @@ def _rights(seen: Seen, part: Partition) -> Iterator[str]:
     else:
         fitting = [one for one in own if one.partition in ("", part.name)] or own
         accounts = list(dict.fromkeys(one.account for one in fitting))
-        remark = "your only one" if len(accounts) == 1 else f"yours: {_some(accounts)}"
+        remark = "your only one" if len(accounts) == 1 else f"yours: {some(accounts)}"
         yield _row("account", _value(accounts[0]), remark, known=len(accounts) == 1)
         mine = list(dict.fromkeys(qos for one in fitting for qos in one.qos))
-        yield _row("qos", _value((mine or ["normal"])[0]), f"yours: {_some(mine) or 'none'}", known=False)
+        yield _row("qos", _value((mine or ["normal"])[0]), f"yours: {some(mine)}", known=False)
     features = list(dict.fromkeys(word for kind in seen.kinds(part) for word in kind.node.features))
-    remark = f"nodes have {_some(features)}" if features else "no node of the partition has features"
+    remark = f"nodes have {some(features)}" if features else "no node of the partition has features"
     if not seen.kinds(part):
         remark = _NO_NODES
     yield _row("constraint", _value(features[0]) if features else "FEATURE", remark, known=False)
     there = seen.known.reservations
-    remark = "scontrol gave no answer" if there is None else _some(there) or "none at present"
+    remark = "scontrol gave no answer" if there is None else some(there)
     yield _row("reservation", "NAME", remark, known=False)
 
 
