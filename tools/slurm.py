@@ -51,6 +51,7 @@ ENDED = frozenset(
 )
 
 
+LEAVING = ENDED | {"COMPLETING"}  # of a job that has left its nodes, or is about to
 # SLURM names what it is doing to a running job in place of RUNNING: SIGNALING while a node has not answered.
 RUNNING = frozenset({"RUNNING", "CONFIGURING", "RESIZING", "SIGNALING", "STOPPED", "SUSPENDED"})
 # … and to a waiting one in place of PENDING: SPECIAL_EXIT where an administrator requeued and holds it.
@@ -88,6 +89,11 @@ class JobState:
     def ended(self) -> bool:
         """Whether it will not run again by itself."""
         return self.state in ENDED
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it has left its nodes, or is about to; not so by a word that is not known here."""
+        return not LEAVING.isdisjoint(re.split("[+,]", self.state))
 
     @property
     def running(self) -> bool:

@@ -97,7 +97,7 @@ def as_seen(job: JobState | None) -> Job | None:
     if job is None:
         return None
     over = job.reason == "TimeLimit" or job.state == "TIMEOUT"
-    return Job(job.running, over, job.restarts, job.running and job.preempt_time is not None)
+    return Job(not job.leaving, over, job.restarts, not job.leaving and job.preempt_time is not None)
 
 
 def _nearly_over(job: JobState | None, environ: Mapping[str, str]) -> bool:

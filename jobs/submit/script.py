@@ -16,7 +16,7 @@ from clipcluster.runs.folder import Run
 from clipcluster.runtime.environment import ATTEMPT, BEGAN, ENDS, GRACE, INTERFACE, LEAD, LOGS
 from jobs.endings.local import PICKLE
 from jobs.submit import containers
-from tools.slurm import RUNNING
+from tools.slurm import LEAVING
 
 TEARDOWN = ["clipcluster_end $?"]  # said after srun too, because a site's line may have replaced the trap
 # Bash alone: no interpreter, no code and no run folder may be there. It asks SLURM the questions of the
@@ -47,7 +47,7 @@ clipcluster_without_verdict() {  # sets clipcluster_code
         clipcluster_code=85
         return
     fi
-    if [[ $seen == *JobState=* && ! $seen =~ JobState=(ALLOCATED|TIMEOUT)|Reason=TimeLimit ]]; then
+    if [[ $seen =~ JobState=[A-Z_+,]*(LEAVING) && ! $seen =~ JobState=TIMEOUT|Reason=TimeLimit ]]; then
         clipcluster_say "job $job was cancelled"
         [ ! -d "$clipcluster_marks" ] || echo "$job" >>"$clipcluster_marks/cancelled"
         clipcluster_code=130
@@ -75,7 +75,7 @@ clipcluster_without_verdict() {  # sets clipcluster_code
 
 def _end(decide: str) -> list[str]:
     """The lines of `_END`, which call the command `decide`."""
-    words = {"LOGS": LOGS, "VERDICT": decide, "ALLOCATED": "|".join(sorted(RUNNING))}
+    words = {"LOGS": LOGS, "VERDICT": decide, "LEAVING": "|".join(sorted(LEAVING))}
     text = _END
     for mark, word in words.items():
         text = text.replace(mark, word)

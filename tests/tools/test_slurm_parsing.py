@@ -165,12 +165,20 @@ class TestJobs:
         assert job.ended is ended
 
     @pytest.mark.parametrize(
-        ("state", "running"),
-        [("RUNNING", True), ("SIGNALING", True), ("COMPLETING", False), ("PENDING", False)],
+        ("state", "running", "leaving"),
+        [
+            ("RUNNING", True, False),
+            ("SIGNALING", True, False),
+            ("COMPLETING", False, True),
+            ("CANCELLED", False, True),
+            ("CANCELLED+COMPLETING", False, True),
+            ("PENDING", False, False),
+            ("WORD_OF_A_LATER_VERSION", False, False),
+        ],
     )
-    def test_running_means_that_it_has_its_nodes(self, state: str, running: bool) -> None:
+    def test_whether_it_has_its_nodes(self, state: str, running: bool, leaving: bool) -> None:
         (job,) = slurm.parse_jobs(MEMBER.replace("JobState=RUNNING", f"JobState={state}"))
-        assert job.running is running
+        assert (job.running, job.leaving) == (running, leaving)
 
     def test_an_exit_code_with_a_signal(self) -> None:
         (job,) = slurm.parse_jobs(MEMBER.replace("ExitCode=0:0", "ExitCode=85:9"))

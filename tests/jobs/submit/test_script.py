@@ -154,6 +154,8 @@ def test_scancel_before_the_ranks_ends_the_run(job, monkeypatch):
     no_interpreter(job, monkeypatch)
     job.seen(JobState="COMPLETING")
     assert job.start() == 130
+    job.seen(JobState="CANCELLED+COMPLETING")
+    assert job.start() == 130
     assert job.asked("requeue") == []
     assert job.run.cancelled_jobs() == {"17"}
 
@@ -162,7 +164,9 @@ def test_a_job_that_slurm_is_signaling_runs(job, monkeypatch):
     no_interpreter(job, monkeypatch)
     job.seen(JobState="SIGNALING", PreemptTime="2026-11-21T02:23:32")
     assert job.start() == 85
-    assert job.asked("requeue") == ["requeue 17"]
+    job.seen(JobState="WORD_OF_A_LATER_VERSION", PreemptTime="2026-11-21T02:23:32")
+    assert job.start() == 85
+    assert job.asked("requeue") == ["requeue 17"] * 2
     assert job.run.cancelled_jobs() == set()
 
 
