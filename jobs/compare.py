@@ -83,6 +83,19 @@ def usual(found: Sequence[Row]) -> list[str]:
     return ["loss", *list(measured)[:6]]
 
 
+def chosen(found: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """The metrics among `names`, for the rest of a row is always shown. UserError for what no member has."""
+    always = {*ABOUT, *(key for row in found for key in row.values)}
+    metrics = dict.fromkeys(name for row in found for name in row.metrics)
+    for name in names:
+        if name not in always and name not in metrics:
+            near = nearest(name, list(metrics))
+            hint = f"did you mean {near}? " if near else ""
+            there = ", ".join(metrics) or "none yet"
+            raise UserError(f"--columns {name}: no member has it; {hint}there are: {there}")
+    return [name for name in dict.fromkeys(names) if name not in always]
+
+
 def table(found: Sequence[Row], names: Sequence[str]) -> Table:
     """One line a member."""
     made = Table(box=None, pad_edge=False, header_style="bold")

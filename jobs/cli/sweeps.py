@@ -90,14 +90,17 @@ def logs_of_all(members: Sequence[Run], rank: int, attempt: int | None, followin
 
     sweep = Submission("", members)
     shown: Run | None = None
+    missing: list[UserError] = []
     paths = {one.path: followed(one, rank=rank, attempt=attempt) for one in members} if following else {}
 
     def files(member: Run) -> list[Path]:
         if following:
             return paths[member.path]()
-        with suppress(UserError):  # it has printed nothing yet
+        try:
             return log_files(member, rank=rank, attempt=attempt)
-        return []
+        except UserError as error:  # it has printed nothing yet, or has no such rank or attempt
+            missing.append(error)
+            return []
 
     def over() -> bool:
         return not following or all(state.ended for state in sweep.states())
@@ -108,6 +111,8 @@ def logs_of_all(members: Sequence[Run], rank: int, attempt: int | None, followin
                 shown = member
                 typer.echo(f"==> {member.name} <==")
             typer.echo(text, nl=False)
+    if not following and len(missing) == len(members):
+        raise missing[0]
 
 
 def compare(members: Sequence[Run], names: Sequence[str], best: str | None, forms: Sequence[str]) -> None:
@@ -119,7 +124,8 @@ def compare(members: Sequence[Run], names: Sequence[str], best: str | None, form
             f"metrics: {forms[0]} is for one run; of a sweep there are a table, --csv and --jsonl"
         )
     found = comparing.ranked(members, best) if best else comparing.rows(members)
-    chosen = list(dict.fromkeys([*([best] if best else []), *(names or comparing.usual(found))]))
+    wanted = comparing.chosen(found, names) if names else comparing.usual(found)
+    chosen = list(dict.fromkeys([*([best] if best else []), *wanted]))
     if forms:
         comparing.write(found, chosen, sys.stdout, kind=forms[0].removeprefix("--"))
     else:
