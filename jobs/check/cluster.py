@@ -247,8 +247,10 @@ def _too_many_gpus(cluster: Cluster, part: Partition, nodes: Sequence[Node], kno
     if cluster.gpu_type and types:
         return f"{wanted}; set cluster.gpu_type to what they have: {some(types)}, or leave it out"
     others = {name for node in known.nodes or () if _gpus_of_type(cluster, node) for name in node.partitions}
-    elsewhere = f"use partition {' or '.join(sorted(others))}" if others else "SLURM knows of no GPUs here"
-    return f"{wanted}; {elsewhere}, or set it to 0 to train on the CPU"
+    if not others:
+        return f"{wanted}; SLURM knows of no such GPUs on this cluster: set it to 0 to train on the CPU"
+    elsewhere = " or ".join(sorted(others))
+    return f"{wanted}; use partition {elsewhere}, or set it to 0 to train on the CPU"
 
 
 def _too_few_features(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: Known) -> str:
