@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -52,7 +53,12 @@ class State:
 
 
 class Queue:
-    """SLURM's queue, asked once, when first needed: runs of this machine need no SLURM."""
+    """SLURM's queue, asked once, when first needed: runs of this machine need no SLURM.
+
+    asked: when, in seconds since 1970.
+    """
+
+    asked = math.inf
 
     def __init__(self, slurm: Slurm | None = None) -> None:
         self.slurm = slurm or Slurm()
@@ -61,6 +67,7 @@ class Queue:
 
     @cached_property
     def _jobs(self) -> dict[str, QueuedJob] | None:
+        self.asked = time.time()
         try:
             # By number: the variables that name a user may name another one, whose queue is no error.
             return {job.job_id: job for job in self.slurm.queue(user=str(os.getuid()))}
@@ -165,6 +172,8 @@ def _while_queued(run: Run, queue: Queue, job: str, attempt: Attempt | None) -> 
     verdict = history.last_verdict(attempt) if attempt else None
     if shown.reason == "DependencyNeverSatisfied":
         return State("COMPLETING", "SLURM is about to cancel it", job=job, queued=True)
+    if attempt and attempt.claim().get("time", 0.0) > queue.asked:
+        return State("RUNNING", job=job, queued=True)  # it waited when SLURM was asked
     if shown.state in WAITING or (shown.state == "COMPLETING" and verdict):
         why = ["requeued" if attempt else "", shown.reason if shown.reason != "None" else ""]
         return State("PENDING", ", ".join(filter(None, why)), job=job, queued=True)

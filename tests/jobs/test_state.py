@@ -314,6 +314,15 @@ def test_a_new_job_that_starts_does_not_keep_the_last_attempt_alive(run):
     assert sum(found["seconds"][kind] for kind in ALLOCATED) == pytest.approx(25, abs=2)
 
 
+def test_an_answer_from_before_the_claim_tells_of_no_requeue(run):
+    submitted(run)
+    queue = Answers({"17": ("PENDING", "Priority")})
+    claimed(run)
+    assert str(state_of(run, queue)) == "PENDING (requeued, Priority)"
+    queue.asked = time.time() - 60
+    assert str(state_of(run, queue)) == "RUNNING"
+
+
 def test_what_holds_a_run_up_is_named(run):
     slow = {"ranks": [1], "nodes": ["n2"], "reason": "rank 1 on n2: the others wait"}
     running(run).event("slow", writer="rank-0", **slow)

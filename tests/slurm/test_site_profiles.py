@@ -176,7 +176,7 @@ def test_a_job_that_fails_before_its_ranks_says_why(site, cluster, tmp_path):
     [
         ("partition=hihg", "there is no partition 'hihg'; did you mean high?"),
         ("nodes=5", "5 requested, and partition low has 4 nodes"),
-        ("gpus_per_node=1", "nodes of partition low have none; SLURM knows of no GPUs here"),
+        ("gpus_per_node=1", "nodes of partition low have none; SLURM knows of no such GPUs"),
         ("reservation=none", "there is no reservation 'none'"),
     ],
 )
