@@ -93,8 +93,11 @@ class Account:
         return sum(self.spent[kind] for kind in ALLOCATED)
 
 
-def told_by(attempt: Attempt) -> Told:
-    """Read what an attempt recorded. Raises UserError for a claim that cannot be read."""
+def told_by(attempt: Attempt, *, alive: bool = False) -> Told:
+    """Read what an attempt recorded. Raises UserError for a claim that cannot be read.
+
+    alive: it still runs, so that nobody needs to know when its ranks last recorded something.
+    """
     claim = attempt.claim()
     names = os.listdir(attempt.path)
     writers = [name for name in names if name.startswith("events-")]
@@ -104,7 +107,7 @@ def told_by(attempt: Attempt) -> Told:
         others = (files.read_lines(attempt.path / name) for name in {*writers}.difference(read))
         events += [line for lines in others for line in lines if _dated(line) and line["event"] == "stalled"]
     last = []
-    if not any("ending" in event for event in events):  # rank 0 may have died before the others
+    if not alive and not any("ending" in event for event in events):  # rank 0 may have died before the others
         rest = (files.read_lines(attempt.path / name, last_bytes=_TAIL_BYTES[0]) for name in writers)
         last = [line["time"] for lines in rest for line in lines[-1:] if _dated(line)]
     return Told(

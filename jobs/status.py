@@ -31,10 +31,17 @@ RUNS_A_PROCESS, PROCESSES = 50, 8  # a network file system answers several at on
 ACTIVE = frozenset({"RUNNING", "COMPLETING"})
 
 
+def told_of(run: Run, state: State) -> list[Told]:
+    """What the run's attempts recorded, the oldest first."""
+    attempts = run.attempts()
+    alive = attempts[-1:] if state.name in ACTIVE else []
+    return [told_by(one, alive=one in alive and one.job == state.job) for one in attempts]
+
+
 def accounts_of(run: Run, state: State, told: Sequence[Told] | None = None) -> list[Account]:
     """Where the time of the run's attempts went, until now."""
     if told is None:
-        told = [told_by(attempt) for attempt in run.attempts()]
+        told = told_of(run, state)
     times = [(str(line["job"]), line.get("time")) for line in submissions(run)]
     alive = bool(told) and state.name in ACTIVE and told[-1].job == state.job
     resumed = alive and (told[-1].lines or any(one["event"] == "resume" for one in told[-1].events))
@@ -60,7 +67,7 @@ def reports(runs: Sequence[Run], queue: Queue) -> list[dict[str, Any]]:
     from multiprocessing import get_context
 
     queue.ask()  # once, for all processes
-    processes = min(PROCESSES, len(runs) // RUNS_A_PROCESS)
+    processes = min(PROCESSES, len(os.sched_getaffinity(0)), len(runs) // RUNS_A_PROCESS)
     no_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for them
     with ProcessPoolExecutor(processes, get_context("fork"), signal.signal, no_interrupt) as pool:
         return list(pool.map(partial(_readable, queue), runs, chunksize=-(-len(runs) // processes)))
@@ -86,7 +93,7 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
     of their own are to make, or failed to.
     """
     state = state_of(run, queue)
-    told = [told_by(attempt) for attempt in run.attempts()]
+    told = told_of(run, state)
     accounts = accounts_of(run, state, told)
     logged = next((one for one in reversed(told) if one.lines), None)
     line: Mapping[str, Any] = logged.last_line if logged else {}

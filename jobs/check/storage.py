@@ -100,7 +100,7 @@ def quota_left(folder: Path) -> Quota | None:
     """What the quotas of this user and of a folder's group leave on its disk; None where none is told."""
     import psutil  # here: the check without sizes needs none of it
 
-    mount = mount_of(folder, psutil.disk_partitions(all=True))
+    mount = mount_of(folder.resolve(), psutil.disk_partitions(all=True))
     if mount is None:
         return None
     about = folder.stat()

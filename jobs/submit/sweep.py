@@ -99,6 +99,7 @@ def submit_sweep(wanted: Wanted, sweep: Sweep) -> SubmittedSweep:
     if chosen != "none":
         launch.refuse_patterns(wanted.runs)
     _say_members(name, found, wanted)
+    _say_findings([one for one in found if not one.rests], wanted)
     if wanted.dry_run:
         _complete(wanted, found, chosen, None)
         _say_plan(name, sweep, found, chosen, wanted)
@@ -123,6 +124,7 @@ def check_sweep(wanted: Wanted, sweep: Sweep) -> list[Found]:
     found = [Found(*one, new) for one in zip(sweep.members, checked, runs, strict=True)]
     wanted.say(f"{checked[0].recipe.name}: a sweep of {counted(len(found), 'run')}")
     _say_runs(found, wanted)
+    _say_findings(found, wanted)
     _complete(wanted, found, chosen, None)
     wanted.say(f"{wanted.recipe}: no problems found")
     return found
@@ -204,18 +206,19 @@ def _say_plan(name: str, sweep: Sweep, found: Sequence[Found], chosen: str, want
 
 
 def _say_runs(found: Sequence[Found], wanted: Wanted) -> None:
-    """The runs, and what is the same or different in what they do."""
-    said = Told()
-    for number, one in enumerate(found):
+    for one in found[:SHOWN]:
         plan = one.checked.plan
-        if number < SHOWN:
-            wanted.say(f"  {one.run.name}" + (f": {counted(plan.total_steps, 'step')}" if plan else ""))
-        for line in one.checked.summary:
-            said.of(one.member.label)(line)
-        for warning in one.checked.warnings:
-            said.of(one.member.label)(f"warning: {warning}")
+        wanted.say(f"  {one.run.name}" + (f": {counted(plan.total_steps, 'step')}" if plan else ""))
     if len(found) > SHOWN:
         wanted.say(f"  and {len(found) - SHOWN} more")
+
+
+def _say_findings(found: Sequence[Found], wanted: Wanted) -> None:
+    """What the plain check found, what is the same in several members once."""
+    said = Told()
+    for one in found:
+        for line in [*one.checked.summary, *(f"warning: {text}" for text in one.checked.warnings)]:
+            said.of(one.member.label)(line)
     for line in said.lines(len(found)):
         wanted.say(line)
 

@@ -47,9 +47,9 @@ def judged(attempt, event, **fields):
     attempt.event(event, writer=history.WRITER, **{"ending": "crashed", "code": 85, "reason": "", **fields})
 
 
-def submitted(run, job="17"):
+def submitted(run, job="17", ago=0.0):
     run.submitit.mkdir(exist_ok=True)
-    files.append_lines(run.submitit / submissions.FILE, [{"job": job, "time": time.time() - 1}])
+    files.append_lines(run.submitit / submissions.FILE, [{"job": job, "time": time.time() - ago}])
 
 
 def test_before_and_while_it_waits(run):
@@ -133,7 +133,7 @@ def test_a_new_submission_after_the_end(run):
 
 
 def test_an_older_job_that_never_claimed_tells_nothing(run):
-    submitted(run, "17")
+    submitted(run, "17", ago=1)
     run.mark_cancelled(["17"])
     claimed(run, "local-nowhere-1-1")
     assert submissions.job_ids(run) == ["17", "local-nowhere-1-1"]

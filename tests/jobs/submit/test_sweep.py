@@ -45,6 +45,7 @@ def test_members_take_turns_and_more_values_start_the_new_ones_alone(ask, local,
     fast = {"orders": '{"steps": 5, "seconds": 0.02}'}
     done = ask("sweep.optim.lr=[1e-3, 2e-3]", "sweep.parallel=2", **fast)
     assert "digits: a sweep of 2 runs: 1 to start, 1 finished" in ask.said
+    assert any(line.startswith("warm-up: ") for line in ask.said), "a submission says what the check does"
     assert alone.runs[0].path in [run.path for run in done.runs]  # what was trained alone is a member
     assert done.wait(20) == "FINISHED"
     more = ask("sweep.optim.lr=[1e-3, 2e-3, 3e-3]", "sweep.seed=[0]", **fast)
@@ -96,6 +97,9 @@ def test_a_dry_run_shows_members_and_writes_nothing(ask, tmp_path):
     assert len(named) == 4
     assert all("165 steps" in line for line in named)
     assert "would start them on this machine, 1 at a time" in ask.said
+    assert any(line.startswith("warm-up: ") for line in ask.said)
+    assert len(ask.said) == len(set(ask.said)), "nothing is said twice"
+    assert sum("CPU, 1 rank" in line for line in ask.said) == 1
     assert not (tmp_path / "runs").exists()
 
 
