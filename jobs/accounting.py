@@ -235,12 +235,14 @@ def _account(
     """
     verdict: Mapping[str, Any] = next((one for one in reversed(told.events) if "ending" in one), {})
     left = _first(told, "finish", "stop", "fail")
-    signs = [*(event["time"] for event in told.events), *_numbers(told.last_line.get("time"), told.others)]
+    around = (event["time"] for event in (*told.events[:1], *told.events[-1:]))
+    signs = [*around, *_numbers(told.last_line.get("time"), told.others)]
     began = told.began if told.began is not None else min(signs, default=None)
     alive = alive and not verdict
     ended = until if alive else verdict.get("time") or max(signs, default=began)
     first = int(_first(told, "resume").get("step") or 0)
-    reached = [one["step"] for one in (*told.events, told.last_line) if isinstance(one.get("step"), int)]
+    logged = told.last_line.get("step")
+    reached = max((one.get("step") or 0 for one in told.events), default=0)
     spent = dict.fromkeys(KINDS, 0.0)
     if began is not None and ended is not None:
         marks = [mark for mark in _needed(_recorded(told), told, cuts) if _is_whole(mark)] or _estimated(told)
@@ -261,7 +263,7 @@ def _account(
         ending=str(verdict.get("ending") or ENDINGS.get(left.get("event", ""), "")),
         reason=str(verdict.get("reason") or left.get("reason") or ""),
         first_step=first,
-        last_step=int(max([first, *reached])),
+        last_step=int(max(first, reached, logged if isinstance(logged, int) else 0)),
         spent=spent,
     )
 

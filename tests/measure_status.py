@@ -21,6 +21,55 @@ ATTEMPTS, SAVES, RANKS, LINES = 3, 32, 8, 400
 NOW = time.time()
 
 
+def claim(run: Run, job: str, at: int, *, running: bool) -> None:
+    """One attempt of eight hours; after the last one the run is finished, or `running`."""
+    attempt = run.claim(job, host="n1", still_running=lambda other: False)
+    began, step = NOW - 90_000 + at * 30_000, at * SAVES * 400
+    files.write_json(attempt.path / "claim.json", {**attempt.claim(), "time": began}, private=True)
+    about = {"attempt": attempt.number, "job": job}
+    for rank in range(RANKS):
+        start = {"event": "start", "time": began + 5, "rank": rank, "host": "n1", **about}
+        files.append_lines(attempt.path / f"events-rank-{rank}.jsonl", [start])
+    events = [{"event": "resume", "time": began + 20, "step": step, **about}]
+    for save in range(SAVES):
+        step += 400
+        spent = {
+            "train": 800.0 * (save + 1),
+            "data": 60.0 * (save + 1),
+            "save": 2.0 * (save + 1),
+            "start": 9.0,
+        }
+        when = {"time": began + 60 + 870 * (save + 1), "step": step, **about}
+        events.append({"event": "spent", **when, "seconds": spent, "total_steps": 40_000})
+        events.append({"event": "checkpoint", **when, "seconds": 12.0})
+    files.append_lines(attempt.path / "events-rank-0.jsonl", events)
+    lines = (
+        {
+            **about,
+            "time": began + 60 + 70 * n,
+            "step": step - 10 * (LINES - n),
+            "samples": 384 * (step - 10 * (LINES - n)),
+            **dict.fromkeys(("epoch", "loss", "lr", "logit_scale", "gradient_norm"), 1.2345678),
+            "samples_per_second": 700.0,
+            "data_wait_seconds": 0.4,
+        }
+        for n in range(LINES)
+    )
+    files.append_lines(attempt.path / "metrics.jsonl", lines)
+    last = at == ATTEMPTS - 1
+    if not (last and running):
+        kind, ending = ("finish", "finished") if last else ("requeue", "preempted")
+        verdict = {
+            "event": kind,
+            "ending": ending,
+            "code": 0,
+            "reason": "",
+            "time": began + 28_000,
+            **about,
+        }
+        files.append_lines(attempt.path / "events-verdict.jsonl", [verdict])
+
+
 def make(folder: Path, number: int, *, running: bool) -> None:
     """A run of three attempts of eight hours."""
     settings = {
@@ -31,53 +80,9 @@ def make(folder: Path, number: int, *, running: bool) -> None:
     run.submitit.mkdir()
     job = str(1000 + number)
     files.append_lines(run.submitit / "jobs.jsonl", [{"job": job, "time": NOW - 90_000, "executor": "slurm"}])
-    step = 0
+    step = ATTEMPTS * SAVES * 400
     for at in range(ATTEMPTS):
-        attempt = run.claim(job, host="n1", still_running=lambda other: False)
-        began = NOW - 90_000 + at * 30_000
-        files.write_json(attempt.path / "claim.json", {**attempt.claim(), "time": began}, private=True)
-        about = {"attempt": attempt.number, "job": job}
-        for rank in range(RANKS):
-            start = {"event": "start", "time": began + 5, "rank": rank, "host": "n1", **about}
-            files.append_lines(attempt.path / f"events-rank-{rank}.jsonl", [start])
-        events = [{"event": "resume", "time": began + 20, "step": step, **about}]
-        for save in range(SAVES):
-            step += 400
-            spent = {
-                "train": 800.0 * (save + 1),
-                "data": 60.0 * (save + 1),
-                "save": 2.0 * (save + 1),
-                "start": 9.0,
-            }
-            when = {"time": began + 60 + 870 * (save + 1), "step": step, **about}
-            events.append({"event": "spent", **when, "seconds": spent, "total_steps": 40_000})
-            events.append({"event": "checkpoint", **when, "seconds": 12.0})
-        files.append_lines(attempt.path / "events-rank-0.jsonl", events)
-        lines = (
-            {
-                **about,
-                "time": began + 60 + 70 * n,
-                "step": step - 10 * (LINES - n),
-                "samples": 384 * (step - 10 * (LINES - n)),
-                **dict.fromkeys(("epoch", "loss", "lr", "logit_scale", "gradient_norm"), 1.2345678),
-                "samples_per_second": 700.0,
-                "data_wait_seconds": 0.4,
-            }
-            for n in range(LINES)
-        )
-        files.append_lines(attempt.path / "metrics.jsonl", lines)
-        last = at == ATTEMPTS - 1
-        if not (last and running):
-            kind, ending = ("finish", "finished") if last else ("requeue", "preempted")
-            verdict = {
-                "event": kind,
-                "ending": ending,
-                "code": 0,
-                "reason": "",
-                "time": began + 28_000,
-                **about,
-            }
-            files.append_lines(attempt.path / "events-verdict.jsonl", [verdict])
+        claim(run, job, at, running=running)
     for save in range(3):
         checkpoint = run.checkpoints / f"step-{step - 400 * save:08d}"
         checkpoint.mkdir()

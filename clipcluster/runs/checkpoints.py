@@ -74,7 +74,7 @@ def step_of(name: str) -> int | None:
 def steps_in(folder: Path) -> list[int]:
     """The steps that have a folder in `folder`, ascending, complete or not; none where it does not exist."""
     try:
-        names = [path.name for path in folder.iterdir()]
+        names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(step for name in names if (step := step_of(name)) is not None)
@@ -125,9 +125,14 @@ def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
 
 def _entry(name: str, entry: Any) -> tuple[int, str]:
     size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(size, int) or not isinstance(sha256, str) or name != Path(name).name:
+    if not isinstance(size, int) or not isinstance(sha256, str) or not _is_plain(name):
         raise ValueError(f"{MANIFEST}: the entry of {name!r} needs a plain file name, bytes and sha256")
     return size, sha256
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file of the folder itself."""
+    return name == os.path.basename(name) and name not in ("", ".", "..")
 
 
 def unverified(checkpoint: Path, names: Iterable[str] | None = None) -> str:
@@ -158,7 +163,7 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether the manifest can be read and every file has the size it lists; contents are not hashed."""
     try:
         listed = read_manifest(checkpoint)
-        return all((checkpoint / name).stat().st_size == size for name, (size, _) in listed.items())
+        return all(os.stat(f"{checkpoint}/{name}").st_size == size for name, (size, _) in listed.items())
     except (OSError, ValueError):
         return False
 

@@ -152,24 +152,8 @@ def details(run: Run, step: int, *, caption: str = "a red field", shard: str = "
     files.write_json(run.evals / f"details-{step:08d}.json", document)
 
 
-def preempted(folder: Path, *, caption: str = "a red field") -> Run:
-    """A finished run of three attempts: preempted at second 130, crashed at 260, finished at 520."""
-    settings = {
-        "evaluate": {"retrieval": ["${DATA}/colours"], "zero_shot": ["${DATA}/colours"]},
-        "paths": {name: str(folder / "colours") for name in ("evaluate.retrieval.0", "evaluate.zero_shot.0")},
-        "code": "code-1",
-    }
-    shards(folder / "colours")
-    run = made(
-        folder / "runs" / "preempted-0a1b2c3d", {"optim": {"lr": 1e-3}, "model": {"embed_dim": 64}}, settings
-    )
-    run.submitit.mkdir()
-    files.append_lines(run.submitit / "jobs.jsonl", [{"job": "4711", "time": BEGIN - 90}])
-    (run.path / "code-1").mkdir()
-    files.write_json(
-        run.path / "code-1" / "snapshot.json", {"commit": "0123abcd", "dirty": True, "digest": "ff"}
-    )
-
+def _is_preempted(run: Run) -> None:
+    """Its first attempt."""
     first = claimed(run, 0)
     for rank in range(2):
         device = {"device": f"cuda:{rank} (NVIDIA H200)"}
@@ -191,6 +175,9 @@ def preempted(folder: Path, *, caption: str = "a red field") -> Run:
     )
     told(first, "verdict", ("requeue", 130, {"ending": "preempted", "code": 85, "reason": "preempted"}))
 
+
+def _crashes(run: Run) -> None:
+    """Its second attempt, which rolls back before."""
     second = claimed(run, 200, host="node-2")
     told(second, "rank-0", ("start", 204, {"rank": 0}), ("phase", 215, {"phase": "first batch"}))
     told(
@@ -207,6 +194,9 @@ def preempted(folder: Path, *, caption: str = "a red field") -> Run:
     second.bad_sample(0, HOSTILE, "z", "no image")
     told(second, "verdict", ("requeue", 260, {"ending": "crashed", "code": 1, "reason": "rank 1 died"}))
 
+
+def _finishes(run: Run) -> None:
+    """Its third attempt."""
     third = claimed(run, 262)
     told(third, "rank-0", ("start", 266, {"rank": 0}), ("phase", 280, {"phase": "first batch"}))
     told(third, "rank-0", ("device", 268, {"device": "cuda:0 (NVIDIA H200)"}), ("resume", 270, {"step": 120}))
@@ -221,6 +211,29 @@ def preempted(folder: Path, *, caption: str = "a red field") -> Run:
     )
     third.write_outcome(outcome_name="finished", code=0, rank=0, step=400)
     told(third, "verdict", ("finish", 520, {"ending": "finished", "code": 0}))
+
+
+def preempted(folder: Path, *, caption: str = "a red field") -> Run:
+    """A finished run of three attempts: preempted at second 130, crashed at 260, finished at 520."""
+    settings = {
+        "evaluate": {"retrieval": ["${DATA}/colours"], "zero_shot": ["${DATA}/colours"]},
+        "paths": {name: str(folder / "colours") for name in ("evaluate.retrieval.0", "evaluate.zero_shot.0")},
+        "code": "code-1",
+    }
+    shards(folder / "colours")
+    run = made(
+        folder / "runs" / "preempted-0a1b2c3d", {"optim": {"lr": 1e-3}, "model": {"embed_dim": 64}}, settings
+    )
+    run.submitit.mkdir()
+    files.append_lines(run.submitit / "jobs.jsonl", [{"job": "4711", "time": BEGIN - 90}])
+    (run.path / "code-1").mkdir()
+    files.write_json(
+        run.path / "code-1" / "snapshot.json", {"commit": "0123abcd", "dirty": True, "digest": "ff"}
+    )
+
+    _is_preempted(run)
+    _crashes(run)
+    _finishes(run)
     evaluated(run, 3, [100, 200, 300, 400])
     details(run, 400, caption=caption)
     return run
