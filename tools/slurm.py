@@ -22,6 +22,7 @@ T = TypeVar("T")
 # name and comment last, a unit separator between them: they may hold bars
 QUEUE_FORMAT = "%i|%T|%P|%u|%M|%l|%S|%N|%r|%j\x1f%k"
 NODE_FORMAT = "%N|%T|%P|%c|%m|%f|%G|%E"
+ASSOCIATION_FORMAT = "Account,Partition,QOS,DefaultQOS,Cluster"
 SILENT = (
     "unable to contact slurm controller",
     "unable to connect to slurm controller",
@@ -174,6 +175,8 @@ class Association:
     account: str
     partition: str  # empty: any
     qos: tuple[str, ...]
+    default_qos: str = ""  # of jobs that ask for none
+    cluster: str = ""  # one database may serve several
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ class Slurm:
 
     def associations(self) -> list[Association]:
         """What this user may use, where there is an accounting database; SlurmRefused where there is none."""
-        who, columns = f"user={_user_name()}", "format=Account,Partition,QOS"
+        who, columns = f"user={_user_name()}", f"format={ASSOCIATION_FORMAT}"
         return parse_associations(self._ask("sacctmgr", "-nP", "show", "associations", who, columns))
 
     def qos(self) -> dict[str, Qos]:
@@ -421,11 +424,11 @@ def parse_span(text: str) -> int | None:
 
 
 def parse_associations(text: str) -> list[Association]:
-    """The lines of `sacctmgr -nP show associations format=Account,Partition,QOS`."""
+    """The lines of `sacctmgr -nP show associations` in ASSOCIATION_FORMAT."""
     lines = (line.split("|") for line in text.splitlines())
     return [
-        Association(account, partition, tuple(filter(None, qos.split(","))))
-        for account, partition, qos in (parts for parts in lines if len(parts) == 3)
+        Association(account, partition, tuple(filter(None, qos.split(","))), default, cluster)
+        for account, partition, qos, default, cluster in (parts for parts in lines if len(parts) == 5)
     ]
 
 
@@ -483,8 +486,8 @@ def parse_config(text: str) -> dict[str, str]:
 
 
 def kill_wait_of(config: Mapping[str, str]) -> int:
-    """Seconds between SIGTERM and SIGKILL by the cluster's settings, where it is "30 sec"."""
-    return int(config["KillWait"].split()[0])
+    """Seconds between SIGTERM and SIGKILL by the cluster's settings, "30 sec". ValueError for other words."""
+    return int(config.get("KillWait", "").partition(" ")[0])
 
 
 def parse_time(text: str) -> datetime | None:
@@ -519,8 +522,8 @@ def _expand(part: str) -> Iterator[str]:
 
 # A value that may hold blanks takes the rest of its line.
 FIELD = re.compile(
-    r"(?:^|(?<=\s))(?:(JobName|Command|WorkDir|Comment|AdminComment|SystemComment|StdErr|StdIn|StdOut)=(.*)"
-    r"|([^\s=]+)=(\S*))",
+    r"(?:^|(?<=\s))(?:(JobName|Command|SubmitLine|WorkDir|Comment|AdminComment|SystemComment|Extra"
+    r"|StdErr|StdIn|StdOut)=(.*)|([^\s=]+)=(\S*))",
     re.MULTILINE,
 )
 

@@ -124,9 +124,11 @@ def _of_partition(cluster: Cluster, part: Partition, known: Known) -> Iterator[P
 
 
 def _flag(cluster: Cluster, known: Known, name: str) -> bool:
-    """Whether the quality of service that is asked for lets its jobs exceed this limit of a partition."""
-    own = (known.qos or {}).get((cluster.qos or "").lower())
-    return own is not None and name in own.flags
+    """Whether the job's quality of service, by default perhaps, lets it exceed this limit of a partition."""
+    account, every = cluster.account and cluster.account.lower(), known.qos or {}
+    mine = [each for each in known.associations or () if account in (None, each.account)]
+    asked = [cluster.qos.lower()] if cluster.qos else [each.default_qos for each in mine]
+    return any(name in every[qos].flags for qos in asked if qos in every)
 
 
 def too_long(time: Time, who: str, seconds: int) -> str:
@@ -168,7 +170,7 @@ def _of_nodes(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: K
         yield Problem(
             "cluster.nodes", f"{least} requested, and {name} has {has}; set it to at most {len(nodes)}"
         )
-        return
+        least = len(nodes)  # the other keys are compared with those
     needs = {
         "cluster.cpus_per_task": (_has_cpus(cluster), _too_many_cpus),
         "cluster.mem": (_has_memory(cluster), _too_much_memory),
@@ -183,7 +185,7 @@ def _of_nodes(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: K
             found = True
             yield Problem(key, wrong(cluster, part, nodes, known))
     fitting = [node for node in nodes if all(fits(node) for fits, _ in needs.values())]
-    if not found and len(fitting) < least:
+    if not found and len(fitting) < least == cluster.nodes.least:
         yield Problem(
             "cluster.nodes",
             f"{least} requested, and {len(fitting)} of the {len(nodes)} nodes of {name} have all that "
@@ -263,8 +265,8 @@ def _too_few_features(cluster: Cluster, part: Partition, nodes: Sequence[Node], 
 
 
 def _most(values: Sequence[int], cluster: Cluster) -> int:
-    """What as many nodes as are asked for have at least."""
-    return sorted(values, reverse=True)[cluster.nodes.least - 1]
+    """What as many nodes as are asked for have at least; of fewer, what all have."""
+    return sorted(values, reverse=True)[: cluster.nodes.least][-1]
 
 
 def _waits(cluster: Cluster, part: Partition, known: Known) -> Iterator[Problem]:

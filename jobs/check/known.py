@@ -57,4 +57,7 @@ def ask(slurm: Slurm) -> Known:
         if answers.get(name) == []:
             del answers[name]
             silent[name] = f"SLURM lists no {name}"
+    here = (answers.get("config") or {}).get("ClusterName", "").lower()
+    if here and "associations" in answers:
+        answers["associations"] = [each for each in answers["associations"] if each.cluster.lower() == here]
     return Known(**answers, silent=silent)

@@ -243,9 +243,9 @@ def test_spans(text: str, seconds: int | None) -> None:
 
 
 def test_what_accounting_says() -> None:
-    vision, common = slurm.parse_associations("vision||normal,long\ncommon|low|\n")
-    assert vision == slurm.Association("vision", "", ("normal", "long"))
-    assert common == slurm.Association("common", "low", ())
+    vision, common = slurm.parse_associations("vision||normal,long|normal|gpus\ncommon|low|||gpus\n")
+    assert vision == slurm.Association("vision", "", ("normal", "long"), "normal", "gpus")
+    assert common == slurm.Association("common", "low", (), "", "gpus")
     assert slurm.parse_qos("normal||\nlong|7-00:00:00|DenyOnLimit,PartitionTimeLimit\n") == {
         "normal": slurm.Qos(None),
         "long": slurm.Qos(604800, ("DenyOnLimit", "PartitionTimeLimit")),

@@ -54,7 +54,7 @@ KillWait                = 30 sec
 PreemptMode             = REQUEUE
 PreemptType             = preempt/partition_prio
 """
-ASSOCIATIONS = "vision||normal,long\ncommon|low|normal\n"
+ASSOCIATIONS = "vision||normal,long||gpus\ncommon|low|normal|normal|gpus\n"
 QOS = "normal||\nlong|7-00:00:00|PartitionTimeLimit\nshort|00:30:00|\n"
 
 

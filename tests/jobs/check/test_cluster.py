@@ -106,6 +106,38 @@ def test_nodes_that_are_down_are_waited_for() -> None:
     ]
 
 
+def test_the_default_quality_of_service_counts_where_none_is_asked_for() -> None:
+    own = slurm.parse_associations("vision||normal,long|long|gpus\ncommon||normal|normal|gpus\n")
+    assert compare(known(associations=own), time="3 d").errors == []
+    assert compare(known(associations=own), time="3 d", account="vision").errors == []
+    for keys in ({"account": "common"}, {"qos": "normal"}):
+        (error,) = compare(known(associations=own), time="3 d", **keys).errors
+        assert error.startswith("cluster.time: 3 d requested")
+
+
+def test_a_database_of_several_clusters_is_asked_about_this_one(tmp_path, monkeypatch) -> None:
+    answers = {
+        "scontrol": "echo 'ClusterName = GPUs'",
+        "sacctmgr": "test $3 = qos || printf 'vision||normal||gpus\ncommon||long||cpus\n'",
+    }
+    for name, script in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    assert [each.account for each in ask(slurm.Slurm()).associations or ()] == ["vision"]
+
+
+def test_too_many_nodes_hide_nothing_else() -> None:
+    found = compare(nodes=9, cpus_per_task=17, mem="65 GB", gpus_per_node=1, constraint="nowhere")
+    keys = [error.partition(": ")[0] for error in found.errors]
+    names = ("nodes", "cpus_per_task", "mem", "gpus_per_node", "constraint")
+    assert keys == [f"cluster.{name}" for name in names]
+    assert "nodes of partition low have 8;" in found.errors[1]
+    (error,) = compare(nodes=9, cpus_per_task=8).errors
+    assert error.startswith("cluster.nodes: 9 requested")
+
+
 def test_nodes_that_fit_each_wish_but_not_all() -> None:
     (error,) = compare(nodes=3, mem="7 GB", cpus_per_task=8, constraint="a100|ib").errors
     assert error.startswith("cluster.constraint: too few nodes of partition low have 'a100|ib'")

@@ -44,7 +44,7 @@ def seen(**changed):
         "partitions": slurm.parse_partitions(PARTITIONS),
         "nodes": slurm.parse_nodes(NODES),
         "config": SETTINGS,
-        "associations": slurm.parse_associations("lab||normal,high\n"),
+        "associations": slurm.parse_associations("lab||normal,high||gpus\n"),
         "reservations": ["maintenance"],
         "pyxis": True,
     }
@@ -135,9 +135,11 @@ def test_a_cluster_that_says_little(written):
 
 
 def test_several_accounts_are_a_choice(written):
-    cluster, text = written(seen(associations=slurm.parse_associations("lab||normal\n2024-x|gpu|\n")))
+    cluster, text = written(
+        seen(associations=slurm.parse_associations("lab||normal||gpus\n2024-x|gpu|||gpus\n"))
+    )
     assert cluster.account is None
     assert "yours: lab, 2024-x" in text
-    only = slurm.parse_associations("2024-x||007\n")
+    only = slurm.parse_associations("2024-x||007||gpus\n")
     cluster, text = written(seen(associations=only))
     assert (cluster.account, '"007"' in text) == ("2024-x", True)
