@@ -241,6 +241,10 @@ def load_cluster(
         UserError: as `load`.
     """
     profile = find_site(site, environ) or Entry({}, Origin(COMMAND_LINE))
+    for text in overrides:
+        (name, *_), value = parse_override(text, example="nodes=1")
+        if name in Recipe.model_fields and name not in Cluster.model_fields:
+            raise UserError(value.origin.problem("", "only keys of the section cluster count here"))
     tree = _with_overrides(profile, overrides, ["cluster"])
     return validated(tree, environ, "the cluster section", _ClusterOnly, {}).cluster
 

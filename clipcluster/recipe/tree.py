@@ -112,12 +112,12 @@ def parse_file(path: Path) -> Entry:
     return tree
 
 
-def parse_override(text: str) -> tuple[list[str], Entry]:
+def parse_override(text: str, example: str = "optim.lr=3e-4") -> tuple[list[str], Entry]:
     """Split ``a.b.0.c=value`` into its path and its value, which is YAML. UserError where that fails."""
     dotted, equals, value = text.partition("=")
     path = [part.strip() for part in dotted.split(".")]
     if not equals or not all(path):
-        raise UserError(f"{COMMAND_LINE}: {text}: write key=value, such as optim.lr=3e-4")
+        raise UserError(f"{COMMAND_LINE}: {text}: write key=value, such as {example}")
     origin = Origin(COMMAND_LINE, text)
     return path, _parse(value, lambda line: origin, "; put it in quotes, such as 'key=\"text\"'")
 

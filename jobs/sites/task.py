@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipcluster.errors import UserError
 from clipcluster.runs import files
+from clipcluster.runtime import network
 from clipcluster.runtime.environment import share_cores
 from clipcluster.runtime.launch import Launch
 from jobs.sites import node
@@ -70,6 +71,11 @@ class SiteCheck:
         report.add(torch=torch.__version__, torch_seconds=time.monotonic() - began)
         device, said, lacks = device_of(launch, self.gpus)
         report.add(device=said, device_lacks=lacks)
+        try:
+            network.address_of(network.site_interface(launch))
+        except UserError as error:
+            report.add(interface_lacks=str(error))
+            return
         world = World.join(
             launch,
             publish=lambda address, port, token: files.write_json(

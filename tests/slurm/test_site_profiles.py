@@ -140,7 +140,8 @@ def test_what_is_wrong_is_said(site, cluster, tmp_path, apptainer):
     assert (lines["requeue"]["kind"], lines["scontrol"]["kind"]) == ("error", "ok")
     assert "Requested operation is presently disabled" in lines["requeue"]["found"]
     assert "ask the administrators" in lines["requeue"]["advice"]
-    assert "no network interface 'ib7'" in lines["all-reduce"]["found"]
+    assert (lines["job"]["kind"], lines["network"]["kind"], "all-reduce" in lines) == ("ok", "error", False)
+    assert "no network interface 'ib7'" in lines["network"]["found"]
     assert log.read_text().count("exec --pwd") >= 1
     assert left(cluster, tmp_path) == ([], [])
 

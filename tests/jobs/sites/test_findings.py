@@ -113,6 +113,11 @@ FAULTS = {
         "all-reduce",
         "error",
     ),
+    "no interface": (
+        {"interface_lacks": "no interface ib7", "address": None, "gloo": None, "nccl": None},
+        "network",
+        "error",
+    ),
     "lost": ({"error": "LostPeers: rank 1 could not reach"}, "all-reduce", "error"),
 }
 
