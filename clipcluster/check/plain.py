@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,6 +112,10 @@ class Checked(Findings):
     loaded: Loaded
     plan: Plan | None = None
     awaited: Sequence[Path] = ()
+
+    def anew(self) -> Checked:
+        """Of the same recipe, without any findings."""
+        return replace(self, errors=[], warnings=[], summary=[], unchecked=[], figures={})
 
     @property
     def recipe(self) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,39 @@ def complete(
     assets: Path | None = None,
     quick: bool,
     others: Sequence[Run] = (),
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Add to the plain check what the deep one finds (unless `quick`), and the cluster and the disk.
 
-    chosen: where the run goes: slurm, local or none. assets: folder of what was fetched for the run. others:
-    runs with as large checkpoints that start together with it.
-    """
-    if checked.awaited and not quick:
-        checked.unchecked.append(f"{DEEP}: what the run starts from is not made yet")
-    elif quick:
-        checked.unchecked.append(f"{DEEP} (clipcluster check --deep checks them)")
-    elif not checked.errors:
-        from clipcluster.check import deep
+    The deep one is left out where anything else is wrong.
 
-        checked.unchecked.clear()  # it looks at all of that
-        checked.add(deep.check(checked.recipe, world_size=checked.world_size, assets=assets))
+    chosen: where the run goes: slurm, local or none. assets: folder of what was fetched for the run. others:
+    runs with as large checkpoints that start together with it. say: takes that the deep check begins.
+    """
+    about = checked.anew()  # the cluster: asked before the deep check, which takes longer, and shown after it
     cluster = checked.recipe.cluster
-    checked.summary.append(executor.devices(cluster, chosen))
+    about.summary.append(executor.devices(cluster, chosen))
     placed = None
     if chosen == "slurm":
         from jobs.submit import placement  # it loads what only a cluster needs
 
-        placed = placement.compare(checked, run)
+        placed = placement.compare(about, run)
     elif chosen == "local" and (missing := executor.missing_devices(cluster)):
-        checked.warnings.append(missing)
+        about.warnings.append(missing)
+    if checked.awaited and not quick:
+        checked.unchecked.append(f"{DEEP}: what the run starts from is not made yet")
+    elif quick:
+        checked.unchecked.append(f"{DEEP} (clipcluster check --deep checks them)")
+    elif not checked.errors + about.errors:
+        if say:
+            say("checking towers, weights, samples and memory; submit --quick leaves that out")
+        from clipcluster.check import deep
+
+        checked.unchecked.clear()  # it looks at all of that
+        checked.add(deep.check(checked.recipe, world_size=checked.world_size, assets=assets))
+    else:
+        checked.unchecked.append(f"{DEEP}: not before the errors are corrected")
+    checked.add(about)
     if taken := checked.figures.get("memory_bytes"):
         device = memory.device_of(checked.recipe, placed.nodes if placed else ())
         checked.figures |= {"device_bytes": device.bytes} if device else {}

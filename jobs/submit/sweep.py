@@ -66,7 +66,7 @@ class Found:
 
 
 @dataclass
-class Told:
+class Said:
     """What is said of several members: each text once, with the members where it is not about all."""
 
     whom: dict[str, list[str]] = field(default_factory=dict)
@@ -132,7 +132,7 @@ def check_sweep(wanted: Wanted, sweep: Sweep) -> list[Found]:
 
 def check_members(wanted: Wanted, sweep: Sweep, chosen: str) -> list[plain.Checked]:
     """The plain check of every member; what is said of all of them is said once. Raises UserError."""
-    errors, said, checked = Told(), Told(), []
+    errors, said, checked = Said(), Said(), []
     for member in sweep.members:
         try:
             quiet = replace(wanted, say=said.of(member.label))
@@ -215,7 +215,7 @@ def _say_runs(found: Sequence[Found], wanted: Wanted) -> None:
 
 def _say_findings(found: Sequence[Found], wanted: Wanted) -> None:
     """What the plain check found, what is the same in several members once."""
-    said = Told()
+    said = Said()
     for one in found:
         for line in [*one.checked.summary, *(f"warning: {text}" for text in one.checked.warnings)]:
             said.of(one.member.label)(line)
@@ -232,15 +232,16 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
     alike: dict[str, list[Found]] = {}
     for one in starting:
         alike.setdefault(_examined(one.checked), []).append(one)
-    said = Told()
+    said = Said()
     for group in alike.values():
         first = group[0]
         there = first.run.assets if first.run.exists() else fetched
-        ahead = replace(first.checked, errors=[], warnings=[], summary=[], figures={})
-        ahead.unchecked = list(first.checked.unchecked)
+        ahead = first.checked.anew()
+        ahead.unchecked += first.checked.unchecked
         quick = wanted.quick or wanted.dry_run
         others = [one.run for one in group[1:]]
-        checking.complete(ahead, first.run, chosen, assets=there, quick=quick, others=others)
+        say = wanted.say if group is next(iter(alike.values())) else None
+        checking.complete(ahead, first.run, chosen, assets=there, quick=quick, others=others, say=say)
         if ahead.errors and len(alike) > 1:
             raise UserError(f"{first.member.label}: " + "\n  ".join(ahead.errors))
         ahead.raise_errors()
