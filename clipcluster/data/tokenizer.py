@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from clipcluster.errors import UserError
+from clipcluster.text import did_you_mean
 
 
 class Tokenizer(Protocol):
@@ -229,8 +230,9 @@ def load_tokenizer(text: Any, assets: str | Path | None = None) -> Tokenizer:
         local = Path(source).is_dir()
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and the hub's own
+        near, why = did_you_mean(name, ["bytes"]), " ".join(str(error).split())[:200]
         raise UserError(
-            f"tokenizer {name!r} cannot be loaded ({' '.join(str(error).split())[:200]}); give bytes, a "
+            f"tokenizer {name!r} cannot be loaded{near} ({why}); give bytes, a "
             "folder with tokenizer files, CLIP's vocabulary file, or a name on the Hugging Face hub that was "
             "fetched before"
         ) from None

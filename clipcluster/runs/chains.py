@@ -48,6 +48,11 @@ def find_chain(name: str, runs: Path) -> Chain | None:
     return Chain([Path(path) for path in found["conversions"]], [run for run in links if run.exists()])
 
 
+def chain_names(runs: Path) -> list[str]:
+    """The names of all chains."""
+    return [file.stem for file in (runs / FOLDER).glob("*.json")]
+
+
 def runs_before(run: Run) -> list[Run]:
     """The runs that had not finished when this one was submitted, and that it waits for."""
     try:

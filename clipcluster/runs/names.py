@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipcluster.errors import UserError
 from clipcluster.runs.folder import Run
+from clipcluster.text import did_you_mean
 
 FORMAT = 1  # of the run folder; part of every run's name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -111,10 +112,10 @@ def _may_exist(run: Run) -> bool:
         return _RUN_NAME.fullmatch(run.name) is not None
 
 
-def find_run(text: str, folder: Path) -> Run:
+def find_run(text: str, folder: Path, *, groups: Sequence[str] = ()) -> Run:
     """The run that `text` means: a run's folder, its name in `folder`, or a unique beginning of the name.
 
-    Raises UserError, listing what is there.
+    Raises UserError, listing what is there; `groups`: of several runs, whose names would have done too.
     """
     for path in (Path(text), folder / text) if text else ():
         if Run(path).exists():
@@ -124,20 +125,21 @@ def find_run(text: str, folder: Path) -> Run:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise UserError(
-            f"{text!r} is the beginning of several runs in {folder}: {_names(fitting)}. Give more of it."
-        )
+        several = _some([run.name for run in fitting])
+        raise UserError(f"{text!r} is the beginning of several runs in {folder}: {several}. Give more of it.")
     if not runs:
         raise UserError(
             f"There is no run {text!r}, and no run at all in {folder}. Name another folder with --runs or "
             "$CLIPCLUSTER_RUNS, or make a run with: clipcluster submit RECIPE"
         )
+    names = [run.name for run in runs]
+    near = did_you_mean(text, [*groups, *names]) or "."
+    also = f"; sweeps and chains: {_some(groups)}" if groups else ""
     raise UserError(
-        f"There is no run {text!r}. Give a run's folder, its name, or a unique beginning of the name; "
-        f"in {folder} there are: {_names(runs)}."
+        f"There is no run {text!r}{near} Give a run's folder, its name, or a unique beginning of the name; "
+        f"in {folder} there are: {_some(names)}{also}."
     )
 
 
-def _names(runs: list[Run]) -> str:
-    shown = [run.name for run in runs[:12]]
-    return ", ".join(shown) + (f" and {len(runs) - 12} more" if len(runs) > 12 else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

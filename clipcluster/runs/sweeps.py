@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcluster.runs import files
-from clipcluster.runs.chains import find_chain
+from clipcluster.runs.chains import chain_names, find_chain
 from clipcluster.runs.folder import Run
 from clipcluster.runs.names import find_run, run_name
 
@@ -69,7 +69,10 @@ def find_runs(text: str, runs: Path, *, chains: bool = False) -> list[Run]:
     if chain is not None and chain.runs:
         return chain.runs
     sweep = find_sweep(text, runs)
-    return sweep[1] if sweep else [find_run(text, runs)]
+    if sweep:
+        return sweep[1]
+    groups = [path.name for path in (runs / FOLDER).glob("*")] + (chain_names(runs) if chains else [])
+    return [find_run(text, runs, groups=sorted(groups))]
 
 
 def run_of(
