@@ -68,6 +68,17 @@ def test_what_the_cluster_has_not(site, tmp_path, overrides, said):
         site.slurm.expected_start(*arguments)
 
 
+def test_the_towers_are_not_built_for_a_cluster_that_refuses_the_job(site, tmp_path):
+    said = []
+    found = plain.check(RECIPE, [*SMALL, "cluster.partition=lwo"], runs=tmp_path / "runs")
+    checking.complete(found, Run(tmp_path / "runs" / "x"), "slurm", quick=False, say=said.append)
+    assert (len(found.errors), said, "memory_bytes" in found.figures) == (1, [], False)
+    assert found.unchecked[-1].endswith("checkpoint size: not before the errors are corrected")
+    found = plain.check(RECIPE, SMALL, runs=tmp_path / "runs")
+    checking.complete(found, Run(tmp_path / "runs" / "x"), "slurm", quick=False, say=said.append)
+    assert (found.errors, len(said), "memory_bytes" in found.figures) == ([], 1, True)
+
+
 def test_a_right_recipe_and_when_it_would_start(site, tmp_path):
     found = checked(tmp_path / "runs", "cluster.constraint=fast")
     assert (found.errors, found.warnings, len(found.unchecked)) == ([], [], 1)

@@ -143,3 +143,10 @@ def test_several_accounts_are_a_choice(written):
     only = slurm.parse_associations("2024-x||007||gpus\n")
     cluster, text = written(seen(associations=only))
     assert (cluster.account, '"007"' in text) == ("2024-x", True)
+
+
+def test_only_keys_of_the_cluster_can_be_given():
+    with pytest.raises(UserError, match=r"optim\.lr=1: only keys of the section cluster count here"):
+        load_cluster(["optim.lr=1"])
+    with pytest.raises(UserError, match="write key=value, such as nodes=1"):
+        load_cluster(["four"])

@@ -177,6 +177,8 @@ def test_the_verbs_take_a_sweep(toys, capsys, no_slurm):
         "==> toy-seed=0-00000000 <==\nseed 0 says\n==> toy-seed=1-00000000 <==\nseed 1 says\n"
     )
     assert verb("logs", "toy-seed=1") == "seed 1 says\n"
+    with pytest.raises(UserError, match=r"no run 'tooy'; did you mean toy\?.*sweeps and chains: toy\."):
+        verb("status", "tooy")
     with pytest.raises(UserError, match="rank 7"):
         verb("logs", "toy", "--rank", "7")
     assert verb("metrics", "toy", "--columns", "seed,loss").split()[:4] == ["run", "seed", "step", "loss"]
