@@ -96,7 +96,7 @@ class Account:
 def told_by(attempt: Attempt, *, alive: bool = False) -> Told:
     """Read what an attempt recorded. Raises UserError for a claim that cannot be read.
 
-    alive: it still runs, so that nobody needs to know when its ranks last recorded something.
+    alive: it still runs, so the time of its last record is not needed.
     """
     claim = attempt.claim()
     names = os.listdir(attempt.path)

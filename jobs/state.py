@@ -172,8 +172,8 @@ def _while_queued(run: Run, queue: Queue, job: str, attempt: Attempt | None) -> 
     verdict = history.last_verdict(attempt) if attempt else None
     if shown.reason == "DependencyNeverSatisfied":
         return State("COMPLETING", "SLURM is about to cancel it", job=job, queued=True)
-    if attempt and attempt.claim().get("time", 0.0) > queue.asked:
-        return State("RUNNING", job=job, queued=True)  # it waited when SLURM was asked
+    if attempt and not verdict and attempt.claim().get("time", 0.0) > queue.asked:
+        return State("RUNNING", job=job, queued=True)  # SLURM's answer is older than this claim
     if shown.state in WAITING or (shown.state == "COMPLETING" and verdict):
         why = ["requeued" if attempt else "", shown.reason if shown.reason != "None" else ""]
         return State("PENDING", ", ".join(filter(None, why)), job=job, queued=True)
@@ -193,15 +193,19 @@ def _by_verdict(attempt: Attempt) -> State | None:
 
 
 def _by_outcome(attempt: Attempt) -> State | None:
-    """The state of an attempt that nobody judges (torchrun, one process): its outcome is the verdict."""
+    """The state of an attempt that nobody judges (torchrun, one process): its outcome is the verdict.
+
+    Or that ranks on a node that SLURM had lost finished after the verdict.
+    """
     outcome = attempt.outcome()
-    if outcome is None or history.last_verdict(attempt) is not None:
+    if outcome is None:
         return None
     name = outcome["outcome"].upper()
+    if name != "FINISHED" and history.last_verdict(attempt) is not None:
+        return None
     if name == "STOPPED" and not (attempt.job or "").startswith("local-"):
         return None
-    detail = "" if name == "FINISHED" else outcome["reason"]
-    return State(name, detail, outcome["advice"], attempt.job, code=outcome["code"])
+    return State(name, outcome["reason"], outcome["advice"], attempt.job, code=outcome["code"])
 
 
 def _gone(run: Run, queue: Queue, jobs: Sequence[str], newest: Attempt | None) -> State:

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from clipcluster.errors import UserError
+from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.checkpoints import MANIFEST, name_of, newest_complete
 from clipcluster.runs.folder import Run
 from clipcluster.runs.sweeps import membership
@@ -27,23 +28,27 @@ from jobs.submissions import submissions
 UNREADABLE = "UNREADABLE"
 DATA_BOUND = 0.15  # the fraction of the last steps that waited for data, from which a run is called so
 PACE_LINES = 10  # the last ones, which say how fast a run is
-RUNS_A_PROCESS, PROCESSES = 50, 8  # a network file system answers several at once, and reading takes a core
+RUNS_A_PROCESS, PROCESSES = 50, 8  # reading takes a core: not more than there are
 ACTIVE = frozenset({"RUNNING", "COMPLETING"})
 
 
-def told_of(run: Run, state: State) -> list[Told]:
+def recorded_by(run: Run, state: State) -> list[Told]:
     """What the run's attempts recorded, the oldest first."""
     attempts = run.attempts()
-    alive = attempts[-1:] if state.name in ACTIVE else []
-    return [told_by(one, alive=one in alive and one.job == state.job) for one in attempts]
+    return [told_by(one, alive=one is attempts[-1] and _is_alive(one, state)) for one in attempts]
+
+
+def _is_alive(newest: Attempt | Told, state: State) -> bool:
+    """Whether the newest attempt still runs."""
+    return state.name in ACTIVE and newest.job == state.job
 
 
 def accounts_of(run: Run, state: State, told: Sequence[Told] | None = None) -> list[Account]:
     """Where the time of the run's attempts went, until now."""
     if told is None:
-        told = told_of(run, state)
+        told = recorded_by(run, state)
     times = [(str(line["job"]), line.get("time")) for line in submissions(run)]
-    alive = bool(told) and state.name in ACTIVE and told[-1].job == state.job
+    alive = bool(told) and _is_alive(told[-1], state)
     resumed = alive and (told[-1].lines or any(one["event"] == "resume" for one in told[-1].events))
     to_resume = state.name not in ("FINISHED", "UNKNOWN") and not resumed
     return accounted(
@@ -67,7 +72,7 @@ def reports(runs: Sequence[Run], queue: Queue) -> list[dict[str, Any]]:
     from multiprocessing import get_context
 
     queue.ask()  # once, for all processes
-    processes = min(PROCESSES, len(os.sched_getaffinity(0)), len(runs) // RUNS_A_PROCESS)
+    processes = min(PROCESSES, max(2, os.cpu_count() or 1), len(runs) // RUNS_A_PROCESS)
     no_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for them
     with ProcessPoolExecutor(processes, get_context("fork"), signal.signal, no_interrupt) as pool:
         return list(pool.map(partial(_readable, queue), runs, chunksize=-(-len(runs) // processes)))
@@ -93,7 +98,7 @@ def report(run: Run, queue: Queue) -> dict[str, Any]:
     of their own are to make, or failed to.
     """
     state = state_of(run, queue)
-    told = told_of(run, state)
+    told = recorded_by(run, state)
     accounts = accounts_of(run, state, told)
     logged = next((one for one in reversed(told) if one.lines), None)
     line: Mapping[str, Any] = logged.last_line if logged else {}

@@ -113,8 +113,8 @@ class Checked(Findings):
     plan: Plan | None = None
     awaited: Sequence[Path] = ()
 
-    def anew(self) -> Checked:
-        """Of the same recipe, without any findings."""
+    def without_findings(self) -> Checked:
+        """A copy without findings."""
         return replace(self, errors=[], warnings=[], summary=[], unchecked=[], figures={})
 
     @property

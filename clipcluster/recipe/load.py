@@ -216,13 +216,13 @@ def from_mapping(mapping: Mapping[str, Any], name: str) -> Recipe:
     return validated(tree_of(mapping, Origin(name)), {}, name, Recipe)
 
 
-def _with_overrides(tree: Entry, overrides: Sequence[str], section: Sequence[str] = ()) -> Entry:
-    """A tree with each ``key=value`` in it, below `section`."""
+def _with_overrides(tree: Entry, overrides: Sequence[str]) -> Entry:
+    """A tree with each ``key=value`` in it."""
     for text in overrides:
         keys, value = parse_override(text)
         if keys == ["extends"]:
             raise UserError(value.origin.problem("", "extends can only be written in a file"))
-        tree = assign(tree, [*section, *keys], value)
+        tree = assign(tree, keys, value)
     return tree
 
 
@@ -237,15 +237,18 @@ def load_cluster(
 ) -> Cluster:
     """The cluster section alone, for jobs without a recipe: a site profile and overrides ``key=value``.
 
+    ``cluster.`` before a key may be left out.
+
     Raises:
         UserError: as `load`.
     """
     profile = find_site(site, environ) or Entry({}, Origin(COMMAND_LINE))
+    tree = profile
     for text in overrides:
-        (name, *_), value = parse_override(text, example="nodes=1")
-        if name in Recipe.model_fields and name not in Cluster.model_fields:
+        keys, value = parse_override(text.removeprefix("cluster."), example="nodes=1")
+        if keys[0] in Recipe.model_fields:
             raise UserError(value.origin.problem("", "only keys of the section cluster count here"))
-    tree = _with_overrides(profile, overrides, ["cluster"])
+        tree = assign(tree, ["cluster", *keys], value)
     return validated(tree, environ, "the cluster section", _ClusterOnly, {}).cluster
 
 

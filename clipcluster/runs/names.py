@@ -115,7 +115,7 @@ def _may_exist(run: Run) -> bool:
 def find_run(text: str, folder: Path, *, groups: Sequence[str] = ()) -> Run:
     """The run that `text` means: a run's folder, its name in `folder`, or a unique beginning of the name.
 
-    Raises UserError, listing what is there; `groups`: of several runs, whose names would have done too.
+    Raises UserError, listing what is there; `groups`: names of sweeps and chains, which are accepted too.
     """
     for path in (Path(text), folder / text) if text else ():
         if Run(path).exists():
@@ -133,7 +133,7 @@ def find_run(text: str, folder: Path, *, groups: Sequence[str] = ()) -> Run:
             "$CLIPCLUSTER_RUNS, or make a run with: clipcluster submit RECIPE"
         )
     names = [run.name for run in runs]
-    near = did_you_mean(text, [*groups, *names]) or "."
+    near = did_you_mean(text, [*groups, *names, *(name.rpartition("-")[0] for name in names)]) or "."
     also = f"; sweeps and chains: {_some(groups)}" if groups else ""
     raise UserError(
         f"There is no run {text!r}{near} Give a run's folder, its name, or a unique beginning of the name; "

@@ -71,7 +71,9 @@ def find_runs(text: str, runs: Path, *, chains: bool = False) -> list[Run]:
     sweep = find_sweep(text, runs)
     if sweep:
         return sweep[1]
-    groups = [path.name for path in (runs / FOLDER).glob("*")] + (chain_names(runs) if chains else [])
+    groups = {path.name for path in (runs / FOLDER).glob("*") if find_sweep(path.name, runs)}
+    if chains:
+        groups |= {name for name in chain_names(runs) if (one := find_chain(name, runs)) and one.runs}
     return [find_run(text, runs, groups=sorted(groups))]
 
 

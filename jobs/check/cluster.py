@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from clipcluster.check.plain import Findings
 from clipcluster.recipe.sections.cluster import Cluster
-from clipcluster.recipe.units import Memory, Time
+from clipcluster.recipe.units import Memory, Nodes, Time
 from clipcluster.text import counted, did_you_mean
 from jobs.check.known import Known
 from tools.slurm import Node, Partition
@@ -100,16 +100,16 @@ def _of_partition(cluster: Cluster, part: Partition, known: Known) -> Iterator[P
         others = some([other.name for other in known.partitions or () if other.state == "UP"])
         yield Problem("cluster.partition", f"{name} is {part.state}: it accepts no jobs; use one of {others}")
     seconds = 60 * cluster.time.minutes
-    unbound = _flag(cluster, known, "PartitionTimeLimit")
+    unbound = _flag(cluster, part, known, "PartitionTimeLimit")
     if part.max_seconds is not None and seconds > part.max_seconds and not unbound:
         yield Problem("cluster.time", too_long(cluster.time, f"{name} allows (MaxTime)", part.max_seconds))
-    unbound = _flag(cluster, known, "PartitionMaxNodes")
+    unbound = _flag(cluster, part, known, "PartitionMaxNodes")
     if part.max_nodes is not None and nodes.least > part.max_nodes and not unbound:
         yield Problem(
             "cluster.nodes",
             f"{nodes} requested, and {name} allows a job {part.max_nodes}; set it to at most that",
         )
-    if nodes.most < part.min_nodes and not _flag(cluster, known, "PartitionMinNodes"):
+    if nodes.most < part.min_nodes and not _flag(cluster, part, known, "PartitionMinNodes"):
         yield Problem(
             "cluster.nodes",
             f"{nodes} requested, and jobs in {name} have at least {part.min_nodes}; set it to that or more",
@@ -123,11 +123,15 @@ def _of_partition(cluster: Cluster, part: Partition, known: Known) -> Iterator[P
         yield from _of_nodes(cluster, part, _nodes_of(part, known), known)
 
 
-def _flag(cluster: Cluster, known: Known, name: str) -> bool:
-    """Whether the job's quality of service, by default perhaps, lets it exceed this limit of a partition."""
+def _flag(cluster: Cluster, part: Partition, known: Known, name: str) -> bool:
+    """Whether the job's quality of service lets it exceed this limit of a partition.
+
+    It is the one that is given, or a default one of the user's accounts.
+    """
     account, every = cluster.account and cluster.account.lower(), known.qos or {}
-    mine = [each for each in known.associations or () if account in (None, each.account)]
-    asked = [cluster.qos.lower()] if cluster.qos else [each.default_qos for each in mine]
+    mine = [each for each in known.associations or () if each.partition in ("", part.name)]
+    defaults = [each.default_qos for each in mine if account in (None, each.account)]
+    asked = [cluster.qos.lower()] if cluster.qos else defaults
     return any(name in every[qos].flags for qos in asked if qos in every)
 
 
@@ -170,7 +174,9 @@ def _of_nodes(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: K
         yield Problem(
             "cluster.nodes", f"{least} requested, and {name} has {has}; set it to at most {len(nodes)}"
         )
-        least = len(nodes)  # the other keys are compared with those
+        wanted = cluster.model_copy(update={"nodes": Nodes(1, 1)})
+        yield from _of_nodes(wanted, part, nodes, known)  # what no node has is wrong for fewer, too
+        return
     needs = {
         "cluster.cpus_per_task": (_has_cpus(cluster), _too_many_cpus),
         "cluster.mem": (_has_memory(cluster), _too_much_memory),
@@ -185,7 +191,7 @@ def _of_nodes(cluster: Cluster, part: Partition, nodes: Sequence[Node], known: K
             found = True
             yield Problem(key, wrong(cluster, part, nodes, known))
     fitting = [node for node in nodes if all(fits(node) for fits, _ in needs.values())]
-    if not found and len(fitting) < least == cluster.nodes.least:
+    if not found and len(fitting) < least:
         yield Problem(
             "cluster.nodes",
             f"{least} requested, and {len(fitting)} of the {len(nodes)} nodes of {name} have all that "
@@ -265,8 +271,8 @@ def _too_few_features(cluster: Cluster, part: Partition, nodes: Sequence[Node], 
 
 
 def _most(values: Sequence[int], cluster: Cluster) -> int:
-    """What as many nodes as are asked for have at least; of fewer, what all have."""
-    return sorted(values, reverse=True)[: cluster.nodes.least][-1]
+    """What as many nodes as are asked for have at least."""
+    return sorted(values, reverse=True)[cluster.nodes.least - 1]
 
 
 def _waits(cluster: Cluster, part: Partition, known: Known) -> Iterator[Problem]:

@@ -59,5 +59,9 @@ def ask(slurm: Slurm) -> Known:
             silent[name] = f"SLURM lists no {name}"
     here = (answers.get("config") or {}).get("ClusterName", "").lower()
     if here and "associations" in answers:
-        answers["associations"] = [each for each in answers["associations"] if each.cluster.lower() == here]
+        mine = [each for each in answers.pop("associations") if each.cluster.lower() == here]
+        if mine:
+            answers["associations"] = mine
+        else:
+            silent["associations"] = f"SLURM lists no account of yours on {here}"
     return Known(**answers, silent=silent)

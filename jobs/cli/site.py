@@ -71,9 +71,7 @@ def site_check(
     from jobs.submit.executor import require_slurm
     from tools.slurm import Slurm
 
-    wanted = load_cluster(
-        [*check.OVERRIDES, *(each.removeprefix("cluster.") for each in overrides or ())], site=name
-    )
+    wanted = load_cluster([*check.OVERRIDES, *(overrides or ())], site=name)
     require_slurm()
 
     def tell(line: str) -> None:

@@ -130,8 +130,9 @@ def breakdown(one: Mapping[str, Any]) -> list[str]:
         lines.append(", ".join(waited))
     if one["lost_steps"]:
         lines.append(f"{counted(one['lost_steps'], 'step')} lost: no checkpoint had saved them")
-    if one["ended_reason"] and one["ended_reason"] != one["ended"]:
-        lines.append(f"last ended: {one['ended']} ({' '.join(one['ended_reason'].split())})")
+    if one["ended_reason"]:
+        reason = " ".join(one["ended_reason"].split())
+        lines.append(f"last ended: {one['ended']}" + (f" ({reason})" if reason != one["ended"] else ""))
     return lines
 
 

@@ -39,6 +39,7 @@ def claim(run: Run, job_id: str, slurm: Slurm, *, began: float | None = None) ->
     """
     if run.finished():
         say(f"{run.name} is finished already: nothing to do")
+        _record_late_finish(run)
         return None
     if job_id in run.cancelled_jobs():
         say(f"{run.name} was cancelled: job {job_id} does nothing")
@@ -58,6 +59,22 @@ def claim(run: Run, job_id: str, slurm: Slurm, *, began: float | None = None) ->
     )
     say(f"{marker(attempt)} (job {job_id} on {socket.gethostname()})")
     return attempt
+
+
+def _record_late_finish(run: Run) -> None:
+    """Record that the run is finished, where its ranks did the last steps after the verdict.
+
+    They ran on a node that SLURM had lost, or the batch script died before its verdict.
+    """
+    attempt = run.newest()
+    if attempt is None or (history.last_verdict(attempt) or {}).get("event") == "finish":
+        return
+    job_id = attempt.job or ""
+    seen = facts.gather(run, attempt, Outcome.FINISHED, job_id=job_id, logs=run.submitit)
+    verdict = decide(seen)
+    ended = (seen.said or {}).get("time")
+    if verdict.action == "finish" and record(run, attempt, seen, verdict, job_id, ended=ended):
+        notify.start(run, attempt, seen, verdict)
 
 
 def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mapping[str, str]) -> int:
@@ -89,9 +106,19 @@ def conclude(run: Run, attempt: Attempt, code: int, slurm: Slurm, environ: Mappi
 
 
 def record(
-    run: Run, attempt: Attempt, seen: Facts, verdict: Verdict, job_id: str, *, blamed: str | None = None
+    run: Run,
+    attempt: Attempt,
+    seen: Facts,
+    verdict: Verdict,
+    job_id: str,
+    *,
+    blamed: str | None = None,
+    ended: float | None = None,
 ) -> bool:
-    """Write the verdict to the attempt, and the mark it wants; False where another attempt took over."""
+    """Write the verdict to the attempt, and the mark it wants; False where another attempt took over.
+
+    ended: when the attempt ended, in seconds since 1970, if that was not now.
+    """
     say(
         f"verdict on attempt {attempt.number} of {run.name}: "
         f"{verdict.ending} -> {verdict.action} ({verdict.code})"
@@ -111,6 +138,8 @@ def record(
         fields["raised"] = seen.raised
     if blamed:
         fields["blamed"] = blamed
+    if ended is not None:
+        fields["time"] = ended
     try:
         if verdict.mark:
             run.mark_cancelled([job_id])

@@ -120,17 +120,16 @@ def _software(ranks: Sequence[Report]) -> Iterator[Finding]:
 
 
 def _network(found: Found, ranks: Sequence[Report]) -> Finding:
-    """The interfaces of the first node, and which one is used."""
-    first = ranks[0]
+    """The interfaces of the first node, and which one is used; of one that lacks the profile's, its own."""
+    wrong = [report for report in ranks if "interface_error" in report]
+    first = next(iter(wrong or ranks))
     named = {
         name: f"{name} {one['address']}{_speed(one['mbit'])}" for name, one in first["interfaces"].items()
     }
     what = ", ".join([*named.values(), *first["infiniband"]]) or "no interface but loopback"
-    lacks = next((report["interface_lacks"] for report in ranks if "interface_lacks" in report), None)
-    if lacks is not None:
-        return Finding(
-            "network", "error", f"{what}; {lacks}", "Correct it in the profile: no run would start"
-        )
+    if wrong:
+        advice = "Every node needs it: fix cluster.interface, or exclude the node"
+        return Finding("network", "error", f"{what}; {first['interface_error']}", advice)
     address = next((report["address"] for report in ranks if report.get("address")), None)
     used = next((name for name, one in first["interfaces"].items() if one["address"] == address), None)
     if address is None:
@@ -197,7 +196,7 @@ def _clocks(found: Found, ranks: Sequence[Report]) -> Iterator[Finding]:
 
 def _reduced(found: Found, ranks: Sequence[Report]) -> Iterator[Finding]:
     """The all-reduce over gloo, and over the devices."""
-    if any("interface_lacks" in report for report in ranks):
+    if any("interface_error" in report for report in ranks):
         return  # said of the network
     if len(ranks) < 2:
         yield Finding("all-reduce", "warning", "one rank: nothing was reduced", "Check with nodes=2")

@@ -74,7 +74,7 @@ class SiteCheck:
         try:
             network.address_of(network.site_interface(launch))
         except UserError as error:
-            report.add(interface_lacks=str(error))
+            report.add(interface_error=str(error))
             return
         world = World.join(
             launch,

@@ -37,35 +37,34 @@ def complete(
 ) -> None:
     """Add to the plain check what the deep one finds (unless `quick`), and the cluster and the disk.
 
-    The deep one is left out where anything else is wrong.
-
     chosen: where the run goes: slurm, local or none. assets: folder of what was fetched for the run. others:
-    runs with as large checkpoints that start together with it. say: takes that the deep check begins.
+    runs with as large checkpoints that start together with it. say: of a submission, takes that the deep
+    check begins; it is skipped for a job that the cluster refuses.
     """
-    about = checked.anew()  # the cluster: asked before the deep check, which takes longer, and shown after it
+    of_cluster = checked.without_findings()  # asked before the deep check, which takes longer, shown after it
     cluster = checked.recipe.cluster
-    about.summary.append(executor.devices(cluster, chosen))
+    of_cluster.summary.append(executor.devices(cluster, chosen))
     placed = None
     if chosen == "slurm":
         from jobs.submit import placement  # it loads what only a cluster needs
 
-        placed = placement.compare(about, run)
+        placed = placement.compare(of_cluster, run)
     elif chosen == "local" and (missing := executor.missing_devices(cluster)):
-        about.warnings.append(missing)
+        of_cluster.warnings.append(missing)
     if checked.awaited and not quick:
         checked.unchecked.append(f"{DEEP}: what the run starts from is not made yet")
     elif quick:
         checked.unchecked.append(f"{DEEP} (clipcluster check --deep checks them)")
-    elif not checked.errors + about.errors:
+    elif not (checked.errors or (say and of_cluster.errors)):
         if say:
-            say("checking towers, weights, samples and memory; submit --quick leaves that out")
+            say("checking towers, weights, samples and memory; submit --quick skips this")
         from clipcluster.check import deep
 
         checked.unchecked.clear()  # it looks at all of that
         checked.add(deep.check(checked.recipe, world_size=checked.world_size, assets=assets))
     else:
-        checked.unchecked.append(f"{DEEP}: not before the errors are corrected")
-    checked.add(about)
+        checked.unchecked.append(f"{DEEP}: skipped; fix the errors first")
+    checked.add(of_cluster)
     if taken := checked.figures.get("memory_bytes"):
         device = memory.device_of(checked.recipe, placed.nodes if placed else ())
         checked.figures |= {"device_bytes": device.bytes} if device else {}

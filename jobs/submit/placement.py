@@ -55,13 +55,13 @@ def compare(checked: Checked, run: Run) -> Placed:
     checked.add(found)
     if names := launch.inherited():
         checked.summary.append(f"environment: left out of the job: {', '.join(names)}")
-    try:
-        kill_wait = kill_wait_of(known.config or {})
-    except ValueError:
-        kill_wait = None
-    if kill_wait is None or known.partitions is None:
+    if known.config is None or known.partitions is None:
         return Placed(known, None, (), parameters.grace_seconds(cluster, None))
-    grace = parameters.grace_of(cluster, kill_wait, known.partitions)
+    try:
+        grace = parameters.grace_of(cluster, kill_wait_of(known.config), known.partitions)
+    except ValueError:
+        checked.unchecked.append("cluster.grace (SLURM tells no KillWait in seconds)")
+        grace = parameters.grace_seconds(cluster, None)
     if not found.errors:
         _expected_start(checked, cluster, run, slurm, grace, waits=bool(found.warnings))
     partition = asked.partition_of(cluster, known)

@@ -236,11 +236,11 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
     for group in alike.values():
         first = group[0]
         there = first.run.assets if first.run.exists() else fetched
-        ahead = first.checked.anew()
+        ahead = first.checked.without_findings()
         ahead.unchecked += first.checked.unchecked
         quick = wanted.quick or wanted.dry_run
         others = [one.run for one in group[1:]]
-        say = wanted.say if group is next(iter(alike.values())) else None
+        say = _named(first.member.label if len(alike) > 1 else "", wanted.say) if fetched else None
         checking.complete(ahead, first.run, chosen, assets=there, quick=quick, others=others, say=say)
         if ahead.errors and len(alike) > 1:
             raise UserError(f"{first.member.label}: " + "\n  ".join(ahead.errors))
@@ -252,6 +252,11 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
             said.of(first.member.label)(line)
     for line in said.lines(len(alike)):
         wanted.say(line)
+
+
+def _named(label: str, say: Callable[[str], None]) -> Callable[[str], None]:
+    """Says what it is given, after the label of a member."""
+    return lambda text: say(f"{label}: {text}" if label else text)
 
 
 def _examined(checked: plain.Checked) -> str:

@@ -91,6 +91,16 @@ def test_a_final_verdict(run, event, fields, state, code):
     assert (str(leaving), leaving.queued) == (state, True)
 
 
+@pytest.mark.parametrize("event", ["note", "requeue"])
+def test_ranks_of_a_lost_node_finish_the_run_after_the_verdict(run, event):
+    attempt = claimed(run)
+    judged(attempt, event, code=85)
+    attempt.write_outcome(outcome_name="finished", code=0, rank=0)
+    assert str(state_of(run, Answers())) == "FINISHED"
+    submitted(run, "18")  # which finds nothing to do
+    assert str(state_of(run, Answers())) == "FINISHED"
+
+
 def test_what_no_script_could_write(run):
     claimed(run)
     assert state_of(run, Answers()).name == "LOST"
@@ -314,13 +324,17 @@ def test_a_new_job_that_starts_does_not_keep_the_last_attempt_alive(run):
     assert sum(found["seconds"][kind] for kind in ALLOCATED) == pytest.approx(25, abs=2)
 
 
-def test_an_answer_from_before_the_claim_tells_of_no_requeue(run):
+def test_an_answer_from_before_the_claim_tells_of_no_requeue(run, slurm):
+    line = "17|PENDING|low|me|0:00|1:00|N/A||Priority|toy"
+    (slurm / "squeue").write_text(f"#!/bin/sh\necho '{line}'\n")
     submitted(run)
-    queue = Answers({"17": ("PENDING", "Priority")})
-    claimed(run)
-    assert str(state_of(run, queue)) == "PENDING (requeued, Priority)"
-    queue.asked = time.time() - 60
-    assert str(state_of(run, queue)) == "RUNNING"
+    before = Queue()
+    before.ask()
+    attempt = claimed(run)
+    assert str(state_of(run, before)) == "RUNNING"
+    assert str(state_of(run, Queue())) == "PENDING (requeued, Priority)"
+    judged(attempt, "requeue")
+    assert str(state_of(run, before)) == "PENDING (requeued, Priority)"
 
 
 def test_what_holds_a_run_up_is_named(run):

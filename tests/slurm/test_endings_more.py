@@ -215,6 +215,26 @@ def test_a_node_is_lost_and_its_ranks_live_on(bench):
         sandboxes.restore_node(bench.sandbox.folder, victim)
 
 
+@pytest.mark.long
+def test_ranks_of_a_lost_node_finish_the_run_before_the_next_attempt(bench):
+    """Their node does not answer, and their job waits to run again: it finds nothing left to do."""
+    run, job = bench.submit({"steps": 800})
+    bench.at_step(run, 12)
+    victim = bench.slurm.job(job).batch_host
+    try:
+        sandboxes.lose_node(bench.sandbox.folder, victim)
+        bench.until(lambda: bench.slurm.job(job).restarts == 1, 90)
+        assert not run.finished(), "the node was noticed too late for what is tested here"
+        assert history.last_verdict(run.attempt(1)) is None or bench.verdict(run, 1)["event"] == "note"
+        bench.until(run.finished, 90)
+        bench.slurm.cancel([job])
+        bench.gone(job)
+        assert str(bench.state(run)) == "FINISHED"
+        bench.check_whole(run, 800, 2)
+    finally:
+        sandboxes.restore_node(bench.sandbox.folder, victim)
+
+
 def wrapped(folder, refuses):
     """A folder with an scontrol that refuses one verb as a real one would, and passes everything else on."""
     folder.mkdir()

@@ -110,6 +110,8 @@ def test_the_default_quality_of_service_counts_where_none_is_asked_for() -> None
     own = slurm.parse_associations("vision||normal,long|long|gpus\ncommon||normal|normal|gpus\n")
     assert compare(known(associations=own), time="3 d").errors == []
     assert compare(known(associations=own), time="3 d", account="vision").errors == []
+    elsewhere = slurm.parse_associations("vision|high|normal,long|long|gpus\n")
+    assert compare(known(associations=elsewhere), time="3 d").errors
     for keys in ({"account": "common"}, {"qos": "normal"}):
         (error,) = compare(known(associations=own), time="3 d", **keys).errors
         assert error.startswith("cluster.time: 3 d requested")
@@ -129,12 +131,13 @@ def test_a_database_of_several_clusters_is_asked_about_this_one(tmp_path, monkey
 
 
 def test_too_many_nodes_hide_nothing_else() -> None:
-    found = compare(nodes=9, cpus_per_task=17, mem="65 GB", gpus_per_node=1, constraint="nowhere")
+    found = compare(nodes=9, cpus_per_task=17, mem="65 GB", gpus_per_node=5, constraint="nowhere")
     keys = [error.partition(": ")[0] for error in found.errors]
     names = ("nodes", "cpus_per_task", "mem", "gpus_per_node", "constraint")
     assert keys == [f"cluster.{name}" for name in names]
-    assert "nodes of partition low have 8;" in found.errors[1]
-    (error,) = compare(nodes=9, cpus_per_task=8).errors
+    has = ("CPUs are 85 on a node, and nodes of partition low have 16", "have 64000 MB", "have 4; set it to")
+    assert all(text in error for text, error in zip(has, found.errors[1:4], strict=True))
+    (error,) = compare(nodes=9, cpus_per_task=4, gpus_per_node=1).errors  # some nodes have that
     assert error.startswith("cluster.nodes: 9 requested")
 
 

@@ -56,6 +56,17 @@ def test_claim_prints_the_number_alone(run, no_slurm):
     assert (cancelled.returncode, cancelled.stdout) == (0, "")
 
 
+def test_a_run_that_was_finished_after_the_verdict_is_recorded_as_such(run, no_slurm):
+    attempt = run.claim("17", host="n1", still_running=lambda job: False)
+    attempt.event("note", writer=history.WRITER, ending="requeued already", code=85)
+    attempt.write_outcome(outcome_name="finished", code=0, rank=0)
+    for job in ("17", "18"):
+        done = endings("claim", run.path, SLURM_JOB_ID=job)
+        assert (done.returncode, done.stdout) == (0, "")
+    finish = {"event": "finish", "ending": "finished", "code": 0, "time": attempt.outcome()["time"]}
+    assert [{key: line[key] for key in finish} for line in history.batch_events(attempt)[1:]] == [finish]
+
+
 def test_claim_knows_members_of_arrays(run, no_slurm):
     endings("claim", run.path, SLURM_ARRAY_JOB_ID="40", SLURM_ARRAY_TASK_ID="3")
     assert run.newest().job == "40_3"

@@ -113,13 +113,21 @@ FAULTS = {
         "all-reduce",
         "error",
     ),
-    "no interface": (
-        {"interface_lacks": "no interface ib7", "address": None, "gloo": None, "nccl": None},
-        "network",
-        "error",
-    ),
     "lost": ({"error": "LostPeers: rank 1 could not reach"}, "all-reduce", "error"),
 }
+
+
+def test_nodes_without_the_interface_of_the_profile():
+    never = dict.fromkeys(("address", "clock_offsets", "seen_after", "gloo", "nccl"))
+    lacking = [report(rank, **never, interface_error="no interface ib7") for rank in (0, 1)]
+    assert wrong(found(lacking)) == [("network", "error")]
+    timed_out = report(0, **never, done=None, error="TimeoutError: rank 1 did not come")
+    other = {**lacking[1], "interfaces": {"ib0": {"address": "10.1.0.1", "mbit": 0}}}
+    (network,) = [line for line in findings(found([timed_out, other])) if line.what == "network"]
+    assert (network.kind, network.found) == (
+        "error",
+        "ib0 10.1.0.1, mlx5_0: 200 Gb/sec (4X HDR); no interface ib7",
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)
