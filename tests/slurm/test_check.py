@@ -73,7 +73,7 @@ def test_the_towers_are_not_built_for_a_cluster_that_refuses_the_job(site, tmp_p
     found = plain.check(RECIPE, [*SMALL, "cluster.partition=lwo"], runs=tmp_path / "runs")
     checking.complete(found, Run(tmp_path / "runs" / "x"), "slurm", quick=False, say=said.append)
     assert (len(found.errors), said, "memory_bytes" in found.figures) == (1, [], False)
-    assert found.unchecked[-1].endswith("checkpoint size: not before the errors are corrected")
+    assert found.unchecked[-1].endswith("checkpoint size: skipped; fix the errors first")
     found = plain.check(RECIPE, SMALL, runs=tmp_path / "runs")
     checking.complete(found, Run(tmp_path / "runs" / "x"), "slurm", quick=False, say=said.append)
     assert (found.errors, len(said), "memory_bytes" in found.figures) == ([], 1, True)
