@@ -285,7 +285,10 @@ def _awaited(links: Sequence[Submission | Conversion]) -> list[Awaited]:
     found = []
     for link in links:
         if isinstance(link, Conversion):
-            if link.state != "FINISHED":
+            state = link.state
+            if state == "UNKNOWN":
+                raise UserError(f"{link.name}: SLURM, where it is made, gives no answer. Try again later.")
+            if state != "FINISHED":
                 found.append(Awaited(link.out, tuple(link.queued(Queue()))))
             continue
         for run, state in zip(link.runs, link.states(fresh=True), strict=True):

@@ -44,17 +44,26 @@ class Conversion:
 
     def queued(self, queue: Queue) -> list[str]:
         """Its jobs that SLURM shows."""
+        return [job for job in self._jobs() if queue.job(job) is not None]
+
+    def _jobs(self) -> list[str]:
+        """Every job that was queued for it."""
         from jobs import convert as array
 
         known = files.read_object(self.out / array.FOLDER / array.JOB, jobs=list) or {"jobs": []}
-        return [job for job in known["jobs"] if queue.job(job) is not None]
+        return list(known["jobs"])
 
     @property
     def state(self) -> str:
-        """FINISHED, RUNNING, PENDING, or STOPPED where it is neither finished nor queued."""
+        """FINISHED, RUNNING, PENDING, or STOPPED where it is neither finished nor queued.
+
+        UNKNOWN while SLURM, where its jobs were queued, gives no answer.
+        """
         if self.finished:
             return "FINISHED"
         queue = Queue()
+        if self._jobs() and queue.silent:
+            return "UNKNOWN"
         shown = [queue.job(job) for job in self.queued(queue)]
         states = {job.state for job in shown if job is not None}
         return "STOPPED" if not states else "PENDING" if states == {"PENDING"} else "RUNNING"
@@ -62,7 +71,7 @@ class Conversion:
     def wait(self, timeout: float | None = None) -> str:
         """Wait until it is finished, or not queued; returns the state. TimeoutError after `timeout` s."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while (state := self.state) in ("RUNNING", "PENDING"):
+        while (state := self.state) in ("RUNNING", "PENDING", "UNKNOWN"):
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name} is {state} after {timeout:g} s")
             time.sleep(LOOK_SECONDS)

@@ -145,7 +145,7 @@ def state_of(run: Run, queue: Queue) -> State:
         return State("UNKNOWN", "a job of SLURM, which cannot be asked here, may have been submitted")
     if newest is not None and jobs[-1:] != [newest.job] and not run.finished():
         newest = None  # a later job came to its end without a claim
-    ended = (_by_verdict(newest) or _by_outcome(newest)) if newest else None
+    ended = _of_ended(newest) if newest else None
     return ended or _gone(run, queue, jobs, newest)
 
 
@@ -161,12 +161,15 @@ def _live(run: Run, queue: Queue, jobs: Sequence[str], intent: Intent | None) ->
 
 def _while_queued(run: Run, queue: Queue, job: str, attempt: Attempt | None) -> State:
     """The state of a run with a job; `attempt`: the newest one, where it is this job's."""
+    shown = None if job.startswith("local-") else queue.job(job)
+    late = _finished(attempt) if attempt and shown and shown.state in WAITING else None
+    if late is not None:
+        return late  # SLURM requeued the job; it will find nothing to do
     ended = _by_verdict(attempt) if attempt else None
     if ended is not None:
         return replace(ended, queued=True)
     if job in run.cancelled_jobs():
         return State("CANCELLED", "its job is still ending", job=job, queued=True, code=Outcome.CANCELLED)
-    shown = None if job.startswith("local-") else queue.job(job)
     if shown is None:
         return State("RUNNING", job=job, queued=True)
     verdict = history.last_verdict(attempt) if attempt else None
@@ -182,6 +185,29 @@ def _while_queued(run: Run, queue: Queue, job: str, attempt: Attempt | None) -> 
     return State("RUNNING", "" if attempt else "starting", job=job, queued=True)
 
 
+def _of_ended(attempt: Attempt) -> State | None:
+    """The state of a run by its newest attempt, whose job is gone; None where that tells nothing.
+
+    Ranks on a node that SLURM had lost may have finished the run after the verdict.
+    """
+    verdict = _by_verdict(attempt)
+    try:
+        late = _finished(attempt)
+    except files.BrokenFile:
+        if verdict is None:
+            raise
+        late = None
+    return late or verdict or _by_outcome(attempt)
+
+
+def _finished(attempt: Attempt) -> State | None:
+    """The state of an attempt whose outcome is that the run is finished; else None."""
+    outcome = attempt.outcome()
+    if outcome is None or outcome["outcome"] != "finished":
+        return None
+    return State("FINISHED", "", outcome["advice"], attempt.job, code=outcome["code"])
+
+
 def _by_verdict(attempt: Attempt) -> State | None:
     """The state of a run that the verdict on its newest attempt ended."""
     verdict = history.last_verdict(attempt)
@@ -193,16 +219,11 @@ def _by_verdict(attempt: Attempt) -> State | None:
 
 
 def _by_outcome(attempt: Attempt) -> State | None:
-    """The state of an attempt that nobody judges (torchrun, one process): its outcome is the verdict.
-
-    Or that ranks on a node that SLURM had lost finished after the verdict.
-    """
+    """The state of an attempt that nobody judges (torchrun, one process): its outcome is the verdict."""
     outcome = attempt.outcome()
-    if outcome is None:
+    if outcome is None or history.last_verdict(attempt) is not None:
         return None
     name = outcome["outcome"].upper()
-    if name != "FINISHED" and history.last_verdict(attempt) is not None:
-        return None
     if name == "STOPPED" and not (attempt.job or "").startswith("local-"):
         return None
     return State(name, outcome["reason"], outcome["advice"], attempt.job, code=outcome["code"])

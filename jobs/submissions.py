@@ -59,8 +59,14 @@ class Intent:
 
 
 def intend(run: Run, executor: str, code: str, **more: Any) -> Intent:
-    """Record, durably, that a job is about to be launched; `more` are other fields of the intent."""
+    """Record, durably, that a job is about to be launched; `more` are other fields of the intent.
+
+    What died on this machine is marked as ended before a job of SLURM, which would wait for it.
+    """
     run.submitit.mkdir(exist_ok=True)
+    if executor == "slurm":  # a node cannot know that a process of this machine has died
+        local = [job for job in job_ids(run) if job.startswith("local-")]
+        run.mark_cancelled([job for job in local if local_job_runs(job) is False])
     intent = Intent(secrets.token_hex(4), executor, code, socket.gethostname(), round(time.time(), 3), **more)
     record(run, intent)
     files.fsync_folder(run.submitit)

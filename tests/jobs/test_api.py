@@ -9,9 +9,10 @@ import clipcluster
 from clipcluster.errors import UserError
 from clipcluster.recipe.load import load_chain
 from clipcluster.recipe.sections.chain import Chain, Export, Measure
-from clipcluster.runs import chains
+from clipcluster.runs import chains, files
 from clipcluster.runs.folder import Run
 from jobs import api, submissions
+from jobs import convert as array
 from jobs.cli.app import command_for
 from jobs.conversions import Conversion
 from jobs.endings.act import claim
@@ -111,6 +112,12 @@ def test_a_conversion_here_is_made_before_it_returns(tmp_path, no_slurm):
     api.convert("digits", out=tmp_path / "digits", say=said.append)
     assert said[-1] == f"{tmp_path / 'digits'}: complete already"
     assert Conversion(tmp_path / "nothing").state == "STOPPED"
+    queued = tmp_path / "queued" / array.FOLDER
+    queued.mkdir(parents=True)
+    files.write_json(queued / array.JOB, {"jobs": ["17_0"]})
+    assert Conversion(queued.parent).state == "UNKNOWN"  # not STOPPED: SLURM gives no answer
+    with pytest.raises(TimeoutError):
+        Conversion(queued.parent).wait(0)
     with pytest.raises(UserError, match="no option smaples_per_shard; did you mean samples_per_shard"):
         api.convert("digits", out=tmp_path / "other", options={"smaples_per_shard": 3})
 

@@ -2,6 +2,8 @@
 
 import io
 import os
+import socket
+import subprocess
 import time
 
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 from clipcluster.errors import UserError
 from clipcluster.runs import evaluations, files
 from clipcluster.runs.folder import Run
+from clipcluster.runtime.job_id import local_job_id
 from jobs import status, submissions
 from jobs.accounting import ALLOCATED
 from jobs.cancel import cancel
@@ -91,12 +94,14 @@ def test_a_final_verdict(run, event, fields, state, code):
     assert (str(leaving), leaving.queued) == (state, True)
 
 
-@pytest.mark.parametrize("event", ["note", "requeue"])
+@pytest.mark.parametrize("event", ["note", "requeue", "cancel", "fail", "finish"])
 def test_ranks_of_a_lost_node_finish_the_run_after_the_verdict(run, event):
     attempt = claimed(run)
     judged(attempt, event, code=85)
-    attempt.write_outcome(outcome_name="finished", code=0, rank=0)
+    attempt.write_outcome(outcome_name="finished", code=0, rank=0, reason="all steps done")
     assert str(state_of(run, Answers())) == "FINISHED"
+    waiting = state_of(run, Answers({"17": ("PENDING", "BeginTime")}))
+    assert (str(waiting), waiting.queued) == ("FINISHED", False)
     submitted(run, "18")  # which finds nothing to do
     assert str(state_of(run, Answers())) == "FINISHED"
 
@@ -447,6 +452,20 @@ def test_a_launch_without_an_answer(run, monkeypatch):
     claimed(run, "18")
     assert submissions.unanswered(run) is None
     assert submissions.job_ids(run) == ["17", "18"]
+
+
+def test_a_job_of_slurm_does_not_wait_for_a_process_that_died_here(run, monkeypatch):
+    with subprocess.Popen(["true"]) as process:
+        dead = local_job_id(process.pid)
+    alive = local_job_id()
+    claimed(run, dead)
+    submissions.record(run, submissions.intend(run, "local", "code-1"), job=alive)
+    assert run.cancelled_jobs() == set()
+    submissions.intend(run, "slurm", "code-1")
+    assert run.cancelled_jobs() == {dead}
+    monkeypatch.setattr(socket, "gethostname", lambda: "n1")  # where nobody can look for the process
+    assert not history.job_runs(run, dead, Queue().slurm)
+    assert history.job_runs(run, alive, Queue().slurm)
 
 
 def test_a_launch_that_left_no_job_can_be_cancelled(run, monkeypatch):
