@@ -285,10 +285,10 @@ def _awaited(links: Sequence[Submission | Conversion]) -> list[Awaited]:
     found = []
     for link in links:
         if isinstance(link, Conversion):
-            state = link.state
-            if state == "UNKNOWN":
+            made = link.state
+            if made == "UNKNOWN":
                 raise UserError(f"{link.name}: SLURM, where it is made, gives no answer. Try again later.")
-            if state != "FINISHED":
+            if made != "FINISHED":
                 found.append(Awaited(link.out, tuple(link.queued(Queue()))))
             continue
         for run, state in zip(link.runs, link.states(fresh=True), strict=True):
