@@ -37,6 +37,7 @@ WAITING = ("queue", "requeue")
 ALLOCATED = tuple(kind for kind in KINDS if kind not in WAITING)
 STEPS = ("train", "data")
 """What the time of a step consists of: lost where the step is done again."""
+CLOCK_SECONDS = 5.0  # by so much a clock may be set between two records of a node
 _TAIL_BYTES = (4096, 1 << 20)
 _OF_RANK = re.compile(r"events-rank-(\d+)\.jsonl")
 
@@ -245,13 +246,13 @@ def _account(
     reached = max((one.get("step") or 0 for one in told.events), default=0)
     spent = dict.fromkeys(KINDS, 0.0)
     if began is not None and ended is not None:
-        marks = [mark for mark in _needed(_recorded(told), told, cuts) if _is_whole(mark)] or _estimated(told)
-        # what ranks on a node that SLURM lost wrote after the verdict is nobody's
+        own = _before(told, ended + CLOCK_SECONDS) if verdict else told
+        marks = [mark for mark in _needed(_recorded(own), own, cuts) if _is_whole(mark)] or _estimated(own)
         ended = max(began, ended, *(mark["time"] for mark in marks if not verdict))
         if until is not None and until > began:  # else the clocks of two nodes differ
             ended = min(ended, until)
         if marks:
-            spent |= _Attempt(number, steps, told, first, alive).taken_apart(marks, began, ended)
+            spent |= _Attempt(number, steps, own, first, alive).taken_apart(marks, began, ended)
         else:
             spent["start"] = ended - began
     return Account(
@@ -266,6 +267,13 @@ def _account(
         last_step=int(max(first, reached, logged if isinstance(logged, int) else 0)),
         spent=spent,
     )
+
+
+def _before(told: Told, ended: float) -> Told:
+    """What was recorded until then; what ranks on a node that SLURM lost wrote later is nobody's."""
+    events = [event for event in told.events if event["time"] <= ended]
+    lines = [line for line in told.lines if max(_numbers(line.get("time")), default=ended) <= ended]
+    return replace(told, events=events, lines=lines)
 
 
 def _waited(account: Account, before: Sequence[Account], submitted: Mapping[str, float]) -> Account:

@@ -288,6 +288,8 @@ def _awaited(links: Sequence[Submission | Conversion]) -> list[Awaited]:
             made = link.state
             if made == "UNKNOWN":
                 raise UserError(f"{link.name}: SLURM, where it is made, gives no answer. Try again later.")
+            if made in ("RUNNING", "PENDING"):
+                link.refuse_failed()
             if made != "FINISHED":
                 found.append(Awaited(link.out, tuple(link.queued(Queue()))))
             continue

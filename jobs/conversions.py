@@ -46,6 +46,17 @@ class Conversion:
         """Its jobs that SLURM shows."""
         return [job for job in self._jobs() if queue.job(job) is not None]
 
+    def refuse_failed(self) -> None:
+        """UserError where one of its jobs failed for good, so that those that are queued cannot finish it."""
+        from jobs import convert as array
+
+        for job in array.failed_jobs(self.out):
+            log = self.out / array.FOLDER / array.LOG_FOLDER / f"{job}_0_log.err"
+            raise UserError(
+                f"{self.name}: job {job}, which makes a part of it, failed; its log: {log}. End the others "
+                f"(scancel {job.partition('_')[0]}) and submit again: what is made already is kept."
+            )
+
     def _jobs(self) -> list[str]:
         """Every job that was queued for it."""
         from jobs import convert as array

@@ -38,7 +38,9 @@ from tools.slurm import Slurm, SlurmRefused, SlurmUnavailable
 
 FOLDER = "convert-jobs"
 JOB = "job.json"
+LOG_FOLDER = "submitit"
 _CLAIMS = "claims"
+_FAILED = "failed"  # holds a file for each job that ended for good with its claims unwritten
 _TIME_IS_UP = "SIGUSR1"
 _LEAD_SECONDS = 60  # before the time limit: SLURM keeps limits by the minute
 # Of the cluster section: a task is one process without torch, for which the Python of the submission will do.
@@ -170,13 +172,14 @@ def submit(job: ConvertJob, cluster: Cluster, jobs: int) -> list[str]:
     with begun(plan):
         refuse_running(job.out)  # once more: planning may take minutes, and here nobody else submits
         folder = job.out / FOLDER
-        shutil.rmtree(folder / _CLAIMS, ignore_errors=True)  # no job holds one: see above
+        for earlier in (_CLAIMS, _FAILED):
+            shutil.rmtree(folder / earlier, ignore_errors=True)  # no job holds a claim: see above
         (folder / _CLAIMS).mkdir(parents=True)
         code = snapshot.take(folder)
         members = min(jobs, len(plan.shards))
         files.write_json(folder / JOB, {"jobs": []})
         chosen = _parameters(cluster, job.out, code)
-        ids = launch.queue([job] * members, cluster, chosen, folder / "submitit")
+        ids = launch.queue([job] * members, cluster, chosen, folder / LOG_FOLDER)
         files.write_json(folder / JOB, {"jobs": ids})
     return ids
 
@@ -209,20 +212,37 @@ def _parameters(cluster: Cluster, out: Path, code: Path) -> dict[str, Any]:
         name=f"convert-{out.name}",
         comment=str(out),
         setup=script.setup(
-            cluster, shlex.quote(str(code)), "-m jobs.convert", logs=out / FOLDER / "submitit"
+            cluster, shlex.quote(str(code)), "-m jobs.convert", logs=out / FOLDER / LOG_FOLDER
         ),
         lead=min(_LEAD_SECONDS, int(cluster.time.minutes * 20)),
     )
 
 
+def failed_jobs(out: Path) -> list[str]:
+    """The jobs of the conversion into `out` that ended for good: what they claimed nobody writes any more."""
+    known = files.read_object(out / FOLDER / JOB, jobs=list) or {"jobs": []}
+    return [job for job in known["jobs"] if (out / FOLDER / _FAILED / job).exists()]
+
+
 def ending(code: int, slurm: Slurm) -> int:
     """What follows a task's end, by the table of a run's endings; returns `code`, of srun.
 
-    A task is requeued where it was asked to stop or taken away, and a few times where it crashed.
+    A task is requeued where it was asked to stop or taken away, and a few times where it crashed. That it
+    failed for good is recorded.
     """
-    if code in (0, 2):
-        return code
     job_id = slurm_job_id(os.environ)
+    if code and (code == 2 or not _comes_back(code, job_id, slurm)):
+        folder = Path(os.environ[LOGS]).parent / _FAILED
+        try:
+            folder.mkdir(exist_ok=True)
+            files.write_json(folder / job_id, {"code": code})
+        except OSError as error:
+            say(f"that job {job_id} failed could not be recorded: {error}")
+    return code
+
+
+def _comes_back(code: int, job_id: str, slurm: Slurm) -> bool:
+    """Whether the task runs again, requeued here or by somebody else."""
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     job = facts.as_seen(facts.ask(slurm, job_id))
     out_of_time = job is not None and job.time_limit
@@ -236,9 +256,7 @@ def ending(code: int, slurm: Slurm) -> int:
     )
     verdict = decide(seen)
     say(f"verdict on job {job_id}, whose task exited with code {code}: {verdict.ending} -> {verdict.action}")
-    if verdict.action == "requeue":
-        requeue(slurm, job_id, seen)
-    return code
+    return verdict.action == "note" or (verdict.action == "requeue" and requeue(slurm, job_id, seen) is None)
 
 
 def _crashes(job_id: str, restarts: int) -> int:

@@ -14,12 +14,12 @@ from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.chains import runs_before
 from clipcluster.runs.evaluations import Owed, failed_of, owed_by
-from clipcluster.runs.folder import Run
+from clipcluster.runs.folder import LISTED_SECONDS, Run
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import history
 from jobs.submissions import Intent, job_ids, last_wait, log_folder, unanswered
-from tools.slurm import WAITING, QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
+from tools.slurm import WAITING, JobState, QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
 
 ENDED = frozenset({"FINISHED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "LOST", "NEW"})
 ASK_SECONDS = 10.0  # between two questions to SLURM about a run that is watched
@@ -62,7 +62,7 @@ class Queue:
 
     def __init__(self, slurm: Slurm | None = None) -> None:
         self.slurm = slurm or Slurm()
-        self._ended = dict[str, str | None]()
+        self._remembered = dict[str, JobState | None]()
         self._lost_touch = False
 
     @cached_property
@@ -99,20 +99,19 @@ class Queue:
             if job.name == run.name and job.comment and os.path.realpath(job.comment) == folder
         ]
 
-    def afterwards(self, job_id: str) -> str | None:
-        """How SLURM says that a job ended, as long as it remembers it."""
+    def afterwards(self, job_id: str) -> JobState | None:
+        """What SLURM says of a job that ended, as long as it remembers it."""
         if self.silent or self._lost_touch:
             return None
-        if job_id not in self._ended:
+        if job_id not in self._remembered:
             try:
-                job = self.slurm.job(job_id)
+                self._remembered[job_id] = self.slurm.job(job_id)
             except SlurmUnavailable:  # not asked again for every other run
                 self._lost_touch = True
                 return None
             except SlurmRefused:
-                job = None
-            self._ended[job_id] = job.state if job else None
-        return self._ended[job_id]
+                self._remembered[job_id] = None
+        return self._remembered[job_id]
 
 
 class Watched:
@@ -249,15 +248,29 @@ def _gone(run: Run, queue: Queue, jobs: Sequence[str], newest: Attempt | None) -
         if unfinished:
             detail = f"what comes first did not finish: {unfinished}"
             return State("CANCELLED", detail, job=job, code=Outcome.CANCELLED)
-        ended = queue.afterwards(job) or ""
+        known = queue.afterwards(job)
+        ended = known.state if known else ""
         if ended.startswith("CANCELLED"):
             return State("CANCELLED", "" if newest else "before it started", job=job, code=Outcome.CANCELLED)
         if ended == "TIMEOUT":
             return State("TIMEOUT", "the ranks outlived the time limit", _RESUBMIT, job, code=1)
+        if known and _has_more_to_show(known, newest):
+            return State("COMPLETING", "its last records do not show here yet", job=job)
     where = f"attempt {newest.number}" if newest else "it never claimed the run"
     log = log_folder(run, job) / f"{job}_0_log.err"
     detail = f"job {job} ended without recording an outcome: {where}"
     return State("LOST", detail, f"{_RESUBMIT} Its log: {log}" if log.exists() else _RESUBMIT, job, code=1)
+
+
+def _has_more_to_show(job: JobState, newest: Attempt | None) -> bool:
+    """Whether a job that has just ended by itself left records that this machine's file system lags behind.
+
+    Its script ends with success only once the run is finished or cancelled, and judges what it claimed.
+    """
+    judged = job.state == "COMPLETED" or (
+        job.state == "FAILED" and newest is not None and history.last_verdict(newest) is None
+    )
+    return judged and job.end_time is not None and time.time() - job.end_time.timestamp() < LISTED_SECONDS
 
 
 def _never_submitted(run: Run) -> State:

@@ -28,7 +28,7 @@ from jobs.submissions import submissions
 UNREADABLE = "UNREADABLE"
 DATA_BOUND = 0.15  # the fraction of the last steps that waited for data, from which a run is called so
 PACE_LINES = 10  # the last ones, which say how fast a run is
-RUNS_A_PROCESS, PROCESSES = 50, 8  # reading takes a core: not more than there are
+RUNS_A_PROCESS, PROCESSES = 50, 8  # at most: reading takes a core
 ACTIVE = frozenset({"RUNNING", "COMPLETING"})
 
 

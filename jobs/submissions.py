@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Intent:
 
     Of a member of an array the `task`, its number there, and the `comment` of the array's job. Of a run that
     waits for its turn on this machine `queue`, the job id of the process that will start it; and `taken` once
-    that does.
+    that does. `attempts`: how many there were before; None in lines of versions that did not write it.
     """
 
     launch: str
@@ -39,6 +40,7 @@ class Intent:
     task: int | None = None
     queue: str = ""
     taken: str = ""
+    attempts: int | None = None
 
     @property
     def settled(self) -> bool:
@@ -67,7 +69,9 @@ def intend(run: Run, executor: str, code: str, **more: Any) -> Intent:
     if executor == "slurm":  # a node cannot know that a process of this machine has died
         local = [job for job in job_ids(run) if job.startswith("local-")]
         run.mark_cancelled([job for job in local if local_job_runs(job) is False])
-    intent = Intent(secrets.token_hex(4), executor, code, socket.gethostname(), round(time.time(), 3), **more)
+    now, newest = round(time.time(), 3), run.newest()
+    before = newest.number if newest else 0
+    intent = Intent(secrets.token_hex(4), executor, code, socket.gethostname(), now, attempts=before, **more)
     record(run, intent)
     files.fsync_folder(run.submitit)
     return intent
@@ -99,12 +103,24 @@ def submissions(run: Run) -> list[dict[str, Any]]:
 
 
 def job_ids(run: Run) -> list[str]:
-    """Every job that was submitted for the run or claimed it, by when it last did, the newest last."""
-    latest: dict[str, float] = {}
-    for line in [*submissions(run), *(attempt.claim() for attempt in run.attempts())]:
-        if line.get("job"):
-            latest[line["job"]] = max(line.get("time", 0.0), latest.get(line["job"], 0.0))
-    return sorted(latest, key=lambda job: latest[job])
+    """Every job that was submitted for the run or claimed it, by when it last did, the newest last.
+
+    By the attempts there were, because the clocks of a cluster's machines may differ by minutes.
+    """
+    claims = [(attempt.number, attempt.claim()) for attempt in run.attempts()]
+    places = dict[str, tuple[int, int]]()
+    for place, line in enumerate(submissions(run), 1):
+        places[line["job"]] = _attempts_before(line, claims), place
+    places |= {claim["job"]: (number, 0) for number, claim in claims if claim.get("job")}
+    return sorted(places, key=lambda job: places[job])
+
+
+def _attempts_before(line: Mapping[str, Any], claims: Sequence[tuple[int, Mapping[str, Any]]]) -> int:
+    """How many attempts there were when a job was submitted; by the clock where the line does not say it."""
+    told, time_of_line = line.get("attempts"), line.get("time", 0.0)
+    if isinstance(told, int):
+        return told
+    return max((number for number, claim in claims if claim.get("time", 0.0) <= time_of_line), default=0)
 
 
 def last_wait(run: Run) -> dict[str, Any] | None:
@@ -129,7 +145,6 @@ def unanswered(run: Run) -> Intent | None:
     lines = files.read_lines(run.submitit / FILE)
     if not lines or "launch" not in lines[-1] or "job" in lines[-1] or "refused" in lines[-1]:
         return None
-    intent = Intent(**lines[-1])
-    newest = run.newest()
-    claimed = newest.claim().get("time", 0) if newest else 0
-    return intent if claimed < intent.time else None
+    claims = [(newest.number, newest.claim()) for newest in [run.newest()] if newest]
+    claimed = any(number > _attempts_before(lines[-1], claims) for number, _ in claims)
+    return None if claimed else Intent(**lines[-1])

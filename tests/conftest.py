@@ -185,6 +185,23 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """programs(scontrol="echo ..."): programs, each a line of sh, found before SLURM's own; their folder."""
+    folder = tmp_path / "programs"
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def write(**lines: str) -> Path:
+        folder.mkdir(exist_ok=True)
+        for name, line in lines.items():
+            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+            (folder / name).chmod(0o755)
+        return folder
+
+    return write
+
+
+@pytest.fixture
 def web_server() -> Iterator[Callable[..., WebServer]]:
     """web_server(folder, drop_every=0): a `WebServer` of that folder, running."""
     servers: list[WebServer] = []

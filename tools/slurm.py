@@ -66,6 +66,10 @@ class SlurmUnavailable(Exception):
     """
 
 
+class SlurmMissing(SlurmUnavailable):
+    """There is no SLURM here to ask: no program of it, or no configuration."""
+
+
 class SlurmRefused(Exception):
     """SLURM answered, and said no; the message is its own."""
 
@@ -305,7 +309,7 @@ class Slurm:
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         conf = self._environment.get("SLURM_CONF")
         if conf and not os.path.exists(conf):  # SLURM's programs would wait a minute for it
-            raise SlurmUnavailable(f"SLURM_CONF names {conf}, which does not exist")
+            raise SlurmMissing(f"SLURM_CONF names {conf}, which does not exist")
         try:
             done = subprocess.run(
                 command,
@@ -317,7 +321,7 @@ class Slurm:
                 timeout=self.timeout,
             )
         except FileNotFoundError:
-            raise SlurmUnavailable(f"no {command[0]} on the PATH") from None
+            raise SlurmMissing(f"no {command[0]} on the PATH") from None
         except subprocess.TimeoutExpired:
             raise SlurmUnavailable(f"{command[0]} gave no answer in {self.timeout:g} s") from None
         if done.returncode == 0:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from clipcluster.runs import files
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
 from clipcluster.runtime.job_id import local_job_runs
-from tools.slurm import ENDED, Slurm, SlurmRefused, SlurmUnavailable
+from tools.slurm import ENDED, Slurm, SlurmMissing, SlurmRefused, SlurmUnavailable
 
 WRITER = "verdict"  # of events-verdict.jsonl: the batch script, or the local process
 FINAL = frozenset({"finish", "cancel", "stop", "fail"})
 VERDICTS = FINAL | {"note", "requeue"}
+SILENT_SECONDS, ASK_SECONDS = 90.0, 5.0  # how long a silent SLURM is asked about another job, and how often
 
 
 def batch_events(attempt: Attempt) -> list[dict[str, Any]]:
@@ -36,17 +38,26 @@ def earlier(run: Run, attempt: Attempt) -> list[dict[str, Any]]:
 def job_runs(run: Run, job_id: str, slurm: Slurm) -> bool:
     """Whether a job still has processes that may write to the run.
 
-    A job that cannot be looked up from here (on another machine, or SLURM does not answer) counts as running
-    until the run folder says that it ended.
+    A job that cannot be looked up from here (on another machine, or SLURM does not answer, asked again for
+    SILENT_SECONDS) counts as running until the run folder says that it ended.
     """
     if job_id.startswith("local-"):
         runs = local_job_runs(job_id)
         return _not_ended(run, job_id) if runs is None else runs
-    try:
-        state = slurm.job(job_id)
-    except (SlurmUnavailable, SlurmRefused):
-        return _not_ended(run, job_id)
-    return state is not None and state.state not in ENDED and state.state != "PENDING"
+    deadline = time.monotonic() + SILENT_SECONDS
+    while True:
+        try:
+            state = slurm.job(job_id)
+        except (SlurmMissing, SlurmRefused):
+            return _not_ended(run, job_id)
+        except SlurmUnavailable:  # its controller may be restarted
+            if not _not_ended(run, job_id):
+                return False
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(ASK_SECONDS)
+        else:
+            return state is not None and state.state not in ENDED and state.state != "PENDING"
 
 
 def _not_ended(run: Run, job_id: str) -> bool:

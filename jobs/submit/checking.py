@@ -33,13 +33,14 @@ def complete(
     assets: Path | None = None,
     quick: bool,
     others: Sequence[Run] = (),
-    say: Callable[[str], None] | None = None,
+    refused_ends: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Add to the plain check what the deep one finds (unless `quick`), and the cluster and the disk.
 
     chosen: where the run goes: slurm, local or none. assets: folder of what was fetched for the run. others:
-    runs with as large checkpoints that start together with it. say: of a submission, takes that the deep
-    check begins; it is skipped for a job that the cluster refuses.
+    runs with as large checkpoints that start together with it. refused_ends: a job that the cluster refuses
+    is not checked deeply, as in a submission. say: is told that the deep check begins.
     """
     of_cluster = checked.without_findings()  # asked before the deep check, which takes longer, shown after it
     cluster = checked.recipe.cluster
@@ -55,9 +56,8 @@ def complete(
         checked.unchecked.append(f"{DEEP}: what the run starts from is not made yet")
     elif quick:
         checked.unchecked.append(f"{DEEP} (clipcluster check --deep checks them)")
-    elif not (checked.errors or (say and of_cluster.errors)):
-        if say:
-            say("checking towers, weights, samples and memory; submit --quick skips this")
+    elif not (checked.errors or (refused_ends and of_cluster.errors)):
+        say("checking towers, weights, samples and memory; submit --quick skips this")
         from clipcluster.check import deep
 
         checked.unchecked.clear()  # it looks at all of that

@@ -161,6 +161,7 @@ def of_runs(
             f'pickle="${LOGS}/${{clipcluster_job}}_submitted.pkl"',
             # submitit names it after sbatch: a submitter that dies in between leaves it without its name
             f'[ -e "$pickle" ] || cp "$clipcluster_run/submitit/{PICKLE}" "$pickle"',
+            *([_evaluate()] if evaluations else []),
             f'{ATTEMPT}="$({python} -m jobs.endings claim {folder})" || {{',
             "    rc=$?",
             "    [ $rc -ne 88 ] || clipcluster_code=88  # another job owns the run",
@@ -168,6 +169,8 @@ def of_runs(
             "}",
             f'if [ -z "${ATTEMPT}" ]; then  # finished, or cancelled',
             "    clipcluster_code=0",
+            # ranks that finished the run after the verdict, which started none, may have left some
+            *(['    "${clipcluster_evaluate[@]}" finish </dev/null >&2'] if evaluations else []),
             "    exit",
             "fi",
             f"export {ATTEMPT}",
@@ -191,11 +194,15 @@ def _whose(runs: Sequence[tuple[Run, Path]]) -> list[str]:
     return lines
 
 
+def _evaluate() -> str:
+    """Set the command that starts jobs for owed evaluations."""
+    words = [sys.executable, "-m", "jobs.submit.evaluations"]
+    return f'clipcluster_evaluate=({shlex.join(words)} "$clipcluster_run")'
+
+
 def _evaluation_lines() -> list[str]:
     """Start jobs for owed evaluations beside the ranks; `clipcluster_end` starts the last ones."""
-    words = [sys.executable, "-m", "jobs.submit.evaluations"]
     return [
-        f'clipcluster_evaluate=({shlex.join(words)} "$clipcluster_run")',
         '"${clipcluster_evaluate[@]}" watch "$$" </dev/null >&2 &',
         "clipcluster_watch=$!",
         "disown  # the shell says nothing of its end",

@@ -69,7 +69,15 @@ def submit(wanted: Wanted) -> Submitted:
         fetched = run.assets if run.exists() else Path(aside)  # copied into the new run
         for name in assets.fetch(loaded.recipe, fetched):
             wanted.say(f"fetched {name}")
-        checking.complete(checked, run, chosen, assets=fetched, quick=wanted.quick, say=wanted.say)
+        checking.complete(
+            checked,
+            run,
+            chosen,
+            assets=fetched,
+            quick=wanted.quick,
+            refused_ends=True,
+            say=wanted.say,
+        )
         _say_findings(checked, wanted)
         with only_submission(wanted.runs, wanted.say):
             state = settled(run, wanted)

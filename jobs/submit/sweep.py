@@ -240,8 +240,16 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
         ahead.unchecked += first.checked.unchecked
         quick = wanted.quick or wanted.dry_run
         others = [one.run for one in group[1:]]
-        say = _named(first.member.label if len(alike) > 1 else "", wanted.say) if fetched else None
-        checking.complete(ahead, first.run, chosen, assets=there, quick=quick, others=others, say=say)
+        checking.complete(
+            ahead,
+            first.run,
+            chosen,
+            assets=there,
+            quick=quick,
+            others=others,
+            refused_ends=not wanted.dry_run,
+            say=_named(first.member.label if len(alike) > 1 else "", wanted.say),
+        )
         if ahead.errors and len(alike) > 1:
             raise UserError(f"{first.member.label}: " + "\n  ".join(ahead.errors))
         ahead.raise_errors()

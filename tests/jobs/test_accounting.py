@@ -180,8 +180,11 @@ def test_what_ranks_of_a_lost_node_write_after_the_verdict_is_nobodys():
     lost = told(
         1, 0, spent(40, 30, train=30.0), verdict(42, "requeued already", "note"), spent(60, 50, train=50.0)
     )
+    late = spent(400, 380, train=380.0, start=20.0), event("finish", 400, step=380)
+    lost = replace(lost, events=[*lost.events, *late], lines=[line(390, 370)])
     (one,) = accounted([lost], resumes_at=30)
-    assert sum(one.spent[kind] for kind in ALLOCATED) == pytest.approx(42)
+    assert nonzero(one) == {"start": 10, "train": 30, "lost": 2}
+    assert (one.last_step, one.lost_steps) == (380, 0)
 
 
 def test_ranks_that_outlive_rank_0_hold_the_allocation(run):

@@ -118,6 +118,11 @@ def test_a_conversion_here_is_made_before_it_returns(tmp_path, no_slurm):
     assert Conversion(queued.parent).state == "UNKNOWN"  # not STOPPED: SLURM gives no answer
     with pytest.raises(TimeoutError):
         Conversion(queued.parent).wait(0)
+    Conversion(queued.parent).refuse_failed()
+    (queued / "failed").mkdir()
+    (queued / "failed" / "17_0").touch()
+    with pytest.raises(UserError, match=r"job 17_0, which makes a part of it, failed.*scancel 17\)"):
+        Conversion(queued.parent).refuse_failed()
     with pytest.raises(UserError, match="no option smaples_per_shard; did you mean samples_per_shard"):
         api.convert("digits", out=tmp_path / "other", options={"smaples_per_shard": 3})
 

@@ -18,7 +18,7 @@ from clipcluster.runs.files import write_json
 from clipcluster.runtime.environment import LOGS
 from clipcluster.runtime.outcome import Outcome
 from clipcluster.runtime.stop import Stop
-from jobs.convert import FOLDER, Claims, ConvertJob, ending, refuse_running, serve, submit
+from jobs.convert import FOLDER, Claims, ConvertJob, ending, failed_jobs, refuse_running, serve, submit
 from jobs.convert import _parameters as parameters_of
 from tools.convert import convert as conversion
 from tools.convert import work as making
@@ -226,14 +226,19 @@ def test_what_follows_a_task(
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(answer["before"]))
-    monkeypatch.setenv(LOGS, str(tmp_path))
+    out, logs = tmp_path / "out", tmp_path / "out" / FOLDER / "submitit"
+    logs.mkdir(parents=True)
+    write_json(logs.parent / "job.json", {"jobs": ["7_0", "7_1"]})
+    monkeypatch.setenv(LOGS, str(logs))
     lines = [
         f"clipcluster: verdict on job 7_0, whose task exited with code 1: {each} -> requeue\n"
         for each in answer.get("endings", [])
     ]
     if lines:
-        (tmp_path / "7_0_0_log.err").write_text("".join(lines))
+        (logs / "7_0_0_log.err").write_text("".join(lines))
     assert ending(code, Slurm()) == code
+    comes_back = requeued or "restarts" in seen  # or somebody requeued it
+    assert failed_jobs(out) == ([] if comes_back or code == 0 else ["7_0"])
     calls = (tmp_path / "calls").read_text().split() if code not in (0, 2) else []
     assert calls.count("requeue") == requeued + answer["refusals"]
 
@@ -244,6 +249,7 @@ def batch_script(
     """The batch script of a task that leaves with `code`, run by bash."""
     from submitit.slurm.slurm import _make_sbatch_string
 
+    (tmp_path / FOLDER / "submitit").mkdir(parents=True)
     chosen = parameters_of(Cluster(gpus_per_node=0), tmp_path, Path(__file__).resolve().parents[2])
     script = _make_sbatch_string(command="task", folder=tmp_path, **chosen)
     for name, text in {

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import time
+from datetime import datetime, timedelta
 
 import pytest
 from rich.console import Console
@@ -20,7 +21,7 @@ from jobs.cli.status_table import breakdown, span, status_table
 from jobs.endings import history
 from jobs.state import Queue, Watched, last_metrics, state_of
 from jobs.status import groups, report, reports
-from tools.slurm import Slurm, SlurmUnavailable, parse_queue
+from tools.slurm import Slurm, SlurmUnavailable, parse_jobs, parse_queue
 
 
 class Answers(Queue):
@@ -39,7 +40,11 @@ class Answers(Queue):
         self.slurm = Slurm()
 
     def afterwards(self, job_id):
-        return self._ended.get(job_id)
+        """As SLURM remembers it: its state, or that and how many seconds ago it ended."""
+        state, ago = told if isinstance(told := self._ended.get(job_id), tuple) else (told, 3600)
+        end = datetime.now() - timedelta(seconds=ago)
+        shown = f"JobId={job_id} JobState={state} EndTime={end:%Y-%m-%dT%H:%M:%S}"
+        return parse_jobs(shown)[0] if state else None
 
 
 def claimed(run, job="17"):
@@ -117,6 +122,44 @@ def test_what_no_script_could_write(run):
     assert state_of(run, Answers({"17": ("RUNNING", "None")})).queued
 
 
+def test_over_a_network_file_system_records_may_show_after_the_job_has_ended(run):
+    """Its script ends with success only once the run is finished or cancelled, and judges what it claimed."""
+    submitted(run)
+    just = {code: Answers(ended={"17": (code, 5)}) for code in ("COMPLETED", "FAILED", "NODE_FAIL")}
+    assert str(state_of(run, just["COMPLETED"])) == "COMPLETING (its last records do not show here yet)"
+    assert state_of(run, just["FAILED"]).name == "LOST"  # nothing could be claimed
+    attempt = claimed(run)
+    for ended in ("COMPLETED", "FAILED"):
+        state = state_of(run, just[ended])
+        assert (state.name, state.ended, state.queued) == ("COMPLETING", False, False)
+        assert state_of(run, Answers(ended={"17": (ended, 91)})).name == "LOST"
+    assert state_of(run, just["NODE_FAIL"]).name == "LOST"
+    judged(attempt, "requeue")
+    assert [state_of(run, just[each]).name for each in ("COMPLETED", "FAILED")] == ["COMPLETING", "LOST"]
+    attempt.write_outcome(outcome_name="finished", code=0, rank=0, reason="all steps done")
+    assert state_of(run, just["COMPLETED"]).name == "FINISHED"
+
+
+def test_the_newest_job_is_known_whatever_the_clocks_say(run, monkeypatch):
+    """The machine that submits is minutes ahead of the nodes, or behind them."""
+    real = time.time
+    order = []
+    for job, submitter, node in (("17", 300, -300), ("18", -300, 300), ("19", 300, -300)):
+        monkeypatch.setattr(time, "time", lambda ahead=submitter: real() + ahead)
+        submissions.record(run, submissions.intend(run, "slurm", "code-1"), job=job)
+        assert submissions.job_ids(run) == [*order, job]  # before it claims, or where it never does
+        monkeypatch.setattr(time, "time", lambda ahead=node: real() + ahead)
+        judged(claimed(run, job), "fail", reason=f"of {job}")
+        order.append(job)
+        assert submissions.job_ids(run) == order
+        assert str(state_of(run, Answers())) == f"FAILED (of {job})"
+    submissions.intend(run, "slurm", "code-1")
+    assert submissions.unanswered(run) is not None
+    claimed(run, "20")
+    assert submissions.unanswered(run) is None
+    assert submissions.job_ids(run) == [*order, "20"]
+
+
 def test_cancelled_while_pending_after_a_requeue(run):
     judged(claimed(run), "requeue")
     assert state_of(run, Answers(ended={"17": "CANCELLED"})).name == "CANCELLED"
@@ -156,16 +199,13 @@ def test_an_older_job_that_never_claimed_tells_nothing(run):
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(programs, tmp_path):
     """A folder of SLURM's programs: job 17 runs and cannot be ended; `asked` has every call of squeue."""
-    for name, line in {
-        "squeue": f'echo "$@" >> {tmp_path}/asked; echo "17|RUNNING|low|me|0:01|1:00|N/A|n1|None|toy"',
-        "scancel": "echo 'Socket timed out' >&2; exit 1",
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path
+    asked = tmp_path / "programs" / "asked"
+    return programs(
+        squeue=f'echo "$@" >> {asked}; echo "17|RUNNING|low|me|0:01|1:00|N/A|n1|None|toy"',
+        scancel="echo 'Socket timed out' >&2; exit 1",
+    )
 
 
 def test_the_queue_is_that_of_the_user_not_of_variables(slurm, monkeypatch):

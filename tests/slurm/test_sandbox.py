@@ -129,6 +129,7 @@ class TestCluster:
         with pytest.raises(SlurmRefused, match="Invalid job id"):
             cluster.slurm.requeue("99999")
         job = submit(cluster, "--begin=now+1hour")
+        assert int(job) >= cluster.first_job > 1, "no job of an older cluster is meant by it"
         cluster.slurm.exclude(job, ["n1", "n3"])
         assert cluster.slurm.job(job).excluded == ("n1", "n3")
         assert [line.job_id for line in cluster.slurm.queue(job_ids=[job])] == [job]

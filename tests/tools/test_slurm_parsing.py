@@ -302,27 +302,19 @@ def test_without_the_programs_slurm_is_unavailable(monkeypatch: pytest.MonkeyPat
         slurm.Slurm().job("1")
 
 
-def test_a_program_that_hangs_is_no_answer(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hanging = tmp_path / "squeue"
-    hanging.write_text("#!/bin/sh\nexec sleep 30\n")
-    hanging.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+def test_a_program_that_hangs_is_no_answer(programs) -> None:
+    programs(squeue="exec sleep 30")
     with pytest.raises(slurm.SlurmUnavailable, match=r"no answer in 0\.2 s"):
         slurm.Slurm(timeout=0.2).queue()
 
 
-def test_an_answer_that_cannot_be_read_is_none(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_cannot_be_read_is_none(programs) -> None:
     """A verdict then rests on the run's folder alone, and a list of runs is shown without their jobs."""
-    answers = {
-        "scontrol": "echo 'JobId=7 JobState=RUNNING Restarts=few'",
-        "sinfo": "echo 'n1|idle|low*|many|8000|(null)|(null)|none'",
-        "squeue": "echo '7|RUNNING|low|me|0:01|1:00|N/A|n[one]|None|a'",
-    }
-    for name, script in answers.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.delenv("SLURM_CONF", raising=False)
+    programs(
+        scontrol="echo 'JobId=7 JobState=RUNNING Restarts=few'",
+        sinfo="echo 'n1|idle|low*|many|8000|(null)|(null)|none'",
+        squeue="echo '7|RUNNING|low|me|0:01|1:00|N/A|n[one]|None|a'",
+    )
     asked = slurm.Slurm()
     for question in (lambda: asked.job("7"), asked.nodes, asked.queue, asked.kill_wait):
         with pytest.raises(slurm.SlurmUnavailable, match="SLURM's answer cannot be read"):

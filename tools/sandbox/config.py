@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ SRUN_PORTS = 100
 SOCKET_ROOM = 107 - len("/n999/n999_4294967295.4294967295")  # a Unix socket's path ends at 107 characters
 STATE_FILE = "sandbox.json"
 LOOPBACK = "127.0.0.1"
+MOST_JOBS = 50_000_000  # SLURM numbers jobs up to 67,043,328
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Sandbox:
     port: int  # slurmctld's; the nodes' are the next ones
     spool: Path
     own_host_name: bool  # whether the daemons run under the host name "localhost", in a namespace
+    first_job: int = 1  # the number of its first job
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -115,6 +118,12 @@ def free_ports(count: int) -> int:
     raise UserError(f"no {count} free ports in a row between {PORTS.start} and {PORTS.stop}")
 
 
+def first_job() -> int:
+    """The number of a new cluster's first job: by the clock, a second each, so that none of an older cluster,
+    which a run folder may name, is given out again."""
+    return 1 + int(time.time()) % MOST_JOBS
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         try:
@@ -182,6 +191,7 @@ InactiveLimit=0
 ReturnToService=2
 MinJobAge=3600
 MaxJobCount=20000
+FirstJobId={sandbox.first_job}
 MaxArraySize=1001
 
 NodeName=n[1-{count}] NodeHostname=localhost NodeAddr={LOOPBACK} Port=[{port + 1}-{port + count}] \

@@ -26,6 +26,7 @@ from tools.sandbox.config import (
     LOOPBACK,
     Sandbox,
     find_programs,
+    first_job,
     free_ports,
     listens_on_loopback,
     slurm_conf,
@@ -79,6 +80,7 @@ def start(
         port=free_ports(nodes + 1),
         spool=spool_of(folder),
         own_host_name=not listens_on_loopback(),
+        first_job=first_job(),
     )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     sandbox.write()

@@ -63,19 +63,14 @@ def test_the_nodes_that_a_constraint_leaves() -> None:
     assert len(asked.fitting_nodes(asked_for, low, answers)) == 4
 
 
-def test_an_answer_that_cannot_be_read_is_none(tmp_path, monkeypatch) -> None:
+def test_an_answer_that_cannot_be_read_is_none(programs) -> None:
     """Programs of another SLURM: one prints words where numbers were, one nothing, one fails."""
-    answers = {
-        "sinfo": "echo 'n1|idle|low*|many|8000|(null)|(null)|none'",
-        "srun": "echo --container-image",
-        "scontrol": "test $1 = --all || echo 'KillWait = 30 sec'",
-        "sacctmgr": "echo 'You are not running a supported accounting_storage plugin' >&2; exit 1",
-    }
-    for name, script in answers.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.delenv("SLURM_CONF", raising=False)
+    programs(
+        sinfo="echo 'n1|idle|low*|many|8000|(null)|(null)|none'",
+        srun="echo --container-image",
+        scontrol="test $1 = --all || echo 'KillWait = 30 sec'",
+        sacctmgr="echo 'You are not running a supported accounting_storage plugin' >&2; exit 1",
+    )
     found = ask(slurm.Slurm())
     assert (found.partitions, found.nodes, found.config) == (None, None, {"KillWait": "30 sec"})
     assert found.silent == {
@@ -117,16 +112,11 @@ def test_the_default_quality_of_service_counts_where_none_is_asked_for() -> None
         assert error.startswith("cluster.time: 3 d requested")
 
 
-def test_a_database_of_several_clusters_is_asked_about_this_one(tmp_path, monkeypatch) -> None:
-    answers = {
-        "scontrol": "echo 'ClusterName = GPUs'",
-        "sacctmgr": "test $3 = qos || printf 'vision||normal||gpus\ncommon||long||cpus\n'",
-    }
-    for name, script in answers.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.delenv("SLURM_CONF", raising=False)
+def test_a_database_of_several_clusters_is_asked_about_this_one(programs) -> None:
+    programs(
+        scontrol="echo 'ClusterName = GPUs'",
+        sacctmgr="test $3 = qos || printf 'vision||normal||gpus\ncommon||long||cpus\n'",
+    )
     assert [each.account for each in ask(slurm.Slurm()).associations or ()] == ["vision"]
 
 

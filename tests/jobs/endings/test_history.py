@@ -114,6 +114,26 @@ def test_an_unknown_job_counts_as_running_until_it_ended(run, no_slurm):
     assert not history.job_runs(run, "local-elsewhere-12-34", Slurm())
 
 
+@pytest.mark.parametrize(("silent", "runs"), [(2, False), (99, True)])
+def test_a_silent_slurm_is_asked_again_about_another_job(run, programs, monkeypatch, silent, runs):
+    """Its controller is restarted while a job starts."""
+    monkeypatch.setattr(history, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(history, "SILENT_SECONDS", 1.0)
+    asked = run.path / "asked"
+    folder = programs(
+        scontrol=f"echo >> {asked}\n[ $(wc -l < {asked}) -gt {silent} ] ||"
+        " { echo 'Unable to contact slurm controller' >&2; exit 1; }\necho JobId=17 JobState=COMPLETED"
+    )
+    attempt_with(run)
+    assert history.job_runs(run, "17", Slurm()) == runs
+    assert len(asked.read_text().splitlines()) > 2
+    asked.unlink()
+    run.mark_cancelled(["17"])
+    assert not history.job_runs(run, "17", Slurm())
+    assert len(asked.read_text().splitlines()) == 1  # the folder knows
+    (folder / "scontrol").unlink()
+
+
 def test_what_was_started_by_hand_elsewhere_ended_with_its_outcome(run):
     attempt = attempt_with(run, job="local-elsewhere-12-34")
     assert history.job_runs(run, "local-elsewhere-12-34", Slurm())
