@@ -239,6 +239,7 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
         ahead = first.checked.without_findings()
         ahead.unchecked += first.checked.unchecked
         quick = wanted.quick or wanted.dry_run
+        label = first.member.label if len(alike) > 1 else ""
         others = [one.run for one in group[1:]]
         checking.complete(
             ahead,
@@ -247,8 +248,8 @@ def _complete(wanted: Wanted, found: Sequence[Found], chosen: str, fetched: Path
             assets=there,
             quick=quick,
             others=others,
-            refused_ends=not wanted.dry_run,
-            say=_named(first.member.label if len(alike) > 1 else "", wanted.say),
+            refused_ends=fetched is not None,
+            say=_named(label, wanted.say) if fetched else lambda line: None,
         )
         if ahead.errors and len(alike) > 1:
             raise UserError(f"{first.member.label}: " + "\n  ".join(ahead.errors))
