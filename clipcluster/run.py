@@ -84,7 +84,7 @@ def _train(run: Run, attempt: Attempt, launch: Launch, stop: Stop, recipe: Recip
 
 
 def watched(recipe: Recipe, attempt: Attempt, world: World) -> AbstractContextManager[object]:
-    """Inside, this rank ends where it no longer gets ahead (`train.stalled_after`)."""
+    """Inside, this rank ends where it makes no progress (`train.stalled_after`)."""
     from clipcluster.train.watchdog import Watchdog
 
     patience = recipe.train.stalled_after

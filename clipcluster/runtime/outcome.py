@@ -26,7 +26,7 @@ class Outcome(IntEnum):
     OUT_OF_MEMORY = 91
     NON_FINITE = 92
     CHECKPOINT = 93
-    STALLED = 94  # no rank got ahead any more; the verdict requeues
+    STALLED = 94  # no rank made progress any more; the verdict requeues
     CANCELLED = 130
 
 

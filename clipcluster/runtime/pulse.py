@@ -21,7 +21,7 @@ KNOWN = 5  # steps from which a median means something
 
 
 class Pulse:
-    """What this rank is doing, and how often it got ahead. Giving a sign costs no more than an addition.
+    """What this rank is doing, and how often it made progress. Giving a sign costs no more than an addition.
 
     beats: signs so far; one that waits gives none. step_seconds: how long each of the last steps took, from
     the wait for its batch on; empty again where steps of another length begin.
@@ -44,11 +44,11 @@ class Pulse:
         self.begin(BATCH)
 
     def beat(self) -> None:
-        """This rank got ahead."""
+        """This rank made progress."""
         self.beats += 1
 
     def begin(self, doing: str) -> None:
-        """This rank got ahead, and now begins something else."""
+        """This rank made progress, and now begins something else."""
         self.doing = doing
         self.beats += 1
 

@@ -1,4 +1,4 @@
-"""A rank that no longer gets ahead: it says where it is, and leaves, so that the run is requeued. No torch.
+"""A rank without progress: it says where it is, and leaves, so that the run is requeued. No torch.
 
 Every rank watches itself, and none needs another for it: what holds up one rank holds up all of them, so all
 notice it at nearly the same time, but for those that were stopped or sit on a dead node. What they find meets
@@ -90,7 +90,7 @@ class Watchdog(threading.Thread):
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self, beats: int, seconds: float, patience: float) -> None:
-        """Report, and leave; returns where this rank gets ahead again meanwhile."""
+        """Report, and leave; returns where this rank makes progress again meanwhile."""
         faulthandler.cancel_dump_traceback_later()
         code: list[Outcome | None] = [Outcome.STALLED]
         report = threading.Thread(target=self._report, args=(beats, seconds, patience, code), daemon=True)
@@ -100,7 +100,7 @@ class Watchdog(threading.Thread):
             os._exit(code[0])
 
     def _report(self, beats: int, seconds: float, patience: float, code: list[Outcome | None]) -> None:
-        """Say where this rank is, what may take long last; `code` becomes None where it gets ahead again."""
+        """Say where this rank is, what may take long last; `code` becomes None where it makes progress again."""
         state, place = self._pulse.state, self._pulse.place
         _log.error("no sign of life for %.0f s (%.0f s are allowed): %s", seconds, patience, state)
         try:
@@ -112,7 +112,7 @@ class Watchdog(threading.Thread):
             reports.wait(self._awaited)
             if self._pulse.beats != beats:
                 code[0] = None
-                _log.warning("this rank gets ahead again")
+                _log.warning("this rank makes progress again")
                 return
             if reports.take(JUDGED):
                 self._judge(reports.read(), seconds)

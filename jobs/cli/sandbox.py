@@ -38,7 +38,7 @@ def sandbox_start(
     ] = 10,
     kill_wait: Annotated[int, typer.Option("--kill-wait", metavar="S", min=1, help="KillWait, seconds.")] = 5,
     user_signal: Annotated[
-        bool, typer.Option("--user-signal", help="A preemption sends USR2 (preempt_send_user_signal).")
+        bool, typer.Option("--user-signal", help="A preemption sends the signal of the job's --signal (preempt_send_user_signal).")
     ] = False,
     folder: SandboxFolder = HERE,
 ) -> None:

@@ -13,7 +13,7 @@ misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the
     save_seconds: seconds                        that the save of a stop takes
     eats: {step, rank, attempts, megabytes}     takes so much more memory, 50 MB at a time
     evaluation: {seconds, fails}                 owed at every save, and made by `evaluate` in its own job
-    stalled_after: seconds                       a watchdog ends ranks that no longer get ahead
+    stalled_after: seconds                       a watchdog ends ranks without progress
 """
 
 import builtins

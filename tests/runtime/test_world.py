@@ -71,7 +71,7 @@ def test_ranks_meet_and_agree(attempt, start, size):
             "none": 0,
             "plain": {"from": size - 1, "text": "é" * (size - 1)},
             "all": [[rank] * rank for rank in range(size)],
-            # the work got ahead once; the others hear of it, and that it began; two collectives
+            # the work made progress once; the others hear of it, and that it began; two collectives
             "slow": ["done", 3 if rank == 0 else 4],
             "sum": [size * (size + 1) / 2] * 2,
             "main": rank == 0,

@@ -52,7 +52,7 @@ def values(world):
 
 
 def slow(world):
-    """What rank 0's work gives, which gets ahead once, and the signs of life of this rank meanwhile."""
+    """What rank 0's work gives, which makes progress once, and the signs of life of this rank meanwhile."""
 
     def work():
         time.sleep(SLOW_S / 2)

@@ -193,7 +193,7 @@ def test_a_stop_while_a_save_is_under_way_leaves_both_checkpoints(toy: ModuleTyp
 
 
 def test_a_save_beside_the_training_is_no_sign_of_life(toy: ModuleType, run: Any) -> None:
-    """Else rank 0 alone would seem to get ahead where all are stuck while it saves."""
+    """Else rank 0 alone would seem to make progress where all are stuck while it saves."""
     trainer = toy.build(run, toy.claim(run), toy.alone(), Stop(), toy.Script())
     pulse, saver = trainer.world.pulse, trainer.saver
     saver.folder.prepare()

@@ -1,4 +1,4 @@
-"""A rank that no longer gets ahead: real processes that are stopped, or wait for what never comes."""
+"""A rank without progress: real processes that are stopped, or wait for what never comes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_ranks_that_get_ahead_again_go_on(run: Run, watched: Any) -> None:
     ranks[1].send_signal(signal.SIGSTOP)
     wait_until(lambda: len(list(run.attempt(1).path.glob("stalled/rank-*.json"))) == 2)
     ranks[1].send_signal(signal.SIGCONT)
-    wait_until(lambda: all("gets ahead again" in log(run, rank) for rank in (0, 2)))
+    wait_until(lambda: all("makes progress again" in log(run, rank) for rank in (0, 2)))
     time.sleep(0.5)
     assert [rank.poll() for rank in ranks] == [None] * 3
     assert not [event for event in events(run) if event["event"] == "stalled"]

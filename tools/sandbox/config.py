@@ -36,7 +36,7 @@ class Sandbox:
     cpus: int  # of each node, whatever the machine has
     grace_seconds: int
     kill_wait_seconds: int
-    user_signal: bool  # whether a preemption sends the user's signal (USR2) instead of TERM alone
+    user_signal: bool  # whether a preemption sends the signal of the job's --signal instead of TERM
     cluster: str  # its SLURM ClusterName, unlike any other's: by it its tasks are known
     port: int  # slurmctld's; the nodes' are the next ones
     spool: Path
