@@ -100,7 +100,7 @@ class Watchdog(threading.Thread):
             os._exit(code[0])
 
     def _report(self, beats: int, seconds: float, patience: float, code: list[Outcome | None]) -> None:
-        """Say where this rank is, what may take long last; `code` becomes None where it makes progress again."""
+        """Say where this rank is, what may take long last; `code` becomes None if it makes progress again."""
         state, place = self._pulse.state, self._pulse.place
         _log.error("no sign of life for %.0f s (%.0f s are allowed): %s", seconds, patience, state)
         try:

@@ -38,7 +38,8 @@ def sandbox_start(
     ] = 10,
     kill_wait: Annotated[int, typer.Option("--kill-wait", metavar="S", min=1, help="KillWait, seconds.")] = 5,
     user_signal: Annotated[
-        bool, typer.Option("--user-signal", help="A preemption sends the signal of the job's --signal (preempt_send_user_signal).")
+        bool,
+        typer.Option("--user-signal", help="Set preempt_send_user_signal: no TERM, but the job's --signal."),
     ] = False,
     folder: SandboxFolder = HERE,
 ) -> None:
