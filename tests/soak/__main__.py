@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOOK_SECONDS = 2.0
 TWICE_SECONDS = 5.0  # an ending is believed once it was seen for so long
 PATIENCE_SECONDS = 600.0
+TWIN_RANKS = 6  # of twins that run at once: a rank of torch with its loader worker takes 0.7 GB
 
 
 class Soak:
@@ -130,11 +131,11 @@ class Soak:
     def compare(self) -> int:
         """Run the twins of what should have finished, and compare; how many are equal."""
         chosen = [case for case in self.fleet.cases if case.fate == "finish"]
-        twins = {case.number: self.fleet.submit(case, twin=True) for case in chosen}
-        self._wait(lambda: all(run.finished() for run in twins.values()), "twins do not finish")
+        twins = dict[Case, Run]()
+        self._wait(lambda: self._submit_twins(chosen, twins), "twins do not finish")
         equal = 0
         for case in chosen:
-            run, twin = self.fleet.runs[case.number], twins[case.number]
+            run, twin = self.fleet.runs[case.number], twins[case]
             if len(twin.attempts()) != 1 or not twin.finished() or not run.finished():
                 self.problem(f"{case.name} or its twin did not finish as it should")
             elif found := differences(run, twin, case.steps):
@@ -142,6 +143,15 @@ class Soak:
             else:
                 equal += 1
         return equal
+
+    def _submit_twins(self, chosen: list[Case], twins: dict[Case, Run]) -> bool:
+        """Submit twins that are still to come, as far as there is room; whether all have finished."""
+        ranks = sum(case.ranks for case, twin in twins.items() if not twin.finished())
+        for case in chosen:
+            if case not in twins and (not ranks or ranks + case.ranks <= TWIN_RANKS):
+                twins[case] = self.fleet.submit(case, twin=True)
+                ranks += case.ranks
+        return ranks == 0
 
     def leave_nothing(self) -> None:
         """No job, no process and no file may be left of runs that have ended."""
