@@ -135,8 +135,8 @@ class Soak:
         self._wait(lambda: self._submit_twins(chosen, twins), "twins do not finish")
         equal = 0
         for case in chosen:
-            run, twin = self.fleet.runs[case.number], twins[case]
-            if len(twin.attempts()) != 1 or not twin.finished() or not run.finished():
+            run, twin = self.fleet.runs[case.number], twins.get(case)
+            if twin is None or len(twin.attempts()) != 1 or not twin.finished() or not run.finished():
                 self.problem(f"{case.name} or its twin did not finish as it should")
             elif found := differences(run, twin, case.steps):
                 self.problem(f"{run.path} differs from {twin.path} in {', '.join(found)}")
