@@ -270,7 +270,7 @@ def _account(
 
 
 def _before(told: Told, ended: float) -> Told:
-    """What was recorded until then; what ranks on a node that SLURM lost wrote later is nobody's."""
+    """What was recorded until then; what ranks on a node that SLURM lost wrote later is not counted."""
     events = [event for event in told.events if event["time"] <= ended]
     lines = [line for line in told.lines if max(_numbers(line.get("time")), default=ended) <= ended]
     return replace(told, events=events, lines=lines)

@@ -47,7 +47,7 @@ class Conversion:
         return [job for job in self._jobs() if queue.job(job) is not None]
 
     def refuse_failed(self) -> None:
-        """UserError where one of its jobs failed for good, so that those that are queued cannot finish it."""
+        """UserError where one of its jobs is known to have failed with shards that no other writes."""
         from jobs import convert as array
 
         for job in array.failed_jobs(self.out):

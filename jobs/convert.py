@@ -40,7 +40,7 @@ FOLDER = "convert-jobs"
 JOB = "job.json"
 LOG_FOLDER = "submitit"
 _CLAIMS = "claims"
-_FAILED = "failed"  # holds a file for each job that ended for good with its claims unwritten
+_FAILED = "failed"  # holds a file for each job that claimed shards and ended for good
 _TIME_IS_UP = "SIGUSR1"
 _LEAD_SECONDS = 60  # before the time limit: SLURM keeps limits by the minute
 # Of the cluster section: a task is one process without torch, for which the Python of the submission will do.
@@ -97,6 +97,7 @@ def serve(job: ConvertJob, stop: Stop) -> int:
         print("the conversion is finished already")
         return 0
     claims = Claims(plan.out / FOLDER / _CLAIMS, slurm_job_id(os.environ))
+    (plan.out / FOLDER / _FAILED / claims.owner).unlink(missing_ok=True)  # somebody requeued it all the same
 
     def heed(samples: int = 0) -> None:
         if stop.wishes() & Wish.STOP:
@@ -155,6 +156,11 @@ class Claims:
         taken = files.link_once(file, self.owner) or bool(files.read_json(file) == self.owner)
         self.taken += taken
         return taken
+
+    def any(self) -> bool:
+        """Whether the task ever claimed a shard."""
+        made = self.folder.iterdir() if self.folder.is_dir() else ()
+        return any(files.read_json(file) == self.owner for file in made)
 
 
 def submit(job: ConvertJob, cluster: Cluster, jobs: int) -> list[str]:
@@ -219,7 +225,10 @@ def _parameters(cluster: Cluster, out: Path, code: Path) -> dict[str, Any]:
 
 
 def failed_jobs(out: Path) -> list[str]:
-    """The jobs of the conversion into `out` that ended for good: what they claimed nobody writes any more."""
+    """The jobs of the conversion into `out` that failed for good: what they had claimed nobody else writes.
+
+    Those whose batch script could not say so (its node died, the time limit killed it) are not among them.
+    """
     known = files.read_object(out / FOLDER / JOB, jobs=list) or {"jobs": []}
     return [job for job in known["jobs"] if (out / FOLDER / _FAILED / job).exists()]
 
@@ -228,14 +237,15 @@ def ending(code: int, slurm: Slurm) -> int:
     """What follows a task's end, by the table of a run's endings; returns `code`, of srun.
 
     A task is requeued where it was asked to stop or taken away, and a few times where it crashed. That it
-    failed for good is recorded.
+    failed for good is recorded, if it had claimed anything.
     """
     job_id = slurm_job_id(os.environ)
     if code and (code == 2 or not _comes_back(code, job_id, slurm)):
-        folder = Path(os.environ[LOGS]).parent / _FAILED
+        folder = Path(os.environ[LOGS]).parent
         try:
-            folder.mkdir(exist_ok=True)
-            files.write_json(folder / job_id, {"code": code})
+            if Claims(folder / _CLAIMS, job_id).any():
+                (folder / _FAILED).mkdir(exist_ok=True)
+                files.write_json(folder / _FAILED / job_id, {"code": code})
         except OSError as error:
             say(f"that job {job_id} failed could not be recorded: {error}")
     return code

@@ -15,6 +15,7 @@ from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.chains import runs_before
 from clipcluster.runs.evaluations import Owed, failed_of, owed_by
 from clipcluster.runs.folder import LISTED_SECONDS, Run
+from clipcluster.runs.mounts import shows_late
 from clipcluster.runtime.job_id import local_job_runs
 from clipcluster.runtime.outcome import Outcome
 from jobs.endings import history
@@ -22,6 +23,7 @@ from jobs.submissions import Intent, job_ids, last_wait, log_folder, unanswered
 from tools.slurm import WAITING, JobState, QueuedJob, Slurm, SlurmRefused, SlurmUnavailable
 
 ENDED = frozenset({"FINISHED", "STOPPED", "FAILED", "CANCELLED", "TIMEOUT", "LOST", "NEW"})
+NOT_SHOWN_YET = "its last records do not show here yet"
 ASK_SECONDS = 10.0  # between two questions to SLURM about a run that is watched
 _TAIL_BYTES = 65536
 _ENDS = {"finish": "FINISHED", "stop": "STOPPED", "cancel": "CANCELLED", "fail": "FAILED"}
@@ -33,7 +35,7 @@ class State:
     """What a run is doing: `name` is SUBMITTING, PENDING, RUNNING, COMPLETING, one of ENDED, or UNKNOWN.
 
     `queued`: SLURM still shows the job, COMPLETING included, or its local process still lives, or one of
-    them may still appear (SUBMITTING).
+    them may still appear (SUBMITTING), or what the job wrote last may (COMPLETING, NOT_SHOWN_YET).
     """
 
     name: str
@@ -55,15 +57,15 @@ class State:
 class Queue:
     """SLURM's queue, asked once, when first needed: runs of this machine need no SLURM.
 
-    asked: when, in seconds since 1970.
+    asked: when, in seconds since 1970. lost_touch: whether a question about an ended job had no answer.
     """
 
     asked = math.inf
+    lost_touch = False
 
     def __init__(self, slurm: Slurm | None = None) -> None:
         self.slurm = slurm or Slurm()
         self._remembered = dict[str, JobState | None]()
-        self._lost_touch = False
 
     @cached_property
     def _jobs(self) -> dict[str, QueuedJob] | None:
@@ -101,13 +103,13 @@ class Queue:
 
     def afterwards(self, job_id: str) -> JobState | None:
         """What SLURM says of a job that ended, as long as it remembers it."""
-        if self.silent or self._lost_touch:
+        if self.silent or self.lost_touch:
             return None
         if job_id not in self._remembered:
             try:
                 self._remembered[job_id] = self.slurm.job(job_id)
             except SlurmUnavailable:  # not asked again for every other run
-                self._lost_touch = True
+                self.lost_touch = True
                 return None
             except SlurmRefused:
                 self._remembered[job_id] = None
@@ -254,23 +256,21 @@ def _gone(run: Run, queue: Queue, jobs: Sequence[str], newest: Attempt | None) -
             return State("CANCELLED", "" if newest else "before it started", job=job, code=Outcome.CANCELLED)
         if ended == "TIMEOUT":
             return State("TIMEOUT", "the ranks outlived the time limit", _RESUBMIT, job, code=1)
-        if known and _has_more_to_show(known, newest):
-            return State("COMPLETING", "its last records do not show here yet", job=job)
+        if queue.lost_touch:
+            return State("UNKNOWN", f"job {job} of SLURM, which gives no answer about it", job=job)
+        if known and _shows_late(run, known):
+            return State("COMPLETING", NOT_SHOWN_YET, job=job, queued=True)
     where = f"attempt {newest.number}" if newest else "it never claimed the run"
     log = log_folder(run, job) / f"{job}_0_log.err"
     detail = f"job {job} ended without recording an outcome: {where}"
     return State("LOST", detail, f"{_RESUBMIT} Its log: {log}" if log.exists() else _RESUBMIT, job, code=1)
 
 
-def _has_more_to_show(job: JobState, newest: Attempt | None) -> bool:
-    """Whether a job that has just ended by itself left records that this machine's file system lags behind.
-
-    Its script ends with success only once the run is finished or cancelled, and judges what it claimed.
-    """
-    judged = job.state == "COMPLETED" or (
-        job.state == "FAILED" and newest is not None and history.last_verdict(newest) is None
-    )
-    return judged and job.end_time is not None and time.time() - job.end_time.timestamp() < LISTED_SECONDS
+def _shows_late(run: Run, job: JobState) -> bool:
+    """Whether a job that has just ended by itself may have left records that do not show here yet."""
+    if job.state not in ("COMPLETED", "FAILED", "OUT_OF_MEMORY") or job.end_time is None:
+        return False
+    return time.time() - job.end_time.timestamp() < LISTED_SECONDS and shows_late(run.path)
 
 
 def _never_submitted(run: Run) -> State:

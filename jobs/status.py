@@ -22,13 +22,13 @@ from clipcluster.runs.folder import Run
 from clipcluster.runs.sweeps import membership
 from clipcluster.runs.timing import suspect_nodes
 from jobs.accounting import KINDS, STEPS, Account, Told, accounted, device_seconds, goodput, told_by
-from jobs.state import Queue, State, evaluations_of, state_of, total_steps
+from jobs.state import NOT_SHOWN_YET, Queue, State, evaluations_of, state_of, total_steps
 from jobs.submissions import submissions
 
 UNREADABLE = "UNREADABLE"
 DATA_BOUND = 0.15  # the fraction of the last steps that waited for data, from which a run is called so
 PACE_LINES = 10  # the last ones, which say how fast a run is
-RUNS_A_PROCESS, PROCESSES = 50, 8  # at most: reading takes a core
+RUNS_A_PROCESS, PROCESSES = 50, 8  # reading takes a core: at most so many, and one for so many runs
 ACTIVE = frozenset({"RUNNING", "COMPLETING"})
 
 
@@ -40,7 +40,7 @@ def recorded_by(run: Run, state: State) -> list[Told]:
 
 def _is_alive(newest: Attempt | Told, state: State) -> bool:
     """Whether the newest attempt still runs."""
-    return state.name in ACTIVE and newest.job == state.job
+    return state.name in ACTIVE and state.detail != NOT_SHOWN_YET and newest.job == state.job
 
 
 def accounts_of(run: Run, state: State, told: Sequence[Told] | None = None) -> list[Account]:

@@ -9,7 +9,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -147,4 +147,5 @@ def unanswered(run: Run) -> Intent | None:
         return None
     claims = [(newest.number, newest.claim()) for newest in [run.newest()] if newest]
     claimed = any(number > _attempts_before(lines[-1], claims) for number, _ in claims)
-    return None if claimed else Intent(**lines[-1])
+    known = {field.name for field in fields(Intent)}  # a later version may write more
+    return None if claimed else Intent(**{name: lines[-1][name] for name in known & lines[-1].keys()})

@@ -131,7 +131,7 @@ class Run:
         Raises AlreadyOwned, naming the job; FileExistsError where the listing never shows which was first.
         """
         self.attempts_dir.mkdir(exist_ok=True)
-        deadline = time.monotonic() + LISTED_SECONDS
+        deadline = None
         while True:
             newest = self.newest()
             owner = newest.claim() if newest else {}
@@ -142,6 +142,7 @@ class Run:
             try:
                 return self._claim_number(newest.number + 1 if newest else 1, job_id, host, began)
             except FileExistsError:
+                deadline = deadline or time.monotonic() + LISTED_SECONDS
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)  # another job was first: look at which

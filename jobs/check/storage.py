@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from clipcluster.check.plain import Findings
 from clipcluster.recipe.plan import Plan
@@ -19,24 +19,12 @@ from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.checkpoints import name_of, steps_in
 from clipcluster.runs.files import size_of
 from clipcluster.runs.folder import Run
+from clipcluster.runs.mounts import mount_of
 from clipcluster.text import counted, sized
 
 QUOTA_SECONDS = 2.0  # how long a program that tells quotas may take
 PROBE_BYTES = 64 << 20  # written to measure the speed of a disk
 _CHUNK = 4 << 20
-
-
-class Mount(Protocol):
-    """A mounted file system, as `psutil.disk_partitions` has it."""
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def mountpoint(self) -> str: ...
-
-    @property
-    def fstype(self) -> str: ...
 
 
 def kept_checkpoints(keep: Keep, plan: Plan) -> tuple[int, int]:
@@ -113,12 +101,6 @@ def quota_left(folder: Path) -> Quota | None:
             found.append(parse_quota(_told("quota", "-w", "-p", *whose), mount.device))
     told = [each for each in found if each is not None]
     return Quota(min(each.hard for each in told), min(each.soft for each in told)) if told else None
-
-
-def mount_of(folder: Path, mounts: Sequence[Mount]) -> Mount | None:
-    """Of the mounts, as psutil names them, the one that a folder is on; of several there the last is seen."""
-    over = [each for each in mounts if folder.is_relative_to(each.mountpoint)]
-    return max(reversed(over), key=lambda each: len(each.mountpoint), default=None)
 
 
 def _told(*command: str) -> str:

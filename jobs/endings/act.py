@@ -24,7 +24,6 @@ from jobs.endings.verdict import Facts, Verdict, blamed, decide
 from tools.slurm import JobState, Slurm, SlurmRefused, SlurmUnavailable
 
 REFUSED_SECONDS = 30.0  # how long a requeue that SLURM refuses is tried again
-SILENT_SECONDS = 600.0  # … where it gives no answer: its controller may be restarted
 EXCLUDE_SECONDS = 3.0
 
 
@@ -154,7 +153,7 @@ def record(
 def requeue(slurm: Slurm, job_id: str, seen: Facts) -> str | Verdict | None:
     """Have the job run again; None once it will.
 
-    SLURM is asked for up to `REFUSED_SECONDS`, where it gives no answer for up to `SILENT_SECONDS`.
+    SLURM is asked for up to `REFUSED_SECONDS`, where it gives no answer for up to `history.SILENT_SECONDS`.
     Else why SLURM did not do it, or the verdict on the job if it was cancelled in the meantime.
     """
     cancelled: Verdict | None = None
@@ -172,7 +171,7 @@ def requeue(slurm: Slurm, job_id: str, seen: Facts) -> str | Verdict | None:
         elif now.action != "note":
             slurm.requeue(job_id)
 
-    refusal = _refusal(once, REFUSED_SECONDS, 1.0, silent=SILENT_SECONDS)
+    refusal = _refusal(once, REFUSED_SECONDS, 1.0, silent=history.SILENT_SECONDS)
     if refusal is not None:
         say(f"SLURM did not requeue job {job_id}: {refusal}")
     return refusal or cancelled

@@ -14,7 +14,8 @@ from tools.slurm import ENDED, Slurm, SlurmMissing, SlurmRefused, SlurmUnavailab
 WRITER = "verdict"  # of events-verdict.jsonl: the batch script, or the local process
 FINAL = frozenset({"finish", "cancel", "stop", "fail"})
 VERDICTS = FINAL | {"note", "requeue"}
-SILENT_SECONDS, ASK_SECONDS = 90.0, 5.0  # how long a silent SLURM is asked about another job, and how often
+SILENT_SECONDS = 600.0  # how long a SLURM without an answer is asked: its controller may be restarted
+ASK_SECONDS = 5.0  # between two questions about another job
 
 
 def batch_events(attempt: Attempt) -> list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def job_runs(run: Run, job_id: str, slurm: Slurm) -> bool:
             state = slurm.job(job_id)
         except (SlurmMissing, SlurmRefused):
             return _not_ended(run, job_id)
-        except SlurmUnavailable:  # its controller may be restarted
+        except SlurmUnavailable:
             if not _not_ended(run, job_id):
                 return False
             if time.monotonic() > deadline:

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
+from clipcluster.runs.mounts import file_system
 from clipcluster.runtime.accelerators import count_accelerators
-from jobs.check.storage import mount_of
 
 _INFINIBAND = Path("/sys/class/infiniband")
 
@@ -55,9 +55,3 @@ def infiniband(root: Path = _INFINIBAND) -> list[str]:
         if "ACTIVE" in state:
             found.append(f"{port.parent.parent.name}: {rate}")
     return found
-
-
-def file_system(folder: Path) -> str:
-    """The kind of file system that holds a folder, as the system names it: nfs4, lustre, ext4."""
-    mount = mount_of(Path(os.path.realpath(folder)), psutil.disk_partitions(all=True))
-    return mount.fstype if mount else "?"

@@ -118,13 +118,20 @@ def test_a_conversion_here_is_made_before_it_returns(tmp_path, no_slurm):
     assert Conversion(queued.parent).state == "UNKNOWN"  # not STOPPED: SLURM gives no answer
     with pytest.raises(TimeoutError):
         Conversion(queued.parent).wait(0)
-    Conversion(queued.parent).refuse_failed()
-    (queued / "failed").mkdir()
-    (queued / "failed" / "17_0").touch()
-    with pytest.raises(UserError, match=r"job 17_0, which makes a part of it, failed.*scancel 17\)"):
-        Conversion(queued.parent).refuse_failed()
     with pytest.raises(UserError, match="no option smaples_per_shard; did you mean samples_per_shard"):
         api.convert("digits", out=tmp_path / "other", options={"smaples_per_shard": 3})
+
+
+def test_nothing_is_queued_behind_a_conversion_of_which_a_job_has_failed(tmp_path, programs):
+    folder = tmp_path / "out" / array.FOLDER
+    (folder / "failed").mkdir(parents=True)
+    files.write_json(folder / array.JOB, {"jobs": ["17_0", "17_1"]})
+    programs(squeue="echo '17_1|RUNNING|low|me|0:01|1:00|N/A|n1|None|convert-out'")
+    (awaited,) = api._awaited([Conversion(folder.parent)])
+    assert awaited.jobs == ("17_1",)
+    (folder / "failed" / "17_0").touch()
+    with pytest.raises(UserError, match=r"job 17_0, which makes a part of it, failed.*scancel 17\)"):
+        api._awaited([Conversion(folder.parent)])
 
 
 @pytest.mark.parametrize(

@@ -122,20 +122,22 @@ def test_what_no_script_could_write(run):
     assert state_of(run, Answers({"17": ("RUNNING", "None")})).queued
 
 
-def test_over_a_network_file_system_records_may_show_after_the_job_has_ended(run):
-    """Its script ends with success only once the run is finished or cancelled, and judges what it claimed."""
+def test_over_a_network_file_system_records_may_show_after_the_job_has_ended(run, monkeypatch):
     submitted(run)
     just = {code: Answers(ended={"17": (code, 5)}) for code in ("COMPLETED", "FAILED", "NODE_FAIL")}
+    assert state_of(run, just["COMPLETED"]).name == "LOST", "a disk of this machine shows all at once"
+    monkeypatch.setattr("jobs.state.shows_late", lambda folder: folder == run.path)
     assert str(state_of(run, just["COMPLETED"])) == "COMPLETING (its last records do not show here yet)"
-    assert state_of(run, just["FAILED"]).name == "LOST"  # nothing could be claimed
     attempt = claimed(run)
     for ended in ("COMPLETED", "FAILED"):
         state = state_of(run, just[ended])
-        assert (state.name, state.ended, state.queued) == ("COMPLETING", False, False)
+        assert (state.name, state.ended, state.queued) == ("COMPLETING", False, True)
         assert state_of(run, Answers(ended={"17": (ended, 91)})).name == "LOST"
     assert state_of(run, just["NODE_FAIL"]).name == "LOST"
+    told = report(run, just["COMPLETED"])
+    assert (told["state"], told["seconds_left"]) == ("COMPLETING", None)
     judged(attempt, "requeue")
-    assert [state_of(run, just[each]).name for each in ("COMPLETED", "FAILED")] == ["COMPLETING", "LOST"]
+    assert state_of(run, just["FAILED"]).name == "COMPLETING", "the attempt after it may show late, too"
     attempt.write_outcome(outcome_name="finished", code=0, rank=0, reason="all steps done")
     assert state_of(run, just["COMPLETED"]).name == "FINISHED"
 

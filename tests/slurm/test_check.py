@@ -71,11 +71,15 @@ def test_what_the_cluster_has_not(site, tmp_path, overrides, said):
 def test_the_towers_are_not_built_for_a_cluster_that_refuses_the_job(site, tmp_path):
     said = []
     found = plain.check(RECIPE, [*SMALL, "cluster.partition=lwo"], runs=tmp_path / "runs")
-    checking.complete(found, Run(tmp_path / "runs" / "x"), "slurm", quick=False, say=said.append)
+    checking.complete(
+        found, Run(tmp_path / "runs" / "x"), "slurm", quick=False, refused_ends=True, say=said.append
+    )
     assert (len(found.errors), said, "memory_bytes" in found.figures) == (1, [], False)
     assert found.unchecked[-1].endswith("checkpoint size: skipped; fix the errors first")
     found = plain.check(RECIPE, SMALL, runs=tmp_path / "runs")
-    checking.complete(found, Run(tmp_path / "runs" / "x"), "slurm", quick=False, say=said.append)
+    checking.complete(
+        found, Run(tmp_path / "runs" / "x"), "slurm", quick=False, refused_ends=True, say=said.append
+    )
     assert (found.errors, len(said), "memory_bytes" in found.figures) == ([], 1, True)
 
 

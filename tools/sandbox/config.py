@@ -119,8 +119,7 @@ def free_ports(count: int) -> int:
 
 
 def first_job() -> int:
-    """The number of a new cluster's first job: by the clock, a second each, so that none of an older cluster,
-    which a run folder may name, is given out again."""
+    """The number of a new cluster's first job, by the clock: a run folder may name jobs of an older cluster."""
     return 1 + int(time.time()) % MOST_JOBS
 
 

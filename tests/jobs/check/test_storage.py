@@ -1,26 +1,14 @@
 """Checkpoints against the disk: how many are kept, free space, quotas, speed."""
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import psutil
 import pytest
 
 from clipcluster.recipe.sections.checkpoint import Keep
 from clipcluster.runs.folder import Run
+from clipcluster.runs.mounts import mount_of
 from jobs.check import storage
 from tests.jobs.check.plans import plan_of
 
-MOUNTS = [
-    SimpleNamespace(device=device, mountpoint=mountpoint, fstype=kind)
-    for device, mountpoint, kind in (
-        ("proc", "/proc", "proc"),
-        ("/dev/sda1", "/", "ext4"),
-        ("server:/old", "/home", "nfs4"),
-        ("server:/home", "/home", "nfs4"),
-        ("10.0.0.1@o2ib:/scratch", "/scratch", "lustre"),
-    )
-]
 QUOTA = """\
 Disk quotas for user me (uid 1000):
      Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
@@ -43,20 +31,6 @@ def test_how_many_are_kept(keep, plan, expected) -> None:
     assert storage.kept_checkpoints(Keep.model_validate(keep), plan_of(**plan)) == expected
 
 
-@pytest.mark.parametrize(
-    ("folder", "device"),
-    [
-        ("/home/me/runs", "server:/home"),
-        ("/homework", "/dev/sda1"),
-        ("/scratch", "10.0.0.1@o2ib:/scratch"),
-    ],
-)
-def test_the_file_system_of_a_folder(folder, device) -> None:
-    found = storage.mount_of(Path(folder), MOUNTS)
-    assert found is not None
-    assert found.device == device
-
-
 def test_what_a_quota_leaves() -> None:
     assert storage.parse_quota(QUOTA, "server:/home") == storage.Quota(200000 * 1024, 100000 * 1024)
     assert storage.parse_quota(QUOTA, "/dev/sda1") is None  # no limit
@@ -68,7 +42,7 @@ def test_what_a_quota_leaves() -> None:
 def test_a_quota_counts_where_it_is_less_than_the_disk(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
-    mount = storage.mount_of(tmp_path, psutil.disk_partitions(all=True))
+    mount = mount_of(tmp_path, psutil.disk_partitions(all=True))
     assert mount is not None
     assert mount.fstype != "lustre"
     (folder / "quota").write_text(
