@@ -159,7 +159,7 @@ class Claims:
 
     def any(self) -> bool:
         """Whether the task ever claimed a shard."""
-        made = self.folder.iterdir() if self.folder.is_dir() else ()
+        made = self.folder.glob("[!.]*")  # not what is still being written
         return any(files.read_json(file) == self.owner for file in made)
 
 

@@ -214,14 +214,8 @@ fi
         (2, {}, False),
     ],
 )
-@pytest.mark.parametrize("claimed", [True, False])
 def test_what_follows_a_task(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
-    seen: dict[str, Any],
-    requeued: bool,
-    claimed: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, seen: dict[str, Any], requeued: bool
 ) -> None:
     answer = {"state": "RUNNING", "reason": "None", "preempt": "None", "before": 0, "refusals": 0, **seen}
     program = tmp_path / "scontrol"
@@ -235,9 +229,8 @@ def test_what_follows_a_task(
     out, logs = tmp_path / "out", tmp_path / "out" / FOLDER / "submitit"
     logs.mkdir(parents=True)
     write_json(logs.parent / "job.json", {"jobs": ["7_0", "7_1"]})
-    if claimed:
-        assert Claims(logs.parent / "claims", "7_0").take(shard(0), 0)
-    assert Claims(logs.parent / "claims", "7_1").take(shard(1), 0)
+    (logs.parent / "claims").mkdir()
+    assert Claims(logs.parent / "claims", "7_0").take(shard(0), 0)
     monkeypatch.setenv(LOGS, str(logs))
     lines = [
         f"clipcluster: verdict on job 7_0, whose task exited with code 1: {each} -> requeue\n"
@@ -247,9 +240,22 @@ def test_what_follows_a_task(
         (logs / "7_0_0_log.err").write_text("".join(lines))
     assert ending(code, Slurm()) == code
     comes_back = requeued or "restarts" in seen  # or somebody requeued it
-    assert failed_jobs(out) == ([] if comes_back or code == 0 or not claimed else ["7_0"])
+    assert failed_jobs(out) == ([] if comes_back or code == 0 else ["7_0"])
     calls = (tmp_path / "calls").read_text().split() if code not in (0, 2) else []
     assert calls.count("requeue") == requeued + answer["refusals"]
+
+
+def test_a_task_that_failed_before_it_claimed_a_shard_holds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / FOLDER
+    (folder / "claims").mkdir(parents=True)
+    write_json(folder / "job.json", {"jobs": ["7"]})
+    monkeypatch.setenv(LOGS, str(folder / "submitit"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert Claims(folder / "claims", "8").take(shard(0), 0)
+    assert ending(2, Slurm()) == 2
+    assert failed_jobs(tmp_path) == []
 
 
 def batch_script(

@@ -119,7 +119,7 @@ def free_ports(count: int) -> int:
 
 
 def first_job() -> int:
-    """The number of a new cluster's first job, by the clock: a run folder may name jobs of an older cluster."""
+    """The number of a new cluster's first job, by the clock: run folders may name jobs of older clusters."""
     return 1 + int(time.time()) % MOST_JOBS
 
 
