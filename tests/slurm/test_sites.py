@@ -6,6 +6,7 @@ JobRequeue=0, enforced memory limits, no grace time, nodes without scontrol, few
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -156,12 +157,10 @@ def impatient(bench, **seconds):
     """The code with other patience of a verdict that asks SLURM for a requeue."""
     folder = bench.folder / f"code-{time.monotonic_ns()}"
     shutil.copytree(bench.code, folder)
-    act = folder / "jobs" / "endings" / "act.py"
-    lines = act.read_text().splitlines()
     for name, value in seconds.items():
-        (number,) = (n for n, line in enumerate(lines) if line.startswith(f"{name} = "))
-        lines[number] = f"{name} = {value}"
-    act.write_text("\n".join(lines) + "\n")
+        definition = re.compile(rf"^{name} = .*$", re.MULTILINE)
+        (file,) = (one for one in folder.glob("jobs/endings/*.py") if definition.search(one.read_text()))
+        file.write_text(definition.sub(f"{name} = {value}", file.read_text()))
     return folder
 
 

@@ -145,9 +145,9 @@ class Soak:
         return equal
 
     def _submit_twins(self, chosen: list[Case], twins: dict[Case, Run]) -> bool:
-        """Submit twins that are still to come, as far as there is room; whether all have finished."""
+        """Submit twins still to come, the largest first, where there is room; whether all have finished."""
         ranks = sum(case.ranks for case, twin in twins.items() if not twin.finished())
-        for case in chosen:
+        for case in sorted(chosen, key=lambda case: -case.ranks):
             if case not in twins and (not ranks or ranks + case.ranks <= TWIN_RANKS):
                 twins[case] = self.fleet.submit(case, twin=True)
                 ranks += case.ranks
