@@ -8,6 +8,7 @@ misbehaves is told by $TRAINEE, a JSON object; each of its entries holds for the
     crash: {step, rank, attempts}                os._exit(1); or {at, rank}: at one step for each attempt
     raises: {step, rank, error, attempts}        an exception of that name, or a Failure
     hang: {step, rank, attempts}                 never comes to the next step, and ignores the stop
+    waits: {step, file}                          every rank, before that step, until the file is there
     imports: seconds                             of what stands for the import of torch
     deaf: {attempts, until}                      all ranks ignore what they agreed on (till that signal comes)
     save_seconds: seconds                        that the save of a stop takes
@@ -134,6 +135,9 @@ def misbehave(orders, place, attempt, step):
     if applies(orders.get("hang"), place, attempt, step):
         while True:
             time.sleep(1)
+    if step == orders.get("waits", {}).get("step"):
+        while not os.path.exists(orders["waits"]["file"]):
+            time.sleep(0.05)
     if applies(orders.get("eats"), place, attempt, step):
         hoard = []
         while 50 * len(hoard) < orders["eats"]["megabytes"]:

@@ -16,7 +16,13 @@ from jobs.submit import checking, launch, parameters, placement
 from tools.convert.convert import convert
 from tools.slurm import SlurmRefused
 
-pytestmark = [pytest.mark.slurm, pytest.mark.long]
+# A cluster of its own: SLURM takes back no feature of a node.
+HOUR = (("PartitionName=high Nodes=ALL MaxTime=INFINITE", "PartitionName=high Nodes=ALL MaxTime=60"),)
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.long,
+    pytest.mark.parametrize("sandbox", [HOUR], indirect=True, ids=["hour"]),
+]
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"
 SMALL = ("cluster.tasks_per_node=2", "data.batch_size=128")
 # Overrides -> what the check says. Partition high takes an hour here, node n1 has the feature fast.
@@ -38,14 +44,12 @@ def scontrol(*words: str) -> None:
 
 @pytest.fixture
 def site(cluster, tmp_path, monkeypatch):
-    """The sandbox with a limit and a feature, asked by a check of the demo's recipe."""
+    """The sandbox with a feature, asked by a check of the demo's recipe."""
     convert("digits", tmp_path / "digits")
     monkeypatch.setenv("DIGITS", str(tmp_path / "digits"))
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
-    scontrol("update", "PartitionName=high", "MaxTime=60")
     scontrol("update", "NodeName=n1", "AvailableFeatures=fast")
-    yield cluster
-    scontrol("update", "PartitionName=high", "MaxTime=INFINITE")
+    return cluster
 
 
 def checked(folder: Path, *overrides: str) -> plain.Checked:
