@@ -16,7 +16,7 @@ from jobs.submit import checking, launch, parameters, placement
 from tools.convert.convert import convert
 from tools.slurm import SlurmRefused
 
-# A cluster of its own: SLURM takes back no feature of a node.
+# A cluster of its own: scontrol of SLURM 22.05 refuses to empty a node's features.
 HOUR = (("PartitionName=high Nodes=ALL MaxTime=INFINITE", "PartitionName=high Nodes=ALL MaxTime=60"),)
 pytestmark = [
     pytest.mark.slurm,

@@ -225,6 +225,7 @@ def test_ranks_of_a_lost_node_finish_the_run_before_the_next_attempt(bench, tmp_
     try:
         sandboxes.lose_node(bench.sandbox.folder, victim)
         bench.until(lambda: bench.slurm.job(job).restarts == 1, 90)
+        assert not run.finished(), "the ranks did not wait"
         assert history.last_verdict(run.attempt(1)) is None or bench.verdict(run, 1)["event"] == "note"
         requeued.touch()
         bench.until(run.finished, 90)
