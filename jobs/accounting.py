@@ -48,7 +48,7 @@ class Told:
 
     began: when its allocation began, None where that is not known. events: of rank 0 and the batch side, by
     time. ranks: how many there were, by those that wrote something. lines: the last few of its metrics.
-    others: of an attempt without a verdict, when another rank last recorded something.
+    others: of an attempt without a verdict, when it was claimed or another rank last recorded something.
     """
 
     number: int
@@ -111,6 +111,7 @@ def told_by(attempt: Attempt, *, alive: bool = False) -> Told:
     if not alive and not any("ending" in event for event in events):  # rank 0 may have died before the others
         rest = (files.read_lines(attempt.path / name, last_bytes=_TAIL_BYTES[0]) for name in writers)
         last = [line["time"] for lines in rest for line in lines[-1:] if _dated(line)]
+        last += _numbers(claim.get("time"))  # a node may die before anything else is recorded
     return Told(
         number=attempt.number,
         job=str(claim.get("job") or ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -197,6 +198,14 @@ def test_ranks_that_outlive_rank_0_hold_the_allocation(run):
     assert one.ended == pytest.approx(last + 9)
     attempt.event("requeue", writer=history.WRITER, ending="crashed")
     assert told_by(attempt).others is None
+
+
+def test_a_node_that_died_before_its_ranks_recorded_anything_was_allocated_until_the_claim(run):
+    attempt = run.claim("17", host="n1", still_running=lambda job: False, began=time.time() - 5.0)
+    claim = attempt.claim()
+    (one,) = accounted([told_by(attempt)], {})
+    assert nonzero(one) == {"start": claim["time"] - claim["began"]}
+    assert one.spent["start"] > 4.9  # claims tell milliseconds
 
 
 def test_it_is_read_from_the_folder(run):
