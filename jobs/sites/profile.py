@@ -68,7 +68,7 @@ def _value(word: str) -> str:
 def _about(part: Partition, seen: Seen) -> list[str]:
     """A partition, for the reader: its nodes, its time limit, what becomes of a preempted job."""
     kinds = seen.kinds(part)
-    what = "; ".join(_described(kind) for kind in kinds[:SHOWN]) or _NO_NODES
+    what = "; ".join(_described(kind, kinds) for kind in kinds[:SHOWN]) or _NO_NODES
     state = "" if part.state == "UP" else f", {part.state}"
     mode = part.preempt_mode or seen.setting("PreemptMode", "OFF")
     evicted = "" if mode == "OFF" else f"; preempted: {mode}, {part.grace_seconds} s"
@@ -76,9 +76,12 @@ def _about(part: Partition, seen: Seen) -> list[str]:
     return _paragraph(f"{part.name}{default}{state}: {what}; {_limit(part)}{evicted}", "  ")
 
 
-def _described(kind: Kind) -> str:
+def _described(kind: Kind, kinds: list[Kind]) -> str:
+    """How many nodes, what each has, and the features that not every kind has."""
     gpus = "".join(f", {each.count} GPUs {each.type}".rstrip() for each in kind.node.gpus)
-    return f"{kind.count} x {kind.node.cpus} CPUs, {Memory(kind.node.memory_mb)}{gpus}"
+    own = [word for word in kind.node.features if any(word not in other.node.features for other in kinds)]
+    features = f", features: {some(own)}" if own else ""
+    return f"{kind.count} x {kind.node.cpus} CPUs, {Memory(kind.node.memory_mb)}{gpus}{features}"
 
 
 def _place(seen: Seen, part: Partition) -> Iterator[str]:

@@ -72,7 +72,9 @@ def test_what_slurm_says_is_set_and_what_it_does_not_is_a_comment(written):
     assert cluster.account == "lab"
     for part in (
         "# The cluster hexa (Slurm 23.02.6)",
-        "gpu (default): 2 x 64 CPUs, 500 GB, 4 GPUs a100; 1 x 96 CPUs, 1000 GB, 8 GPUs h100;",
+        "gpu (default): 2 x 64 CPUs, 500 GB, 4 GPUs a100, features: a100, ib; "
+        "1 x 96 CPUs, 1000 GB, 8 GPUs h100, features: h100; 1 x 32 CPUs, 125 GB; at most 2 d",
+        "short: 1 x 64 CPUs, 500 GB, 4 GPUs a100; at most 90 min",
         "at most 2 d; preempted: REQUEUE, 60 s",
         "old, DOWN: 1 x 32 CPUs",
         "# nodes have 0, 4, 8",
@@ -114,6 +116,17 @@ def test_another_partition_and_an_old_cluster(written):
     assert "whole nodes, as here always" in text
     with pytest.raises(UserError, match="--partition gpus: this cluster has short, gpu, old"):
         written(seen(), "gpus")
+
+
+def test_nodes_that_differ_only_by_a_feature_are_told_apart(written):
+    nodes = "n1|idle|all|4|8000|avx2|(null)|none\nn2|idle|all|4|8000|avx2,fast|(null)|none\n"
+    _, text = written(
+        seen(
+            partitions=slurm.parse_partitions("PartitionName=all Nodes=n[1-3] State=UP\n"),
+            nodes=slurm.parse_nodes(nodes + "n3|idle|all|4|8000|avx2|(null)|none\n"),
+        )
+    )
+    assert "all: 2 x 4 CPUs, 8000 MB; 1 x 4 CPUs, 8000 MB, features: fast; no time limit" in text
 
 
 def test_a_cluster_that_says_little(written):
