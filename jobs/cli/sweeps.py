@@ -87,6 +87,7 @@ def logs_of_all(members: Sequence[Run], rank: int, attempt: int | None, followin
     """What the members of a sweep write, under their names."""
     from jobs.api import Submission
     from jobs.logs import followed, log_files, stream_all
+    from jobs.submit.sweep import SHOWN
 
     sweep = Submission("", members)
     shown: Run | None = None
@@ -112,7 +113,8 @@ def logs_of_all(members: Sequence[Run], rank: int, attempt: int | None, followin
                 typer.echo(f"==> {member.name} <==")
             typer.echo(text, nl=False)
     if not following and len(missing) == len(members):
-        raise missing[0]
+        more = [f"and {len(missing) - SHOWN} more"] if len(missing) > SHOWN else []
+        raise UserError("\n".join([*map(str, missing[:SHOWN]), *more]))
 
 
 def compare(members: Sequence[Run], names: Sequence[str], best: str | None, forms: Sequence[str]) -> None:

@@ -179,8 +179,13 @@ def test_the_verbs_take_a_sweep(toys, capsys, no_slurm):
     assert verb("logs", "toy-seed=1") == "seed 1 says\n"
     with pytest.raises(UserError, match=r"no run 'tooy'; did you mean toy\?.*sweeps and chains: toy\."):
         verb("status", "tooy")
-    with pytest.raises(UserError, match="rank 7"):
+    (members("toy", toys)[0].attempt(1).path / "rank-0.out").unlink()
+    with pytest.raises(UserError) as caught:
         verb("logs", "toy", "--rank", "7")
+    assert str(caught.value) == (
+        "toy-seed=0-00000000 has printed nothing yet; see: clipcluster status toy-seed=0-00000000\n"
+        "attempt 1 of toy-seed=1-00000000 has no rank 7; its ranks: 0 to 0"
+    )
     assert verb("metrics", "toy", "--columns", "seed,loss").split()[:4] == ["run", "seed", "step", "loss"]
     with pytest.raises(UserError, match=r"--columns los: no member has it; did you mean loss\?"):
         verb("metrics", "toy", "--columns", "los")
