@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -91,6 +92,7 @@ class Script:
     blind: int | None = None  # a rank that sees no evaluation yet which another node recorded
     silence: float = 60.0  # seconds after which a rank is lost
     stalled_after: float | None = None  # seconds after which a watchdog ends a rank
+    sigstop_at: dict[int, int] = field(default_factory=dict)  # batch at whose loss a rank is stopped, by rank
     slow: dict[int, float] = field(default_factory=dict)  # seconds more in each step, by rank
     ends: float | None = None  # time limit, seconds since 1970
     backward: str = "whole"
@@ -178,8 +180,10 @@ class ToyTask(Task):
         super().__init__()
         self.model, self.world, self.script = model, world, script
         self.seen = Seen()
+        self.batch = -1
 
     def encode(self, batch: Batch) -> Features:
+        self.batch = batch.index
         time.sleep(self.script.slow.get(self.world.rank, 0.0))
         if batch.index == self.script.exhausts_at:
             torch.empty(1 << 60)
@@ -192,6 +196,8 @@ class ToyTask(Task):
         loss, accuracy = contrastive(features["image"], features["text"], scale, self.world)
         if features["poisoned"].any():
             loss = loss * torch.inf
+        if self.script.sigstop_at.get(self.world.rank) == self.batch:
+            signal.raise_signal(signal.SIGSTOP)
         return Report(loss, {"loss": loss.detach(), "logit_scale": scale.detach(), "accuracy": accuracy})
 
     def after_step(self) -> None:
