@@ -3,7 +3,8 @@
 Every rank watches itself, and none needs another for it: what holds up one rank holds up all of them, so all
 notice it at nearly the same time, but for those that were stopped or sit on a dead node. What they find meets
 in `attempts/N/stalled/`: each rank writes where it is, and the first one that finds all reports there, or has
-waited long enough, names the ranks that hold up the others.
+waited long enough, names the ranks that hold up the others. They leave together: the first that leaves takes
+the others with it, and what they still had to say.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,15 @@ class Watchdog(threading.Thread):
             if self._pulse.beats != beats:
                 code[0] = None
                 _log.warning("this rank makes progress again")
+                reports.withdraw(self._rank)
                 return
             if reports.take(JUDGED):
                 self._judge(reports.read(), seconds)
-            self._look_at_silent(reports)
-            stacks.dump_native()
             if records := stacks.flight_records():
                 files.write_json(reports.folder / f"collectives-{self._rank}.json", records)
+            self._look_at_silent(reports)
+            stacks.dump_native()
+            reports.leave(self._rank, self._awaited)
         except StaleAttempt as stale:
             code[0] = Outcome.STALE
             _log.warning("%s", stale)
@@ -166,11 +169,18 @@ class Reports:
         """Say where a rank is."""
         files.write_json(self.folder / f"rank-{rank}.json", report)
 
+    def withdraw(self, rank: int) -> None:
+        """Forget where a rank was: it may stall once more, elsewhere."""
+        (self.folder / f"rank-{rank}.json").unlink()
+
     def wait(self, seconds: float) -> None:
         """Wait for the reports of all ranks, or until another rank has waited long enough."""
-        deadline = time.monotonic() + seconds
-        while self.silent() and not (self.folder / JUDGED).exists() and time.monotonic() < deadline:
-            time.sleep(min(1.0, seconds / 10))
+        _wait(lambda: not self.silent() or (self.folder / JUDGED).exists(), seconds)
+
+    def leave(self, rank: int, seconds: float) -> None:
+        """Say that a rank has nothing more to say, and wait until this holds for all that reported."""
+        self.take(f"done-{rank}")
+        _wait(lambda: all((self.folder / f"done-{other}").exists() for other in self._files()), seconds)
 
     def silent(self) -> list[int]:
         """The ranks that reported nothing."""
@@ -186,12 +196,17 @@ class Reports:
 
     def read(self) -> dict[int, dict[str, Any]]:
         """What each rank said, by rank."""
-        return {
-            rank: files.read_object(path, place=int, step=int) or {} for rank, path in self._files().items()
-        }
+        found = {rank: files.read_object(path, place=int, step=int) for rank, path in self._files().items()}
+        return {rank: report for rank, report in found.items() if report}
 
     def _files(self) -> dict[int, Path]:
         return {int(path.stem.removeprefix("rank-")): path for path in self.folder.glob("rank-*.json")}
+
+
+def _wait(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(min(1.0, seconds / 10))
 
 
 def behind(reports: Mapping[int, Mapping[str, Any]], size: int) -> list[int]:

@@ -92,6 +92,15 @@ def test_a_stopped_rank_is_named_by_the_others(run: Run, watched: Any) -> None:
     assert f"process {ranks[1].pid} is stopped" in log(run, 0) + log(run, 2)
 
 
+def test_nobody_leaves_while_another_rank_still_reports(run: Run, watched: Any) -> None:
+    """SLURM kills what is left of a step once one of its ranks has failed."""
+    ranks = watched("late")
+    ranks[1].send_signal(signal.SIGSTOP)
+    assert ranks[0].wait(20) == 94
+    assert "native frames" in log(run, 2)
+    assert ranks[2].wait(20) == 94
+
+
 @pytest.mark.long
 def test_a_disk_that_hangs_is_named_by_its_own_rank(run: Run, watched: Any, tmp_path: Path) -> None:
     fifo = tmp_path / "batches"
@@ -131,6 +140,7 @@ def test_ranks_that_get_ahead_again_go_on(run: Run, watched: Any) -> None:
     time.sleep(0.5)
     assert [rank.poll() for rank in ranks] == [None] * 3
     assert not [event for event in events(run) if event["event"] == "stalled"]
+    assert not list(run.attempt(1).path.glob("stalled/rank-*.json")), "another stall has reports of its own"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Run by test_watchdog: one of three ranks without torch, with a watchdog.
 
-python watched.py RUN RANK [FIFO|interpreter]   from step 20 on rank 1 reads its batches from FIFO, or keeps
-the interpreter for itself
+python watched.py RUN RANK [FIFO|interpreter|late]   from step 20 on rank 1 reads its batches from FIFO, or
+keeps the interpreter for itself; or the native frames of rank 2 take a while
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from clipcluster.rank.output import log_to, redirect
 from clipcluster.runs.attempts import Attempt
 from clipcluster.runs.folder import Run
+from clipcluster.runtime import stacks
 from clipcluster.runtime.pulse import FEATURES, GRADIENTS, Pulse
 from clipcluster.runtime.stop import Wish
 from clipcluster.train import watchdog
@@ -26,7 +27,7 @@ SIZE, NODES = 3, ("n1", "n1", "n2")
 def next_batch(how: str) -> None:
     if how == "interpreter":
         ctypes.PyDLL(None).sleep(60)  # unlike CDLL it gives no other thread a turn
-    elif how:
+    elif how not in ("", "late"):
         with open(how) as stream:
             stream.read()
     time.sleep(0.01)
@@ -42,6 +43,8 @@ def main() -> None:
     peers, pulse = Peers(SimpleNamespace(rank=rank, size=SIZE), attempt), Pulse()
     if how == "interpreter":
         watchdog.REPORT_SECONDS = 5.0
+    if how == "late" and rank == 2:
+        stacks.dump_native = lambda: (time.sleep(1.0), print("native frames", flush=True))
     with watchdog.Watchdog(pulse, attempt, rank, SIZE, 1.0):
         train(attempt, rank, peers, pulse, how)
 
