@@ -15,7 +15,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,27 +108,29 @@ class Watchdog(threading.Thread):
         try:
             self._attempt.check()
             stacks.dump_stacks()
-            reports = Reports(self._attempt.path / "stalled", self._size)
+            reports = Reports(self._attempt.path / "stalled", self._size, self._awaited)
             mine = {"doing": state, "place": place, "step": self._attempt.step or 0}
             reports.write(self._rank, {**mine, "seconds": round(seconds, 1), "pid": os.getpid()})
-            reports.wait(self._awaited)
+            reports.wait()
             if self._pulse.beats != beats:
                 code[0] = None
                 _log.warning("this rank makes progress again")
                 reports.withdraw(self._rank)
                 return
-            if reports.take(JUDGED):
-                self._judge(reports.read(), seconds)
-            if records := stacks.flight_records():
-                files.write_json(reports.folder / f"collectives-{self._rank}.json", records)
-            self._look_at_silent(reports)
+            with _logged():
+                if reports.take(JUDGED):
+                    self._judge(reports.read(), seconds)
+            with _logged():
+                self._write_collectives(reports.folder)
+            with _logged():
+                self._look_at_silent(reports)
             stacks.dump_native()
-            reports.leave(self._rank, self._awaited)
+            reports.leave(self._rank)
         except StaleAttempt as stale:
             code[0] = Outcome.STALE
             _log.warning("%s", stale)
         except Exception:
-            _log.exception("the stall could not be recorded")
+            _log.exception("the stall could not be reported")
 
     def _judge(self, reports: Mapping[int, Mapping[str, Any]], seconds: float) -> None:
         """Write the event that names the ranks which hold up the others."""
@@ -148,6 +151,11 @@ class Watchdog(threading.Thread):
             reason=reason,
         )
 
+    def _write_collectives(self, folder: Path) -> None:
+        """Write what the flight recorders hold, if there is something."""
+        if records := stacks.flight_records():
+            files.write_json(folder / f"collectives-{self._rank}.json", records)
+
     def _look_at_silent(self, reports: Reports) -> None:
         """Say what can be seen from outside of the silent ranks of this node."""
         here = self._attempt.start(self._rank).get("node")
@@ -159,32 +167,43 @@ class Watchdog(threading.Thread):
 
 
 class Reports:
-    """The folder in which the ranks of a stalled attempt meet."""
+    """The folder in which the ranks of a stalled attempt meet.
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self._size = folder, size
+    `rank-R.json` is what rank R said; it becomes `ahead-R.json` once R makes progress again. Those that still
+    wait count it too: R is not silent. In a later stall of the attempt it counts no longer.
+
+    Args:
+        awaited: seconds to wait for other ranks. Reports that are more than twice as far apart belong to two
+            stalls: the patience, which passes between them, is four times as long.
+    """
+
+    def __init__(self, folder: Path, size: int, awaited: float) -> None:
+        self.folder, self._size, self._awaited = folder, size, awaited
+        self._began = math.inf
         folder.mkdir(exist_ok=True)
 
     def write(self, rank: int, report: Mapping[str, Any]) -> None:
         """Say where a rank is."""
-        files.write_json(self.folder / f"rank-{rank}.json", report)
+        path = self.folder / f"rank-{rank}.json"
+        files.write_json(path, report)
+        self._began = path.stat().st_mtime - 2 * self._awaited
 
     def withdraw(self, rank: int) -> None:
-        """Forget where a rank was: it may stall once more, elsewhere."""
-        (self.folder / f"rank-{rank}.json").unlink()
+        """Say that a rank makes progress again."""
+        (self.folder / f"rank-{rank}.json").rename(self.folder / f"ahead-{rank}.json")
 
-    def wait(self, seconds: float) -> None:
+    def wait(self) -> None:
         """Wait for the reports of all ranks, or until another rank has waited long enough."""
-        _wait(lambda: not self.silent() or (self.folder / JUDGED).exists(), seconds)
+        self._wait(lambda: not self.silent() or (self.folder / JUDGED).exists())
 
-    def leave(self, rank: int, seconds: float) -> None:
-        """Say that a rank has nothing more to say, and wait until this holds for all that reported."""
+    def leave(self, rank: int) -> None:
+        """Say that a rank has nothing more to say, and wait until this holds for all that stand still."""
         self.take(f"done-{rank}")
-        _wait(lambda: all((self.folder / f"done-{other}").exists() for other in self._files()), seconds)
+        self._wait(lambda: all((self.folder / f"done-{other}").exists() for other in self._found("rank")))
 
     def silent(self) -> list[int]:
         """The ranks that reported nothing."""
-        return sorted(set(range(self._size)) - set(self._files()))
+        return sorted(set(range(self._size)) - self._reported())
 
     def take(self, work: str) -> bool:
         """Whether the caller is the first to ask for this work, which one rank does for all."""
@@ -196,17 +215,35 @@ class Reports:
 
     def read(self) -> dict[int, dict[str, Any]]:
         """What each rank said, by rank."""
-        found = {rank: files.read_object(path, place=int, step=int) for rank, path in self._files().items()}
+        found = {rank: self._read("rank", rank) or self._read("ahead", rank) for rank in self._reported()}
         return {rank: report for rank, report in found.items() if report}
 
-    def _files(self) -> dict[int, Path]:
-        return {int(path.stem.removeprefix("rank-")): path for path in self.folder.glob("rank-*.json")}
+    def _reported(self) -> set[int]:
+        ranks = set(self._found("rank"))  # before the others, or a rank that gets ahead now is in neither
+        ahead = self._found("ahead")
+        return ranks | {rank for rank, path in ahead.items() if path.stat().st_mtime >= self._began}
+
+    def _found(self, kind: str) -> dict[int, Path]:
+        return {int(path.stem.removeprefix(f"{kind}-")): path for path in self.folder.glob(f"{kind}-*.json")}
+
+    def _read(self, kind: str, rank: int) -> dict[str, Any] | None:
+        return files.read_object(self.folder / f"{kind}-{rank}.json", place=int, step=int)
+
+    def _wait(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self._awaited
+        while not true() and time.monotonic() < deadline:
+            time.sleep(min(1.0, self._awaited / 10))
 
 
-def _wait(true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(min(1.0, seconds / 10))
+@contextmanager
+def _logged() -> Iterator[None]:
+    """One part of a report may fail without the others: a full disk takes no file, but the log may."""
+    try:
+        yield
+    except StaleAttempt:
+        raise
+    except Exception:
+        _log.exception("the stall could not be recorded")
 
 
 def behind(reports: Mapping[int, Mapping[str, Any]], size: int) -> list[int]:

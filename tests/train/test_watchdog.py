@@ -23,6 +23,7 @@ from clipcluster.train.watchdog import (
     AT_MOST_SECONDS,
     AWAITED_SECONDS,
     OTHERWISE_SECONDS,
+    Reports,
     Watchdog,
     behind,
 )
@@ -94,9 +95,11 @@ def test_a_stopped_rank_is_named_by_the_others(run: Run, watched: Any) -> None:
 
 def test_nobody_leaves_while_another_rank_still_reports(run: Run, watched: Any) -> None:
     """SLURM kills what is left of a step once one of its ranks has failed."""
+    (run.attempt(1).path / "stalled/collectives-2.json").mkdir(parents=True)
     ranks = watched("late")
     ranks[1].send_signal(signal.SIGSTOP)
     assert ranks[0].wait(20) == 94
+    assert "could not be recorded" in log(run, 2), "and the rest is, all the same"
     assert "native frames" in log(run, 2)
     assert ranks[2].wait(20) == 94
 
@@ -141,6 +144,26 @@ def test_ranks_that_get_ahead_again_go_on(run: Run, watched: Any) -> None:
     assert [rank.poll() for rank in ranks] == [None] * 3
     assert not [event for event in events(run) if event["event"] == "stalled"]
     assert not list(run.attempt(1).path.glob("stalled/rank-*.json")), "another stall has reports of its own"
+
+
+def test_a_rank_that_got_ahead_is_not_taken_for_silent_in_the_same_stall(tmp_path: Path) -> None:
+    first, second = Reports(tmp_path, 3, 2.0), Reports(tmp_path, 3, 2.0)
+    second.write(2, {"step": 6, "place": 0})
+    second.withdraw(2)
+    first.write(0, {"step": 7, "place": 4})
+    assert first.silent() == [1]
+    assert first.read() == {0: {"step": 7, "place": 4}, 2: {"step": 6, "place": 0}}
+    began = time.monotonic()
+    first.leave(0)
+    assert time.monotonic() - began < 1, "it needs not wait for a rank that goes on"
+
+    earlier = (tmp_path / "rank-0.json").stat().st_mtime - 4.1
+    os.utime(tmp_path / "ahead-2.json", (earlier, earlier))
+    assert first.silent() == [1, 2], "it got ahead in an earlier stall"
+    assert first.read() == {0: {"step": 7, "place": 4}}
+    second.write(2, {"step": 9, "place": 1})
+    assert first.silent() == [1]
+    assert first.read()[2] == {"step": 9, "place": 1}
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def main() -> None:
         watchdog.REPORT_SECONDS = 5.0
     if how == "late" and rank == 2:
         stacks.dump_native = lambda: (time.sleep(1.0), print("native frames", flush=True))
+        stacks.flight_records = lambda: {"gloo": {"entries": [1]}}
     with watchdog.Watchdog(pulse, attempt, rank, SIZE, 1.0):
         train(attempt, rank, peers, pulse, how)
 
