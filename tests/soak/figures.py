@@ -104,11 +104,11 @@ def problems(stories: Iterable[Story]) -> list[str]:
 
 def table(stories: Sequence[Story], held: float, evicted: Sequence[float]) -> list[str]:
     """The figures, a line each."""
-    accounts = [account for story in stories for account in story.accounts]
+    accounts = [(account, _ended_as(story, account)) for story in stories for account in story.accounts]
     lines = [f"{'attempts ended as':<24}{'attempts':>9}{'steps lost':>12}{'seconds lost':>14}"]
-    by_ending: Counter[str] = Counter(account.ending or "without a verdict" for account in accounts)
+    by_ending: Counter[str] = Counter(ended for _, ended in accounts)
     for ending, count in [*by_ending.most_common(), ("all", len(accounts))]:
-        own = [one for one in accounts if ending in (one.ending or "without a verdict", "all")]
+        own = [account for account, ended in accounts if ending in (ended, "all")]
         steps, seconds = sum(one.lost_steps for one in own), sum(one.spent["lost"] for one in own)
         lines.append(f"  {ending:<22}{count:>9}{steps:>12,}{seconds:>14,.1f}")
     back = [one for story in stories for one in returns(story.run)]
@@ -133,6 +133,14 @@ def table(stories: Sequence[Story], held: float, evicted: Sequence[float]) -> li
         f"({abs(caused - allocated) / allocated if allocated else 0:.2%} apart); squeue showed {held:,.0f} s"
     )
     return lines
+
+
+def _ended_as(story: Story, account: Account) -> str:
+    """The verdict's word; apart, the preempted that could not save: still starting, say, or killed."""
+    ended = account.ending or "without a verdict"
+    outcome = story.run.attempt(account.number).outcome()
+    saved = outcome is not None and outcome["outcome"] == "stopped"
+    return "preempted, unsaved" if ended == "preempted" and not saved else ended
 
 
 def _spread(what: str, seconds: Sequence[float]) -> str:

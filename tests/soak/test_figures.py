@@ -46,10 +46,13 @@ def test_the_way_back_is_counted_within_one_job(run):
 
 
 def test_the_table_names_every_cause(run):
-    story = figures.Story(run, [account(1, train=60, lost=40, lost_steps=7)], 100.0)
-    lines = figures.table([story], 101.0, [2.0, 4.0])
-    assert any(line.split() == ["preempted", "1", "7", "40.0"] for line in lines)
-    assert "goodput 60.0% of 200 allocated rank-seconds" in lines
+    attempt(run, "1", 1, 2, ending="preempted")
+    run.claim("1", host="here", still_running=lambda other: False)
+    accounts = [account(1, train=60), account(2, train=60, lost=80, lost_steps=7)]
+    lines = figures.table([figures.Story(run, accounts, 200.0)], 101.0, [2.0, 4.0])
+    assert any(line.split() == ["preempted", "1", "0", "0.0"] for line in lines)
+    assert any(line.split() == ["preempted,", "unsaved", "1", "7", "80.0"] for line in lines)
+    assert "goodput 60.0% of 400 allocated rank-seconds" in lines
     assert all(
         any(name in line for line in lines)
         for kind, name in KINDS.items()
